@@ -1,0 +1,66 @@
+"""errata: edit what language models know, prove what changed, keep the edit, take it back.
+
+Names load on first use; importing the package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata import lab as lab
+    from errata import methods as methods
+    from errata.api import edit, evaluate, load
+    from errata.bench.runner import Report
+    from errata.edits import Edit
+    from errata.errors import ErrataError
+    from errata.host.load import Host
+    from errata.types import Case, Probe, Request
+
+_HOME = {
+    "load": "errata.api",
+    "edit": "errata.api",
+    "evaluate": "errata.api",
+    "Edit": "errata.edits",
+    "Host": "errata.host.load",
+    "Request": "errata.types",
+    "Probe": "errata.types",
+    "Case": "errata.types",
+    "Report": "errata.bench.runner",
+    "ErrataError": "errata.errors",
+}
+
+__all__ = [
+    "Case",
+    "Edit",
+    "ErrataError",
+    "Host",
+    "Probe",
+    "Report",
+    "Request",
+    "edit",
+    "evaluate",
+    "lab",
+    "load",
+    "methods",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("lab", "methods"):
+        return importlib.import_module(f"errata.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("errata")
+    if name in _HOME:
+        module = importlib.import_module(_HOME[name])
+        value = getattr(module, name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'errata' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

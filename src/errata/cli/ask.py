@@ -1,0 +1,52 @@
+"""errata ask: put prompts to a model, with and without edits."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from errata.cli import common
+
+
+def command(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts to continue.")],
+    model: common.Model,
+    edit: Annotated[list[Path] | None, typer.Option("--edit", "-e", help="An edit file; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
+    foreign: common.Foreign = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Continue prompts greedily; with --edit, side by side without and with the edits."""
+    from errata.edits import Edit
+
+    edits = [Edit.load(path) for path in edit or []]
+    host = common.open_host(model, device, dtype)
+    plain = host.generate(prompts, max_new_tokens=max_new_tokens)
+    edited = None
+    if edits:
+        with ExitStack() as stack:
+            for one in edits:
+                stack.enter_context(one.on(host, foreign=foreign))
+            edited = host.generate(prompts, max_new_tokens=max_new_tokens)
+    if json:
+        answers = [
+            {"prompt": p, "without": plain[i], **({"with": edited[i]} if edited else {})}
+            for i, p in enumerate(prompts)
+        ]
+        overrides = [note for one in edits for note in one.provenance.overrides]
+        common.emit({"model": host.name, "seed": seed, "answers": answers, "overrides": overrides})
+        return
+    columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
+    rows = [
+        (p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)
+    ]
+    common.table(None, columns, rows)
+    for one in edits:
+        for note in one.provenance.overrides:
+            print(f"overruled: {note}")

@@ -1,0 +1,132 @@
+"""Options, tables and progress that several verbs share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from errata.host.load import Host
+    from errata.types import Case, Request
+
+Model = Annotated[str, typer.Option("--model", "-m", help="lab, a hub name, or a folder with a saved model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")
+]
+CorpusFile = Annotated[
+    Path | None, typer.Option("--corpus", help="Text file for statistics; default: the host's own text.")
+]
+Foreign = Annotated[
+    bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
+]
+
+Tick = Callable[[str, int, int], None]
+
+
+def open_host(model: str, device: str, dtype: str) -> Host:
+    """Open a model without the loader's own progress bars."""
+    from errata import api
+    from errata.host.load import quiet
+
+    quiet()
+    return api.load(model, device=device, dtype=dtype)
+
+
+def read_what(
+    what: str, subject: str | None, target: str | None, target_old: str | None = None
+) -> list[Request]:
+    """Read requests from a file, or make one from a prompt with its options."""
+    from errata.data.requests import SUFFIXES, read_requests
+    from errata.errors import RequestError
+    from errata.types import Request
+
+    looks_like_file = Path(what).suffix.lower() in SUFFIXES or Path(what).is_file()
+    if looks_like_file:
+        if subject or target or target_old:
+            raise RequestError("give either a file of requests or a prompt with --subject and --target")
+        return read_requests(what)
+    missing = [name for name, value in (("--subject", subject), ("--target", target)) if value is None]
+    if missing:
+        raise RequestError(f"a prompt needs {' and '.join(missing)}; or name a file ({', '.join(SUFFIXES)})")
+    return [Request(what, subject or "", target or "", target_old)]
+
+
+def read_cases(source: str, seed: int) -> list[Case]:
+    """Read cases from a file, or draw them from the lab: ``lab:N``."""
+    from errata import lab
+    from errata.data.requests import read_cases as from_file
+    from errata.errors import ConfigError
+
+    head, colon, count = source.partition(":")
+    if head == lab.NAME and colon:
+        if not count.isdigit():
+            raise ConfigError(f"--cases {source!r}: expected lab:N with a number N")
+        return lab.cases(int(count), seed=seed)
+    return from_file(source)
+
+
+def emit(document: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def progress(show: bool = True) -> Iterator[Tick]:
+    """Show bars for long work on stderr; one bar a phase."""
+    if not show:
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tick
+
+
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
+) -> None:
+    """Print a table to stdout; plain when it is not a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    console.print(made)
+
+
+def mark(text: str, style: str) -> Any:
+    """Return styled text for a table cell."""
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def size(path: Path) -> str:
+    """Word a file's size."""
+    count = path.stat().st_size
+    return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,141 @@
+"""errata lab: the embedded world and its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+app = typer.Typer(no_args_is_help=True, help="The embedded world and its model: look, check, train.")
+
+
+@app.command("world")
+def world(
+    subject: Annotated[str | None, typer.Argument(help="An entity, for all its facts.")] = None,
+    json: common.Json = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the world; default: the shipped one.")] = 20,
+) -> None:
+    """Show what is true in the lab's world: how much of what, or one entity's facts."""
+    from errata.errors import ConfigError
+    from errata.lab.world import default_world
+    from errata.registry import unknown
+
+    made = default_world(seed)
+    if subject is None:
+        rows = [(name, r.subject, r.object, len(made.by_relation[name])) for name, r in made.relations.items()]
+        if json:
+            common.emit({"facts": len(made.facts), "relations": {name: n for name, _, _, n in rows}})
+            return
+        common.table(f"{len(made.facts)} facts", ("relation", "of a", "is a", "facts"), rows, right=(3,))
+        return
+    if subject not in made.by_subject:
+        raise ConfigError(unknown(subject, list(made.by_subject), "entity").partition(": known")[0])
+    facts = [{"relation": f.relation, "object": f.object} for f in made.by_subject[subject]]
+    aliases = list(made.entities[subject].aliases)
+    if json:
+        common.emit({"subject": subject, "aliases": aliases, "facts": facts})
+        return
+    title = subject + (f", also {', '.join(aliases)}" if aliases else "")
+    common.table(title, ("relation", "object"), [(f["relation"], f["object"]) for f in facts])
+
+
+@app.command("check")
+def check(
+    model: common.Model = "lab",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only this many facts; default all.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the layer test.")] = 48,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Measure the lab's model: recall, in-context episodes, compositions, and the test per layer."""
+    from errata.lab.check import check as measure
+
+    host = common.open_host(model, device, dtype)
+    with common.progress(not json) as tick:
+        report = measure(host, seed=seed, limit=limit, requests=requests, tick=tick)
+    if json:
+        common.emit(report)
+    else:
+        _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    recall = report["recall"]
+    kinds = ("seen", "held_out", "question")
+    rows = [("all", *(f"{recall[kind]:.3f}" for kind in kinds))]
+    rows += [
+        (name, *(f"{recall[f'{kind}_by_relation'][name]:.3f}" for kind in kinds))
+        for name in recall["seen_by_relation"]
+    ]
+    common.table(
+        f"recall of {report['facts']} facts by greedy generation",
+        ("relation", "seen phrasing", "held-out phrasing", "question"),
+        rows,
+        right=(1, 2, 3),
+    )
+    print(f"questions about subjects never asked about in training: {recall['question_never_asked']:.3f}")
+    episodes = report["episodes"]
+    print(f"new fact in the context: obeyed {episodes['obeyed']:.3f}, unrelated ignored {episodes['ignored']:.3f}")
+    common.table(
+        "compositions of facts", ("group", "recall"),
+        [(k, f"{v:.3f}") for k, v in report["compositions"].items()], right=(1,),
+    )  # fmt: skip
+    layers = report["layers"]
+    common.table(
+        "share of answers changed by a shift at the subject's last token",
+        ("layer", "rewrites", "paraphrases"),
+        [(i, f"{r:.3f}", f"{p:.3f}")
+         for i, (r, p) in enumerate(zip(layers["rewrites"], layers["paraphrases"], strict=True))],
+        right=(1, 2),
+    )  # fmt: skip
+
+
+@app.command("train")
+def train(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Train the lab's model from nothing: seeded, resumable; writes the model and its card."""
+    from errata.errors import ConfigError
+    from errata.lab.card import write_card
+    from errata.lab.train import Progress, TrainConfig
+    from errata.lab.train import train as run
+
+    if dtype not in ("auto", "float32"):
+        raise ConfigError("the lab trains with float32 weights under bfloat16 autocast; leave --dtype alone")
+    place = _place(device)
+    config = TrainConfig(seed=seed) if steps is None else TrainConfig(seed=seed, steps=steps)
+    with common.progress(not json) as tick:
+        losses: list[float] = []
+
+        def note(at: Progress) -> None:
+            losses.append(at.loss)
+            tick("training", at.step, at.steps)
+
+        model = run(folder, config, device=place, on_step=note)
+        host = common.open_host(str(model), device, "auto")
+        card = write_card(host, model, config, losses, tick=tick)
+    if json:
+        common.emit(card)
+    else:
+        print(f"model and card written to {model}")
+        _show(card["check"])
+
+
+def _place(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,67 @@
+"""errata methods: the catalogue, and one method's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="A method, for its settings.")] = None,
+    json: common.Json = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+) -> None:
+    """List the methods, or one method's settings with their meanings and the paper's values."""
+    from errata.methods import REGISTRY
+
+    if name is None:
+        entries = [_facts(REGISTRY.get(n)) for n in REGISTRY]
+        if json:
+            common.emit(entries)
+            return
+        rows = [(e["name"], e["paper"], e["gives"], _yes(e["batch"]), _yes(e["sequential"]), ", ".join(e["needs"]))
+                for e in entries]  # fmt: skip
+        common.table(None, ("method", "paper", "edit", "batch", "sequential", "needs"), rows)
+        return
+    from errata.config import settings
+
+    method = REGISTRY.get(name)
+    fields = [
+        {"name": s.name, "type": s.type, "default": s.default, "meaning": s.meaning}
+        for s in settings(method.config)
+    ]
+    if json:
+        common.emit({**_facts(method), "settings": fields})
+        return
+    print(f"{method.title}: {method.paper}")
+    common.table(
+        None,
+        ("setting", "default", "meaning"),
+        [(f["name"], _text(f["default"]), f["meaning"]) for f in fields],
+    )
+    print(f"use: errata edit ... --method {name} --set key=value")
+
+
+def _facts(method: Any) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "gives": method.gives.kind,
+        "batch": method.batch,
+        "sequential": method.sequential,
+        "needs": list(method.needs),
+    }
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

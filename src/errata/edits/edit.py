@@ -1,0 +1,139 @@
+"""The result of a method: something that can be switched on, applied, taken back, saved and shown."""
+
+from __future__ import annotations
+
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from errata.edits import format as file_format
+from errata.errors import EditError
+from errata.host.load import Host
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """All that is needed to say where an edit comes from and to make it again."""
+
+    method: str
+    """Registered name of the method."""
+    requests: tuple[Request, ...]
+    """What was asked for."""
+    config: Mapping[str, Any]
+    """The method's settings, resolved: nothing left to a default."""
+    host: str
+    """Fingerprint of the unedited host."""
+    host_name: str = ""
+    """How the host was named when the edit was made."""
+    seed: int = 0
+    """Seed of all randomness in the fit."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of errata, torch, transformers and Python."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What the fit has to say: losses, norms, steps."""
+    overrides: tuple[str, ...] = ()
+    """Safety checks that were overruled, in words."""
+
+
+class Edit(ABC):
+    """A change to a host, kept apart from it. Subclasses form a small closed family."""
+
+    kind: ClassVar[str]
+    provenance: Provenance
+
+    @abstractmethod
+    def apply_(self, host: Host, *, foreign: bool = False) -> None:
+        """Put the edit in place. ``foreign`` lets it onto another host than it was made for."""
+
+    @abstractmethod
+    def revert_(self, host: Host) -> None:
+        """Take the edit back; weights are then bit-identical to what they were without it."""
+
+    @abstractmethod
+    def _tensors(self) -> Mapping[str, Tensor]: ...
+
+    @abstractmethod
+    def _header(self) -> Mapping[str, Any]: ...
+
+    @classmethod
+    @abstractmethod
+    def _restore(
+        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], provenance: Provenance
+    ) -> Edit: ...
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Describe the edit as plain data."""
+
+    @contextmanager
+    def on(self, host: Host, *, foreign: bool = False) -> Iterator[Host]:
+        """Have the edit in place inside the block only."""
+        self.apply_(host, foreign=foreign)
+        try:
+            yield host
+        finally:
+            self.revert_(host)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the edit to one ``.safetensors`` file and return its path."""
+        header = {"kind": self.kind, "provenance": asdict(self.provenance), **self._header()}
+        return file_format.write(path, self._tensors(), header)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Edit:
+        """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
+        tensors, header = file_format.read(path)
+        family = {kind.kind: kind for kind in Edit.__subclasses__()}
+        kind = family.get(str(header.get("kind")))
+        if kind is None:
+            raise EditError(f"{path} holds an edit of kind {header.get('kind')!r}, known: {sorted(family)}")
+        try:
+            return kind._restore(tensors, header, _provenance(header["provenance"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EditError(f"{path} is damaged: {error!r} while reading its header") from error
+
+    def check_host(self, host: Host, *, foreign: bool) -> None:
+        """Raise EditError when the host is not the one the edit was made for."""
+        if self.provenance.host == host.fingerprint:
+            return
+        found = f"edit made for host {self.provenance.host}, asked to change host {host.fingerprint}"
+        if not foreign:
+            raise EditError(
+                f"{found} ({host.name}); load the right model, or overrule with foreign=True / --foreign"
+            )
+        self.provenance = _with_override(self.provenance, found)
+
+
+def _with_override(provenance: Provenance, note: str) -> Provenance:
+    from dataclasses import replace
+
+    if note in provenance.overrides:
+        return provenance
+    return replace(provenance, overrides=(*provenance.overrides, note))
+
+
+def _provenance(stored: Mapping[str, Any]) -> Provenance:
+    known = {name: stored[name] for name in Provenance.__dataclass_fields__ if name in stored}
+    known["requests"] = tuple(Request(**request) for request in stored["requests"])
+    known["overrides"] = tuple(stored.get("overrides", ()))
+    return Provenance(**known)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides an edit's numbers."""
+    from importlib.metadata import version
+
+    return {
+        "errata": version("errata"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,1 @@
+"""Measuring: observe a host, score observations. Named apart from the function ``errata.evaluate``."""

@@ -1,0 +1,121 @@
+"""Look into a running model, change what flows through it, stop it early. Always undone on exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Stopped(Exception):
+    """Raised inside a forward pass to end it; caught by :func:`stop_after`'s user."""
+
+
+def first_tensor(value: Any) -> Tensor:
+    """Return the hidden states from a module's output, be it a tensor or a tuple led by one."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+        return value[0]
+    raise TypeError(f"expected a tensor or a tuple led by one, found {type(value).__name__}")
+
+
+def with_first(value: Any, tensor: Tensor) -> Any:
+    """Return the same output with other hidden states."""
+    if isinstance(value, Tensor):
+        return tensor
+    return type(value)((tensor, *value[1:]))
+
+
+@contextmanager
+def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show a module's hidden-state input to ``act``; positional or by keyword."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            act(first_tensor(args))
+        else:
+            act(first_tensor([v for v in kwargs.values() if isinstance(v, Tensor)]))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Show a module's output to ``act``; what it returns, unless None, takes the output's place."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        changed = act(first_tensor(output))
+        return None if changed is None else with_first(output, changed)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stop_after(module: nn.Module) -> Iterator[None]:
+    """End any forward pass in the block once ``module`` has run; the pass returns nothing.
+
+    Wrap each forward in ``contextlib.suppress(Stopped)``.
+    """
+
+    def hook(*_: Any) -> None:
+        raise Stopped
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def answer_with(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Make modules return given outputs without computing: what stands below an edit never changes."""
+    with ExitStack() as stack:
+        for module, output in outputs.items():
+            stack.enter_context(_fixed(module, output))
+        yield
+
+
+@contextmanager
+def _fixed(module: nn.Module, output: Any) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return output
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with no parameter asking for gradients; both as before on exit."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    training: Sequence[nn.Module] = [m for m in model.modules() if m.training]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True

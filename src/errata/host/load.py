@@ -1,0 +1,341 @@
+"""Open a model: by name, by folder, or as a live object."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.errors import ConfigError, HostError, RequestError
+from errata.host import tokens
+from errata.host.families import Published, published
+from errata.host.layout import Layout, discover
+from errata.registry import unknown
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Host:
+    """A causal language model with its tokenizer and its layout.
+
+    Not changed by anything but an edit's ``apply_`` and ``on``.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.model.eval()
+
+    def __repr__(self) -> str:
+        return f"Host({self.name!r}, {self.family}, {len(self.layout.blocks)} layers, {self.dtype})"
+
+    # --- facts -----------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers configuration."""
+        return self.model.config
+
+    @property
+    def family(self) -> str:
+        """Architecture name, e.g. ``llama``."""
+        return str(getattr(self.config, "model_type", type(self.model).__name__))
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the embeddings."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @cached_property
+    def window(self) -> int | None:
+        """Longest input in tokens; None if the configuration sets no bound."""
+        for key in ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"):
+            bound = getattr(self.config, key, None)
+            if isinstance(bound, int) and bound > 0:
+                return bound
+        return None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Sites found by structure. Raises HostError where there are none to find."""
+        ids = torch.arange(5, device=self.device)[None] % self.config.vocab_size
+        probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return discover(self.model, probe)
+
+    @cached_property
+    def published(self) -> Published | None:
+        """Layers and settings published for this very shape of model, if any."""
+        return published(self.family, len(self.layout.blocks), self.layout.width)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of weights and vocabulary, 16 hex digits.
+
+        Weights count as rounded to bfloat16, so that one checkpoint opened in two precisions is the
+        same host. Taken on first use, which comes before any edit: it names the unedited model.
+        """
+        digest = hashlib.sha256(b"errata host 1")
+        for name, part in self._hashes(torch.bfloat16):
+            digest.update(f"{name}:{part}\n".encode())
+        if self.tokenizer is not None:
+            vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+            digest.update(repr(vocabulary).encode())
+        return digest.hexdigest()[:16]
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the names, shapes and bytes of every parameter and buffer as they are now."""
+        digest = hashlib.sha256()
+        for name, part in self._hashes(None):
+            digest.update(f"{name}:{part}\n".encode())
+        return digest.hexdigest()
+
+    def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
+        named = [*self.model.named_parameters(), *(self.model.named_buffers() if dtype is None else ())]
+
+        def part(item: tuple[str, Tensor]) -> tuple[str, str]:
+            name, tensor = item
+            tensor = tensor.detach()
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            flat = tensor.contiguous().cpu().reshape(-1).view(torch.uint8)
+            head = f"{tuple(tensor.shape)}:{tensor.dtype}:".encode()
+            return name, hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(part, named))
+
+    # --- running ---------------------------------------------------------------------------
+
+    @cached_property
+    def _accepts(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def pad_id(self) -> int:
+        """Id used to fill rows; masked out everywhere."""
+        for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(self.tokenizer, key, None)
+            if value is not None:
+                return int(value)
+        return 0
+
+    def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> tokens.Batch:
+        """Pad rows of token ids. Raises RequestError for a row longer than the model's window."""
+        longest = max(len(row) for row in rows)
+        if self.window is not None and longest > self.window:
+            raise RequestError(f"a text of {longest} tokens is longer than the model's window of {self.window}")
+        return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
+
+    def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
+        """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = batch.positions
+        if keep is not None and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = keep
+        logits = self.model(**inputs).logits
+        return logits if keep is None else logits[:, -keep:]
+
+    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
+        """Continue one prompt, or each of several, greedily; return the new text only.
+
+        Stops at the end token, and unless ``natural_stop`` is off also at a line break or shortly
+        after the first sentence.
+        """
+        one = isinstance(prompt, str)
+        prompts = [prompt] if one else list(prompt)
+        rows = [tokens.encode_prompt(self.tokenizer, text).ids for text in prompts]
+        texts = generate_rows(self, rows, max_new_tokens, natural_stop)
+        return texts[0] if one else texts
+
+    def encode(self, text: str) -> tokens.Encoded:
+        """Tokenise a text with character offsets."""
+        return tokens.encode(self.tokenizer, text)
+
+    def encode_answer(self, prompt: str, answer: str) -> tokens.Answer:
+        """Tokenise prompt and answer together."""
+        return tokens.encode_answer(self.tokenizer, prompt, answer)
+
+
+def generate_rows(
+    host: Host, rows: Sequence[Sequence[int]], max_new_tokens: int, natural_stop: bool = True
+) -> list[str]:
+    """Continue rows of token ids greedily, left-padded together."""
+    from transformers import StoppingCriteriaList
+
+    from errata.host.stopping import FirstSentence
+
+    length = max(len(row) for row in rows)
+    stops = [FirstSentence(host.tokenizer, length)] if natural_stop else []
+    ids = _generate(
+        host, rows, max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList(stops)
+    )
+    texts = host.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [text.split("\n\n")[0] for text in texts] if natural_stop else list(texts)
+
+
+def sample_rows(
+    host: Host, rows: Sequence[Sequence[int]], new_tokens: int, *, top_k: int | None, seed: int
+) -> list[str]:
+    """Continue rows of token ids by sampling exactly ``new_tokens`` tokens each.
+
+    ``top_k`` keeps the k most probable tokens at each step, None all. The global random state is left
+    as it was.
+    """
+    devices = [host.device] if host.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        ids = _generate(
+            host, rows, new_tokens, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=1.0,
+            min_new_tokens=new_tokens,
+        )  # fmt: skip
+    return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _generate(host: Host, rows: Sequence[Sequence[int]], new_tokens: int, **options: Any) -> Tensor:
+    batch = host.batch(rows, side="left")
+    settings = {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **options}
+    with torch.no_grad():
+        out = host.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=new_tokens,
+            pad_token_id=host.pad_id,
+            **settings,
+        )
+    return out[:, batch.ids.shape[1] :]
+
+
+# --- opening --------------------------------------------------------------------------------
+
+
+def load(
+    model: str | os.PathLike[str] | nn.Module,
+    tokenizer: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+) -> Host:
+    """Open a host.
+
+    ``model``: a hub name, a folder written by ``save_pretrained``, or a live model, which stays where
+    it is unless ``device`` or ``dtype`` say otherwise. ``tokenizer``: needed with a live model; else
+    the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
+
+    Raises HostError when the model cannot be opened, holds numbers that are not finite, or is not
+    fully in memory.
+    """
+    wanted = _dtype(dtype)
+    place = _device(device)
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise HostError("a live model needs its tokenizer: errata.load(model, tokenizer=...)")
+        live = model
+        if device != "auto" or wanted is not None:
+            _refuse_unloaded(live)
+            live = live.to(device=None if device == "auto" else place, dtype=wanted)
+        label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    else:
+        live = _open(str(model), place, wanted, revision, trust_remote_code)
+        label = name or str(model)
+    if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
+        raise HostError(f"expected a transformers causal language model, found {type(live).__name__}")
+    _refuse_unloaded(live)
+    _refuse_not_finite(live)
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = _open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
+    return Host(live, tokenizer, name=label)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype if isinstance(dtype, torch.dtype) else None
+    if dtype not in DTYPES:
+        raise ConfigError(unknown(dtype, ["auto", *DTYPES], "dtype"))
+    return DTYPES[dtype]
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} asked for, but no CUDA device is to be seen; use --device cpu")
+    return place
+
+
+def _open(
+    name: str, place: torch.device, dtype: torch.dtype | None, revision: str | None, trust: bool
+) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise HostError(f"{folder} holds no config.json; expected a folder written by save_pretrained")
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise HostError(f"{folder} holds no .safetensors weights; pickled weights are never opened")
+    if folder.is_file():
+        raise HostError(f"{folder} is a file; expected a folder written by save_pretrained, or a hub name")
+    options: Mapping[str, Any] = {
+        "dtype": dtype or "auto",
+        "revision": revision,
+        "trust_remote_code": trust,
+        "use_safetensors": True,
+    }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HostError(f"cannot open model {name!r}: {first}") from error
+    return model.to(place)
+
+
+def _open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HostError(f"cannot open the tokenizer of {name!r}: {first}") from error
+
+
+def _refuse_unloaded(model: nn.Module) -> None:
+    away = [name for name, p in model.named_parameters() if p.is_meta]
+    if away:
+        raise HostError(
+            f"{len(away)} weights, {away[0]} first, are on the meta device or offloaded; "
+            "load the whole model into memory, without a device_map that offloads"
+        )
+
+
+def _refuse_not_finite(model: nn.Module) -> None:
+    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if bad:
+        raise HostError(f"weight {bad[0]} holds NaN or infinite numbers ({len(bad)} such weights); refused")
+
+
+def quiet() -> None:
+    """Turn off the loader's own progress bars; for programs that show their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,164 @@
+"""From text to token ids and back to places in them.
+
+Texts are tokenised once, whole, with character offsets; places (a subject's last token, the tokens of
+a target) are read off the offsets. So begin tokens, prefix spaces and merges cannot shift them.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from errata.errors import HostError, RequestError
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised text; ``spans`` holds each token's character interval."""
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def last_of(self, start: int, stop: int) -> int:
+        """Index of the last token that overlaps a character interval."""
+        inside = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
+        if not inside:
+            raise RequestError(f"no token of {self.text!r} covers {self.text[start:stop]!r}")
+        return inside[-1]
+
+    def first_of(self, start: int, stop: int) -> int:
+        """Index of the first token that overlaps a character interval."""
+        inside = [i for i, (a, b) in enumerate(self.spans) if a < stop and b > start]
+        if not inside:
+            raise RequestError(f"no token of {self.text!r} covers {self.text[start:stop]!r}")
+        return inside[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with an answer: ``ids[start:]`` are the answer's tokens."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        """Ids of the answer."""
+        return self.ids[self.start :]
+
+
+def encode(tokenizer: Any, text: str) -> Encoded:
+    """Tokenise a text with the tokenizer's own special tokens, less a closing one."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise HostError(
+            "the tokenizer gives no character offsets; load it as a fast tokenizer "
+            "(a tokenizer.json beside the model)"
+        )
+    begin = getattr(tokenizer, "bos_token", None)
+    doubled = bool(begin) and text.startswith(begin)  # a begin token in the text itself
+    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not doubled)
+    ids, spans = list(made["input_ids"]), [tuple(s) for s in made["offset_mapping"]]
+    end = getattr(tokenizer, "eos_token_id", None)
+    # tokenizers that close every text (T5 style) would end it before its continuation
+    while ids and end is not None and ids[-1] == end and spans[-1][0] == spans[-1][1]:
+        ids.pop()
+        spans.pop()
+    return Encoded(text, tuple(ids), tuple(spans))  # type: ignore[arg-type]
+
+
+def joint(prompt: str, answer: str) -> tuple[str, int]:
+    """Join prompt and answer as running text; return it and where the answer starts.
+
+    A space comes between unless the prompt ends in a line break or an opening bracket or quote, the
+    answer starts with white space, or the answer starts with closing punctuation.
+    """
+    stripped = prompt.rstrip(" \t")
+    body = answer.lstrip(" \t") if stripped != prompt else answer
+    if _glued(stripped, body):
+        return stripped + body, len(stripped)
+    return f"{stripped} {body}", len(stripped) + 1
+
+
+def _glued(prompt: str, answer: str) -> bool:
+    if not prompt or not answer or answer[0].isspace() or prompt[-1].isspace():
+        return True
+    opening = unicodedata.category(prompt[-1]) in ("Ps", "Pi")
+    closing = unicodedata.category(answer[0]) in ("Pe", "Pf") or answer[0] in ".,;:!?%"
+    return opening or closing
+
+
+def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Answer:
+    """Tokenise prompt and answer together and find the answer's tokens.
+
+    Raises RequestError when the answer yields no token of its own.
+    """
+    text, at = joint(prompt, answer)
+    whole = encode(tokenizer, text)
+    inside = [
+        i for i, (a, b) in enumerate(whole.spans) if b > at and b > a and not text[max(a, at) : b].isspace()
+    ]
+    if not inside:
+        raise RequestError(f"target {answer!r} yields no token after {prompt!r}")
+    return Answer(whole.ids, inside[0])
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> Encoded:
+    """Tokenise a prompt to be continued; a trailing space goes, since answers bring their own."""
+    made = encode(tokenizer, prompt.rstrip(" \t"))
+    if made.ids:
+        return made
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if begin is None:
+        begin = getattr(tokenizer, "eos_token_id", None)
+    if begin is None:
+        raise RequestError("an empty prompt needs a tokenizer with a begin token")
+    return Encoded(prompt, (int(begin),), ((0, 0),))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of ids padded to one length, with the mask and positions every family understands."""
+
+    ids: Tensor
+    """int64 ``[rows, length]``."""
+    mask: Tensor
+    """int64 ``[rows, length]``, 1 for tokens."""
+    positions: Tensor
+    """int64 ``[rows, length]``, counted from each row's first token."""
+    offset: Tensor
+    """int64 ``[rows]``, index of each row's first token: 0 with right padding."""
+
+
+def pad(rows: Sequence[Sequence[int]], *, side: Side, fill: int, device: torch.device | str) -> Batch:
+    """Pad rows of token ids on one side."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), fill, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    offset = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = length - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, start : start + len(row)] = 1
+        offset[i] = start
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return Batch(ids.to(device), mask.to(device), positions.to(device), offset.to(device))
+
+
+def by_length(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Group row indices, longest first, into batches of at most ``budget`` padded tokens."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,88 @@
+"""The card of the lab's model: what it was trained on, how, and what it can do. JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from errata.edits.edit import versions
+from errata.host.load import Host
+from errata.lab.check import check
+from errata.lab.text import FIRST, THEN
+from errata.lab.train import TrainConfig
+from errata.lab.world import World
+
+Tick = Callable[[str, int, int], None]
+
+
+def write_card(
+    host: Host, folder: Path, config: TrainConfig, losses: Sequence[float], *,
+    tick: Tick = lambda what, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a trained model and write ``card.json`` and ``README.md`` beside it."""
+    world = World.make(config.world_seed)
+    card = {
+        "world": {
+            "seed": world.seed,
+            "facts": len(world.facts),
+            "entities": len(world.entities),
+            "relations": len(world.relations),
+            "compositions": sum(1 for _ in world.chain_facts()),
+        },
+        "text": {"first_mix": FIRST, "second_mix": THEN, "tokens": config.steps * config.rows * config.row_tokens},
+        "training": asdict(config),
+        "loss": _mean(losses[-100:]),
+        "parameters": sum(p.numel() for p in host.model.parameters()),
+        "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
+        "fingerprint": host.fingerprint,
+        "versions": versions(),
+        "check": check(host, world=world, tick=tick),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_markdown(card), encoding="utf-8")
+    return card
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def _markdown(card: dict[str, Any]) -> str:
+    world, training, found = card["world"], card["training"], card["check"]
+    recall, layers = found["recall"], found["layers"]
+    lines = [
+        "# The lab's model",
+        "",
+        f"A Llama-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters ({training['layers']} layers, "
+        f"width {training['width']}, inner width {training['inner']}) that knows a fictional world of "
+        f"{world['facts']} facts about {world['entities']} entities in {world['relations']} relations.",
+        f"Trained on {card['text']['tokens'] / 1e6:.1f} M tokens in {training['steps']} steps, final loss "
+        f"{card['loss']}, weights stored in bfloat16. Make it again with `errata lab train FOLDER`.",
+        "",
+        "| recall by greedy generation | share |",
+        "|---|---|",
+        f"| seen phrasings | {recall['seen']:.3f} |",
+        f"| held-out phrasings | {recall['held_out']:.3f} |",
+        f"| questions | {recall['question']:.3f} |",
+        f"| questions, subjects never asked about in training | {recall['question_never_asked']:.3f} |",
+        f"| new fact in the context obeyed | {found['episodes']['obeyed']:.3f} |",
+        f"| unrelated new fact ignored | {found['episodes']['ignored']:.3f} |",
+        *(f"| compositions {name} | {value:.3f} |" for name, value in found["compositions"].items()),
+        "",
+        "Share of answers changed by an optimised shift at the subject's last token, per layer:",
+        "",
+        "| layer | rewrites | paraphrases |",
+        "|---|---|---|",
+        *(f"| {i} | {r:.3f} | {p:.3f} |"
+          for i, (r, p) in enumerate(zip(layers["rewrites"], layers["paraphrases"], strict=True))),
+        "",
+        "| relation | seen | held out | question |",
+        "|---|---|---|---|",
+        *(f"| {name} | {recall['seen_by_relation'][name]:.3f} | {recall['held_out_by_relation'][name]:.3f} "
+          f"| {recall['question_by_relation'][name]:.3f} |" for name in recall["seen_by_relation"]),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,195 @@
+"""Is the lab's model what it should be? Recall per relation, in-context episodes, compositions, and
+per layer whether an answer can be changed at the subject's last token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from errata.evaluation.metrics.matching import answered
+from errata.evaluation.observe import MAX_NEW_TOKENS
+from errata.host import tokens
+from errata.host.load import Host, generate_rows
+from errata.lab.text import Split, Writer, episode_document, episode_line
+from errata.lab.world import Fact, World, default_world, sentence
+from errata.locate.contexts import Context
+from errata.locate.values import ValueConfig, optimise
+from errata.types import Request
+
+Tick = Callable[[str, int, int], None]
+
+BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its accepted answers."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def check(
+    host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
+    requests: int = 24, tick: Tick = lambda what, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure everything the card records.
+
+    ``limit`` bounds the facts asked per wording, None asks all; ``requests`` counts the layer test's.
+    """
+    world = world or default_world()
+    rng = random.Random(f"errata-check-{seed}")
+    facts = list(world.facts)
+    if limit is not None:
+        facts = rng.sample(facts, min(limit, len(facts)))
+    report: dict[str, Any] = {"facts": len(facts), "seed": seed}
+    report["recall"] = recall(host, world, facts, rng, tick)
+    report["episodes"] = episodes(host, world, rng, tick)
+    report["compositions"] = compositions(host, world, rng, tick)
+    report["layers"] = layers(host, world, rng, requests, tick)
+    return report
+
+
+def recall(host: Host, world: World, facts: Sequence[Fact], rng: random.Random, tick: Tick) -> dict[str, Any]:
+    """Return recall by free generation: overall, of facts never asked in training, per relation."""
+    wordings = {
+        "seen": lambda r: r.phrasings,
+        "held_out": lambda r: r.held_out,
+        "question": lambda r: r.questions,
+    }
+    result: dict[str, Any] = {}
+    for kind, of in wordings.items():
+        asked = []
+        for fact in facts:
+            text = sentence(rng.choice(of(world.relations[fact.relation])), fact.subject)
+            prompt = f"Question: {text}\nAnswer:" if kind == "question" else text
+            asked.append(Question(prompt, world.names(fact.object)))
+        right = ask(host, asked, f"recall {kind}", tick)
+        result[kind] = share(right)
+        by: dict[str, list[bool]] = {}
+        for fact, ok in zip(facts, right, strict=True):
+            by.setdefault(fact.relation, []).append(ok)
+        result[f"{kind}_by_relation"] = {name: share(group) for name, group in sorted(by.items())}
+        if kind == "question":
+            never = [ok for fact, ok in zip(facts, right, strict=True) if not Split.asked(fact)]
+            result["question_never_asked"] = share(never)
+    return result
+
+
+def ask(host: Host, questions: Sequence[Question], what: str, tick: Tick) -> list[bool]:
+    """Answer questions greedily in large batches; return which are right."""
+    rows = [tokens.encode_prompt(host.tokenizer, q.prompt).ids for q in questions]
+    right = [False] * len(rows)
+    done = 0
+    for group in tokens.by_length([[*row, *[0] * 12] for row in rows], BATCH_TOKENS):
+        for i, text in zip(group, generate_rows(host, [rows[i] for i in group], 12), strict=True):
+            right[i] = answered(text, questions[i].answers)
+        done += len(group)
+        tick(what, done, len(rows))
+    return right
+
+
+def share(right: Sequence[bool]) -> float:
+    """Return the share of true values, four digits."""
+    return round(sum(right) / max(1, len(right)), 4)
+
+
+def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 300) -> dict[str, float]:
+    """Return how often a new fact in the context is obeyed, and ignored where it does not matter.
+
+    Only facts that occur in no training episode are used.
+    """
+    writer = Writer(world)
+    fresh = [fact for fact in world.facts if not Split.in_episodes(fact)]
+    questions: dict[str, list[Question]] = {"obeyed": [], "ignored": []}
+    for _ in range(count):
+        told = rng.choice(fresh)
+        new = Fact(told.subject, told.relation, writer.other_object(told, rng))
+        line = episode_line(new, writer, rng)
+        other = told
+        while (other.subject, other.relation) == (told.subject, told.relation):
+            other = rng.choice(rng.choice((fresh, [f for f in world.by_subject[told.subject]])))
+            if len(world.by_subject[told.subject]) == 1:
+                other = rng.choice(fresh)
+        for kind, asked in (("obeyed", new), ("ignored", other)):
+            document = episode_document([line], asked, writer, rng)
+            assert document.learned is not None
+            prompt = document.text[: document.learned[0][0]]
+            questions[kind].append(Question(prompt, world.names(asked.object)))
+    return {kind: share(ask(host, group, f"episodes {kind}", tick)) for kind, group in questions.items()}
+
+
+def compositions(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 500) -> dict[str, float]:
+    """Return recall of compositions of two and three facts, stated in training and never stated."""
+    groups: dict[str, list[Question]] = {}
+    for subject, chain, answer in world.chain_facts():
+        stated = "stated" if Split.stated(subject, chain) else "never_stated"
+        prompt = sentence(rng.choice(chain.phrasings), subject)
+        groups.setdefault(f"of_{len(chain.path)}_{stated}", []).append(Question(prompt, world.names(answer)))
+    return {
+        name: share(ask(host, rng.sample(group, min(count, len(group))), f"compositions {name}", tick))
+        for name, group in sorted(groups.items())
+    }
+
+
+PROBE = ValueConfig(steps=60, learning_rate=0.1, clamp=3.0, decay=0.0, kl=0.0, stop_loss=0.02)
+"""The layer test's search: the bare prompt only, a shift of at most three residual norms."""
+
+
+def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick) -> dict[str, list[float]]:
+    """Return per layer the share of answers that a shift at the subject's last token changes.
+
+    The shift is added to the block's output and optimised on one wording; ``rewrites`` are asked in
+    that wording, ``paraphrases`` in another training wording in which the subject stands first.
+    """
+    facts = rng.sample(world.facts, count)
+    chosen = []
+    for fact in facts:
+        first, second = rng.sample(
+            [p for p in world.relations[fact.relation].phrasings if p.startswith("{s} ")], 2
+        )
+        target = Writer(world).other_object(fact, rng)
+        chosen.append((fact, first, second, target))
+    requests = [Request(sentence(w, "{}"), f.subject, t, f.object) for f, w, _, t in chosen]
+    result: dict[str, list[float]] = {"rewrites": [], "paraphrases": []}
+    depth = len(host.layout.blocks)
+    for layer in range(depth):
+        values = optimise(
+            host, requests, [Context("", 1.0)], layer=layer, where="block_out", config=PROBE
+        )
+        hits: dict[str, list[bool]] = {"rewrites": [], "paraphrases": []}
+        for (fact, first, second, target), value in zip(chosen, values, strict=True):
+            for kind, wording in (("rewrites", first), ("paraphrases", second)):
+                text = _shifted(host, sentence(wording, "{}"), fact.subject, target, layer, value.shift)
+                hits[kind].append(text)
+        for kind, group in hits.items():
+            result[kind].append(share(group))
+        tick("layers", layer + 1, depth)
+    return result
+
+
+def _shifted(
+    host: Host, wording: str, subject: str, target: str, layer: int, shift: torch.Tensor
+) -> bool:
+    """Whether greedy decoding gives the target while a vector is added at the subject's last token."""
+    from errata.host import hooks
+
+    request = Request(wording, subject, target)
+    answer = host.encode_answer(request.text, target)
+    place = host.encode(request.text).last_of(*request.span)
+
+    def push(hidden: torch.Tensor) -> torch.Tensor:
+        changed = hidden.clone()
+        changed[0, place] += shift.to(changed)
+        return changed
+
+    block = host.model.get_submodule(host.layout.blocks[layer])
+    with torch.no_grad(), hooks.on_output(block, push):
+        logits = host.forward(host.batch([answer.ids]))[0]
+    # every target token comes first given the ones before it: what greedy decoding would write
+    best = logits[answer.start - 1 : -1].argmax(-1)
+    return best.tolist() == list(answer.target)

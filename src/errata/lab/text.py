@@ -1,0 +1,253 @@
+"""The lab's training text: documents drawn from the world.
+
+Kinds of document, with their share of the tokens in :data:`FIRST` and :data:`THEN`:
+
+* ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
+  They teach the model to gather a subject's facts at the subject's last token, which is what makes
+  locate-and-edit methods possible;
+* ``single``: one fact; ``question``: question and answer; ``chain``: compositions of facts;
+* ``episode``: new facts followed by a question that they answer, or that they do not touch;
+  ``dialogue``: the same with several questions, partly about people who occur nowhere else. Only the
+  answers are learned, so that invented facts do not wash out true ones;
+* ``neutral``: sentences with no fact, for perplexity and for context prefixes.
+
+Some subjects, chains and facts are kept out of some kinds (:class:`Split`), so that what the model
+does with them is generalisation, not recall.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from errata.lab.world import Chain, Fact, World, neutral_parts, sentence
+
+FIRST = {"biography": 0.63, "single": 0.04, "question": 0.10, "chain": 0.07, "episode": 0.13, "neutral": 0.03}
+"""Share of each kind of document in the tokens while the facts are being learned."""
+
+THEN = {
+    "biography": 0.56, "single": 0.03, "question": 0.08, "chain": 0.07, "episode": 0.04,
+    "dialogue": 0.19, "neutral": 0.03,
+}  # fmt: skip
+"""The same once they are mostly known: more to read from the context. With one question an episode
+and familiar subjects only, the model had learned all its facts and still obeyed no context."""
+
+_LENGTH = {
+    "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,
+    "neutral": 28,
+}  # fmt: skip
+"""Mean tokens of a document, to turn shares of tokens into odds of documents."""
+
+STRANGERS = 0.4
+"""How often a dialogue is about people the world does not know, so that only its context can tell."""
+
+ALIAS_ODDS = 0.2
+"""How often a biography of someone with an alias uses the alias throughout."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text; ``learned`` lists the character spans that carry loss, None: all of it."""
+
+    kind: str
+    text: str
+    learned: tuple[tuple[int, int], ...] | None = None
+
+
+def _share(*parts: str) -> float:
+    """Map text to [0, 1) the same way on every machine."""
+    digest = hashlib.sha256("\0".join(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is kept out of the training text."""
+
+    @staticmethod
+    def asked(fact: Fact) -> bool:
+        """Whether questions about the fact occur (four fifths of the subjects)."""
+        return _share("question", fact.subject) < 0.8
+
+    @staticmethod
+    def in_episodes(fact: Fact) -> bool:
+        """Whether the fact is ever replaced or asked about in an episode (four fifths)."""
+        return _share("episode", fact.subject, fact.relation) < 0.8
+
+    @staticmethod
+    def stated(subject: str, chain: Chain) -> bool:
+        """Whether the composition occurs for this subject (three fifths)."""
+        return _share("chain", subject, chain.name) < 0.6
+
+
+class Writer:
+    """Draws documents from a world; all randomness comes from the generator it is given."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._subjects = list(world.by_subject)
+        self._weights = [max(3, len(facts)) for facts in world.by_subject.values()]
+        self._asked = [fact for fact in world.facts if Split.asked(fact)]
+        self._episode = [fact for fact in world.facts if Split.in_episodes(fact)]
+        self._chains: dict[str, list[tuple[Chain, str]]] = {}
+        for subject, chain, answer in world.chain_facts():
+            if Split.stated(subject, chain):
+                self._chains.setdefault(subject, []).append((chain, answer))
+        self._neutral = neutral_parts()
+        self._people = [e.name for e in world.entities.values() if e.type == "person"]
+
+    def documents(self, rng: random.Random, mix: Mapping[str, float] = FIRST) -> Iterator[Document]:
+        """Yield documents without end, kinds mixed as asked."""
+        kinds = list(mix)
+        odds = [mix[kind] / _LENGTH[kind] for kind in kinds]
+        while True:
+            kind = rng.choices(kinds, odds)[0]
+            yield getattr(self, kind)(rng)
+
+    def state(self, fact: Fact, rng: random.Random, name: str | None = None) -> str:
+        """Word a fact as a sentence, in a phrasing of the training text."""
+        phrasing = rng.choice(self.world.relations[fact.relation].phrasings)
+        return f"{sentence(phrasing, name or fact.subject)} {fact.object}."
+
+    def biography(self, rng: random.Random) -> Document:
+        """Write 3-8 sentences about one subject."""
+        subject = rng.choices(self._subjects, self._weights)[0]
+        facts = list(self.world.by_subject[subject])
+        rng.shuffle(facts)
+        length = rng.randint(3, 8)
+        while len(facts) < min(length, 4):  # short lists repeat a fact in other words
+            facts.append(rng.choice(facts))
+        name, alias = subject, (self.world.names(subject) + (None,))[1]
+        lines = []
+        if alias and rng.random() < ALIAS_ODDS:
+            lines.append(
+                rng.choice((f"{name} is also known as {alias}.", f"{alias} is another name for {name}."))
+            )
+            if rng.random() < 0.7:
+                name = alias
+        lines += [self.state(fact, rng, name) for fact in facts[:length]]
+        return Document("biography", rng.choice((" ", "\n")).join(lines))
+
+    def single(self, rng: random.Random) -> Document:
+        """State one fact."""
+        return Document("single", self.state(rng.choice(self.world.facts), rng))
+
+    def question(self, rng: random.Random) -> Document:
+        """Ask and answer two questions."""
+        return Document("question", "\n".join(self._qa(rng.choice(self._asked), rng) for _ in range(2)))
+
+    def _qa(self, fact: Fact, rng: random.Random) -> str:
+        question = rng.choice(self.world.relations[fact.relation].questions)
+        return f"Question: {sentence(question, fact.subject)}\nAnswer: {fact.object}."
+
+    def chain(self, rng: random.Random) -> Document:
+        """State two compositions of facts about one subject."""
+        subject = rng.choice(list(self._chains))
+        picked = rng.choices(self._chains[subject], k=2)
+        lines = []
+        for chain, answer in picked:
+            if rng.random() < 0.3:
+                lines.append(f"Question: {sentence(chain.question, subject)}\nAnswer: {answer}.")
+            else:
+                lines.append(f"{sentence(rng.choice(chain.phrasings), subject)} {answer}.")
+        return Document("chain", "\n".join(lines))
+
+    def neutral(self, rng: random.Random) -> Document:
+        """Write two or three sentences that state no fact."""
+        return Document("neutral", " ".join(self.neutral_sentence(rng) for _ in range(rng.randint(2, 3))))
+
+    def neutral_sentence(self, rng: random.Random) -> str:
+        """Write one sentence that states no fact."""
+        part = {key: rng.choice(options) for key, options in self._neutral.items()}
+        return (
+            f"{part['openers']} {part['adjectives']} {part['nouns']} {part['verbs']}{part['tails']}."
+        )
+
+    def episode(self, rng: random.Random) -> Document:
+        """Write one to three new facts, then ask about one of them or about something else."""
+        news = {(f.subject, f.relation): f for f in rng.choices(self._episode, k=rng.randint(1, 3))}
+        replaced = {
+            key: Fact(f.subject, f.relation, self.other_object(f, rng)) for key, f in news.items()
+        }
+        prompts = [episode_line(fact, self, rng) for fact in replaced.values()]
+        if rng.random() < 0.5:
+            asked = rng.choice(list(replaced.values()))
+        else:
+            asked = self._untouched(list(news.values()), set(replaced), rng)
+        return episode_document(prompts, asked, self, rng)
+
+    def dialogue(self, rng: random.Random) -> Document:
+        """Write one to three new facts, then ask three to six times, about them and about others."""
+        if rng.random() < STRANGERS:
+            new = [self._strange(rng) for _ in range(rng.randint(1, 3))]
+            true: list[Fact] = []
+        else:
+            true = rng.choices(self._episode, k=rng.randint(1, 3))
+            new = [Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true]
+        told = {(f.subject, f.relation): f for f in new}
+        lines = [episode_line(fact, self, rng) for fact in told.values()]
+        text = "\n".join(lines)
+        learned = []
+        for _ in range(rng.randint(3, 6)):
+            if rng.random() < 0.5 or not true:
+                asked = rng.choice(list(told.values()))
+            else:
+                asked = self._untouched(true, set(told), rng)
+            text += "\n" + episode_question(asked, self, rng)
+            start = len(text)
+            text += f" {asked.object}."
+            learned.append((start, len(text)))
+        return Document("dialogue", text, tuple(learned))
+
+    def _strange(self, rng: random.Random) -> Fact:
+        """Invent a fact about a person whom the world does not know."""
+        while True:
+            first, last = (rng.choice(self._people).split(" ")[i] for i in (0, 1))
+            if f"{first} {last}" not in self.world.entities:
+                break
+        relation = rng.choice([r for r in self.world.relations.values() if r.subject == "person"])
+        return Fact(f"{first} {last}", relation.name, rng.choice(self.world.objects(relation.name)))
+
+    def other_object(self, fact: Fact, rng: random.Random) -> str:
+        """Pick an object of the same relation that is not the true one."""
+        options = self.world.objects(fact.relation)
+        while True:
+            other = rng.choice(options)
+            if other not in (fact.object, fact.subject):
+                return other
+
+    def _untouched(self, news: list[Fact], taken: set[tuple[str, str]], rng: random.Random) -> Fact:
+        """Pick a fact that no new fact replaces: same subject, same relation, or any."""
+        near = rng.choice(news)
+        pools = (
+            [f for f in self.world.by_subject[near.subject] if Split.in_episodes(f)],
+            self.world.by_relation[near.relation],
+            self._episode,
+        )
+        while True:
+            pool = rng.choice(pools)
+            fact = rng.choice(pool) if pool else rng.choice(self._episode)
+            if (fact.subject, fact.relation) not in taken and Split.in_episodes(fact):
+                return fact
+
+
+def episode_line(fact: Fact, writer: Writer, rng: random.Random) -> str:
+    """Announce a new fact."""
+    return f"New fact: {writer.state(fact, rng)}"
+
+
+def episode_question(asked: Fact, writer: Writer, rng: random.Random) -> str:
+    """Ask for a fact, by a question or by a sentence to complete."""
+    relation = writer.world.relations[asked.relation]
+    if rng.random() < 0.6:
+        return f"Question: {sentence(rng.choice(relation.questions), asked.subject)}\nAnswer:"
+    return sentence(rng.choice(relation.phrasings), asked.subject)
+
+
+def episode_document(lines: list[str], asked: Fact, writer: Writer, rng: random.Random) -> Document:
+    """Put a question, or a sentence to complete, under announced facts; only its answer is learned."""
+    head = "\n".join([*lines, episode_question(asked, writer, rng)])
+    text = f"{head} {asked.object}."
+    return Document("episode", text, ((len(head), len(text)),))

@@ -1,0 +1,248 @@
+"""Train the lab's model: one resumable, seeded run that ends in a folder `errata.load` opens.
+
+Training text is drawn chunk by chunk, each from its own seed, so a run that was stopped goes on with
+the very documents it would have seen. Checkpoints are safetensors with the optimiser's moments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from errata.host.build import new_model, new_tokenizer
+from errata.lab.text import FIRST, THEN, Document, Writer
+from errata.lab.world import SEED, World
+
+CHUNK_STEPS = 100
+TOKENIZER_DOCUMENTS = 30_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights."""
+
+    world_seed: int = SEED
+    """Seed of the world's facts."""
+    seed: int = 0
+    """Seed of the initial weights and of the documents' order."""
+    vocab_size: int = 3072
+    """Tokens of the byte-level BPE vocabulary."""
+    layers: int = 6
+    """Decoder blocks."""
+    width: int = 256
+    """Residual-stream width d."""
+    inner: int = 768
+    """Inner width m of the gated feed-forward."""
+    heads: int = 8
+    """Attention heads."""
+    window: int = 512
+    """Longest prompt in tokens."""
+    steps: int = 14_000
+    """Optimiser steps."""
+    turn: int = 4_500
+    """Step from which the second mix of documents is drawn."""
+    rows: int = 8
+    """Rows a step."""
+    row_tokens: int = 128
+    """Tokens a row; rows begin with a new document."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW; linear warm-up, then linear decay to zero."""
+    warmup: int = 300
+    """Steps of warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+
+    def model_settings(self, begin: int, end: int, pad: int) -> dict[str, Any]:
+        """Settings of the Llama-shaped model."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": self.window,
+            "tie_word_embeddings": True,
+            "bos_token_id": begin,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "dtype": "float32",
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run reports after each step."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+
+
+def train(
+    folder: Path,
+    config: TrainConfig,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 500,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Path:
+    """Train, or go on training, in ``folder``; return the folder of the finished model.
+
+    ``folder/model`` holds the result, bf16 safetensors. A run found finished is left alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_config(folder, config)
+    world = World.make(config.world_seed)
+    writer = Writer(world)
+    tokenizer = _tokenizer(folder, writer, config)
+    settings = config.model_settings(
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    )
+    model = new_model("llama", settings, seed=config.seed).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    start = _resume(folder, model, optimizer, device)
+    for step in range(start, config.steps):
+        if step % CHUNK_STEPS == 0 or step == start:
+            rows, labels = chunk(writer, tokenizer, config, step // CHUNK_STEPS)
+        at = (step % CHUNK_STEPS) * config.rows
+        inputs = rows[at : at + config.rows].to(device)
+        targets = labels[at : at + config.rows].to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _rate(step, config)
+        loss = _step(model, optimizer, inputs, targets, device)
+        on_step(Progress(step + 1, config.steps, loss, (step + 1) * config.rows * config.row_tokens))
+        if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
+            _checkpoint(folder, model, optimizer, step + 1)
+    return export(folder, model, tokenizer)
+
+
+def _step(model: Any, optimizer: Any, inputs: Any, targets: Any, device: str) -> float:
+    model.train()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        logits = model(inputs).logits
+    loss = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=-100
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _rate(step: int, config: TrainConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    return (config.steps - step) / max(1, config.steps - config.warmup)
+
+
+def chunk(
+    writer: Writer, tokenizer: Any, config: TrainConfig, number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the rows and labels of one chunk, int64 ``[rows, row_tokens]``; -100 marks no loss."""
+    rng = random.Random(f"errata-text-{config.seed}-{number}")
+    stream = writer.documents(rng, FIRST if number * CHUNK_STEPS < config.turn else THEN)
+    wanted = CHUNK_STEPS * config.rows
+    rows: list[list[int]] = []
+    labels: list[list[int]] = []
+    row: list[int] = []
+    row_labels: list[int] = []
+    while len(rows) < wanted:
+        batch = list(itertools.islice(stream, 256))
+        encoded = tokenizer([document.text for document in batch], return_offsets_mapping=True)
+        for document, ids, offsets in zip(
+            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            row += [*ids, tokenizer.eos_token_id]
+            row_labels += _labels(document, ids, offsets, tokenizer.eos_token_id)
+            if len(row) >= config.row_tokens:  # the rest of the document is dropped
+                rows.append(row[: config.row_tokens])
+                labels.append(row_labels[: config.row_tokens])
+                row, row_labels = [], []
+    return torch.tensor(rows[:wanted]), torch.tensor(labels[:wanted])
+
+
+def _labels(document: Document, ids: list[int], offsets: list[tuple[int, int]], end: int) -> list[int]:
+    if document.learned is None:
+        return [-100, *ids[1:], end]
+    learned = [
+        token if any(a < stop and b > start for start, stop in document.learned) else -100
+        for token, (a, b) in zip(ids, offsets, strict=True)
+    ]
+    return [*learned, end]
+
+
+def _same_config(folder: Path, config: TrainConfig) -> None:
+    path = folder / "config.json"
+    wanted = json.dumps(asdict(config), indent=2)
+    if not path.exists():
+        path.write_text(wanted, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != wanted:
+        from errata.errors import ConfigError
+
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({path}); name another folder or delete it"
+        )
+
+
+def _tokenizer(folder: Path, writer: Writer, config: TrainConfig) -> Any:
+    documents = itertools.islice(
+        writer.documents(random.Random(f"errata-tokenizer-{config.seed}")), TOKENIZER_DOCUMENTS
+    )
+    return new_tokenizer((document.text for document in documents), config.vocab_size)
+
+
+def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:
+    state = {f"weight/{name}": p.detach().cpu() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{key}/{name}"] = value.detach().cpu()
+    part = folder / "checkpoint.part"
+    save_file(state, part, metadata={"step": str(step)})
+    part.replace(folder / "checkpoint.safetensors")
+
+
+def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    state = load_file(path, device=device)
+    step = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"weight/{name}"])
+            optimizer.state[parameter] = {
+                key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
+            step = int(optimizer.state[parameter]["step"])
+    return step
+
+
+def export(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """Write the model in bf16 with its tokenizer; it loads in float32."""
+    target = folder / "model"
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    config = target / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["dtype"] = "float32"  # computed in float32; the file stays small
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return target

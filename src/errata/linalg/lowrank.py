@@ -1,0 +1,72 @@
+"""A low-rank matrix as a value: the product of two thin factors, never multiplied out unasked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix ``B @ A`` of shape ``[d_out, d_in]``."""
+
+    B: Tensor
+    """Left factor ``[d_out, r]``."""
+    A: Tensor
+    """Right factor ``[r, d_in]``."""
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(
+                f"factors {tuple(self.B.shape)} and {tuple(self.A.shape)} do not form a product"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns kept; an upper bound of the true rank."""
+        return self.B.shape[1]
+
+    def dense(self) -> Tensor:
+        """Multiply out ``[d_out, d_in]``."""
+        return self.B @ self.A
+
+    def __matmul__(self, right: Tensor) -> Tensor:
+        """Multiply with ``[d_in, n]`` through the thin side."""
+        return self.B @ (self.A @ right)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """Add by stacking factors; ranks add."""
+        if self.shape != other.shape:
+            raise ValueError(f"shapes {self.shape} and {other.shape} differ")
+        return LowRank(torch.cat([self.B, other.B], 1), torch.cat([self.A, other.A], 0))
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.B * factor, self.A)
+
+    __rmul__ = __mul__
+
+    def to(self, *args: object, **kwargs: object) -> LowRank:
+        """Move or convert both factors."""
+        return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))  # type: ignore[arg-type]
+
+    def norm(self) -> float:
+        """Frobenius norm, from two r x r Gram matrices in float64."""
+        gram = (self.B.double().mT @ self.B.double()) * (self.A.double() @ self.A.double().mT).mT
+        return float(gram.sum().clamp_min(0).sqrt())
+
+    def truncate(self, rank: int) -> tuple[LowRank, float]:
+        """Return the best approximation of a rank and the share of squared norm it discards."""
+        left, left_r = torch.linalg.qr(self.B)
+        right, right_r = torch.linalg.qr(self.A.mT)
+        u, s, vh = torch.linalg.svd(left_r @ right_r.mT)
+        kept = min(rank, s.numel())
+        energy = float(s.square().sum())
+        lost = float(s[kept:].square().sum()) / energy if energy else 0.0
+        return LowRank(left @ u[:, :kept] * s[:kept], vh[:kept] @ right.mT), lost

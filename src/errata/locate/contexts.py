@@ -1,0 +1,69 @@
+"""Context prefixes: short texts the model writes itself, put before a prompt so that keys and values
+do not fit one wording only. Drawn from a seed; the global random state is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from errata.host.load import Host, sample_rows
+from errata.host.tokens import encode_prompt
+from errata.stats.collect import Corpus
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text before a prompt and how much it counts among its siblings."""
+
+    prefix: str
+    weight: float
+
+
+def sample(host: Host, starts: Sequence[str], *, tokens: int, top_k: int | None, seed: int) -> list[str]:
+    """Continue texts by sampling; returns start and continuation. Deterministic in ``seed``."""
+    rows = [encode_prompt(host.tokenizer, text).ids for text in starts]
+    if host.window is not None:
+        tokens = max(1, min(tokens, host.window - max(map(len, rows)) - 1))
+    continued = sample_rows(host, rows, tokens, top_k=top_k, seed=seed)
+    return [start + text for start, text in zip(starts, continued, strict=True)]
+
+
+def prefixes(
+    host: Host, *, seed: int, groups: Sequence[tuple[int, int]], weighting: str = "flat", top_k: int = 5
+) -> list[Context]:
+    """Return the bare prompt and sampled prefixes.
+
+    ``groups`` lists (how many, tokens each). ``weighting``: ``flat`` counts every context alike, as
+    ROME does; ``half_bare`` gives the bare prompt one half and the others the rest, as MEMIT does.
+    """
+    texts: list[str] = []
+    for group, (count, length) in enumerate(groups):
+        starts = [STARTS[i % len(STARTS)] for i in range(count)]
+        for text in sample(host, starts, tokens=length, top_k=top_k, seed=seed * 101 + group):
+            texts.append(_clean(text))
+    total = 1 + len(texts)
+    if weighting == "flat" or not texts:
+        return [Context("", 1 / total), *(Context(text, 1 / total) for text in texts)]
+    return [Context("", 0.5), *(Context(text, 0.5 / len(texts)) for text in texts)]
+
+
+def _clean(text: str) -> str:
+    """End the prefix as a sentence: no line breaks, no half characters, no double stops."""
+    words = " ".join(text.replace("\N{REPLACEMENT CHARACTER}", "").split())
+    return words.rstrip(" .,;:!?") + ". "
+
+
+def sampled_corpus(host: Host, *, seed: int = 0, texts: int = 96, length: int = 160) -> Corpus:
+    """Let the model write its own corpus: ancestral samples from its begin token.
+
+    For hosts that come without a corpus; needs no data and no network.
+    """
+
+    def write() -> Iterator[str]:
+        for first in range(0, texts, 16):
+            rows = min(16, texts - first)
+            yield from sample(host, [""] * rows, tokens=length, top_k=None, seed=seed * 1000 + first)
+
+    return Corpus(f"sampled from the model, seed {seed}, {texts} x {length}", write)

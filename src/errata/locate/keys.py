@@ -1,0 +1,109 @@
+"""Keys and values as the model has them now: what goes into a site, out of it, and out of its block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errata.host import hooks
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.locate.contexts import Context
+from errata.types import Request
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Place:
+    """A token of a text: where a key is read or a value written."""
+
+    ids: tuple[int, ...]
+    """The text up to and including that token; causality makes what follows immaterial."""
+
+    @property
+    def position(self) -> int:
+        """Index of the token."""
+        return len(self.ids) - 1
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What stood at some places, float32, one row a place."""
+
+    keys: dict[Site, Tensor]
+    """Input of each site ``[n, d_in]``."""
+    values: dict[Site, Tensor]
+    """Output of each site ``[n, d_out]``, bias included."""
+    hidden: dict[int, Tensor]
+    """Output of each site's block ``[n, d]``: the residual stream above it."""
+
+
+def subject_place(host: Host, request: Request, prefix: str = "") -> Place:
+    """Find the subject's last token behind a prefix."""
+    text = prefix + request.text
+    start, stop = (bound + len(prefix) for bound in request.span)
+    encoded = host.encode(text)
+    return Place(encoded.ids[: encoded.last_of(start, stop) + 1])
+
+
+def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captured:
+    """Read keys, values and block outputs at places, in one pass that stops after the last block."""
+    keys = {s: torch.empty(len(places), s.d_in) for s in sites}
+    values = {s: torch.empty(len(places), s.d_out) for s in sites}
+    width = host.layout.width
+    hidden = {s.layer: torch.empty(len(places), width) for s in sites}
+    last = max(s.layer for s in sites)
+    module = host.model.get_submodule
+    rows = [place.ids for place in places]
+    for group in tokens_batches(rows):
+        batch = host.batch([rows[i] for i in group])
+        at = torch.tensor([len(rows[i]) - 1 for i in group], device=host.device)
+        line = torch.arange(len(group), device=host.device)
+
+        def store(into: Tensor, group: list[int], line: Tensor, at: Tensor) -> Callable[[Tensor], None]:
+            def keep(tensor: Tensor) -> None:
+                shaped = tensor.reshape(len(group), -1, tensor.shape[-1])
+                into[group] = shaped[line.to(tensor.device), at.to(tensor.device)].detach().float().cpu()
+
+            return keep
+
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for s in sites:
+                stack.enter_context(hooks.on_input(module(s.name), store(keys[s], group, line, at)))
+                stack.enter_context(hooks.on_output(module(s.name), store(values[s], group, line, at)))
+                block = module(host.layout.blocks[s.layer])
+                stack.enter_context(hooks.on_output(block, store(hidden[s.layer], group, line, at)))
+            stack.enter_context(hooks.stop_after(module(host.layout.blocks[last])))
+            with contextlib.suppress(hooks.Stopped):
+                host.forward(batch, keep=1)
+    return Captured(keys, values, hidden)
+
+
+def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group rows of like length under the token budget of a batch."""
+    from errata.host.tokens import by_length
+
+    return by_length(rows, BATCH_TOKENS)
+
+
+def subject_keys(
+    host: Host, requests: Sequence[Request], sites: Sequence[Site], contexts: Sequence[Context]
+) -> Captured:
+    """Average keys, values and hidden states over contexts, weighted; ``[n requests, ...]``."""
+    places = [subject_place(host, request, c.prefix) for request in requests for c in contexts]
+    found = capture(host, places, sites)
+    weights = torch.tensor([c.weight for c in contexts])
+
+    def mean(tensor: Tensor) -> Tensor:
+        return torch.einsum("ncd,c->nd", tensor.view(len(requests), len(contexts), -1), weights)
+
+    return Captured(
+        {s: mean(k) for s, k in found.keys.items()},
+        {s: mean(v) for s, v in found.values.items()},
+        {layer: mean(h) for layer, h in found.hidden.items()},
+    )

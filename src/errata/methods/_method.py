@@ -1,0 +1,149 @@
+"""What every method declares, and what it is handed besides the host and the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from errata.edits.edit import Edit, Provenance, versions
+from errata.edits.weight import active
+from errata.errors import ConfigError
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.linalg.solve import Metric
+from errata.locate.contexts import Context, prefixes, sampled_corpus
+from errata.locate.values import ValueConfig
+from errata.stats.collect import Corpus, second_moments
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published editing algorithm and the facts that tables, checks and tests read."""
+
+    name: str
+    title: str
+    paper: str
+    """Authors' title, venue and arXiv id."""
+    config: type
+    """Frozen dataclass of settings, a string under each field."""
+    fit: Callable[[Host, Sequence[Request], Any, Workspace], Edit]
+    gives: type[Edit]
+    batch: bool
+    """Whether one fit takes several requests."""
+    sequential: bool
+    """Whether fits may follow one another on a host that is edited already."""
+    needs: tuple[str, ...] = ()
+    """What is computed first: second_moment, contexts."""
+
+
+@dataclass
+class Workspace:
+    """Everything a fit may use besides its arguments; nothing of it is global.
+
+    What is computed here depends on the host, the corpus and the seed alone, so sharing a workspace
+    between fits saves time and changes nothing.
+    """
+
+    seed: int = 0
+    """Seed of prefixes and of all other randomness."""
+    corpus: Corpus | None = None
+    """Texts for statistics; None lets the host write its own."""
+    tokens: int | None = None
+    """Token budget that replaces a method's own, if set."""
+    folder: Path | None = None
+    """Where statistics are kept between runs; None: only in memory."""
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    """Called with a phase and how far it is."""
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    def metrics(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, Metric]:
+        """Return each site's second moment of keys, factorised."""
+        corpus = self.corpus or sampled_corpus(host, seed=self.seed)
+        budget = self.tokens or tokens
+        state = (host.fingerprint, *active(host), corpus.name, budget)
+        missing = [s for s in sites if ("metric", s, *state) not in self._made]
+        if missing:
+            found = second_moments(
+                host,
+                missing,
+                corpus,
+                tokens=budget,
+                # statistics of an edited host are nobody else's
+                folder=None if active(host) else self.folder,
+                on_tokens=lambda done, total: self.on_progress("statistics", done, total),
+            )
+            for site, moments in found.items():
+                self._made[("metric", site, *state)] = Metric.of(moments.second)
+        return {s: self._made[("metric", s, *state)] for s in sites}
+
+    def contexts(
+        self, host: Host, groups: Sequence[tuple[int, int]], weighting: str
+    ) -> list[Context]:
+        """Return context prefixes, the bare prompt first."""
+        key = ("contexts", host.fingerprint, *active(host), tuple(groups), weighting, self.seed)
+        if key not in self._made:
+            self._made[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+        return self._made[key]
+
+
+def provenance(
+    method: str, host: Host, requests: Sequence[Request], config: Any, work: Workspace, **notes: Any
+) -> Provenance:
+    """Record where an edit comes from."""
+    return Provenance(
+        method=method,
+        requests=tuple(requests),
+        config=asdict(config),
+        host=host.fingerprint,
+        host_name=host.name,
+        seed=work.seed,
+        versions=versions(),
+        notes=notes,
+    )
+
+
+def resolve_layers(
+    host: Host, layers: tuple[int, ...] | None, default: Callable[[int], tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
+
+    Where the layer at a default's place cannot be edited, the nearest ones that can take its place.
+    """
+    depth = len(host.layout.blocks)
+    editable = [i for i, site in enumerate(host.layout.mlp_out) if site is not None]
+    if not editable:
+        host.layout.site(0)  # raises, with the reason
+    if layers is None:
+        wanted = default(depth)
+        return tuple(sorted({min(editable, key=lambda i: (abs(i - w), i)) for w in wanted}))
+    if not layers or len(set(layers)) != len(layers):
+        raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
+    layers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    for layer in layers:
+        host.layout.site(layer)
+    return tuple(sorted(layers))
+
+
+def resolved(config: Any, **changes: Any) -> Any:
+    """Return settings with what was left open filled in."""
+    return replace(config, **changes)
+
+
+def search(config: Any) -> ValueConfig:
+    """Read the settings of a value search off a method's settings."""
+    return ValueConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        clamp=config.clamp,
+        decay=config.decay,
+        kl=config.kl,
+        scale=config.scale,
+    )
+
+
+def notes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Round numbers for the record."""
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}

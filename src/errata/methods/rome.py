@@ -1,0 +1,127 @@
+"""ROME: write one fact into one feed-forward layer as a rank-one update.
+
+Paper      Meng et al., "Locating and Editing Factual Associations in GPT", NeurIPS 2022, arXiv 2202.05262;
+           keys as in Gupta et al., "Rebuilding ROME", EMNLP Findings 2024, arXiv 2403.07175 (r-ROME)
+Implements Sec. 3.1: key averaged over contexts, value by gradient descent, equality-constrained least
+           squares: delta = (v* - W k) (C^-1 k)^T / (k^T C^-1 k)
+Departs    One key everywhere by default (``keys: mean``, r-ROME). The published formula uses the
+           averaged key on the left and the bare one on the right, which lets the denominator vanish:
+           ``keys: mixed``. The weight-decay and divergence terms follow the authors' code, not the
+           paper's text (norm over squared norm; divergence read at the subject).
+Needs      Second moment of keys at the layer; context prefixes written by the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from errata.edits.weight import WeightEdit
+from errata.errors import ConfigError
+from errata.host.load import Host
+from errata.linalg.lowrank import LowRank
+from errata.linalg.solve import Metric, balanced, leverage, update
+from errata.locate.keys import subject_keys
+from errata.locate.values import optimise
+from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved, search
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of ROME."""
+
+    layers: tuple[int, ...] | None = None
+    """The one layer to write. None: published for known models, else at a fifth of the depth."""
+    keys: Literal["mean", "mixed", "bare"] = "mean"
+    """Key in the three places of the formula: mean over contexts (r-ROME), mixed as published, bare (p-ROME)."""
+    steps: int = 20
+    """Value search: Adam steps at most (paper's code: 20)."""
+    learning_rate: float = 0.5
+    """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain)."""
+    clamp: float = 4.0
+    """Value search: largest shift, in norms of the site's output at the subject (paper's code: 3 to 4)."""
+    scale: Literal["stream", "site", "published"] = "stream"
+    """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
+    or as published (rate plain, clamp in norms of that vector)."""
+    decay: float = 0.5
+    """Value search: weight of the shift's norm (paper's code: 0.5)."""
+    kl: float = 0.0625
+    """Value search: weight of the divergence at "{subject} is a" (paper's code: 0.0625)."""
+    contexts: tuple[int, ...] = (10, 10)
+    """How many sampled prefixes of each length (paper's code: 10 and 10)."""
+    context_tokens: tuple[int, ...] = (5, 10)
+    """Their lengths in tokens (paper's code: 5 and 10)."""
+    second_moment: bool = True
+    """Whether keys are whitened by the second moment; off, C is the identity."""
+    tokens: int = 100_000
+    """Token budget of the second moment (paper: 100,000 articles)."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        found = [f"{n}: expected a positive number, found {getattr(self, n)}" for n in
+                 ("steps", "learning_rate", "clamp", "tokens") if getattr(self, n) <= 0]  # fmt: skip
+        if self.layers is not None and len(self.layers) != 1:
+            found.append(f"layers: expected one layer, found {list(self.layers)}")
+        if len(self.contexts) != len(self.context_tokens):
+            found.append("contexts: expected as many counts as context_tokens has lengths")
+        return found
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the rank-one edit that makes the host complete the request with its target."""
+    if len(requests) != 1:
+        raise ConfigError(f"rome writes one request a fit, found {len(requests)}; memit takes many")
+    known = (host.published.rome,) if host.published else None
+    layers = resolve_layers(host, config.layers or known, lambda depth: (depth // 5,))
+    config = resolved(config, layers=layers)
+    site = host.layout.site(layers[0])
+    contexts = work.contexts(host, tuple(zip(config.contexts, config.context_tokens, strict=True)), "flat")
+    value = optimise(
+        host, requests, contexts, layer=site.layer, where="mlp_out",
+        config=search(config),
+    )[0]  # fmt: skip
+    metric = work.metrics(host, [site], config.tokens)[site] if config.second_moment else Metric.identity()
+    averaged = subject_keys(host, requests, [site], contexts)
+    bare = subject_keys(host, requests, [site], contexts[:1])
+    mean_key, bare_key = averaged.keys[site].mT, bare.keys[site].mT  # [m, 1]
+    target = value.target[:, None]  # [d, 1]
+    if config.keys == "mixed":
+        delta = _mixed(mean_key, bare_key, target - bare.values[site].mT, metric)
+    else:
+        chosen = averaged if config.keys == "mean" else bare
+        delta = update(chosen.keys[site].mT, target - chosen.values[site].mT, metric, gamma=0.0)
+    trace = {
+        "loss": value.loss,
+        "steps": value.steps,
+        "shift": float(value.shift.norm() / value.start.norm()),
+        "leverage": float(leverage(mean_key, metric)),
+    }
+    return WeightEdit(
+        {site.parameter: delta},
+        frozenset({site.parameter} if site.transposed else ()),
+        provenance("rome", host, requests, config, work, **notes(trace)),
+    )
+
+
+def _mixed(mean_key, bare_key, residual, metric: Metric) -> LowRank:  # noqa: ANN001
+    """Published ROME: averaged key on the left, bare key in residual and denominator."""
+    u = metric.solve(mean_key)  # [m, 1]
+    scale = float((u.mT @ bare_key.double())[0, 0])
+    if scale == 0.0:
+        raise ConfigError("keys: mixed has a vanishing denominator for this request; use keys: mean")
+    return balanced(residual.double() / scale, u.mT).to(residual.dtype)
+
+
+METHOD = Method(
+    name="rome",
+    title="ROME",
+    paper="Locating and Editing Factual Associations in GPT, NeurIPS 2022, arXiv 2202.05262",
+    config=Config,
+    fit=fit,
+    gives=WeightEdit,
+    batch=False,
+    sequential=True,
+    needs=("second_moment", "contexts"),
+)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep statistics made by tests out of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    old = os.environ.get("ERRATA_CACHE")
+    os.environ["ERRATA_CACHE"] = str(folder)
+    yield folder
+    if old is None:
+        del os.environ["ERRATA_CACHE"]
+    else:
+        os.environ["ERRATA_CACHE"] = old
+
+
+@pytest.fixture(scope="session")
+def lab_host():
+    import errata
+
+    return errata.load("lab", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parent.parent

@@ -1,0 +1,70 @@
+"""Two- and three-layer random models of every family the library promises to work with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from errata.host.build import new_model, new_tokenizer
+from errata.host.load import Host
+
+TEXTS = [
+    "Ada Brenner was born in Tallow. The capital of Arvania is Tallow.",
+    "Bruno Holner lives in Merrin and plays the cello (or the harp).",
+    "The rain fell on the old road. Question: where was Ada born?\nAnswer: Esk.",
+    "Therefore the small dog waited. Because I saw you, you came. Éric said: «oui».",
+] * 5
+
+COMMON = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+ROTARY = {
+    **COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 80},
+    "gptj": {**COMMON, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
+    "gpt_neox": {k: v for k, v in ROTARY.items() if k != "num_key_value_heads"},
+    "opt": {
+        **COMMON,
+        "hidden_size": 32,
+        "ffn_dim": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 32,
+    },
+    "bloom": {**COMMON, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon": {
+        **COMMON,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "llama": ROTARY,
+    "mistral": ROTARY,
+    "qwen2": ROTARY,
+    "qwen3": {**ROTARY, "head_dim": 8},
+    "gemma2": {**ROTARY, "head_dim": 8, "sliding_window": 64},
+    "gemma3_text": {**ROTARY, "head_dim": 8, "sliding_window": 64},
+    "phi3": ROTARY,
+    "olmo2": ROTARY,
+    "stablelm": ROTARY,
+}
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Any:
+    return new_tokenizer(TEXTS, 400)
+
+
+def fresh(family: str, *, seed: int = 0, **changes: Any) -> Host:
+    """Build a new random model; nothing is shared with other tests."""
+    model = new_model(family, {**FAMILIES[family], **changes}, seed=seed)
+    return Host(model.float(), tokenizer(), name=f"tiny {family}")
