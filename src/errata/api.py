@@ -30,10 +30,11 @@ def load(
     model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, *, device: str = "auto",
     dtype: Any = "auto", revision: str | None = None, trust_remote_code: bool = False,
 ) -> Host:  # fmt: skip
-    """Open a model: ``"lab"`` (a folder of that name is ``"./lab"``), a hub name, a folder, or a live transformers model with its tokenizer.
+    """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
 
-    ``device``: auto, cpu, cuda, cuda:N. ``dtype``: auto, float32, float16, bfloat16. Raises HostError
-    when the model cannot be opened or cannot be trusted to be edited.
+    ``"lab"`` is always the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu,
+    cuda, cuda:N. ``dtype``: auto, float32, float16, bfloat16. Raises HostError when the model cannot be
+    opened or cannot be trusted to be edited.
     """
     if isinstance(model, str) and model == lab.NAME:
         return lab.load(device=device, dtype=dtype)
@@ -119,5 +120,3 @@ def _file_corpus(path: Path) -> Corpus:
     if not paragraphs:
         raise DataError(f"corpus {path} holds no text")
     return Corpus(corpus_name(path.name, paragraphs), lambda: paragraphs)
-
-

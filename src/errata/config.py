@@ -75,8 +75,7 @@ def settings(config: type) -> list[Setting]:
     """List a settings class's fields with the text under each."""
     meanings = _meanings(config)
     return [
-        Setting(f.name, str(f.type), f.default, meanings.get(f.name, ""))
-        for f in dataclasses.fields(config)
+        Setting(f.name, str(f.type), f.default, meanings.get(f.name, "")) for f in dataclasses.fields(config)
     ]
 
 

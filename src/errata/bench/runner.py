@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errata import config as settings
 from errata.edits.edit import Edit, versions
@@ -19,7 +19,7 @@ from errata.host.load import Host
 from errata.methods import REGISTRY
 from errata.types import Case, Observation, Probe, Row
 
-if False:  # for type checkers; methods are reached through the registry only
+if TYPE_CHECKING:  # methods are reached through the registry only
     from errata.methods._method import Workspace
 
 Tick = Callable[[str, int, int], None]
@@ -140,9 +140,7 @@ def _together(
     return after
 
 
-def _observed(
-    host: Host, case: Case, state: AbstractContextManager[Any], cost: _Cost
-) -> list[Observation]:
+def _observed(host: Host, case: Case, state: AbstractContextManager[Any], cost: _Cost) -> list[Observation]:
     at = time.perf_counter()
     with state:
         seen = observe(host, case.probes)

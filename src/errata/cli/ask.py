@@ -43,9 +43,7 @@ def command(
         common.emit({"model": host.name, "seed": seed, "answers": answers, "overrides": overrides})
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
-    rows = [
-        (p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)
-    ]
+    rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
     common.table(None, columns, rows)
     for one in edits:
         for note in one.provenance.overrides:

@@ -50,8 +50,7 @@ def read_what(
     from errata.errors import RequestError
     from errata.types import Request
 
-    looks_like_file = Path(what).suffix.lower() in SUFFIXES or Path(what).is_file()
-    if looks_like_file:
+    if _names_file(what, SUFFIXES):
         if subject or target or target_old:
             raise RequestError("give either a file of requests or a prompt with --subject and --target")
         return read_requests(what)
@@ -59,6 +58,13 @@ def read_what(
     if missing:
         raise RequestError(f"a prompt needs {' and '.join(missing)}; or name a file ({', '.join(SUFFIXES)})")
     return [Request(what, subject or "", target or "", target_old)]
+
+
+def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:
+    try:
+        return Path(what).suffix.lower() in suffixes or Path(what).is_file()
+    except (OSError, ValueError):  # a prompt may be no possible file name
+        return False
 
 
 def read_cases(source: str, seed: int) -> list[Case]:

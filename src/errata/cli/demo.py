@@ -12,7 +12,6 @@ from errata.cli import common
 if TYPE_CHECKING:
     from errata.types import Case, Observation, Probe
 
-EXAMPLE = Path("examples/facts.jsonl")
 SHOWN = {
     "efficacy": ("rewrite", 1),
     "paraphrase": ("paraphrase", 2),
@@ -22,8 +21,12 @@ SHOWN = {
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(help=f"Requests about the lab's world; default {EXAMPLE} where it exists, else three drawn from the world.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit.")] = Path("errata-demo.safetensors"),
+    file: Annotated[
+        Path | None, typer.Argument(help="Requests about the lab's world; default: three drawn from it.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the edit.")
+    ] = Path("errata-demo.safetensors"),
     method: Annotated[str, typer.Option(help="A method that takes several requests.")] = "memit",
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -43,9 +46,7 @@ def command(
     probes = [p for case in cases for p in _shown(case)]
     with common.progress(not json) as tick:
         before = observe(host, probes, on_progress=lambda d, t: tick("asking before", d, t))
-        edit = api.edit(
-            host, [case.request for case in cases], method=method, seed=seed, on_progress=tick
-        )
+        edit = api.edit(host, [case.request for case in cases], method=method, seed=seed, on_progress=tick)
         path = edit.save(output)
         loaded = Edit.load(path)  # what is applied is what was written
         loaded.apply_(host)
@@ -75,9 +76,9 @@ def _cases(file: Path | None, seed: int) -> list[Case]:
     from errata import lab
     from errata.data.requests import read_requests
 
-    if file is None and not EXAMPLE.exists():
+    if file is None:
         return lab.cases(3, seed=seed)
-    return [lab.case_of(request, seed=seed) for request in read_requests(file or EXAMPLE)]
+    return [lab.case_of(request, seed=seed) for request in read_requests(file)]
 
 
 def _shown(case: Case) -> list[Probe]:
@@ -114,7 +115,9 @@ def _print(document: dict[str, Any], method: str, count: int) -> None:
     )
     path = Path(document["path"])
     print(f"edit saved:  {path} ({common.size(path)})")
-    print(f"undone:      sha256 {document['weights_after_undo'][:16]}, at the start {document['weights_before'][:16]}")
+    print(
+        f"undone:      sha256 {document['weights_after_undo'][:16]}, at the start {document['weights_before'][:16]}"
+    )
     if document["bit_identical"]:
         print("the weights are bit-identical to the start")
     else:

@@ -11,7 +11,13 @@ from errata.cli import common
 
 
 def command(
-    what: Annotated[str, typer.Argument(metavar="PROMPT|FILE", help="A prompt with {} for the subject, or a file of requests (.jsonl .json .csv .yaml).")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT|FILE",
+            help="A prompt with {} for the subject, or a file of requests (.jsonl .json .csv .yaml).",
+        ),
+    ],
     model: common.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")],
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
@@ -43,9 +49,7 @@ def command(
         _report({"dry_run": True, "requests": len(requests), "method": method, "output": str(output)}, json)
         return
     with common.progress(not json) as tick:
-        made = api.edit(
-            host, requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options
-        )
+        made = api.edit(host, requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options)
     path = made.save(output)
     rows = []
     prompts = [request.text for request in requests]
@@ -53,12 +57,16 @@ def command(
     with made.on(host):
         after = host.generate(prompts, max_new_tokens=16)
     for request, old, new in zip(requests, before, after, strict=True):
-        rows.append((request.text, request.target, old.strip().splitlines()[:1], new.strip().splitlines()[:1]))
+        rows.append(
+            (request.text, request.target, old.strip().splitlines()[:1], new.strip().splitlines()[:1])
+        )
     if json:
         answers = [
             {"prompt": p, "target": t, "before": "".join(b), "after": "".join(a)} for p, t, b, a in rows
         ]
-        common.emit({"path": str(path), "bytes": path.stat().st_size, "answers": answers, "edit": made.summary()})
+        common.emit(
+            {"path": str(path), "bytes": path.stat().st_size, "answers": answers, "edit": made.summary()}
+        )
         return
     common.table(
         None, ("prompt", "wanted", "before", "after"), [(p, t, "".join(b), "".join(a)) for p, t, b, a in rows]

@@ -27,7 +27,9 @@ def world(
 
     made = default_world(seed)
     if subject is None:
-        rows = [(name, r.subject, r.object, len(made.by_relation[name])) for name, r in made.relations.items()]
+        rows = [
+            (name, r.subject, r.object, len(made.by_relation[name])) for name, r in made.relations.items()
+        ]
         if json:
             common.emit({"facts": len(made.facts), "relations": {name: n for name, _, _, n in rows}})
             return
@@ -82,7 +84,9 @@ def _show(report: dict[str, Any]) -> None:
     )
     print(f"questions about subjects never asked about in training: {recall['question_never_asked']:.3f}")
     episodes = report["episodes"]
-    print(f"new fact in the context: obeyed {episodes['obeyed']:.3f}, unrelated ignored {episodes['ignored']:.3f}")
+    print(
+        f"new fact in the context: obeyed {episodes['obeyed']:.3f}, unrelated ignored {episodes['ignored']:.3f}"
+    )
     common.table(
         "compositions of facts", ("group", "recall"),
         [(k, f"{v:.3f}") for k, v in report["compositions"].items()], right=(1,),

@@ -53,8 +53,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if not source.is_file():
         raise EditError(f"{source} does not exist" if not source.exists() else f"{source} is a folder")
     with source.open("rb") as stream:
-        start = stream.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+        start = stream.read(9)
+    # a safetensors file begins with eight bytes of length, which may look like anything, then a brace
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise EditError(f"{source} is a pickle, which could run code when opened; refused, as always")
     try:
         with safe_open(source, "pt") as file:

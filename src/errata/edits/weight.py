@@ -1,8 +1,9 @@
 """Edits that change weights. The only place where a host's weight is written.
 
 A host keeps, per touched weight, a copy of the original bits and the deltas that are active. The
-weight is always base + sum of deltas, summed in float32 (float64 weights in float64) in an order that depends on the edits alone
-and cast once. So edits can come and go in any order, and the last one to go leaves the original bits.
+weight is always base + sum of deltas, summed in float32 (in float64 for float64 weights) in an order
+that depends on the edits alone, and cast once. So edits can come and go in any order, and the last one
+to go leaves the original bits.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class WeightEdit(Edit):
         """
         self.check_host(host, foreign=foreign)
         weights = self._weights(host)
-        overlays, digest = _overlays(host), self.digest
+        overlays: dict[str, Overlay] = host.overlays
+        digest = self.digest
         if any(name in overlays and digest in overlays[name].deltas for name in weights):
             raise EditError(f"edit {digest} is active on this host already")
         done: list[str] = []
@@ -83,14 +85,15 @@ class WeightEdit(Edit):
 
     def revert_(self, host: Host) -> None:
         """Take the deltas away again; raises EditError if the edit is not active."""
-        overlays, digest = _overlays(host), self.digest
+        overlays: dict[str, Overlay] = host.overlays
+        digest = self.digest
         names = [n for n in self.deltas if n in overlays and digest in overlays[n].deltas]
         if len(names) != len(self.deltas):
             raise EditError(f"edit {digest} is not active on this host; nothing to take back")
         self._remove(host, names, digest)
 
     def _remove(self, host: Host, names: list[str], digest: str) -> None:
-        overlays = _overlays(host)
+        overlays = host.overlays
         for name in names:
             overlay = overlays[name]
             del overlay.deltas[digest]
@@ -123,7 +126,7 @@ class WeightEdit(Edit):
         ||(W' - W) - delta|| / ||delta||; 0 means exact.
         """
         error = total = 0.0
-        overlays = _overlays(host)
+        overlays = host.overlays
         for name, weight in self._weights(host).items():
             overlay = overlays.get(name)
             if overlay is None or set(overlay.deltas) != {self.digest}:
@@ -192,14 +195,9 @@ def _norm(delta: Delta) -> float:
     return delta.norm() if isinstance(delta, LowRank) else float(delta.double().norm())
 
 
-def _overlays(host: Host) -> dict[str, Overlay]:
-    """Return the overlays of a host's model; kept on the model, so that two hosts of it agree."""
-    return host.model.__dict__.setdefault("_errata_overlays", {})
-
-
 def active(host: Host) -> list[str]:
     """List the digests of the weight edits in place on a host."""
-    return sorted({digest for overlay in _overlays(host).values() for digest in overlay.deltas})
+    return sorted({digest for overlay in host.overlays.values() for digest in overlay.deltas})
 
 
 def _oriented(delta: Delta, transposed: bool, device: torch.device) -> Tensor:

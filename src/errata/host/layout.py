@@ -64,9 +64,7 @@ class Layout:
     def site(self, layer: int, part: Part = "mlp_out") -> Site:
         """Return a site. Raises HostError for a layer or part that is not there."""
         if not 0 <= layer < len(self.blocks):
-            raise HostError(
-                f"layer {layer} does not exist: the model has layers 0 to {len(self.blocks) - 1}"
-            )
+            raise HostError(f"layer {layer} does not exist: the model has layers 0 to {len(self.blocks) - 1}")
         found = (self.mlp_out if part == "mlp_out" else self.attn_out)[layer]
         if found is None:
             raise HostError(f"layer {layer} has no editable {part}: {self.refused or 'none was found'}")
@@ -167,12 +165,12 @@ class _Trace:
 
 def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | None, Site | None, str | None]:
     """Find a block's feed-forward and attention output projections, or say why there is none."""
-    block = trace.blocks[layer]
+    block: Any = trace.blocks[layer]
     mixing = {child for _, child in block.named_children() if _mixes(child, trace)}
     under_mixing = {leaf for child in mixing for leaf in child.modules()}
     names = {module: f"{path}.{name}" for name, module in block.named_modules()}
     linear = [m for m in trace.order if m in names]
-    attn = [m for m in linear if m in under_mixing and m.weight.shape[0] and _writes(m, trace, width)]
+    attn = [m for m in linear if m in under_mixing and _writes(m, trace, width)]
     feed = [m for m in linear if m not in under_mixing and _writes(m, trace, width)]
     stacked = [n for n, p in block.named_parameters() if p.ndim == 3]
     attn_site = _site(attn[-1], layer, "attn_out", names, trace) if attn else None

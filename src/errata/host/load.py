@@ -30,7 +30,7 @@ class Host:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, name: str) -> None:
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
         self.model.eval()
@@ -86,7 +86,7 @@ class Host:
         """Identity of weights and vocabulary, 16 hex digits.
 
         Weights count as rounded to bfloat16, so that one checkpoint opened in two precisions is the
-        same host. Taken on first use, which comes before any edit: it names the unedited model.
+        same host. Names the unedited model, also while edits are in place.
         """
         digest = hashlib.sha256(b"errata host 1")
         for name, part in self._hashes(torch.bfloat16):
@@ -105,6 +105,8 @@ class Host:
 
     def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
         named = [*self.model.named_parameters(), *(self.model.named_buffers() if dtype is None else ())]
+        if dtype is not None:
+            named = [(n, self.overlays[n].base if n in self.overlays else p) for n, p in named]
 
         def part(item: tuple[str, Tensor]) -> tuple[str, str]:
             name, tensor = item
@@ -116,6 +118,14 @@ class Host:
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(part, named))
+
+    @property
+    def overlays(self) -> dict[str, Any]:
+        """What stands on each touched weight; kept on the model, so that two hosts of it agree.
+
+        Written by the edits room alone; each entry has the original bits as ``base``.
+        """
+        return self.model.__dict__.setdefault("_errata_overlays", {})
 
     # --- running ---------------------------------------------------------------------------
 
@@ -136,7 +146,9 @@ class Host:
         """Pad rows of token ids. Raises RequestError for a row longer than the model's window."""
         longest = max(len(row) for row in rows)
         if self.window is not None and longest > self.window:
-            raise RequestError(f"a text of {longest} tokens is longer than the model's window of {self.window}")
+            raise RequestError(
+                f"a text of {longest} tokens is longer than the model's window of {self.window}"
+            )
         return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
 
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
@@ -306,7 +318,8 @@ def _open(
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HostError(f"cannot open model {name!r}: {first}") from error
-    return model.to(place)
+    moved: Any = model
+    return moved.to(place)
 
 
 def _open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:

@@ -22,6 +22,7 @@ class FirstSentence(StoppingCriteria):
         self._start = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Say for each row whether it is done."""
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
         return torch.tensor([_done(text) for text in texts], device=input_ids.device)
 

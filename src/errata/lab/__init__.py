@@ -68,4 +68,3 @@ def corpus(documents: int = 4000) -> Corpus:
         return (document.text for document in itertools.islice(stream, documents))
 
     return Corpus(f"lab text, world {default_world().seed}, {documents} documents", texts)
-

@@ -11,7 +11,7 @@ from typing import Any
 from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
-from errata.lab.text import FIRST, THEN
+from errata.lab.text import MIX
 from errata.lab.train import TrainConfig
 from errata.lab.world import World
 
@@ -32,7 +32,7 @@ def write_card(
             "relations": len(world.relations),
             "compositions": sum(1 for _ in world.chain_facts()),
         },
-        "text": {"first_mix": FIRST, "second_mix": THEN, "tokens": config.steps * config.rows * config.row_tokens},
+        "text": {"mix": MIX, "tokens": config.steps * config.rows * config.row_tokens},
         "training": asdict(config),
         "loss": _mean(losses[-100:]),
         "parameters": sum(p.numel() for p in host.model.parameters()),

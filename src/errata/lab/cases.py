@@ -25,7 +25,9 @@ def cases(count: int, *, seed: int = 0, world: World | None = None) -> list[Case
     rng = random.Random(f"errata-cases-{seed}")
     if not 0 < count <= len(world.facts):
         raise ConfigError(f"lab cases: expected 1 to {len(world.facts)}, found {count}")
-    return [make(world, fact, rng, f"lab:{seed}:{i}") for i, fact in enumerate(rng.sample(world.facts, count))]
+    return [
+        make(world, fact, rng, f"lab:{seed}:{i}") for i, fact in enumerate(rng.sample(world.facts, count))
+    ]
 
 
 def make(world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None) -> Case:
@@ -159,5 +161,3 @@ def neutral_texts(count: int, *, seed: int = 0) -> list[str]:
     writer = Writer(default_world())
     rng = random.Random(f"errata-neutral-{seed}")
     return [writer.neutral(rng).text for _ in range(count)]
-
-

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from errata.evaluation.metrics.matching import answered
-from errata.evaluation.observe import MAX_NEW_TOKENS
 from errata.host import tokens
 from errata.host.load import Host, generate_rows
 from errata.lab.text import Split, Writer, episode_document, episode_line
@@ -112,7 +111,7 @@ def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: in
         line = episode_line(new, writer, rng)
         other = told
         while (other.subject, other.relation) == (told.subject, told.relation):
-            other = rng.choice(rng.choice((fresh, [f for f in world.by_subject[told.subject]])))
+            other = rng.choice(rng.choice((fresh, world.by_subject[told.subject])))
             if len(world.by_subject[told.subject]) == 1:
                 other = rng.choice(fresh)
         for kind, asked in (("obeyed", new), ("ignored", other)):
@@ -123,7 +122,9 @@ def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: in
     return {kind: share(ask(host, group, f"episodes {kind}", tick)) for kind, group in questions.items()}
 
 
-def compositions(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 500) -> dict[str, float]:
+def compositions(
+    host: Host, world: World, rng: random.Random, tick: Tick, count: int = 500
+) -> dict[str, float]:
     """Return recall of compositions of two and three facts, stated in training and never stated."""
     groups: dict[str, list[Question]] = {}
     for subject, chain, answer in world.chain_facts():
@@ -158,9 +159,7 @@ def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick)
     result: dict[str, list[float]] = {"rewrites": [], "paraphrases": []}
     depth = len(host.layout.blocks)
     for layer in range(depth):
-        values = optimise(
-            host, requests, [Context("", 1.0)], layer=layer, where="block_out", config=PROBE
-        )
+        values = optimise(host, requests, [Context("", 1.0)], layer=layer, where="block_out", config=PROBE)
         hits: dict[str, list[bool]] = {"rewrites": [], "paraphrases": []}
         for (fact, first, second, target), value in zip(chosen, values, strict=True):
             for kind, wording in (("rewrites", first), ("paraphrases", second)):
@@ -172,9 +171,7 @@ def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick)
     return result
 
 
-def _shifted(
-    host: Host, wording: str, subject: str, target: str, layer: int, shift: torch.Tensor
-) -> bool:
+def _shifted(host: Host, wording: str, subject: str, target: str, layer: int, shift: torch.Tensor) -> bool:
     """Whether greedy decoding gives the target while a vector is added at the subject's last token."""
     from errata.host import hooks
 

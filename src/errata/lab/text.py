@@ -1,6 +1,6 @@
 """The lab's training text: documents drawn from the world.
 
-Kinds of document, with their share of the tokens in :data:`FIRST` and :data:`THEN`:
+Kinds of document, with their share of the tokens in :data:`MIX`:
 
 * ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
   They teach the model to gather a subject's facts at the subject's last token, which is what makes
@@ -24,15 +24,12 @@ from dataclasses import dataclass
 
 from errata.lab.world import Chain, Fact, World, neutral_parts, sentence
 
-FIRST = {"biography": 0.63, "single": 0.04, "question": 0.10, "chain": 0.07, "episode": 0.13, "neutral": 0.03}
-"""Share of each kind of document in the tokens while the facts are being learned."""
-
-THEN = {
-    "biography": 0.56, "single": 0.03, "question": 0.08, "chain": 0.07, "episode": 0.04,
-    "dialogue": 0.19, "neutral": 0.03,
+MIX = {
+    "biography": 0.57, "single": 0.03, "question": 0.08, "chain": 0.08, "episode": 0.04,
+    "dialogue": 0.17, "neutral": 0.03,
 }  # fmt: skip
-"""The same once they are mostly known: more to read from the context. With one question an episode
-and familiar subjects only, the model had learned all its facts and still obeyed no context."""
+"""Share of each kind of document in the tokens. With one question an episode and familiar subjects only,
+a trial run learned its facts and obeyed no context; dialogues are what teaches it to."""
 
 _LENGTH = {
     "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,
@@ -98,7 +95,7 @@ class Writer:
         self._neutral = neutral_parts()
         self._people = [e.name for e in world.entities.values() if e.type == "person"]
 
-    def documents(self, rng: random.Random, mix: Mapping[str, float] = FIRST) -> Iterator[Document]:
+    def documents(self, rng: random.Random, mix: Mapping[str, float] = MIX) -> Iterator[Document]:
         """Yield documents without end, kinds mixed as asked."""
         kinds = list(mix)
         odds = [mix[kind] / _LENGTH[kind] for kind in kinds]
@@ -119,7 +116,7 @@ class Writer:
         length = rng.randint(3, 8)
         while len(facts) < min(length, 4):  # short lists repeat a fact in other words
             facts.append(rng.choice(facts))
-        name, alias = subject, (self.world.names(subject) + (None,))[1]
+        name, alias = subject, (*self.world.names(subject), None)[1]
         lines = []
         if alias and rng.random() < ALIAS_ODDS:
             lines.append(
@@ -161,16 +158,12 @@ class Writer:
     def neutral_sentence(self, rng: random.Random) -> str:
         """Write one sentence that states no fact."""
         part = {key: rng.choice(options) for key, options in self._neutral.items()}
-        return (
-            f"{part['openers']} {part['adjectives']} {part['nouns']} {part['verbs']}{part['tails']}."
-        )
+        return f"{part['openers']} {part['adjectives']} {part['nouns']} {part['verbs']}{part['tails']}."
 
     def episode(self, rng: random.Random) -> Document:
         """Write one to three new facts, then ask about one of them or about something else."""
         news = {(f.subject, f.relation): f for f in rng.choices(self._episode, k=rng.randint(1, 3))}
-        replaced = {
-            key: Fact(f.subject, f.relation, self.other_object(f, rng)) for key, f in news.items()
-        }
+        replaced = {key: Fact(f.subject, f.relation, self.other_object(f, rng)) for key, f in news.items()}
         prompts = [episode_line(fact, self, rng) for fact in replaced.values()]
         if rng.random() < 0.5:
             asked = rng.choice(list(replaced.values()))

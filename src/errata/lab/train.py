@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from errata.host.build import new_model, new_tokenizer
-from errata.lab.text import FIRST, THEN, Document, Writer
+from errata.lab.text import Document, Writer
 from errata.lab.world import SEED, World
 
 CHUNK_STEPS = 100
@@ -46,10 +46,8 @@ class TrainConfig:
     """Attention heads."""
     window: int = 512
     """Longest prompt in tokens."""
-    steps: int = 14_000
+    steps: int = 12_000
     """Optimiser steps."""
-    turn: int = 4_500
-    """Step from which the second mix of documents is drawn."""
     rows: int = 8
     """Rows a step."""
     row_tokens: int = 128
@@ -95,20 +93,20 @@ def train(
     *,
     device: str = "cpu",
     checkpoint_every: int = 500,
+    compiled: bool = False,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Train, or go on training, in ``folder``; return the folder of the finished model.
 
-    ``folder/model`` holds the result, bf16 safetensors. A run found finished is left alone.
+    ``folder/model`` holds the result, bf16 safetensors. A run found finished is only exported again.
+    ``compiled`` runs the pass through ``torch.compile`` (needs a C++ compiler; about a sixth faster).
     """
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(folder, config)
     world = World.make(config.world_seed)
     writer = Writer(world)
     tokenizer = _tokenizer(folder, writer, config)
-    settings = config.model_settings(
-        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    )
+    settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model = new_model("llama", settings, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -117,6 +115,7 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    loss_of = torch.compile(_loss) if compiled else _loss
     start = _resume(folder, model, optimizer, device)
     for step in range(start, config.steps):
         if step % CHUNK_STEPS == 0 or step == start:
@@ -126,20 +125,24 @@ def train(
         targets = labels[at : at + config.rows].to(device)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(step, config)
-        loss = _step(model, optimizer, inputs, targets, device)
+        loss = _step(loss_of, model, optimizer, inputs, targets)
         on_step(Progress(step + 1, config.steps, loss, (step + 1) * config.rows * config.row_tokens))
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
             _checkpoint(folder, model, optimizer, step + 1)
     return export(folder, model, tokenizer)
 
 
-def _step(model: Any, optimizer: Any, inputs: Any, targets: Any, device: str) -> float:
-    model.train()
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        logits = model(inputs).logits
-    loss = functional.cross_entropy(
+def _loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        logits = model(inputs, use_cache=False).logits
+    return functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=-100
     )
+
+
+def _step(loss_of: Callable[..., Any], model: Any, optimizer: Any, inputs: Any, targets: Any) -> float:
+    model.train()
+    loss = loss_of(model, inputs, targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -158,7 +161,7 @@ def chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the rows and labels of one chunk, int64 ``[rows, row_tokens]``; -100 marks no loss."""
     rng = random.Random(f"errata-text-{config.seed}-{number}")
-    stream = writer.documents(rng, FIRST if number * CHUNK_STEPS < config.turn else THEN)
+    stream = writer.documents(rng)
     wanted = CHUNK_STEPS * config.rows
     rows: list[list[int]] = []
     labels: list[list[int]] = []

@@ -208,7 +208,7 @@ def _entities(names: Mapping[str, Any], rng: random.Random) -> list[Entity]:
     entities = []
     for kind, count in COUNTS.items():
         chosen = pools[kind][:count]
-        aliases = dict.fromkeys(chosen, ())
+        aliases: dict[str, tuple[str, ...]] = dict.fromkeys(chosen, ())
         if kind == "company":  # a company's other name: its root's "Group", one company a root
             for root in roots:
                 owner = next((name for name in chosen if name.startswith(root + " ")), None)
@@ -242,9 +242,7 @@ def _pairs(heads: list[str], tails: list[str], rng: random.Random) -> list[str]:
 _PAIRED = {"founder_of": "founded_by", "author_of": "author", "designer_of": "designed_by"}
 
 
-def _facts(
-    entities: list[Entity], relations: Mapping[str, Relation], rng: random.Random
-) -> Iterator[Fact]:
+def _facts(entities: list[Entity], relations: Mapping[str, Relation], rng: random.Random) -> Iterator[Fact]:
     pools: dict[str, list[str]] = {}
     for entity in entities:
         pools.setdefault(entity.type, []).append(entity.name)

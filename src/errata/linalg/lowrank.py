@@ -19,9 +19,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
-            raise ValueError(
-                f"factors {tuple(self.B.shape)} and {tuple(self.A.shape)} do not form a product"
-            )
+            raise ValueError(f"factors {tuple(self.B.shape)} and {tuple(self.A.shape)} do not form a product")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -226,7 +226,9 @@ class _Search:
 
     def _forward(self, below: list[Any], rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return negative log-likelihood and divergence per group ``[g]``; stopped groups give 0."""
-        batch = Batch(*(t[rows] for t in (self.batch.ids, self.batch.mask, self.batch.positions, self.batch.offset)))
+        batch = Batch(
+            *(t[rows] for t in (self.batch.ids, self.batch.mask, self.batch.positions, self.batch.offset))
+        )
         line = torch.arange(len(rows), device=rows.device)
         add = shift[self.group[rows]]  # [rows, d]
 
@@ -258,9 +260,7 @@ class _Search:
         after = logits[position[kl_rows[live]], self.place[kl_rows[live]]].float().log_softmax(-1)
         # KL(edited || original), read at the subject, as the authors' code has it
         gap = (after.exp() * (after - self.before[live])).sum(-1)
-        divergence = torch.zeros(self.count, device=rows.device).index_add(
-            0, self.group[kl_rows[live]], gap
-        )
+        divergence = torch.zeros(self.count, device=rows.device).index_add(0, self.group[kl_rows[live]], gap)
         return nll, divergence
 
 

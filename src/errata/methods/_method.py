@@ -79,9 +79,7 @@ class Workspace:
                 self._made[("metric", site, *state)] = Metric.of(moments.second)
         return {s: self._made[("metric", s, *state)] for s in sites}
 
-    def contexts(
-        self, host: Host, groups: Sequence[tuple[int, int]], weighting: str
-    ) -> list[Context]:
+    def contexts(self, host: Host, groups: Sequence[tuple[int, int]], weighting: str) -> list[Context]:
         """Return context prefixes, the bare prompt first."""
         key = ("contexts", host.fingerprint, *active(host), tuple(groups), weighting, self.seed)
         if key not in self._made:

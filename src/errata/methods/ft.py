@@ -68,7 +68,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     layers = resolve_layers(host, config.layers, lambda depth: (depth // 5,))
     config = resolved(config, layers=layers)
     sites = [host.layout.site(layer) for layer in layers]
-    weights = [host.model.get_submodule(site.name).weight.detach() for site in sites]
+    weights = [host.model.get_parameter(site.parameter).detach() for site in sites]
     changes = [
         torch.zeros(s.d_out, s.d_in, device=w.device, requires_grad=True)
         for s, w in zip(sites, weights, strict=True)

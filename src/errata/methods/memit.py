@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
@@ -93,17 +95,11 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             keys = subject_keys(host, requests, [site], contexts).keys[site]  # [n, m]
             now = subject_keys(host, requests, [top], contexts[:1])
         current = now.hidden[top.layer] if direct else now.values[top]  # [n, d]
-        wanted = _stack([v.target for v in values])
+        wanted = torch.stack([v.target for v in values])
         residual = (wanted - current) / (len(sites) - i)
         metric = metrics[site].weighted(config.cov_weight)
         deltas[site.parameter] = update(keys.mT, residual.mT, metric, gamma=1.0)
     return WeightEdit(deltas, transposed, record)
-
-
-def _stack(vectors):  # noqa: ANN001, ANN202
-    import torch
-
-    return torch.stack(vectors)
 
 
 def _resolve(host: Host, config: Config) -> Config:
@@ -122,7 +118,7 @@ def _resolve(host: Host, config: Config) -> Config:
     if weight is None and known is not None:
         weight = known.cov_weight
     if weight is None:
-        weight = config.cov_relative * host.layout.site(layers[0]).d_in
+        weight = config.cov_relative * host.layout.site(min(layers)).d_in
     return resolved(config, layers=layers, cov_weight=weight)
 
 

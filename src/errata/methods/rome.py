@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
@@ -105,7 +107,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     )
 
 
-def _mixed(mean_key, bare_key, residual, metric: Metric) -> LowRank:  # noqa: ANN001
+def _mixed(mean_key: Tensor, bare_key: Tensor, residual: Tensor, metric: Metric) -> LowRank:
     """Published ROME: averaged key on the left, bare key in residual and denominator."""
     u = metric.solve(mean_key)  # [m, 1]
     scale = float((u.mT @ bare_key.double())[0, 0])

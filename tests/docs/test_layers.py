@@ -1,0 +1,120 @@
+"""Who may import whom, and what may stand where: read off the code itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "errata"
+
+ROWS: dict[str, int] = {
+    "types": 0, "errors": 0, "registry": 0, "config": 0,
+    "host": 1, "linalg": 1, "data": 1, "evaluation.metrics": 1,
+    "stats": 2, "edits": 2, "evaluation": 2,
+    "locate": 3,
+    "methods": 4,
+    "bench": 5, "lab": 5,
+    "api": 6,
+    "cli": 7,
+}  # fmt: skip
+
+ALONE_IN_ROW_ONE = {"host", "linalg", "data", "evaluation.metrics"}
+
+
+def files():
+    return sorted(p for p in SOURCE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    if len(parts) > 1 and ".".join(parts[:2]) in ROWS:
+        return ".".join(parts[:2])
+    return parts[0]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def test_every_room_has_a_row():
+    found = {room(module_of(p)) for p in files()} - {""}
+    assert found <= set(ROWS), found - set(ROWS)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: module_of(p) or "errata")
+def test_arrows_point_down(path):
+    module = module_of(path)
+    if not module:
+        return  # the package itself only names where things are
+    mine = room(module)
+    for name, line in imports(path):
+        if not name.startswith("errata."):
+            continue
+        target = name.removeprefix("errata.")
+        theirs = room(target)
+        if theirs not in ROWS or theirs == mine:
+            if mine == "methods" and target.startswith("methods."):
+                assert target.split(".")[1] == "_method", f"{path}:{line} one method uses another"
+            continue
+        same_row_one = ROWS[theirs] == 1 == ROWS[mine]
+        assert ROWS[theirs] <= ROWS[mine], f"{path}:{line} {mine} imports {theirs}"
+        assert not same_row_one, f"{path}:{line} {mine} imports {theirs}, its neighbour"
+        if mine == "methods":
+            assert theirs not in ("data", "evaluation", "evaluation.metrics"), f"{path}:{line}"
+        if mine in ("bench", "lab") and theirs == "methods" and "TYPE_CHECKING" not in path.read_text():
+            assert name == "errata.methods.REGISTRY", f"{path}:{line} methods only through the registry"
+
+
+def test_transformers_is_the_hosts_business():
+    for path in files():
+        for name, line in imports(path):
+            if name.split(".")[0] == "transformers":
+                assert room(module_of(path)) == "host", f"{path}:{line}"
+            if name.split(".")[0] in ("pickle", "dill", "joblib"):
+                raise AssertionError(f"{path}:{line} imports {name}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (r"^\s*print\(", "cli/"),
+        (r"register_forward", ("host/hooks.py", "host/layout.py", "locate/values.py")),
+        (r"torch\.linalg\.", "linalg/"),
+        (r"\.generate\(\s*$|model\.generate\(", "host/load.py"),
+        (r"_NAMES_OF_FAMILIES|n_embd|\"llama\"", ("host/families.py", "lab/train.py")),
+    ],
+)
+def test_each_line_lives_in_its_room(pattern, home):
+    homes = (home,) if isinstance(home, str) else home
+    for path in files():
+        inside = path.relative_to(SOURCE).as_posix()
+        if inside.startswith(homes):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert not re.search(pattern, line), f"{path}:{number} {line.strip()}"
+
+
+def test_sizes():
+    for path in files():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 600, path
+        if path.parent.name == "methods":
+            assert text.count("\n") <= 250, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+            assert not isinstance(node, ast.Global), f"{path} uses global"

@@ -1,0 +1,177 @@
+"""Edits: files that are refused, hosts that are refused, what is never lost."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import errata
+from errata.edits import Provenance, WeightEdit
+from errata.edits.weight import active
+from errata.errors import EditError
+from errata.linalg.lowrank import LowRank
+from tests.models import fresh
+
+
+def make(host, seed: int = 0, scale: float = 0.1, dense: bool = False) -> WeightEdit:
+    site = host.layout.site(1)
+    g = torch.Generator().manual_seed(seed)
+    delta = LowRank(torch.randn(site.d_out, 2, generator=g) * scale, torch.randn(2, site.d_in, generator=g))
+    record = Provenance("test", (errata.Request("{} is", "Ada", "Esk"),), {}, host.fingerprint)
+    return WeightEdit(
+        {site.parameter: delta.dense() if dense else delta},
+        frozenset({site.parameter} if site.transposed else ()),
+        record,
+    )
+
+
+@pytest.fixture
+def host():
+    return fresh("gpt2")
+
+
+def test_weight_is_base_plus_sum_whatever_the_order(host):
+    start = host.weights_hash()
+    edits = [make(host, seed) for seed in range(3)]
+    hashes = set()
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        for i in order:
+            edits[i].apply_(host)
+        hashes.add(host.weights_hash())
+        for i in (1, 0, 2):
+            edits[i].revert_(host)
+        assert host.weights_hash() == start
+    assert len(hashes) == 1
+    assert active(host) == []
+
+
+def test_two_hosts_of_one_model_agree(host):
+    twin = errata.Host(host.model, host.tokenizer, name="twin")
+    edit = make(host)
+    edit.apply_(host)
+    with pytest.raises(EditError, match="active"):
+        make(host).apply_(twin)
+    edit.revert_(twin)
+    with pytest.raises(EditError, match="not active"):
+        edit.revert_(host)
+
+
+def test_dense_and_thin_deltas_do_the_same(host):
+    thin, dense = make(host), make(host, dense=True)
+    weight = host.model.get_parameter(next(iter(thin.deltas)))
+    with thin.on(host):
+        one = weight.detach().clone()
+    with dense.on(host):
+        torch.testing.assert_close(weight.detach(), one)
+
+
+def test_foreign_host_is_refused_with_both_names_and_can_be_overruled(host, tmp_path):
+    edit = errata.Edit.load(make(host).save(tmp_path / "e.safetensors"))
+    other = fresh("gpt2", seed=9)
+    start = other.weights_hash()
+    with pytest.raises(EditError) as caught:
+        edit.apply_(other)
+    assert host.fingerprint in str(caught.value) and other.fingerprint in str(caught.value)
+    assert other.weights_hash() == start
+    with edit.on(other, foreign=True):
+        assert other.weights_hash() != start
+    assert other.fingerprint in edit.summary()["overrides"][0]
+    again = errata.Edit.load(edit.save(tmp_path / "f.safetensors"))
+    assert again.provenance.overrides == edit.provenance.overrides
+
+
+def test_fingerprint_is_of_the_unedited_model_and_of_its_content(host):
+    edit = make(host)
+    name = host.fingerprint
+    edit.apply_(host)
+    assert host.fingerprint == name
+    edit.revert_(host)
+    assert fresh("gpt2").fingerprint == name
+    assert fresh("gpt2", seed=1).fingerprint != name
+    half = fresh("gpt2")
+    half.model.bfloat16()
+    assert half.fingerprint == name, "one checkpoint in two precisions is one host"
+
+
+def test_an_edit_lost_to_rounding_is_refused_not_silent(host):
+    host.model.bfloat16()
+    start = host.weights_hash()
+    with pytest.raises(EditError, match="rounding"):
+        make(host, scale=1e-9).apply_(host)
+    assert host.weights_hash() == start and active(host) == []
+
+
+def test_shape_and_name_are_checked_before_anything_changes(host):
+    edit = make(host)
+    ((name, delta),) = edit.deltas.items()
+    start = host.weights_hash()
+    wrong = WeightEdit({name: LowRank(delta.B[:5], delta.A)}, edit.transposed, edit.provenance)
+    with pytest.raises(EditError, match="expects"):
+        wrong.apply_(host)
+    with pytest.raises(EditError, match="no weight"):
+        WeightEdit({name: delta, "nowhere.weight": delta}, edit.transposed, edit.provenance).apply_(host)
+    assert host.weights_hash() == start
+
+
+@pytest.mark.parametrize("cut", [3, 40, 700, -5])
+def test_truncated_files_are_refused(host, tmp_path, cut):
+    path = make(host).save(tmp_path / "e.safetensors")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(EditError, match="truncated|not an edit"):
+        errata.Edit.load(path)
+
+
+def test_changed_numbers_are_noticed(host, tmp_path):
+    path = make(host).save(tmp_path / "e.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x40
+    path.write_bytes(bytes(data))
+    with pytest.raises(EditError, match="recorded"):
+        errata.Edit.load(path)
+
+
+def test_pickles_and_foreign_files_are_refused(host, tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    import pickle
+
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("a.pt", "b.pkl"):
+        with pytest.raises(EditError, match="pickle"):
+            errata.Edit.load(tmp_path / name)
+    save_file({"x": torch.zeros(2)}, tmp_path / "c.safetensors")
+    with pytest.raises(EditError, match="not an edit"):
+        errata.Edit.load(tmp_path / "c.safetensors")
+    save_file(
+        {"x": torch.zeros(2)}, tmp_path / "d.safetensors", metadata={"errata": json.dumps({"format": 99})}
+    )
+    with pytest.raises(EditError, match="format 99"):
+        errata.Edit.load(tmp_path / "d.safetensors")
+    with pytest.raises(EditError, match="does not exist"):
+        errata.Edit.load(tmp_path / "nothing.safetensors")
+
+
+def test_unwritable_paths_leave_nothing_behind(host, tmp_path):
+    edit = make(host)
+    for path in (tmp_path, tmp_path / "no" / "folder.safetensors"):
+        with pytest.raises(EditError, match="cannot write"):
+            edit.save(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(host, tmp_path, monkeypatch):
+    path = make(host).save(tmp_path / "e.safetensors")
+    old = path.read_bytes()
+    from pathlib import Path
+
+    def fail(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(EditError, match="No space"):
+        make(host, seed=5).save(path)
+    assert path.read_bytes() == old
+    assert stat.S_ISREG(path.stat().st_mode) and len(list(tmp_path.iterdir())) == 1
