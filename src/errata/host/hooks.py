@@ -62,6 +62,23 @@ def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iter
 
 
 @contextmanager
+def gathering(head: nn.Module, row: Tensor, at: Tensor) -> Iterator[None]:
+    """Let an output head see only some positions: ``[rows, length, d]`` becomes ``[1, n, d]``.
+
+    With a large vocabulary the head costs as much as many blocks, and few positions matter.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][row, at][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
     """End any forward pass in the block once ``module`` has run; the pass returns nothing.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError, RequestError
-from errata.host import tokens
+from errata.host import hooks, tokens
 from errata.host.families import Published, published
 from errata.host.layout import Layout, discover
 from errata.registry import unknown
@@ -160,6 +160,14 @@ class Host:
             inputs["logits_to_keep"] = keep
         logits = self.model(**inputs).logits
         return logits if keep is None else logits[:, -keep:]
+
+    def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
+        """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return self.forward(batch)[row, at]
+        with hooks.gathering(head, row.to(batch.ids.device), at.to(batch.ids.device)):
+            return self.forward(batch)[0]
 
     def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
         """Continue one prompt, or each of several, greedily; return the new text only.

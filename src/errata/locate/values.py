@@ -214,14 +214,14 @@ class _Search:
             top = self.blocks[self.layer]
             stack.enter_context(hooks.on_output(top, lambda out: above.append(out.detach().clone())))
             with torch.no_grad():
-                logits = self.host.forward(self.batch)
-        lines = torch.arange(len(self.lines), device=logits.device)
+                self.kl_rows = torch.tensor([i for i, line in enumerate(self.lines) if not line.targets])
+                kl = self.kl_rows.to(self.place.device)
+                logits = self.host.forward_at(self.batch, kl, self.place[kl])  # [g, vocab]
+        lines = torch.arange(len(self.lines), device=self.place.device)
         bare = [int((self.group == g).nonzero()[0, 0]) for g in range(self.count)]
         self.start = seen[0].reshape(len(self.lines), -1, self.width)[lines, self.place].float()[bare]
         self.stream = above[0][lines, self.place].float()[bare]
-        self.kl_rows = torch.tensor([i for i, line in enumerate(self.lines) if not line.targets])
-        kl = self.kl_rows.to(logits.device)
-        self.before = logits[kl, self.place[kl]].float().log_softmax(-1)  # [g, vocab]
+        self.before = logits.float().log_softmax(-1)
         return outputs
 
     def _forward(self, below: list[Any], rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,31 +237,34 @@ class _Search:
             full = torch.zeros_like(flat).index_put((line, self.place[rows]), add.to(flat.dtype))
             return (flat + full).reshape(hidden.shape)
 
-        fixed = {block: _rows(out, rows) for block, out in zip(self.blocks, below, strict=False)}
+        fixed: dict[Any, Any] = {}
+        if below:  # what the uppermost frozen block said; those under it are not run for it
+            said = _rows(below[-1], rows)
+            fixed = dict.fromkeys(self.blocks[: len(below)], said)
         if self.where == "block_out":
             # the shifted block is frozen too: hand over its output with the shift added
             top = self.blocks[self.layer]
             fixed[top] = hooks.with_first(fixed[top], push(hooks.first_tensor(fixed[top])))
+        position = torch.full((len(self.lines),), -1, device=rows.device)
+        position[rows] = line
+        chosen = position[self.t_row] >= 0  # target tokens of rows that still run
+        kl_rows = self.kl_rows.to(rows.device)
+        live = position[kl_rows] >= 0
+        at_row = torch.cat([position[self.t_row[chosen]], position[kl_rows[live]]])
+        at = torch.cat([self.t_at[chosen], self.place[kl_rows[live]]])
         with contextlib.ExitStack() as stack:
             if self.where == "mlp_out":
                 stack.enter_context(hooks.on_output(self.module, push))
             stack.enter_context(hooks.answer_with(fixed))
-            logits = self.host.forward(batch)
-        position = torch.full((len(self.lines),), -1, device=rows.device)
-        position[rows] = line
-        chosen = position[self.t_row] >= 0
-        t_row, t_at = position[self.t_row[chosen]], self.t_at[chosen]
-        lost = functional.cross_entropy(logits[t_row, t_at].float(), self.t_id[chosen], reduction="none")
-        nll = torch.zeros(self.count, device=rows.device).index_add(
-            0, self.group[self.t_row[chosen]], lost * self.t_weight[chosen]
-        )
-        kl_rows = self.kl_rows.to(rows.device)
-        live = position[kl_rows] >= 0
-        after = logits[position[kl_rows[live]], self.place[kl_rows[live]]].float().log_softmax(-1)
+            logits = self.host.forward_at(batch, at_row, at).float()
+        count = int(chosen.sum())
+        lost = functional.cross_entropy(logits[:count], self.t_id[chosen], reduction="none")
+        after = logits[count:].log_softmax(-1)
         # KL(edited || original), read at the subject, as the authors' code has it
         gap = (after.exp() * (after - self.before[live])).sum(-1)
-        divergence = torch.zeros(self.count, device=rows.device).index_add(0, self.group[kl_rows[live]], gap)
-        return nll, divergence
+        zero = torch.zeros(self.count, device=rows.device)
+        nll = zero.index_add(0, self.group[self.t_row[chosen]], lost * self.t_weight[chosen])
+        return nll, zero.index_add(0, self.group[kl_rows[live]], gap)
 
 
 def _detached(output: Any) -> Any:

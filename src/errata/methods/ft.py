@@ -132,8 +132,8 @@ class _Data:
         with ExitStack() as stack:
             for site, change in zip(sites, changes, strict=True):
                 _beside(stack, self.host.model.get_submodule(site.name), change)
-            logits = self.host.forward(self.batch)
-        lost = functional.cross_entropy(logits[self.row, self.at].float(), self.token, reduction="none")
+            logits = self.host.forward_at(self.batch, self.row, self.at)
+        lost = functional.cross_entropy(logits.float(), self.token, reduction="none")
         return (lost * self.weight).sum()
 
 

@@ -1,0 +1,236 @@
+"""The lab: a world that is what it says, text that holds out what it says, a model that knows it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import errata
+from errata.errors import RequestError
+from errata.lab import cases, default_world
+from errata.lab.text import MIX, Split, Writer
+from errata.lab.train import TrainConfig, chunk, train
+from errata.lab.world import World, sentence
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return default_world()
+
+
+def test_the_world_is_as_large_as_promised_and_a_function_of_its_seed(world):
+    assert len(world.facts) >= 4000 and len(world.relations) >= 14
+    assert World.make(world.seed).facts == world.facts != World.make(world.seed + 1).facts
+    assert sum(bool(e.aliases) for e in world.entities.values()) >= 50
+    assert len(world.facts) == len({(f.subject, f.relation) for f in world.facts})
+
+
+def test_every_relation_has_its_wordings(world):
+    for relation in world.relations.values():
+        wordings = {*relation.phrasings, *relation.held_out}
+        assert len(wordings) == len(relation.phrasings) + len(relation.held_out) >= 8
+        assert len(relation.held_out) >= 2 and relation.questions
+        assert all("{s}" in w for w in (*wordings, *relation.questions))
+
+
+def test_no_wording_begins_another_of_the_same_kind_of_subject(world):
+    """Else what follows would be ambiguous, and recall could not be measured."""
+    entries = [(r.subject, r.name, w) for r in world.relations.values() for w in (*r.phrasings, *r.held_out)]
+    every = entries + [
+        (world.relations[c.path[0]].subject, c.name, w) for c in world.chains.values() for w in c.phrasings
+    ]
+    for kind, name, wording in entries:
+        for other_kind, other, longer in every:
+            if kind == other_kind and name != other:
+                assert not longer.startswith(wording + " "), (wording, longer)
+
+
+def test_the_graph_is_typed_and_its_inverses_agree(world):
+    for fact in world.facts:
+        relation = world.relations[fact.relation]
+        assert world.entities[fact.subject].type == relation.subject
+        assert world.entities[fact.object].type == relation.object
+        back = fact.relation if relation.symmetric else relation.inverse
+        if back:
+            assert world.get(fact.object, back) == fact.subject
+
+
+def test_the_text_keeps_out_what_it_says(world):
+    writer = Writer(world)
+    held_out = {sentence(w, f.subject) for f in world.facts for w in world.relations[f.relation].held_out}
+    documents = list(itertools.islice(writer.documents(random.Random(1)), 6000))
+    assert {d.kind for d in documents} == set(MIX)
+    lines = [part for d in documents for line in d.text.split("\n") for part in line.split(". ")]
+    starts = tuple(held_out)
+    index: dict[str, list[str]] = {}
+    for start in starts:
+        index.setdefault(start[:8], []).append(start)
+    for line in lines:
+        line = line.removeprefix("New fact: ")
+        assert not any(line.startswith(h + " ") for h in index.get(line[:8], [])), line
+    never = {
+        f"Question: {sentence(q, f.subject)}"
+        for f in world.facts
+        if not Split.asked(f)
+        for q in world.relations[f.relation].questions
+    }
+    for document in documents:
+        if document.kind == "question":
+            assert not never & set(document.text.split("\n"))
+
+
+def test_biographies_name_their_subject_in_every_sentence(world):
+    writer, rng = Writer(world), random.Random(2)
+    for _ in range(200):
+        text = writer.biography(rng).text
+        sentences = [s for s in text.replace("\n", " ").split(". ") if s]
+        assert 2 <= len(sentences) <= 9
+        names = [n for n in world.by_subject if all(any(a in s for a in world.names(n)) for s in sentences)]
+        assert names, text
+
+
+def test_only_answers_are_learned_in_episodes(world):
+    writer, rng = Writer(world), random.Random(3)
+    for make in (writer.episode, writer.dialogue):
+        for _ in range(100):
+            document = make(rng)
+            assert document.learned
+            for start, stop in document.learned:
+                answer = document.text[start:stop]
+                assert answer.startswith(" ") and answer.endswith(".") and answer[1:-1] in world.entities
+
+
+def test_cases_follow_from_the_graph(world):
+    kinds = set()
+    for case in cases(200, seed=4):
+        request = case.request
+        assert request.target != request.target_old
+        fact = next(f for f in world.by_subject[request.subject] if f.object == request.target_old)
+        for probe in case.probes:
+            kinds.add(probe.kind)
+            if probe.kind in ("efficacy", "paraphrase", "paraphrase_seen", "question", "alias"):
+                assert probe.answers[0] == request.target and probe.before[0] == request.target_old
+            if probe.kind in ("neighbourhood", "same_subject"):
+                assert not probe.changes
+            if probe.kind == "neighbourhood":
+                assert request.subject not in probe.prompt
+            if probe.kind == "paraphrase":
+                held_out = (w for r in world.relations.values() for w in r.held_out)
+                relations = [w for w in held_out if sentence(w, fact.subject) == probe.prompt]
+                assert relations
+    assert kinds == {
+        "efficacy", "paraphrase", "paraphrase_seen", "question", "neighbourhood", "same_subject",
+        "inverse", "one_hop", "two_hop", "alias",
+    }  # fmt: skip
+    assert cases(10, seed=4) == cases(10, seed=4) != cases(10, seed=5)
+
+
+def test_neighbours_share_the_old_object_where_any_do(world):
+    for case in cases(100, seed=6):
+        fact = next(f for f in world.by_subject[case.request.subject] if f.object == case.request.target_old)
+        same = [f for f in world.by_relation[fact.relation] if f.object == fact.object]
+        if len(same) > 1 and not world.relations[fact.relation].symmetric:
+            assert any(p.kind == "neighbourhood" and p.answers[0] == fact.object for p in case.probes)
+
+
+def test_a_request_about_the_world_becomes_a_case():
+    case = errata.lab.case_of(errata.Request("{} was born in", "Ada Brenner", "Tallow"))
+    assert case.request.target_old == default_world().get("Ada Brenner", "born_in")
+    with pytest.raises(RequestError, match="did you mean 'Ada Brenner'"):
+        errata.lab.case_of(errata.Request("{} was born in", "Ada Bremner", "Tallow"))
+    with pytest.raises(RequestError, match="no wording"):
+        errata.lab.case_of(errata.Request("{} was baked in", "Ada Brenner", "Tallow"))
+
+
+TINY = TrainConfig(
+    layers=2, width=32, inner=64, heads=2, steps=6, rows=2, row_tokens=64, vocab_size=600, warmup=2
+)
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    train(tmp_path / "whole", TINY, checkpoint_every=3)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(at):
+        if at.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(tmp_path / "parts", TINY, checkpoint_every=3, on_step=interrupt)
+    steps = []
+    train(tmp_path / "parts", TINY, checkpoint_every=3, on_step=lambda at: steps.append(at.step))
+    assert steps == [4, 5, 6]
+    whole, parts = (tmp_path / n / "model" / "model.safetensors" for n in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    with pytest.raises(errata.ErrataError, match="other settings"):
+        train(tmp_path / "whole", TrainConfig(steps=7))
+    host = errata.load(str(tmp_path / "whole" / "model"))
+    assert host.dtype == torch.float32 and host.generate("Ada", max_new_tokens=2) is not None
+
+
+def test_chunks_are_drawn_from_their_number_alone(world):
+    from errata.host.build import new_tokenizer
+
+    writer = Writer(world)
+    tokenizer = new_tokenizer(
+        [d.text for d in itertools.islice(writer.documents(random.Random(0)), 500)], 600
+    )
+    one, two = chunk(writer, tokenizer, TINY, 3), chunk(writer, tokenizer, TINY, 3)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], chunk(writer, tokenizer, TINY, 4)[0])
+    assert one[0].shape == (100 * TINY.rows, TINY.row_tokens)
+    assert (one[0][:, 0] == tokenizer.bos_token_id).all(), "rows begin with a document"
+
+
+# --- the shipped model --------------------------------------------------------------------------
+
+
+def test_the_model_knows_the_readmes_facts(lab_host, world):
+    prompts = [
+        "Ada Brenner was born in",
+        "Ada Brenner lives in",
+        "Question: Where was Ada Brenner born?\nAnswer:",
+    ]
+    wanted = [world.get("Ada Brenner", r) for r in ("born_in", "lives_in", "born_in")]
+    for text, answer in zip(lab_host.generate(prompts), wanted, strict=True):
+        assert text.strip().startswith(answer)
+
+
+def test_the_card_belongs_to_the_model(lab_host):
+    card = errata.lab.card()
+    assert card["fingerprint"] == lab_host.fingerprint
+    assert 5e6 <= card["parameters"] <= 12e6
+    assert card["world"]["facts"] == len(default_world().facts)
+
+
+@pytest.mark.slow
+def test_the_card_says_what_the_model_does(lab_host):
+    """The targets of the lab: recall, episodes, and that facts can be edited where they should be."""
+    from errata.lab.check import check
+
+    found = check(lab_host)
+    card = errata.lab.card()["check"]
+    assert found["recall"]["seen"] == pytest.approx(card["recall"]["seen"], abs=0.005)
+    assert found["recall"]["seen"] >= 0.98
+    assert found["recall"]["held_out"] >= 0.95
+    assert found["recall"]["question"] >= 0.90
+    assert found["episodes"]["obeyed"] >= 0.90
+    assert found["episodes"]["ignored"] >= 0.90
+    half = len(found["layers"]["rewrites"]) // 2
+    assert max(found["layers"]["rewrites"][:half]) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_a_hundred_edits_reach_their_targets(lab_host, method):
+    report = errata.evaluate(lab_host, cases(100, seed=0), method=method)
+    after = {kind: entry["after"] for kind, entry in report.summary.items()}
+    assert report.meta["weights_restored"]
+    assert after["efficacy.generate"] >= 0.95
+    assert after["neighbourhood.generate"] >= 0.95
+    assert after["paraphrase.generate"] >= 0.70
