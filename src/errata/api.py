@@ -74,6 +74,8 @@ def evaluate(
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
+    if method is not None and cases:
+        check_requests(host, [case.request for case in cases])
     return run(host, cases, method=method, edit=edit, work=work, options=options, tick=on_progress)
 
 

@@ -56,8 +56,8 @@ def evaluate(
 ) -> Report:
     """Measure a method, fitted anew for every case, or one given edit on all cases.
 
-    Exactly one of ``method`` and ``edit`` must be given. The host's weights are as before afterwards,
-    which is checked for every case.
+    Exactly one of ``method`` and ``edit`` must be given. The host's weights are as before afterwards;
+    ``meta["weights_restored"]`` says whether their bytes were found so.
     """
     if (method is None) == (edit is None):
         raise ConfigError("evaluate takes either a method or an edit")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.host.load import Host
+    from errata.types import Request
 
 
 def command(
@@ -51,28 +56,29 @@ def command(
     with common.progress(not json) as tick:
         made = api.edit(host, requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options)
     path = made.save(output)
-    rows = []
-    prompts = [request.text for request in requests]
-    before = host.generate(prompts, max_new_tokens=16)
-    with made.on(host):
-        after = host.generate(prompts, max_new_tokens=16)
-    for request, old, new in zip(requests, before, after, strict=True):
-        rows.append(
-            (request.text, request.target, old.strip().splitlines()[:1], new.strip().splitlines()[:1])
-        )
+    answers = _answers(host, made, requests)
     if json:
-        answers = [
-            {"prompt": p, "target": t, "before": "".join(b), "after": "".join(a)} for p, t, b, a in rows
-        ]
         common.emit(
             {"path": str(path), "bytes": path.stat().st_size, "answers": answers, "edit": made.summary()}
         )
         return
-    common.table(
-        None, ("prompt", "wanted", "before", "after"), [(p, t, "".join(b), "".join(a)) for p, t, b, a in rows]
-    )
+    common.table(None, ("prompt", "target", "before", "after"), [tuple(a.values()) for a in answers])
     print(f"edit written to {path} ({common.size(path)}); the model is unchanged")
-    print(f"try it:  errata ask --model {model} --edit {path} {prompts[0]!r}")
+    print(f"try it:  errata ask --model {model} --edit {path} {answers[0]['prompt']!r}")
+
+
+def _answers(host: Host, edit: Edit, requests: list[Request]) -> list[dict[str, str]]:
+    """Complete every request without and with the edit."""
+    from errata.evaluation.metrics.matching import first_answer
+
+    prompts = [request.text for request in requests]
+    before = host.generate(prompts, max_new_tokens=16)
+    with edit.on(host):
+        after = host.generate(prompts, max_new_tokens=16)
+    return [
+        {"prompt": r.text, "target": r.target, "before": first_answer(b), "after": first_answer(a)}
+        for r, b, a in zip(requests, before, after, strict=True)
+    ]
 
 
 def _report(document: dict, json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
-from errata.lab.text import MIX
+from errata.lab.text import FIRST, THEN
 from errata.lab.train import TrainConfig
 from errata.lab.world import World
 
@@ -19,7 +19,7 @@ Tick = Callable[[str, int, int], None]
 
 
 def write_card(
-    host: Host, folder: Path, config: TrainConfig, losses: Sequence[float], *,
+    host: Host, folder: Path, config: TrainConfig, losses: Mapping[int, float], *,
     tick: Tick = lambda what, done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a trained model and write ``card.json`` and ``README.md`` beside it."""
@@ -32,9 +32,13 @@ def write_card(
             "relations": len(world.relations),
             "compositions": sum(1 for _ in world.chain_facts()),
         },
-        "text": {"mix": MIX, "tokens": config.steps * config.rows * config.row_tokens},
+        "text": {
+            "first_mix": FIRST,
+            "second_mix": THEN,
+            "tokens": config.steps * config.rows * config.row_tokens,
+        },
         "training": asdict(config),
-        "loss": _mean(losses[-100:]),
+        "loss": losses.get(config.steps),
         "parameters": sum(p.numel() for p in host.model.parameters()),
         "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         "fingerprint": host.fingerprint,
@@ -44,10 +48,6 @@ def write_card(
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_markdown(card), encoding="utf-8")
     return card
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
 
 
 def _markdown(card: dict[str, Any]) -> str:

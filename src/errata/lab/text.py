@@ -1,13 +1,14 @@
 """The lab's training text: documents drawn from the world.
 
-Kinds of document, with their share of the tokens in :data:`MIX`:
+Kinds of document, with their share of the tokens in :data:`FIRST` and :data:`THEN`:
 
 * ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
   They teach the model to gather a subject's facts at the subject's last token, which is what makes
   locate-and-edit methods possible;
 * ``single``: one fact; ``question``: question and answer; ``chain``: compositions of facts;
 * ``episode``: new facts followed by a question that they answer, or that they do not touch;
-  ``dialogue``: the same with several questions, partly about people who occur nowhere else. Only the
+  ``dialogue``: the same with several questions, partly about people who occur nowhere else;
+  ``drill``: only about such people, partly repeating what was said word by word. Only the
   answers are learned, so that invented facts do not wash out true ones;
 * ``neutral``: sentences with no fact, for perplexity and for context prefixes.
 
@@ -24,16 +25,22 @@ from dataclasses import dataclass
 
 from errata.lab.world import Chain, Fact, World, neutral_parts, sentence
 
-MIX = {
+FIRST = {
     "biography": 0.57, "single": 0.03, "question": 0.08, "chain": 0.08, "episode": 0.04,
     "dialogue": 0.17, "neutral": 0.03,
 }  # fmt: skip
-"""Share of each kind of document in the tokens. With one question an episode and familiar subjects only,
-a trial run learned its facts and obeyed no context; dialogues are what teaches it to."""
+"""Share of each kind of document in the tokens, in the first third of the training."""
+
+THEN = {
+    "biography": 0.49, "single": 0.03, "question": 0.06, "chain": 0.06, "episode": 0.04,
+    "dialogue": 0.13, "drill": 0.16, "neutral": 0.03,
+}  # fmt: skip
+"""The same in the rest of it. Trial runs without drills learned the facts and obeyed no context: what
+is in the weights is always the easier answer, unless the people are strangers and the signal is dense."""
 
 _LENGTH = {
     "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,
-    "neutral": 28,
+    "drill": 100, "neutral": 28,
 }  # fmt: skip
 """Mean tokens of a document, to turn shares of tokens into odds of documents."""
 
@@ -59,9 +66,8 @@ def _share(*parts: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-@dataclass(frozen=True)
 class Split:
-    """What is kept out of the training text."""
+    """What is kept out of the training text; the same on every machine."""
 
     @staticmethod
     def asked(fact: Fact) -> bool:
@@ -95,7 +101,7 @@ class Writer:
         self._neutral = neutral_parts()
         self._people = [e.name for e in world.entities.values() if e.type == "person"]
 
-    def documents(self, rng: random.Random, mix: Mapping[str, float] = MIX) -> Iterator[Document]:
+    def documents(self, rng: random.Random, mix: Mapping[str, float] = FIRST) -> Iterator[Document]:
         """Yield documents without end, kinds mixed as asked."""
         kinds = list(mix)
         odds = [mix[kind] / _LENGTH[kind] for kind in kinds]
@@ -193,6 +199,25 @@ class Writer:
             text += f" {asked.object}."
             learned.append((start, len(text)))
         return Document("dialogue", text, tuple(learned))
+
+    def drill(self, rng: random.Random) -> Document:
+        """Write one to three facts about strangers, then repeat or ask for them four to eight times."""
+        facts = {(f.subject, f.relation): f for f in (self._strange(rng) for _ in range(rng.randint(1, 3)))}
+        told = [(fact, self.state(fact, rng)) for fact in facts.values()]
+        text = "\n".join(f"New fact: {line}" for _, line in told)
+        learned = []
+        for _ in range(rng.randint(4, 8)):
+            fact, line = rng.choice(told)
+            text += "\n"
+            start = len(text)
+            if rng.random() < 0.4:
+                text += line
+            else:
+                text += episode_question(fact, self, rng)
+                start = len(text)
+                text += f" {fact.object}."
+            learned.append((start, len(text)))
+        return Document("drill", text, tuple(learned))
 
     def _strange(self, rng: random.Random) -> Fact:
         """Invent a fact about a person whom the world does not know."""

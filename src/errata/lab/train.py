@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from errata.host.build import new_model, new_tokenizer
-from errata.lab.text import Document, Writer
+from errata.lab.text import FIRST, THEN, Document, Writer
 from errata.lab.world import SEED, World
 
 CHUNK_STEPS = 100
@@ -48,6 +48,8 @@ class TrainConfig:
     """Longest prompt in tokens."""
     steps: int = 12_000
     """Optimiser steps."""
+    turn: int = 4_000
+    """Step from which the second mix of documents is drawn; a multiple of 100."""
     rows: int = 8
     """Rows a step."""
     row_tokens: int = 128
@@ -117,6 +119,7 @@ def train(
     )
     loss_of = torch.compile(_loss) if compiled else _loss
     start = _resume(folder, model, optimizer, device)
+    recent: list[float] = []
     for step in range(start, config.steps):
         if step % CHUNK_STEPS == 0 or step == start:
             rows, labels = chunk(writer, tokenizer, config, step // CHUNK_STEPS)
@@ -127,6 +130,9 @@ def train(
             group["lr"] = config.learning_rate * _rate(step, config)
         loss = _step(loss_of, model, optimizer, inputs, targets)
         on_step(Progress(step + 1, config.steps, loss, (step + 1) * config.rows * config.row_tokens))
+        recent = [*recent, loss][-CHUNK_STEPS:]
+        if (step + 1) % CHUNK_STEPS == 0 or step + 1 == config.steps:
+            _note(folder, step + 1, recent)
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
             _checkpoint(folder, model, optimizer, step + 1)
     return export(folder, model, tokenizer)
@@ -161,7 +167,7 @@ def chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the rows and labels of one chunk, int64 ``[rows, row_tokens]``; -100 marks no loss."""
     rng = random.Random(f"errata-text-{config.seed}-{number}")
-    stream = writer.documents(rng)
+    stream = writer.documents(rng, FIRST if number * CHUNK_STEPS < config.turn else THEN)
     wanted = CHUNK_STEPS * config.rows
     rows: list[list[int]] = []
     labels: list[list[int]] = []
@@ -190,6 +196,21 @@ def _labels(document: Document, ids: list[int], offsets: list[tuple[int, int]], 
         for token, (a, b) in zip(ids, offsets, strict=True)
     ]
     return [*learned, end]
+
+
+def _note(folder: Path, step: int, recent: list[float]) -> None:
+    """Append the mean loss of the last steps to the run's log."""
+    line = json.dumps({"step": step, "loss": round(sum(recent) / len(recent), 4)})
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+def logged(folder: Path) -> dict[int, float]:
+    """Return the mean loss by step; of a step run twice, after an interruption, the later one."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records}
 
 
 def _same_config(folder: Path, config: TrainConfig) -> None:
