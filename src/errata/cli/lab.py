@@ -87,6 +87,7 @@ def _show(report: dict[str, Any]) -> None:
     print(
         f"new fact in the context: obeyed {episodes['obeyed']:.3f}, unrelated ignored {episodes['ignored']:.3f}"
     )
+    print(f"perplexity of sentences without facts: {report['perplexity']:.2f}")
     common.table(
         "compositions of facts", ("group", "recall"),
         [(k, f"{v:.3f}") for k, v in report["compositions"].items()], right=(1,),

@@ -70,6 +70,7 @@ def _markdown(card: dict[str, Any]) -> str:
         f"| questions, subjects never asked about in training | {recall['question_never_asked']:.3f} |",
         f"| new fact in the context obeyed | {found['episodes']['obeyed']:.3f} |",
         f"| unrelated new fact ignored | {found['episodes']['ignored']:.3f} |",
+        f"| perplexity of neutral sentences | {found['perplexity']:.2f} |",
         *(f"| compositions {name} | {value:.3f} |" for name, value in found["compositions"].items()),
         "",
         "Share of answers changed by an optimised shift at the subject's last token, per layer:",

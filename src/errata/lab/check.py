@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from errata.evaluation.metrics.matching import answered
+from errata.evaluation.metrics.probability import perplexity
 from errata.host import tokens
 from errata.host.load import Host, generate_rows
+from errata.lab.cases import neutral_texts
 from errata.lab.text import Split, Writer, episode_document, episode_line
 from errata.lab.world import Fact, World, default_world, sentence
 from errata.locate.contexts import Context
@@ -49,6 +51,7 @@ def check(
     report["recall"] = recall(host, world, facts, rng, tick)
     report["episodes"] = episodes(host, world, rng, tick)
     report["compositions"] = compositions(host, world, rng, tick)
+    report["perplexity"] = neutral_perplexity(host)
     report["layers"] = layers(host, world, rng, requests, tick)
     return report
 
@@ -95,6 +98,19 @@ def ask(host: Host, questions: Sequence[Question], what: str, tick: Tick) -> lis
 def share(right: Sequence[bool]) -> float:
     """Return the share of true values, four digits."""
     return round(sum(right) / max(1, len(right)), 4)
+
+
+def neutral_perplexity(host: Host, texts: Sequence[str] | None = None) -> float:
+    """Return the perplexity per token of sentences that state no fact."""
+    rows = [host.encode(text).ids for text in texts or neutral_texts(100)]
+    found = []
+    for group in tokens.by_length(rows, BATCH_TOKENS):
+        batch = host.batch([rows[i] for i in group])
+        with torch.no_grad():
+            logprobs = host.forward(batch).float().log_softmax(-1)
+        said = logprobs[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0]
+        found.append(said[batch.mask[:, 1:].bool()])
+    return round(perplexity(torch.cat(found)), 3)
 
 
 def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 300) -> dict[str, float]:

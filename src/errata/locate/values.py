@@ -131,6 +131,7 @@ class _Search:
         self.host, self.where, self.config = host, where, config
         self.blocks = [host.model.get_submodule(name) for name in host.layout.blocks]
         self.layer = layer
+        self.depth = layer + 1 if where == "block_out" else layer  # blocks the shift cannot reach
         site = host.layout.site(layer)
         self.module = host.model.get_submodule(site.name) if where == "mlp_out" else self.blocks[layer]
         self.width = site.d_out if where == "mlp_out" else host.layout.width
@@ -196,9 +197,9 @@ class _Search:
             for g in range(self.count)
         ]
 
-    def _freeze(self) -> list[Any]:
-        """Run once unshifted; keep the outputs of the blocks that the shift cannot reach."""
-        depth = self.layer + 1 if self.where == "block_out" else self.layer
+    def _freeze(self) -> Any:
+        """Run once unshifted; return the output of the highest block that the shift cannot reach."""
+        depth = self.depth
         outputs: list[Any] = []
         seen: list[Tensor] = []
         above: list[Tensor] = []
@@ -207,8 +208,8 @@ class _Search:
             outputs.append(_detached(output))
 
         with contextlib.ExitStack() as stack:
-            for block in self.blocks[:depth]:
-                handle = block.register_forward_hook(keep)
+            if depth:
+                handle = self.blocks[depth - 1].register_forward_hook(keep)
                 stack.callback(handle.remove)
             stack.enter_context(hooks.on_output(self.module, lambda out: seen.append(out.detach().clone())))
             top = self.blocks[self.layer]
@@ -222,9 +223,9 @@ class _Search:
         self.start = seen[0].reshape(len(self.lines), -1, self.width)[lines, self.place].float()[bare]
         self.stream = above[0][lines, self.place].float()[bare]
         self.before = logits.float().log_softmax(-1)
-        return outputs
+        return outputs[0] if outputs else None
 
-    def _forward(self, below: list[Any], rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, below: Any, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Return negative log-likelihood and divergence per group ``[g]``; stopped groups give 0."""
         batch = Batch(
             *(t[rows] for t in (self.batch.ids, self.batch.mask, self.batch.positions, self.batch.offset))
@@ -238,9 +239,8 @@ class _Search:
             return (flat + full).reshape(hidden.shape)
 
         fixed: dict[Any, Any] = {}
-        if below:  # what the uppermost frozen block said; those under it are not run for it
-            said = _rows(below[-1], rows)
-            fixed = dict.fromkeys(self.blocks[: len(below)], said)
+        if below is not None:  # the blocks under it need not run for it
+            fixed = dict.fromkeys(self.blocks[: self.depth], _rows(below, rows))
         if self.where == "block_out":
             # the shifted block is frozen too: hand over its output with the shift added
             top = self.blocks[self.layer]
