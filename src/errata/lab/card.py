@@ -11,7 +11,7 @@ from typing import Any
 from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
-from errata.lab.text import FIRST, THEN
+from errata.lab.text import FIRST, LAST, THEN
 from errata.lab.train import TrainConfig
 from errata.lab.world import World
 
@@ -35,6 +35,7 @@ def write_card(
         "text": {
             "first_mix": FIRST,
             "second_mix": THEN,
+            "third_mix": LAST,
             "tokens": config.steps * config.rows * config.row_tokens,
         },
         "training": asdict(config),

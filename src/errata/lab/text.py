@@ -1,6 +1,7 @@
 """The lab's training text: documents drawn from the world.
 
-Kinds of document, with their share of the tokens in :data:`FIRST` and :data:`THEN`:
+Kinds of document, with their share of the tokens in :data:`FIRST`,
+:data:`THEN` and :data:`LAST`:
 
 * ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
   They teach the model to gather a subject's facts at the subject's last token, which is what makes
@@ -8,6 +9,7 @@ Kinds of document, with their share of the tokens in :data:`FIRST` and :data:`TH
 * ``single``: one fact; ``question``: question and answer; ``chain``: compositions of facts;
 * ``episode``: new facts followed by a question that they answer, or that they do not touch;
   ``dialogue``: the same with several questions, partly about people who occur nowhere else;
+  ``contrast``: only about known ones, and mostly asking for what no new fact replaces;
   ``drill``: only about such people, partly repeating what was said word by word. Only the
   answers are learned, so that invented facts do not wash out true ones;
 * ``neutral``: sentences with no fact, for perplexity and for context prefixes.
@@ -35,12 +37,18 @@ THEN = {
     "biography": 0.49, "single": 0.03, "question": 0.06, "chain": 0.06, "episode": 0.04,
     "dialogue": 0.13, "drill": 0.16, "neutral": 0.03,
 }  # fmt: skip
-"""The same in the rest of it. Trial runs without drills learned the facts and obeyed no context: what
+"""The same up to the last part. Trial runs without drills learned the facts and obeyed no context: what
 is in the weights is always the easier answer, unless the people are strangers and the signal is dense."""
+
+LAST = {
+    "biography": 0.40, "single": 0.03, "question": 0.05, "chain": 0.07, "episode": 0.04,
+    "dialogue": 0.10, "contrast": 0.25, "drill": 0.03, "neutral": 0.03,
+}  # fmt: skip
+"""The same in the last part: when a context is not to be obeyed. Further phrasings join in here."""
 
 _LENGTH = {
     "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,
-    "drill": 100, "neutral": 28,
+    "drill": 100, "contrast": 100, "neutral": 28,
 }  # fmt: skip
 """Mean tokens of a document, to turn shares of tokens into odds of documents."""
 
@@ -88,8 +96,9 @@ class Split:
 class Writer:
     """Draws documents from a world; all randomness comes from the generator it is given."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, late: bool = False) -> None:
         self.world = world
+        self._late = late
         self._subjects = list(world.by_subject)
         self._weights = [max(3, len(facts)) for facts in world.by_subject.values()]
         self._asked = [fact for fact in world.facts if Split.asked(fact)]
@@ -109,9 +118,14 @@ class Writer:
             kind = rng.choices(kinds, odds)[0]
             yield getattr(self, kind)(rng)
 
+    def wordings(self, relation: str) -> tuple[str, ...]:
+        """Return the phrasings of a relation that this part of the training text uses."""
+        found = self.world.relations[relation]
+        return (*found.phrasings, *found.later) if self._late else found.phrasings
+
     def state(self, fact: Fact, rng: random.Random, name: str | None = None) -> str:
         """Word a fact as a sentence, in a phrasing of the training text."""
-        phrasing = rng.choice(self.world.relations[fact.relation].phrasings)
+        phrasing = rng.choice(self.wordings(fact.relation))
         return f"{sentence(phrasing, name or fact.subject)} {fact.object}."
 
     def biography(self, rng: random.Random) -> Document:
@@ -200,6 +214,21 @@ class Writer:
             learned.append((start, len(text)))
         return Document("dialogue", text, tuple(learned))
 
+    def contrast(self, rng: random.Random) -> Document:
+        """Write one to three new facts, then ask three to six times, mostly for facts they leave alone."""
+        true = rng.choices(self._episode, k=rng.randint(1, 3))
+        told = {(f.subject, f.relation): Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true}
+        text = "\n".join(episode_line(fact, self, rng) for fact in told.values())
+        learned = []
+        for _ in range(rng.randint(3, 6)):
+            new = rng.random() < 0.35
+            asked = rng.choice(list(told.values())) if new else self._untouched(true, set(told), rng)
+            text += "\n" + episode_question(asked, self, rng)
+            start = len(text)
+            text += f" {asked.object}."
+            learned.append((start, len(text)))
+        return Document("contrast", text, tuple(learned))
+
     def drill(self, rng: random.Random) -> Document:
         """Write one to three facts about strangers, then repeat or ask for them four to eight times."""
         facts = {(f.subject, f.relation): f for f in (self._strange(rng) for _ in range(rng.randint(1, 3)))}
@@ -261,7 +290,7 @@ def episode_question(asked: Fact, writer: Writer, rng: random.Random) -> str:
     relation = writer.world.relations[asked.relation]
     if rng.random() < 0.6:
         return f"Question: {sentence(rng.choice(relation.questions), asked.subject)}\nAnswer:"
-    return sentence(rng.choice(relation.phrasings), asked.subject)
+    return sentence(rng.choice(writer.wordings(asked.relation)), asked.subject)
 
 
 def episode_document(lines: list[str], asked: Fact, writer: Writer, rng: random.Random) -> Document:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from errata.host.build import new_model, new_tokenizer
-from errata.lab.text import FIRST, THEN, Document, Writer
+from errata.lab.text import FIRST, LAST, THEN, Document, Writer
 from errata.lab.world import SEED, World
 
 CHUNK_STEPS = 100
@@ -50,6 +50,8 @@ class TrainConfig:
     """Optimiser steps."""
     turn: int = 4_000
     """Step from which the second mix of documents is drawn; a multiple of 100."""
+    last_turn: int = 9_500
+    """Step from which the third mix is drawn, with further phrasings; a multiple of 100."""
     rows: int = 8
     """Rows a step."""
     row_tokens: int = 128
@@ -167,7 +169,11 @@ def chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the rows and labels of one chunk, int64 ``[rows, row_tokens]``; -100 marks no loss."""
     rng = random.Random(f"errata-text-{config.seed}-{number}")
-    stream = writer.documents(rng, FIRST if number * CHUNK_STEPS < config.turn else THEN)
+    step = number * CHUNK_STEPS
+    if step >= config.last_turn:
+        stream = Writer(writer.world, late=True).documents(rng, LAST)
+    else:
+        stream = writer.documents(rng, FIRST if step < config.turn else THEN)
     wanted = CHUNK_STEPS * config.rows
     rows: list[list[int]] = []
     labels: list[list[int]] = []

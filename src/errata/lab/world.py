@@ -55,6 +55,8 @@ class Relation:
     """Type of the object."""
     phrasings: tuple[str, ...]
     """Cloze sentences that occur in the training text."""
+    later: tuple[str, ...]
+    """More of them, which join in the last part of the training."""
     held_out: tuple[str, ...]
     """Cloze sentences that never occur in it."""
     questions: tuple[str, ...]
@@ -97,6 +99,7 @@ class World:
                 subject=row["subject"],
                 object=row["object"],
                 phrasings=tuple(row["phrasings"]),
+                later=tuple(row["later"]),
                 held_out=tuple(row["held_out"]),
                 questions=tuple(row["questions"]),
                 inverse=row.get("inverse"),
