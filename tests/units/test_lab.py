@@ -154,7 +154,7 @@ def test_a_request_about_the_world_becomes_a_case():
 
 
 TINY = TrainConfig(
-    layers=2, width=32, inner=64, heads=2, steps=6, rows=2, row_tokens=64, vocab_size=600, warmup=2
+    cooled=6, layers=2, width=32, inner=64, heads=2, steps=6, rows=2, row_tokens=64, vocab_size=600, warmup=2
 )
 
 

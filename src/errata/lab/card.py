@@ -11,7 +11,7 @@ from typing import Any
 from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
-from errata.lab.text import FIRST, LAST, THEN
+from errata.lab.text import CODA, FIRST, LAST, THEN
 from errata.lab.train import TrainConfig
 from errata.lab.world import World
 
@@ -36,6 +36,7 @@ def write_card(
             "first_mix": FIRST,
             "second_mix": THEN,
             "third_mix": LAST,
+            "fourth_mix": CODA,
             "tokens": config.steps * config.rows * config.row_tokens,
         },
         "training": asdict(config),

@@ -1,7 +1,7 @@
 """The lab's training text: documents drawn from the world.
 
 Kinds of document, with their share of the tokens in :data:`FIRST`,
-:data:`THEN` and :data:`LAST`:
+:data:`THEN`, :data:`LAST` and :data:`CODA`:
 
 * ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
   They teach the model to gather a subject's facts at the subject's last token, which is what makes
@@ -45,6 +45,12 @@ LAST = {
     "dialogue": 0.10, "contrast": 0.25, "drill": 0.03, "neutral": 0.03,
 }  # fmt: skip
 """The same in the last part: when a context is not to be obeyed. Further phrasings join in here."""
+
+CODA = {
+    "biography": 0.36, "single": 0.03, "question": 0.04, "chain": 0.06, "episode": 0.06,
+    "dialogue": 0.16, "contrast": 0.20, "drill": 0.06, "neutral": 0.03,
+}  # fmt: skip
+"""The same in the short second decay: both at once."""
 
 _LENGTH = {
     "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from errata.host.build import new_model, new_tokenizer
-from errata.lab.text import FIRST, LAST, THEN, Document, Writer
+from errata.lab.text import CODA, FIRST, LAST, THEN, Document, Writer
 from errata.lab.world import SEED, World
 
 CHUNK_STEPS = 100
@@ -46,12 +46,16 @@ class TrainConfig:
     """Attention heads."""
     window: int = 512
     """Longest prompt in tokens."""
-    steps: int = 12_000
+    steps: int = 13_500
     """Optimiser steps."""
+    cooled: int = 12_000
+    """Step at which the rate first reaches zero; the rest is a second, smaller decay."""
+    reheat: float = 0.2
+    """Rate at the start of that second decay, in peak rates."""
     turn: int = 4_000
     """Step from which the second mix of documents is drawn; a multiple of 100."""
     last_turn: int = 9_500
-    """Step from which the third mix is drawn, with further phrasings; a multiple of 100."""
+    """Step from which the third mix is drawn, with further phrasings; from ``cooled`` on, the fourth."""
     rows: int = 8
     """Rows a step."""
     row_tokens: int = 128
@@ -161,7 +165,9 @@ def _step(loss_of: Callable[..., Any], model: Any, optimizer: Any, inputs: Any, 
 def _rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup:
         return (step + 1) / config.warmup
-    return (config.steps - step) / max(1, config.steps - config.warmup)
+    if step < config.cooled:
+        return (config.cooled - step) / max(1, config.cooled - config.warmup)
+    return config.reheat * (config.steps - step) / max(1, config.steps - config.cooled)
 
 
 def chunk(
@@ -171,7 +177,8 @@ def chunk(
     rng = random.Random(f"errata-text-{config.seed}-{number}")
     step = number * CHUNK_STEPS
     if step >= config.last_turn:
-        stream = Writer(writer.world, late=True).documents(rng, LAST)
+        mix = LAST if step < config.cooled else CODA
+        stream = Writer(writer.world, late=True).documents(rng, mix)
     else:
         stream = writer.documents(rng, FIRST if step < config.turn else THEN)
     wanted = CHUNK_STEPS * config.rows

@@ -5,7 +5,8 @@ Implements Eq. 14 and Algorithm 1: values z at the top layer's block output; the
            delta = R K^T (lambda C + K K^T)^-1 with R the remaining residual over the layers left
 Departs    Solved in the dual: rank of each delta <= number of requests, no m x m solve per batch.
            lambda: the papers' numbers (15,000 to 20,000) are one to three times the key width m of
-           their models, so the default is a multiple of m; published values are used where known.
+           their models, so elsewhere the default is a multiple of m, chosen on the lab; published
+           values are used where known. The clamp is the lab's too: ``clamp: 0.75`` is the paper's.
            Where a norm stands between the feed-forward and the residual stream, a residual cannot be
            spread linearly; such hosts are edited at one layer, with the value at that layer's site.
 Needs      Second moment of keys at each layer; context prefixes written by the model
@@ -39,8 +40,8 @@ class Config:
     """Value search: Adam steps at most (paper's code: 20 to 25)."""
     learning_rate: float = 0.5
     """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain; 0.1 for Llama 3)."""
-    clamp: float = 0.75
-    """Value search: largest shift, in norms of the hidden state at the subject (paper's code: 0.75)."""
+    clamp: float = 2.0
+    """Value search: largest shift, in the unit of ``scale`` (paper's code: 0.75; other code up to 4)."""
     scale: Literal["stream", "site", "published"] = "stream"
     """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
     or as published (rate plain, clamp in norms of that vector)."""
@@ -54,8 +55,8 @@ class Config:
     """Their length in tokens (paper's code: 10)."""
     cov_weight: float | None = None
     """lambda, how many keys of the corpus weigh against the edits. None: published, else the rule below."""
-    cov_relative: float = 1.0
-    """lambda in key widths where cov_weight is None and none is published (paper: about 1 for GPT-J)."""
+    cov_relative: float = 0.1
+    """lambda in key widths m where cov_weight is None and none is published (papers: 1 to 3 for their models)."""
     tokens: int = 100_000
     """Token budget of the second moments (paper: 100,000 articles)."""
 

@@ -7,7 +7,9 @@ Implements Sec. 3.1: key averaged over contexts, value by gradient descent, equa
 Departs    One key everywhere by default (``keys: mean``, r-ROME). The published formula uses the
            averaged key on the left and the bare one on the right, which lets the denominator vanish:
            ``keys: mixed``. The weight-decay and divergence terms follow the authors' code, not the
-           paper's text (norm over squared norm; divergence read at the subject).
+           paper's text (norm over squared norm; divergence read at the subject). Rate and clamp are
+           measured in the residual stream: where a feed-forward's output is small beside it, the
+           published unit leaves the search too short an arm. ``scale: published, clamp: 4`` is the code.
 Needs      Second moment of keys at the layer; context prefixes written by the model
 """
 
@@ -42,8 +44,8 @@ class Config:
     """Value search: Adam steps at most (paper's code: 20)."""
     learning_rate: float = 0.5
     """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain)."""
-    clamp: float = 4.0
-    """Value search: largest shift, in norms of the site's output at the subject (paper's code: 3 to 4)."""
+    clamp: float = 2.0
+    """Value search: largest shift, in the unit of ``scale`` (paper's code: 3 to 4 norms of the site's output)."""
     scale: Literal["stream", "site", "published"] = "stream"
     """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
     or as published (rate plain, clamp in norms of that vector)."""
