@@ -40,7 +40,7 @@ class Config:
     """Value search: Adam steps at most (paper's code: 20 to 25)."""
     learning_rate: float = 0.5
     """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain; 0.1 for Llama 3)."""
-    clamp: float = 2.0
+    clamp: float = 1.5
     """Value search: largest shift, in the unit of ``scale`` (paper's code: 0.75; other code up to 4)."""
     scale: Literal["stream", "site", "published"] = "stream"
     """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
