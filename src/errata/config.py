@@ -43,6 +43,14 @@ def make(config: type[C], values: Mapping[str, Any], owner: str) -> C:
     raise ConfigError("\n".join(complaints))
 
 
+def positive(config: Any, *names: str) -> list[str]:
+    """List complaints about settings that are set and not above zero; for ``problems()``."""
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{n}: expected a positive number, found {v}" for n, v in values.items() if v is not None and v <= 0
+    ]
+
+
 def parse_assignments(items: list[str]) -> dict[str, Any]:
     """Read ``key=value`` texts; values are YAML. Raises ConfigError naming all malformed ones."""
     values: dict[str, Any] = {}

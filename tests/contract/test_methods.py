@@ -224,3 +224,21 @@ def test_on_cuda(name):
     with edit.on(host):
         assert not torch.equal(logits(host), before)
     assert host.weights_hash() == start
+
+
+@pytest.mark.parametrize(("name", "layers", "clamp"), [("rome", (2,), 4.0), ("memit", (0, 1), 0.75)])
+def test_known_models_get_their_published_settings(name, layers, clamp):
+    from errata.host.families import Published, Search
+
+    host = fresh("gpt2")
+    assert host.published is None
+    plain = fit(name, host).provenance.config
+    assert plain["scale"] == "stream" and plain["clamp"] == 1.5
+    host.__dict__["published"] = Published(
+        2, (0, 1), 20_000.0, Search(0.5, 4.0), Search(0.5, 0.75), "made up"
+    )
+    known = fit(name, host).provenance.config
+    assert known["layers"] == layers and known["scale"] == "published" and known["clamp"] == clamp
+    assert name == "rome" or known["cov_weight"] == 20_000.0
+    own = fit(name, host, layers=[1], clamp=2.0, scale="site").provenance.config
+    assert own["layers"] == (1,) and own["clamp"] == 2.0 and own["scale"] == "site"

@@ -10,6 +10,7 @@ from typing import Any
 from errata.edits.edit import Edit, Provenance, versions
 from errata.edits.weight import active
 from errata.errors import ConfigError
+from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.solve import Metric
@@ -128,6 +129,15 @@ def resolve_layers(
 def resolved(config: Any, **changes: Any) -> Any:
     """Return settings with what was left open filled in."""
     return replace(config, **changes)
+
+
+def open_search(config: Any, known: Search | None) -> dict[str, Any]:
+    """Fill in a value search's rate, clamp and unit where the settings leave them open."""
+    plain = (
+        {"scale": "published", "learning_rate": known.learning_rate, "clamp": known.clamp} if known else {}
+    )
+    given = {"scale": "stream", "learning_rate": 0.5, "clamp": 1.5, **plain}
+    return {name: value for name, value in given.items() if getattr(config, name) is None}
 
 
 def search(config: Any) -> ValueConfig:

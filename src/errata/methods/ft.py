@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host import hooks
@@ -54,11 +55,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = [f"{n}: expected a positive number, found {getattr(self, n)}"
-                 for n in ("steps", "learning_rate") if getattr(self, n) <= 0]  # fmt: skip
-        if self.epsilon is not None and self.epsilon <= 0:
-            found.append(f"epsilon: expected a positive number or null, found {self.epsilon}")
-        return found
+        return positive(self, "steps", "learning_rate", "epsilon")
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:

@@ -6,7 +6,7 @@ Implements Eq. 14 and Algorithm 1: values z at the top layer's block output; the
 Departs    Solved in the dual: rank of each delta <= number of requests, no m x m solve per batch.
            lambda: the papers' numbers (15,000 to 20,000) are one to three times the key width m of
            their models, so elsewhere the default is a multiple of m, chosen on the lab; published
-           values are used where known. The clamp is the lab's too: ``clamp: 0.75`` is the paper's.
+           values are used where known. So it is with rate and clamp.
            Where a norm stands between the feed-forward and the residual stream, a residual cannot be
            spread linearly; such hosts are edited at one layer, with the value at that layer's site.
 Needs      Second moment of keys at each layer; context prefixes written by the model
@@ -20,13 +20,23 @@ from typing import Literal
 
 import torch
 
+from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
 from errata.linalg.solve import update
 from errata.locate.keys import subject_keys
 from errata.locate.values import optimise
-from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved, search
+from errata.methods._method import (
+    Method,
+    Workspace,
+    notes,
+    open_search,
+    provenance,
+    resolve_layers,
+    resolved,
+    search,
+)
 from errata.types import Request
 
 
@@ -38,13 +48,15 @@ class Config:
     """Layers to write, the value search at the last. None: published for known models, else from depth."""
     steps: int = 25
     """Value search: Adam steps at most (paper's code: 20 to 25)."""
-    learning_rate: float = 0.5
-    """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain; 0.1 for Llama 3)."""
-    clamp: float = 1.5
-    """Value search: largest shift, in the unit of ``scale`` (paper's code: 0.75; other code up to 4)."""
-    scale: Literal["stream", "site", "published"] = "stream"
+    learning_rate: float | None = None
+    """Value search: Adam's rate, in the unit of ``scale``. None: published for known models, else 0.5
+    (paper's code: 0.5, plain; 0.1 for Llama 3)."""
+    clamp: float | None = None
+    """Value search: largest shift, in the unit of ``scale``. None: published for known models, else 1.5
+    (paper's code: 0.75; other code up to 4)."""
+    scale: Literal["stream", "site", "published"] | None = None
     """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
-    or as published (rate plain, clamp in norms of that vector)."""
+    or as published (rate plain, clamp in norms of that vector). None: published for known models, else stream."""
     decay: float = 0.5
     """Value search: weight of the shift's norm (paper's code: 0.5)."""
     kl: float = 0.0625
@@ -62,12 +74,16 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        positive = ("steps", "learning_rate", "clamp", "tokens", "cov_relative", "context_tokens")
-        found = [f"{n}: expected a positive number, found {getattr(self, n)}" for n in positive
-                 if getattr(self, n) <= 0]  # fmt: skip
-        if self.cov_weight is not None and self.cov_weight <= 0:
-            found.append(f"cov_weight: expected a positive number, found {self.cov_weight}")
-        return found
+        numbers = (
+            "steps",
+            "learning_rate",
+            "clamp",
+            "tokens",
+            "cov_weight",
+            "cov_relative",
+            "context_tokens",
+        )
+        return positive(self, *numbers)
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -120,7 +136,8 @@ def _resolve(host: Host, config: Config) -> Config:
         weight = known.cov_weight
     if weight is None:
         weight = config.cov_relative * host.layout.site(min(layers)).d_in
-    return resolved(config, layers=layers, cov_weight=weight)
+    filled = open_search(config, known.memit_search if known else None)
+    return resolved(config, layers=layers, cov_weight=weight, **filled)
 
 
 def _band(depth: int) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ Implements Sec. 3.1: key averaged over contexts, value by gradient descent, equa
 Departs    One key everywhere by default (``keys: mean``, r-ROME). The published formula uses the
            averaged key on the left and the bare one on the right, which lets the denominator vanish:
            ``keys: mixed``. The weight-decay and divergence terms follow the authors' code, not the
-           paper's text (norm over squared norm; divergence read at the subject). Rate and clamp are
-           measured in the residual stream: where a feed-forward's output is small beside it, the
-           published unit leaves the search too short an arm. ``scale: published, clamp: 4`` is the code.
+           paper's text (norm over squared norm; divergence read at the subject). Where a model has
+           no published settings, rate and clamp are measured in the residual stream: beside it a
+           feed-forward's output may be small, and the published unit too short an arm.
 Needs      Second moment of keys at the layer; context prefixes written by the model
 """
 
@@ -21,6 +21,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
@@ -28,7 +29,16 @@ from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import Metric, balanced, leverage, update
 from errata.locate.keys import subject_keys
 from errata.locate.values import optimise
-from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved, search
+from errata.methods._method import (
+    Method,
+    Workspace,
+    notes,
+    open_search,
+    provenance,
+    resolve_layers,
+    resolved,
+    search,
+)
 from errata.types import Request
 
 
@@ -42,13 +52,15 @@ class Config:
     """Key in the three places of the formula: mean over contexts (r-ROME), mixed as published, bare (p-ROME)."""
     steps: int = 20
     """Value search: Adam steps at most (paper's code: 20)."""
-    learning_rate: float = 0.5
-    """Value search: Adam's rate, in the unit of ``scale`` (paper's code: 0.5, plain)."""
-    clamp: float = 1.5
-    """Value search: largest shift, in the unit of ``scale`` (paper's code: 3 to 4 norms of the site's output)."""
-    scale: Literal["stream", "site", "published"] = "stream"
+    learning_rate: float | None = None
+    """Value search: Adam's rate, in the unit of ``scale``. None: published for known models, else 0.5
+    (paper's code: 0.5, plain)."""
+    clamp: float | None = None
+    """Value search: largest shift, in the unit of ``scale``. None: published for known models, else 1.5
+    (paper's code: 3 to 4 norms of the site's output)."""
+    scale: Literal["stream", "site", "published"] | None = None
     """Value search: unit of rate and clamp: the residual stream above the layer, the vector that is shifted,
-    or as published (rate plain, clamp in norms of that vector)."""
+    or as published (rate plain, clamp in norms of that vector). None: published for known models, else stream."""
     decay: float = 0.5
     """Value search: weight of the shift's norm (paper's code: 0.5)."""
     kl: float = 0.0625
@@ -64,8 +76,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = [f"{n}: expected a positive number, found {getattr(self, n)}" for n in
-                 ("steps", "learning_rate", "clamp", "tokens") if getattr(self, n) <= 0]  # fmt: skip
+        found = positive(self, "steps", "learning_rate", "clamp", "tokens")
         if self.layers is not None and len(self.layers) != 1:
             found.append(f"layers: expected one layer, found {list(self.layers)}")
         if len(self.contexts) != len(self.context_tokens):
@@ -78,8 +89,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if len(requests) != 1:
         raise ConfigError(f"rome writes one request a fit, found {len(requests)}; memit takes many")
     known = (host.published.rome,) if host.published else None
+    known_search = host.published.rome_search if host.published else None
     layers = resolve_layers(host, config.layers or known, lambda depth: (depth // 5,))
-    config = resolved(config, layers=layers)
+    config = resolved(config, layers=layers, **open_search(config, known_search))
     site = host.layout.site(layers[0])
     contexts = work.contexts(host, tuple(zip(config.contexts, config.context_tokens, strict=True)), "flat")
     value = optimise(
