@@ -250,3 +250,18 @@ def test_a_hundred_edits_reach_their_targets(lab_host, method):
     assert after["efficacy.generate"] >= 0.95
     assert after["neighbourhood.generate"] >= 0.95
     assert after["paraphrase.generate"] >= 0.70
+
+
+def test_the_layer_test_takes_any_relation(lab_host, world):
+    """Also those with fewer than two wordings that begin with the subject."""
+    from errata.lab.check import layers
+
+    class Only(random.Random):
+        def sample(self, population, k, **more):
+            wanted = [
+                f for f in population if getattr(f, "relation", "") in ("currency", "official_language")
+            ]
+            return super().sample(wanted or population, k, **more)
+
+    found = layers(lab_host, world, Only(0), 2, lambda *_: None)
+    assert len(found["rewrites"]) == len(lab_host.layout.blocks)

@@ -161,14 +161,14 @@ def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick)
     """Return per layer the share of answers that a shift at the subject's last token changes.
 
     The shift is added to the block's output and optimised on one wording; ``rewrites`` are asked in
-    that wording, ``paraphrases`` in another training wording in which the subject stands first.
+    that wording, ``paraphrases`` in another training wording; both begin with the subject where two do.
     """
     facts = rng.sample(world.facts, count)
     chosen = []
     for fact in facts:
-        first, second = rng.sample(
-            [p for p in world.relations[fact.relation].phrasings if p.startswith("{s} ")], 2
-        )
+        wordings = world.relations[fact.relation].phrasings
+        leading = [w for w in wordings if w.startswith("{s} ")]
+        first, second = rng.sample(leading if len(leading) > 1 else wordings, 2)
         target = Writer(world).other_object(fact, rng)
         chosen.append((fact, first, second, target))
     requests = [Request(sentence(w, "{}"), f.subject, t, f.object) for f, w, _, t in chosen]
