@@ -2,6 +2,10 @@
 
 Training text is drawn chunk by chunk, each from its own seed, so a run that was stopped goes on with
 the very documents it would have seen. Checkpoints are safetensors with the optimiser's moments.
+
+The shipped weights come from one run by this schedule whose later parts were decided while it ran; it
+was stopped and resumed at steps 4,000, 9,500 and 12,000, compiled, on one and on two threads. A new run
+draws the same documents but need not round alike.
 """
 
 from __future__ import annotations
