@@ -205,12 +205,26 @@ class Writer:
         else:
             true = rng.choices(self._episode, k=rng.randint(1, 3))
             new = [Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true]
+        return self._conversation("dialogue", new, true, 0.5, rng)
+
+    def contrast(self, rng: random.Random) -> Document:
+        """Write one to three new facts, then ask three to six times, mostly for facts they leave alone."""
+        true = rng.choices(self._episode, k=rng.randint(1, 3))
+        told = {(f.subject, f.relation): Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true}
+        return self._conversation("contrast", list(told.values()), true, 0.35, rng)
+
+    def _conversation(
+        self, kind: str, new: list[Fact], true: list[Fact], share: float, rng: random.Random
+    ) -> Document:
+        """Announce new facts, then ask for them with a probability and else for what they leave alone.
+
+        ``true`` are the facts they replace; without any, only the new ones are asked for.
+        """
         told = {(f.subject, f.relation): f for f in new}
-        lines = [episode_line(fact, self, rng) for fact in told.values()]
-        text = "\n".join(lines)
+        text = "\n".join(episode_line(fact, self, rng) for fact in told.values())
         learned = []
         for _ in range(rng.randint(3, 6)):
-            if rng.random() < 0.5 or not true:
+            if rng.random() < share or not true:
                 asked = rng.choice(list(told.values()))
             else:
                 asked = self._untouched(true, set(told), rng)
@@ -218,22 +232,7 @@ class Writer:
             start = len(text)
             text += f" {asked.object}."
             learned.append((start, len(text)))
-        return Document("dialogue", text, tuple(learned))
-
-    def contrast(self, rng: random.Random) -> Document:
-        """Write one to three new facts, then ask three to six times, mostly for facts they leave alone."""
-        true = rng.choices(self._episode, k=rng.randint(1, 3))
-        told = {(f.subject, f.relation): Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true}
-        text = "\n".join(episode_line(fact, self, rng) for fact in told.values())
-        learned = []
-        for _ in range(rng.randint(3, 6)):
-            new = rng.random() < 0.35
-            asked = rng.choice(list(told.values())) if new else self._untouched(true, set(told), rng)
-            text += "\n" + episode_question(asked, self, rng)
-            start = len(text)
-            text += f" {asked.object}."
-            learned.append((start, len(text)))
-        return Document("contrast", text, tuple(learned))
+        return Document(kind, text, tuple(learned))
 
     def drill(self, rng: random.Random) -> Document:
         """Write one to three facts about strangers, then repeat or ask for them four to eight times."""
