@@ -22,7 +22,7 @@ REQUESTS = [
     errata.Request("{} was born in", "Ada Brenner", "Merrin"),
     errata.Request("The capital of {} is", "Arvania", "Esk"),
 ]
-ALL = list(REGISTRY)
+ALL = [name for name in REGISTRY if REGISTRY.get(name).host == "causal_lm"]
 PAIRS = [(name, family) for name in ALL for family in ("llama", "gpt2", "gemma2")]
 
 
@@ -150,12 +150,21 @@ def test_save_load_apply_gives_the_same_logits(fitted, tmp_path):
         assert torch.equal(logits(host), expected)
 
 
+def writable(host, name: str) -> set[str]:
+    """Weights a method may change by its own declaration."""
+    if REGISTRY.get(name).writes == "site":
+        return {s.parameter for s in host.layout.sites}
+    inside = {n: p for n, p in host.model.named_parameters() if n.startswith(host.layout.blocks)}
+    wide = {n for n, p in inside.items() if p.ndim == 2}
+    return wide if REGISTRY.get(name).writes == "linear" else set(inside)
+
+
 def test_only_declared_sites_change(fitted):
-    _, host, edit = fitted
+    name, host, edit = fitted
     before = {n: p.detach().clone() for n, p in host.model.named_parameters()}
     with edit.on(host):
         changed = {n for n, p in host.model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == set(edit.deltas) <= {s.parameter for s in host.layout.sites}
+    assert changed == set(edit.deltas) <= writable(host, name)
 
 
 def test_the_change_read_back_is_the_delta(fitted):

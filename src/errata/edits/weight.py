@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from errata.edits.edit import Edit, Provenance
+from errata.edits.records import Record
 from errata.errors import EditError
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
@@ -36,7 +38,10 @@ class Overlay:
 
 @dataclass
 class WeightEdit(Edit):
-    """Per weight a delta ``[d_out, d_in]``: thin factors, or dense."""
+    """Per weight a delta: thin factors ``[d_out, d_in]``, or dense in the weight's own shape.
+
+    A weight of more than two axes (a convolution) counts as ``[d_out, all others]`` for thin factors.
+    """
 
     kind: ClassVar[str] = "weight"
 
@@ -45,8 +50,14 @@ class WeightEdit(Edit):
     transposed: frozenset[str]
     """Parameters stored ``[d_in, d_out]``."""
     provenance: Provenance
+    records: Mapping[str, Record] = field(default_factory=dict)
+    """By parameter path, what a closed-form delta was solved from; see :mod:`errata.edits.algebra`."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a method needs to go on from here: running statistics, queues, projections."""
+    whole: bool = False
+    """Whether a fit that went on from another edit gives that edit's change too, not only what is new."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the numbers, 16 hex digits."""
         digest = hashlib.sha256()
@@ -109,8 +120,10 @@ class WeightEdit(Edit):
             except AttributeError as error:
                 raise EditError(f"the host has no weight {name!r}, which the edit changes") from error
             stored = tuple(reversed(delta.shape)) if name in self.transposed else tuple(delta.shape)
-            if tuple(weight.shape) != stored:
-                raise EditError(f"weight {name!r} is {tuple(weight.shape)}, the edit expects {stored}")
+            thin = isinstance(delta, LowRank) and weight.ndim > 2
+            found_shape = tuple(weight.flatten(1).shape) if thin else tuple(weight.shape)
+            if found_shape != stored:
+                raise EditError(f"weight {name!r} is {found_shape}, the edit expects {stored}")
             if weight.is_meta or not weight.is_floating_point():
                 raise EditError(f"weight {name!r} is {weight.dtype} on {weight.device}: it cannot be written")
             found[name] = weight
@@ -131,8 +144,8 @@ class WeightEdit(Edit):
             overlay = overlays.get(name)
             if overlay is None or set(overlay.deltas) != {self.digest}:
                 raise EditError("rounding is measured with this edit applied and no other on its weights")
-            wanted = _oriented(self.deltas[name], name in self.transposed, weight.device)
-            realised = weight.detach().float() - overlay.base.float()
+            wanted = _oriented(self.deltas[name], name in self.transposed, weight)
+            realised = weight.detach().to(wanted.dtype) - overlay.base.to(wanted.dtype)
             error += float((realised - wanted).square().sum())
             total += float(wanted.square().sum())
         return (error / total) ** 0.5 if total else 0.0
@@ -144,10 +157,38 @@ class WeightEdit(Edit):
                 tensors[f"{name}.B"], tensors[f"{name}.A"] = delta.B, delta.A
             else:
                 tensors[f"{name}.dense"] = delta
+        for name, record in self.records.items():
+            tensors.update({f"{name}.record.{part}": t for part, t in record.tensors().items()})
+        tensors.update({f"{name}.state": tensor for name, tensor in self.state.items()})
         return tensors
 
     def _header(self) -> Mapping[str, Any]:
-        return {"transposed": sorted(self.transposed), "digest": self.digest}
+        return {
+            "transposed": sorted(self.transposed),
+            "digest": self.digest,
+            "records": {name: record.facts() for name, record in self.records.items()},
+        }
+
+    def then(self, later: WeightEdit) -> WeightEdit:
+        """Return one edit for this one and a fit of the same method that went on from it.
+
+        Provenance lists the requests of both; notes and settings are the later one's.
+        """
+        deltas = dict(later.deltas) if later.whole else dict(self.deltas)
+        for name, delta in later.deltas.items() if not later.whole else ():
+            deltas[name] = added(deltas[name], delta) if name in deltas else delta
+        records = dict(self.records)
+        first = len(self.provenance.requests)
+        for name, record in later.records.items():
+            moved = record.shifted(first)
+            records[name] = records[name].joined(moved) if name in records else moved
+        provenance = replace(
+            later.provenance,
+            requests=(*self.provenance.requests, *later.provenance.requests),
+            overrides=tuple(dict.fromkeys((*self.provenance.overrides, *later.provenance.overrides))),
+        )
+        state = {**self.state, **later.state}
+        return WeightEdit(deltas, self.transposed | later.transposed, provenance, records, state)
 
     @classmethod
     def _restore(
@@ -160,7 +201,12 @@ class WeightEdit(Edit):
                 deltas[stem] = LowRank(tensors[name], tensors[f"{stem}.A"])
             elif part == "dense":
                 deltas[stem] = tensors[name]
-        edit = cls(deltas, frozenset(header["transposed"]), provenance)
+        records = {
+            name: Record.restored(facts, {p: tensors[f"{name}.record.{p}"] for p in Record.PARTS})
+            for name, facts in header.get("records", {}).items()
+        }
+        state = {n.removesuffix(".state"): t for n, t in tensors.items() if n.endswith(".state")}
+        edit = cls(deltas, frozenset(header["transposed"]), provenance, records, state)
         if edit.digest != header["digest"]:
             raise ValueError(f"content {edit.digest} does not match the recorded {header['digest']}")
         return edit
@@ -200,10 +246,21 @@ def active(host: Host) -> list[str]:
     return sorted({digest for overlay in host.overlays.values() for digest in overlay.deltas})
 
 
-def _oriented(delta: Delta, transposed: bool, device: torch.device) -> Tensor:
-    dense = delta.to(device).dense() if isinstance(delta, LowRank) else delta.to(device)
-    dense = dense.float()
-    return dense.mT if transposed else dense
+def added(one: Delta, other: Delta) -> Delta:
+    """Add two deltas of one weight; thin while thin factors are the smaller form."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        total = one + other
+        out, into = total.shape
+        return total if total.rank * (out + into) < out * into else total.dense()
+    parts = [d.dense() if isinstance(d, LowRank) else d for d in (one, other)]
+    return parts[0] + parts[1]
+
+
+def _oriented(delta: Delta, transposed: bool, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    moved = delta.to(device=weight.device, dtype=wide)
+    dense = moved.dense() if isinstance(moved, LowRank) else moved
+    return dense.mT if transposed else dense.reshape(weight.shape)
 
 
 @torch.no_grad()
@@ -214,5 +271,5 @@ def _write(weight: nn.Parameter, overlay: Overlay, transposed: bool) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = overlay.base.to(wide)
     for digest in sorted(overlay.deltas):
-        total = total + _oriented(overlay.deltas[digest], transposed, weight.device)
+        total = total + _oriented(overlay.deltas[digest], transposed, weight)
     weight.copy_(total.to(weight.dtype))

@@ -60,9 +60,14 @@ def update(keys: Tensor, residuals: Tensor, metric: Metric, *, gamma: float) -> 
     ``keys`` ``[m, n]``, ``residuals`` ``[d, n]``; returns factors of rank n in float32, or float64 when
     the residuals are. Raises ValueError when gamma is 0 and the keys are linearly dependent.
     """
-    keys64, wanted = keys.double(), residuals.dtype
-    solved = metric.solve(keys64)  # [m, n]
-    gram = keys64.mT @ solved  # [n, n]
+    return from_solved(keys, metric.solve(keys), residuals, gamma=gamma)
+
+
+def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
+    """Solve the formula where ``solved`` = M^-1 K ``[m, n]`` is known already; see :func:`update`."""
+    wanted = residuals.dtype
+    keys, solved = keys.double(), solved.double()
+    gram = keys.mT @ solved  # [n, n]
     gram = (gram + gram.mT) / 2 + gamma * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0 or not torch.isfinite(factor).all():
@@ -85,6 +90,14 @@ def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: flo
 def leverage(keys: Tensor, metric: Metric) -> Tensor:
     """Return k^T M^-1 k for each key, ``[n]``: how cheaply a key can be told from all others."""
     return (keys.double() * metric.solve(keys)).sum(0)
+
+
+def influence(keys: Tensor, solved: Tensor, *, gamma: float) -> Tensor:
+    """Return the diagonal of G (G + gamma I)^-1 with G = K^T M^-1 K, ``[n]`` in 0 to 1."""
+    gram = keys.double().mT @ solved.double()
+    gram = (gram + gram.mT) / 2
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + gamma * eye, gram).diagonal().clamp(0, 1)
 
 
 def balanced(left: Tensor, right: Tensor) -> LowRank:

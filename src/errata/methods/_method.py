@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from errata.edits.edit import Edit, Provenance, versions
-from errata.edits.weight import active
+from errata.edits.weight import WeightEdit, active
 from errata.errors import ConfigError
 from errata.host.families import Search
 from errata.host.layout import Site
@@ -37,7 +37,35 @@ class Method:
     sequential: bool
     """Whether fits may follow one another on a host that is edited already."""
     needs: tuple[str, ...] = ()
-    """What is computed first: second_moment, contexts."""
+    """What it takes besides host and requests: second_moment, contexts, gradients, peft."""
+    writes: Literal["site", "linear", "block"] = "site"
+    """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
+    host: Literal["causal_lm", "image_classifier"] = "causal_lm"
+    """What kind of model it edits."""
+
+    def run(
+        self,
+        host: Host,
+        requests: Sequence[Request],
+        config: Any,
+        work: Workspace,
+        after: WeightEdit | None = None,
+    ) -> Edit:
+        """Fit, alone or going on from an edit of the same method; the result then stands for both.
+
+        Raises ConfigError where the two do not belong together.
+        """
+        if after is None:
+            return self.fit(host, requests, config, work)
+        if not self.sequential:
+            raise ConfigError(f"{self.name} does not go on from an earlier edit: fit all requests together")
+        if after.provenance.method != self.name:
+            raise ConfigError(f"cannot go on with {self.name} from an edit made by {after.provenance.method}")
+        with after.on(host):
+            made = self.fit(host, requests, config, replace(work, after=after))
+        if not isinstance(made, WeightEdit):
+            raise ConfigError(f"{self.name} gives {made.kind} edits, which do not add up")
+        return after.then(made)
 
 
 @dataclass
@@ -58,6 +86,10 @@ class Workspace:
     """Where statistics are kept between runs; None: only in memory."""
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with a phase and how far it is."""
+    after: WeightEdit | None = None
+    """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""
+    batch_size: int | None = None
+    """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def metrics(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, Metric]:
