@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from errata.api import edit, evaluate, load
     from errata.bench.runner import Report
     from errata.edits import Edit
+    from errata.edits.algebra import leverages, refit, retract
     from errata.errors import ErrataError
     from errata.host.load import Host
-    from errata.types import Case, Probe, Request
+    from errata.types import Case, ImageRequest, Probe, Request
 
 _HOME = {
     "load": "errata.api",
     "edit": "errata.api",
     "evaluate": "errata.api",
     "Edit": "errata.edits",
+    "refit": "errata.edits.algebra",
+    "retract": "errata.edits.algebra",
+    "leverages": "errata.edits.algebra",
     "Host": "errata.host.load",
     "Request": "errata.types",
+    "ImageRequest": "errata.types",
     "Probe": "errata.types",
     "Case": "errata.types",
     "Report": "errata.bench.runner",
@@ -36,14 +41,18 @@ __all__ = [
     "Edit",
     "ErrataError",
     "Host",
+    "ImageRequest",
     "Probe",
     "Report",
     "Request",
     "edit",
     "evaluate",
     "lab",
+    "leverages",
     "load",
     "methods",
+    "refit",
+    "retract",
 ]
 
 

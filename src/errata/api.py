@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,17 @@ from errata import config as settings
 from errata import lab
 from errata.bench.runner import Report
 from errata.bench.runner import evaluate as run
-from errata.edits import Edit
+from errata.bench.schedule import Schedule
+from errata.edits import Edit, WeightEdit
 from errata.errors import ConfigError
+from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
 from errata.host.load import load as open_host
 from errata.methods import REGISTRY
-from errata.methods._method import Workspace
+from errata.methods._method import Method, Workspace
 from errata.stats.cache import cache_dir
 from errata.stats.collect import Corpus, corpus_name
-from errata.types import Case, Request
+from errata.types import Case, ImageRequest, Request
 
 Tick = Callable[[str, int, int], None]
 
@@ -32,12 +36,17 @@ def load(
 ) -> Host:  # fmt: skip
     """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
 
-    ``"lab"`` is always the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu,
-    cuda, cuda:N. ``dtype``: auto, float32, float16, bfloat16. Raises HostError when the model cannot be
-    opened or cannot be trusted to be edited.
+    An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``. ``"lab"`` is always
+    the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
+    auto, float32, float16, bfloat16. Raises HostError when the model cannot be opened or cannot be trusted to
+    be edited.
     """
     if isinstance(model, str) and model == lab.NAME:
         return lab.load(device=device, dtype=dtype)
+    if is_image_classifier(model):
+        if tokenizer is not None:
+            raise ConfigError("an image classifier takes no tokenizer; leave it out")
+        return load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return open_host(
         model, tokenizer, device=device, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code,
@@ -45,38 +54,79 @@ def load(
 
 
 def edit(
-    host: Host, requests: Request | Sequence[Request], *, method: str = "memit", seed: int = 0,
+    host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *,
+    method: str = "memit", seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
     corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Edit:  # fmt: skip
     """Fit an edit for some requests and return it; the host is left as it was.
 
+    ``after``: an edit of the same method to go on from; the result stands for both, and it is the same
+    whether or not the earlier one was saved and loaded in between. ``batch_size``: how many requests to run
+    at once; auto takes what suits the device. Either way batches shrink when memory runs out.
+
     ``options`` are the method's settings, see ``errata methods NAME``. ``corpus``: a text file for
     statistics; by default the lab's own text, or text the host writes itself. Raises ConfigError for
-    unknown methods or settings, RequestError for requests the host cannot take.
+    unknown methods or settings and for a method of another kind of model, RequestError for requests the
+    host cannot take.
     """
-    wanted = [requests] if isinstance(requests, Request) else list(requests)
+    wanted: list[Any] = [requests] if isinstance(requests, (Request, ImageRequest)) else list(requests)
     entry = REGISTRY.get(method)
     config = settings.make(entry.config, options, method)
+    check_kind(entry, host)
     check_requests(host, wanted)
+    if after is not None and not isinstance(after, WeightEdit):
+        raise ConfigError(f"expected a weight edit to go on from, found one of kind {after.kind}")
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
-    return entry.fit(host, wanted, config, work)
+    work.batch_size = _batch_size(batch_size)
+    return entry.run(host, wanted, config, work, after)
+
+
+def _batch_size(given: int | str) -> int | None:
+    if given == "auto":
+        return None
+    try:
+        size = int(given)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ConfigError(f"batch size {given!r}: expected auto or a number from 1")
+    return size
 
 
 def evaluate(
     host: Host, cases: Sequence[Case], *, method: str | None = None, edit: Edit | None = None, seed: int = 0,
+    schedule: str | Schedule = "single", at: str | Sequence[int] | None = None,
+    probes: Sequence[str] | None = None, after: Edit | None = None,
+    keep: Callable[[Report, Edit], None] | None = None,
     corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Report:  # fmt: skip
-    """Measure a method on cases, one edit at a time, or one edit on all of them.
+    """Measure a method on cases, or one edit on all of them. The host is left as it was.
 
-    With ``method``, each case is fitted, observed and taken back; with ``edit``, that edit is in place
-    for all. The host is left as it was. ``options`` are the method's settings.
+    With ``edit``, that edit is in place for all cases. With ``method`` and its ``options``, cases are
+    edited on a ``schedule``: ``single``, each alone and taken back; ``batch:N``, N in one fit, taken back;
+    ``sequential:N``, N after N, all edits staying in place, observed after ``at`` edits (numbers,
+    ``each``, ``every:N``, ``end``; default 10, 50, 100, 200, 500 ... and the end) together with the
+    perplexity of neutral text. ``after``: the edit of a sequence's first cases, to go on from; ``keep`` is
+    handed the report so far and the edit at each of its checkpoints. ``probes``: kinds to ask, default
+    all. Raises ConfigError for what does not belong together.
+
+    Cases of the lab for edits that are in place together: ``lab.cases(n, together=True)``.
     """
+    if isinstance(host, ImageHost):
+        raise ConfigError(
+            f"cases are texts, and {host.name} is an image classifier: compare host.logits(images)"
+        )
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
     if method is not None and cases:
         check_requests(host, [case.request for case in cases])
-    return run(host, cases, method=method, edit=edit, work=work, options=options, tick=on_progress)
+    return run(
+        host, cases, method=method, edit=edit, work=work, options=options,
+        schedule=Schedule.parse(schedule) if isinstance(schedule, str) else schedule, at=at, probes=probes,
+        texts=lab.neutral_texts(200) if host.name == lab.NAME else None, after=after, keep=keep,
+        tick=on_progress,
+    )  # fmt: skip
 
 
 def workspace(
@@ -91,18 +141,27 @@ def workspace(
     return Workspace(seed=seed, corpus=corpus, folder=cache_dir(), on_progress=on_progress)
 
 
-def check_requests(host: Host, requests: Sequence[Request]) -> None:
+def check_kind(method: Method, host: Host) -> None:
+    """Raise ConfigError where a method edits another kind of model than the host is."""
+    found = "image_classifier" if isinstance(host, ImageHost) else "causal_lm"
+    if method.host == found:
+        return
+    kinds = {"image_classifier": "image classifiers", "causal_lm": "language models"}
+    fitting = [name for name in REGISTRY if REGISTRY.get(name).host == found]
+    raise ConfigError(
+        f"{method.name} edits {kinds[method.host]}, and {host.name} is one of the {kinds[found]}; "
+        f"methods for those: {', '.join(fitting)}"
+    )
+
+
+def check_requests(host: Host, requests: Sequence[Request | ImageRequest]) -> None:
     """Raise RequestError listing every request that the host cannot take."""
     from errata.errors import RequestError
 
     complaints = []
     for i, request in enumerate(requests):
         try:
-            answer = host.encode_answer(request.text, request.target)
-            if host.window is not None and len(answer.ids) > host.window:
-                raise RequestError(
-                    f"prompt and target are {len(answer.ids)} tokens, the model's window is {host.window}"
-                )
+            _check_request(host, request)
         except RequestError as error:
             complaints.append(f"request {request.id or i + 1}: {error}")
     if complaints:
@@ -111,14 +170,62 @@ def check_requests(host: Host, requests: Sequence[Request]) -> None:
         raise RequestError("no requests given")
 
 
+def _check_request(host: Host, request: Request | ImageRequest) -> None:
+    from errata.errors import RequestError
+
+    wanted = ImageRequest if isinstance(host, ImageHost) else Request
+    if not isinstance(request, wanted):
+        raise RequestError(
+            f"{host.name} takes an errata.{wanted.__name__}, found {type(request).__name__} {request!r:.80}"
+        )
+    if isinstance(host, ImageHost) and isinstance(request, ImageRequest):
+        for images in (request.original, request.reference):
+            if images is not None:
+                host.logits(images[:1])  # the model itself says whether it takes such images
+    elif isinstance(request, Request):
+        answer = host.encode_answer(request.text, request.target)
+        if host.window is not None and len(answer.ids) > host.window:
+            raise RequestError(
+                f"prompt and target are {len(answer.ids)} tokens, the model's window is {host.window}"
+            )
+
+
 def _file_corpus(path: Path) -> Corpus:
+    """Stream a text file by paragraphs, or the ``text`` field of a .jsonl file; named by its content."""
     from errata.errors import DataError
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read corpus {path}: {error}") from error
-    paragraphs = [p.strip() for p in text.split("\n\n") if p.strip()]
-    if not paragraphs:
+    def texts() -> Iterator[str]:
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from _records(path, file) if path.suffix.lower() == ".jsonl" else _paragraphs(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read corpus {path}: {error}") from error
+
+    if next(texts(), None) is None:
         raise DataError(f"corpus {path} holds no text")
-    return Corpus(corpus_name(path.name, paragraphs), lambda: paragraphs)
+    return Corpus(corpus_name(path.name, texts()), texts)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines up to the next empty one."""
+    for empty, group in itertools.groupby(lines, lambda line: not line.strip()):
+        if not empty:
+            yield "".join(group).strip()
+
+
+def _records(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """Read the texts of JSON lines. Raises DataError for a line without one."""
+    from errata.errors import DataError
+
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"corpus {path}, line {number} is not JSON: {error}") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f'corpus {path}, line {number}: expected {{"text": "..."}}, found no text there')
+        if text.strip():
+            yield text

@@ -24,3 +24,7 @@ class EditError(ErrataError):
 
 class DataError(ErrataError):
     """A file of data or results cannot be read or written."""
+
+
+class CollidingRequests(UserWarning):
+    """Two requests ask for different values at nearly the same key; both cannot be had."""

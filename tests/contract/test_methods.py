@@ -13,6 +13,7 @@ import yaml
 
 import errata
 from errata import config as settings
+from errata.edits.weight import active
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
@@ -76,9 +77,11 @@ def test_settings_round_trip_and_refuse(name):
     default = settings.make(method.config, {}, name)
     text = yaml.safe_dump(dataclasses.asdict(default))
     assert settings.make(method.config, yaml.safe_load(text.replace("!!python/tuple", "")), name) == default
+    real = dataclasses.fields(default)[0].name
     with pytest.raises(ConfigError) as caught:
-        settings.make(method.config, {"stepz": 1, "layerz": 2}, name)
-    assert "stepz" in str(caught.value) and "layerz" in str(caught.value) and "steps" in str(caught.value)
+        settings.make(method.config, {"zqxw": 1, f"{real}z": 2}, name)
+    said = str(caught.value)
+    assert "zqxw" in said and f"{real}z" in said and f"did you mean {real!r}" in said
 
 
 def test_fit_leaves_the_host_alone(fitted, tmp_path, monkeypatch, capfd):
@@ -180,6 +183,21 @@ def test_the_change_read_back_is_the_delta(fitted):
             )
 
 
+def test_beside_equals_merged_and_revert_detaches(fitted):
+    name, host, edit = fitted
+    if REGISTRY.get(name).writes == "block":
+        pytest.skip("declares that it writes norms and biases too, which are no linear maps")
+    start, before = host.weights_hash(), logits(host)
+    with edit.on(host):
+        merged = logits(host)
+    edit.apply_(host, beside=True)
+    assert host.weights_hash() == start and active(host) == [edit.digest]
+    torch.testing.assert_close(logits(host), merged, atol=1e-4, rtol=1e-4)
+    edit.revert_(host)
+    assert torch.equal(logits(host), before) and host.weights_hash() == start and active(host) == []
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.model.modules())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_several_requests_iff_batch(name):
     host = fresh("llama")
@@ -206,6 +224,28 @@ def test_fits_follow_one_another_iff_sequential(name):
     first.revert_(host)
     second.revert_(host)
     assert host.weights_hash() == start
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, tmp_path):
+    if not REGISTRY.get(name).sequential:
+        pytest.skip("declared as not sequential")
+    third = errata.Request("Bruno Holner lives in", "Bruno Holner", "Esk")
+    host = fresh("llama")
+    start = host.weights_hash()
+    edit = None
+    for request in (*REQUESTS, third):
+        edit = fit(name, host, [request], after=edit)
+        assert host.weights_hash() == start
+    first = fit(name, host, REQUESTS[:1])
+    path = first.save(tmp_path / "first.safetensors")
+    second = fit(name, fresh("llama"), REQUESTS[1:], after=errata.Edit.load(path))
+    path = second.save(tmp_path / "second.safetensors")
+    stopped = fit(name, fresh("llama"), [third], after=errata.Edit.load(path))
+    assert same(stopped, edit) and stopped.digest == edit.digest
+    assert edit.provenance.requests == (*REQUESTS, third)
+    alone = fit(name, host, [third])
+    assert same(alone, fit(name, fresh("llama"), [third])), "a sequence must leave nothing behind"
 
 
 @pytest.mark.parametrize("name", ALL)

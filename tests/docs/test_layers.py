@@ -14,7 +14,7 @@ ROWS: dict[str, int] = {
     "types": 0, "errors": 0, "registry": 0, "config": 0,
     "host": 1, "linalg": 1, "data": 1, "evaluation.metrics": 1,
     "stats": 2, "edits": 2, "evaluation": 2,
-    "locate": 3,
+    "locate": 3, "training": 3,
     "methods": 4,
     "bench": 5, "lab": 5,
     "api": 6,
@@ -67,7 +67,8 @@ def test_arrows_point_down(path):
         theirs = room(target)
         if theirs not in ROWS or theirs == mine:
             if mine == "methods" and target.startswith("methods."):
-                assert target.split(".")[1] == "_method", f"{path}:{line} one method uses another"
+                # what methods share stands in files that begin with an underscore
+                assert target.split(".")[1].startswith("_"), f"{path}:{line} one method uses another"
             continue
         same_row_one = ROWS[theirs] == 1 == ROWS[mine]
         assert ROWS[theirs] <= ROWS[mine], f"{path}:{line} {mine} imports {theirs}"
@@ -111,7 +112,7 @@ def test_sizes():
     for path in files():
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 600, path
-        if path.parent.name == "methods":
+        if path.parent.name == "methods" and not path.name.startswith("_"):
             assert text.count("\n") <= 250, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

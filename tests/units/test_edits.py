@@ -175,3 +175,54 @@ def test_a_failed_write_keeps_the_old_file(host, tmp_path, monkeypatch):
         make(host, seed=5).save(path)
     assert path.read_bytes() == old
     assert stat.S_ISREG(path.stat().st_mode) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_edits_that_disagree_on_how_a_delta_is_laid_out_still_add_up():
+    """A square Conv1D weight: one edit dense as the mathematics has it, one as the weight is stored."""
+    host = fresh("gpt2", n_inner=32)
+    site = host.layout.site(1)
+    start, base = host.weights_hash(), host.weight(site)
+    assert site.transposed and site.d_in == site.d_out
+    one = make(host, 0, dense=True)
+    (delta,) = one.deltas.values()
+    other = WeightEdit({site.parameter: 2 * delta.mT}, frozenset(), one.provenance)  # stored [d_in, d_out]
+    for first, second in ((one, other), (other, one)):
+        first.apply_(host)
+        second.apply_(host)
+        torch.testing.assert_close(host.weight(site), base + 3 * delta)
+        first.revert_(host)
+        second.revert_(host)
+        assert host.weights_hash() == start
+
+
+def test_an_interrupt_while_applying_leaves_nothing_half_done(host, monkeypatch):
+    from errata.edits import weight as room
+
+    ((name, delta),) = make(host).deltas.items()
+    names = [name, host.layout.site(2).parameter]
+    edit = WeightEdit(dict.fromkeys(names, delta), frozenset(names), make(host).provenance)
+    start, written = host.weights_hash(), []
+    write = room._write
+
+    def interrupted(*args):
+        write(*args)
+        written.append(args[-1])
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply_(host)
+    assert written[:2] == names and host.weights_hash() == start and active(host) == []
+
+
+def test_losses_are_known_after_merging_only(host, tmp_path):
+    host.model.bfloat16()
+    edit = make(host)
+    assert edit.summary()["lost"] == {}
+    digest = edit.digest
+    with edit.on(host):
+        (loss,) = edit.summary()["lost"].values()
+        assert 0 < loss < 0.5
+    loaded = errata.Edit.load(edit.save(tmp_path / "e.safetensors"))
+    assert loaded.digest == digest and loaded.summary()["lost"] == {}, "a host's business, not the edit's"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import errata
-from errata.evaluation import score
-from errata.evaluation.metrics import matching, probability
+from errata.evaluation import observe, score
+from errata.evaluation.metrics import matching, perplexity, probability
 from errata.types import Case, Observation, Probe
 from tests.models import fresh
 
@@ -135,3 +135,100 @@ def test_evaluate_wants_a_method_or_an_edit():
         errata.evaluate(host, [], method="rome")
     with pytest.raises(errata.ErrataError, match="did you mean 'memit'"):
         errata.evaluate(host, [case], method="memitt")
+
+
+def alone(host, ids) -> torch.Tensor:
+    """Log-probabilities of what follows each token of one row that is run by itself, float64."""
+    with torch.no_grad():
+        return host.forward(host.batch([ids]))[0].double().log_softmax(-1)
+
+
+def test_perplexity_by_hand():
+    halves, quarter = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25]).log()
+    # three tokens, not two texts: (2 * 2 * 4) ** (1/3)
+    assert perplexity.of_texts([halves, quarter]) == pytest.approx(16 ** (1 / 3))
+    assert perplexity.of_texts([halves, torch.empty(0)]) == pytest.approx(2.0)
+    for broken in (float("nan"), float("-inf"), float("inf")):
+        assert perplexity.of_texts([halves, torch.tensor([broken])]) == float("inf")
+    assert perplexity.of_texts([torch.full((3,), -1e6)]) == float("inf"), "beyond a double"
+    with pytest.raises(ValueError, match="no tokens"):
+        perplexity.of_texts([torch.empty(0)])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_log_probabilities_of_texts_are_those_of_each_text_alone(family):
+    host = fresh(family)
+    texts = ["Ada Brenner was born in Tallow.", "Esk", "The rain fell on the old road. " * 30, "The harp", ""]
+    found = observe.logprobs(host, texts, batch_tokens=40)
+    for text, logprobs in zip(texts, found, strict=True):
+        ids = host.encode(text).ids[: min(host.window or 256, 256)]
+        expected = [alone(host, ids)[i - 1, ids[i]].item() for i in range(1, len(ids))]
+        assert logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+    uniform = fresh(family)
+    with torch.no_grad():
+        uniform.model.get_output_embeddings().weight.zero_()
+    assert perplexity.of_texts(observe.logprobs(uniform, texts)) == pytest.approx(400, rel=1e-5)
+
+
+PROBES = [
+    Probe("efficacy", "Ada was born in", ("Tallow",), ("Esk",), "Esk"),
+    Probe("neighbourhood", "Ada was born in", ("Esk",), ("Esk",), "Tallow"),
+    Probe("neighbourhood", "Ada was born in Tallow.", ("Merrin",), ("Merrin",), None),
+    Probe("question", "Ada", ("was born in Tallow. The rain",), ("Esk",), "was"),
+    Probe("neighbourhood", "The capital of Arvania is", ("Esk and Tallow",), ("Esk",), "Esk and Merrin"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
+def test_what_is_read_off_shared_rows_is_what_each_row_says_alone(family):
+    host = fresh(family)
+    for probe, seen in zip(PROBES, observe.observe(host, PROBES, batch_tokens=30), strict=True):
+        for text, logprobs in ((probe.answers[0], seen.answer_logprobs), (probe.rival, seen.rival_logprobs)):
+            if text is None:
+                assert logprobs == ()
+                continue
+            answer = host.encode_answer(probe.prompt, text)
+            spread = alone(host, answer.ids)[answer.start - 1 : -1]
+            expected = [spread[i, token].item() for i, token in enumerate(answer.target)]
+            assert list(logprobs) == pytest.approx(expected, abs=1e-4)
+            if text == probe.answers[0]:
+                assert list(seen.answer_top) == (spread.argmax(-1) == torch.tensor(answer.target)).tolist()
+        if probe.kind == "neighbourhood":
+            expected = alone(host, host.encode(probe.prompt).ids)[-1]
+            torch.testing.assert_close(seen.next_logprobs.double(), expected, atol=1e-4, rtol=0)
+        else:
+            assert seen.next_logprobs is None
+        assert seen.text == host.generate(probe.prompt, max_new_tokens=observe.MAX_NEW_TOKENS)
+
+
+def test_no_text_is_run_that_another_one_begins_with(monkeypatch):
+    host = fresh("llama")
+    scored: list[tuple[int, ...]] = []
+    continued: list[tuple[int, ...]] = []
+    forward_at, generate = host.forward_at, observe.generate_rows
+
+    def score_rows(batch, row, at):
+        scored.extend(tuple(r[m.bool()].tolist()) for r, m in zip(batch.ids, batch.mask, strict=True))
+        return forward_at(batch, row, at)
+
+    def continue_rows(model, rows, room):
+        continued.extend(rows)
+        return generate(model, rows, room)
+
+    monkeypatch.setattr(host, "forward_at", score_rows)
+    monkeypatch.setattr(observe, "generate_rows", continue_rows)
+    observe.observe(host, PROBES)
+    assert len(continued) == len(set(continued)) == len({p.prompt for p in PROBES})
+    assert not any(a != b and b[: len(a)] == a for a in scored for b in scored)
+    assert len(scored) == len(set(scored)) < len(PROBES) + sum(p.rival is not None for p in PROBES)
+
+
+def test_an_answer_without_a_prompt_is_scored_after_the_begin_token():
+    host = fresh("llama")
+    seen = observe.observe(host, [Probe("efficacy", " ", ("Esk",), ())])[0]
+    begin = host.tokenizer.bos_token_id
+    ids = host.encode("Esk").ids
+    ids = ids if ids[0] == begin else (begin, *ids)
+    spread = alone(host, ids)
+    expected = [spread[i - 1, ids[i]].item() for i in range(1, len(ids))]
+    assert list(seen.answer_logprobs) == pytest.approx(expected, abs=1e-4)

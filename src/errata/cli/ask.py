@@ -15,6 +15,9 @@ def command(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts to continue.")],
     model: common.Model,
     edit: Annotated[list[Path] | None, typer.Option("--edit", "-e", help="An edit file; repeatable.")] = None,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Leave the weights; add the edits to what their modules say.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
     foreign: common.Foreign = False,
     device: common.Device = "auto",
@@ -22,7 +25,11 @@ def command(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Continue prompts greedily; with --edit, side by side without and with the edits."""
+    """Continue prompts greedily; with --edit, side by side without and with the edits.
+
+    Edits are merged into the weights, which rounds them to a 16-bit model's precision; with --beside they
+    stay exact. Quantised weights are always edited beside.
+    """
     from errata.edits import Edit
 
     edits = [Edit.load(path) for path in edit or []]
@@ -32,7 +39,7 @@ def command(
     if edits:
         with ExitStack() as stack:
             for one in edits:
-                stack.enter_context(one.on(host, foreign=foreign))
+                stack.enter_context(one.on(host, foreign=foreign, beside=beside or None))
             edited = host.generate(prompts, max_new_tokens=max_new_tokens)
     if json:
         answers = [
@@ -40,11 +47,20 @@ def command(
             for i, p in enumerate(prompts)
         ]
         overrides = [note for one in edits for note in one.provenance.overrides]
-        common.emit({"model": host.name, "seed": seed, "answers": answers, "overrides": overrides})
+        lost = [one.summary().get("lost", {}) for one in edits]
+        common.emit(
+            {"model": host.name, "seed": seed, "answers": answers, "overrides": overrides, "lost": lost}
+        )
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
     common.table(None, columns, rows)
-    for one in edits:
+    for path, one in zip(edit or [], edits, strict=True):
         for note in one.provenance.overrides:
             print(f"overruled: {note}")
+        worst = max(one.summary().get("lost", {}).values(), default=0.0)
+        if worst >= 1e-3:  # in float32 it is a millionth
+            kind = str(host.dtype).removeprefix("torch.")
+            print(
+                f"{path.name}: rounding to {kind} lost up to {worst:.1%} of a weight's change; --beside keeps it"
+            )

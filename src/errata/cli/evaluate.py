@@ -11,24 +11,56 @@ from errata.cli import common
 
 if TYPE_CHECKING:
     from errata.bench.runner import Report
+    from errata.bench.schedule import Schedule
+    from errata.edits import Edit
+    from errata.types import Case
+
+ScheduleName = Annotated[
+    str,
+    typer.Option(
+        help="single: each case alone; batch:N: N in one fit; sequential:N: N after N, all staying."
+    ),
+]
+Looks = Annotated[
+    str | None, typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, end.")
+]
+Kinds = Annotated[
+    str | None, typer.Option("--probes", help="Kinds of probes to ask: efficacy,paraphrase; default: all.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the JSON document here; sequence: at every checkpoint."),
+]
+KeepEdit = Annotated[
+    Path | None, typer.Option("--keep-edit", help="Sequence: write the edit here at every checkpoint.")
+]
+After = Annotated[
+    Path | None, typer.Option("--after", help="Sequence: go on from this kept edit of the first cases.")
+]
 
 
 def command(
     cases: Annotated[str, typer.Option(help="A file of cases, or lab:N for N cases of the lab's world.")],
     model: common.Model = "lab",
-    method: Annotated[str | None, typer.Option(help="Fit this method anew for each case.")] = None,
+    method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
     edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure this edit on all cases.")] = None,
+    schedule: ScheduleName = "single",
+    at: Looks = None,
+    probes: Kinds = None,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document here.")] = None,
+    output: Output = None,
+    keep_edit: KeepEdit = None,
+    after: After = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Measure a method (edit, observe, take back, case by case) or one edit, before and after."""
+    """Measure a method on a schedule (edit, observe, take back), or one edit, before and after."""
     from errata import api
     from errata import config as configs
+    from errata.bench.schedule import Schedule
     from errata.edits import Edit
     from errata.edits.format import check_writable
     from errata.errors import ConfigError
@@ -36,15 +68,21 @@ def command(
     if (method is None) == (edit is None):
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
-    if output is not None:
-        check_writable(output)
+    plan = Schedule.parse(schedule)
+    for path in (output, keep_edit):
+        if path is not None:
+            check_writable(path)
     given = Edit.load(edit) if edit else None
-    table = common.read_cases(cases, seed)
+    earlier = Edit.load(after) if after else None
+    table = _cases(cases, seed, plan)
     host = common.open_host(model, device, dtype)
+    keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
         report = api.evaluate(
-            host, table, method=method, edit=given, seed=seed, corpus=corpus, on_progress=tick, **options
-        )
+            host, table, method=method, edit=given, seed=seed, schedule=plan, at=at,
+            probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
+            keep=keep, corpus=corpus, on_progress=tick, **options,
+        )  # fmt: skip
     document = report.to_dict()
     if output is not None:
         _write(output, document)
@@ -54,6 +92,28 @@ def command(
         show(report)
 
 
+def _cases(source: str, seed: int, plan: Schedule) -> list[Case]:
+    """Read cases; the lab's so that they can stand together, where the schedule puts them together."""
+    from errata import lab
+
+    table = common.read_cases(source, seed)
+    if plan.together and source.startswith(f"{lab.NAME}:"):
+        return lab.cases(len(table), seed=seed, together=True)
+    return table
+
+
+def _keeper(output: Path | None, keep_edit: Path | None) -> Any:
+    """Return what writes the edit and the report so far, the edit first: it is what cannot be had again."""
+
+    def keep(report: Report, edit: Edit) -> None:
+        if keep_edit is not None:
+            edit.save(keep_edit)
+        if output is not None:
+            _write(output, report.to_dict())
+
+    return keep
+
+
 def _write(path: Path, document: dict[str, Any]) -> None:
     from errata.bench.results import write_report
 
@@ -61,7 +121,29 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 def show(report: Report) -> None:
-    """Print the summary as a table, protocols as columns of their own."""
+    """Print the summary as a table, protocols as columns of their own; of a sequence, a line a checkpoint."""
+    meta = report.meta
+    sequence = str(meta["schedule"]).startswith("sequential")
+    if sequence:
+        _show_checkpoints(report)
+    else:
+        _show_kinds(report)
+    scores = meta["rome_scores"]
+    if scores:
+        print("probability scores in per cent: " + "  ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+    if report.checkpoints and not sequence:
+        points = report.checkpoints
+        mean = sum(point.perplexity_after for point in points) / len(points)
+        before = points[0].perplexity_before
+        print(f"perplexity of neutral text: {before:.2f} > {mean:.2f}, mean over batches")
+    print(
+        f"{meta['seconds']:.1f} s, {meta['cpu_seconds']:.1f} CPU s, peak {meta['peak_memory_mb']:.0f} MB; "
+        f"fit {meta['fit_seconds_per_case']:.2f} s and observe {meta['observe_seconds_per_case']:.2f} s a case; "
+        f"weights {'restored bit-identically' if meta['weights_restored'] else 'NOT RESTORED'}"
+    )
+
+
+def _show_kinds(report: Report) -> None:
     kinds: dict[str, dict[str, Any]] = {}
     for key, entry in report.summary.items():
         kind, _, protocol = key.rpartition(".")
@@ -76,18 +158,36 @@ def show(report: Report) -> None:
         cells.append(f"{kl['after']:.4f}" if kl and kl["after"] is not None else "")
         rows.append(cells)
     meta = report.meta
-    title = f"{meta['method']} on {meta['cases']} cases, {meta['host']}: before > after [95 % interval]"
+    how = f", {meta['schedule']}" if report.checkpoints else ""
+    title = f"{meta['method']} on {meta['cases']} cases{how}, {meta['host']}: before > after [95 % interval]"
     common.table(
         title, ("probe", "n", "generate", "teacher-forced", "probability", "KL, nats"), rows, right=(1, 5)
     )
-    scores = meta["rome_scores"]
-    if scores:
-        print("probability scores in per cent: " + "  ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-    print(
-        f"{meta['seconds']:.1f} s, {meta['cpu_seconds']:.1f} CPU s, peak {meta['peak_memory_mb']:.0f} MB; "
-        f"fit {meta['fit_seconds_per_case']:.2f} s and observe {meta['observe_seconds_per_case']:.2f} s a case; "
-        f"weights {'restored bit-identically' if meta['weights_restored'] else 'NOT RESTORED'}"
-    )
+
+
+def _show_checkpoints(report: Report) -> None:
+    points = report.checkpoints
+    titles = {
+        "efficacy": "efficacy",
+        "paraphrase": "paraphrase",
+        "neighbourhood": "neighbours kept",
+        "same_subject": "same subject kept",
+    }
+    kinds = [kind for kind in titles if any(f"{kind}.generate" in point.summary for point in points)]
+    rows = []
+    for point in points:
+        shares = [point.summary.get(f"{kind}.generate", {}).get("after") for kind in kinds]
+        rows.append([
+            point.edits,
+            *("-" if share is None else f"{share:.3f}" for share in (*shares, point.last_batch_efficacy)),
+            f"{point.perplexity_before:.2f} > {point.perplexity_after:.2f}",
+            "-" if point.norm is None else f"{point.norm:.3g}",
+            f"{point.fit_seconds:.1f}",
+        ])  # fmt: skip
+    meta = report.meta
+    title = f"{meta['method']} on {meta['cases']} cases, {meta['schedule']}, {meta['host']}: free generation"
+    columns = ("edits", *(titles[kind] for kind in kinds), "last batch", "perplexity", "norm", "fit s")
+    common.table(title, columns, rows, right=range(len(columns)))
 
 
 def _span(entry: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from errata.cli import ask, demo, edit, evaluate, lab, methods, model, show
+from errata.cli import ask, demo, edit, evaluate, lab, methods, model, refit, show, stats
 
 app = typer.Typer(
     name="errata",
@@ -21,9 +21,12 @@ app.command("demo")(demo.command)
 app.command("edit")(edit.command)
 app.command("ask")(ask.command)
 app.command("eval")(evaluate.command)
+app.command("refit")(refit.refit)
+app.command("retract")(refit.retract)
 app.command("show")(show.command)
 app.command("methods")(methods.command)
 app.command("model")(model.command)
+app.command("stats")(stats.command)
 app.add_typer(lab.app, name="lab")
 
 

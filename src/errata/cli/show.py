@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from errata.cli import common
 
+if TYPE_CHECKING:
+    from errata.edits import Edit
+
 
 def command(
     file: Annotated[Path, typer.Argument(help="An edit file.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Also measure what merging into this model's precision loses."),
+    ] = None,
+    foreign: common.Foreign = False,
     json: common.Json = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
 ) -> None:
-    """Say what an edit holds: requests, method, settings, host, weights touched. Opens no model."""
+    """Say what an edit holds: requests, method, settings, host, weights touched.
+
+    Opens no model, except that with --model the edit is applied to that one and taken back, to see per
+    weight which share of the change its precision cannot hold: ||(W' - W) - delta|| / ||delta||.
+    """
     from errata.edits import Edit
 
     edit = Edit.load(file)
-    facts = edit.summary()
+    lost = _lost(edit, model, device, dtype, foreign)
+    facts = {**edit.summary(), **({} if lost is None else {"model": model, "lost": lost})}
     if json:
         common.emit({"path": str(file), "bytes": file.stat().st_size, **facts})
         return
@@ -29,12 +42,43 @@ def command(
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     print(f"made by {facts['method']} (seed {facts['seed']}) for host {facts['host']} ({facts['host_name']})")
     print(f"with {versions}")
-    rows = [(r.get("id", i + 1), r["prompt"], r["subject"], r.get("target_old", ""), r["target"])
-            for i, r in enumerate(facts["requests"])]  # fmt: skip
-    common.table("requests", ("", "prompt", "subject", "old", "new"), rows)
-    weights = [(n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}")
-               for n, w in facts["weights"].items()]  # fmt: skip
-    common.table("weights", ("name", "shape", "change", "norm"), weights, right=(3,))
+    common.table("requests", *_requests(facts["requests"]))
+    weights = [
+        (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(lost, n))
+        for n, w in facts["weights"].items()
+    ]
+    columns = ("name", "shape", "change", "norm", *(() if lost is None else ("lost if merged",)))
+    common.table("weights", columns, weights, right=(3, 4))
     common.table("settings", ("name", "value"), list(facts["config"].items()))
     for note in facts["overrides"]:
         print(f"overruled: {note}")
+
+
+def _requests(asked: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Lay out what was asked for: columns and rows. Pairs of images are kept by name and content only."""
+    if any("prompt" not in r for r in asked):
+        columns = ("", "concept", "replacement", "pairs", "content")
+        rows = [(r.get("id", i + 1), *(r.get(n, "") for n in ("concept", "replacement", "pairs", "digest")))
+                for i, r in enumerate(asked)]  # fmt: skip
+        return columns, rows
+    rows = [(r.get("id", i + 1), r["prompt"], r["subject"], r.get("target_old", ""), r["target"])
+            for i, r in enumerate(asked)]  # fmt: skip
+    return ("", "prompt", "subject", "old", "new"), rows
+
+
+def _lost(edit: Edit, model: str | None, device: str, dtype: str, foreign: bool) -> dict[str, float] | None:
+    """Measure what merging loses, by weight; None where no model is named."""
+    from errata.edits import WeightEdit
+    from errata.errors import EditError
+
+    if model is None:
+        return None
+    if not isinstance(edit, WeightEdit):
+        raise EditError(f"{edit.kind} edits change no weights, so merging loses nothing; leave out --model")
+    return edit.trial(common.open_host(model, device, dtype), foreign=foreign)
+
+
+def _share(lost: dict[str, float] | None, name: str) -> tuple[str, ...]:
+    if lost is None:
+        return ()
+    return (f"{lost[name]:.2%}" if name in lost else "packed: beside",)

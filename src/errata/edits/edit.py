@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.edits import format as file_format
 from errata.errors import EditError
 from errata.host.load import Host
-from errata.types import Request
+from errata.types import ImageRecord, ImageRequest, Request
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Provenance:
 
     method: str
     """Registered name of the method."""
-    requests: tuple[Request, ...]
-    """What was asked for."""
+    requests: tuple[Request | ImageRecord, ...]
+    """What was asked for; of image requests names, number and a content hash, never pixels."""
     config: Mapping[str, Any]
     """The method's settings, resolved: nothing left to a default."""
     host: str
@@ -42,6 +42,10 @@ class Provenance:
     overrides: tuple[str, ...] = ()
     """Safety checks that were overruled, in words."""
 
+    def __post_init__(self) -> None:
+        kept = tuple(r.record if isinstance(r, ImageRequest) else r for r in self.requests)
+        object.__setattr__(self, "requests", kept)
+
 
 class Edit(ABC):
     """A change to a host, kept apart from it. Subclasses form a small closed family."""
@@ -50,8 +54,11 @@ class Edit(ABC):
     provenance: Provenance
 
     @abstractmethod
-    def apply_(self, host: Host, *, foreign: bool = False) -> None:
-        """Put the edit in place. ``foreign`` lets it onto another host than it was made for."""
+    def apply_(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> None:
+        """Put the edit in place. ``foreign`` lets it onto another host than it was made for.
+
+        ``beside``: leave weights as they are and add to what their modules say; None decides by weight.
+        """
 
     @abstractmethod
     def revert_(self, host: Host) -> None:
@@ -74,9 +81,9 @@ class Edit(ABC):
         """Describe the edit as plain data."""
 
     @contextmanager
-    def on(self, host: Host, *, foreign: bool = False) -> Iterator[Host]:
-        """Have the edit in place inside the block only."""
-        self.apply_(host, foreign=foreign)
+    def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
+        """Have the edit in place inside the block only; options as of :meth:`apply_`."""
+        self.apply_(host, foreign=foreign, beside=beside)
         try:
             yield host
         finally:
@@ -122,7 +129,10 @@ def _with_override(provenance: Provenance, note: str) -> Provenance:
 
 def _provenance(stored: Mapping[str, Any]) -> Provenance:
     known = {name: stored[name] for name in Provenance.__dataclass_fields__ if name in stored}
-    known["requests"] = tuple(Request(**request) for request in stored["requests"])
+    known["requests"] = tuple(
+        Request(**request) if "prompt" in request else ImageRecord(**request)
+        for request in stored["requests"]
+    )
     known["overrides"] = tuple(stored.get("overrides", ()))
     return Provenance(**known)
 

@@ -3,13 +3,18 @@
 A host keeps, per touched weight, a copy of the original bits and the deltas that are active. The
 weight is always base + sum of deltas, summed in float32 (in float64 for float64 weights) in an order
 that depends on the edits alone, and cast once. So edits can come and go in any order, and the last one
-to go leaves the original bits.
+to go leaves the original bits. After every write the weight is read back.
+
+A delta may also stand beside its weight instead, see :mod:`errata.edits.branch`: exact in 16 bits, and
+the only way with packed weights.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,13 +22,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from errata.edits import branch
+from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Provenance
-from errata.edits.records import Record
+from errata.edits.records import Record, laid_out
 from errata.errors import EditError
+from errata.host import placement
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
-Delta = LowRank | Tensor
+MOST = 0.5
+"""Share of a change that rounding may eat before a warning is given."""
 
 
 @dataclass
@@ -56,6 +65,14 @@ class WeightEdit(Edit):
     """What a method needs to go on from here: running statistics, queues, projections."""
     whole: bool = False
     """Whether a fit that went on from another edit gives that edit's change too, not only what is new."""
+    lost: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """By parameter path, what rounding cost when the edit was last merged: ||(W' - W) - delta|| / ||delta||."""
+
+    def __post_init__(self) -> None:
+        # laid out as a file would have them, so that a loaded edit goes on to the very same bits
+        self.deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
+        self.records = {name: record.contiguous() for name, record in self.records.items()}
+        self.state = {name: laid_out(tensor) for name, tensor in self.state.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -63,70 +80,132 @@ class WeightEdit(Edit):
         digest = hashlib.sha256()
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def apply_(self, host: Host, *, foreign: bool = False) -> None:
-        """Add the deltas to the host's weights.
+    def apply_(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> None:
+        """Put the deltas in place: merged into the weights, or ``beside`` them.
 
-        Raises EditError, with nothing changed, when the host is another one, a weight is missing or
-        of another shape, the edit is active already, or it would vanish in the weights' precision.
+        Beside, the weights stay as they are and each module adds delta @ input to its output in float32;
+        merged costs nothing at run time but is rounded to the weights' precision, see :attr:`lost`, with
+        a warning where that eats most of the change. None merges, except that packed (quantised) weights,
+        which cannot be written, are edited beside; False insists on merging.
+
+        Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
+        another shape or not where it can be edited, the edit is active already, or it would vanish in
+        the weights' precision.
         """
         self.check_host(host, foreign=foreign)
-        weights = self._weights(host)
-        overlays: dict[str, Overlay] = host.overlays
-        digest = self.digest
-        if any(name in overlays and digest in overlays[name].deltas for name in weights):
-            raise EditError(f"edit {digest} is active on this host already")
-        done: list[str] = []
-        changed = False
-        for name, weight in weights.items():
-            before = weight.detach().clone()
-            overlay = overlays.setdefault(name, Overlay(before))
-            overlay.deltas[digest] = self.deltas[name]
-            _write(weight, overlay, name in self.transposed)
-            done.append(name)
-            changed = changed or not torch.equal(weight, before)
-        if not changed and self.norm() > 0:
-            self._remove(host, done, digest)
+        lost, moved = self._put(host, beside)
+        if not moved and self.norm() > 0:
+            self._remove(host)
             raise EditError(
-                f"edit {digest} changes nothing: every entry is lost in {host.dtype} rounding; "
-                "load the model in float32"
+                f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
+                "use beside=True (--beside), or load the model in float32"
             )
+        self.lost = lost
+        worst = max(lost, key=lambda name: lost[name], default=None)
+        if worst is not None and lost[worst] > MOST:
+            warnings.warn(
+                f"merging edit {self.digest} lost {lost[worst]:.0%} of its change of {worst} in "
+                f"{host.model.get_parameter(worst).dtype} rounding: most of the edit was lost; use "
+                "beside=True or float32",
+                stacklevel=_outside(),
+            )
+
+    def trial(self, host: Host, *, foreign: bool = False) -> dict[str, float]:
+        """Return by weight what merging would lose, measured by applying and reverting.
+
+        Packed weights do not appear: they are edited beside. Raises EditError as :meth:`apply_` does,
+        but not for an edit that vanishes: its losses are 1.
+        """
+        self.check_host(host, foreign=foreign)
+        lost, _ = self._put(host, None)
+        self._remove(host)
+        return lost
 
     def revert_(self, host: Host) -> None:
         """Take the deltas away again; raises EditError if the edit is not active."""
-        overlays: dict[str, Overlay] = host.overlays
-        digest = self.digest
-        names = [n for n in self.deltas if n in overlays and digest in overlays[n].deltas]
+        names = self._merged(host) | self._aside(host)
         if len(names) != len(self.deltas):
-            raise EditError(f"edit {digest} is not active on this host; nothing to take back")
-        self._remove(host, names, digest)
+            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+        self._remove(host)
 
-    def _remove(self, host: Host, names: list[str], digest: str) -> None:
-        overlays = host.overlays
-        for name in names:
+    def _put(self, host: Host, beside: bool | None) -> tuple[dict[str, float], bool]:
+        """Put all deltas in place or none; return what was lost by merged weight, and whether any moved."""
+        if self._merged(host) | self._aside(host):
+            raise EditError(f"edit {self.digest} is active on this host already")
+        for name, delta in self.deltas.items():
+            if not all(torch.isfinite(t).all() for t in _tensors(delta)):
+                raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
+        besides = {n for n in self.deltas if beside or (beside is None and _is_packed(host, n))}
+        fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(besides)}
+        weights = self._weights(host, [name for name in self.deltas if name not in besides])
+        lost, moved = {}, bool(fits)
+        try:
+            for name, delta in fits.items():
+                branch.attach(host.model, name, self.digest, delta)
+            for name, weight in weights.items():
+                lost[name], changed = self._merge(host, name, weight)
+                moved = moved or changed
+        except BaseException:  # an interrupt, too, must leave nothing half done
+            self._remove(host)
+            raise
+        return lost, moved
+
+    def _merge(self, host: Host, name: str, weight: nn.Parameter) -> tuple[float, bool]:
+        """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
+        before = weight.detach().clone()
+        overlays: dict[str, Overlay] = host.overlays
+        overlay = overlays.setdefault(name, Overlay(before))
+        delta = overlay.deltas[self.digest] = stored(self.deltas[name], name in self.transposed)
+        _write(weight, overlay, name)
+        return _share_lost(delta, weight, before), not torch.equal(weight, before)
+
+    def _remove(self, host: Host) -> None:
+        for name in self._aside(host):
+            branch.detach(host.model, name, self.digest)
+        overlays: dict[str, Overlay] = host.overlays
+        for name in self._merged(host):
             overlay = overlays[name]
-            del overlay.deltas[digest]
-            _write(host.model.get_parameter(name), overlay, name in self.transposed)
+            del overlay.deltas[self.digest]
             if not overlay.deltas:
                 del overlays[name]
+            _write(host.model.get_parameter(name), overlay, name)
 
-    def _weights(self, host: Host) -> dict[str, nn.Parameter]:
+    def _merged(self, host: Host) -> set[str]:
+        overlays: dict[str, Overlay] = host.overlays
+        return {n for n in self.deltas if n in overlays and self.digest in overlays[n].deltas}
+
+    def _aside(self, host: Host) -> set[str]:
+        stands = branch.standing(host.model)
+        return {n for n in self.deltas if n in stands and self.digest in stands[n].deltas}
+
+    def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
         found = {}
-        for name, delta in self.deltas.items():
+        for name in names:
+            delta = self.deltas[name]
             try:
-                weight = host.model.get_parameter(name)
+                reason = placement.obstacle(host.model, name)
+                weight = None if reason else host.model.get_parameter(name)
             except AttributeError as error:
                 raise EditError(f"the host has no weight {name!r}, which the edit changes") from error
-            stored = tuple(reversed(delta.shape)) if name in self.transposed else tuple(delta.shape)
+            if weight is None:
+                raise EditError(f"weight {name!r} cannot be written: {reason}")
+            shape = tuple(reversed(delta.shape)) if name in self.transposed else tuple(delta.shape)
             thin = isinstance(delta, LowRank) and weight.ndim > 2
             found_shape = tuple(weight.flatten(1).shape) if thin else tuple(weight.shape)
-            if found_shape != stored:
-                raise EditError(f"weight {name!r} is {found_shape}, the edit expects {stored}")
-            if weight.is_meta or not weight.is_floating_point():
-                raise EditError(f"weight {name!r} is {weight.dtype} on {weight.device}: it cannot be written")
+            if found_shape != shape:
+                raise EditError(f"weight {name!r} is {found_shape}, the edit expects {shape}")
             found[name] = weight
+        twins = placement.sharing(host.model, names)
+        if twins is not None:
+            raise EditError(
+                f"weight {twins[0]!r} shares its memory with {twins[1]!r}, so writing one changes the other; "
+                "use beside=True, or untie them first"
+            )
         return found
 
     def norm(self) -> float:
@@ -136,19 +215,26 @@ class WeightEdit(Edit):
     def rounding(self, host: Host) -> float:
         """Relative error of the change as realised in the host's precision, while applied alone.
 
-        ||(W' - W) - delta|| / ||delta||; 0 means exact.
+        ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as is what stands beside.
         """
-        error = total = 0.0
-        overlays = host.overlays
-        for name, weight in self._weights(host).items():
-            overlay = overlays.get(name)
-            if overlay is None or set(overlay.deltas) != {self.digest}:
-                raise EditError("rounding is measured with this edit applied and no other on its weights")
-            wanted = _oriented(self.deltas[name], name in self.transposed, weight)
-            realised = weight.detach().to(wanted.dtype) - overlay.base.to(wanted.dtype)
-            error += float((realised - wanted).square().sum())
-            total += float(wanted.square().sum())
-        return (error / total) ** 0.5 if total else 0.0
+        found = self.rounding_by_weight(host)
+        sizes = {name: _norm(delta) ** 2 for name, delta in self.deltas.items()}
+        total = sum(sizes.values())
+        return (sum(found[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
+
+    def rounding_by_weight(self, host: Host) -> dict[str, float]:
+        """Return :meth:`rounding` for each weight by itself.
+
+        Raises EditError unless this edit is applied and no other on its weights.
+        """
+        aside = self._aside(host)
+        return {name: 0.0 if name in aside else self._rounding(host, name) for name in self.deltas}
+
+    def _rounding(self, host: Host, name: str) -> float:
+        overlay = host.overlays.get(name)
+        if overlay is None or set(overlay.deltas) != {self.digest}:
+            raise EditError("rounding is measured with this edit applied and no other on its weights")
+        return _share_lost(overlay.deltas[self.digest], host.model.get_parameter(name), overlay.base)
 
     def _tensors(self) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -226,6 +312,7 @@ class WeightEdit(Edit):
             "notes": dict(self.provenance.notes),
             "overrides": list(self.provenance.overrides),
             "norm": self.norm(),
+            "lost": dict(self.lost),
             "weights": {
                 name: {
                     "shape": list(delta.shape),
@@ -242,8 +329,15 @@ def _norm(delta: Delta) -> float:
 
 
 def active(host: Host) -> list[str]:
-    """List the digests of the weight edits in place on a host."""
-    return sorted({digest for overlay in host.overlays.values() for digest in overlay.deltas})
+    """List the digests of the weight edits in place on a host, merged or beside."""
+    merged = {digest for overlay in host.overlays.values() for digest in overlay.deltas}
+    return sorted(merged.union(*(b.deltas for b in branch.standing(host.model).values())))
+
+
+def _contiguous(delta: Delta) -> Delta:
+    if isinstance(delta, LowRank):
+        return LowRank(laid_out(delta.B), laid_out(delta.A))
+    return laid_out(delta)
 
 
 def added(one: Delta, other: Delta) -> Delta:
@@ -256,20 +350,65 @@ def added(one: Delta, other: Delta) -> Delta:
     return parts[0] + parts[1]
 
 
-def _oriented(delta: Delta, transposed: bool, weight: Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    moved = delta.to(device=weight.device, dtype=wide)
-    dense = moved.dense() if isinstance(moved, LowRank) else moved
-    return dense.mT if transposed else dense.reshape(weight.shape)
+def stored(delta: Delta, transposed: bool) -> Delta:
+    """Turn a delta ``[d_out, d_in]`` to the way its weight is stored."""
+    if not transposed:
+        return delta
+    return LowRank(delta.A.mT, delta.B.mT) if isinstance(delta, LowRank) else delta.mT
+
+
+def _tensors(delta: Delta) -> tuple[Tensor, ...]:
+    return (delta.B, delta.A) if isinstance(delta, LowRank) else (delta,)
+
+
+def _is_packed(host: Host, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = host.model.get_submodule(path)
+    except AttributeError as error:
+        raise EditError(f"the host has no weight {name!r}, which the edit changes") from error
+    weight = module._parameters.get(leaf)
+    return placement.is_packed(module) if weight is None else placement.packed(weight)
 
 
 @torch.no_grad()
-def _write(weight: nn.Parameter, overlay: Overlay, transposed: bool) -> None:
-    if not overlay.deltas:
-        weight.copy_(overlay.base)
-        return
+def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
+    """||(W' - W) - delta|| / ||delta||, with the delta as stored; 0 for a delta of zeros."""
+    wanted = _wide(delta, weight)
+    total = float(wanted.norm())
+    realised = weight.to(wanted.dtype) - before.to(weight.device, wanted.dtype)
+    return float((realised - wanted).norm()) / total if total else 0.0
+
+
+def _wide(delta: Delta, weight: Tensor) -> Tensor:
+    """Multiply a delta out in the shape of its weight, float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    total = overlay.base.to(wide)
-    for digest in sorted(overlay.deltas):
-        total = total + _oriented(overlay.deltas[digest], transposed, weight)
-    weight.copy_(total.to(weight.dtype))
+    moved = delta.to(device=weight.device, dtype=wide)
+    return (moved.dense() if isinstance(moved, LowRank) else moved).reshape(weight.shape)
+
+
+@torch.no_grad()
+def _write(weight: nn.Parameter, overlay: Overlay, name: str) -> None:
+    """Set a weight to what its overlay says and read it back."""
+    value = overlay.base.to(weight.device)
+    if overlay.deltas:
+        total = value.to(torch.promote_types(weight.dtype, torch.float32))
+        for digest in sorted(overlay.deltas):
+            total = total + _wide(overlay.deltas[digest], weight)
+        value = total.to(weight.dtype)
+        if not torch.isfinite(value).all():
+            raise EditError(f"weight {name!r} would overflow {weight.dtype}; use beside=True or float32")
+    weight.copy_(value)
+    if not torch.equal(weight, value):
+        raise EditError(f"weight {name!r} did not take the change: reading it back gave other numbers")
+
+
+def _outside() -> int:
+    """Return how many frames up the first caller outside the library is, for warnings."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        level += 1
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("errata", "contextlib"):
+            break
+        frame = frame.f_back
+    return level

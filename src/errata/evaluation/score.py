@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from errata.evaluation.metrics import matching, probability
@@ -13,17 +13,25 @@ PROTOCOLS = ("generate", "teacher_forced", "probability")
 RESAMPLES = 2000
 
 
-def rows(case: Case, before: Sequence[Observation], after: Sequence[Observation]) -> list[Row]:
-    """Score every probe of a case under every protocol it allows."""
+def rows(
+    case: Case, before: Sequence[Observation], after: Sequence[Observation], *, checkpoint: int | None = None
+) -> list[Row]:
+    """Score every probe of a case under every protocol it allows.
+
+    ``checkpoint``: how many edits were in place, for the rows' detail; None adds nothing.
+    """
+    moment = {} if checkpoint is None else {"checkpoint": checkpoint}
     made: list[Row] = []
     for probe, old, new in zip(case.probes, before, after, strict=True):
-        made += _probe_rows(case.id, probe, old, new)
+        made += _probe_rows(case.id, probe, old, new, moment)
     return made
 
 
-def _probe_rows(case: str, probe: Probe, old: Observation, new: Observation) -> list[Row]:
+def _probe_rows(
+    case: str, probe: Probe, old: Observation, new: Observation, moment: Mapping[str, int]
+) -> list[Row]:
     def row(protocol: str, b: float, a: float, **detail: Any) -> Row:
-        return Row(case, probe.kind, protocol, probe.prompt, float(b), float(a), detail)
+        return Row(case, probe.kind, protocol, probe.prompt, float(b), float(a), {**moment, **detail})
 
     wrong = [w for w in probe.before if w not in probe.answers] if probe.changes else []
     made = [
@@ -105,7 +113,7 @@ def _bootstrap(cases: list[list[float]], seed: int) -> list[float]:
     return [means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]]
 
 
-def rome_scores(summary: dict[str, dict[str, Any]]) -> dict[str, float]:
+def rome_scores(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return ROME's ES, PS, NS and their harmonic mean S, in per cent, from a summary."""
     keys = {"ES": "efficacy", "PS": "paraphrase", "NS": "neighbourhood"}
     found = {name: summary.get(f"{kind}.probability", {}).get("after") for name, kind in keys.items()}

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Stopped(Exception):
@@ -62,6 +63,40 @@ def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iter
 
 
 @contextmanager
+def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
+    """Show all that a module returns to ``act``."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        act(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def standing(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> RemovableHandle:
+    """Let ``act``, given a module's input and output, answer for it until the handle is removed.
+
+    Goes before all other hooks, also older ones, so that they see the module with its answer. A copy of
+    the model takes a copy of ``act``.
+    """
+    return module.register_forward_hook(_Answer(act), with_kwargs=True, prepend=True)
+
+
+class _Answer:
+    """A hook as an object, since copying a model does not copy what a function closes over."""
+
+    def __init__(self, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.act = act
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])
+        return with_first(output, self.act(given, first_tensor(output)))
+
+
+@contextmanager
 def gathering(head: nn.Module, row: Tensor, at: Tensor) -> Iterator[None]:
     """Let an output head see only some positions: ``[rows, length, d]`` becomes ``[1, n, d]``.
 
@@ -69,7 +104,8 @@ def gathering(head: nn.Module, row: Tensor, at: Tensor) -> Iterator[None]:
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][row, at][None], *args[1:])
+        here = args[0].device  # with weights on several devices, not that of the inputs
+        return (args[0][row.to(here), at.to(here)][None], *args[1:])
 
     handle = head.register_forward_pre_hook(hook)
     try:

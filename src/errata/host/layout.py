@@ -5,7 +5,8 @@
   output: that is attention. What remains is position-wise: the feed-forward;
 * a site is the last linear map of such a part that writes into the residual width, whatever it is
   called, wherever it sits; its orientation is read off numerically, so that square matrices and
-  transposed storage need no special case.
+  transposed storage need no special case;
+* a packed weight cannot be read, so there the module itself is run: what it computes must be linear.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks
+from errata.host.placement import is_packed, packed
 
 Part = Literal["mlp_out", "attn_out"]
 
@@ -35,11 +37,13 @@ class Site:
     d_in: int
     d_out: int
     transposed: bool
-    """Whether the weight is stored ``[d_in, d_out]``."""
+    """Whether the weight is stored ``[d_in, d_out]``; False for a packed one, which is never written."""
+    packed: bool = False
+    """Whether the weight is quantised: it acts as ``[d_out, d_in]`` and is edited beside, not written."""
 
     @property
     def parameter(self) -> str:
-        """Dotted path of the weight."""
+        """Dotted path of the weight, also where a packed module calls it otherwise."""
         return f"{self.name}.weight"
 
 
@@ -126,7 +130,48 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    wide = isinstance(weight, Tensor) and weight.ndim == 2
+    return (wide or is_packed(module)) and not isinstance(module, nn.Embedding)
+
+
+@torch.no_grad()
+def linear_map(module: Any, d_in: int, like: Tensor) -> tuple[int, bool] | None:
+    """Return d_out and whether the weight is stored ``[d_in, d_out]``, if a module computes W x + b.
+
+    Runs it on random inputs of the dtype and device of ``like``, past all hooks. A packed weight has no
+    stored orientation: False. None for any other module, and where inputs are not ``d_in`` wide.
+    """
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 4, d_in, generator=generator)
+    inputs = torch.stack([one, two, one + two, torch.zeros_like(one)]).to(like)  # [4, 4, d_in]
+    try:
+        outputs = module.forward(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
+        return None  # takes something else
+    if not isinstance(outputs, Tensor) or outputs.shape[:-1] != inputs.shape[:-1]:
+        return None
+    weight = getattr(module, "weight", None)
+    if not is_packed(module) and isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta:
+        stored = _stored(module, inputs, outputs)
+        return None if stored is None else (outputs.shape[-1], stored)
+    said = outputs.float()
+    gap = (said[0] + said[1] - said[2] - said[3]).abs().max()
+    if not float(gap) < 5e-2 * float(said.abs().max()):  # eight-bit inputs are linear to a per cent
+        return None
+    return outputs.shape[-1], not (is_packed(module) or isinstance(module, nn.Linear))
+
+
+def _stored(module: Any, inputs: Tensor, outputs: Tensor) -> bool | None:
+    """Whether a weight is stored ``[d_in, d_out]``, found by computing it both ways; None for neither."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    for transposed in _orientations(module):
+        stored = weight.mT if transposed else weight
+        if stored.shape == (outputs.shape[-1], inputs.shape[-1]):
+            said = functional.linear(inputs.float(), stored.float(), None if bias is None else bias.float())
+            scale = outputs.float().abs().max().clamp_min(1e-6)
+            if float((said - outputs.float()).abs().max() / scale) < 2e-2:
+                return transposed
+    return None
 
 
 class _Trace:
@@ -172,7 +217,7 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
     linear = [m for m in trace.order if m in names]
     attn = [m for m in linear if m in under_mixing and _writes(m, trace, width)]
     feed = [m for m in linear if m not in under_mixing and _writes(m, trace, width)]
-    stacked = [n for n, p in block.named_parameters() if p.ndim == 3]
+    stacked = [n for n, p in block.named_parameters() if p.ndim == 3 or (p.ndim > 3 and packed(p))]
     attn_site = _site(attn[-1], layer, "attn_out", names, trace) if attn else None
     if stacked:
         return None, attn_site, f"{path}.{stacked[0]} holds stacked experts, not one weight"
@@ -183,7 +228,7 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
         return None, attn_site, odd or f"{path} has no linear map into the residual width {width}"
     site = _site(feed[-1], layer, "mlp_out", names, trace)
     if site is None:
-        return None, attn_site, f"{names[feed[-1]]} does not compute W x + b (wrapped or packed weight)"
+        return None, attn_site, f"{names[feed[-1]]} does not compute W x + b, or passes no gradient on"
     return site, attn_site, None
 
 
@@ -229,17 +274,25 @@ def _mixes(child: nn.Module, trace: _Trace) -> bool:
 def _site(module: Any, layer: int, part: Part, names: dict[nn.Module, str], trace: _Trace) -> Site | None:
     """Describe a linear map, with its orientation found by computing it both ways."""
     inputs, outputs = trace.io[module]
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if weight.is_meta or not weight.dtype.is_floating_point:
-        return None
-    for transposed in _orientations(module):
-        stored = weight.mT if transposed else weight
-        if stored.shape == (outputs.shape[-1], inputs.shape[-1]):
-            said = functional.linear(inputs.float(), stored.float(), None if bias is None else bias.float())
-            scale = outputs.float().abs().max().clamp_min(1e-6)
-            if float((said - outputs.float()).abs().max() / scale) < 2e-2:
-                return Site(layer, part, names[module], inputs.shape[-1], outputs.shape[-1], transposed)
-    return None
+    d_in, d_out = inputs.shape[-1], outputs.shape[-1]
+    if is_packed(module):
+        found = linear_map(module, d_in, inputs)
+        if found is None or found[0] != d_out or not _passes_gradients(module, inputs):
+            return None
+        return Site(layer, part, names[module], d_in, d_out, transposed=False, packed=True)
+    stored = None if module.weight.is_meta else _stored(module, inputs, outputs)
+    return None if stored is None else Site(layer, part, names[module], d_in, d_out, stored)
+
+
+def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether a packed module's output depends on its input also for autograd; some kernels cut that."""
+    with torch.enable_grad():
+        leaf = inputs.detach().clone().requires_grad_(True)
+        said = module.forward(leaf)
+        if not said.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(said.float().sum(), leaf, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().max() > 0)
 
 
 def _orientations(module: nn.Module) -> Iterator[bool]:
@@ -257,17 +310,20 @@ def _adds_directly(
     if site is None:
         return False
     block, seen = blocks[site.layer], []
+    # as large as the stream, whose own rounding would drown a small shift in 16 bits
     shift = torch.linspace(-1, 1, site.d_out)
 
     def note(hidden: Tensor) -> None:
         seen.append(hidden.float())
 
     def push(hidden: Tensor) -> Tensor:
-        return hidden + shift.to(hidden)
+        return hidden + (shift * unit).to(hidden)
 
     with hooks.on_output(block, note):
         model(**probe, use_cache=False)
+        unit = float(seen[0].square().mean().sqrt())
         with hooks.on_output(model.get_submodule(site.name), push):
             model(**probe, use_cache=False)
-    moved = seen[1] - seen[0]
-    return bool((moved - shift.to(moved)).abs().max() < 0.05)
+    moved = (seen[1] - seen[0]) / unit
+    # the median: a few entries of the stream may be huge, and rounded accordingly
+    return bool((moved - shift.to(moved)).abs().median() < 0.05)

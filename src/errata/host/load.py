@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError, RequestError
-from errata.host import hooks, tokens
+from errata.host import hooks, placement, tokens
 from errata.host.families import Published, published
-from errata.host.layout import Layout, discover
+from errata.host.layout import Layout, Site, discover
 from errata.registry import unknown
 
+BRANCHES = "_errata_branches"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,6 +35,7 @@ class Host:
         self.tokenizer = tokenizer
         self.name = name
         self.model.eval()
+        placement.keep_gradients_(self.model)
 
     def __repr__(self) -> str:
         return f"Host({self.name!r}, {self.family}, {len(self.layout.blocks)} layers, {self.dtype})"
@@ -53,7 +55,7 @@ class Host:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        return placement.runs_on(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,8 +87,10 @@ class Host:
     def fingerprint(self) -> str:
         """Identity of weights and vocabulary, 16 hex digits.
 
-        Weights count as rounded to bfloat16, so that one checkpoint opened in two precisions is the
-        same host. Names the unedited model, also while edits are in place.
+        Weights count as rounded to bfloat16, so that one checkpoint opened in float32 and in bfloat16 is
+        the same host; so it is in float16, unless it holds numbers too small for that. A quantised copy
+        is another host. Names the unedited model, also while edits are in place. Raises HostError for
+        weights that cannot be read.
         """
         digest = hashlib.sha256(b"errata host 1")
         for name, part in self._hashes(torch.bfloat16):
@@ -104,7 +108,7 @@ class Host:
         return digest.hexdigest()
 
     def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
-        named = [*self.model.named_parameters(), *(self.model.named_buffers() if dtype is None else ())]
+        named = list(placement.named_tensors(self.model, buffers=dtype is None))
         if dtype is not None:
             named = [(n, self.overlays[n].base if n in self.overlays else p) for n, p in named]
 
@@ -119,6 +123,46 @@ class Host:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(part, named))
 
+    def device_of(self, site: Site) -> torch.device:
+        """Where a site computes; with a device map not everything is where the embeddings are."""
+        return placement.runs_on(self.model.get_submodule(site.name))
+
+    @torch.no_grad()
+    def weight(self, site: Site) -> Tensor:
+        """Return a copy of a site's weight as it acts now, ``[d_out, d_in]``, float32 or wider.
+
+        With the edits in place, merged or beside. A packed weight is read by running its module on unit
+        vectors, so it has the precision of the host's dtype.
+        """
+        module: Any = self.model.get_submodule(site.name)
+        if not site.packed:
+            weight = module.weight.detach()
+            columns = (weight if site.transposed else weight.mT).to(
+                torch.promote_types(weight.dtype, torch.float32), copy=True
+            )  # [d_in, d_out]: a column is what a unit vector gives
+        else:
+            units = torch.eye(site.d_in, dtype=self.dtype, device=self.device_of(site))
+            zero = module.forward(units.new_zeros(1, 1, site.d_in)).float()  # the bias, if there is one
+            parts = [module.forward(part[None]).float() - zero for part in units.split(1024)]
+            columns = torch.cat([part.reshape(-1, site.d_out) for part in parts])
+        beside = self.branches.get(site.parameter)
+        if beside is not None:
+            columns = beside(torch.eye(site.d_in, dtype=columns.dtype, device=columns.device), columns)
+        return columns.mT
+
+    @property
+    def edited(self) -> bool:
+        """Whether an edit of weights is in place, merged or beside."""
+        return bool(self.overlays or self.branches)
+
+    @property
+    def branches(self) -> Mapping[str, Any]:
+        """What stands beside weights, by parameter; kept on the model, as :attr:`overlays` are.
+
+        Written by the edits room alone; each entry maps a module's input and output to its new output.
+        """
+        return self.model.__dict__.get(BRANCHES, {})
+
     @property
     def overlays(self) -> dict[str, Any]:
         """What stands on each touched weight; kept on the model, so that two hosts of it agree.
@@ -130,7 +174,8 @@ class Host:
     # --- running ---------------------------------------------------------------------------
 
     @cached_property
-    def _accepts(self) -> frozenset[str]:
+    def accepts(self) -> frozenset[str]:
+        """Arguments of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
     @property
@@ -154,9 +199,9 @@ class Host:
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
         inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-        if "position_ids" in self._accepts:
+        if "position_ids" in self.accepts:
             inputs["position_ids"] = batch.positions
-        if keep is not None and "logits_to_keep" in self._accepts:
+        if keep is not None and "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = keep
         logits = self.model(**inputs).logits
         return logits if keep is None else logits[:, -keep:]
@@ -165,7 +210,8 @@ class Host:
         """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only."""
         head = self.model.get_output_embeddings()
         if head is None:
-            return self.forward(batch)[row, at]
+            logits = self.forward(batch)
+            return logits[row.to(logits.device), at.to(logits.device)]
         with hooks.gathering(head, row.to(batch.ids.device), at.to(batch.ids.device)):
             return self.forward(batch)[0]
 
@@ -269,7 +315,7 @@ def load(
         live = model
         if device != "auto" or wanted is not None:
             _refuse_unloaded(live)
-            live = live.to(device=None if device == "auto" else place, dtype=wanted)
+            live = _moved(live, None if device == "auto" else place, wanted)
         label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
     else:
         live = _open(str(model), place, wanted, revision, trust_remote_code)
@@ -280,7 +326,10 @@ def load(
     _refuse_not_finite(live)
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = _open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
-    return Host(live, tokenizer, name=label)
+    host = Host(live, tokenizer, name=label)
+    if any(placement.is_packed(module) for module in live.modules()):
+        _settle(host)
+    return host
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -326,8 +375,34 @@ def _open(
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HostError(f"cannot open model {name!r}: {first}") from error
-    moved: Any = model
-    return moved.to(place)
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        raise HostError(
+            f"cannot open model {name!r}: {first} (a quantised model needs: pip install 'errata[quantized]')"
+        ) from error
+    return _moved(model, place, None)
+
+
+def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """Move a model, unless it is there already. Raises HostError where its kind forbids that."""
+    if dtype is not None and any(placement.is_packed(module) for module in model.modules()):
+        raise HostError("a quantised model keeps the dtype it was made with; open it with dtype='auto'")
+    if dtype is None and all(t.device == place for t in (*model.parameters(), *model.buffers())):
+        return model
+    try:
+        return model.to(device=place, dtype=dtype)
+    except (ValueError, RuntimeError) as error:
+        raise HostError(f"cannot move the model to {place or dtype}: {error}; load it there") from error
+
+
+def _settle(host: Host) -> None:
+    """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
+    ids = torch.arange(5, device=host.device)[None] % host.config.vocab_size
+    try:
+        with torch.no_grad():
+            host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except RuntimeError as error:
+        raise HostError(f"the quantised model does not run on {host.device}: {error}") from error
 
 
 def _open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
@@ -341,18 +416,19 @@ def _open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
 
 
 def _refuse_unloaded(model: nn.Module) -> None:
-    away = [name for name, p in model.named_parameters() if p.is_meta]
-    if away:
-        raise HostError(
-            f"{len(away)} weights, {away[0]} first, are on the meta device or offloaded; "
-            "load the whole model into memory, without a device_map that offloads"
-        )
+    placement.refuse_away(model)
 
 
 def _refuse_not_finite(model: nn.Module) -> None:
-    bad = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    tensors = placement.named_tensors(model, buffers=False)
+    bad = [n for n, t in tensors if t.is_floating_point() and not _finite(t)]
     if bad:
         raise HostError(f"weight {bad[0]} holds NaN or infinite numbers ({len(bad)} such weights); refused")
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() < 2 else tensor  # eight bits have no isfinite
+    return bool(torch.isfinite(wide).all())
 
 
 def quiet() -> None:

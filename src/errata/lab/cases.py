@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from errata.errors import ConfigError, RequestError
 from errata.lab.world import Chain, Fact, World, default_world, sentence
@@ -13,33 +13,113 @@ from errata.types import Case, Probe, Request
 NEIGHBOURS = 5
 SAME_SUBJECT = 5
 
+Edits = Mapping[tuple[str, str], str | None]
+"""What edits say about (subject, relation): the new object, or None where the old one stands no longer."""
 
-def cases(count: int, *, seed: int = 0, world: World | None = None) -> list[Case]:
+
+def cases(count: int, *, seed: int = 0, together: bool = False, world: World | None = None) -> list[Case]:
     """Draw counterfactual requests over all relations, facts alike probable, with their probes.
 
     Kinds: efficacy, paraphrase (phrasings never trained on), paraphrase_seen, question,
     neighbourhood (same relation, other subject, some sharing the old object), same_subject (its other
     relations), inverse, one_hop and two_hop (one or two further relations away), alias.
+
+    With ``together`` the cases are for one run that has all edits in place. No two requests then speak
+    about the same subject and relation, nor about the inverse of what another asks for; and probes whose
+    answer with all edits is not the one that follows from their own case's edit alone, or is no longer
+    known, are left out. The requests of fewer cases are the first ones of more.
+
+    Raises ConfigError for more cases than there are.
     """
     world = world or default_world()
-    rng = random.Random(f"errata-cases-{seed}")
     if not 0 < count <= len(world.facts):
         raise ConfigError(f"lab cases: expected 1 to {len(world.facts)}, found {count}")
+    if together:
+        return _together(world, count, seed)
+    rng = random.Random(f"errata-cases-{seed}")
     return [
         make(world, fact, rng, f"lab:{seed}:{i}") for i, fact in enumerate(rng.sample(world.facts, count))
     ]
 
 
-def make(world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None) -> Case:
-    """Build the case that gives a fact another object: drawn at random, unless named."""
+def make(
+    world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None,
+    edits: Edits | None = None,
+) -> Case:  # fmt: skip
+    """Build the case that gives a fact another object: drawn at random, unless named.
+
+    ``edits``: all that is in place together; probes that then have another answer are left out.
+    """
     relation = world.relations[fact.relation]
     if target is None:
-        options = [o for o in world.objects(fact.relation) if o not in (fact.object, fact.subject)]
-        target = rng.choice(options)
+        target = rng.choice(_options(world, fact))
     wording = rng.choice(relation.phrasings)
     request = Request(sentence(wording, "{}"), fact.subject, target, fact.object, name)
-    builder = _Probes(world, fact, target, wording, rng)
+    builder = _Probes(world, fact, target, wording, rng, edits)
     return Case(name, request, tuple(builder.all()))
+
+
+def _options(world: World, fact: Fact) -> list[str]:
+    return [o for o in world.objects(fact.relation) if o not in (fact.object, fact.subject)]
+
+
+def _together(world: World, count: int, seed: int) -> list[Case]:
+    """Draw requests that can stand together, then the probes that hold with all of them."""
+    rng = random.Random(f"errata-cases-together-{seed}")
+    chosen: list[tuple[Fact, str]] = []
+    said: set[tuple[str, str]] = set()
+    for fact in rng.sample(world.facts, len(world.facts)):
+        options = [o for o in _options(world, fact) if said.isdisjoint(_says(world, fact, o))]
+        if options:
+            target = rng.choice(options)
+            said.update(_says(world, fact, target))
+            chosen.append((fact, target))
+        if len(chosen) == count:
+            break
+    else:
+        raise ConfigError(
+            f"lab cases: {count} requests that do not contradict one another were asked for, "
+            f"seed {seed} has {len(chosen)}; ask for at most that many"
+        )
+    edits: dict[tuple[str, str], str | None] = {}
+    for fact, target in chosen:
+        edits |= consequences(world, fact, target)
+    for fact, target in chosen:  # what one request says outweighs what another leaves open
+        edits |= _says(world, fact, target)
+    made = []
+    for i, (fact, target) in enumerate(chosen):
+        name = f"lab:{seed}:{i}"
+        made.append(make(world, fact, random.Random(f"errata-together-{name}"), name, target, edits))
+    return made
+
+
+def _back(world: World, relation: str) -> str | None:
+    """Name the relation read from the object's side; None where it has many answers."""
+    found = world.relations[relation]
+    return found.name if found.symmetric else found.inverse
+
+
+def _says(world: World, fact: Fact, target: str) -> Edits:
+    """What a request says itself: its new fact, also read from the object's side."""
+    back = _back(world, fact.relation)
+    own = (fact.subject, fact.relation)
+    return {own: target} if back is None else {own: target, (target, back): fact.subject}
+
+
+def consequences(world: World, fact: Fact, target: str) -> Edits:
+    """Return what giving a fact another object does to the graph, by (subject, relation).
+
+    In a relation that is one to one, the old object and the target's former counterpart are left
+    without an answer: None.
+    """
+    back = _back(world, fact.relation)
+    if back is None:
+        return _says(world, fact, target)
+    left: dict[tuple[str, str], str | None] = {(fact.object, back): None}
+    former = world.get(target, back)
+    if former is not None:
+        left[former, fact.relation] = None
+    return {**left, **_says(world, fact, target)}
 
 
 def case_of(request: Request, *, seed: int = 0, world: World | None = None) -> Case:
@@ -68,12 +148,16 @@ def case_of(request: Request, *, seed: int = 0, world: World | None = None) -> C
 
 
 class _Probes:
-    """The consequences of replacing one fact's object."""
+    """The consequences of replacing one fact's object, as far as all edits in place agree with them."""
 
-    def __init__(self, world: World, fact: Fact, target: str, wording: str, rng: random.Random) -> None:
+    def __init__(
+        self, world: World, fact: Fact, target: str, wording: str, rng: random.Random,
+        edits: Edits | None = None,
+    ) -> None:  # fmt: skip
         self.world, self.fact, self.target, self.wording, self.rng = world, fact, target, wording, rng
         self.relation = world.relations[fact.relation]
         self.instead = {(fact.subject, fact.relation): target}
+        self.edits = edits or {}
 
     def all(self) -> Iterator[Probe]:
         """Yield every probe."""
@@ -101,10 +185,21 @@ class _Probes:
             self.fact.object,
         )
 
-    def _kept(self, kind: str, wording: str, fact: Fact) -> Probe:
+    def _kept(self, kind: str, wording: str, fact: Fact) -> Iterator[Probe]:
+        if not self._agreed(fact.subject, (fact.relation,), fact.object):
+            return
         answers = self.world.names(fact.object)
         rival = self.target if self.target not in answers else None
-        return Probe(kind, sentence(wording, fact.subject), answers, answers, rival)
+        yield Probe(kind, sentence(wording, fact.subject), answers, answers, rival)
+
+    def _agreed(self, subject: str, path: tuple[str, ...], answer: str) -> bool:
+        """Whether a path leads to an answer with all edits in place."""
+        at: str | None = subject
+        for relation in path:
+            if at is None:
+                return False
+            at = self.edits[at, relation] if (at, relation) in self.edits else self.world.get(at, relation)
+        return at == answer
 
     def _neighbours(self) -> Iterator[Probe]:
         pool = [f for f in self.world.by_relation[self.relation.name] if f.subject != self.fact.subject]
@@ -115,13 +210,13 @@ class _Probes:
         chosen = self.rng.sample(same, min(2, len(same)))
         chosen += self.rng.sample(rest, min(NEIGHBOURS - len(chosen), len(rest)))
         for fact in chosen:
-            yield self._kept("neighbourhood", self.wording, fact)
+            yield from self._kept("neighbourhood", self.wording, fact)
 
     def _same_subject(self) -> Iterator[Probe]:
         others = [f for f in self.world.by_subject[self.fact.subject] if f.relation != self.relation.name]
         for fact in self.rng.sample(others, min(SAME_SUBJECT, len(others))):
             wording = self.rng.choice(self.world.relations[fact.relation].phrasings)
-            yield self._kept("same_subject", wording, fact)
+            yield from self._kept("same_subject", wording, fact)
 
     def _inverse(self) -> Iterator[Probe]:
         name = self.relation.name if self.relation.symmetric else self.relation.inverse
@@ -149,6 +244,8 @@ class _Probes:
         if before is None or after is None or after == self.fact.subject:
             return
         wording = self.rng.choice(chain.phrasings)
+        if self.edits and not self._agreed(self.fact.subject, chain.path, after):
+            return
         answers, old = self.world.names(after), self.world.names(before)
         rival = before if answers != old else None
         yield Probe(kind, sentence(wording, self.fact.subject), answers, old, rival)

@@ -9,7 +9,7 @@ thin factors. Gram matrices and their Cholesky factors are float64 whatever come
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,35 +23,102 @@ corpus had fewer tokens than the keys have entries."""
 
 @dataclass(frozen=True)
 class Metric:
-    """A symmetric positive definite M, as a multiple of the identity or by its Cholesky factor."""
+    """A symmetric positive definite M: a multiple of the identity, by Cholesky factor, or by eigenvectors.
+
+    With a ``basis`` that does not span everything, M is infinite outside of it (or inside, with
+    ``outside``): nothing may change there.
+    """
 
     scale: float
-    factor: Tensor | None
-    """Lower Cholesky factor of M / scale, float64 ``[m, m]``; None: the identity."""
+    factor: Tensor | None = None
+    """Lower Cholesky factor of M / scale, float64 ``[m, m]``."""
+    basis: Tensor | None = None
+    """Orthonormal columns ``[m, r]``."""
+    spectrum: Tensor | None = None
+    """Eigenvalues of M / scale on the basis ``[r]``; None: all one."""
+    outside: bool = False
+    """Whether the basis spans what must not change, rather than what may."""
+    name: str = "identity"
+    """What M is, but for its scale."""
+
+    @property
+    def label(self) -> str:
+        """Identity of M, for records."""
+        return f"{self.name} x {self.scale:.9g}"
 
     @staticmethod
     def identity(scale: float = 1.0) -> Metric:
         """Cost every direction alike."""
-        return Metric(scale, None)
+        return Metric(scale)
 
     @staticmethod
-    def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE) -> Metric:
+    def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> Metric:
         """Factorise ``weight * (matrix + ridge * mean diagonal * I)``."""
         matrix = matrix.double()
         jitter = ridge * matrix.diagonal().mean()
         shifted = matrix + jitter * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-        return Metric(weight, torch.linalg.cholesky(shifted))
+        return Metric(weight, torch.linalg.cholesky(shifted), name=name)
+
+    @staticmethod
+    def of_eigen(
+        values: Tensor, vectors: Tensor, *, weight: float = 1.0, add: float = 0.0, ridge: float = RIDGE,
+        name: str = "matrix",
+    ) -> Metric:  # fmt: skip
+        """Return ``weight * (matrix + ridge * mean diagonal * I) + add * I`` from an eigendecomposition.
+
+        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column. Costs no factorisation.
+        """
+        values = values.double().clamp_min(0)
+        spectrum = values + ridge * values.mean() + add / weight
+        return Metric(weight, basis=vectors, spectrum=spectrum, name=f"{name} + {add / weight:.9g}")
+
+    @staticmethod
+    def within(
+        values: Tensor, vectors: Tensor, *, below: float, cost: float = 1.0, name: str = "matrix"
+    ) -> Metric:
+        """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
+
+        The smaller of the two complementary bases is kept.
+        """
+        small = values < below
+        label = f"{name} under {below:.9g}"
+        if int(small.sum()) * 2 <= len(values):
+            return Metric(cost, basis=vectors[:, small], name=label)
+        return Metric(cost, basis=vectors[:, ~small], outside=True, name=label)
 
     def weighted(self, weight: float) -> Metric:
         """Return the same matrix times ``weight``, without factorising again."""
-        return Metric(self.scale * weight, self.factor)
+        return replace(self, scale=self.scale * weight)
+
+    def only(self, columns: Tensor) -> Metric:
+        """Return the metric among some coordinates, the others not to change; ``[n]`` indices."""
+        if self.factor is None:
+            raise ValueError("only a metric held by its Cholesky factor can be cut to coordinates")
+        rows = self.factor[columns]
+        part = torch.linalg.cholesky(rows @ rows.mT)
+        return Metric(self.scale, part, name=f"{self.name} among {len(columns)}")
 
     def solve(self, right: Tensor) -> Tensor:
         """Return M^-1 right, ``[m, n]`` float64."""
         right = right.double()
         if self.factor is not None:
             right = torch.cholesky_solve(right, self.factor.to(right.device))
+        elif self.basis is not None:
+            basis = self.basis.to(right.device).double()
+            inside = basis.mT @ right
+            if self.spectrum is not None:
+                inside = inside / self.spectrum.to(right.device)[:, None]
+            right = right - basis @ inside if self.outside else basis @ inside
         return right / self.scale
+
+    def energy(self, delta: LowRank) -> float:
+        """Return tr(delta M delta^T), what a change costs; needs the Cholesky factor or the identity."""
+        right = delta.A.double()
+        if self.factor is not None:
+            right = right @ self.factor.to(right.device)
+        elif self.basis is not None:
+            raise ValueError("a metric held by eigenvectors tells no energy")
+        return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
 
 
 def update(keys: Tensor, residuals: Tensor, metric: Metric, *, gamma: float) -> LowRank:
@@ -61,6 +128,18 @@ def update(keys: Tensor, residuals: Tensor, metric: Metric, *, gamma: float) -> 
     the residuals are. Raises ValueError when gamma is 0 and the keys are linearly dependent.
     """
     return from_solved(keys, metric.solve(keys), residuals, gamma=gamma)
+
+
+def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) -> Tensor:
+    """Return (M + P P^T)^-1 K from Y = M^-1 K, P ``[m, p]`` and M^-1 P, by n x n algebra; ``[m, n]``.
+
+    P are keys of earlier edits: their cost joins M without an m x m matrix.
+    """
+    solved, past = solved.double(), history_solved.double()
+    keys = history_keys.double()
+    gram = keys.mT @ past
+    gram = (gram + gram.mT) / 2 + torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return solved - past @ torch.cholesky_solve(keys.mT @ solved, torch.linalg.cholesky(gram))
 
 
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
@@ -90,6 +169,17 @@ def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: flo
 def leverage(keys: Tensor, metric: Metric) -> Tensor:
     """Return k^T M^-1 k for each key, ``[n]``: how cheaply a key can be told from all others."""
     return (keys.double() * metric.solve(keys)).sum(0)
+
+
+def alike(keys: Tensor, solved: Tensor, above: float) -> list[tuple[int, int]]:
+    """Return pairs (i, j), i < j, of keys whose whitened forms have a cosine above a bound.
+
+    With Y = M^-1 K the cosine is k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.
+    """
+    gram = keys.double().mT @ solved.double()
+    size = gram.diagonal().clamp_min(1e-300).sqrt()
+    cosine = torch.triu(gram / size[:, None] / size[None, :], diagonal=1)
+    return [(int(i), int(j)) for i, j in (cosine > above).nonzero()]
 
 
 def influence(keys: Tensor, solved: Tensor, *, gamma: float) -> Tensor:

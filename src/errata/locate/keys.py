@@ -33,7 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Captured:
-    """What stood at some places, float32, one row a place."""
+    """What stood at some places, one row a place, in float32 at least."""
 
     keys: dict[Site, Tensor]
     """Input of each site ``[n, d_in]``."""
@@ -53,10 +53,11 @@ def subject_place(host: Host, request: Request, prefix: str = "") -> Place:
 
 def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captured:
     """Read keys, values and block outputs at places, in one pass that stops after the last block."""
-    keys = {s: torch.empty(len(places), s.d_in) for s in sites}
-    values = {s: torch.empty(len(places), s.d_out) for s in sites}
+    dtype = torch.promote_types(host.dtype, torch.float32)
+    keys = {s: torch.empty(len(places), s.d_in, dtype=dtype) for s in sites}
+    values = {s: torch.empty(len(places), s.d_out, dtype=dtype) for s in sites}
     width = host.layout.width
-    hidden = {s.layer: torch.empty(len(places), width) for s in sites}
+    hidden = {s.layer: torch.empty(len(places), width, dtype=dtype) for s in sites}
     last = max(s.layer for s in sites)
     module = host.model.get_submodule
     rows = [place.ids for place in places]
@@ -68,7 +69,7 @@ def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captu
         def store(into: Tensor, group: list[int], line: Tensor, at: Tensor) -> Callable[[Tensor], None]:
             def keep(tensor: Tensor) -> None:
                 shaped = tensor.reshape(len(group), -1, tensor.shape[-1])
-                into[group] = shaped[line.to(tensor.device), at.to(tensor.device)].detach().float().cpu()
+                into[group] = shaped[line.to(tensor.device), at.to(tensor.device)].detach().to(dtype).cpu()
 
             return keep
 
@@ -94,16 +95,52 @@ def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 def subject_keys(
     host: Host, requests: Sequence[Request], sites: Sequence[Site], contexts: Sequence[Context]
 ) -> Captured:
-    """Average keys, values and hidden states over contexts, weighted; ``[n requests, ...]``."""
+    """Average keys, values and hidden states over contexts by their shares; ``[n requests, ...]``."""
     places = [subject_place(host, request, c.prefix) for request in requests for c in contexts]
     found = capture(host, places, sites)
     weights = torch.tensor([c.weight for c in contexts])
+    weights /= weights.sum()  # also of some of the contexts, such as the bare prompt alone
 
     def mean(tensor: Tensor) -> Tensor:
-        return torch.einsum("ncd,c->nd", tensor.view(len(requests), len(contexts), -1), weights)
+        shaped = tensor.view(len(requests), len(contexts), -1)
+        return torch.einsum("ncd,c->nd", shaped, weights.to(shaped.dtype))
 
     return Captured(
         {s: mean(k) for s, k in found.keys.items()},
         {s: mean(v) for s, v in found.values.items()},
         {layer: mean(h) for layer, h in found.hidden.items()},
     )
+
+
+def all_keys(
+    host: Host,
+    requests: Sequence[Request],
+    site: Site,
+    *,
+    but: Callable[[int, int], bool] = lambda request, position: False,
+) -> Tensor:
+    """Return a site's input at every token of every prompt with its target ``[tokens, d_in]``.
+
+    ``but`` says which positions of which request (by index) to leave out.
+    """
+    rows = [host.encode_answer(request.text, request.target).ids for request in requests]
+    found: list[tuple[int, Tensor]] = []
+    module = host.model.get_submodule(site.name)
+    dtype = torch.promote_types(host.dtype, torch.float32)
+    for group in tokens_batches(rows):
+        batch = host.batch([rows[i] for i in group])
+
+        def keep(tensor: Tensor, group: list[int] = group) -> None:
+            shaped = tensor.detach().reshape(len(group), -1, tensor.shape[-1]).to(dtype).cpu()
+            for line, i in enumerate(group):
+                wanted = [at for at in range(len(rows[i])) if not but(i, at)]
+                found.append((i, shaped[line, wanted]))
+
+        with (
+            torch.no_grad(),
+            hooks.on_input(module, keep),
+            hooks.stop_after(module),
+            contextlib.suppress(hooks.Stopped),
+        ):
+            host.forward(batch, keep=1)
+    return torch.cat([keys for _, keys in sorted(found, key=lambda item: item[0])])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,11 @@ from errata.errors import ConfigError
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
+from errata.linalg.moments import Eigen
 from errata.linalg.solve import Metric
 from errata.locate.contexts import Context, prefixes, sampled_corpus
 from errata.locate.values import ValueConfig
-from errata.stats.collect import Corpus, second_moments
+from errata.stats.collect import Corpus, eigen_of, second_moments
 from errata.types import Request
 
 
@@ -93,31 +95,74 @@ class Workspace:
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def metrics(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, Metric]:
-        """Return each site's second moment of keys, factorised."""
-        corpus = self.corpus or sampled_corpus(host, seed=self.seed)
-        budget = self.tokens or tokens
-        state = (host.fingerprint, *active(host), corpus.name, budget)
+        """Return each site's second moment of keys, factorised; the host's without ``after``."""
+        corpus, budget, state = self._statistics(host, tokens)
         missing = [s for s in sites if ("metric", s, *state) not in self._made]
         if missing:
-            found = second_moments(
-                host,
-                missing,
-                corpus,
-                tokens=budget,
-                # statistics of an edited host are nobody else's
-                folder=None if active(host) else self.folder,
-                on_tokens=lambda done, total: self.on_progress("statistics", done, total),
-            )
+            with without(self.after, host):
+                found = second_moments(
+                    host,
+                    missing,
+                    corpus,
+                    tokens=budget,
+                    # statistics of an edited host are nobody else's
+                    folder=None if active(host) else self.folder,
+                    on_tokens=lambda done, total: self.on_progress("statistics", done, total),
+                )
+            name = f"C of {corpus.name}, {budget} tokens"
             for site, moments in found.items():
-                self._made[("metric", site, *state)] = Metric.of(moments.second)
+                self._made[("moments", site, *state)] = moments
+                self._made[("metric", site, *state)] = Metric.of(moments.second, name=name)
         return {s: self._made[("metric", s, *state)] for s in sites}
 
+    def spectra(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, tuple[Eigen, str]]:
+        """Return each site's second moment of keys by eigenvalues and eigenvectors, and what it is called."""
+        metrics = self.metrics(host, sites, tokens)
+        corpus, budget, state = self._statistics(host, tokens)
+        for site in sites:
+            key = ("eigen", site, *state)
+            if key not in self._made:
+                self._made[key] = eigen_of(
+                    host,
+                    site,
+                    corpus,
+                    tokens=budget,
+                    folder=None if self._others(host) else self.folder,
+                    moments=self._made[("moments", site, *state)],
+                )
+        return {s: (self._made[("eigen", s, *state)], metrics[s].name) for s in sites}
+
     def contexts(self, host: Host, groups: Sequence[tuple[int, int]], weighting: str) -> list[Context]:
-        """Return context prefixes, the bare prompt first."""
-        key = ("contexts", host.fingerprint, *active(host), tuple(groups), weighting, self.seed)
+        """Return context prefixes, the bare prompt first; written by the host without ``after``."""
+        key = ("contexts", host.fingerprint, *self._others(host), tuple(groups), weighting, self.seed)
         if key not in self._made:
-            self._made[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+            with without(self.after, host):
+                self._made[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
         return self._made[key]
+
+    def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
+        """Return corpus, budget and what statistics depend on."""
+        corpus = self.corpus or sampled_corpus(host, seed=self.seed)
+        budget = self.tokens or tokens
+        return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget)
+
+    def _others(self, host: Host) -> list[str]:
+        """List edits in place on the host other than the one that is gone on from."""
+        mine = self.after.digest if self.after else None
+        return [digest for digest in active(host) if digest != mine]
+
+
+@contextlib.contextmanager
+def without(after: WeightEdit | None, host: Host) -> Iterator[None]:
+    """Have an edit that is in place off inside the block."""
+    if after is None:
+        yield
+        return
+    after.revert_(host)
+    try:
+        yield
+    finally:
+        after.apply_(host)
 
 
 def provenance(
@@ -181,6 +226,7 @@ def search(config: Any) -> ValueConfig:
         decay=config.decay,
         kl=config.kl,
         scale=config.scale,
+        stop=config.stop,
     )
 
 

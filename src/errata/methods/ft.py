@@ -8,27 +8,21 @@ Departs    ``objective: target`` scores each target token after the ones before 
            distribution at the prompt's last token; ``objective: prompt_last`` gives that.
            epsilon is in units of the weight's root mean square, so that it carries over between
            models; the papers' absolute values (2e-3 to 5e-5 for GPT-2 medium to GPT-J) do not.
-Needs      Nothing
+Needs      Gradients of the weight
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import Literal
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
-from errata.host import hooks
-from errata.host.layout import Site
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved
+from errata.training.tune import Plan, Stop, rms, tune
 from errata.types import Request
 
 
@@ -51,11 +45,15 @@ class Config:
     weight_decay: float = 0.0
     """Adam's L2 penalty, on the change (MEMIT's baseline FT-W: 5e-4 at 10,000 requests)."""
     stop_loss: float = 1e-2
-    """Stop once the mean loss over requests is below this (baseline code: 1e-2)."""
+    """Stop once the loss is below this (baseline code: 1e-2)."""
+    stop: Literal["mean", "each"] = "mean"
+    """Whose loss that is: the mean over requests (baseline code), or every request's own."""
+    per_step: int | None = None
+    """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        return positive(self, "steps", "learning_rate", "epsilon")
+        return positive(self, "steps", "learning_rate", "epsilon", "per_step")
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -65,84 +63,29 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     layers = resolve_layers(host, config.layers, lambda depth: (depth // 5,))
     config = resolved(config, layers=layers)
     sites = [host.layout.site(layer) for layer in layers]
-    weights = [host.model.get_parameter(site.parameter).detach() for site in sites]
-    changes = [
-        torch.zeros(s.d_out, s.d_in, device=w.device, requires_grad=True)
-        for s, w in zip(sites, weights, strict=True)
-    ]
-    optimizer = torch.optim.Adam(changes, lr=config.learning_rate, weight_decay=config.weight_decay)
-    data = _Data(host, requests, config.objective)
-    loss, step = float("inf"), 0
-    with hooks.frozen(host.model):
-        for step in range(config.steps + 1):
-            work.on_progress("ft", step, config.steps)
-            current = data.loss(sites, changes)
-            loss = current.item()
-            if loss < config.stop_loss or step == config.steps:
-                break
-            optimizer.zero_grad()
-            current.backward()
-            optimizer.step()
-            for change, weight in zip(changes, weights, strict=True):
-                _project_(change, weight, config)
-    return WeightEdit(
-        {site.parameter: change.detach() for site, change in zip(sites, changes, strict=True)},
-        frozenset(site.parameter for site in sites if site.transposed),
-        provenance("ft", host, requests, config, work, **notes({"loss": loss, "steps": step})),
+    weights = [host.model.get_parameter(site.parameter) for site in sites]
+    bounds = None
+    if config.epsilon is not None:
+        counted = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]
+        bounds = tuple(config.epsilon * rms(w) * n for w, n in zip(weights, counted, strict=True))
+    plan = Plan(
+        objective=config.objective,
+        steps=config.steps,
+        rates=(config.learning_rate,) * len(sites),
+        stop=Stop(config.stop_loss, config.stop),
+        bounds=bounds,
+        norm=config.norm,
+        weight_decay=config.weight_decay,
+        per_step=config.per_step,
     )
-
-
-@torch.no_grad()
-def _project_(change: Tensor, weight: Tensor, config: Config) -> None:
-    """Bring a change back into the allowed set."""
-    if config.epsilon is None:
-        return
-    if config.norm == "inf":
-        bound = config.epsilon * float(weight.float().square().mean().sqrt())
-        change.clamp_(-bound, bound)
-    else:
-        bound = config.epsilon * float(weight.float().norm())
-        change.mul_(min(1.0, bound / max(float(change.norm()), 1e-12)))
-
-
-class _Data:
-    """The requests as one batch, with the position and token of every target."""
-
-    def __init__(self, host: Host, requests: Sequence[Request], objective: str) -> None:
-        self.host = host
-        answers = [host.encode_answer(r.text, r.target) for r in requests]
-        cut = [a.start if objective == "prompt_last" else len(a.ids) - 1 for a in answers]
-        self.batch = host.batch([a.ids[:n] for a, n in zip(answers, cut, strict=True)])
-        row, at, token, weight = [], [], [], []
-        for i, answer in enumerate(answers):
-            for j, target in enumerate(answer.target):
-                row.append(i)
-                at.append(answer.start - 1 + (0 if objective == "prompt_last" else j))
-                token.append(target)
-                weight.append(1 / len(answer.target) / len(answers))
-        self.row, self.at = torch.tensor(row), torch.tensor(at)
-        self.token = torch.tensor(token, device=host.device)
-        self.weight = torch.tensor(weight, device=host.device)
-
-    def loss(self, sites: Sequence[Site], changes: Sequence[Tensor]) -> Tensor:
-        """Mean over requests of the mean over target tokens, nats."""
-        with ExitStack() as stack:
-            for site, change in zip(sites, changes, strict=True):
-                _beside(stack, self.host.model.get_submodule(site.name), change)
-            logits = self.host.forward_at(self.batch, self.row, self.at)
-        lost = functional.cross_entropy(logits.float(), self.token, reduction="none")
-        return (lost * self.weight).sum()
-
-
-def _beside(stack: ExitStack, module: Any, change: Tensor) -> None:
-    """Add the change's product to what a linear map says, without touching its weight."""
-    seen: list[Tensor] = []
-
-    def add(output: Tensor) -> Tensor:
-        return output + functional.linear(seen.pop().to(change.dtype), change).to(output.dtype)
-
-    stack.enter_context(hooks.on_input(module, seen.append))
-    stack.enter_context(hooks.on_output(module, add))
+    changes, outcome = tune(
+        host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress("ft", *at)
+    )
+    return WeightEdit(
+        {site.parameter: change for site, change in changes.items()},
+        frozenset(site.parameter for site in sites if site.transposed),
+        provenance("ft", host, requests, config, work, **notes(outcome.facts())),
+    )
 
 
 METHOD = Method(
@@ -154,4 +97,5 @@ METHOD = Method(
     gives=WeightEdit,
     batch=True,
     sequential=True,
+    needs=("gradients",),
 )

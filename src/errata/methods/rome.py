@@ -16,17 +16,18 @@ Needs      Second moment of keys at the layer; context prefixes written by the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from errata.config import positive
-from errata.edits.weight import WeightEdit
+from errata.edits.records import Record
+from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import Metric, balanced, leverage, update
+from errata.linalg.solve import Metric, balanced, from_solved, leverage
 from errata.locate.keys import subject_keys
 from errata.locate.values import optimise
 from errata.methods._method import (
@@ -39,6 +40,7 @@ from errata.methods._method import (
     resolved,
     search,
 )
+from errata.methods._stabilise import Around, check, delta_steps
 from errata.types import Request
 
 
@@ -71,8 +73,13 @@ class Config:
     """Their lengths in tokens (paper's code: 5 and 10)."""
     second_moment: bool = True
     """Whether keys are whitened by the second moment; off, C is the identity."""
-    tokens: int = 100_000
+    tokens: int = 1_000_000
     """Token budget of the second moment (paper: 100,000 articles)."""
+    stop: Literal["loss", "top"] = "loss"
+    """Value search: stop at a loss of 0.05 (paper's code), or also once the target is the first choice in
+    every context (ENCORE)."""
+    stabilise: tuple[str, ...] = ()
+    """Steps on the delta, in order: rect, sphere, prune, simie, each with :setting after it."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -81,7 +88,7 @@ class Config:
             found.append(f"layers: expected one layer, found {list(self.layers)}")
         if len(self.contexts) != len(self.context_tokens):
             found.append("contexts: expected as many counts as context_tokens has lengths")
-        return found
+        return [*found, *check(self.stabilise)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -103,11 +110,23 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     bare = subject_keys(host, requests, [site], contexts[:1])
     mean_key, bare_key = averaged.keys[site].mT, bare.keys[site].mT  # [m, 1]
     target = value.target[:, None]  # [d, 1]
+    records: dict[str, Record] = {}
     if config.keys == "mixed":
         delta = _mixed(mean_key, bare_key, target - bare.values[site].mT, metric)
     else:
         chosen = averaged if config.keys == "mean" else bare
-        delta = update(chosen.keys[site].mT, target - chosen.values[site].mT, metric, gamma=0.0)
+        key, residual = chosen.keys[site].mT.contiguous(), target - chosen.values[site].mT
+        solved = metric.solve(key)
+        delta = from_solved(key, solved, residual, gamma=0.0)
+        before = work.after.deltas.get(site.parameter) if work.after else None
+        absolute = residual if before is None else residual + before.to(key.dtype) @ key
+        records[site.parameter] = Record(key, absolute, solved.to(key.dtype), 0.0, metric.label, ((0,),))
+    shaped: Delta = delta
+    state = dict(work.after.state) if work.after else {}
+    around = Around(host, site, requests, work.after, state)
+    for step in delta_steps(config.stabilise):
+        shaped = step.delta(around, shaped)
+        records = {name: replace(record, solves=False) for name, record in records.items()}
     trace = {
         "loss": value.loss,
         "steps": value.steps,
@@ -115,9 +134,11 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         "leverage": float(leverage(mean_key, metric)),
     }
     return WeightEdit(
-        {site.parameter: delta},
+        {site.parameter: shaped},
         frozenset({site.parameter} if site.transposed else ()),
         provenance("rome", host, requests, config, work, **notes(trace)),
+        records,
+        state,
     )
 
 

@@ -1,17 +1,41 @@
-"""Second moments on disk: safetensors files named by what they were made from."""
+"""Statistics on disk: safetensors files named by what they were made from.
+
+Three kinds: moments of a site, their eigendecomposition beside them, and the sums of an unfinished
+pass. A file appears whole or not at all; one that cannot be read is warned about and made anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from errata.linalg.moments import Moments
+import torch
+from torch import Tensor
 
-FORMAT = "errata-moments-1"
+from errata.errors import DataError
+from errata.linalg import moments as maths
+from errata.linalg.moments import Eigen, Moments
+
+FORMAT = "errata-moments-2"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Partial:
+    """An unfinished pass: the sums so far and the place in the corpus where they stand."""
+
+    moments: Mapping[str, Moments]
+    """By the site's parameter path."""
+    batches: int
+    """How many batches are in the sums."""
+    digest: str
+    """SHA-256 over the token ids of those batches."""
 
 
 def cache_dir() -> Path:
@@ -25,36 +49,139 @@ def cache_dir() -> Path:
 
 
 def key(facts: Mapping[str, Any]) -> str:
-    """Name a content: 24 hex digits over its facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    """Name a content: 24 hex digits over its facts and the file format."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def path(folder: Path, facts: Mapping[str, Any], kind: str = "moments") -> Path:
+    """Return where something of these facts is kept; ``kind``: moments, eigen or partial."""
+    return folder / f"{kind}-{key(facts)}.safetensors"
 
 
 def read(folder: Path, facts: Mapping[str, Any]) -> Moments | None:
-    """Return what was stored under these facts, or None. A damaged file counts as absent."""
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / f"moments-{key(facts)}.safetensors"
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get("errata", "{}"))
-            if stored.get("format") != FORMAT or stored.get("facts") != dict(facts):
-                return None
-            return Moments(stored["count"], file.get_tensor("total"), file.get_tensor("gram"))
-    except SafetensorError:
-        return None
+    """Return the moments stored under these facts, or None; also for a damaged file, with a warning."""
+    return _load(path(folder, facts), facts, lambda header, tensors: _moments(header["sums"], tensors))
 
 
 def write(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Path:
-    """Store moments; the file appears whole or not at all."""
+    """Store moments. Raises DataError where the folder cannot be written."""
+    header, tensors = _parts(moments)
+    return _save(path(folder, facts), facts, {"sums": header}, tensors)
+
+
+def eigen(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Eigen:
+    """Return the eigendecomposition of moments: read if made of these very numbers, else made and kept.
+
+    Vectors are kept in float64, ``8 m^2`` bytes: rounded to float32 they would be orthonormal to 1e-6 only.
+    """
+    place = path(folder, facts, "eigen")
+    source = _digest(moments)
+
+    def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Eigen:
+        if header["source"] != source:
+            raise ValueError("it was made of other moments")
+        device = moments.total.device
+        # copied out of the file: products with numbers that lie elsewhere in memory may differ in a bit
+        return Eigen(*(tensors[name].to(device, copy=True) for name in ("values", "vectors")))
+
+    found = _load(place, facts, decode)
+    if found is None:
+        found = maths.eigen(moments.second)
+        _save(place, facts, {"source": source}, {"values": found.values, "vectors": found.vectors})
+    return found
+
+
+def read_partial(folder: Path, facts: Mapping[str, Any]) -> Partial | None:
+    """Return the unfinished pass stored under these facts, or None. A damaged file counts as absent."""
+
+    def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Partial:
+        sums = {name: _moments(part, tensors, f"{name}:") for name, part in header["sums"].items()}
+        return Partial(sums, header["batches"], header["digest"])
+
+    return _load(path(folder, facts, "partial"), facts, decode)
+
+
+def write_partial(folder: Path, facts: Mapping[str, Any], partial: Partial) -> Path:
+    """Store an unfinished pass in place of an earlier one. Raises DataError as :func:`write` does."""
+    headers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, moments in partial.moments.items():
+        headers[name], parts = _parts(moments, f"{name}:")
+        tensors.update(parts)
+    header = {"sums": headers, "batches": partial.batches, "digest": partial.digest}
+    return _save(path(folder, facts, "partial"), facts, header, tensors)
+
+
+def drop_partial(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Remove what an unfinished pass left, if anything."""
+    path(folder, facts, "partial").unlink(missing_ok=True)
+
+
+def _parts(moments: Moments, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split moments into plain numbers and tensors."""
+    numbers = {name: getattr(moments, name) for name in ("count", "parts", "squares")}
+    tensors = {f"{prefix}column.{i}": column for i, column in enumerate(moments.columns)}
+    return {**numbers, "columns": len(moments.columns)}, {f"{prefix}total": moments.total, **tensors}
+
+
+def _moments(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Moments:
+    numbers = dict(header)
+    columns = tuple(tensors[f"{prefix}column.{i}"] for i in range(numbers.pop("columns")))
+    return Moments(total=tensors[f"{prefix}total"], columns=columns, **numbers)
+
+
+def _digest(moments: Moments) -> str:
+    """Name the numbers themselves."""
+    digest = hashlib.sha256(str(moments.count).encode())
+    for tensor in (moments.total, *moments.columns):
+        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(
+    place: Path, facts: Mapping[str, Any], decode: Callable[[dict[str, Any], dict[str, Tensor]], T]
+) -> T | None:
+    from safetensors import SafetensorError, safe_open
+
+    if not place.exists():
+        return None
+    try:
+        with safe_open(place, "pt") as file:
+            header = json.loads((file.metadata() or {})["errata"])
+            if header["facts"] != dict(facts):
+                raise ValueError("its facts are not those of its name")
+            return decode(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"{place} is not usable and is made anew: {error}", RuntimeWarning, stacklevel=3)
+        return None
+
+
+def _save(
+    place: Path, facts: Mapping[str, Any], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"moments-{key(facts)}.safetensors"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    header = {"format": FORMAT, "facts": dict(facts), "count": moments.count}
-    tensors = {"total": moments.total.cpu(), "gram": moments.gram.cpu()}
-    save_file(tensors, part, metadata={"errata": json.dumps(header)})
-    part.replace(path)
-    return path
+    part = place.with_suffix(f".{os.getpid()}.part")
+    text = json.dumps({"format": FORMAT, "facts": dict(facts), **header})
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(place, error) from error
+    try:
+        whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(whole, part, metadata={"errata": text})
+        part.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(place, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return place
+
+
+def _unwritable(place: Path, error: Exception) -> DataError:
+    return DataError(
+        f"cannot keep statistics in {place.parent}: {error}; make room there, or name another folder "
+        "in ERRATA_CACHE"
+    )

@@ -1,24 +1,34 @@
-"""Second moments of keys over a corpus: every layer asked for in one pass that stops after the last."""
+"""Second moments of keys over a corpus: every site asked for in one pass that stops once all were seen.
+
+Texts are packed: joined with the tokenizer's begin (or end) token between them and cut into rows of one
+length, so that no padding is run. Each row starts with that token, as a text would, because models
+treat the first position in a way of its own; it is left out of the moments wherever it stands.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from errata.errors import ConfigError, DataError, HostError
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.moments import Moments
+from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.stats import cache
 
 BATCH_TOKENS = 4096
-ROW_TOKENS = 256
+ROW_TOKENS = 512
+SAVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,33 +48,62 @@ def second_moments(
     tokens: int,
     folder: Path | None = None,
     on_tokens: Callable[[int, int], None] = lambda done, wanted: None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> dict[Site, Moments]:
-    """Return the second moment of each site's input over up to ``tokens`` tokens of a corpus.
+    """Return the second moment of each site's input over ``tokens`` tokens of a corpus.
 
-    Rows never exceed the model's window; begin and padding tokens are left out. Results are kept in
-    ``folder`` under a key of model, site, corpus and budget; None keeps nothing.
+    A corpus that ends earlier gives fewer, as ``Moments.count`` tells. Results are kept in ``folder``
+    under a key of host, site, corpus, budget, dtype and row length; None keeps nothing. With a folder
+    the sums are also kept about every ``save_seconds`` on the way, so that a pass that is broken off
+    and started again goes on where it was and ends with the same bits. Keys are taken in the host's
+    own precision, products of them in float32.
+
+    Raises DataError for a corpus without text or a folder that cannot be written, HostError for keys
+    that are not finite, and for a folder while an edit is in place.
     """
-    facts = {site: _facts(host, site, corpus, tokens) for site in sites}
-    known = {} if folder is None else {s: cache.read(folder, f) for s, f in facts.items()}
-    done = {site: moments for site, moments in known.items() if moments is not None}
-    missing = [site for site in sites if site not in done]
+    if tokens < 1:
+        raise ConfigError(f"a token budget of {tokens} gives no statistics; expected 1 or more")
+    if folder is not None and host.overlays:
+        raise HostError("statistics of an edited host are not kept: take its edits back, or give no folder")
+    wanted = {site: facts(host, site, corpus, tokens=tokens) for site in sites}
+    known = {} if folder is None else {s: cache.read(folder, f) for s, f in wanted.items()}
+    done = {site: moments.to(_device(host, site)) for site, moments in known.items() if moments is not None}
+    missing = [site for site in wanted if site not in done]
     if missing:
-        fresh = _collect(host, missing, corpus, tokens, on_tokens)
-        for site, moments in fresh.items():
-            if folder is not None:
-                cache.write(folder, facts[site], moments)
+        progress = _Progress(folder, _shared(host, corpus, tokens), save_seconds)
+        fresh = _collect(host, missing, corpus, tokens, progress, on_tokens)
+        if folder is not None:
+            for site, moments in fresh.items():
+                cache.write(folder, wanted[site], moments)
+        progress.drop()
         done.update(fresh)
     return {site: done[site] for site in sites}
 
 
-def _facts(host: Host, site: Site, corpus: Corpus, tokens: int) -> dict[str, str | int]:
+def eigen_of(
+    host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: Moments
+) -> Eigen:
+    """Return the eigendecomposition of a site's second moment, kept beside it in ``folder``.
+
+    Arguments as those that gave the moments; None as folder keeps nothing.
+    """
+    if folder is None:
+        return eigen(moments.second)
+    return cache.eigen(folder, facts(host, site, corpus, tokens=tokens), moments)
+
+
+def facts(host: Host, site: Site, corpus: Corpus, *, tokens: int) -> dict[str, str | int]:
+    """Return what a site's moments depend on; :mod:`errata.stats.cache` names files by it."""
+    return {**_shared(host, corpus, tokens), "site": site.parameter}
+
+
+def _shared(host: Host, corpus: Corpus, tokens: int) -> dict[str, str | int]:
     return {
         "host": host.fingerprint,
-        "site": site.parameter,
         "corpus": corpus.name,
         "tokens": tokens,
         "dtype": str(host.dtype),
-        "rows": ROW_TOKENS,
+        "rows": row_tokens(host),
     }
 
 
@@ -77,55 +116,267 @@ def corpus_name(label: str, texts: Iterable[str]) -> str:
     return f"{label}@{digest.hexdigest()[:12]}"
 
 
+def public_corpus(identifier: str) -> Corpus:
+    """Stream the ``text`` column of a public dataset's training split; named ``owner/name[:config]``.
+
+    Needs the package ``datasets`` and either network or the dataset in its cache. Raises DataError
+    that says what to install or download.
+    """
+    head, _, config = identifier.partition(":")
+    instead = "or save its text to a file (.txt, or .jsonl with a field text) and name that"
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DataError(
+            f"no file {identifier!r} here; to read it as a public dataset: pip install datasets; {instead}"
+        ) from error
+
+    def opened() -> Iterator[str]:
+        try:
+            for row in datasets.load_dataset(head, config or None, split="train", streaming=True):
+                yield row["text"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"cannot read dataset {identifier!r}: {error}; {instead}") from error
+
+    try:
+        version = datasets.load_dataset_builder(head, config or None).hash
+    except (OSError, ValueError) as error:
+        raise DataError(f"no file and no dataset {identifier!r}: {error}; download it, {instead}") from error
+    return Corpus(f"{identifier}@{version}", opened)
+
+
+# --- what it costs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass takes, from shapes alone."""
+
+    tokens: int
+    flop: float
+    """Floating-point operations: the forward pass to the last site, and the outer products."""
+    disk_bytes: int
+    """Size of the moments kept; as much again while the pass runs."""
+    eigen_bytes: int
+    """Size of their eigendecompositions, should methods ask for them."""
+
+
+def cost(host: Host, sites: Sequence[Site], *, tokens: int) -> Cost:
+    """Estimate what the moments of some sites take."""
+    if not sites:
+        return Cost(tokens, 0.0, 0, 0)
+    last = max(site.layer for site in sites)
+    width, length = host.layout.width, row_tokens(host)
+    forward = 0
+    for path in host.layout.blocks[: last + 1]:
+        matrices = [p for p in host.model.get_submodule(path).parameters() if p.ndim > 1]
+        forward += 2 * sum(p.numel() for p in matrices) + 4 * width * length  # attention's two products
+    held = [sum((s.d_in - i) * min(BLOCK, s.d_in - i) for i in range(0, s.d_in, BLOCK)) for s in sites]
+    return Cost(
+        tokens=tokens,
+        flop=float(tokens) * (forward + 2 * sum(held)),
+        disk_bytes=8 * sum(size + site.d_in for size, site in zip(held, sites, strict=True)),
+        eigen_bytes=8 * sum(site.d_in**2 + site.d_in for site in sites),
+    )
+
+
+# --- the pass -------------------------------------------------------------------------------
+
+
+def row_tokens(host: Host) -> int:
+    """Length of packed rows: 512 tokens, or the model's window where that is shorter."""
+    return min(ROW_TOKENS, host.window or ROW_TOKENS)
+
+
 def _collect(
     host: Host,
     sites: Sequence[Site],
     corpus: Corpus,
     tokens: int,
+    progress: _Progress,
     on_tokens: Callable[[int, int], None],
 ) -> dict[Site, Moments]:
-    moments = {site: Moments.empty(site.d_in, host.device) for site in sites}
-    modules = {site: host.model.get_submodule(site.name) for site in sites}
-    last = modules[max(sites, key=lambda site: site.layer)]
-    seen = 0
-    for rows in _batches(host, corpus, tokens):
-        batch = host.batch(rows)
-        counted = (batch.mask.bool() & (batch.ids != _begin(host))).reshape(-1)
-
-        def add(site: Site, counted: Tensor = counted) -> Callable[[Tensor], None]:
-            return lambda keys: moments[site].update_(keys.reshape(-1, site.d_in)[counted])
-
-        # hooks stand only around the pass itself: a corpus may be the model's own writing
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for site in sites:
-                stack.enter_context(hooks.on_input(modules[site], add(site)))
-            stack.enter_context(hooks.stop_after(last))
-            with contextlib.suppress(hooks.Stopped):
-                host.forward(batch, keep=1)
-        seen += int(counted.sum())
-        on_tokens(min(seen, tokens), tokens)
+    batches, moments = _start(host, sites, corpus, tokens, progress)
+    count = next(iter(moments.values())).count
+    if count:
+        on_tokens(count, tokens)
+    for rows in batches:
+        _add(host, rows, moments)
+        progress.passed(rows)
+        progress.keep({site.parameter: m for site, m in moments.items()})
+        count = next(iter(moments.values())).count
+        on_tokens(count, tokens)
+    if not count:
+        raise DataError(f"corpus {corpus.name} holds no text to take statistics of")
     return moments
 
 
-def _begin(host: Host) -> int:
-    begin = getattr(host.tokenizer, "bos_token_id", None)
-    return -1 if begin is None else int(begin)
+def _start(
+    host: Host, sites: Sequence[Site], corpus: Corpus, tokens: int, progress: _Progress
+) -> tuple[Iterator[list[list[int]]], dict[Site, Moments]]:
+    """Return what is still to be read, and the sums over what has been: zeros, or those of an earlier run."""
+    earlier = progress.earlier()
+    if earlier is not None and all(site.parameter in earlier.moments for site in sites):
+        batches = _batches(host, corpus, tokens)
+        for rows in batches:
+            progress.passed(rows)
+            if progress.batches == earlier.batches:
+                break
+        if progress.digest.hexdigest() == earlier.digest:
+            return batches, {s: earlier.moments[s.parameter].to(_device(host, s)) for s in sites}
+        warnings.warn(
+            f"corpus {corpus.name} is not what it was when its pass was broken off; starting again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        progress.reset()
+    empty = {site: Moments.empty(site.d_in, _device(host, site)) for site in sites}
+    return _batches(host, corpus, tokens), empty
 
 
-def _batches(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    length = min(ROW_TOKENS, host.window or ROW_TOKENS)
-    rows: list[tuple[int, ...]] = []
-    taken = 0
+@dataclass
+class _Progress:
+    """How far a pass is, here and on disk."""
+
+    folder: Path | None
+    facts: Mapping[str, str | int]
+    seconds: float
+    batches: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    due: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.due = time.monotonic() + self.seconds
+
+    def reset(self) -> None:
+        """Go back to the corpus's beginning."""
+        self.batches, self.digest = 0, hashlib.sha256()
+
+    def passed(self, rows: Sequence[Sequence[int]]) -> None:
+        """Count a batch as read."""
+        self.batches += 1
+        self.digest.update(repr(rows).encode())
+
+    def earlier(self) -> cache.Partial | None:
+        return None if self.folder is None else cache.read_partial(self.folder, self.facts)
+
+    def keep(self, moments: Mapping[str, Moments]) -> None:
+        """Write the sums if it is time; the longer that takes, the later the next time."""
+        start = time.monotonic()
+        if self.folder is None or start < self.due:
+            return
+        cache.write_partial(
+            self.folder, self.facts, cache.Partial(moments, self.batches, self.digest.hexdigest())
+        )
+        now = time.monotonic()
+        self.due = now + self.seconds * (1 + now - start)
+
+    def drop(self) -> None:
+        """Remove the sums kept on the way."""
+        if self.folder is not None:
+            cache.drop_partial(self.folder, self.facts)
+
+
+def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, Moments]) -> None:
+    """Run a batch of rows of one length and add every site's keys to its moments."""
+    batch = host.batch(rows)
+    mark = _mark(host)
+    counted = batch.ids != (-1 if mark is None else mark)  # [rows, length]
+    waiting = set(moments)
+
+    def look(site: Site) -> Callable[[Tensor], None]:
+        def add(keys: Tensor) -> None:
+            keys = keys.reshape(*batch.ids.shape, site.d_in)
+            moments[site].update_(keys[counted.to(keys.device)])
+            waiting.discard(site)
+            if not waiting:
+                raise hooks.Stopped
+
+        return add
+
+    # hooks stand only around the pass itself: a corpus may be the model's own writing
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for site in moments:
+            stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), look(site)))
+        with contextlib.suppress(hooks.Stopped):
+            host.forward(batch, keep=1)
+    if waiting:
+        raise HostError(f"{min(site.name for site in waiting)} was not run by the model's forward pass")
+    for site, sums in moments.items():
+        if not torch.isfinite(sums.total).all():
+            raise HostError(
+                f"keys of {site.name} are not finite in {host.dtype}; open the model in a wider dtype"
+            )
+
+
+def _device(host: Host, site: Site) -> torch.device:
+    """Where a site's sums are kept: beside its weight, or in main memory where that comes and goes."""
+    module = host.model.get_submodule(site.name)
+    held = next(itertools.chain(module.parameters(), module.buffers()), None)
+    place = host.device if held is None else held.device
+    return torch.device("cpu") if place.type == "meta" else place
+
+
+def _mark(host: Host) -> int | None:
+    """Id that stands at a text's beginning; the end token's where a tokenizer has no begin token."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(host.tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def _batches(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[list[int]]]:
+    """Group rows of full length; a shorter one, which can only be the last, is a batch of its own."""
+    length = row_tokens(host)
+    group: list[list[int]] = []
+    for row in _rows(host, corpus, tokens):
+        if len(row) < length:
+            if group:
+                yield group
+            yield [row]
+            return
+        group.append(row)
+        if len(group) * length >= BATCH_TOKENS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _rows(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[int]]:
+    """Cut the joined texts into rows until ``tokens`` tokens, marks not counted, were given."""
+    mark = _mark(host)
+    head = [] if mark is None else [mark]
+    room = max(1, row_tokens(host) - len(head))
+    left, open_row = tokens, []
     for text in corpus.texts():
-        ids = host.encode(text).ids[: max(1, min(length, tokens - taken + 1))]
+        ids = list(host.encode(text).ids)
+        if head and ids[:1] == head:
+            del ids[0]
         if not ids:
             continue
-        rows.append(ids)
-        taken += len(ids)
-        if sum(map(len, rows)) >= BATCH_TOKENS:
-            yield rows
-            rows = []
-        if taken >= tokens:
-            break
-    if rows:
-        yield rows
+        open_row += [*head, *ids] if open_row else ids
+        at = 0
+        while len(open_row) - at >= room:
+            row = _cut(open_row[at : at + room], left, mark)
+            yield head + row
+            left -= sum(token != mark for token in row)
+            if left <= 0:
+                return
+            at += room
+        del open_row[:at]
+    row = _cut(open_row, left, mark)
+    if any(token != mark for token in row):
+        yield head + row
+
+
+def _cut(row: list[int], left: int, mark: int | None) -> list[int]:
+    """Shorten a row so that no more than ``left`` of its tokens count."""
+    if len(row) <= left:
+        return row
+    for stop, token in enumerate(row, 1):
+        left -= token != mark
+        if left <= 0:
+            return row[:stop]
+    return row

@@ -1,0 +1,113 @@
+"""Schedules as data: which requests are fitted together, which edits stay, and when the host is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from errata.errors import ConfigError
+
+EXPECTED = "expected single, batch:N or sequential:N with a number N of 1 or more"
+LOOKS = "expected numbers of edits such as 10,50,100, or each, every:N or end"
+
+_FORM = re.compile(r"single|(batch|sequential):([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When cases are edited: one by one, in groups, or one group after another."""
+
+    kind: Literal["single", "batch", "sequential"] = "single"
+    """``single``: each case alone, taken back after. ``batch``: each group in one fit, taken back after.
+    ``sequential``: group after group, every edit staying in place."""
+    size: int = 1
+    """Cases in a group."""
+
+    @staticmethod
+    def parse(text: str) -> Schedule:
+        """Read ``single``, ``batch:N`` or ``sequential:N``. Raises ConfigError for anything else."""
+        found = _FORM.fullmatch(text.strip())
+        if found is None:
+            raise ConfigError(f"schedule {text!r}: {EXPECTED}")
+        kind, size = found.groups()
+        if kind is None:
+            return Schedule()
+        return Schedule("batch" if kind == "batch" else "sequential", int(size))
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "single" else f"{self.kind}:{self.size}"
+
+    @property
+    def together(self) -> bool:
+        """Whether the edits of several cases may be in place at once."""
+        return self.kind == "sequential" or self.size > 1
+
+    def describe(self) -> str:
+        """Say in words what the schedule does."""
+        if self.kind == "single":
+            return "each case edited alone and taken back"
+        group = "one case" if self.size == 1 else f"{self.size} cases"
+        if self.kind == "batch":
+            return f"{group} edited at a time and taken back"
+        return f"{group} edited at a time, all edits staying in place"
+
+    def groups(self, count: int, start: int = 0) -> Iterator[range]:
+        """Yield the groups of ``count`` cases as ranges of their indices, from case ``start`` on."""
+        for first in range(start, count, self.size):
+            yield range(first, min(first + self.size, count))
+
+    def checkpoints(self, count: int, at: str | Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return after how many edits of a sequence of ``count`` the host is asked; the end is always one.
+
+        ``at``: numbers (also as text, ``"10,50"``), ``"each"`` group, ``"every:N"`` edits or ``"end"``.
+        None: 10, 50, 100, 200, 500, 1000, 2000, 5000 and so on, each moved up to the end of its group.
+        Raises ConfigError for numbers that are not ends of groups or lie beyond ``count``.
+        """
+        ends = [group.stop for group in self.groups(count)]
+        if at is None:
+            wanted = [n + -n % self.size for n in _usual(count)]
+        else:
+            wanted = _looks(at, ends, count) if isinstance(at, str) else list(at)
+            wrong = sorted(set(wanted) - set(ends))
+            if wrong:
+                raise ConfigError(
+                    f"cannot look after {', '.join(map(str, wrong))} edits of {count} in steps of {self.size}: "
+                    f"expected {_some(ends)}"
+                )
+        return tuple(sorted({n for n in wanted if n < count} | {count}))
+
+
+SINGLE = Schedule()
+"""Each case alone."""
+
+
+def _usual(count: int) -> Iterator[int]:
+    """Yield 10, 50, then 1, 2 and 5 times every power of ten from 100, up to a number."""
+    yield from (10, 50)
+    power = 100
+    while power <= count:
+        yield from (power, 2 * power, 5 * power)
+        power *= 10
+
+
+def _looks(text: str, ends: Sequence[int], count: int) -> list[int]:
+    words = text.strip()
+    if words == "end":
+        return []
+    if words == "each":
+        return list(ends)
+    step = re.fullmatch(r"every:([1-9]\d*)", words)
+    if step:
+        return list(range(int(step[1]), count + 1, int(step[1])))
+    parts = [part.strip() for part in words.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"checkpoints {text!r}: {LOOKS}")
+    return [int(part) for part in parts]
+
+
+def _some(ends: Sequence[int]) -> str:
+    """Name the first few ends of groups and the last."""
+    shown = ", ".join(map(str, ends[:4]))
+    return shown if len(ends) <= 4 else f"{shown} ... {ends[-1]}"

@@ -1,0 +1,78 @@
+"""errata refit and errata retract: several edits as one, and one request out of an edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.edits import WeightEdit
+
+Files = Annotated[list[Path], typer.Argument(metavar="EDIT...", help="Files of closed-form edits.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Solve and report, write nothing.")]
+
+
+def refit(
+    edits: Files,
+    output: Output,
+    dry_run: DryRun = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Solve for all requests of some edits together, whatever their order; needs no model."""
+    from errata.edits import Edit
+    from errata.edits.algebra import refit as solve
+    from errata.edits.format import check_writable
+
+    check_writable(output)
+    _finish(solve([Edit.load(path) for path in edits]), output, dry_run, json)
+
+
+def retract(
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="A file of a closed-form edit.")],
+    request: Annotated[
+        list[str], typer.Option("--request", "-r", help="Id of a request, or its number from 0; repeatable.")
+    ],
+    output: Output,
+    dry_run: DryRun = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Give the edit that would have resulted had some requests never been made; needs no model."""
+    from errata.edits import Edit
+    from errata.edits.algebra import retract as without
+    from errata.edits.format import check_writable
+
+    check_writable(output)
+    given = Edit.load(edit)
+    names = {r.id for r in given.provenance.requests}
+    asked = [int(item) if item.isdigit() and item not in names else item for item in request]
+    _finish(without(given, asked), output, dry_run, json)
+
+
+def _finish(made: WeightEdit, output: Path, dry_run: bool, json: bool) -> None:
+    from errata.edits.algebra import leverages
+
+    shares = leverages(made)
+    requests = made.provenance.requests
+    path = None if dry_run else made.save(output)
+    if json:
+        table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
+        common.emit({"path": None if path is None else str(path), "requests": table, "digest": made.digest})
+        return
+    rows = [
+        (i, r.id or "", r.prompt, r.subject, r.target, f"{s:.3f}")
+        for i, (r, s) in enumerate(zip(requests, shares, strict=True))
+    ]
+    common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
+    done = "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
+    print(f"{len(requests)} requests in one edit, norm {made.norm():.4g}; {done}")

@@ -1,0 +1,225 @@
+"""errata stats: make the statistics that closed-form methods need, and say how good they are."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.host.layout import Site
+    from errata.host.load import Host
+    from errata.linalg.moments import Moments
+    from errata.stats.collect import Corpus
+
+FILES = (".txt", ".jsonl", ".md", ".text")
+
+
+def command(
+    model: common.Model,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Text file, .jsonl with a field text, or a public dataset, owner/name[:config]; "
+            "default: the host's own text.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to take.")] = 1_000_000,
+    layers: Annotated[str | None, typer.Option(help="As in 0,2,5-8; default: all editable.")] = None,
+    eigen: Annotated[
+        bool, typer.Option("--eigen", help="Decompose now what methods decompose when first needed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it costs; compute nothing.")] = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Take the second moments of keys over a corpus, all layers in one pass; kept for every later edit.
+
+    A pass that is broken off goes on where it was. Methods use what is kept here when they ask for the
+    same number of tokens of the same corpus: --set tokens=N.
+    """
+    from errata.errors import ConfigError
+    from errata.methods._method import resolve_layers
+
+    host = common.open_host(model, device, dtype)
+    if host.tokenizer is None:
+        raise ConfigError(f"statistics are taken over texts, and {host.name} reads none")
+    chosen = resolve_layers(host, _layers(layers), lambda depth: tuple(range(depth)))
+    sites = [host.layout.site(layer) for layer in chosen]
+    texts = _corpus(host, corpus, seed)
+    document = _facts(host, texts, tokens)
+    if dry_run:
+        _show_cost({**document, "dry_run": True, **_cost(host, sites, texts, tokens)}, json)
+        return
+    with common.progress(not json) as tick:
+        document["layers"] = _measure(host, sites, texts, tokens, eigen, tick)
+    document["tokens"] = document["layers"][0]["tokens"]
+    if json:
+        common.emit(document)
+    else:
+        _show(document)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """Read numbers and ranges, as in ``0,2,5-8``."""
+    from errata.errors import ConfigError
+
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ConfigError(f"--layers {text!r}: expected numbers and ranges, as in 0,2,5-8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1)
+    return tuple(found)
+
+
+def _corpus(host: Host, name: str | None, seed: int) -> Corpus:
+    """Find the texts: a file, else a public dataset; without a name those that an edit would take."""
+    from errata import api
+    from errata.locate.contexts import sampled_corpus
+    from errata.stats.collect import public_corpus
+
+    if name is None:
+        return api.workspace(host, seed=seed).corpus or sampled_corpus(host, seed=seed)
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix.lower() not in FILES:
+        return public_corpus(name)
+    made = api.workspace(host, seed=seed, corpus=path).corpus
+    assert made is not None
+    return made
+
+
+def _facts(host: Host, corpus: Corpus, tokens: int) -> dict[str, Any]:
+    from errata.stats.cache import cache_dir
+    from errata.stats.collect import row_tokens
+
+    return {
+        "model": host.name,
+        "fingerprint": host.fingerprint,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "corpus": corpus.name,
+        "tokens_asked": tokens,
+        "row_tokens": row_tokens(host),
+        "folder": str(cache_dir()),
+    }
+
+
+def _cost(host: Host, sites: list[Site], corpus: Corpus, tokens: int) -> dict[str, Any]:
+    from errata.stats.collect import cost
+
+    missing = [site for site in sites if not _place(host, site, corpus, tokens).exists()]
+    made = cost(host, missing, tokens=tokens)
+    return {
+        "layers": [site.layer for site in sites],
+        "kept_already": [site.layer for site in sites if site not in missing],
+        "tokens": made.tokens if missing else 0,
+        "flop": made.flop,
+        "disk_bytes": made.disk_bytes,
+        "eigen_bytes": made.eigen_bytes,
+    }
+
+
+def _place(host: Host, site: Site, corpus: Corpus, tokens: int) -> Path:
+    from errata.stats import cache
+    from errata.stats.collect import facts
+
+    return cache.path(cache.cache_dir(), facts(host, site, corpus, tokens=tokens))
+
+
+def _measure(
+    host: Host, sites: list[Site], corpus: Corpus, tokens: int, decompose: bool, tick: common.Tick
+) -> list[dict[str, Any]]:
+    from errata.linalg.moments import condition
+    from errata.stats.cache import cache_dir
+    from errata.stats.collect import eigen_of, second_moments
+
+    places = {site: _place(host, site, corpus, tokens) for site in sites}
+    kept = {site for site, place in places.items() if place.exists()}
+    start = time.perf_counter()
+    found = second_moments(
+        host, sites, corpus, tokens=tokens, folder=cache_dir(),
+        on_tokens=lambda done, total: tick("tokens", done, total),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    rows = []
+    for i, (site, moments) in enumerate(found.items()):
+        tick("condition", i, len(found))
+        if decompose:
+            eigen_of(host, site, corpus, tokens=tokens, folder=cache_dir(), moments=moments)
+        rows.append(
+            {
+                **_quality(moments, condition(moments.second)),
+                "layer": site.layer,
+                "width": site.d_in,
+                "seconds": None if site in kept else round(seconds, 3),
+                "kept_already": site in kept,
+                "path": str(places[site]),
+            }
+        )
+    tick("condition", len(found), len(found))
+    return rows
+
+
+def _quality(moments: Moments, ratio: float) -> dict[str, Any]:
+    return {
+        "tokens": moments.count,
+        "effective_rank": moments.effective_rank,
+        "condition": ratio if math.isfinite(ratio) else None,
+        "remaining_error": moments.remaining_error(),
+    }
+
+
+def _show(document: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["layer"],
+            f"{row['tokens']:,}",
+            f"{row['effective_rank']:.1f} of {row['width']}",
+            "singular" if row["condition"] is None else f"{row['condition']:.1e}",
+            "unknown" if row["remaining_error"] is None else f"{100 * row['remaining_error']:.1f} %",
+            "kept" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            Path(row["path"]).name,
+        )
+        for row in document["layers"]
+    ]
+    common.table(
+        f"second moments of keys of {document['model']} over {document['corpus']}",
+        ("layer", "tokens", "effective rank", "condition", "remaining error", "seconds", "file"),
+        rows,
+        right=(1, 2, 3, 4, 5),
+    )
+    if document["tokens"] < document["tokens_asked"]:
+        print(
+            f"the corpus ended after {document['tokens']:,} of {document['tokens_asked']:,} tokens; "
+            "name a longer one with --corpus"
+        )
+    print(f"kept in {document['folder']}; seconds are those of the one pass all layers shared")
+    print(f"methods read it with: --set tokens={document['tokens_asked']}")
+
+
+def _show_cost(document: dict[str, Any], json: bool) -> None:
+    if json:
+        common.emit(document)
+        return
+    print(
+        f"{document['model']}, layers {', '.join(map(str, document['layers']))}, "
+        f"corpus {document['corpus']}: "
+        f"{document['tokens']:,} tokens in rows of {document['row_tokens']}, {document['flop']:.1e} FLOP, "
+        f"{document['disk_bytes'] / 1e6:.1f} MB in {document['folder']}, as much again while it runs, and "
+        f"{document['eigen_bytes'] / 1e6:.1f} MB should methods decompose them"
+    )
+    if document["kept_already"]:
+        print(f"kept already: layers {', '.join(map(str, document['kept_already']))}")
+    print("dry run: nothing was computed or written")

@@ -1,0 +1,152 @@
+"""Read pairs of images with masks from a folder: ``original/``, ``changed/``, ``mask/``, equal file names.
+
+Needs Pillow: ``pip install 'errata[images]'``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import DataError
+from errata.types import ImageRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTS = ("original", "changed", "mask")
+REFERENCE = "reference"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def read_pairs(
+    folder: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    concept: str = "original",
+    replacement: str = "changed",
+    id: str | None = None,
+) -> ImageRequest:
+    """Read a folder of pairs into one request, values from 0 to 1.
+
+    ``original/NAME``, ``changed/NAME`` and ``mask/NAME`` belong together; suffixes may differ, so that photos can
+    have lossless masks. Masks are read as grey, white where the concept is. ``reference/``, if there, holds
+    further images in any number. ``size``: height and width everything is brought to, not cropped; None: as
+    they are, which must then be one size. ``channels``: 3 for colour, 1 for grey. Raises DataError listing all
+    that is missing, left over or unreadable, and where Pillow is not installed.
+    """
+    root = Path(folder).expanduser()
+    files = _matched(root)
+    problems: list[str] = []
+    read = {
+        part: [_read(path, 1 if part == "mask" else channels, size, problems) for path in files[part]]
+        for part in files
+    }
+    problems += _sizes(files, read)
+    if problems:
+        raise DataError(f"{root}: {len(problems)} problems\n" + "\n".join(problems))
+    stacked = {part: _stacked(images) for part, images in read.items() if images}
+    return ImageRequest(
+        stacked["original"],
+        stacked["changed"],
+        stacked["mask"][:, 0],
+        concept,
+        replacement,
+        id=id or root.resolve().name,
+        reference=stacked.get(REFERENCE),
+    )
+
+
+def _matched(root: Path) -> dict[str, list[Path]]:
+    """Find the files of each part, in the order of their names. Raises DataError where they do not match."""
+    missing = [f"{part}/" for part in PARTS if not (root / part).is_dir()]
+    if missing:
+        raise DataError(
+            f"{root} has no {', '.join(missing)}: expected a folder with original/, changed/ and mask/, "
+            "holding files of equal names"
+        )
+    named = {part: _named(root / part) for part in PARTS}
+    everywhere = sorted(set().union(*named.values()))
+    problems = [
+        f"{name} is in {', '.join(f'{p}/' for p in PARTS if name in named[p])} but not in "
+        f"{', '.join(f'{p}/' for p in PARTS if name not in named[p])}"
+        for name in everywhere
+        if not all(name in named[part] for part in PARTS)
+    ]
+    if problems:
+        raise DataError(f"{root}: {len(problems)} names do not match\n" + "\n".join(problems))
+    if not everywhere:
+        raise DataError(f"{root}/original holds no images ({', '.join(SUFFIXES)})")
+    found = {part: [named[part][name] for name in everywhere] for part in PARTS}
+    if (root / REFERENCE).is_dir():
+        found[REFERENCE] = _images(root / REFERENCE)
+    return found
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    """Files by name without suffix. Raises DataError for two of one name."""
+    found: dict[str, Path] = {}
+    for path in _images(folder):
+        if path.stem in found:
+            raise DataError(
+                f"{folder} holds both {found[path.stem].name} and {path.name}; expected one of them"
+            )
+        found[path.stem] = path
+    return found
+
+
+def _read(path: Path, channels: int, size: tuple[int, int] | None, problems: list[str]) -> Any:
+    """Read one image as an array ``[h, w, c]`` of bytes; None with a complaint where that fails."""
+    import numpy
+
+    library, operations = _pillow()
+    if channels not in MODES:
+        raise DataError(f"images of {channels} channels are not read; known: {sorted(MODES)}")
+    try:
+        with library.open(path) as opened:
+            image = operations.exif_transpose(opened).convert(MODES[channels])
+            if size is not None and image.size != (size[1], size[0]):
+                image = image.resize((size[1], size[0]), library.Resampling.BILINEAR)
+            return numpy.array(image).reshape(image.height, image.width, channels)
+    except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:  # all from Pillow
+        problems.append(f"{path.parent.name}/{path.name} cannot be read as an image: {error}")
+        return None
+
+
+def _pillow() -> tuple[Any, Any]:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise DataError("reading images needs Pillow: pip install 'errata[images]'") from error
+    return Image, ImageOps
+
+
+def _sizes(files: Mapping[str, list[Path]], read: Mapping[str, list[Any]]) -> list[str]:
+    """List images of another size than the first."""
+    found = [
+        (f"{path.parent.name}/{path.name}", image.shape[1], image.shape[0])
+        for part in files
+        for path, image in zip(files[part], read[part], strict=True)
+        if image is not None
+    ]
+    return [
+        f"{name} is {width} x {height}, {found[0][0]} is {found[0][1]} x {found[0][2]}; give all one size"
+        for name, width, height in found
+        if (width, height) != found[0][1:]
+    ]
+
+
+def _stacked(images: list[Any]) -> Tensor:
+    """Stack byte images into ``[n, c, h, w]``, 0 to 1."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,144 @@
+"""Edits that stand beside a weight: the module's output gets delta @ input, and the weight stays.
+
+Thin factors are applied one after the other and never multiplied out. All branches of a module are
+summed with its output in float32 (float64 for float64 models), in an order that depends on the edits
+alone, and cast once to the output's dtype. So nothing is lost to 16-bit weights, packed weights can be
+edited, and taking a branch away leaves the bits that were there all along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from errata.errors import EditError
+from errata.host import hooks, placement
+from errata.host.layout import linear_map
+from errata.host.load import BRANCHES, Host
+from errata.linalg.lowrank import LowRank
+
+Delta = LowRank | Tensor
+
+
+@dataclass
+class Branches:
+    """What stands beside one linear map; also the hook that adds it."""
+
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    """By edit digest, oriented ``[d_out, d_in]``."""
+    handle: Any = None
+    """Takes the hook off."""
+    ready: dict[str, Delta] = field(default_factory=dict)
+    """The deltas on the device and in the precision of the last call."""
+
+    def __call__(self, given: Tensor, said: Tensor) -> Tensor:
+        """Return the module's output ``[..., d_out]`` with all deltas applied to its input ``[..., d_in]``."""
+        wide = torch.promote_types(torch.promote_types(given.dtype, said.dtype), torch.float32)
+        with torch.autocast(said.device.type, enabled=False):
+            key = given.to(said.device, wide)
+            total = said.to(wide)
+            for digest in sorted(self.deltas):
+                total = total + _product(self._ready(digest, key), key)
+        return total.to(said.dtype)
+
+    def _ready(self, digest: str, key: Tensor) -> Delta:
+        known = self.ready.get(digest)
+        tensor = known.A if isinstance(known, LowRank) else known
+        if known is None or tensor is None or (tensor.device, tensor.dtype) != (key.device, key.dtype):
+            known = self.ready[digest] = self.deltas[digest].to(device=key.device, dtype=key.dtype)
+        return known
+
+
+def _product(delta: Delta, key: Tensor) -> Tensor:
+    if isinstance(delta, LowRank):
+        return functional.linear(functional.linear(key, delta.A), delta.B)
+    return functional.linear(key, delta)
+
+
+def standing(model: nn.Module) -> dict[str, Branches]:
+    """Return what stands beside each module, by the parameter it stands for.
+
+    Kept on the model, so that two hosts of it agree; not to be written to.
+    """
+    return model.__dict__.get(BRANCHES, {})
+
+
+def attach(model: nn.Module, name: str, digest: str, delta: Delta) -> None:
+    """Let a delta ``[d_out, d_in]`` stand beside the weight ``name``."""
+    branches: dict[str, Branches] = model.__dict__.setdefault(BRANCHES, {})
+    branch = branches.setdefault(name, Branches())
+    branch.deltas[digest] = delta
+    if branch.handle is None:
+        branch.handle = hooks.standing(model.get_submodule(_path(name)), branch)
+
+
+def detach(model: nn.Module, name: str, digest: str) -> None:
+    """Take a delta away; the hook goes with the last one."""
+    branches: dict[str, Branches] = model.__dict__[BRANCHES]
+    branch = branches[name]
+    del branch.deltas[digest]
+    branch.ready.pop(digest, None)
+    if not branch.deltas:
+        branch.handle.remove()
+        del branches[name]
+    if not branches:
+        del model.__dict__[BRANCHES]
+
+
+def fitted(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
+    """Return a delta as it stands beside a weight, ``[d_out, d_in]``.
+
+    ``transposed``: as in the edit, whether a dense delta is ``[d_out, d_in]`` where the weight is stored
+    the other way round. Raises EditError where nothing can stand beside: no linear map, another shape,
+    sharded.
+    """
+    module = _module(host, name)
+    reason = placement.obstacle(host.model, name, beside=True)
+    if reason is not None:
+        raise EditError(f"nothing can stand beside {name!r}: {reason}")
+    if len(delta.shape) != 2:
+        raise EditError(
+            f"a change of shape {tuple(delta.shape)} cannot stand beside {name!r}: it is no matrix"
+        )
+    either = isinstance(delta, LowRank) or transposed  # else as stored, whichever way that is
+    like = torch.empty(0, device=placement.runs_on(module), dtype=host.dtype)
+    for stored in (False,) if either else (False, True):
+        turned = delta.mT if stored and isinstance(delta, Tensor) else delta
+        d_out, d_in = turned.shape
+        found = (d_out, False) if _plain(module, d_out, d_in) else linear_map(module, d_in, like)
+        if found is not None and found[0] == d_out and (either or found[1] == stored):
+            return turned
+    raise EditError(
+        f"nothing can stand beside {name!r}: {type(module).__name__} does not compute W x + b with W of "
+        f"shape {tuple(delta.shape)}; apply the edit without beside"
+    )
+
+
+def _plain(module: nn.Module, d_out: int, d_in: int) -> bool:
+    return type(module) is nn.Linear and (module.out_features, module.in_features) == (d_out, d_in)
+
+
+def _path(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _module(host: Host, name: str) -> nn.Module:
+    try:
+        module = host.model.get_submodule(_path(name))
+    except AttributeError as error:
+        raise EditError(f"the host has no weight {name!r}, which the edit changes") from error
+    weight = getattr(module, name.rpartition(".")[2], None)
+    if not isinstance(weight, Tensor) and not placement.is_packed(module):
+        raise EditError(f"the host has no weight {name!r}, which the edit changes")
+    if name.rpartition(".")[2] != "weight" or isinstance(module, nn.Embedding):
+        raise EditError(f"nothing can stand beside {name!r}: it is no linear map's weight; apply it merged")
+    if isinstance(weight, Tensor) and weight.ndim != 2:
+        raise EditError(
+            f"nothing can stand beside {name!r}: its shape is {list(weight.shape)}, and a linear map's weight "
+            "has two axes; apply the edit without beside"
+        )
+    return module

@@ -1,0 +1,344 @@
+"""Image classifiers as hosts: opened, run and looked into; images in, logits out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from errata.errors import HostError, RequestError
+from errata.host import hooks
+from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
+from errata.host.load import Host, _device, _dtype
+
+BATCH = 32
+PROBE = 64
+"""Side of the image a layout is found with where the model names none, pixels."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How images become a model's input: ``(image * scale - mean) / std``, per channel."""
+
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    size: tuple[int, int] | None = None
+    """Height and width the model was made for, where known."""
+
+
+class ImageHost(Host):
+    """An image classifier with its layout; images go in as ``[n, c, h, w]``.
+
+    Not changed by anything but an edit's ``apply_`` and ``on``.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, pixels: Pixels | None = None) -> None:
+        super().__init__(model, None, name=name)
+        self.pixels = pixels or Pixels()
+
+    def __repr__(self) -> str:
+        return f"ImageHost({self.name!r}, {self.family}, {len(self.layout.sites)} sites, {self.dtype})"
+
+    # --- facts -----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of images the model was made for; None if any will do or it is not said."""
+        named = getattr(self.config, "image_size", None)
+        return self.pixels.size or _pair(named)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return int(getattr(self.config, "num_channels", 3))
+
+    @cached_property
+    def layout(self) -> ImageLayout:  # type: ignore[override]
+        """Sites found by structure. Raises HostError where there are none to find."""
+        height, width = self.size or (PROBE, PROBE)
+        count = self.channels * height * width
+        ramp = (torch.arange(count, dtype=torch.float64) * 0.37).sin()  # no two places alike
+        probe = ramp.reshape(1, self.channels, height, width).to(self.device, self.dtype)
+        return discover(self.model, probe)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of weights and running statistics, 16 hex digits; see :attr:`Host.fingerprint`."""
+        digest = hashlib.sha256(f"errata image host 1 {super().fingerprint}".encode())
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point():
+                flat = buffer.detach().to(torch.bfloat16).contiguous().cpu().reshape(-1)
+                digest.update(
+                    f"{name}:{tuple(buffer.shape)}:".encode() + flat.view(torch.uint8).numpy().tobytes()
+                )
+        return digest.hexdigest()[:16]
+
+    # --- running ---------------------------------------------------------------------------
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Turn images ``[n, c, h, w]`` into the model's input by :class:`Pixels`.
+
+        A host opened from a folder takes values from 0 to 1 and normalises them as the folder says; a live
+        model is handed what it gets. Raises RequestError for other shapes.
+        """
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise RequestError(
+                f"images are {list(images.shape)}, expected [n, {self.channels}, height, width] for {self.name}"
+            )
+        wide = images.detach().to(self.device, torch.promote_types(self.dtype, torch.float32))
+        mean, std = (
+            torch.tensor(values, dtype=wide.dtype, device=wide.device)[:, None, None]
+            for values in (self.pixels.mean, self.pixels.std)
+        )
+        return ((wide * self.pixels.scale - mean) / std).to(self.dtype)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, *, batch_size: int = BATCH) -> Tensor:
+        """Classify images ``[n, c, h, w]``; logits ``[n, classes]``."""
+        return torch.cat([self._run(part).logits for part in images.split(batch_size)])
+
+    def labels(self, images: Tensor) -> list[str]:
+        """Name the most probable class of each image."""
+        names = getattr(self.config, "id2label", None) or {}
+        return [str(names.get(i, i)) for i in self.logits(images).argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def at(self, site: ImageSite, images: Tensor, *, batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
+        """Return a site's inputs and outputs for images, as the module sees and says them."""
+        module, seen, said = self.model.get_submodule(site.name), [], []
+        for part in images.split(batch_size):
+            with (
+                hooks.on_input(module, lambda x: seen.append(x.clone())),
+                hooks.on_output(module, lambda y: said.append(y.clone())),  # others may add in place
+                hooks.stop_after(module),
+                contextlib.suppress(hooks.Stopped),
+            ):
+                self._run(part)
+        return torch.cat(seen), torch.cat(said)
+
+    def follow(self, site: ImageSite, values: Tensor) -> Tensor:
+        """Send a site's output through its tail."""
+        values = values.clone()  # an activation may work in place
+        for name in site.tail:
+            values = self.model.get_submodule(name)(values)
+        return values
+
+    def through(
+        self, name: str, images: Tensor, site: ImageSite | None = None, change: Tensor | None = None
+    ) -> Tensor:
+        """Return a module's output for images, with ``change`` ``[d_out, d_in]`` added to a site's weight.
+
+        Gradients reach ``change``. Raises HostError for a module that is not there, not run, or says no tensor.
+        """
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError as error:
+            raise HostError(f"the model has no module {name!r}") from error
+        said: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            if site is not None and change is not None:
+                stack.enter_context(_beside(self.model.get_submodule(site.name), site, change))
+            stack.enter_context(hooks.on_output(module, lambda y: said.append(y.clone())))
+            stack.enter_context(hooks.stop_after(module))
+            stack.enter_context(contextlib.suppress(hooks.Stopped))
+            try:
+                self._run(images)
+            except TypeError as error:
+                raise HostError(f"module {name!r} gives no tensor to look at: {error}") from error
+        if not said:
+            raise HostError(f"module {name!r} is not run by the model")
+        return said[0]
+
+    def mask_at(self, mask: Tensor, values: Tensor, part: Part) -> Tensor:
+        """Bring masks ``[n, h, w]`` of images to the places of a module's input or output, ``[n, places]``.
+
+        Each place gets the masked share of its area; tokens that stand for no patch get 0. Raises HostError
+        where the places of ``values`` are not known to be places of the image.
+        """
+        prefix = 0
+        if part == "linear" and values.ndim == 3:
+            height, width = self._tokens(values.shape[1], mask)
+            prefix = self.layout.prefix or 0
+        elif values.ndim == 4:
+            height, width = values.shape[2:] if part == "conv" else values.shape[1:3]
+        else:
+            raise HostError(f"values of shape {list(values.shape)} have no places in the image to mask")
+        wide = torch.promote_types(self.dtype, torch.float32)
+        small = functional.adaptive_avg_pool2d(mask.to(self.device, wide)[:, None], (height, width))
+        return functional.pad(small.flatten(1), (prefix, 0))
+
+    def _tokens(self, count: int, mask: Tensor) -> tuple[int, int]:
+        layout = self.layout
+        if layout.patches is None or layout.prefix is None:
+            raise HostError(f"tokens have no known places in the image: {layout.refused}")
+        grid = layout.patches.grid(*mask.shape[-2:])
+        if layout.prefix + math.prod(grid) != count:
+            raise HostError(
+                f"{count} tokens are not {layout.prefix} and a grid of {grid[0]} x {grid[1]} patches"
+            )
+        return grid
+
+    def _run(self, images: Tensor) -> Any:
+        """Run the model; batch norms in a model that is being trained are not to count what they see here."""
+        values = self.prepare(images)
+        try:
+            with hooks.frozen(self.model):
+                return self.model(pixel_values=values)
+        except ValueError as error:
+            raise RequestError(f"{self.name} does not take images {list(images.shape)}: {error}") from error
+
+    # --- what language models do -------------------------------------------------------------
+
+    def _no_text(self) -> HostError:
+        return HostError(
+            f"{self.name} is an image classifier ({self.family}): it reads images and says no text"
+        )
+
+    def batch(self, rows: Any, *, side: Any = "right") -> Any:
+        """Raise HostError: there is no text."""
+        raise self._no_text()
+
+    def forward(self, batch: Any, *, keep: int | None = None) -> Tensor:
+        """Raise HostError: there is no text; see :meth:`logits`."""
+        raise self._no_text()
+
+    def generate(self, prompt: Any, *, max_new_tokens: int = 32, natural_stop: bool = True) -> Any:
+        """Raise HostError: there is no text."""
+        raise self._no_text()
+
+    def encode(self, text: str) -> Any:
+        """Raise HostError: there is no text."""
+        raise self._no_text()
+
+    def encode_answer(self, prompt: str, answer: str) -> Any:
+        """Raise HostError: there is no text."""
+        raise self._no_text()
+
+
+@contextlib.contextmanager
+def _beside(module: nn.Module, site: ImageSite, change: Tensor):
+    """Add a change's product to what a map says, without touching its weight."""
+    seen: list[Tensor] = []
+
+    def add(output: Tensor) -> Tensor:
+        return output + site.product(seen.pop(), change).to(output.dtype)
+
+    with hooks.on_input(module, seen.append), hooks.on_output(module, add):
+        yield
+
+
+# --- opening ------------------------------------------------------------------------------
+
+
+def is_image_classifier(model: str | os.PathLike[str] | nn.Module) -> bool:
+    """Whether a live model, or the model in a folder, classifies images; opens no weights."""
+    if isinstance(model, nn.Module):
+        return getattr(model, "main_input_name", None) == "pixel_values"
+    names = _read(Path(model).expanduser() / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForImageClassification") for name in names)
+
+
+def load_images(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    name: str | None = None,
+) -> ImageHost:
+    """Open an image classifier: a folder written by ``save_pretrained``, or a live model.
+
+    A folder's ``preprocessor_config.json`` says how pixels from 0 to 1 are normalised; without one, and for a
+    live model, images are handed on as they are. Raises HostError as :func:`errata.host.load.load` does.
+    """
+    wanted, place = _dtype(dtype), _device(device)
+    if isinstance(model, nn.Module):
+        live: Any = model
+        _refuse_unusable(live)
+        if device != "auto" or wanted is not None:
+            live = live.to(device=None if device == "auto" else place, dtype=wanted)
+        label = name or getattr(live.config, "_name_or_path", "") or type(live).__name__
+        pixels = Pixels()
+    else:
+        folder = Path(model).expanduser()
+        live = _open(folder, wanted, trust_remote_code).to(place)
+        label, pixels = name or str(model), _pixels(_read(folder / "preprocessor_config.json"))
+    _refuse_unusable(live)
+    return ImageHost(live, name=label, pixels=pixels)
+
+
+def _open(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
+    from transformers import AutoModelForImageClassification
+
+    if not list(folder.glob("*.safetensors")):
+        raise HostError(f"{folder} holds no .safetensors weights; pickled weights are never opened")
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            str(folder), dtype=dtype or "auto", trust_remote_code=trust, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HostError(f"cannot open model {str(folder)!r}: {first}") from error
+
+
+def _refuse_unusable(model: nn.Module) -> None:
+    """Raise HostError for tensors that are not in memory or not finite; running statistics count."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise HostError(f"{name} is on the meta device or offloaded; load the whole model into memory")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise HostError(f"{name} holds NaN or infinite numbers; refused")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Read a folder's JSON file; nothing where there is none to read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _pixels(settings: Mapping[str, Any]) -> Pixels:
+    """Read how images are normalised from an image processor's settings."""
+    if not settings:
+        return Pixels()
+    scale = (
+        255.0 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
+    )
+    mean, std = (0.0,), (1.0,)
+    if settings.get("do_normalize", True) and "image_mean" in settings and "image_std" in settings:
+        mean, std = tuple(map(float, settings["image_mean"])), tuple(map(float, settings["image_std"]))
+    return Pixels(scale, mean, std, _pair(settings.get("size")))
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Read a height and width given as one number, two, or by name."""
+    if isinstance(value, Mapping):
+        side = value.get("shortest_edge")
+        value = (value["height"], value["width"]) if "height" in value and "width" in value else side
+    if isinstance(value, int):
+        return value, value
+    return (int(value[0]), int(value[1])) if value is not None and len(value) == 2 else None

@@ -1,0 +1,288 @@
+"""Run parts of a model: only some blocks, only some tokens, behind tokens that have been run before.
+
+What a search for values repeats is small: the blocks above an edited layer, on the tokens from the
+subject's last one on. Blocks below answer with states kept from an earlier pass; tokens before stand
+as attention keys and values in a cache. The model's own forward does the work, so nothing here knows a
+family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from errata.host import hooks
+from errata.host.load import Host
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of ids whose chosen places stand in one column; padding on both sides of a row."""
+
+    ids: Tensor
+    """int64 ``[rows, length]``."""
+    mask: Tensor
+    """int64 ``[rows, length]``, 1 for tokens."""
+    positions: Tensor
+    """int64 ``[rows, length]``, each token's index in its whole text."""
+    start: Tensor
+    """int64 ``[rows]``: column of each row's first token."""
+
+    def rows(self, chosen: Tensor) -> Tokens:
+        """Return some rows."""
+        return Tokens(self.ids[chosen], self.mask[chosen], self.positions[chosen], self.start[chosen])
+
+    def columns(self, first: int) -> Tokens:
+        """Return the columns from one on."""
+        cut = (self.ids[:, first:], self.mask[:, first:], self.positions[:, first:])
+        return Tokens(*cut, (self.start - first).clamp_min(0))
+
+
+def align(
+    host: Host,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[int],
+    offsets: Sequence[int],
+    *,
+    left: bool = True,
+) -> tuple[Tokens, int]:
+    """Lay rows out with their places in one column; return them and that column.
+
+    ``offsets`` says how many tokens stand before each row elsewhere. With ``left`` off nothing stands
+    before a row's first token, places keep their own columns and the column returned is the furthest.
+    """
+    column = max(places, default=0)
+    length = column + max((len(row) - at for row, at in zip(rows, places, strict=True)), default=0)
+    ids = torch.full((len(rows), length), host.pad_id, dtype=torch.long)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    start = torch.tensor([column - at if left else 0 for at in places], dtype=torch.long)
+    for i, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
+        first = int(start[i])
+        here = slice(first, first + len(row))
+        ids[i, here] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, here] = 1
+        positions[i, here] = torch.arange(offset, offset + len(row))
+        positions[i, first + len(row) :] = offset + len(row) - 1  # padding stays inside the window
+    device = host.device
+    return Tokens(ids.to(device), mask.to(device), positions.to(device), start.to(device)), column
+
+
+@dataclass(frozen=True)
+class Past:
+    """Attention keys and values of tokens before a batch; several rows may stand behind one."""
+
+    states: Mapping[int, Pair]
+    """Per block, keys and values ``[u, heads, length, head]``."""
+    mask: Tensor
+    """int64 ``[u, length]``."""
+    row: Tensor
+    """int64 ``[rows]``: which of the u each row of the batch stands behind."""
+
+    @property
+    def length(self) -> int:
+        """Columns, padding included."""
+        return self.mask.shape[1]
+
+    def of(self, row: Tensor) -> Past:
+        """Return the same past for other rows."""
+        return replace(self, row=self.row[row])
+
+    def followed_by(self, states: Mapping[int, Pair], tokens: Tokens, columns: int) -> Past:
+        """Return the past of each row with the first ``columns`` columns of its own tokens behind it."""
+        joined: dict[int, Pair] = {}
+        for block, (keys, values) in states.items():
+            old = self.states.get(block) if self.length else None
+            parts = (keys[:, :, :columns], values[:, :, :columns])
+            joined[block] = tuple(
+                new if old is None else torch.cat([old[i][self.row], new], 2) for i, new in enumerate(parts)
+            )  # type: ignore[assignment]
+        mask = torch.cat([self.mask[self.row], tokens.mask[:, :columns]], 1)
+        return Past(joined, mask, torch.arange(len(mask), device=mask.device))
+
+
+def nothing_before(host: Host, rows: int) -> Past:
+    """Return the past of rows that begin their texts."""
+    row = torch.zeros(rows, dtype=torch.long, device=host.device)
+    return Past({}, torch.zeros(1, 0, dtype=torch.long, device=host.device), row)
+
+
+class _Layer(DynamicLayer):
+    """One block's cache: puts the past before what comes in and remembers the latter."""
+
+    def __init__(self, past: Pair | None, row: Tensor, length: int, pad: Tensor | None) -> None:
+        super().__init__()
+        self.past, self.row, self.length, self.pad = past, row, length, pad
+        self.seen: Pair | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
+        if self.pad is not None:
+            # a query with nothing to look at may compute anything, NaN too; nobody must see it
+            key_states = key_states.masked_fill(self.pad, 0)
+            value_states = value_states.masked_fill(self.pad, 0)
+        self.seen = (key_states, value_states)
+        if not self.length:
+            return key_states, value_states
+        if self.past is None:
+            raise RuntimeError("a block was run whose past was not kept")
+        keys, values = (part[self.row] for part in self.past)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+@dataclass
+class Ran:
+    """What a partial pass gave."""
+
+    logits: Tensor | None = None
+    """At the positions asked for ``[n, vocab]``; None when the pass was stopped below the head."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """Outputs of the blocks asked for ``[rows, length, d]``, detached."""
+    past: dict[int, Pair] = field(default_factory=dict)
+    """Attention keys and values of the blocks asked for, zero at padding on the left, detached."""
+
+
+class Partial:
+    """A host whose blocks can be run one by one."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.blocks = [host.model.get_submodule(name) for name in host.layout.blocks]
+        self._shape: Any = None
+
+    def run(
+        self,
+        tokens: Tokens,
+        past: Past,
+        *,
+        first: int = 0,
+        given: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+        keep: Iterable[int] = (),
+        remember: Iterable[int] = (),
+        stop: Any = None,
+    ) -> Ran:
+        """Run the blocks from ``first`` on; those below answer with ``given`` ``[rows, length, d]``.
+
+        ``at``: (row, column) where logits are wanted. ``keep``: blocks whose outputs to return;
+        ``remember``: blocks whose attention keys and values to return. ``stop``: module after which
+        to end the pass.
+        """
+        ran = Ran()
+        remember = set(remember)
+        left = bool(tokens.start.max() > 0)
+        pad = tokens.mask[:, None, :, None] == 0 if left else None
+        layers = [_Layer(past.states.get(i), past.row, past.length, pad) for i in range(len(self.blocks))]
+        with contextlib.ExitStack() as stack:
+            if first:
+                assert given is not None
+                fixed = hooks.with_first(self._answer(), given)
+                stack.enter_context(hooks.answer_with(dict.fromkeys(self.blocks[:first], fixed)))
+            for block in keep:
+                stack.enter_context(hooks.on_output(self.blocks[block], _keeper(ran.states, block)))
+            if stop is not None:
+                stack.enter_context(hooks.stop_after(stop))
+            with contextlib.suppress(hooks.Stopped):
+                ran.logits = self._forward(tokens, past, layers, at)
+        for block in remember:
+            seen = layers[block].seen
+            if seen is not None:
+                ran.past[block] = (seen[0].detach(), seen[1].detach())
+        return ran
+
+    def _forward(
+        self, tokens: Tokens, past: Past, layers: list[_Layer], at: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
+        inputs["attention_mask"] = torch.cat([past.mask[past.row], tokens.mask], 1)
+        if "past_key_values" in self.host.accepts:
+            inputs["past_key_values"] = Cache(layers=list(layers))
+        if "position_ids" in self.host.accepts:
+            inputs["position_ids"] = tokens.positions
+        head = self.host.model.get_output_embeddings()
+        if at is None or head is None:
+            logits = self.host.model(**inputs).logits
+            return logits if at is None else logits[at]
+        with hooks.gathering(head, *at):
+            return self.host.model(**inputs).logits[0]
+
+    def _answer(self) -> Any:
+        """Return what a block's answer looks like: a tensor, or a tuple led by one."""
+        if self._shape is None:
+            found: list[Any] = []
+            ids = torch.arange(3, device=self.host.device)[None] % self.host.config.vocab_size
+            with (
+                torch.no_grad(),
+                hooks.on_answer(self.blocks[0], found.append),
+                hooks.stop_after(self.blocks[0]),
+                contextlib.suppress(hooks.Stopped),
+            ):
+                self.host.model(input_ids=ids, use_cache=False)
+            self._shape = found[0]
+        return self._shape
+
+
+def _keeper(into: dict[int, Tensor], block: int) -> Any:
+    def keep(hidden: Tensor) -> None:
+        into[block] = hidden.detach().clone()  # some families go on adding to it in place
+
+    return keep
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return numbers in float32 at least: what is solved for is never held in 16 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def can_reuse(host: Host, longest: int) -> bool:
+    """Whether tokens may stand in a cache: attention only, no window shorter than the text, and it works.
+
+    The last is tried out once per host: a row cut in two must end in the same states as in one piece.
+    """
+    window = getattr(host.config, "sliding_window", None)
+    short = isinstance(window, int) and 0 < window <= longest
+    kinds = set(getattr(host.config, "layer_types", None) or ())
+    plain = kinds <= {"full_attention", "sliding_attention"}
+    stateful = bool(getattr(host.model, "_is_stateful", False))
+    if "past_key_values" not in host.accepts or not plain or stateful or short:
+        return False
+    known = host.__dict__.setdefault("_reuse", {})
+    if "works" not in known:
+        known["works"] = _works(host)
+    return known["works"]
+
+
+@torch.no_grad()
+def _works(host: Host) -> bool:
+    """Try the cache on two rows of different lengths."""
+    partial = Partial(host)
+    top = len(partial.blocks) - 1
+    count = host.config.vocab_size
+    rows = [[(7 * i + 3 + k) % count for i in range(4 + k)] for k in range(2)]
+    with hooks.frozen(host.model):
+        tokens, column = align(host, rows, [2, 3], [0, 0])
+        whole = partial.run(
+            tokens, nothing_before(host, 2), keep=[top], remember=range(top + 1), stop=partial.blocks[top]
+        )
+        behind = nothing_before(host, 2).followed_by(whole.past, tokens, column)
+        part = partial.run(tokens.columns(column), behind, keep=[top], stop=partial.blocks[top])
+        seen: list[Tensor] = []  # and the plain forward, without any cache, says the same of one row
+        with hooks.on_output(partial.blocks[top], lambda out: seen.append(out.detach().clone())):
+            host.forward(host.batch(rows[:1]))
+    whole_row, cut_row = whole.states[top][0, column - 2 : column + 2], part.states[top][0, :2]
+    pairs = [(seen[0][0], whole_row), (seen[0][0, 2:], cut_row)]
+    pairs.append((whole.states[top][1, column:], part.states[top][1]))
+    loose = 5e-2 if host.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return all(bool((a - b).abs().max() <= loose * a.abs().max()) for a, b in pairs)

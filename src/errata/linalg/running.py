@@ -1,0 +1,96 @@
+"""Running mean and variance of vectors, exact in whatever portions they come.
+
+Portions are merged by the formula of Chan, Golub and LeVeque (1979), so the order and the sizes of the
+portions change nothing but rounding, and a portion may be a single vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+RESOLUTION = torch.finfo(torch.float32).eps
+"""Relative step of float32, the precision in which the vectors are given."""
+
+
+@dataclass
+class Running:
+    """Count, mean and summed squared deviation of vectors of width ``m``, entry by entry, in float64."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("count", "mean", "spread")
+
+    count: int
+    mean: Tensor
+    """Mean ``[m]``."""
+    spread: Tensor
+    """Sum of squared deviations from the mean ``[m]``."""
+
+    @staticmethod
+    def empty(width: int) -> Running:
+        """Start with nothing seen."""
+        zeros = torch.zeros(width, dtype=torch.float64)
+        return Running(0, zeros, zeros.clone())
+
+    @staticmethod
+    def of(vectors: Tensor) -> Running:
+        """Summarise vectors ``[n, m]``; n may be 0 or 1."""
+        vectors = vectors.detach().double()
+        if not len(vectors):
+            return Running.empty(vectors.shape[1])
+        mean = vectors.mean(0)
+        return Running(len(vectors), mean, (vectors - mean).square().sum(0))
+
+    def update_(self, vectors: Tensor) -> None:
+        """Add vectors ``[n, m]``."""
+        self.merge_(Running.of(vectors))
+
+    def merge_(self, other: Running) -> None:
+        """Add what another one has seen. Raises ValueError when the widths differ."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"widths {len(self.mean)} and {len(other.mean)} do not merge")
+        total = self.count + other.count
+        if not total:
+            return
+        step = other.mean - self.mean
+        self.mean = self.mean + step * (other.count / total)
+        self.spread = self.spread + other.spread + step.square() * (self.count * other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased variance ``[m]``. Raises ValueError before the second vector: one has none."""
+        if self.count < 2:
+            raise ValueError(f"the variance of {self.count} vectors is not defined; two are needed")
+        return self.spread / (self.count - 1)
+
+    def normalise(self, vectors: Tensor, *, centre: bool = True) -> Tensor:
+        """Return vectors ``[n, m]`` less the mean and over the deviation, float64.
+
+        Without ``centre``: over the root mean square, from the first vector on. A deviation that float32
+        cannot tell from the mean's rounding counts as none, and gives 0. Raises ValueError where
+        :attr:`variance` does.
+        """
+        vectors = vectors.double()
+        floor = torch.finfo(torch.float64).tiny
+        if not centre:
+            square = self.mean.square() + self.spread / max(1, self.count)
+            return vectors / (square.sqrt() + floor)
+        deviation = self.variance.sqrt() + RESOLUTION * self.mean.abs()
+        return (vectors - self.mean) / (deviation + floor)
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Return the state as tensors by part, to be stored; :meth:`restored` reads them back.
+
+        In float32, counts are exact up to 2^24 vectors and to 6e-8 of their size beyond.
+        """
+        count = torch.tensor([self.count], dtype=dtype)
+        return {"count": count, "mean": self.mean.to(dtype), "spread": self.spread.to(dtype)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> Running:
+        """Build the statistics from what :meth:`tensors` gave."""
+        return Running(int(tensors["count"][0]), tensors["mean"].double(), tensors["spread"].double())

@@ -1,0 +1,77 @@
+"""Reshape a change of a weight: what stabilisers do to a delta. Thin factors stay thin where they can."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from errata.linalg.lowrank import LowRank
+
+
+def largest_entries(delta: Tensor, weight: Tensor, share: float) -> Tensor:
+    """Keep the share of entries that are largest beside the weight's own, |delta / weight|; zero the rest.
+
+    Both ``[d_out, d_in]``.
+    """
+    ratio = (delta / (weight + 1e-8)).abs()
+    count = max(1, round(share * ratio.numel()))
+    bound = ratio.flatten().kthvalue(ratio.numel() - count + 1).values
+    return torch.where(ratio >= bound, delta, torch.zeros_like(delta))
+
+
+def largest_singular(matrix: Tensor) -> float:
+    """Return the largest singular value, from the smaller Gram matrix in float64."""
+    wide = matrix.double()
+    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+
+
+def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
+    """Return what brings singular values over a bound down to ``bound + log_base(s / bound)``.
+
+    The result, added to the delta, is the restrained delta; its rank is the number of such values.
+    """
+    if isinstance(delta, LowRank):
+        left, left_r = torch.linalg.qr(delta.B.double())
+        right, right_r = torch.linalg.qr(delta.A.double().mT)
+        u, s, vh = torch.linalg.svd(left_r @ right_r.mT)
+        u, vh = left @ u, vh @ right.mT
+    else:
+        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    over = s > bound
+    # log_a s - log_a bound + bound: continuous at the bound, and what grows beyond it grows slowly
+    new = (s[over] / bound).log() / math.log(base) + bound
+    new = torch.minimum(new, s[over])
+    dtype = delta.B.dtype if isinstance(delta, LowRank) else delta.dtype
+    return LowRank(u[:, over] * (new - s[over]), vh[over]).to(dtype)
+
+
+def leading_inputs(weight: Tensor, energy: float) -> Tensor:
+    """Return the main directions of a weight's rows, each row first brought to norm one, ``[d_in, r]``.
+
+    As many right singular vectors as hold at most a share of the energy, and one more.
+    """
+    rows = weight.double()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    held = s.square().cumsum(0) / s.square().sum()
+    count = min(int((held <= energy).sum()) + 1, len(s))
+    return vh[:count].mT
+
+
+def damped(delta: LowRank | Tensor, directions: Tensor, strength: float) -> LowRank | Tensor:
+    """Multiply a delta by I - strength V V^T on its input side, ``directions`` V ``[d_in, r]``."""
+    if isinstance(delta, LowRank):
+        return LowRank(delta.B, damped(delta.A, directions, strength))  # type: ignore[arg-type]
+    wide = delta.double()
+    return (wide - strength * (wide @ directions) @ directions.mT).to(delta.dtype)
+
+
+def condensed(columns: Tensor) -> Tensor:
+    """Return at most m columns with the same sum of outer products as the given ones ``[m, n]``."""
+    if columns.shape[1] <= columns.shape[0]:
+        return columns
+    values, vectors = torch.linalg.eigh(columns.double() @ columns.double().mT)
+    return (vectors * values.clamp_min(0).sqrt()).to(columns.dtype)

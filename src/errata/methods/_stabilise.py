@@ -1,0 +1,208 @@
+"""Steps that keep many edits from wearing a model out: on a value before it is written, or on a delta.
+
+They compose with the closed-form methods by name, ``stabilise: [nas, rect:0.4]``, in the order given:
+
+nas      rescale every value to the norm values had in the unedited model (arXiv 2602.02543)
+rect     keep only the entries that change most beside the weight's own (RECT, arXiv 2401.04700)
+sphere   damp the change along the weight's main input directions (SPHERE, arXiv 2510.01172)
+prune    bring singular values of the change so far under the weight's largest (PRUNE, arXiv 2405.16821)
+simie    keep of the change only what earlier tokens' keys leave room for (SimIE, ICML 2025)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.weight import Delta, WeightEdit
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.linalg import shape
+from errata.linalg.lowrank import LowRank
+from errata.linalg.solve import Metric, from_solved
+from errata.locate.keys import all_keys
+from errata.methods._method import without
+from errata.registry import unknown
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a step may look at."""
+
+    host: Host
+    site: Site
+    requests: Sequence[Request]
+    after: WeightEdit | None
+    """The edit that is gone on from, in place on the host."""
+    state: dict[str, Tensor]
+    """What the step keeps for the fits that follow; travels in the edit."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now ``[d_out, d_in]``, float32 at least."""
+        stored = self.host.model.get_parameter(self.site.parameter).detach()
+        wide = stored.to(torch.promote_types(stored.dtype, torch.float32)).cpu()
+        return wide.mT if self.site.transposed else wide
+
+    @property
+    def before(self) -> Delta | None:
+        """The change made by the edits before."""
+        return self.after.deltas.get(self.site.parameter) if self.after else None
+
+
+class Step:
+    """One stabiliser. Subclasses override what they act on."""
+
+    name: ClassVar[str]
+    on: ClassVar[str]
+
+    def values(self, wanted: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return other values to write; all ``[n, d]``."""
+        return wanted
+
+    def delta(self, around: Around, delta: Delta) -> Delta:
+        """Return another change of a weight ``[d_out, d_in]``."""
+        return delta
+
+
+@dataclass(frozen=True)
+class Nas(Step):
+    """Rescale each value to a norm measured when the model was still unedited (NAS, Eq. of its one line)."""
+
+    name: ClassVar[str] = "nas"
+    on: ClassVar[str] = "values"
+
+    def values(self, wanted: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Rescale; the norm is the mean over the first fit's vectors before they are shifted."""
+        norm = state.setdefault("nas.norm", start.norm(dim=1).mean()[None])
+        return wanted * (norm / wanted.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+@dataclass(frozen=True)
+class Rect(Step):
+    """Keep the entries that change most relative to the weight."""
+
+    name: ClassVar[str] = "rect"
+    on: ClassVar[str] = "delta"
+    share: float = 0.4
+    """Share of entries kept (paper: 0.4)."""
+
+    def delta(self, around: Around, delta: Delta) -> Delta:
+        """Zero the other entries; the result is dense."""
+        dense = delta.dense() if isinstance(delta, LowRank) else delta
+        return shape.largest_entries(dense, around.weight.to(dense.dtype), self.share)
+
+
+@dataclass(frozen=True)
+class Sphere(Step):
+    """Damp the change along the main directions of the weight's normalised rows."""
+
+    name: ClassVar[str] = "sphere"
+    on: ClassVar[str] = "delta"
+    energy: float = 0.5
+    """Share of energy that the directions hold (authors' code: 0.5)."""
+    strength: float = 0.5
+    """How much of the change along them goes (authors' code: 0.5)."""
+
+    def delta(self, around: Around, delta: Delta) -> Delta:
+        """Multiply by I - strength V V^T on the input side, whichever way the weight is stored."""
+        return shape.damped(delta, shape.leading_inputs(around.weight, self.energy), self.strength)
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """Restrain the singular values of all changes so far that exceed the unedited weight's largest."""
+
+    name: ClassVar[str] = "prune"
+    on: ClassVar[str] = "delta"
+    base: float = 1.2
+    """Base of the logarithm beyond the bound (authors' code: 1.2)."""
+
+    def delta(self, around: Around, delta: Delta) -> Delta:
+        """Add what brings the accumulated change down."""
+        before = around.before
+        original, total = around.weight, delta
+        if before is not None:
+            original = original - (before.dense() if isinstance(before, LowRank) else before)
+            total = _sum(before, delta)
+        return _sum(delta, shape.excess(total, shape.largest_singular(original), self.base))
+
+
+@dataclass(frozen=True)
+class Simie(Step):
+    """Rewrite a change by ridge regression on the keys of all tokens seen so far, in the unedited model."""
+
+    name: ClassVar[str] = "simie"
+    on: ClassVar[str] = "delta"
+    weight: float = 0.1
+    """lambda, in mean squared norms of the first fit's keys (authors' code: 1e4, plain)."""
+
+    def delta(self, around: Around, delta: Delta) -> Delta:
+        """Return delta K K^T P^-1 with P = lambda I + the sum of K K^T over all fits."""
+        site, state = around.site, around.state
+        with without(around.after, around.host):
+            keys = all_keys(around.host, around.requests, site).mT  # [m, tokens]
+        size = state.setdefault(f"{site.parameter}.simie.size", keys.square().sum(0).mean()[None])
+        past = state.get(f"{site.parameter}.simie.keys")
+        seen = keys if past is None else torch.cat([past, keys], 1)
+        state[f"{site.parameter}.simie.keys"] = shape.condensed(seen)
+        ridge = Metric.identity(self.weight * float(size))
+        wanted = torch.zeros(site.d_out, seen.shape[1], dtype=keys.dtype)
+        wanted[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys
+        made = from_solved(seen, ridge.solve(seen), wanted, gamma=1.0)
+        return made if made.rank * sum(made.shape) < made.shape[0] * made.shape[1] else made.dense()
+
+
+STEPS: dict[str, type[Any]] = {step.name: step for step in (Nas, Rect, Sphere, Prune, Simie)}
+
+
+def _sum(one: Delta, other: Delta) -> Delta:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return one + other
+    parts = [d.dense() if isinstance(d, LowRank) else d for d in (one, other)]
+    return parts[0] + parts[1]
+
+
+def parse(item: str) -> Any:
+    """Read ``name`` or ``name:number:number``. Raises ValueError with what is wrong."""
+    name, *numbers = item.split(":")
+    if name not in STEPS:
+        raise ValueError(unknown(name, list(STEPS), "stabiliser"))
+    kind = STEPS[name]
+    names = [f.name for f in fields(kind)]
+    if len(numbers) > len(names):
+        raise ValueError(f"{name} takes {len(names)} numbers at most ({', '.join(names)}), found {item!r}")
+    try:
+        values = {n: float(v) for n, v in zip(names, numbers, strict=False)}
+    except ValueError as error:
+        raise ValueError(f"{item!r}: expected numbers after {name}") from error
+    wrong = [n for n, v in values.items() if v <= 0]
+    if wrong:
+        raise ValueError(f"{item!r}: {wrong[0]} must be above zero")
+    return kind(**values)
+
+
+def check(items: Sequence[str]) -> list[str]:
+    """List what is wrong with a ``stabilise`` setting."""
+    complaints = []
+    for item in items:
+        try:
+            parse(item)
+        except ValueError as error:
+            complaints.append(f"stabilise: {error}")
+    return complaints
+
+
+def value_steps(items: Sequence[str]) -> list[Any]:
+    """Return the steps that act on values."""
+    return [step for step in map(parse, items) if step.on == "values"]
+
+
+def delta_steps(items: Sequence[str]) -> list[Any]:
+    """Return the steps that act on deltas."""
+    return [step for step in map(parse, items) if step.on == "delta"]

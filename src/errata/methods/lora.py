@@ -1,0 +1,250 @@
+"""LoRA: train low-rank adapters beside linear maps on the new facts, and keep them as low-rank deltas.
+
+Paper      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685;
+           as an editing baseline in Wang et al., "EasyEdit", ACL 2024, arXiv 2308.07269. AdaLoRA: Zhang
+           et al., ICLR 2023, arXiv 2303.10512
+Implements W' = W + (alpha / r) B A, B from zero, Adam on the cross-entropy of the target tokens; the
+           adapters are those of the package peft. ``variant: adalora`` trains B diag(E) A, drops the
+           least important directions along AdaLoRA's schedule and penalises skewed factors
+Departs    The delta is read off the factors exactly and peft's layers are taken off again. EasyEdit
+           makes AdaLoRA adapters without giving their schedule its steps, so that no direction is
+           ever dropped; here plain LoRA is the default, and AdaLoRA's schedule knows its steps.
+           The rate of B (of E in AdaLoRA), which starts from zero and so sets how far the weight
+           moves, is multiplied by the weight's root mean square times sqrt(d_in), near one in Llama
+           models; ``scale: published`` leaves it plain.
+Needs      Gradients; the package peft (pip install 'errata[lora]')
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from errata.config import positive
+from errata.edits.weight import Delta, WeightEdit
+from errata.errors import ConfigError, HostError
+from errata.host import hooks
+from errata.host.load import Host
+from errata.linalg.lowrank import LowRank
+from errata.methods._method import Method, Workspace, notes, provenance, resolved
+from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
+from errata.types import Request
+
+NAME = "errata"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of LoRA."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers that get adapters. None: all (published)."""
+    modules: tuple[str, ...] | None = None
+    """Linear maps that get adapters, by the ends of their names. None: what peft takes for the family (query and
+    value in Llama, as published), else every linear map of a block."""
+    variant: Literal["lora", "adalora"] = "lora"
+    """Plain LoRA, or AdaLoRA: half as many directions again, the least important dropped between a tenth and
+    seven tenths of the steps until ``rank`` are left on average."""
+    rank: int = 8
+    """Directions per adapter (EasyEdit: 8)."""
+    alpha: float = 32.0
+    """Weight of an adapter; LoRA divides it by the rank, AdaLoRA by how many directions it starts with
+    (EasyEdit: 32)."""
+    dropout: float = 0.1
+    """Share of an adapter's inputs left out while training (EasyEdit: 0.1)."""
+    steps: int = 70
+    """Passes over the requests at most (EasyEdit: 50 for GPT-J, 70 for Llama 3 8B)."""
+    learning_rate: float = 5e-3
+    """Adam's rate (EasyEdit: 5e-3)."""
+    scale: Literal["weight", "published"] = "weight"
+    """Unit of the rate of B (E in AdaLoRA): the weight's root mean square times sqrt(d_in), or plain numbers."""
+    orthogonal: float = 0.5
+    """AdaLoRA's penalty on factors that are not orthogonal (its paper's code: 0.5)."""
+    stop_loss: float | None = None
+    """Plain LoRA stops once every request's loss is below this. None: never (EasyEdit)."""
+    per_step: int | None = None
+    """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        found = positive(self, "rank", "alpha", "steps", "learning_rate", "stop_loss", "per_step")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
+        if self.variant == "adalora" and self.stop_loss is not None:
+            found.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
+        return found
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the low-rank edit that lowers the targets' loss."""
+    if not requests:
+        raise ConfigError("lora needs at least one request")
+    peft = _peft()
+    config, names = _resolve(peft, host, config)
+    assert config.layers is not None
+    with hooks.frozen(host.model), seeded(host, work.seed):
+        losses = Losses(host, requests, "target", depth=min(config.layers))
+        steps = config.steps * math.ceil(len(requests) / (config.per_step or len(requests)))
+        with _adapters(host, names, _settings(peft, host, names, config, steps), peft) as tuner:
+            layers = {name: host.model.get_submodule(name) for name in names}
+            outcome = _train(losses, tuner, layers, config, work)
+            found = {f"{name}.weight": _delta(layer) for name, layer in layers.items()}
+            across = frozenset(f"{name}.weight" for name, layer in layers.items() if layer.fan_in_fan_out)
+    deltas: dict[str, Delta] = {name: delta for name, delta in found.items() if delta.rank}
+    facts = {**outcome.facts(), "rank": max(delta.rank for delta in found.values())}
+    record = provenance("lora", host, requests, config, work, **notes(facts))
+    return WeightEdit(deltas, across & deltas.keys(), record)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+        import peft.utils
+    except ImportError as error:
+        raise ConfigError(f"lora needs peft ({error}): pip install 'errata[lora]'") from error
+    return peft
+
+
+def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
+    """Fill in layers and modules; return the paths of the linear maps they mean."""
+    depth = len(host.layout.blocks)
+    layers = tuple(range(depth)) if config.layers is None else config.layers
+    layers = tuple(sorted({layer + depth if layer < 0 else layer for layer in layers}))
+    if not layers or layers[0] < 0 or layers[-1] >= depth:
+        raise ConfigError(f"layers {list(config.layers or ())}: expected some of 0 to {depth - 1}")
+    every = [
+        f"{host.layout.blocks[layer]}.{name}"
+        for layer in layers
+        for name, module in host.model.get_submodule(host.layout.blocks[layer]).named_modules()
+        if name and _is_linear(module)
+    ]
+    usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
+    wanted = config.modules or tuple(usual if isinstance(usual, list) else ())
+    matched = {end: {name for name in every if name.endswith(f".{end}")} for end in wanted}
+    there = sorted({name.rpartition(".")[2] for name in every})
+    missing = [end for end, found in matched.items() if not found]
+    if config.modules and missing:
+        raise ConfigError(f"no linear map of these layers is called {missing}; they have: {', '.join(there)}")
+    chosen = set().union(*matched.values()) or set(every)
+    modules = tuple(end for end in wanted if matched[end]) or tuple(there)
+    return resolved(config, layers=layers, modules=modules), [name for name in every if name in chosen]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _settings(peft: Any, host: Host, names: list[str], config: Config, steps: int) -> Any:
+    """Word the settings for peft."""
+    shared: dict[str, Any] = {
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(names),
+        "fan_in_fan_out": not isinstance(host.model.get_submodule(names[0]), nn.Linear),
+    }
+    if config.variant == "lora":
+        return peft.LoraConfig(r=config.rank, **shared)
+    more = math.ceil(1.5 * config.rank)
+    phases = {"tinit": steps // 10, "tfinal": 3 * steps // 10, "total_step": steps}
+    return peft.AdaLoraConfig(init_r=more, target_r=config.rank, **phases, **shared)
+
+
+@contextmanager
+def _adapters(host: Host, names: list[str], settings: Any, peft: Any) -> Iterator[Any]:
+    """Have adapters on linear maps inside the block; afterwards the very same modules are back in place."""
+    if hasattr(host.model, "peft_config"):
+        raise HostError("the model carries peft adapters already; merge or unload them first")
+    before = {name: host.model.get_submodule(name) for name in names}
+    kind = peft.AdaLoraModel if isinstance(settings, peft.AdaLoraConfig) else peft.LoraModel
+    try:
+        try:
+            tuner = kind(host.model, settings, NAME)
+        except ValueError as error:
+            raise HostError(f"peft cannot put adapters on this model: {error}") from error
+        for name in names:
+            for part in ("lora_A", "lora_B", "lora_E"):
+                factors = getattr(host.model.get_submodule(name), part, None)
+                if factors is not None:  # never trained in 16 bits
+                    factors.to(torch.promote_types(before[name].weight.dtype, torch.float32))
+        yield tuner
+    finally:
+        for name, module in before.items():
+            parent, _, child = name.rpartition(".")
+            setattr(host.model.get_submodule(parent), child, module)
+        host.model.__dict__.pop("peft_config", None)
+
+
+def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, work: Workspace) -> Outcome:
+    """Descend on the adapters' factors."""
+    adaptive = config.variant == "adalora"
+    groups = []
+    for layer in layers.values():
+        weight = layer.get_base_layer().weight
+        unit = 1.0 if config.scale == "published" else rms(weight) * layer.in_features**0.5
+        for name, factor in layer.named_parameters():
+            if factor.requires_grad:
+                from_zero = name.startswith("lora_E" if adaptive else "lora_B")
+                rate = config.learning_rate * (unit if from_zero else 1.0)
+                groups.append({"params": [factor], "lr": rate})
+
+    def run(chosen: Sequence[int]) -> Tensor:
+        training = torch.is_grad_enabled()
+        for layer in layers.values():
+            layer.lora_dropout.train(training)
+        lost = losses(chosen)
+        return lost + config.orthogonal * _skew(layers) if adaptive and training else lost
+
+    def allocate(taken: int) -> None:
+        for group in groups:
+            for factor in group["params"]:  # peft reads gradients also where no token came by
+                factor.grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
+        tuner.update_and_allocate(taken)
+
+    return descend(
+        torch.optim.Adam(groups), run, len(losses.lines), steps=config.steps, stop=Stop(config.stop_loss),
+        per_step=config.per_step, rows=work.batch_size,
+        after_step=allocate if adaptive else lambda taken: None,
+        tick=lambda *at: work.on_progress("lora", *at),
+    )  # fmt: skip
+
+
+def _skew(layers: dict[str, Any]) -> Any:
+    """Return how far AdaLoRA's factors are from orthogonal, mean over factors."""
+    found = []
+    for layer in layers.values():
+        for factor in (layer.lora_A[NAME], layer.lora_B[NAME].mT):  # [r, d]
+            gram = factor @ factor.mT
+            found.append((gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm())
+    return sum(skew.to(found[0].device) for skew in found) / len(found)
+
+
+def _delta(layer: Any) -> LowRank:
+    """Read an adapter as a low-rank matrix ``[d_out, d_in]``, without directions that were dropped."""
+    right, left, factor = layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME]
+    if not hasattr(layer, "lora_E"):
+        return LowRank(left.weight.detach() * factor, right.weight.detach())
+    middle = layer.lora_E[NAME].detach()  # [r, 1]
+    kept = middle[:, 0] != 0
+    factor = factor / (layer.ranknum[NAME].detach().to(middle.dtype) + 1e-5)  # as peft's layer has it
+    return LowRank(left.detach()[:, kept] * factor, (right.detach() * middle)[kept])
+
+
+METHOD = Method(
+    name="lora",
+    title="LoRA",
+    paper="LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685",
+    config=Config,
+    fit=fit,
+    gives=WeightEdit,
+    batch=True,
+    sequential=True,
+    needs=("gradients", "peft"),
+    writes="linear",
+)

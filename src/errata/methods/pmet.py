@@ -1,0 +1,54 @@
+"""PMET: seek values for attention and feed-forward together, write the feed-forward's only.
+
+Paper      Li et al., "PMET: Precise Model Editing in a Transformer", AAAI 2024, arXiv 2308.08742
+Implements Joint search of two shifts at the last layer, on attention's output and on the feed-forward's;
+           the residual is what is missing at the feed-forward's output, shared between layers by the
+           square root of the layers left; delta = R K^T (lambda C + K K^T)^-1
+Departs    Solved in the dual. The loop's end follows the authors' code: once the target is the first
+           choice everywhere the targets' loss counts a tenth, and the search ends at a divergence of
+           0.01. Rate and clamp are in units of the residual stream where nothing is published for a
+           model (the authors' GPT-J values: rate 0.2, clamp 0.75, lambda 6,000).
+Needs      Second moment of keys at each layer; context prefixes written by the model
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from errata.edits.weight import WeightEdit
+from errata.host.load import Host
+from errata.methods._method import Method, Workspace
+from errata.methods._spread import Plan, SpreadConfig, covariance, settle, spread
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Config(SpreadConfig):
+    """Settings of PMET."""
+
+    steps: int = 30
+    """Value search: Adam steps at most (paper's code: 30 for GPT-J)."""
+    kl: float = 1.0
+    """Value search: weight of the divergence at "{subject} is a" (paper's code: 1 for GPT-J, 0.8 for NeoX)."""
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the edit that writes the feed-forward's part of values found for both parts."""
+    config = settle(host, config)
+    plan = Plan("pmet", covariance(host, config, work), where="attn_and_mlp", share=math.sqrt, relax=True)
+    return spread(host, requests, config, plan, work)
+
+
+METHOD = Method(
+    name="pmet",
+    title="PMET",
+    paper="PMET: Precise Model Editing in a Transformer, AAAI 2024, arXiv 2308.08742",
+    config=Config,
+    fit=fit,
+    gives=WeightEdit,
+    batch=True,
+    sequential=True,
+    needs=("second_moment", "contexts"),
+)

@@ -1,0 +1,237 @@
+"""UltraEdit: one ridge regression from inputs to normalised gradients; no search, no subject, no corpus.
+
+Paper      Gu et al., "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language
+           Models", 2025, arXiv 2505.14679
+Implements One turn per fit. At the tokens that predict the answers, every edited map has inputs h and
+           loss gradients g at its output. Running means and deviations of (h, g), one set per weight
+           shape, kept from turn to turn, give (h^, g^) and pseudo-values v = -eta ||h^||^2 g^; with rows
+           stacked, delta^T = (H^T H + I)^-1 H^T V. Normalised as in the authors' code: by the statistics
+           with this turn in them, all modules of a shape together
+Departs    Statistics are merged exactly, with the unbiased variance. The authors' code weighs a batch's
+           variance by its size B instead of B - 1, and a batch of one token makes it NaN for good; its
+           constant under the deviation is absolute, here it is the rounding of the mean.
+           The loss is summed over tokens, not averaged over a micro-batch: no row depends on its company,
+           and the common factor is normalised away.
+           eta and the ridge are relative (``scale``): ||h^||^2 is about the input width a and g^ about 1
+           per entry, so the plain eta is the shift of an output entry over a, in that output's own unit.
+           Here one eta moves the output at h by as much as W moves an input of that length and no
+           particular direction: a token alone has ||delta|| = eta ||W|| / sqrt(a). H^T H has the squared
+           norm of the inputs, and so has the ridge.
+           Solved in the dual while there are fewer tokens than the input is wide.
+Needs      Gradients: one forward and one backward pass. The first turn has to bring company: the mean
+           of a few vectors takes away what they share, see ``centre``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from errata.config import positive
+from errata.edits.weight import Delta, WeightEdit
+from errata.errors import ConfigError
+from errata.host.load import Host
+from errata.linalg.running import Running
+from errata.linalg.solve import Metric, update, update_primal
+from errata.locate.gradients import Pairs, collect, feed_forward, linear_maps
+from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved
+from errata.registry import unknown
+from errata.types import Request
+
+GROUPS = ("mlp", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of UltraEdit."""
+
+    modules: tuple[str, ...] = ("mlp_out",)
+    """Linear maps to edit: mlp_in and mlp_out, the feed-forward's into and out of its hidden layer, mlp, both;
+    or the end of a path inside a block. ``name@first-last`` gives one its own layers (paper's code: mlp_out@18-26
+    for GPT-J and @29-30 for Mistral 7B; gate_proj@11-15 and up_proj@18-24 for Llama 3 8B; both @18-26 for
+    Qwen2.5 7B)."""
+    layers: tuple[int, ...] | None = None
+    """Layers of modules without their own. None: the upper half of the depth."""
+    eta: float | None = None
+    """Step, in the unit of ``scale``. None: 0.4, or 1e-6 as published."""
+    ridge: float | None = None
+    """Ridge of the regression, in the unit of ``scale``. None: 0.03, or 1 as published."""
+    scale: Literal["weight", "published"] = "weight"
+    """Units. ``weight``: eta in ||W|| / sqrt(a) of change per token, ridge in mean squared norms of the inputs;
+    ``published``: both plain (1e-6 suits models as wide as the paper's; elsewhere it may do nothing)."""
+    centre: bool = True
+    """Whether to take the running mean away (paper: yes). Without, (h, g) are divided by their root mean
+    squares, and a single request does not need earlier turns to succeed."""
+    token: Literal["answer", "all"] = "answer"
+    """Tokens that give rows: those that predict the answer's, or all (paper's code: answer; EasyEdit: all)."""
+    micro_batch: int = 10
+    """Requests run at once (paper: 10); changes nothing but rounding."""
+    normaliser_batch: int = 128
+    """Tokens normalised at once (paper: 128); changes nothing."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        found = positive(self, "eta", "ridge", "micro_batch", "normaliser_batch")
+        return found if self.modules else [*found, "modules: expected at least one, found none"]
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the edit of one turn: all requests together, on the host as it is."""
+    if not requests:
+        raise ConfigError("ultraedit needs at least one request")
+    config, names = _resolve(host, config)
+    answers = [host.encode_answer(r.text, r.target) for r in requests]
+    pairs = collect(
+        host, answers, names, tokens=config.token, batch_size=work.batch_size or config.micro_batch,
+        on_rows=lambda done: work.on_progress("gradients", done, len(answers)),
+    )  # fmt: skip
+    running = _running(pairs, work.after, config)
+    deltas = {
+        f"{name}.weight": _solve(pair, running[_shape(pair)], _gain(host, name), config)
+        for name, pair in pairs.items()
+    }
+    some = next(iter(pairs.values()))
+    seen = max(r.count for r in running.values())
+    return WeightEdit(
+        deltas,
+        frozenset(f"{name}.weight" for name, pair in pairs.items() if pair.transposed),
+        provenance(
+            "ultraedit", host, requests, config, work, **notes({"tokens": len(some.inputs), "seen": seen})
+        ),
+        state={
+            f"{shape}.{part}": tensor
+            for shape, statistics in running.items()
+            for part, tensor in statistics.tensors(some.gradients.dtype).items()
+        },
+    )
+
+
+# --- which modules --------------------------------------------------------------------------
+
+
+def _resolve(host: Host, config: Config) -> tuple[Config, list[str]]:
+    """Fill in what was left open; return also the paths of the modules, each once."""
+    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.4, 0.03)
+    layers = config.layers
+    if any("@" not in entry for entry in config.modules):
+        layers = resolve_layers(host, layers, lambda depth: tuple(range(depth // 2, depth)))
+    names = {
+        f"{host.layout.blocks[layer]}.{inside}"
+        for entry in config.modules
+        for layer in _layers(host, entry, layers)
+        for inside in _inside(host, entry.partition("@")[0], layer)
+    }
+    filled = resolved(
+        config,
+        layers=layers,
+        eta=eta if config.eta is None else config.eta,
+        ridge=ridge if config.ridge is None else config.ridge,
+    )
+    # in the order of the model, whatever the order of the entries
+    return filled, [name for name, _ in host.model.named_modules() if name in names]
+
+
+def _layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return an entry's own layers, else the common ones. Raises ConfigError for what is not a range."""
+    _, own, text = entry.partition("@")
+    if not own:
+        return layers or ()
+    first, dash, last = text.partition("-")
+    depth = len(host.layout.blocks)
+    if first.isdecimal() and (last.isdecimal() if dash else not last):
+        found = tuple(range(int(first), int(last or first) + 1))
+        if found and found[-1] < depth:
+            return found
+    raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
+
+
+def _inside(host: Host, name: str, layer: int) -> list[str]:
+    """Return the paths, inside a block, that a name stands for. Raises ConfigError for none."""
+    maps = linear_maps(host, layer)
+    if name in GROUPS:
+        inner, outer = feed_forward(host, layer)
+        found = {"mlp": [*inner, outer], "mlp_in": inner, "mlp_out": [outer]}[name]
+    else:
+        found = [path for path in maps if f".{path}".endswith(f".{name}")]
+    if not found:
+        raise ConfigError(unknown(name, [*GROUPS, *maps], f"linear map of layer {layer}"))
+    return found
+
+
+# --- the turn -------------------------------------------------------------------------------
+
+
+def _shape(pair: Pairs) -> str:
+    """Name the statistics of a module: those of its weight's shape."""
+    return f"normaliser.{pair.inputs.shape[1]}x{pair.gradients.shape[1]}"
+
+
+def _running(pairs: Mapping[str, Pairs], after: WeightEdit | None, config: Config) -> dict[str, Running]:
+    """Return the statistics by weight shape, earlier turns and this one. Raises ConfigError for one row."""
+    running: dict[str, Running] = {}
+    stored = {} if after is None else after.state
+    for pair in pairs.values():
+        shape = _shape(pair)
+        if shape not in running:
+            known = {part: stored[f"{shape}.{part}"] for part in Running.PARTS if f"{shape}.{part}" in stored}
+            width = pair.inputs.shape[1] + pair.gradients.shape[1]
+            running[shape] = Running.restored(known) if known else Running.empty(width)
+        running[shape].update_(torch.cat([pair.inputs, pair.gradients], 1))
+    for shape, statistics in running.items():
+        if config.centre and statistics.count < 2:
+            raise ConfigError(
+                f"{shape}: one token of one module has no mean to differ from; "
+                "give more requests, edit more layers, or set centre=false"
+            )
+    return running
+
+
+def _gain(host: Host, name: str) -> float:
+    """Return the root mean square of a weight's entries."""
+    weight = host.model.get_submodule(name).weight.detach()
+    return float(weight.to(torch.promote_types(weight.dtype, torch.float32)).norm()) / weight.numel() ** 0.5
+
+
+def _solve(pair: Pairs, running: Running, gain: float, config: Config) -> Delta:
+    """Return the ridge regression of the pseudo-values V on the inputs H, in the smaller coordinates."""
+    rows, width = pair.inputs.shape
+    eta, ridge = config.eta, config.ridge
+    assert eta is not None and ridge is not None
+    if config.scale == "weight":
+        energy = max(float(pair.inputs.double().square().sum(1).mean()), torch.finfo(torch.float32).tiny)
+        eta, ridge = eta * gain * energy**0.5 / width, ridge * energy
+    values = torch.cat(list(_values(pair, running, eta, config)))  # [n, b]
+    if rows >= width:
+        penalty = ridge * torch.eye(width, dtype=torch.float64)
+        return update_primal(pair.inputs.mT, values.mT, penalty, gamma=1.0).to(values.dtype)
+    thin = update(pair.inputs.mT, values.mT, Metric.identity(ridge), gamma=1.0)
+    out = values.shape[1]
+    return thin if rows * (width + out) < width * out else thin.dense()
+
+
+def _values(pair: Pairs, running: Running, eta: float, config: Config) -> Iterator[Tensor]:
+    """Yield v = -eta ||h^||^2 g^, ``[some, b]`` in the precision of g."""
+    size = config.normaliser_batch
+    for h, g in zip(pair.inputs.split(size), pair.gradients.split(size), strict=True):
+        both = running.normalise(torch.cat([h, g], 1), centre=config.centre)
+        inputs, gradients = both.tensor_split([h.shape[1]], 1)
+        yield (-eta * inputs.square().sum(1, keepdim=True) * gradients).to(g.dtype)
+
+
+METHOD = Method(
+    name="ultraedit",
+    title="UltraEdit",
+    paper="UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models, 2025, "
+    "arXiv 2505.14679",
+    config=Config,
+    fit=fit,
+    gives=WeightEdit,
+    batch=True,
+    sequential=True,
+    needs=("gradients",),
+    writes="linear",
+)

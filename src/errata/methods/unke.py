@@ -1,0 +1,249 @@
+"""UnKE: write a long, free-form answer by training one block to carry it at the question's last token.
+
+Paper      Deng et al., "Everything is Editable: Extend Knowledge Editing to Unstructured Data in Large
+           Language Models", ICLR 2025, arXiv 2405.15349
+Implements Stage 1: a shift of the block's output at the question's last token under which the whole
+           answer is likely, z = h + shift. Stage 2: all parameters of that block by AdamW, so that it
+           says z there and what it said before at every other token of question and answer, and at
+           every token of some kept texts: the sum of two mean squared errors
+Departs    The block runs inside the model's own forward pass, with its inputs kept from one pass; the
+           authors' code calls it with a hand-made mask. Padding counts nowhere; it does in their
+           code, which on the other hand keeps the question's tokens only: the answer's are kept too,
+           since stage 1 reads the answer with their states as they were. Kept texts come from the
+           corpus at hand, or from the model itself, instead of Alpaca. Both rates and the clamp
+           are in units of what they move, so that they carry over between models; plain numbers are
+           a setting. The error is measured in units of the block's old output, which Adam cannot tell
+           from the plain one.
+Needs      Gradients; texts to keep
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from errata.config import positive
+from errata.edits.weight import Delta, WeightEdit
+from errata.errors import ConfigError, HostError
+from errata.host import hooks
+from errata.host.families import Search
+from errata.host.load import Host
+from errata.host.memory import in_batches
+from errata.locate.contexts import Context, sampled_corpus
+from errata.locate.problems import place_of, prompt_end
+from errata.locate.values import Value, ValueConfig, optimise
+from errata.methods._method import Method, Workspace, notes, open_search, provenance, resolved
+from errata.training.tune import ROWS, Lower, Outcome, Stop, descend, rms, split, with_weights
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of UnKE."""
+
+    layer: int | None = None
+    """The block to train. None: at 7/32 of the depth (published: 7 of 32)."""
+    steps: int = 25
+    """Stage 1: Adam steps at most (published: 25)."""
+    learning_rate: float | None = None
+    """Stage 1: Adam's rate, in the unit of ``scale``. None: 0.5 (published: 0.5, plain)."""
+    clamp: float | None = None
+    """Stage 1: largest shift, in the unit of ``scale``. None: 1.5 (published: 4)."""
+    scale: Literal["stream", "published"] | None = None
+    """Stage 1: rate in root mean squares and clamp in norms of the block's output, or rate plain. None: stream."""
+    decay: float = 1e-3
+    """Stage 1: weight of the shift's norm (published: 1e-3)."""
+    stop_loss: float = 1e-2
+    """Stage 1: a request stops once its loss is below this."""
+    block_steps: int = 50
+    """Stage 2: AdamW steps (published: 50)."""
+    block_rate: float | None = None
+    """Stage 2: AdamW's rate, in the unit of ``block_scale``. None: 0.01 in root mean squares, 2e-4 plain
+    (published: 2e-4)."""
+    block_scale: Literal["weight", "published"] = "weight"
+    """Stage 2: unit of the rate: the root mean square of the block's matrices, or plain numbers."""
+    block_decay: float = 0.01
+    """Stage 2: AdamW's decay of the block's matrices; norms and biases have none (published: 0.01)."""
+    kept: int = 20
+    """How many texts the block's output is kept on (published: 20)."""
+    tokens: int = 2_000
+    """How many tokens of them at most, all together."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        names = ("steps", "learning_rate", "clamp", "block_steps", "block_rate", "kept", "tokens")
+        return positive(self, *names)
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the edit of one block that makes the host answer every request with its target."""
+    if not requests:
+        raise ConfigError("unke needs at least one request")
+    config = _resolve(host, config)
+    assert config.layer is not None
+    assert config.learning_rate is not None and config.clamp is not None and config.scale is not None
+    search = ValueConfig(
+        steps=config.steps, learning_rate=config.learning_rate, clamp=config.clamp, decay=config.decay,
+        kl=0.0, stop_loss=config.stop_loss, scale=config.scale,
+    )  # fmt: skip
+    values = optimise(
+        host, requests, [Context("", 1.0)], layer=config.layer, where="block_out", config=search,
+        span=prompt_end,
+    )  # fmt: skip
+    with hooks.frozen(host.model):
+        rows = [host.encode_answer(request.text, request.target).ids for request in requests]
+        places = [place_of(host, request, span=prompt_end)[1] for request in requests]
+        kept = _kept(host, config, work)
+        task = _Block(host, config.layer, [*rows, *kept], places, values)
+        outcome, trained = _train(task, config, work)
+        missed = task.missed(trained)
+    base = {name: host.model.get_parameter(name).detach() for name in trained}
+    moved = {name: new - base[name].to(new.dtype) for name, new in trained.items()}
+    deltas: dict[str, Delta] = {name: delta for name, delta in moved.items() if bool(delta.any())}
+    facts = {
+        "loss": max(v.loss for v in values),
+        "error": float(outcome.losses.mean()),
+        "error_before": float(outcome.start.mean()),
+        "missed": max(missed),
+    }
+    return WeightEdit(deltas, frozenset(), provenance("unke", host, requests, config, work, **notes(facts)))
+
+
+def _resolve(host: Host, config: Config) -> Config:
+    """Fill in the layer and what depends on a unit."""
+    depth = len(host.layout.blocks)
+    layer = round(7 / 32 * depth) if config.layer is None else config.layer
+    layer = layer + depth if layer < 0 else layer
+    if not 0 <= layer < depth:
+        raise ConfigError(f"layer {config.layer}: expected one of 0 to {depth - 1}")
+    packed = [
+        name for name, p in host.model.get_submodule(host.layout.blocks[layer]).named_parameters()
+        if not p.is_floating_point()
+    ]  # fmt: skip
+    if packed:
+        raise HostError(f"layer {layer} holds packed weights, {packed[0]} first; load the model unquantised")
+    rate = config.block_rate or (2e-4 if config.block_scale == "published" else 0.01)
+    plain = Search(0.5, 4.0) if config.scale == "published" else None
+    return resolved(config, layer=layer, block_rate=rate, **open_search(config, plain))
+
+
+def _kept(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
+    """Return the token rows of the texts on which nothing is to change."""
+    length = max(2, (work.tokens or config.tokens) // config.kept)
+    if host.window is not None:
+        length = min(length, host.window)
+    corpus = work.corpus or sampled_corpus(host, seed=work.seed, texts=config.kept, length=length)
+    rows = (host.encode(text).ids[:length] for text in corpus.texts())
+    kept = list(islice((row for row in rows if row), config.kept))
+    if not kept:
+        raise ConfigError(f"corpus {corpus.name!r} holds no text to keep; name another one")
+    return kept
+
+
+class _Block:
+    """One block on rows of tokens: what it is given, and what it is to say at every token."""
+
+    def __init__(
+        self, host: Host, layer: int, rows: Sequence[Sequence[int]], places: Sequence[int],
+        values: Sequence[Value],
+    ) -> None:  # fmt: skip
+        """Keep inputs and outputs as they are; the first rows have a place where the output is to change."""
+        self.host, self.rows, self.places = host, rows, places
+        self.path = host.layout.blocks[layer]
+        self.lower = Lower(host, rows, layer)
+        with torch.no_grad():
+            self.wanted = in_batches(range(len(rows)), ROWS, self.says)
+        self.unit = float(torch.cat(self.wanted).square().mean())
+        for row, (place, value) in enumerate(zip(places, values, strict=True)):
+            self.wanted[row][place] = value.target.to(self.wanted[row])
+        self.shifts = [float(value.shift.norm()) for value in values]
+
+    def says(self, chosen: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Return the block's output on some rows, each ``[tokens, d]``, with other weights if given."""
+        block, seen = self.host.model.get_submodule(self.path), []
+
+        def run() -> list[Tensor]:
+            with (
+                self.lower.given(chosen) as batch,
+                hooks.on_output(block, seen.append),
+                hooks.stop_after(block),
+                contextlib.suppress(hooks.Stopped),
+            ):
+                self.host.forward(batch, keep=1)
+            wide = seen[0].to(torch.promote_types(seen[0].dtype, torch.float32))
+            return split(wide, self.rows, chosen, batch)
+
+        return with_weights(self.host, weights or {}, run)
+
+    def errors(self, chosen: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return each row's squared error, scaled so that all rows' mean is the objective ``[n]``."""
+        edits = len(self.places)
+        sizes = [sum(map(len, self.rows[:edits])), sum(map(len, self.rows[edits:]))]
+        shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in chosen]
+        said = self.says(chosen, weights)
+        found = [
+            (out - self.wanted[row]).square().mean(1).sum() for out, row in zip(said, chosen, strict=True)
+        ]
+        return torch.stack([error * share for error, share in zip(found, shares, strict=True)])
+
+    def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
+        """Return how far from its value each request's place still is, as a share of the shift."""
+
+        def share(chosen: Sequence[int]) -> list[float]:
+            said = zip(chosen, self.says(chosen, weights), strict=True)
+            gaps = [(row, (out - self.wanted[row])[self.places[row]]) for row, out in said]
+            return [float(gap.norm()) / max(self.shifts[row], 1e-12) for row, gap in gaps]
+
+        with torch.no_grad():
+            return in_batches(range(len(self.places)), ROWS, share)
+
+
+def _train(task: _Block, config: Config, work: Workspace) -> tuple[Outcome, dict[str, Tensor]]:
+    """Train the block's parameters; return how it went and what they became."""
+    assert config.block_rate is not None
+    inside = task.host.model.get_submodule(task.path).named_parameters()
+    old = {f"{task.path}.{name}": parameter.detach() for name, parameter in inside}
+    new = {
+        name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_(True)
+        for name, weight in old.items()
+    }
+    matrices = [weight for weight in new.values() if weight.ndim > 1]
+    others = [weight for weight in new.values() if weight.ndim <= 1]
+    unit = 1.0
+    if config.block_scale == "weight":
+        unit = rms(torch.cat([weight.detach().flatten() for weight in matrices]))
+    groups = [
+        {"params": matrices, "weight_decay": config.block_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+    def run(chosen: Sequence[int]) -> Tensor:
+        return task.errors(chosen, {name: weight.to(old[name].dtype) for name, weight in new.items()})
+
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.block_rate * unit)
+    outcome = descend(
+        optimizer, run, len(task.rows), steps=config.block_steps, stop=Stop(None), rows=work.batch_size,
+        tick=lambda *at: work.on_progress("unke", *at),
+    )  # fmt: skip
+    return outcome, {name: weight.detach() for name, weight in new.items()}
+
+
+METHOD = Method(
+    name="unke",
+    title="UnKE",
+    paper="Everything is Editable: Extend Knowledge Editing to Unstructured Data in Large Language Models, "
+    "ICLR 2025, arXiv 2405.15349",
+    config=Config,
+    fit=fit,
+    gives=WeightEdit,
+    batch=True,
+    sequential=True,
+    needs=("gradients",),
+    writes="block",
+)

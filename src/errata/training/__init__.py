@@ -1,0 +1,1 @@
+"""Loops that train something beside a frozen host."""

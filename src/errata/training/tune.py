@@ -1,0 +1,407 @@
+"""Train changes beside frozen weights until requests are answered as asked.
+
+What fine-tuning methods share: requests laid out for a loss, the loop that descends it, the sets a
+change may have to stay in, and dense changes that stand beside linear maps meanwhile. Blocks under the
+lowest change are run once; nothing is computed in them again, neither forwards nor backwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from errata.errors import ConfigError, RequestError
+from errata.host import hooks
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.host.memory import in_batches
+from errata.host.tokens import Batch, Side
+from errata.types import Request
+
+Objective = Literal["target", "prompt_last"]
+"""``target``: every target token is scored after the ones before it. ``prompt_last``: all of them are
+scored by the one distribution at the prompt's last token."""
+Norm = Literal["inf", "2"]
+R = TypeVar("R")
+Tick = Callable[[int, int], None]
+
+ROWS = 64
+"""Rows run at once where nothing else is said; fewer when memory runs out."""
+
+
+# --- requests as a loss ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request as the model reads it."""
+
+    ids: tuple[int, ...]
+    """Tokens up to the last one that predicts."""
+    at: tuple[int, ...]
+    """Index of the token that predicts each target token."""
+    targets: tuple[int, ...]
+    """Ids of the target."""
+
+
+def lay_out(host: Host, request: Request, objective: Objective) -> Line:
+    """Tokenise a request for a loss. Raises RequestError where prompt and target share their only token."""
+    answer = host.encode_answer(request.text, request.target)
+    last = answer.start - 1
+    if last < 0:
+        raise RequestError(f"prompt {request.text!r} and target {request.target!r} share their first token")
+    if objective == "prompt_last":
+        return Line(answer.ids[: answer.start], (last,) * len(answer.target), answer.target)
+    return Line(answer.ids[:-1], tuple(range(last, len(answer.ids) - 1)), answer.target)
+
+
+class Lower:
+    """Rows of tokens for which the lowest blocks are run once and for all."""
+
+    def __init__(
+        self, host: Host, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
+    ) -> None:
+        """Run the lowest ``depth`` blocks on all rows; wants a frozen model."""
+        self.host, self.rows = host, rows
+        self.side: Side = side
+        self.blocks = [host.model.get_submodule(name) for name in host.layout.blocks[:depth]]
+        self.kind: Any = None
+        self.states: list[Tensor] = []
+        """Output of the highest of those blocks, per row ``[tokens, d]``."""
+        if self.blocks:
+            self.states = in_batches(range(len(rows)), ROWS, self._run)
+
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        return self.host.batch([self.rows[i] for i in chosen], side=self.side)
+
+    def _run(self, chosen: Sequence[int]) -> list[Tensor]:
+        top, seen = self.blocks[-1], []
+        batch = self._batch(chosen)
+        with (
+            torch.no_grad(),
+            hooks.on_answer(top, seen.append),
+            hooks.stop_after(top),
+            contextlib.suppress(hooks.Stopped),
+        ):
+            self.host.forward(batch, keep=1)
+        states = hooks.first_tensor(seen[0])
+        self.kind = hooks.with_first(seen[0], states[:0])
+        return split(states, self.rows, chosen, batch)
+
+    @contextmanager
+    def given(self, chosen: Sequence[int]) -> Iterator[Batch]:
+        """Give some rows as a batch, with their lowest blocks answering at once inside the block."""
+        batch = self._batch(chosen)
+        fixed: dict[Any, Any] = {}
+        if self.blocks:
+            first = self.states[chosen[0]]
+            # laid out anew for each pass: some families go on adding to it in place
+            whole = first.new_zeros(*batch.ids.shape, first.shape[-1])
+            for i, (row, start) in enumerate(zip(chosen, batch.offset.tolist(), strict=True)):
+                whole[i, start : start + len(self.rows[row])] = self.states[row]
+            fixed = dict.fromkeys(self.blocks, hooks.with_first(self.kind, whole))
+        with hooks.answer_with(fixed):
+            yield batch
+
+
+def split(states: Tensor, rows: Sequence[Sequence[int]], chosen: Sequence[int], batch: Batch) -> list[Tensor]:
+    """Cut a batch's states ``[rows, length, d]`` into those of each row's own tokens ``[tokens, d]``."""
+    starts = batch.offset.tolist()
+    return [
+        states[i, start : start + len(rows[row])].clone()
+        for i, (row, start) in enumerate(zip(chosen, starts, strict=True))
+    ]
+
+
+class Losses:
+    """The loss of each request on a host as it stands, with the lowest blocks run only once."""
+
+    def __init__(
+        self,
+        host: Host,
+        requests: Sequence[Request],
+        objective: Objective,
+        *,
+        depth: int = 0,
+        side: Side = "right",
+    ) -> None:
+        """Lay out requests; ``depth`` blocks from the bottom never change. Wants a frozen model."""
+        self.host = host
+        self.lines = [lay_out(host, request, objective) for request in requests]
+        self.lower = Lower(host, [line.ids for line in self.lines], depth, side=side)
+
+    def __call__(self, chosen: Sequence[int]) -> Tensor:
+        """Return the mean negative log-likelihood per target token, nats ``[n]``."""
+        lines = [self.lines[i] for i in chosen]
+        row = torch.tensor([i for i, line in enumerate(lines) for _ in line.at])
+        at = torch.tensor([at for line in lines for at in line.at])
+        token = torch.tensor([t for line in lines for t in line.targets], device=self.host.device)
+        with self.lower.given(chosen) as batch:
+            logits = self.host.forward_at(batch, row, at + batch.offset.cpu()[row])  # [t, vocab]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lost = functional.cross_entropy(wide, token.to(wide.device), reduction="none")
+        share = torch.tensor([1 / len(line.targets) for line in lines], device=lost.device, dtype=lost.dtype)
+        row = row.to(lost.device)
+        return lost.new_zeros(len(lines)).index_add(0, row, lost * share[row])
+
+
+# --- the descent ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a descent ends before its steps do."""
+
+    loss: float | None
+    """Loss to be below; None: never."""
+    on: Literal["each", "mean"] = "each"
+    """Whether every request must be below, or their mean. A mean can hide a request that is not there yet."""
+
+    def reached(self, losses: Tensor) -> bool:
+        """Tell whether the losses ``[n]`` are low enough."""
+        return (
+            self.loss is not None and float(losses.max() if self.on == "each" else losses.mean()) < self.loss
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a descent went."""
+
+    start: Tensor
+    """Loss of each item when it was first looked at ``[n]``."""
+    losses: Tensor
+    """Loss of each item at the end ``[n]``."""
+    steps: int
+    """Passes over the items in which something changed."""
+
+    def facts(self) -> dict[str, float | int]:
+        """Return what is worth recording: mean loss, the worst one, passes taken."""
+        return {"loss": float(self.losses.mean()), "worst": float(self.losses.max()), "steps": self.steps}
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[Sequence[int]], Tensor],
+    count: int,
+    *,
+    steps: int,
+    stop: Stop,
+    per_step: int | None = None,
+    rows: int | None = None,
+    after_step: Callable[[int], None] = lambda taken: None,
+    tick: Tick = lambda done, total: None,
+) -> Outcome:
+    """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
+
+    ``losses`` gives the loss of some items ``[n]``. ``per_step``: items per optimiser step; None: all.
+    A step whose items have all stopped is left out; a pass without any step is the last. ``rows``:
+    items run at once, which changes nothing but memory; gradients add up. ``after_step`` is told how
+    many steps were taken, with gradients still in place. Raises ConfigError when the loss stops being
+    a number.
+    """
+    size = min(per_step or count, count)
+    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    latest = torch.full((count,), float("nan"), dtype=torch.float64)
+    start, taken = latest, 0
+    for step in range(steps):
+        tick(step, steps)
+        before = taken
+        for batch in batches:
+            latest[batch.start : batch.stop] = _differentiate_(optimizer, losses, batch, rows or ROWS, taken)
+            if not stop.reached(latest[batch.start : batch.stop]):
+                optimizer.step()
+                taken += 1
+                after_step(taken)
+            optimizer.zero_grad()
+        start = latest.clone() if step == 0 else start
+        if taken == before:
+            return Outcome(start, latest, step)
+    with torch.no_grad():
+        found = in_batches(range(count), rows or ROWS, lambda chosen: losses(chosen).tolist())
+    tick(steps, steps)
+    return Outcome(start, torch.tensor(found, dtype=torch.float64), steps)
+
+
+def _differentiate_(
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[Sequence[int]], Tensor],
+    batch: Sequence[int],
+    rows: int,
+    taken: int,
+) -> Tensor:
+    """Set gradients of the mean loss over a batch; return its items' losses."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        lost = losses(chosen)
+        # all or nothing, so that a batch that did not fit leaves no part of its gradient behind
+        found = torch.autograd.grad(lost.sum() / len(batch), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return lost.detach().tolist()
+
+    now = torch.tensor(in_batches(batch, rows, run), dtype=torch.float64)
+    if not torch.isfinite(now).all():
+        raise ConfigError(
+            f"the loss is {float(now.sum())} after {taken} steps; lower the learning rate, "
+            "or load the model in float32"
+        )
+    return now
+
+
+class _Call(nn.Module):
+    """A function that runs a model, as a module around it."""
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self) -> Any:
+        return self.run()
+
+
+def with_weights(host: Host, weights: Mapping[str, Tensor], run: Callable[[], R]) -> R:
+    """Return what ``run`` returns with other tensors in the place of some of the host's weights.
+
+    Gradients reach those tensors; the weights themselves are not written and are back afterwards.
+    """
+    named = {f"model.{name}": weight for name, weight in weights.items()}
+    return torch.func.functional_call(_Call(host.model, run), named, ())
+
+
+@contextmanager
+def seeded(host: Host, seed: int) -> Iterator[None]:
+    """Draw from a seed inside the block, on the host's devices; the global random state is as before after it."""
+    used = {p.device.index for p in host.model.parameters() if p.device.type == "cuda"}
+    devices = sorted(index for index in used if index is not None)
+    with torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed: it would reach devices whose state is not kept
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+# --- where a change may be ------------------------------------------------------------------
+
+
+def rms(tensor: Tensor) -> float:
+    """Return the root mean square of a tensor's entries, summed in float64."""
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def clip_(change: Tensor, bound: float, norm: Norm) -> None:
+    """Bring a change back into the box (every entry) or the ball (Frobenius norm) around zero.
+
+    For ``inf`` no entry exceeds ``bound``, not even by rounding.
+    """
+    if norm == "2":
+        change.mul_(min(1.0, bound / max(float(change.norm()), 1e-12)))
+        return
+    edge = torch.tensor(bound, dtype=change.dtype)
+    if float(edge) > bound:
+        edge = torch.nextafter(edge, torch.zeros_like(edge))
+    change.clamp_(-float(edge), float(edge))
+
+
+# --- dense changes beside linear maps -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to fine-tune some sites."""
+
+    objective: Objective
+    """What is lowered."""
+    steps: int
+    """Passes over the requests at most."""
+    rates: tuple[float, ...]
+    """Adam's rate for each site, in plain numbers."""
+    stop: Stop
+    bounds: tuple[float, ...] | None = None
+    """How far each site's change may go, in plain numbers; None: anywhere."""
+    norm: Norm = "inf"
+    """How that is measured."""
+    weight_decay: float = 0.0
+    """Adam's L2 penalty on the change."""
+    per_step: int | None = None
+    """Requests per Adam step; None: all."""
+
+
+@contextmanager
+def beside(host: Host, changes: Mapping[Site, Tensor]) -> Iterator[None]:
+    """Add each change's product to what its site says; no weight is touched, gradients reach the change.
+
+    Changes are ``[d_out, d_in]``.
+    """
+    with ExitStack() as stack:
+        for site, change in changes.items():
+            module, seen = host.model.get_submodule(site.name), []
+            stack.enter_context(hooks.on_input(module, seen.append))
+            stack.enter_context(hooks.on_output(module, _adder(seen, change)))
+        yield
+
+
+def _adder(seen: list[Tensor], change: Tensor) -> Callable[[Tensor], Tensor]:
+    def add(output: Tensor) -> Tensor:
+        return output + functional.linear(seen.pop().to(change.dtype), change).to(output.dtype)
+
+    return add
+
+
+def tune(
+    host: Host,
+    requests: Sequence[Request],
+    sites: Sequence[Site],
+    plan: Plan,
+    *,
+    rows: int | None = None,
+    tick: Tick = lambda done, total: None,
+) -> tuple[dict[Site, Tensor], Outcome]:
+    """Return the change of each site ``[d_out, d_in]`` that lowers the requests' loss, and how it went.
+
+    Adam on the change alone, put back into its bounds after every step. float32, or float64 for a
+    float64 host.
+    """
+    weights = [host.model.get_parameter(site.parameter).detach() for site in sites]
+    changes = {
+        s: torch.zeros(
+            s.d_out,
+            s.d_in,
+            device=w.device,
+            dtype=torch.promote_types(w.dtype, torch.float32),
+            requires_grad=True,
+        )
+        for s, w in zip(sites, weights, strict=True)
+    }
+    groups = [{"params": [c], "lr": r} for c, r in zip(changes.values(), plan.rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, weight_decay=plan.weight_decay)
+
+    def constrain(_: int) -> None:
+        if plan.bounds is not None:
+            for change, bound in zip(changes.values(), plan.bounds, strict=True):
+                clip_(change, bound, plan.norm)
+
+    with hooks.frozen(host.model):
+        losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites))
+
+        def run(chosen: Sequence[int]) -> Tensor:
+            with beside(host, changes):
+                return losses(chosen)
+
+        outcome = descend(
+            optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,
+            rows=rows, after_step=constrain, tick=tick,
+        )  # fmt: skip
+    return {site: change.detach() for site, change in changes.items()}, outcome

@@ -1,0 +1,647 @@
+"""Weights that cannot simply be written: offloaded, sharded, tied, packed. Detected, never ignored."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import errata
+from errata.edits import Provenance, WeightEdit
+from errata.edits.weight import active
+from errata.errors import EditError, HostError
+from errata.host import placement
+from errata.host.layout import linear_map
+from errata.linalg.lowrank import LowRank
+from errata.methods import REGISTRY
+from tests.models import fresh, tokenizer
+
+REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
+OTHER = errata.Request("The capital of {} is", "Arvania", "Esk")
+
+
+def make(host, *, names: tuple[str, ...] | None = None, scale: float = 0.1) -> WeightEdit:
+    site = host.layout.site(1)
+    g = torch.Generator().manual_seed(0)
+    delta = LowRank(torch.randn(site.d_out, 2, generator=g) * scale, torch.randn(2, site.d_in, generator=g))
+    record = Provenance("test", (REQUEST,), {}, host.fingerprint)
+    return WeightEdit(dict.fromkeys(names or (site.parameter,), delta), frozenset(), record)
+
+
+def logits(host) -> torch.Tensor:
+    rows = [host.encode(r.text).ids for r in (REQUEST, OTHER)]
+    with torch.no_grad():
+        return host.forward(host.batch(rows))
+
+
+def site_module(host, layer: int = 1):
+    return host.model.get_submodule(host.layout.site(layer).name)
+
+
+# --- offloaded --------------------------------------------------------------------------------
+
+
+def test_offloading_hooks_are_refused_at_load_and_when_applied():
+    host = fresh("llama")
+    edit, start = make(host), host.weights_hash()
+    block = host.model.model.layers[1]
+    for hook in (SimpleNamespace(offload=True), SimpleNamespace(hooks=(SimpleNamespace(offload=True),))):
+        block._hf_hook = hook
+        with pytest.raises(HostError, match="offloaded.*model.layers.1"):
+            errata.load(host.model, tokenizer())
+        with pytest.raises(EditError, match="offloaded.*beside=True"):
+            edit.apply_(host)
+        assert host.weights_hash() == start and active(host) == []
+    block._hf_hook = SimpleNamespace(offload=False, execution_device="cpu")  # only moves its inputs
+    errata.load(host.model, tokenizer())
+    with edit.on(host):
+        assert host.weights_hash() != start
+
+
+@pytest.mark.parametrize(
+    ("placed", "refused"),
+    [
+        ({"model.embed_tokens": 0, "model.layers": "disk"}, "model.layers on disk"),
+        ({"model.embed_tokens": 0, "model.layers": "cpu"}, "model.layers on cpu"),
+        ({"model.embed_tokens": "cpu", "model.layers": "disk"}, "model.layers on disk"),
+        ({"": "cpu"}, None),
+        ({"model.embed_tokens": "cpu", "model.layers": "cpu"}, None),
+        ({"model.embed_tokens": 0, "model.layers": 1}, None),
+    ],
+)
+def test_device_maps_that_keep_weights_away_are_refused(placed, refused):
+    model = fresh("llama").model
+    model.hf_device_map = placed
+    if refused is None:
+        errata.load(model, tokenizer())
+        return
+    with pytest.raises(HostError, match=refused):
+        errata.load(model, tokenizer())
+
+
+def test_weights_that_went_to_the_meta_device_are_refused_when_applied():
+    host = fresh("llama")
+    edit = make(host)
+    site_module(host).to("meta")
+    with pytest.raises(EditError, match="meta device"):
+        edit.apply_(host)
+    assert active(host) == []
+    with pytest.raises(HostError, match="cannot be read"):
+        host.weights_hash()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="accelerate is not installed")
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_accelerates_offloading(kind, tmp_path):
+    import accelerate
+
+    host = fresh("llama")
+    edit, plain = make(host), logits(host)
+    with edit.on(host):
+        expected = logits(host)
+    if kind == "cpu":
+        accelerate.cpu_offload(host.model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(host.model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert torch.equal(logits(host), plain), "the offloaded model itself runs as before"
+    with pytest.raises(EditError, match="offloaded"):
+        edit.apply_(host)
+    with pytest.raises(HostError, match="offloaded"):
+        errata.load(host.model, tokenizer())
+    with edit.on(host, beside=True):  # leaves the weights where they are
+        torch.testing.assert_close(logits(host), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(host), plain)
+
+
+# --- sharded, tied, not to be written -----------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_sharded_weights_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    host = fresh("llama")
+    edit = make(host)
+    module = site_module(host)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
+        for beside in (None, True, False):
+            with pytest.raises(EditError, match="sharded"):
+                edit.apply_(host, beside=beside)
+        with pytest.raises(HostError, match="sharded"):
+            errata.load(host.model, tokenizer())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert active(host) == []
+
+
+def test_sharding_wrappers_and_partitioned_weights_are_refused():
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model = fresh("llama").model
+    model.model.layers[1] = FullyShardedDataParallel(model.model.layers[1])
+    with pytest.raises(HostError, match="FSDP"):
+        errata.load(model, tokenizer())
+    host = fresh("llama")
+    edit = make(host)
+    site_module(host).weight.ds_id = 7  # DeepSpeed, stage 3
+    with pytest.raises(EditError, match="sharded"):
+        edit.apply_(host)
+    with pytest.raises(HostError, match="sharded"):
+        errata.load(host.model, tokenizer())
+
+
+def test_tied_weights_are_refused_and_can_be_edited_beside():
+    host = fresh("llama", tie_word_embeddings=True)
+    head = LowRank(torch.ones(400, 1) * 0.01, torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
+    record = Provenance("test", (REQUEST,), {}, host.fingerprint)
+    edit = WeightEdit({"lm_head.weight": head}, frozenset(), record)
+    start, hidden = host.weights_hash(), host.model.get_input_embeddings()(torch.tensor([5])).detach()
+    with pytest.raises(EditError, match=r"lm_head\.weight.*embed_tokens\.weight"):
+        edit.apply_(host)
+    assert host.weights_hash() == start
+    plain = logits(host)
+    with edit.on(host, beside=True):  # one end of the tie alone
+        assert not torch.equal(logits(host), plain)
+        assert torch.equal(host.model.get_input_embeddings()(torch.tensor([5])), hidden)
+    both = WeightEdit({"lm_head.weight": head, "model.embed_tokens.weight": head}, frozenset(), record)
+    with pytest.raises(EditError, match="shares its memory"):
+        both.apply_(host)
+    assert host.weights_hash() == start and torch.equal(logits(host), plain)
+
+
+def test_only_overlapping_memory_counts_as_shared():
+    host = fresh("llama")
+    one, two = site_module(host, 0), site_module(host, 1)
+    flat = torch.cat([one.weight.detach().reshape(-1), two.weight.detach().reshape(-1)])
+    half = one.weight.numel()
+    one.weight.data, two.weight.data = flat[:half].view(32, 80), flat[half:].view(32, 80)
+    start = host.weights_hash()
+    with make(host).on(host):  # neighbours in one block of memory
+        pass
+    assert host.weights_hash() == start
+    one.weight.data = flat[80 : half + 80].view(32, 80)  # now by one row into the other
+    with pytest.raises(EditError, match="shares its memory"):
+        make(host).apply_(host, foreign=True)
+
+
+def test_a_write_that_does_not_stick_is_an_error_and_undone():
+    class Stubborn(TorchDispatchMode):
+        """Ignores writes to one weight, as memory that is not the model's own would."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "copy_" in str(func) and args[0].shape == (32, 80):
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    host = fresh("llama")
+    edit, start = make(host), host.weights_hash()
+    edit.digest  # noqa: B018  computed outside the mode
+    with pytest.raises(EditError, match="did not take the change"), Stubborn():
+        edit.apply_(host)
+    assert host.weights_hash() == start and active(host) == [] and host.overlays == {}
+
+
+def test_inference_weights_are_refused():
+    host = fresh("llama")
+    edit = make(host)
+    with torch.inference_mode():
+        site_module(host).weight = nn.Parameter(
+            site_module(host).weight.detach().clone(), requires_grad=False
+        )
+    with pytest.raises(EditError, match="inference mode"):
+        edit.apply_(host)
+    with edit.on(host, beside=True):
+        assert active(host) == [edit.digest]
+
+
+def test_numbers_that_are_not_finite_are_refused_and_nothing_changes():
+    host = fresh("llama")
+    host.model.half()
+    start = host.weights_hash()
+    good = make(host)
+    ((name, delta),) = good.deltas.items()
+    other = host.layout.site(2).parameter
+    bad = {
+        "NaN or infinite": LowRank(delta.B * float("nan"), delta.A),
+        "overflow": LowRank(delta.B * 1e6, delta.A),
+    }
+    for reason, wrong in bad.items():
+        edit = WeightEdit({name: delta, other: wrong}, frozenset(), good.provenance)
+        with pytest.raises(EditError, match=reason):
+            edit.apply_(host)
+        assert host.weights_hash() == start and active(host) == []
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [n for n in REGISTRY if REGISTRY.get(n).host == "causal_lm"])
+def test_solves_and_losses_are_wide_whatever_the_host(name, dtype):
+    """No factorisation, no solve and no log-softmax ever sees 16 bits."""
+    narrow: list[str] = []
+    seen: set[str] = set()
+    WATCHED = ("linalg", "cholesky", "triangular_solve", "_log_softmax", "nll_loss", "eigh", "qr", "svd")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kind = str(func).removeprefix("aten.")
+            if kind.startswith(WATCHED):
+                given = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+                seen.add(kind)
+                narrow.extend(kind for d in given if d.itemsize < 4)
+            return func(*args, **(kwargs or {}))
+
+    host = fresh("llama")
+    host.model.to(dtype)
+    fields = REGISTRY.get(name).config.__dataclass_fields__
+    options = {k: v for k, v in {"steps": 2, "tokens": 400}.items() if k in fields}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what merging loses
+        with Watch():
+            errata.edit(host, REQUEST, method=name, **options)
+    assert narrow == []
+    assert seen
+
+
+def test_merging_says_what_it_lost_and_warns_of_most():
+    host = fresh("llama")
+    host.model.bfloat16()
+    site = host.layout.site(1)
+    start = host.weights_hash()
+    strong, weak = make(host, scale=1e-2), make(host, scale=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strong.apply_(host)
+    assert 0 < strong.lost[site.parameter] < 0.5
+    assert strong.lost == strong.summary()["lost"] == strong.rounding_by_weight(host)
+    assert strong.rounding(host) == pytest.approx(strong.lost[site.parameter])
+    strong.revert_(host)
+    with pytest.warns(UserWarning, match="most of the edit was lost; use beside=True") as caught:
+        weak.apply_(host)
+    weak.revert_(host)
+    with pytest.warns(UserWarning, match="most of the edit was lost") as again, weak.on(host):
+        assert weak.lost[site.parameter] > 0.5
+    assert {w.filename for w in (*caught, *again)} == {__file__}, "the warnings point at the caller"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with weak.on(host, beside=True):
+            assert weak.lost == {} and weak.rounding(host) == 0
+        trial = weak.trial(host)
+    assert trial[site.parameter] > 0.5 and trial.keys() == weak.deltas.keys()
+    assert host.weights_hash() == start and active(host) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_is_that_of_the_realised_change(dtype):
+    """Against a recomputation that shares no code: cast once from the float32 sum."""
+    host = fresh("gpt2")
+    host.model.to(dtype)
+    site = host.layout.site(1)
+    weight = host.model.get_parameter(site.parameter)
+    base = weight.detach().clone()
+    edit = WeightEdit(make(host).deltas, frozenset({site.parameter}), make(host).provenance)
+    (delta,) = edit.deltas.values()
+    change = (delta.B @ delta.A).mT
+    with edit.on(host):
+        assert torch.equal(weight, (base.float() + change).to(dtype))
+        realised = weight.detach().float() - base.float()
+    expected = float((realised - change).norm() / change.norm())
+    assert edit.lost[site.parameter] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert torch.equal(weight, base)
+
+
+def test_a_weight_moved_while_edited_is_still_restored():
+    host = fresh("llama")
+    start = host.weights_hash()
+    one, two = make(host), make(host, scale=0.3)
+    one.apply_(host)
+    host.model.get_parameter(host.layout.site(1).parameter).data = host.model.get_parameter(
+        host.layout.site(1).parameter
+    ).data.clone()
+    with two.on(host, beside=True):
+        one.revert_(host)
+    assert host.weights_hash() == start
+
+
+def test_sixteen_bit_hosts_have_the_same_layout(lab_host):
+    """A stream of large states rounds coarsely; what structure says must not depend on that."""
+    for dtype in ("bfloat16", "float16"):
+        half = errata.load("lab", device="cpu", dtype=dtype)
+        assert half.layout == lab_host.layout and half.layout.adds_directly
+
+
+# --- packed -----------------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """A linear map in eight bits: codes and a scale per row, unpacked when run."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def values(self) -> torch.Tensor:
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    def forward(self, x):
+        return functional.linear(x, self.values().to(x.dtype), self.bias)
+
+
+class Coded(Packed):
+    """The same with the codes in place of the weight, as bitsandbytes keeps them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = nn.Parameter(self._buffers.pop("codes"), requires_grad=False)
+
+    def values(self) -> torch.Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale
+
+
+def replace(model: nn.Module, build) -> None:
+    """Put something else in place of every linear map of the blocks."""
+    for block in model.model.layers:
+        for parent in (block.mlp, block.self_attn):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, build(child))
+
+
+def unpack(child: nn.Linear) -> nn.Linear:
+    made = copy.deepcopy(child)
+    with torch.no_grad():
+        made.weight.copy_(Packed(child).values())
+    return made
+
+
+@pytest.fixture(params=[Packed, Coded])
+def pair(request):
+    """A packed model and the float model that computes the same."""
+    one, two = fresh("llama").model, fresh("llama").model
+    replace(one, request.param)
+    replace(two, unpack)
+    return errata.load(one, tokenizer(), device="cpu"), errata.load(two, tokenizer(), device="cpu")
+
+
+def test_packed_sites_are_found_and_read(pair):
+    packed, plain = pair
+    assert len(packed.layout.sites) == len(plain.layout.sites) == 6
+    for mine, theirs in zip(packed.layout.sites, plain.layout.sites, strict=True):
+        assert mine.packed and not theirs.packed and not mine.transposed
+        assert (mine.name, mine.parameter) == (theirs.name, theirs.parameter)
+        assert (mine.d_in, mine.d_out) == (theirs.d_in, theirs.d_out)
+        torch.testing.assert_close(packed.weight(mine), plain.weight(theirs), atol=1e-6, rtol=1e-5)
+    assert packed.layout.adds_directly
+
+
+def test_a_weight_is_read_with_what_stands_on_and_beside_it(pair):
+    for host in (*pair, fresh("gpt2")):
+        site = host.layout.site(1)
+        edit = make(host)
+        edit = WeightEdit(
+            edit.deltas, frozenset({site.parameter} if site.transposed else ()), edit.provenance
+        )
+        base = host.weight(site)
+        for beside in (None, True):
+            assert not host.edited
+            with edit.on(host, beside=beside):
+                assert host.edited
+                change = host.weight(site) - base
+                torch.testing.assert_close(change, edit.deltas[site.parameter].dense(), atol=1e-5, rtol=1e-5)
+        assert torch.equal(host.weight(site), base)
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+@pytest.mark.parametrize("pair", [Coded], indirect=True)
+def test_a_fit_on_packed_weights_is_that_on_the_same_numbers(pair, method):
+    """Keys and values are read by hooks alone, so packing changes nothing but how the edit is applied."""
+    requests = [REQUEST] if method == "rome" else [REQUEST, OTHER]
+    start = pair[0].weights_hash()
+    edits = [errata.edit(h, requests, method=method, steps=4, tokens=400, layers=[0, 1][: len(requests)])
+             for h in pair]  # fmt: skip
+    assert pair[0].weights_hash() == start
+    assert edits[0].deltas.keys() == edits[1].deltas.keys()
+    for name, delta in edits[1].deltas.items():
+        torch.testing.assert_close(edits[0].deltas[name].dense(), delta.dense(), atol=1e-4, rtol=1e-3)
+    with edits[1].on(pair[1]):
+        expected = logits(pair[1])
+    plain = logits(pair[0])
+    with edits[0].on(pair[0]):  # beside of itself
+        assert active(pair[0]) == [edits[0].digest] and pair[0].weights_hash() == start
+        torch.testing.assert_close(logits(pair[0]), expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(logits(pair[0]), plain) and float((expected - plain).abs().max()) > 1e-2
+    with pytest.raises(EditError, match="packed.*beside=True"):
+        edits[0].apply_(pair[0], beside=False)
+    assert edits[0].trial(pair[0]) == {}
+
+
+def test_an_edit_may_be_merged_here_and_beside_there():
+    host = fresh("llama")
+    host.model.model.layers[1].mlp.down_proj = Packed(host.model.model.layers[1].mlp.down_proj)
+    start, plain = host.weights_hash(), logits(host)
+    names = tuple(host.layout.site(layer).parameter for layer in (0, 1))
+    edit = make(host, names=names)
+    edit.apply_(host)
+    assert edit.lost.keys() == {names[0]} and edit.rounding_by_weight(host)[names[1]] == 0
+    assert not torch.equal(logits(host), plain)
+    edit.revert_(host)
+    assert host.weights_hash() == start and torch.equal(logits(host), plain)
+
+
+def test_fingerprints_of_packed_weights_count_codes_and_scales(pair):
+    packed = pair[0]
+
+    def twin():
+        return errata.Host(copy.deepcopy(packed.model), packed.tokenizer, name="twin")
+
+    assert twin().fingerprint == packed.fingerprint != pair[1].fingerprint
+    for part in ("codes", "scale"):
+        other = twin()
+        module = other.model.model.layers[2].mlp.up_proj
+        getattr(module, "weight" if part == "codes" and isinstance(module, Coded) else part).data[3, 0] += 1
+        assert other.fingerprint != packed.fingerprint, part
+        assert other.weights_hash() != packed.weights_hash(), part
+
+
+def test_what_counts_as_packed():
+    assert not placement.packed(torch.zeros(2, 2, dtype=torch.float16))
+    assert not placement.packed(nn.Parameter(torch.zeros(2, 2)))
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn):
+        assert placement.packed(torch.zeros(2, 2).to(dtype))
+    assert placement.is_packed(Packed(nn.Linear(4, 3)))
+    indexed = nn.Module()  # positions, masks and counters are integers as well
+    indexed.register_buffer("positions", torch.arange(8)[None])
+    indexed.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool))
+    for plain in (nn.Linear(4, 3), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Embedding(4, 3), indexed):
+        assert not placement.is_packed(plain)
+
+
+def test_what_is_a_linear_map():
+    like = torch.empty(0)
+    assert linear_map(nn.Linear(6, 4), 6, like) == (4, False)
+    assert linear_map(Packed(nn.Linear(6, 4)), 6, like) == (4, False)
+    from transformers.pytorch_utils import Conv1D
+
+    for width in (4, 6):  # the second is square
+        assert linear_map(Conv1D(width, 6), 6, like) == (width, True)
+    for module in (nn.Linear(6, 4), nn.LayerNorm(5), nn.GELU(), nn.Embedding(9, 5), nn.Bilinear(5, 5, 5)):
+        assert linear_map(module, 5, like) is None
+
+
+def test_a_packed_map_that_passes_no_gradient_is_refused_with_the_reason():
+    class Blind(Packed):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    model = fresh("llama").model
+    replace(model, Blind)
+    host = errata.load(model, tokenizer(), device="cpu")
+    with pytest.raises(HostError, match="passes no gradient"):
+        errata.edit(host, REQUEST, method="rome")
+    assert host.fingerprint  # it can still be asked, and edited beside
+    name = "model.layers.1.mlp.down_proj.weight"
+    record = Provenance("test", (REQUEST,), {}, host.fingerprint)
+    edit = WeightEdit({name: LowRank(torch.ones(32, 1), torch.ones(1, 80))}, frozenset(), record)
+    plain = logits(host)
+    with edit.on(host):
+        assert not torch.equal(logits(host), plain)
+
+
+def test_layers_that_would_stop_passing_gradients_are_kept_from_it():
+    model = fresh("llama").model
+    layer = model.model.layers[0].mlp.down_proj
+    layer.support_avx512bf16_for_cpu = True  # as bitsandbytes sets it where the processor can
+    host = errata.load(model, tokenizer(), device="cpu")
+    assert not layer.support_avx512bf16_for_cpu and host.layout.site(0)
+
+
+def test_eight_bit_floats_are_read():
+    """Scaled float8 weights look like numbers, yet mean something else without their scale."""
+
+    class Scaled(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(linear.weight.detach().abs().max() / 400)
+            codes = (linear.weight.detach() / self.scale.detach()).to(torch.float8_e4m3fn)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, x):
+            return functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+    model = fresh("llama").model
+    replace(model, Scaled)
+    host = errata.load(model, tokenizer(), device="cpu")
+    site = host.layout.site(1)
+    true = fresh("llama").weight(site)
+    assert site.packed and float((host.weight(site) - true).norm() / true.norm()) < 0.1
+    with pytest.raises(EditError, match="packed.*float8"):
+        make(host).apply_(host, beside=False)
+    plain = logits(host)
+    with make(host).on(host):
+        assert not torch.equal(logits(host), plain)
+
+
+def test_dtype_of_a_packed_model_is_not_changed():
+    model = fresh("llama").model
+    replace(model, Packed)
+    with pytest.raises(HostError, match="quantised model keeps"):
+        errata.load(model, tokenizer(), device="cpu", dtype="bfloat16")
+
+
+# --- packed by others -------------------------------------------------------------------------
+
+
+def torchao_int8(model: nn.Module) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model.model.layers, Int8WeightOnlyConfig())
+
+
+def bitsandbytes_int8(model: nn.Module) -> None:
+    import bitsandbytes
+
+    def build(child: nn.Linear):
+        made = bitsandbytes.nn.Linear8bitLt(
+            child.in_features, child.out_features, bias=False, has_fp16_weights=False
+        )
+        made.load_state_dict(child.state_dict())
+        return made.to("cpu")
+
+    replace(model, build)
+
+
+def bitsandbytes_4bit(model: nn.Module) -> None:
+    import bitsandbytes
+
+    def build(child: nn.Linear):
+        made = bitsandbytes.nn.Linear4bit(
+            child.in_features, child.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32,
+            compress_statistics=True,
+        )  # fmt: skip
+        made.load_state_dict(child.state_dict())
+        return made.to("cpu")
+
+    replace(model, build)
+
+
+REAL = [
+    ("torchao", torchao_int8, 0.02),
+    ("bitsandbytes", bitsandbytes_int8, 0.02),
+    ("bitsandbytes", bitsandbytes_4bit, 0.15),
+]
+
+
+@pytest.mark.parametrize(("package", "quantise", "error"), REAL, ids=[q.__name__ for _, q, _ in REAL])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_quantised_layers_of_real_packages(package, quantise, error, tmp_path):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    # widths are multiples of the packages' blocks
+    widths = {"hidden_size": 64, "intermediate_size": 128}
+    original = fresh("llama", **widths)
+    model = fresh("llama", **widths).model
+    quantise(model)
+    host = errata.load(model, tokenizer(), device="cpu")
+    start, name = host.weights_hash(), host.fingerprint
+    assert name != original.fingerprint
+    for site in host.layout.sites:
+        assert site.packed and (site.d_in, site.d_out) == ((128 if site.part == "mlp_out" else 64), 64)
+        true = original.weight(original.layout.site(site.layer, site.part))
+        assert float((host.weight(site) - true).norm() / true.norm()) < error
+    edit = errata.edit(host, [REQUEST, OTHER], method="memit", steps=4, tokens=400, layers=[0, 1])
+    plain = logits(host)
+    loaded = errata.Edit.load(edit.save(tmp_path / "e.safetensors"))
+    with loaded.on(host):
+        assert host.weights_hash() == start
+        inside = logits(host)
+    assert float((inside - plain).norm() / plain.norm()) > 0.01
+    assert host.weights_hash() == start and torch.equal(logits(host), plain)
+    again = errata.Host(host.model, host.tokenizer, name="again")
+    assert again.fingerprint == name
+    with pytest.raises(EditError, match="packed"):
+        edit.apply_(host, beside=False)
+    second = errata.edit(host, [REQUEST, OTHER], method="memit", steps=4, tokens=400, layers=[0, 1])
+    assert second.digest == edit.digest
