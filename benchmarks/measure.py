@@ -48,6 +48,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("benchmarks/naive.py", "keys_at", "keys"),
     ("benchmarks/naive.py", "current", "keys"),
     ("benchmarks/naive.py", "ridge", "solve"),
+    ("benchmarks/naive.py", "whitened", "solve"),
 )
 """Which phase a function belongs to: part of its file's path, its name ("" for any), the phase."""
 
@@ -69,14 +70,14 @@ class Task:
     sequential: bool = False
     """Whether each fit goes on from the one before."""
     steps: int = 0
-    """Steps of the value search; 0 where a method has none."""
+    """Steps of the value search; 0 where a method has none, or is to have its own number."""
     timed: int = 0
     """Steps the plain way is timed at, its search's time then scaled up to ``steps``; 0: all of them."""
     layers: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of the method."""
     early: bool = False
-    """Whether searches may stop early, as they do in use; then nothing is said of a floor."""
+    """Whether searches may stop early, as they do in use: the method's own settings, and no floor."""
     repeats: int = 1
     tokens: int = 1024
     """Token budget of the statistics that an edit needs, which is no part of its time."""
@@ -110,6 +111,9 @@ class Phases:
     def __init__(self, read: Reader) -> None:
         self.read = read
         self.spent: dict[str, float] = {}
+        """By phase; ``other`` for what none of them holds."""
+        self.marks: list[dict[str, float]] = []
+        """What was spent up to each call of :meth:`mark`."""
         self._known: dict[CodeType, str | None] = {}
         self._inside: FrameType | None = None
         self._began = 0.0
@@ -121,8 +125,15 @@ class Phases:
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
-        self.total = self.read() - self._start
-        self.spent["other"] = self.total - sum(self.spent.values())
+        self.spent = self._so_far()
+
+    def mark(self) -> None:
+        """Note what has been spent so far; to be called from outside of all phases."""
+        self.marks.append(self._so_far())
+
+    def _so_far(self) -> dict[str, float]:
+        total = self.read() - self._start
+        return {**self.spent, "other": total - sum(self.spent.values())}
 
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and self._inside is None:
@@ -203,6 +214,8 @@ def run(task: Task) -> dict[str, Any]:
     try:
         if task.kind == "edit" and task.method not in REGISTRY:
             raise Missing(f"there is no method {task.method!r} in this installation")
+        if torch.device(task.device).type == "cuda" and not torch.cuda.is_available():
+            raise Missing(f"no CUDA device is to be seen, {task.device!r} was asked for; use --device cpu")
         host = scene.host(task.shape, task.device)
         result = {"edit": _edit, "naive": _naive, "statistics": _statistics}[task.kind](host, task)
     except Missing as missing:
@@ -225,15 +238,16 @@ def _edit(host: Host, task: Task) -> dict[str, Any]:
     read = clock(task.device)
     rate = matrix_rate(host)
 
-    def fit(steps: int, count: int, phases: Phases | None = None) -> tuple[list[float], Any]:
+    def fit(steps: int, count: int, phases: Phases) -> tuple[list[float], Any]:
         config = _config(method.config, task, steps)
         seconds: list[float] = []
         edit: Any = None
-        with phases or contextlib.nullcontext():
+        with phases:
             for first in range(0, count, task.batch):
                 part, start = requests[first : first + task.batch], read()
                 edit = method.run(host, part, config, work, after=edit if task.sequential else None)
                 seconds.append(read() - start)
+                phases.mark()
         return seconds, edit
 
     start = read()
@@ -258,7 +272,7 @@ def _edit(host: Host, task: Task) -> dict[str, Any]:
         "phases": shares[best],
         "peak_bytes": peak_bytes(task.device),
         "notes": {name: value for name, value in notes.items() if isinstance(value, (int, float))},
-        "executed": None if task.early else _executed(fit, task),
+        "executed": _executed(fit, task),
         "floor": None if task.early else _floor(host, task, requests, edit, work),
     }
 
@@ -295,26 +309,23 @@ def _check_no_early_stop(notes: Mapping[str, Any], task: Task) -> None:
         )
 
 
-def _executed(fit: Callable[..., tuple[list[float], Any]], task: Task) -> dict[str, float]:
+def _executed(fit: Callable[[int, int, Phases], tuple[list[float], Any]], task: Task) -> dict[str, float]:
     """Count the operations of one fit, per edit and phase.
 
     Where nothing stops early they grow by the same amount with every step from the second on, so two
-    short searches tell the count of a long one. Of a sequence the second fit is counted: the first has
-    no history.
+    short searches tell the count of a long one; else the fit is run as it is. Of a sequence the second
+    fit is counted: the first has no history.
     """
-    batches = min(2 if task.sequential else 1, -(-task.count // task.batch))
+    batches = 2 if task.sequential and task.count > task.batch else 1
 
     def count(steps: int) -> dict[str, float]:
-        spent: list[dict[str, float]] = []
-        for upto in range(1, batches + 1):
-            with counting() as read:
-                phases = Phases(read)
-                fit(steps, upto * task.batch, phases)
-            spent.append(phases.spent)
-        before = spent[-2] if batches > 1 else {}
-        return {name: value - before.get(name, 0.0) for name, value in spent[-1].items()}
+        with counting() as read:
+            phases = Phases(read)
+            fit(steps, batches * task.batch, phases)
+        before = phases.marks[-2] if batches > 1 else {}
+        return {name: value - before.get(name, 0.0) for name, value in phases.marks[-1].items()}
 
-    some = count(WARM_STEPS)
+    some = count(WARM_STEPS if task.steps else 0)
     if task.steps <= WARM_STEPS:
         return {name: value / task.batch for name, value in some.items()}
     more = count(WARM_STEPS + 1)
@@ -390,7 +401,7 @@ def _naive(host: Host, task: Task) -> dict[str, Any]:
     return {
         "rate": rate,
         "seconds": sum(spent.values()) / task.count,
-        "phases": {name: seconds / task.count for name, seconds in spent.items()},
+        "phases": {name: part / task.count for name, part in spent.items()},
         "executed": executed,
         "floor": {name: operations / task.count for name, operations in least.items()},
         "peak_bytes": peak,

@@ -254,7 +254,7 @@ def rome(
     site = host.layout.site(layer)
     value = find_value(host, request, prefixes, layer=layer, where="mlp_out", search=search)
     key, output = keys_at(host, request, prefixes, site)
-    left = torch.linalg.solve(second.double(), key)
+    left = whitened(second, key)
     if keys == "mixed":
         key, output = keys_at(host, request, [("", 1.0)], site)
     return torch.outer(value.target.double() - output, left) / (left @ key), value
@@ -295,6 +295,11 @@ def memit(
             with torch.no_grad():
                 host.model.get_parameter(name).copy_(bits)
     return deltas, found
+
+
+def whitened(second: Tensor, key: Tensor) -> Tensor:
+    """Return C^-1 k ``[m]``."""
+    return torch.linalg.solve(second.double(), key)
 
 
 def ridge(K: Tensor, R: Tensor, second: Tensor, cov_weight: float) -> Tensor:

@@ -10,7 +10,7 @@ Result = Mapping[str, Any]
 
 GIGA = 1e9
 HEAD = (
-    "workload", "s", "floor s", "times floor", "GFLOP", "floor GFLOP", "of which s", "peak GiB",
+    "workload", "s", "floor s", "times floor", "GFLOP", "floor GFLOP", "of which s", "once s", "peak GiB",
     "less weights GiB",
 )  # fmt: skip
 
@@ -66,7 +66,7 @@ def cells(result: Result) -> list[str]:
     """Return a result's row of the table."""
     task = result["task"]
     if "missing" in result:
-        return [task["name"], "not run", "", "", "", "", result["missing"], "", ""]
+        return [task["name"], f"not run: {result['missing']}", *[""] * (len(HEAD) - 2)]
     scale = unit(result)
     seconds, least = result["seconds"] * scale, floor_seconds(result)
     spent = {name: s * scale for name, s in result.get("phases", {}).items()}
@@ -84,6 +84,7 @@ def cells(result: Result) -> list[str]:
         figure(total(result, "executed") / GIGA * scale) if result.get("executed") else "",
         figure(total(result, "floor") / GIGA * scale) if result.get("floor") else "",
         ", ".join(shares),
+        figure(result.get("prepare_seconds")),
         f"{held / 2**30:.2f}",
         f"{(held - weights) / 2**30:.2f}",
     ]

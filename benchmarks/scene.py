@@ -1,6 +1,7 @@
 """What is measured: models of known shapes with random weights, a vocabulary, requests and texts.
 
-Weights and words are random, and the time of an edit depends on neither: on shapes alone.
+Weights and words are random, and the time of an edit depends on neither: on shapes alone. Only how soon
+a search stops depends on what a model knows; for that there is the lab's trained one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+LAB = "lab"
+"""The shape that is no shape: the embedded trained model, with its own requests and text."""
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
 
 
@@ -61,7 +64,7 @@ SHAPES: dict[str, Shape] = {
     ),
 }  # fmt: skip
 
-TEMPLATES = ("{} _ _", "{} _ _", "{} , _ _", "_ _ _ {} _", "_ _ _ {} _", "_ _ _ _ {} _")
+TEMPLATES = ("{} _ _", "{} , _", "{} _ _", "_ _ _ {} _", "_ _ _ {} _", "_ _ _ _ {} _")
 """Wordings, a blank for a common word: half begin with the subject, and little follows it, as in the usual
 collections of requests."""
 
@@ -97,6 +100,8 @@ def host(name: str, device: str = "cpu") -> Any:
 
     import errata
 
+    if name == LAB:
+        return errata.load(LAB, device=device)
     shape = SHAPES[name]
     tokens = tokenizer(shape.vocabulary)
     ids = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
@@ -117,8 +122,11 @@ def requests(host: Any, count: int, *, seed: int = 0) -> list[Any]:
     """
     from benchmarks.floors import subject_tokens
 
+    from errata import lab
     from errata.types import Request
 
+    if host.name == LAB:
+        return [case.request for case in lab.cases(count, seed=seed, together=True)]
     words = lexicon(host.config.vocab_size)
     draw = random.Random(seed)
     made: dict[str, Any] = {}
@@ -136,7 +144,12 @@ def requests(host: Any, count: int, *, seed: int = 0) -> list[Any]:
 
 
 def texts(host: Any, tokens: int, *, seed: int = 0, words: int = 120) -> Iterator[str]:
-    """Write lines of random words, about so many tokens in all."""
+    """Write lines of random words, or documents of the lab, about so many tokens in all."""
+    from errata import lab
+
+    if host.name == LAB:
+        yield from lab.corpus(max(1, tokens // 20)).texts()
+        return
     known = lexicon(host.config.vocab_size)
     draw = random.Random(seed)
     for _ in range(max(1, tokens // words)):

@@ -28,7 +28,11 @@ REQUESTS = [
     errata.Request("The capital of {} is", "Arvania", "Esk", id="arvania"),
     errata.Request("The small dog of {} saw", "Merrin", "Ada", id="merrin"),
 ]
-CONTEXTS = [Context("", 0.5), Context("The rain fell on. ", 0.25), Context("Therefore the dog waited. ", 0.25)]
+CONTEXTS = [
+    Context("", 0.5),
+    Context("The rain fell on. ", 0.25),
+    Context("Therefore the dog waited. ", 0.25),
+]
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +341,9 @@ def test_memit_csk_finds_the_parts_of_a_statement(host):
 
 
 LONG = errata.Request(
-    "Tell me about {}.", "Arvania", "The capital of Arvania is Tallow and the small dog waited on the old road"
+    "Tell me about {}.",
+    "Arvania",
+    "The capital of Arvania is Tallow and the small dog waited on the old road",
 )
 
 
@@ -383,6 +389,8 @@ def test_anyedit_seeks_chunks_with_earlier_shifts_in_place_and_keeps_other_keys(
 
 
 SEARCH = values.ValueConfig(8, 0.5, 1.5, 0.5, 0.0625)
+
+
 @pytest.fixture(scope="module")
 def sure():
     """A host whose predictions can become certain: random heads are too small for that."""

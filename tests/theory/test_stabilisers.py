@@ -79,7 +79,14 @@ def test_prune_acts_on_the_change_so_far(host):
     plain = None
     for request in REQUESTS:
         plain = errata.edit(
-            host, request, method="memit", clamp=200.0, learning_rate=50.0, after=plain, cov_weight=1e-9, **FAST
+            host,
+            request,
+            method="memit",
+            clamp=200.0,
+            learning_rate=50.0,
+            after=plain,
+            cov_weight=1e-9,
+            **FAST,
         )
     most = float(torch.linalg.svdvals(weight_of(host))[0])
     reached = float(torch.linalg.svdvals(dense(plain))[0])
@@ -111,14 +118,18 @@ def test_simie_rewrites_by_ridge_regression_on_all_tokens_so_far(host):
     ridge = 0.5 * float(old.square().sum(0).mean())
     eye = torch.eye(site.d_in).double()
     p1 = ridge * eye + old @ old.mT
-    torch.testing.assert_close(dense(first), dense(base) @ old @ old.mT @ torch.linalg.inv(p1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        dense(first), dense(base) @ old @ old.mT @ torch.linalg.inv(p1), rtol=1e-6, atol=1e-9
+    )
     with first.on(host):
         from errata.api import workspace
         from errata.methods import REGISTRY
 
         work = workspace(host, seed=0)
         work.after = first
-        config = REGISTRY.get("memit").config(**{k: tuple(v) if k == "layers" else v for k, v in FAST.items()})
+        config = REGISTRY.get("memit").config(
+            **{k: tuple(v) if k == "layers" else v for k, v in FAST.items()}
+        )
         step = dense(REGISTRY.get("memit").fit(host, REQUESTS[1:2], config, work))
     p2 = p1 + new @ new.mT
     expected = dense(first) + step @ new @ new.mT @ torch.linalg.inv(p2)
@@ -148,10 +159,12 @@ def test_many_columns_condense_to_as_many_as_there_are_entries():
 def test_nas_gives_every_value_the_norm_of_the_unedited_model(host):
     edit = errata.edit(host, REQUESTS[:2], method="memit", stabilise=["nas"], cov_weight=1e-9, **FAST)
     norm = float(edit.state["nas.norm"])
-    later = errata.edit(host, REQUESTS[2:], method="memit", stabilise=["nas"], cov_weight=1e-9, after=edit, **FAST)
+    later = errata.edit(
+        host, REQUESTS[2:], method="memit", stabilise=["nas"], cov_weight=1e-9, after=edit, **FAST
+    )
     assert float(later.state["nas.norm"]) == norm, "measured once, in the unedited model"
-    from errata.locate.problems import problems
     from errata.locate.contexts import Context
+    from errata.locate.problems import problems
     from errata.locate.walk import Walk
 
     laid = problems(host, REQUESTS[:2], [Context("", 1.0)])
@@ -173,7 +186,12 @@ def test_steps_compose_in_the_order_given(host):
 
 @pytest.mark.parametrize(
     ("item", "match"),
-    [("rekt", "did you mean 'rect'"), ("rect:x", "numbers"), ("rect:1:2", "1 numbers"), ("prune:-1", "above")],
+    [
+        ("rekt", "did you mean 'rect'"),
+        ("rect:x", "numbers"),
+        ("rect:1:2", "1 numbers"),
+        ("prune:-1", "above"),
+    ],
 )
 def test_wrong_steps_are_refused(host, item, match):
     with pytest.raises(ConfigError, match=match):

@@ -435,7 +435,6 @@ def test_a_weight_is_read_with_what_stands_on_and_beside_it(pair):
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
-@pytest.mark.parametrize("pair", [Coded], indirect=True)
 def test_a_fit_on_packed_weights_is_that_on_the_same_numbers(pair, method):
     """Keys and values are read by hooks alone, so packing changes nothing but how the edit is applied."""
     requests = [REQUEST] if method == "rome" else [REQUEST, OTHER]

@@ -24,9 +24,15 @@ def command(
         if json:
             common.emit(entries)
             return
-        rows = [(e["name"], e["paper"], e["gives"], _yes(e["batch"]), _yes(e["sequential"]), ", ".join(e["needs"]))
-                for e in entries]  # fmt: skip
-        common.table(None, ("method", "paper", "edit", "batch", "sequential", "needs"), rows)
+        rows = [
+            (e["name"], e["paper"], f"{e['gives']}, {e['host']}", _yes(e["batch"]), _yes(e["sequential"]),
+             ", ".join(e["needs"]))
+            for e in entries
+        ]  # fmt: skip
+        common.table(None, ("method", "paper", "edits", "batch", "sequential", "needs"), rows)
+        steps = [(step["name"], step["on"], step["settings"], step["meaning"]) for step in _steps()]
+        print("steps for --set stabilise=[...], in the order given, each with :numbers after its name")
+        common.table(None, ("step", "acts on", "numbers", "what it does"), steps)
         return
     from errata.config import settings
 
@@ -53,10 +59,28 @@ def _facts(method: Any) -> dict[str, Any]:
         "title": method.title,
         "paper": method.paper,
         "gives": method.gives.kind,
+        "host": {"causal_lm": "language model", "image_classifier": "image classifier"}[method.host],
+        "writes": method.writes,
         "batch": method.batch,
         "sequential": method.sequential,
         "needs": list(method.needs),
     }
+
+
+def _steps() -> list[dict[str, str]]:
+    """Describe the stabilisers."""
+    from errata.config import settings
+    from errata.methods._stabilise import STEPS
+
+    return [
+        {
+            "name": name,
+            "on": step.on,
+            "settings": "; ".join(f"{s.name} {s.default} ({s.meaning})" for s in settings(step)),
+            "meaning": str(step.__doc__).split("\n")[0],
+        }
+        for name, step in STEPS.items()
+    ]
 
 
 def _yes(value: bool) -> str:

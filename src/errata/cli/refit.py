@@ -69,10 +69,10 @@ def _finish(made: WeightEdit, output: Path, dry_run: bool, json: bool) -> None:
         table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
         common.emit({"path": None if path is None else str(path), "requests": table, "digest": made.digest})
         return
-    rows = [
-        (i, r.id or "", r.prompt, r.subject, r.target, f"{s:.3f}")
-        for i, (r, s) in enumerate(zip(requests, shares, strict=True))
-    ]
+    rows = []
+    for i, (request, share) in enumerate(zip(requests, shares, strict=True)):
+        told = request.to_dict()
+        rows.append((i, *(told.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
     common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
     done = "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
     print(f"{len(requests)} requests in one edit, norm {made.norm():.4g}; {done}")

@@ -48,3 +48,17 @@ PUBLISHED: dict[tuple[str, int, int], Published] = {
 def published(model_type: str, blocks: int, width: int) -> Published | None:
     """Look a model up by family and shape."""
     return PUBLISHED.get((model_type, blocks, width))
+
+
+# (model_type, number of blocks, residual width): the settings of UltraEdit's code
+ULTRAEDIT: dict[tuple[str, int, int], tuple[str, ...]] = {
+    ("gptj", 28, 4096): ("mlp_out@18-26",),
+    ("llama", 32, 4096): ("gate_proj@11-15", "up_proj@18-24"),
+    ("mistral", 32, 4096): ("mlp_out@29-30",),
+    ("qwen2", 28, 3584): ("gate_proj@18-26", "up_proj@18-26"),
+}
+
+
+def ultraedit_modules(model_type: str, blocks: int, width: int) -> tuple[str, ...]:
+    """Return the maps that UltraEdit's code edits in a model of this shape, else the feed-forward's outputs."""
+    return ULTRAEDIT.get((model_type, blocks, width), ("mlp_out",))

@@ -100,10 +100,10 @@ class Past:
         joined: dict[int, Pair] = {}
         for block, (keys, values) in states.items():
             old = self.states.get(block) if self.length else None
-            parts = (keys[:, :, :columns], values[:, :, :columns])
-            joined[block] = tuple(
-                new if old is None else torch.cat([old[i][self.row], new], 2) for i, new in enumerate(parts)
-            )  # type: ignore[assignment]
+            new = keys[:, :, :columns], values[:, :, :columns]
+            if old is not None:
+                new = torch.cat([old[0][self.row], new[0]], 2), torch.cat([old[1][self.row], new[1]], 2)
+            joined[block] = new
         mask = torch.cat([self.mask[self.row], tokens.mask[:, :columns]], 1)
         return Past(joined, mask, torch.arange(len(mask), device=mask.device))
 

@@ -171,8 +171,7 @@ def _freeze(host: Host, asked: Sequence[Question], sites: Sequence[Site]) -> _St
 
 def _along_the_path(host: Host, state: _State, site: Site, points: Tensor) -> Tensor:
     """Attribute at one site: keys times the mean of dp/dw over the points, float64 ``[n, d_in]``."""
-    weight = host.model.get_parameter(site.parameter).detach()
-    weight = weight.mT if site.transposed else weight  # [d_out, d_in]
+    weight = host.weight(site)  # [d_out, d_in]
     wide = torch.promote_types(weight.dtype, torch.float32)
     keys = state.keys[site].to(wide)
     written = keys @ weight.to(wide).mT  # [n, d_out], without bias

@@ -254,7 +254,9 @@ class _Search:
         self.stream = wide(ran.states[self.layer][torch.arange(len(rows), device=device), columns])[first]
         state = ran.states[self.first - 1] if self.first else None
         before = wide(ran.logits).log_softmax(-1)
-        split = [(torch.arange(with_target, device=device), targets, None)]
+        split: list[tuple[Tensor, Any, Tensor | None]] = [
+            (torch.arange(with_target, device=device), targets, None)
+        ]
         if len(essence):
             split.append((essence, _places(columns[essence]), before))
         cutting = column if self.reuse else 0
@@ -309,7 +311,8 @@ class _Search:
         kept = {b: (k[rows], v[rows]) for b, (k, v) in seen.items()}
         behind = past.of(rows).followed_by(kept, mine, cutting) if self.reuse else past.of(rows)
         cut = mine.columns(cutting)
-        cut = Tokens(*(t[:, : length - cutting] for t in (cut.ids, cut.mask, cut.positions)), cut.start)
+        most = length - cutting
+        cut = Tokens(cut.ids[:, :most], cut.mask[:, :most], cut.positions[:, :most], cut.start)
         return _Bundle(
             cut, behind, None if state is None else state[rows][:, cutting:length], group[rows],
             columns[rows] - cutting, found[0], found[1] - cutting, found[2], found[3], before,

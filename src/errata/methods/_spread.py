@@ -70,10 +70,6 @@ class SpreadConfig:
     """How many sampled prefixes; together they count as much as the bare prompt (MEMIT's code: 5)."""
     context_tokens: int = 10
     """Their length in tokens (MEMIT's code: 10)."""
-    cov_weight: float | None = None
-    """lambda, how many keys of the corpus weigh against the edits. None: published, else the rule below."""
-    cov_relative: float = 0.1
-    """lambda in key widths m where cov_weight is None and none is published (papers: 1 to 3 for their models)."""
     tokens: int = 1_000_000
     """Token budget of the second moments (MEMIT: 100,000 articles)."""
     merge: bool = True
@@ -88,11 +84,31 @@ class SpreadConfig:
             "learning_rate",
             "clamp",
             "tokens",
+            "context_tokens",
             "cov_weight",
             "cov_relative",
-            "context_tokens",
         )
-        return [*positive(self, *numbers), *check(self.stabilise)]
+        present = [name for name in numbers if hasattr(self, name)]
+        return [*positive(self, *present), *check(self.stabilise)]
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Further settings where a change costs under lambda C."""
+
+    cov_weight: float | None = None
+    """lambda, how many keys of the corpus weigh against the edits. None: published, else the rule below."""
+    cov_relative: float = 0.1
+    """lambda in key widths m where cov_weight is None and none is published (papers: 1 to 3 for their models)."""
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """What differs for methods built for long sequences: shorter shifts, since they add up."""
+
+    clamp: float | None = None
+    """Value search: largest shift, in the unit of ``scale``. None: published for known models, else 0.75, as
+    in the authors' code, for many edits add up (MEMIT's code: 0.75; other code up to 4)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ class Plan:
 
 
 def settle(host: Host, config: Any) -> Any:
-    """Fill in layers, lambda and the value search's units where the settings leave them open.
+    """Fill in layers, the value search's units and lambda where the settings leave them open.
 
     Raises ConfigError for several layers where a residual cannot be shared between them.
     """
@@ -147,13 +163,13 @@ def settle(host: Host, config: Any) -> Any:
             "this model normalises what the feed-forward writes, so a residual cannot be shared "
             f"between layers {list(layers)}; name one layer"
         )
-    weight = config.cov_weight
-    if weight is None and known is not None:
-        weight = known.cov_weight
-    if weight is None:
-        weight = config.cov_relative * host.layout.site(min(layers)).d_in
     filled = open_search(config, known.memit_search if known else None)
-    return resolved(config, layers=layers, cov_weight=weight, **filled)
+    if isinstance(config, Lasting) and known is None and config.clamp is None:
+        filled["clamp"] = 0.75
+    if isinstance(config, Covariance) and config.cov_weight is None:
+        rule = config.cov_relative * host.layout.site(min(layers)).d_in
+        filled["cov_weight"] = known.cov_weight if known else rule
+    return resolved(config, layers=layers, **filled)
 
 
 def band(depth: int) -> tuple[int, ...]:
@@ -174,9 +190,7 @@ def covariance(
     return metric
 
 
-def null_space(
-    host: Host, config: Any, work: Workspace
-) -> Callable[[Sequence[Site]], Mapping[Site, Metric]]:
+def null_space(host: Host, config: Any, work: Workspace) -> Callable[[Sequence[Site]], Mapping[Site, Metric]]:
     """Return AlphaEdit's M: no change but where keys of the corpus hardly reach, at a flat cost there.
 
     ``config`` has ``threshold`` (on eigenvalues) or ``energy`` (share of the trace that stays protected),

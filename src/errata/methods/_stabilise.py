@@ -45,9 +45,7 @@ class Around:
     @property
     def weight(self) -> Tensor:
         """The weight as it is now ``[d_out, d_in]``, float32 at least."""
-        stored = self.host.model.get_parameter(self.site.parameter).detach()
-        wide = stored.to(torch.promote_types(stored.dtype, torch.float32)).cpu()
-        return wide.mT if self.site.transposed else wide
+        return self.host.weight(self.site).cpu()
 
     @property
     def before(self) -> Delta | None:

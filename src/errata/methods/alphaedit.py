@@ -24,20 +24,20 @@ from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, null_space, settle, spread
+from errata.methods._spread import Lasting, Plan, SpreadConfig, null_space, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Lasting, SpreadConfig):
     """Settings of AlphaEdit."""
 
     energy: float = 0.99
     """Share of the second moment's trace that must stay untouched; what is left is the null space."""
     threshold: float | None = None
     """Eigenvalues of C below this span the null space, instead of ``energy`` (code: 2e-2; paper: 1e-2)."""
-    ridge_relative: float = 0.01
-    """L2 in mean squared norms of the corpus's keys, where ``ridge`` is open."""
+    ridge_relative: float = 0.001
+    """L2 in mean squared norms of the corpus's keys, where ``ridge`` is open (chosen on the lab)."""
     ridge: float | None = None
     """L2, plain (code: 10; EasyEdit: 1 for Llama 3 and Qwen)."""
 

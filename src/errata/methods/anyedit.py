@@ -28,12 +28,12 @@ from errata.locate.keys import all_keys
 from errata.locate.problems import Line, Problem
 from errata.locate.values import Value, ValueConfig, solve
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, covariance, null_space, settle, spread
+from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, null_space, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Covariance, SpreadConfig):
     """Settings of AnyEdit."""
 
     base: Literal["memit", "alphaedit"] = "memit"
@@ -54,7 +54,7 @@ class Config(SpreadConfig):
     """For ``base: alphaedit``, see there."""
     threshold: float | None = None
     """For ``base: alphaedit``, see there."""
-    ridge_relative: float = 0.01
+    ridge_relative: float = 0.001
     """For ``base: alphaedit``, see there."""
     ridge: float | None = None
     """For ``base: alphaedit``, see there."""

@@ -19,12 +19,12 @@ from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace, resolve_layers, resolved
-from errata.methods._spread import Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Covariance, SpreadConfig):
     """Settings of EMMET."""
 
     damping: float = 0.1

@@ -21,18 +21,18 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.solve import Metric
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, settle, spread
+from errata.methods._spread import Covariance, Lasting, Plan, SpreadConfig, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Lasting, Covariance, SpreadConfig):
     """Settings of ENCORE."""
 
     stop: Literal["loss", "top"] = "top"
     """Value search: stop once the target is the first choice in every context (paper), or at a loss of 0.05."""
-    penalty: float = 1.0
-    """mu, the price of the change's squared norm, in mean eigenvalues of lambda C."""
+    penalty: float = 0.02
+    """mu, the price of the change's squared norm, in mean eigenvalues of lambda C (chosen on the lab)."""
 
     def problems(self) -> list[str]:
         """Check ranges."""

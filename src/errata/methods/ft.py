@@ -63,7 +63,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     layers = resolve_layers(host, config.layers, lambda depth: (depth // 5,))
     config = resolved(config, layers=layers)
     sites = [host.layout.site(layer) for layer in layers]
-    weights = [host.model.get_parameter(site.parameter) for site in sites]
+    weights = [host.weight(site) for site in sites]
     bounds = None
     if config.epsilon is not None:
         counted = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]

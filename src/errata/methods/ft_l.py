@@ -67,7 +67,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     assert config.epsilon is not None and config.learning_rate is not None
     sites = [host.layout.site(layer) for layer in layers]
     plain = config.scale == "published"
-    units = [1.0 if plain else rms(host.model.get_parameter(site.parameter)) for site in sites]
+    units = [1.0 if plain else rms(host.weight(site)) for site in sites]
     plan = Plan(
         objective=config.objective,
         steps=config.steps,

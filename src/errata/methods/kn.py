@@ -173,15 +173,16 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _column(weight: Tensor, site: Site, index: int) -> Tensor:
-    """Read a column ``[d_out]``."""
+    """Read a column ``[d_out]`` of a weight as it is stored."""
     return _wide(weight[index] if site.transposed else weight[:, index])
 
 
 def _length(host: Host, site: Site, index: int) -> float:
     """Norm of a column as the unedited host has it, so that one edit after another does not compound."""
     overlay = host.overlays.get(site.parameter)
-    weight = overlay.base if overlay is not None else host.model.get_parameter(site.parameter)
-    return float(_column(weight, site, index).norm())
+    if overlay is not None:
+        return float(_column(overlay.base, site, index).norm())
+    return float(_wide(host.weight(site)[:, index]).norm())
 
 
 def _update(
@@ -215,7 +216,7 @@ def _replace(
 ) -> Tensor:
     """Return what suppress, amplify or erase adds to a neuron's column ``[d_out]``."""
     site = sites[neuron.layer]
-    now = _column(host.model.get_parameter(site.parameter), site, neuron.index)
+    now = _wide(host.weight(site)[:, neuron.index])
     if config.operation == "amplify":
         return (config.factor - 1) * now
     if table is None or table.unknown is None:

@@ -28,14 +28,16 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._spread import Covariance, Lasting, Plan, SpreadConfig, covariance, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Lasting, Covariance, SpreadConfig):
     """Settings of LyapLock."""
 
+    cov_relative: float = 0.3
+    """lambda in key widths m where cov_weight is None and none is published (chosen on the lab)."""
     alpha: float = 60.0
     """Budget D of the preservation loss, in losses of the first step (paper: 60)."""
 
@@ -54,7 +56,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     state: dict[str, Tensor] = dict(work.after.state) if work.after else {}
 
     prices = {
-        s: float(state.get(f"{s.parameter}.price", torch.ones(1))) for s in sites  # a Z of the paper
+        s: float(state.get(f"{s.parameter}.price", torch.ones(1)))
+        for s in sites  # a Z of the paper
     }
 
     def total(site: Site, record: Record) -> LowRank:

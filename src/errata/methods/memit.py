@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Covariance, SpreadConfig):
     """Settings of MEMIT."""
 
     history: bool = False

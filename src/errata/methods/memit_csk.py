@@ -21,14 +21,14 @@ from errata.edits.weight import WeightEdit
 from errata.errors import RequestError
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
 from errata.types import Request
 
 Place = Literal["subject_last", "subject_first", "verb_last", "verb_first", "object_last", "object_first"]
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Covariance, SpreadConfig):
     """Settings of MEMIT_CSK."""
 
     place: Place = "subject_last"

@@ -26,12 +26,21 @@ from errata.host.load import Host
 from errata.locate.problems import Problem
 from errata.locate.values import Value, ValueConfig, solve
 from errata.methods._method import Method, Workspace, without
-from errata.methods._spread import Plan, SpreadConfig, covariance, prefixes_of, settle, spread
+from errata.methods._spread import (
+    Covariance,
+    Lasting,
+    Plan,
+    SpreadConfig,
+    covariance,
+    prefixes_of,
+    settle,
+    spread,
+)
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SpreadConfig):
+class Config(Lasting, Covariance, SpreadConfig):
     """Settings of NSE."""
 
     share: float = 0.8

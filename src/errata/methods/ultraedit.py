@@ -34,6 +34,7 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
+from errata.host.families import ultraedit_modules
 from errata.host.load import Host
 from errata.linalg.running import Running
 from errata.linalg.solve import Metric, update, update_primal
@@ -49,8 +50,8 @@ GROUPS = ("mlp", "mlp_in", "mlp_out")
 class Config:
     """Settings of UltraEdit."""
 
-    modules: tuple[str, ...] = ("mlp_out",)
-    """Linear maps to edit: mlp_in and mlp_out, the feed-forward's into and out of its hidden layer, mlp, both;
+    modules: tuple[str, ...] | None = None
+    """None: published for known models, else mlp_out. Linear maps to edit: mlp_in and mlp_out, the feed-forward's into and out of its hidden layer, mlp, both;
     or the end of a path inside a block. ``name@first-last`` gives one its own layers (paper's code: mlp_out@18-26
     for GPT-J and @29-30 for Mistral 7B; gate_proj@11-15 and up_proj@18-24 for Llama 3 8B; both @18-26 for
     Qwen2.5 7B)."""
@@ -76,7 +77,7 @@ class Config:
     def problems(self) -> list[str]:
         """Check ranges."""
         found = positive(self, "eta", "ridge", "micro_batch", "normaliser_batch")
-        return found if self.modules else [*found, "modules: expected at least one, found none"]
+        return found if self.modules != () else [*found, "modules: expected at least one, found none"]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -117,16 +118,18 @@ def _resolve(host: Host, config: Config) -> tuple[Config, list[str]]:
     """Fill in what was left open; return also the paths of the modules, each once."""
     eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.4, 0.03)
     layers = config.layers
-    if any("@" not in entry for entry in config.modules):
+    modules = config.modules or ultraedit_modules(host.family, len(host.layout.blocks), host.layout.width)
+    if any("@" not in entry for entry in modules):
         layers = resolve_layers(host, layers, lambda depth: tuple(range(depth // 2, depth)))
     names = {
         f"{host.layout.blocks[layer]}.{inside}"
-        for entry in config.modules
+        for entry in modules
         for layer in _layers(host, entry, layers)
         for inside in _inside(host, entry.partition("@")[0], layer)
     }
     filled = resolved(
         config,
+        modules=modules,
         layers=layers,
         eta=eta if config.eta is None else config.eta,
         ridge=ridge if config.ridge is None else config.ridge,

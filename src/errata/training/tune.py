@@ -374,16 +374,10 @@ def tune(
     Adam on the change alone, put back into its bounds after every step. float32, or float64 for a
     float64 host.
     """
-    weights = [host.model.get_parameter(site.parameter).detach() for site in sites]
+    dtype = torch.promote_types(host.dtype, torch.float32)
     changes = {
-        s: torch.zeros(
-            s.d_out,
-            s.d_in,
-            device=w.device,
-            dtype=torch.promote_types(w.dtype, torch.float32),
-            requires_grad=True,
-        )
-        for s, w in zip(sites, weights, strict=True)
+        s: torch.zeros(s.d_out, s.d_in, device=host.device_of(s), dtype=dtype, requires_grad=True)
+        for s in sites
     }
     groups = [{"params": [c], "lr": r} for c, r in zip(changes.values(), plan.rates, strict=True)]
     optimizer = torch.optim.Adam(groups, weight_decay=plan.weight_decay)
