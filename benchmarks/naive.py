@@ -82,7 +82,8 @@ class Value:
 def lay_out(host: Host, request: Request, prefixes: Prefixes) -> list[Row]:
     """Return a request's rows with its target, one a prefix, and last the row "{subject} is a"."""
     rows = []
-    for prefix, weight in prefixes:
+    weight = 1 / len(prefixes)  # the loss counts contexts alike; their weights are for keys
+    for prefix, _ in prefixes:
         answer = host.encode_answer(prefix + request.text, request.target)
         place = subject_place(host, request, prefix)
         rows.append(Row(answer.ids[:-1], place, answer.target, weight))

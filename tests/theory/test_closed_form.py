@@ -187,9 +187,10 @@ def test_lyaplock_refits_everything_at_its_price(host):
 
 def test_lyaplock_with_an_ample_budget_is_memit_with_history(host):
     locked, plain = None, None
+    same = {"clamp": 1.5, "cov_relative": 0.1}
     for request in REQUESTS:
-        locked = fit(host, [request], "lyaplock", layers=[0, 1], alpha=1e9, after=locked)
-        plain = fit(host, [request], "memit", layers=[0, 1], history=True, after=plain)
+        locked = fit(host, [request], "lyaplock", layers=[0, 1], alpha=1e9, after=locked, **same)
+        plain = fit(host, [request], "memit", layers=[0, 1], history=True, after=plain, **same)
     for layer in (0, 1):
         site = host.layout.site(layer)
         assert relative(dense(locked, site), dense(plain, site)) < 1e-9

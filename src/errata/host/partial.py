@@ -102,7 +102,8 @@ class Past:
             old = self.states.get(block) if self.length else None
             new = keys[:, :, :columns], values[:, :, :columns]
             if old is not None:
-                new = torch.cat([old[0][self.row], new[0]], 2), torch.cat([old[1][self.row], new[1]], 2)
+                row = self.row.to(old[0].device)
+                new = torch.cat([old[0][row], new[0]], 2), torch.cat([old[1][row], new[1]], 2)
             joined[block] = new
         mask = torch.cat([self.mask[self.row], tokens.mask[:, :columns]], 1)
         return Past(joined, mask, torch.arange(len(mask), device=mask.device))
@@ -125,14 +126,14 @@ class _Layer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
         if self.pad is not None:
             # a query with nothing to look at may compute anything, NaN too; nobody must see it
-            key_states = key_states.masked_fill(self.pad, 0)
-            value_states = value_states.masked_fill(self.pad, 0)
+            pad = self.pad.to(key_states.device)
+            key_states, value_states = key_states.masked_fill(pad, 0), value_states.masked_fill(pad, 0)
         self.seen = (key_states, value_states)
         if not self.length:
             return key_states, value_states
         if self.past is None:
             raise RuntimeError("a block was run whose past was not kept")
-        keys, values = (part[self.row] for part in self.past)
+        keys, values = (part[self.row.to(part.device)] for part in self.past)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def get_seq_length(self) -> int:

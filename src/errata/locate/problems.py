@@ -40,11 +40,13 @@ class Line:
     targets: tuple[int, ...]
     """Target ids; empty for the essence."""
     weight: float
-    """How much it counts."""
+    """How much it counts in the loss."""
     context: int
     """Rows of like context may begin alike; -1 for the essence."""
     given: tuple[tuple[int, Tensor], ...] = ()
     """Shifts that stand already, at earlier places of the row."""
+    share: float = 1.0
+    """How much it counts in the key."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Problem:
 
     @property
     def places(self) -> tuple[Line, ...]:
-        """One row a context, cut after the place: all that decides the key. Weights sum to one."""
+        """One row a context, cut after the place: all that decides the key. Shares sum to one."""
         found: dict[int, Line] = {}
         for line in self.lines:
             found.setdefault(line.context, line)
@@ -108,13 +110,15 @@ def _lines(
     host: Host, request: Request, contexts: Sequence[Context], *, span: Span, token: Token
 ) -> list[Line]:
     total = sum(c.weight for c in contexts)
+    weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
     lines = []
     for number, context in enumerate(contexts):
         answer = host.encode_answer(context.prefix + request.text, request.target)
         _, place = place_of(host, request, context.prefix, span=span, token=token)
         if place >= answer.start:
             raise RequestError(f"the subject {request.subject!r} and the target share a token")
-        lines.append(Line(answer.ids[:-1], place, answer.target, context.weight / total, number))
+        share = context.weight / total
+        lines.append(Line(answer.ids[:-1], place, answer.target, weight, number, share=share))
     return lines
 
 
@@ -123,6 +127,23 @@ def _essence(host: Host, request: Request, span: Span, token: Token) -> Line:
     words = Request("{} is a", request.text[start:stop].strip(), request.target)
     ids, place = place_of(host, words, token=token)
     return Line(ids[: place + 1], place, (), 1.0, -1)
+
+
+def alike(lengths: Sequence[int], least: int) -> list[list[int]]:
+    """Group indices by length, longest first; groups of fewer than ``least`` join the next longer one.
+
+    Rows of one length need no padding, but few rows at a time keep no machine busy.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (lengths[groups[-1][-1]] == lengths[i] or len(groups[-1]) < least):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    if len(groups) > 1 and len(groups[-1]) < least:
+        groups[-2] += groups.pop()
+    return groups
 
 
 def beginnings(lines: Sequence[Line]) -> dict[int, int]:

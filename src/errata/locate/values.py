@@ -22,7 +22,7 @@ from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before, wide
 from errata.locate.contexts import Context
-from errata.locate.problems import Line, Problem, Span, beginnings, problems, subject_span
+from errata.locate.problems import Line, Problem, Span, alike, beginnings, problems, subject_span
 from errata.types import Request
 
 Where = Literal["mlp_out", "block_out", "attn_and_mlp"]
@@ -31,6 +31,10 @@ Stop = Literal["loss", "top"]
 
 SUFFIX_TOKENS = {"cpu": 640, "cuda": 16384}
 """Tokens from the shifted one on that are run at once, all contexts together, by kind of device."""
+
+
+LIKE_ROWS = 16
+"""Rows of one length that make a bundle of their own."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,6 @@ class _Search:
         device = self.host.device
         columns = torch.tensor([column if self.reuse else line.place for line in rows], device=device)
         group = torch.tensor([g for g, _ in lines], device=device)
-        targets = _targets(rows, columns.tolist(), device)
         essence = torch.arange(with_target, len(rows), device=device)
         at = (essence, columns[essence])
         keep = {self.layer, *([self.first - 1] if self.first else [])}
@@ -251,12 +254,15 @@ class _Search:
         assert ran.logits is not None
         first = [next(i for i, (g, _) in enumerate(lines) if g == p) for p in range(self.count)]
         self.start = [start[first] for start in starts]
-        self.stream = wide(ran.states[self.layer][torch.arange(len(rows), device=device), columns])[first]
+        above_layer = ran.states[self.layer]
+        at_place = torch.arange(len(rows), device=above_layer.device), columns.to(above_layer.device)
+        self.stream = wide(above_layer[at_place])[first].to(device)
         state = ran.states[self.first - 1] if self.first else None
         before = wide(ran.logits).log_softmax(-1)
-        split: list[tuple[Tensor, Any, Tensor | None]] = [
-            (torch.arange(with_target, device=device), targets, None)
-        ]
+        split: list[tuple[Tensor, Any, Tensor | None]] = []
+        for like in alike([len(line.ids) - line.place for line in rows[:with_target]], LIKE_ROWS):
+            mine = torch.tensor(like, device=device)
+            split.append((mine, _targets([rows[i] for i in like], columns[mine].tolist(), device), None))
         if len(essence):
             split.append((essence, _places(columns[essence]), before))
         cutting = column if self.reuse else 0
@@ -296,7 +302,8 @@ class _Search:
         shifts = torch.stack([g[2] for g in given]).to(self.host.device)
 
         def push(hidden: Tensor) -> Tensor:
-            return hidden.index_put((row, at), shifts.to(hidden.dtype), accumulate=True)
+            where = (row.to(hidden.device), at.to(hidden.device))
+            return hidden.index_put(where, shifts.to(hidden), accumulate=True)
 
         stack.enter_context(hooks.on_output(self.partial.blocks[self.layer], push))
 
@@ -348,8 +355,9 @@ class _Search:
         def push(shift: Tensor) -> Callable[[Tensor], Tensor]:
             def add(hidden: Tensor) -> Tensor:
                 flat = hidden.reshape(count, -1, hidden.shape[-1])
-                added = shift[bundle.group].to(flat.dtype)
-                return flat.index_put((line, bundle.place), added, accumulate=True).reshape(hidden.shape)
+                added = shift[bundle.group].to(flat)  # a layer may live on another device
+                at = (line.to(flat.device), bundle.place.to(flat.device))
+                return flat.index_put(at, added, accumulate=True).reshape(hidden.shape)
 
             return add
 
@@ -456,7 +464,8 @@ def _note(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
 
     def keep(hidden: Tensor) -> None:
         flat = hidden.detach().reshape(len(columns), -1, hidden.shape[-1])
-        into.append(wide(flat[line, columns]))
+        here = flat[line.to(flat.device), columns.to(flat.device)]
+        into.append(wide(here).to(columns.device))
 
     return keep
 

@@ -18,10 +18,12 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before, wide
-from errata.locate.problems import Line, Problem, beginnings
+from errata.locate.problems import Line, Problem, alike, beginnings
 
 WALK_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens run at once, by kind of device."""
+LIKE_PROBLEMS = 4
+"""Problems of one length that make a batch of their own."""
 
 
 @dataclass
@@ -43,12 +45,10 @@ class Walk:
 
     def __init__(self, host: Host, laid: Sequence[Problem], first: int) -> None:
         self.host, self.partial, self.layer = host, Partial(host), 0
-        self.counts = [len(problem.places) for problem in laid]
-        per = max(
-            1,
-            WALK_TOKENS.get(host.device.type, WALK_TOKENS["cpu"])
-            // max(sum(len(line.ids) for line in problem.places) for problem in laid),
-        )
+        # rows of like length together, so that little is padded; put back in order in what is returned
+        groups = alike([len(problem.places[0].ids) for problem in laid], LIKE_PROBLEMS)
+        self.order = torch.tensor([i for group in groups for i in group])
+        self.counts = [len(laid[i].places) for i in self.order.tolist()]
 
         def lay(chosen: Sequence[Problem]) -> list[_Batch | None]:
             batch = self._lay([line for problem in chosen for line in problem.places])
@@ -56,8 +56,13 @@ class Walk:
                 self._through(batch, layer)
             return [batch, *[None] * (len(chosen) - 1)]
 
-        with hooks.frozen(host.model), torch.no_grad():
-            self.batches = [batch for batch in in_batches(laid, per, lay) if batch is not None]
+        self.batches: list[_Batch] = []
+        for group in groups:
+            chosen = [laid[i] for i in group]
+            budget = WALK_TOKENS.get(host.device.type, WALK_TOKENS["cpu"])
+            per = max(1, budget // max(sum(len(row.ids) for row in p.places) for p in chosen))
+            with hooks.frozen(host.model), torch.no_grad():
+                self.batches += [batch for batch in in_batches(chosen, per, lay) if batch is not None]
         self.layer = first
 
     def _lay(self, rows: list[Line]) -> _Batch:
@@ -90,11 +95,11 @@ class Walk:
                 past = self._before(batch, site.layer)
                 with hooks.on_input(module, _column(seen, len(batch.rows), batch.column)):
                     self._run(batch, past, stop=module)
-                weights = seen[0].new_tensor([row.weight for row in batch.rows])
+                weights = seen[0].new_tensor([row.share for row in batch.rows])
                 found.append((seen[0] * weights[:, None]).cpu())
         rows = torch.cat(found)
         of = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        return rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows)
+        return self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
 
     def values(self, top: int, module: torch.nn.Module) -> Tensor:
         """Return what a module in block ``top`` says at each bare prompt's place, float32 ``[n, d]``."""
@@ -118,7 +123,11 @@ class Walk:
                 with hooks.on_output(module, _column(seen, len(part.rows), part.column)):
                     self._run(part, past, stop=self.partial.blocks[top])
                 found.append(seen[0].cpu())
-        return torch.cat(found)
+        return self._ordered(torch.cat(found))
+
+    def _ordered(self, found: Tensor) -> Tensor:
+        """Return rows in the order of the problems, as they were given."""
+        return torch.empty_like(found).index_copy(0, self.order, found)
 
     def hidden(self, top: int) -> Tensor:
         """Return the residual stream above block ``top`` at each bare prompt's place ``[n, d]``."""

@@ -51,10 +51,10 @@ class Config:
     """Settings of UltraEdit."""
 
     modules: tuple[str, ...] | None = None
-    """None: published for known models, else mlp_out. Linear maps to edit: mlp_in and mlp_out, the feed-forward's into and out of its hidden layer, mlp, both;
-    or the end of a path inside a block. ``name@first-last`` gives one its own layers (paper's code: mlp_out@18-26
-    for GPT-J and @29-30 for Mistral 7B; gate_proj@11-15 and up_proj@18-24 for Llama 3 8B; both @18-26 for
-    Qwen2.5 7B)."""
+    """None: published for known models, else mlp_out. Linear maps to edit: mlp_in and mlp_out, the
+    feed-forward's into and out of its hidden layer, mlp, both; or the end of a path inside a block.
+    ``name@first-last`` gives one its own layers (paper's code: mlp_out@18-26 for GPT-J and @29-30 for
+    Mistral 7B; gate_proj@11-15 and up_proj@18-24 for Llama 3 8B; both @18-26 for Qwen2.5 7B)."""
     layers: tuple[int, ...] | None = None
     """Layers of modules without their own. None: the upper half of the depth."""
     eta: float | None = None
