@@ -494,3 +494,20 @@ def test_a_search_that_stops_at_the_first_choice_takes_fewer_steps(sure):
         sure, ENDING, CONTEXTS, layer=1, where="block_out", config=dataclasses.replace(settings, stop="top")
     )
     assert sum(v.steps for v in by_top) < sum(v.steps for v in by_loss)
+
+
+def test_rows_of_like_length_are_grouped_and_few_join_others():
+    from errata.locate.problems import alike as grouped
+
+    for lengths in ([3, 5], [1], [], [4, 4, 4, 2, 2, 9], list(range(20)), [7] * 5 + [6]):
+        for least in (1, 2, 3, 50):
+            groups = grouped(lengths, least)
+            assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+            flat = [lengths[i] for g in groups for i in g]
+            assert flat == sorted(flat, reverse=True)
+            # only lengths with few rows share a group
+            for g in groups:
+                for length in {lengths[i] for i in g}:
+                    assert len({lengths[i] for i in g}) == 1 or lengths.count(length) < least
+    assert grouped([4, 2, 4, 2], 2) == [[0, 2], [1, 3]]
+    assert grouped([4, 2, 3], 2) == [[0, 2], [1]]

@@ -130,19 +130,19 @@ def _essence(host: Host, request: Request, span: Span, token: Token) -> Line:
 
 
 def alike(lengths: Sequence[int], least: int) -> list[list[int]]:
-    """Group indices by length, longest first; groups of fewer than ``least`` join the next longer one.
+    """Group indices by length, longest first; lengths with fewer than ``least`` rows share a group.
 
     Rows of one length need no padding, but few rows at a time keep no machine busy.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    exact: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        exact.setdefault(lengths[i], []).append(i)
     groups: list[list[int]] = []
-    for i in order:
-        if groups and (lengths[groups[-1][-1]] == lengths[i] or len(groups[-1]) < least):
-            groups[-1].append(i)
+    for rows in exact.values():
+        if groups and len(rows) < least and len(groups[-1]) < least:
+            groups[-1] += rows
         else:
-            groups.append([i])
-    if len(groups) > 1 and len(groups[-1]) < least:
-        groups[-2] += groups.pop()
+            groups.append(list(rows))
     return groups
 
 

@@ -33,8 +33,8 @@ SUFFIX_TOKENS = {"cpu": 640, "cuda": 16384}
 """Tokens from the shifted one on that are run at once, all contexts together, by kind of device."""
 
 
-LIKE_ROWS = 16
-"""Rows of one length that make a bundle of their own."""
+LIKE_ROWS = {"cpu": 8, "cuda": 256}
+"""Rows of one length that make a bundle of their own, by kind of device."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,8 @@ class _Search:
         state = ran.states[self.first - 1] if self.first else None
         before = wide(ran.logits).log_softmax(-1)
         split: list[tuple[Tensor, Any, Tensor | None]] = []
-        for like in alike([len(line.ids) - line.place for line in rows[:with_target]], LIKE_ROWS):
+        least = LIKE_ROWS.get(device.type, LIKE_ROWS["cpu"])
+        for like in alike([len(line.ids) - line.place for line in rows[:with_target]], least):
             mine = torch.tensor(like, device=device)
             split.append((mine, _targets([rows[i] for i in like], columns[mine].tolist(), device), None))
         if len(essence):

@@ -16,14 +16,13 @@ from torch import Tensor
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.memory import in_batches
-from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before, wide
+from errata.host.partial import Partial, Past, Ran, Tokens, align, can_reuse, nothing_before, wide
 from errata.locate.problems import Line, Problem, alike, beginnings
 
 WALK_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens run at once, by kind of device."""
-LIKE_PROBLEMS = 4
-"""Problems of one length that make a batch of their own."""
+LIKE_PROBLEMS = {"cpu": 2, "cuda": 64}
+"""Problems of one length that make a batch of their own, by kind of device."""
 
 
 @dataclass
@@ -33,11 +32,8 @@ class _Batch:
     column: int
     row: Tensor
     """Which beginning each row stands behind; the last is the empty one."""
-    start: Tokens | None
-    """The shared beginnings; None where nothing is shared."""
     states: Tensor | None = None
     """Input of the next block ``[rows, length, d]``; None before the first block."""
-    start_states: Tensor | None = None
 
 
 class Walk:
@@ -45,83 +41,79 @@ class Walk:
 
     def __init__(self, host: Host, laid: Sequence[Problem], first: int) -> None:
         self.host, self.partial, self.layer = host, Partial(host), 0
+        kind = host.device.type if host.device.type in WALK_TOKENS else "cpu"
         # rows of like length together, so that little is padded; put back in order in what is returned
-        groups = alike([len(problem.places[0].ids) for problem in laid], LIKE_PROBLEMS)
+        groups = alike([len(problem.places[0].ids) for problem in laid], LIKE_PROBLEMS[kind])
         self.order = torch.tensor([i for group in groups for i in group])
         self.counts = [len(laid[i].places) for i in self.order.tolist()]
-
-        def lay(chosen: Sequence[Problem]) -> list[_Batch | None]:
-            batch = self._lay([line for problem in chosen for line in problem.places])
-            for layer in range(first):
-                self._through(batch, layer)
-            return [batch, *[None] * (len(chosen) - 1)]
-
+        rows = [line for problem in laid for line in problem.places]
+        reuse = can_reuse(host, max(len(row.ids) for row in rows))
+        self.cut = beginnings(rows) if reuse else {row.context: 0 for row in rows}
+        self.shared = {row.context: row.ids[: self.cut[row.context]] for row in rows if self.cut[row.context]}
+        self._keys: tuple[Site, Tensor] | None = None
+        self.start: Tokens | None = None
+        """The shared beginnings; None where nothing is shared."""
+        self.start_states: Tensor | None = None
+        if self.shared:
+            texts = list(self.shared.values())
+            self.start, _ = align(host, texts, [len(text) for text in texts], [0] * len(texts))
         self.batches: list[_Batch] = []
         for group in groups:
             chosen = [laid[i] for i in group]
-            budget = WALK_TOKENS.get(host.device.type, WALK_TOKENS["cpu"])
-            per = max(1, budget // max(sum(len(row.ids) for row in p.places) for p in chosen))
-            with hooks.frozen(host.model), torch.no_grad():
-                self.batches += [batch for batch in in_batches(chosen, per, lay) if batch is not None]
-        self.layer = first
+            per = max(1, WALK_TOKENS[kind] // max(sum(len(row.ids) for row in p.places) for p in chosen))
+            for begin in range(0, len(chosen), per):
+                part = chosen[begin : begin + per]
+                self.batches.append(self._lay([line for problem in part for line in problem.places]))
+        while self.layer < first:
+            self.advance()
 
     def _lay(self, rows: list[Line]) -> _Batch:
-        reuse = can_reuse(self.host, max(len(row.ids) for row in rows))
-        cut = beginnings(rows) if reuse else {row.context: 0 for row in rows}
+        cut, number = self.cut, {context: i for i, context in enumerate(self.shared)}
         tokens, column = align(
             self.host,
             [row.ids[cut[row.context] :] for row in rows],
             [row.place - cut[row.context] for row in rows],
             [cut[row.context] for row in rows],
         )
-        shared = {row.context: row.ids[: cut[row.context]] for row in rows if cut[row.context]}
-        number = {context: i for i, context in enumerate(shared)}
-        row = torch.tensor([number.get(r.context, len(shared)) for r in rows], device=self.host.device)
-        start = None
-        if shared:
-            texts = list(shared.values())
-            start, _ = align(self.host, texts, [len(text) for text in texts], [0] * len(texts))
-        return _Batch(rows, tokens, column, row, start)
+        row = torch.tensor([number.get(r.context, len(number)) for r in rows], device=self.host.device)
+        return _Batch(rows, tokens, column, row)
 
     def keys(self, site: Site) -> Tensor:
-        """Return each problem's key at the present layer, mean over contexts, float32 ``[n, d_in]``."""
+        """Return each problem's key at the present layer, mean over contexts, ``[n, d_in]``.
+
+        A layer's keys do not depend on its own weight, so they are read once while the walk stands there.
+        """
         if site.layer != self.layer:
             raise ValueError(f"the walk stands at layer {self.layer}, not at {site.layer}")
+        if self._keys is not None and self._keys[0] == site:
+            return self._keys[1]
         found = []
+        module = self.host.model.get_submodule(site.name)
         with hooks.frozen(self.host.model), torch.no_grad():
+            start = self._before(site.layer)
             for batch in self.batches:
                 seen: list[Tensor] = []
-                module = self.host.model.get_submodule(site.name)
-                past = self._before(batch, site.layer)
                 with hooks.on_input(module, _column(seen, len(batch.rows), batch.column)):
-                    self._run(batch, past, stop=module)
+                    self._run(batch, start, stop=module)
                 weights = seen[0].new_tensor([row.share for row in batch.rows])
                 found.append((seen[0] * weights[:, None]).cpu())
         rows = torch.cat(found)
         of = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        return self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
+        found_keys = self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
+        self._keys = (site, found_keys)
+        return found_keys
 
     def values(self, top: int, module: torch.nn.Module) -> Tensor:
-        """Return what a module in block ``top`` says at each bare prompt's place, float32 ``[n, d]``."""
+        """Return what a module in block ``top`` says at each bare prompt's place ``[n, d]``."""
         found = []
         with hooks.frozen(self.host.model), torch.no_grad():
+            start = self._before(top, only=0) if 0 in self.shared else None
             for batch in self.batches:
-                bare = torch.tensor(
-                    [i for i, row in enumerate(batch.rows) if row.context == 0], device=batch.row.device
-                )
-                part = _Batch(
-                    [batch.rows[i] for i in bare.tolist()],
-                    batch.tokens.rows(bare),
-                    batch.column,
-                    batch.row[bare],
-                    batch.start,
-                    None if batch.states is None else batch.states[bare],
-                    batch.start_states,
-                )
+                bare = [i for i, row in enumerate(batch.rows) if row.context == 0]
+                part = _part(batch, bare)
                 seen: list[Tensor] = []
-                past = self._before(part, top)
-                with hooks.on_output(module, _column(seen, len(part.rows), part.column)):
-                    self._run(part, past, stop=self.partial.blocks[top])
+                with hooks.on_output(module, _column(seen, len(bare), part.column)):
+                    self._run(part, start, stop=self.partial.blocks[top])
                 found.append(seen[0].cpu())
         return self._ordered(torch.cat(found))
 
@@ -135,39 +127,61 @@ class Walk:
 
     def advance(self) -> None:
         """Pass the present layer, with its weights as they are now."""
+        layer = self.layer
+        block = self.partial.blocks[layer]
         with hooks.frozen(self.host.model), torch.no_grad():
+            start = self._before(layer, advance=True)
             for batch in self.batches:
-                self._through(batch, self.layer)
+                batch.states = self._run(batch, start, stop=block, keep=layer).states[layer]
         self.layer += 1
 
-    def _through(self, batch: _Batch, layer: int) -> None:
-        """Move a batch's states from below a block to above it."""
-        past = self._before(batch, layer, advance=True)
-        block = self.partial.blocks[layer]
-        ran = self.partial.run(batch.tokens, past, first=layer, given=batch.states, keep=[layer], stop=block)
-        batch.states = ran.states[layer]
+    def _before(self, top: int, *, advance: bool = False, only: int | None = None) -> Past | None:
+        """Run the shared beginnings up to block ``top``; return their past, an empty one appended.
 
-    def _before(self, batch: _Batch, top: int, *, advance: bool = False) -> Past:
-        """Run the shared beginnings up to block ``top``; return what stands before the rows."""
-        if batch.start is None:
-            return nothing_before(self.host, len(batch.rows))
-        begin = self.layer if not advance else top
+        ``only``: the one context whose rows will stand behind it; the others then have no past.
+        """
+        if self.start is None:
+            return None
+        tokens, states = self.start, self.start_states
+        place = {context: i for i, context in enumerate(self.shared)}
+        rows = torch.arange(len(place) + 1, device=tokens.ids.device)
+        if only is not None:
+            chosen = rows[place[only]][None]
+            cut = int(tokens.start[chosen].min())
+            tokens = tokens.rows(chosen).columns(cut)
+            states = None if states is None else states[chosen][:, cut:]
+            rows = torch.where(rows == place[only], 0, 1)
         ran = self.partial.run(
-            batch.start,
-            nothing_before(self.host, len(batch.start.ids)),
-            first=begin,
-            given=batch.start_states,
+            tokens,
+            nothing_before(self.host, len(tokens.ids)),
+            first=self.layer,
+            given=states,
             keep=[top] if advance else (),
-            remember=range(begin, top + 1),
+            remember=range(self.layer, top + 1),
             stop=self.partial.blocks[top],
         )
         if advance:
-            batch.start_states = ran.states[top]
-        states = {b: (_longer(k), _longer(v)) for b, (k, v) in ran.past.items()}
-        return Past(states, _longer(batch.start.mask), batch.row)
+            self.start_states = ran.states[top]
+        past = {b: (_longer(k), _longer(v)) for b, (k, v) in ran.past.items()}
+        return Past(past, _longer(tokens.mask), rows)
 
-    def _run(self, batch: _Batch, past: Past, *, stop: torch.nn.Module) -> None:
-        self.partial.run(batch.tokens, past, first=self.layer, given=batch.states, stop=stop)
+    def _run(
+        self, batch: _Batch, start: Past | None, *, stop: torch.nn.Module, keep: int | None = None
+    ) -> Ran:
+        """Run rows from the present layer on, behind their beginnings."""
+        past = nothing_before(self.host, len(batch.rows)) if start is None else start.of(batch.row)
+        kept = () if keep is None else (keep,)
+        return self.partial.run(
+            batch.tokens, past, first=self.layer, given=batch.states, keep=kept, stop=stop
+        )
+
+
+def _part(batch: _Batch, rows: Sequence[int]) -> _Batch:
+    """Return some rows of a batch."""
+    chosen = torch.tensor(rows, device=batch.row.device)
+    states = None if batch.states is None else batch.states[chosen]
+    lines = [batch.rows[i] for i in rows]
+    return _Batch(lines, batch.tokens.rows(chosen), batch.column, batch.row[chosen], states)
 
 
 def _column(into: list[Tensor], rows: int, column: int) -> Callable[[Tensor], None]:

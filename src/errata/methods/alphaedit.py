@@ -36,7 +36,7 @@ class Config(Lasting, SpreadConfig):
     """Share of the second moment's trace that must stay untouched; what is left is the null space."""
     threshold: float | None = None
     """Eigenvalues of C below this span the null space, instead of ``energy`` (code: 2e-2; paper: 1e-2)."""
-    ridge_relative: float = 0.001
+    ridge_relative: float = 0.003
     """L2 in mean squared norms of the corpus's keys, where ``ridge`` is open (chosen on the lab)."""
     ridge: float | None = None
     """L2, plain (code: 10; EasyEdit: 1 for Llama 3 and Qwen)."""

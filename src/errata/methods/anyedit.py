@@ -54,7 +54,7 @@ class Config(Covariance, SpreadConfig):
     """For ``base: alphaedit``, see there."""
     threshold: float | None = None
     """For ``base: alphaedit``, see there."""
-    ridge_relative: float = 0.001
+    ridge_relative: float = 0.003
     """For ``base: alphaedit``, see there."""
     ridge: float | None = None
     """For ``base: alphaedit``, see there."""
