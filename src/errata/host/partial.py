@@ -230,7 +230,7 @@ class Partial:
                 hooks.stop_after(self.blocks[0]),
                 contextlib.suppress(hooks.Stopped),
             ):
-                self.host.model(input_ids=ids, use_cache=False)
+                self.host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             self._shape = found[0]
         return self._shape
 

@@ -70,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Nas(Step):
-    """Rescale each value to a norm measured when the model was still unedited (NAS, Eq. of its one line)."""
+    """Rescale each value to a norm measured when the model was still unedited."""
 
     name: ClassVar[str] = "nas"
     on: ClassVar[str] = "values"
