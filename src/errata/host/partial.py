@@ -83,8 +83,8 @@ class Past:
     """Per block, keys and values ``[u, heads, length, head]``."""
     mask: Tensor
     """int64 ``[u, length]``."""
-    row: Tensor
-    """int64 ``[rows]``: which of the u each row of the batch stands behind."""
+    row: Tensor | None
+    """int64 ``[rows]``: which of the u each row of the batch stands behind; None: each behind its own."""
 
     @property
     def length(self) -> int:
@@ -93,7 +93,15 @@ class Past:
 
     def of(self, row: Tensor) -> Past:
         """Return the same past for other rows."""
-        return replace(self, row=self.row[row])
+        if self.row is not None:
+            return replace(self, row=self.row[row])
+        # copied once here rather than at every step
+        states = {b: (k[row.to(k.device)], v[row.to(v.device)]) for b, (k, v) in self.states.items()}
+        return Past(states, self.mask[row], None)
+
+    def masks(self) -> Tensor:
+        """Return the mask of each row of the batch ``[rows, length]``."""
+        return self.mask if self.row is None else self.mask[self.row]
 
     def followed_by(self, states: Mapping[int, Pair], tokens: Tokens, columns: int) -> Past:
         """Return the past of each row with the first ``columns`` columns of its own tokens behind it."""
@@ -102,11 +110,11 @@ class Past:
             old = self.states.get(block) if self.length else None
             new = keys[:, :, :columns], values[:, :, :columns]
             if old is not None:
-                row = self.row.to(old[0].device)
-                new = torch.cat([old[0][row], new[0]], 2), torch.cat([old[1][row], new[1]], 2)
+                mine = [part if self.row is None else part[self.row.to(part.device)] for part in old]
+                new = torch.cat([mine[0], new[0]], 2), torch.cat([mine[1], new[1]], 2)
             joined[block] = new
-        mask = torch.cat([self.mask[self.row], tokens.mask[:, :columns]], 1)
-        return Past(joined, mask, torch.arange(len(mask), device=mask.device))
+        mask = torch.cat([self.masks(), tokens.mask[:, :columns]], 1)
+        return Past(joined, mask, None)
 
 
 def nothing_before(host: Host, rows: int) -> Past:
@@ -118,7 +126,7 @@ def nothing_before(host: Host, rows: int) -> Past:
 class _Layer(DynamicLayer):
     """One block's cache: puts the past before what comes in and remembers the latter."""
 
-    def __init__(self, past: Pair | None, row: Tensor, length: int, pad: Tensor | None) -> None:
+    def __init__(self, past: Pair | None, row: Tensor | None, length: int, pad: Tensor | None) -> None:
         super().__init__()
         self.past, self.row, self.length, self.pad = past, row, length, pad
         self.seen: Pair | None = None
@@ -133,7 +141,9 @@ class _Layer(DynamicLayer):
             return key_states, value_states
         if self.past is None:
             raise RuntimeError("a block was run whose past was not kept")
-        keys, values = (part[self.row.to(part.device)] for part in self.past)
+        keys, values = self.past
+        if self.row is not None:
+            keys, values = (part[self.row.to(part.device)] for part in self.past)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def get_seq_length(self) -> int:
@@ -207,7 +217,7 @@ class Partial:
         self, tokens: Tokens, past: Past, layers: list[_Layer], at: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
-        inputs["attention_mask"] = torch.cat([past.mask[past.row], tokens.mask], 1)
+        inputs["attention_mask"] = torch.cat([past.masks(), tokens.mask], 1)
         if "past_key_values" in self.host.accepts:
             inputs["past_key_values"] = Cache(layers=list(layers))
         if "position_ids" in self.host.accepts:

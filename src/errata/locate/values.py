@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from errata.host import hooks
 from errata.host.load import Host
-from errata.host.memory import in_batches
+from errata.host.memory import in_batches, share
 from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before, wide
 from errata.locate.contexts import Context
 from errata.locate.problems import Line, Problem, Span, alike, beginnings, problems, subject_span
@@ -28,10 +28,6 @@ from errata.types import Request
 Where = Literal["mlp_out", "block_out", "attn_and_mlp"]
 Scale = Literal["stream", "site", "published"]
 Stop = Literal["loss", "top"]
-
-SUFFIX_TOKENS = {"cpu": 640, "cuda": 16384}
-"""Tokens from the shifted one on that are run at once, all contexts together, by kind of device."""
-
 
 LIKE_ROWS = {"cpu": 8, "cuda": 256}
 """Rows of one length that make a bundle of their own, by kind of device."""
@@ -120,7 +116,7 @@ def solve(
     memory runs out. ``tick`` is told how many problems are done.
     """
     order = sorted(range(len(laid)), key=lambda i: -_suffix(laid[i]))  # like lengths together
-    size = batch_size or _auto(host, laid)
+    size = batch_size or _auto(host, laid, layer)
     done = 0
 
     def run(batch: Sequence[int]) -> list[Value]:
@@ -142,10 +138,14 @@ def _suffix(problem: Problem) -> int:
     return sum(len(line.ids) - line.place for line in problem.lines)
 
 
-def _auto(host: Host, laid: Sequence[Problem]) -> int:
-    budget = SUFFIX_TOKENS.get(host.device.type, SUFFIX_TOKENS["cpu"])
+def _auto(host: Host, laid: Sequence[Problem], layer: int) -> int:
+    """Return how many problems to run at once: what a backward pass keeps must fit the device's share."""
+    blocks = max(1, len(host.layout.blocks) - layer - 1)
+    inner = max((site.d_in for site in host.layout.mlp_out if site is not None), default=host.layout.width)
+    size = torch.finfo(host.dtype).bits // 8
+    token = blocks * (12 * host.layout.width + 4 * inner) * size  # bytes, of states and activations
     largest = max((_suffix(problem) for problem in laid), default=1)
-    return max(1, budget // max(1, largest))
+    return max(1, share(host.device) // (token * max(1, largest)))
 
 
 @dataclass
