@@ -36,11 +36,11 @@ def in_batches(items: Sequence[A], size: int, run: Callable[[Sequence[A]], list[
 
 
 def share(device: torch.device) -> int:
-    """Return how many bytes one batch may keep: a quarter of a GPU's free memory, half a GiB elsewhere."""
+    """Return how many bytes one batch may keep: a quarter of a GPU's free memory, a quarter GiB elsewhere."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free // 4
-    return 1 << 29
+    return 1 << 28
 
 
 def ran_out(error: BaseException) -> bool:
