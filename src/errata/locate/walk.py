@@ -50,7 +50,7 @@ class Walk:
         reuse = can_reuse(host, max(len(row.ids) for row in rows))
         self.cut = beginnings(rows) if reuse else {row.context: 0 for row in rows}
         self.shared = {row.context: row.ids[: self.cut[row.context]] for row in rows if self.cut[row.context]}
-        self._keys: tuple[Site, Tensor] | None = None
+        self._keys: tuple[Site, Tensor, Tensor] | None = None
         self.start: Tokens | None = None
         """The shared beginnings; None where nothing is shared."""
         self.start_states: Tensor | None = None
@@ -85,23 +85,41 @@ class Walk:
         """
         if site.layer != self.layer:
             raise ValueError(f"the walk stands at layer {self.layer}, not at {site.layer}")
+        return self._read(site)[0]
+
+    def outputs(self, site: Site) -> Tensor:
+        """Return what the site says at each problem's place, mean over contexts, ``[n, d_out]``.
+
+        With the weight as it was when the layer's keys were read.
+        """
+        return self._read(site)[1]
+
+    def _read(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return keys and outputs, read in one pass that ends after the site."""
         if self._keys is not None and self._keys[0] == site:
-            return self._keys[1]
-        found = []
+            return self._keys[1:]
+        found, said = [], []
         module = self.host.model.get_submodule(site.name)
         with hooks.frozen(self.host.model), torch.no_grad():
             start = self._before(site.layer)
             for batch in self.batches:
                 seen: list[Tensor] = []
-                with hooks.on_input(module, _column(seen, len(batch.rows), batch.column)):
+                where = len(batch.rows), batch.column
+                with (
+                    hooks.on_input(module, _column(seen, *where)),
+                    hooks.on_output(module, _column(seen, *where)),
+                ):
                     self._run(batch, start, stop=module)
                 weights = seen[0].new_tensor([row.share for row in batch.rows])
                 found.append((seen[0] * weights[:, None]).cpu())
-        rows = torch.cat(found)
+                said.append((seen[1] * weights[:, None]).cpu())
+        self._keys = (site, self._mean(torch.cat(found)), self._mean(torch.cat(said)))
+        return self._keys[1:]
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Sum weighted rows by problem, in the order given."""
         of = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        found_keys = self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
-        self._keys = (site, found_keys)
-        return found_keys
+        return self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
 
     def values(self, top: int, module: torch.nn.Module) -> Tensor:
         """Return what a module in block ``top`` says at each bare prompt's place ``[n, d]``."""

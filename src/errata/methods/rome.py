@@ -28,8 +28,9 @@ from errata.errors import ConfigError
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import Metric, balanced, from_solved, leverage
-from errata.locate.keys import subject_keys
+from errata.locate.problems import problems
 from errata.locate.values import optimise
+from errata.locate.walk import Walk
 from errata.methods._method import (
     Method,
     Workspace,
@@ -106,16 +107,17 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         config=search(config),
     )[0]  # fmt: skip
     metric = work.metrics(host, [site], config.tokens)[site] if config.second_moment else Metric.identity()
-    averaged = subject_keys(host, requests, [site], contexts)
-    bare = subject_keys(host, requests, [site], contexts[:1])
-    mean_key, bare_key = averaged.keys[site].mT, bare.keys[site].mT  # [m, 1]
+    averaged = Walk(host, problems(host, requests, contexts), site.layer)
+    chosen = (
+        averaged if config.keys == "mean" else Walk(host, problems(host, requests, contexts[:1]), site.layer)
+    )
+    mean_key = averaged.keys(site).mT  # [m, 1]
     target = value.target[:, None]  # [d, 1]
     records: dict[str, Record] = {}
     if config.keys == "mixed":
-        delta = _mixed(mean_key, bare_key, target - bare.values[site].mT, metric)
+        delta = _mixed(mean_key, chosen.keys(site).mT, target - chosen.outputs(site).mT, metric)
     else:
-        chosen = averaged if config.keys == "mean" else bare
-        key, residual = chosen.keys[site].mT.contiguous(), target - chosen.values[site].mT
+        key, residual = chosen.keys(site).mT.contiguous(), target - chosen.outputs(site).mT
         solved = metric.solve(key)
         delta = from_solved(key, solved, residual, gamma=0.0)
         before = work.after.deltas.get(site.parameter) if work.after else None
