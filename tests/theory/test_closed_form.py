@@ -18,7 +18,7 @@ from errata.locate.contexts import Context
 from errata.locate.keys import all_keys, subject_keys
 from errata.locate.problems import problems
 from errata.locate.walk import Walk
-from errata.methods import _spread, memit_csk
+from errata.methods import _method, memit_csk
 from tests.models import FAMILIES, fresh
 
 FAST = {"steps": 4, "tokens": 2000}
@@ -134,7 +134,7 @@ def test_pmet_gives_the_feed_forward_its_value(host):
     work = workspace(host, seed=0)
     config = edit.provenance.config
     contexts = work.contexts(host, [(config["contexts"], config["context_tokens"])], "half_bare")
-    settings = _spread.search_settings(dataclasses.replace(_config("pmet"), **config), relax=True)
+    settings = _method.search(dataclasses.replace(_config("pmet"), **config), relax=True)
     found = values.optimise(host, REQUESTS[:1], contexts, layer=1, where="attn_and_mlp", config=settings)[0]
     assert relative(record.wanted[:, 0], found.shift) < 1e-6
 

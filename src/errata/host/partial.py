@@ -252,6 +252,11 @@ def _keeper(into: dict[int, Tensor], block: int) -> Any:
     return keep
 
 
+def longer(tensor: Tensor) -> Tensor:
+    """Append one row of zeros: the past of rows that share nothing."""
+    return torch.cat([tensor, torch.zeros_like(tensor[:1])])
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return numbers in float32 at least: what is solved for is never held in 16 bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

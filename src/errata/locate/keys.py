@@ -13,6 +13,7 @@ from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.locate.contexts import Context
+from errata.locate.problems import place_of
 from errata.types import Request
 
 BATCH_TOKENS = 4096
@@ -45,10 +46,8 @@ class Captured:
 
 def subject_place(host: Host, request: Request, prefix: str = "") -> Place:
     """Find the subject's last token behind a prefix."""
-    text = prefix + request.text
-    start, stop = (bound + len(prefix) for bound in request.span)
-    encoded = host.encode(text)
-    return Place(encoded.ids[: encoded.last_of(start, stop) + 1])
+    ids, at = place_of(host, request, prefix)
+    return Place(ids[: at + 1])
 
 
 def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captured:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from errata.host import hooks
 from errata.host.load import Host
 from errata.host.memory import in_batches, share
-from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before, wide
+from errata.host.partial import Partial, Past, Tokens, align, can_reuse, longer, nothing_before, wide
 from errata.locate.contexts import Context
 from errata.locate.problems import Line, Problem, Span, alike, beginnings, problems, subject_span
 from errata.types import Request
@@ -285,10 +285,10 @@ class _Search:
                 tokens, nothing_before(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
             )
         # one empty row more, for rows that share nothing
-        states = {b: (_longer(k), _longer(v)) for b, (k, v) in ran.past.items()}
+        states = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
         place = {context: i for i, context in enumerate(shared)}
         row = torch.tensor([place.get(line.context, len(texts)) for line in rows], device=self.host.device)
-        return Past(states, _longer(tokens.mask), row)
+        return Past(states, longer(tokens.mask), row)
 
     def _give(self, stack: contextlib.ExitStack, rows: list[Line], columns: list[int]) -> None:
         """Put shifts in place that stand already."""
@@ -495,8 +495,3 @@ def _places(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Index the one prediction of each essence row."""
     row = torch.arange(len(columns), device=columns.device)
     return row, columns, torch.zeros_like(row), torch.zeros(len(row), device=columns.device)
-
-
-def _longer(tensor: Tensor) -> Tensor:
-    """Append one row of zeros."""
-    return torch.cat([tensor, torch.zeros_like(tensor[:1])])

@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.partial import Partial, Past, Ran, Tokens, align, can_reuse, nothing_before, wide
+from errata.host.partial import Partial, Past, Ran, Tokens, align, can_reuse, longer, nothing_before, wide
 from errata.locate.problems import Line, Problem, alike, beginnings
 
 WALK_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -180,8 +180,8 @@ class Walk:
         )
         if advance:
             self.start_states = ran.states[top]
-        past = {b: (_longer(k), _longer(v)) for b, (k, v) in ran.past.items()}
-        return Past(past, _longer(tokens.mask), rows)
+        past = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
+        return Past(past, longer(tokens.mask), rows)
 
     def _run(
         self, batch: _Batch, start: Past | None, *, stop: torch.nn.Module, keep: int | None = None
@@ -207,8 +207,3 @@ def _column(into: list[Tensor], rows: int, column: int) -> Callable[[Tensor], No
         into.append(wide(tensor.detach().reshape(rows, -1, tensor.shape[-1])[:, column]))
 
     return keep
-
-
-def _longer(tensor: Tensor) -> Tensor:
-    """Append one row of zeros."""
-    return torch.cat([tensor, torch.zeros_like(tensor[:1])])

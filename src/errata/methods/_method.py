@@ -217,17 +217,11 @@ def open_search(config: Any, known: Search | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if getattr(config, name) is None}
 
 
-def search(config: Any) -> ValueConfig:
+def search(config: Any, *, relax: bool = False) -> ValueConfig:
     """Read the settings of a value search off a method's settings."""
-    return ValueConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        clamp=config.clamp,
-        decay=config.decay,
-        kl=config.kl,
-        scale=config.scale,
-        stop=config.stop,
-    )
+    names = ("steps", "learning_rate", "clamp", "decay", "kl", "scale", "stop", "stop_loss")
+    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return ValueConfig(**given, relax=relax)
 
 
 def notes(values: Mapping[str, Any]) -> dict[str, Any]:

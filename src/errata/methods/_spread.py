@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from errata.methods._method import (
     provenance,
     resolve_layers,
     resolved,
+    search,
 )
 from errata.methods._stabilise import Around, check, delta_steps, value_steps
 from errata.types import Request
@@ -243,7 +245,7 @@ def spread(host: Host, requests: Sequence[Request], config: Any, plan: Plan, wor
     metrics = plan.metric(sites)
     walk = Walk(host, laid, sites[0].layer)
     _warn_of_collisions(requests, laid, walk.keys(sites[0]).mT, metrics[sites[0]])
-    settings = search_settings(config, relax=plan.relax)
+    settings = search(config, relax=plan.relax)
     values = plan.sought(laid, settings) if plan.sought else solve(
         host, laid, layer=sites[-1].layer, where=where, config=settings, batch_size=work.batch_size,
         tick=lambda done, total: work.on_progress("values", done, total),
@@ -261,13 +263,6 @@ def prefixes_of(host: Host, config: Any, work: Workspace) -> list[Context]:
     """Return the context prefixes that the settings ask for, the bare prompt first."""
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     return work.contexts(host, groups, "half_bare")
-
-
-def search_settings(config: Any, *, relax: bool = False) -> ValueConfig:
-    """Read the settings of a value search off a method's settings."""
-    names = ("steps", "learning_rate", "clamp", "decay", "kl", "scale", "stop", "stop_loss")
-    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return ValueConfig(**given, relax=relax)
 
 
 def _trace(values: Sequence[Value], plan: Plan) -> dict[str, Any]:
@@ -308,7 +303,7 @@ class _Loop:
         records: dict[str, Record] = {}
         shaped = bool(delta_steps(self.config.stabilise)) or self.plan.chosen is not None
         for i, site in enumerate(sites):
-            with WeightEdit(dict(deltas), transposed, provenance).on(self.host) if deltas else _nothing():
+            with WeightEdit(dict(deltas), transposed, provenance).on(self.host) if deltas else nullcontext():
                 while walk.layer < site.layer:
                     walk.advance()
                 keys = walk.keys(site).mT  # [m, n]
@@ -383,12 +378,6 @@ def _among(
     wide = small.A.new_zeros(small.rank, keys.shape[0])
     wide[:, columns] = small.A
     return LowRank(small.B, wide)
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _warn_of_collisions(

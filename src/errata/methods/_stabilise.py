@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.edits.weight import Delta, WeightEdit
+from errata.edits.weight import Delta, WeightEdit, added
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg import shape
@@ -127,8 +127,8 @@ class Prune(Step):
         original, total = around.weight, delta
         if before is not None:
             original = original - (before.dense() if isinstance(before, LowRank) else before)
-            total = _sum(before, delta)
-        return _sum(delta, shape.excess(total, shape.largest_singular(original), self.base))
+            total = added(before, delta)
+        return added(delta, shape.excess(total, shape.largest_singular(original), self.base))
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,6 @@ class Simie(Step):
 
 
 STEPS: dict[str, type[Any]] = {step.name: step for step in (Nas, Rect, Sphere, Prune, Simie)}
-
-
-def _sum(one: Delta, other: Delta) -> Delta:
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return one + other
-    parts = [d.dense() if isinstance(d, LowRank) else d for d in (one, other)]
-    return parts[0] + parts[1]
 
 
 def parse(item: str) -> Any:
