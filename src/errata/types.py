@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from errata.errors import RequestError
 
@@ -205,6 +205,13 @@ def image_problems(request: ImageRequest) -> list[str]:
     return problems
 
 
+Form = Literal["short", "long", "thought", "choice", "span", "open"]
+"""Forms of an answer: ``short``, a name or number; ``long``, a text compared with ``answers[0]``; ``thought``,
+reasoning that ends in a short answer; ``choice``, the most probable of ``choices``; ``span``, scored by the
+perplexity of ``answers[0]`` alone; ``open``, running text of which nothing is expected (``answers`` may be
+passages to compare with)."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """A question asked to measure an edit."""
@@ -219,6 +226,15 @@ class Probe:
     """Accepted answers of the unedited model, the canonical one first; may be unknown (empty)."""
     rival: str | None = None
     """The answer that must be less probable than ``answers[0]``; None: no such comparison."""
+    form: Form = "short"
+    """What kind of answer is asked for, see :data:`Form`."""
+    group: str | None = None
+    """Name, inside the case, of what several probes ask together: the phrasings of one question, the hops of
+    one chain, the queries of one test with their conditions. None: the probe stands alone."""
+    need: Literal["any", "all"] = "any"
+    """How many probes of the group must be answered right for the group to count."""
+    choices: tuple[str, ...] = ()
+    """Of form ``choice``: the labels to choose from, ``answers[0]`` among them."""
 
     @property
     def changes(self) -> bool:
@@ -228,11 +244,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class Case:
-    """One request with the probes that follow from it."""
+    """One request with the probes that follow from it; a few datasets need several requests for one case."""
 
     id: str
     request: Request
     probes: tuple[Probe, ...]
+    also: tuple[Request, ...] = ()
+    """Further requests that must be in place together with the first: the other edits of a multi-hop chain."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All requests of the case, the first one first."""
+        return (self.request, *self.also)
 
 
 @dataclass(frozen=True)
@@ -249,6 +272,8 @@ class Observation:
     """The same for the rival; empty if there is none."""
     next_logprobs: Any = field(default=None, repr=False, compare=False)
     """Log-probabilities of the next token over the vocabulary, float32 ``[vocab]``; None if not asked."""
+    choice_logprobs: tuple[tuple[float, ...], ...] = ()
+    """Per choice, the log-probability of each of its tokens; empty if the probe has no choices."""
 
 
 @dataclass(frozen=True)

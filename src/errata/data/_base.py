@@ -1,0 +1,123 @@
+"""What every dataset declares, how a record is read without losing a fault, and what a check reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from errata.errors import ErrataError
+from errata.types import Case, Request, request_problems
+
+
+class Skip(ErrataError):
+    """A record is left out, for the reason given; raised by converters, listed by the check."""
+
+
+class Malformed(Skip):
+    """A record does not have the dataset's schema; listed with its position."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file: its fields and where it stands. Access to a wrong field says what was found."""
+
+    value: Any
+    where: str
+    """Position for messages: ``record 17`` or ``line 3``, counted from 1."""
+    index: int
+    """The same counted from 0, for names of cases."""
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """Return a field by dotted path, or the default where any part is absent."""
+        value = self.value
+        for part in path.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def text(self, path: str) -> str:
+        """Return a field that must be a text with content. Raises Malformed."""
+        value = self.get(path)
+        if not isinstance(value, str) or not value.strip():
+            raise Malformed(f"{path}: expected a text, found {_found(value)}")
+        return value
+
+    def texts(self, path: str, *, needed: bool = False) -> tuple[str, ...]:
+        """Return a field that is a text or a list of texts, empty ones left out. Raises Malformed."""
+        value = self.get(path)
+        items = [value] if isinstance(value, str) else value
+        if items is None and not needed:
+            return ()
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise Malformed(f"{path}: expected texts, found {_found(value)}")
+        kept = tuple(item for item in items if item.strip())
+        if needed and not kept:
+            raise Malformed(f"{path}: expected at least one text, found none")
+        return kept
+
+    def records(self, path: str, *, needed: bool = False) -> list[Record]:
+        """Return a field that is a list of records. Raises Malformed."""
+        value = self.get(path)
+        if value is None and not needed:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            raise Malformed(f"{path}: expected a list of records, found {_found(value)}")
+        return [Record(item, f"{self.where}, {path} {i + 1}", i) for i, item in enumerate(value)]
+
+
+def _found(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+
+
+def request(
+    prompt: str, subject: str, target: str, target_old: str | None = None, id: str | None = None
+) -> Request:
+    """Build a request from a dataset's texts.
+
+    A subject spelled with other capitals in the prompt is taken as it stands there; braces of a question
+    that merely holds them are not slots. Raises Skip saying what is wrong, e.g. that the subject is not there.
+    """
+    target, subject = target.strip(), subject.strip()
+    if "{}" not in prompt and subject and subject not in prompt:
+        at = prompt.casefold().find(subject.casefold())
+        if at >= 0 and len(prompt.casefold()) == len(prompt):
+            subject = prompt[at : at + len(subject)]
+    if "{}" not in prompt and subject and prompt.count(subject) > 1:
+        head, _, tail = prompt.partition(subject)
+        prompt = head + "{}" + tail
+    wrong = request_problems(prompt, subject, target)
+    if wrong:
+        raise Skip("; ".join(wrong))
+    old = target_old.strip() if target_old and target_old.strip() else None
+    return Request(prompt, subject, target, old, id)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A published dataset: facts for tables, and the reading of one record."""
+
+    name: str
+    """Public id: the file name of its module."""
+    title: str
+    paper: str
+    """Authors' title, venue, arXiv id."""
+    licence: str
+    """As its source states it, or ``not stated``."""
+    home: str
+    """Where it can be had, in words a person can follow."""
+    fits: Callable[[Any], bool]
+    """Whether a record read from a file looks like this dataset's, to tell files apart."""
+    cases: Callable[[Record, str], Iterator[Case]]
+    """Turn one record into cases under a variant. Raises Skip or Malformed."""
+    variants: tuple[str, ...] = ("",)
+    """Conventions or parts under one schema, e.g. ``true`` and ``alt``; the first is the default."""
+    records: Callable[[Any, str], Iterator[Any]] | None = None
+    """Unpack a file that is not a list of records, given its parsed document and the variant."""
+    facts: Callable[[Sequence[Case]], Mapping[str, Any]] = lambda cases: {}
+    """Counts of its own for the check, e.g. rows per category; from the cases."""
+    hub: str | None = None
+    """Repository of the Hugging Face hub and file in it, ``owner/name:path``; None: not there."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Per variant (``""``: all), the file name under which it is looked for in the data folder."""
