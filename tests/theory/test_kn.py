@@ -10,6 +10,7 @@ import torch
 
 import errata
 from errata.errors import ConfigError
+from errata.host.partial import can_reuse
 from errata.locate.neurons import Question, attribute, questions
 from tests.models import fresh
 
@@ -149,20 +150,27 @@ def test_frozen_lower_states_give_the_gradients_of_the_whole_model(family):
             torch.testing.assert_close(found[site][i], wanted, rtol=0, atol=allowed)
 
 
-def test_blocks_below_a_layer_run_once(host):
+def test_only_the_last_token_runs_again_and_only_above_the_site(host):
     asked = questions(host, REQUEST.text, REQUEST.target)
-    runs = dict.fromkeys(range(3), 0)
+    assert can_reuse(
+        host, max(len(question.ids) for question in asked)
+    )  # tried out before anything is counted
+    ran = dict.fromkeys(range(3), 0)
 
     def count(layer):
         def look(value):
-            runs[layer] += 1
+            ran[layer] += value.numel() // host.layout.site(layer).d_in  # tokens, padding included
             return value
 
         return look
 
+    steps = 7
+    whole = len(asked) * max(len(question.ids) for question in asked)
+    shape = 3  # tokens of the first block that show how a block answers
     with site_input(host, 0, count(0)), site_input(host, 1, count(1)), site_input(host, 2, count(2)):
-        attribute(host, asked, [host.layout.site(1)], steps=7)
-    assert runs == {0: 1, 1: 2, 2: 1}
+        attribute(host, asked, [host.layout.site(1)], steps=steps)
+    again = steps * len(asked)
+    assert ran == {0: whole + shape, 1: whole + again, 2: whole + again}
 
 
 # --- operations -----------------------------------------------------------------------------

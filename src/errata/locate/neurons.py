@@ -24,16 +24,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, inf
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errata.errors import HostError, RequestError
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.tokens import Batch, encode_prompt
+from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before
+from errata.host.tokens import encode_prompt
 from errata.locate.keys import BATCH_TOKENS, tokens_batches
 
 Rule = Literal["right", "left", "midpoint"]
@@ -120,53 +121,62 @@ def _points(steps: int, rule: Rule) -> Tensor:
 
 @dataclass(frozen=True)
 class _State:
-    """A batch of questions and what one clean run of it leaves below every site."""
+    """A batch of questions and what one clean run of it leaves below every site.
 
-    batch: Batch
+    Only the last token of a text predicts, so where tokens may stand in a cache it is the only one that is
+    run again; the others are its past.
+    """
+
+    partial: Partial
+    tokens: Tokens
+    past: Past
     at: Tensor
-    """Position that predicts ``[n]``."""
+    """Column that predicts ``[n]``."""
     token: Tensor
     """Token to predict ``[n]``."""
-    blocks: dict[nn.Module, Any]
-    """Whole output of each block, since who answers for a block must answer in its form."""
+    blocks: dict[int, Tensor]
+    """Output of each block ``[n, columns, d]``."""
     keys: dict[Site, Tensor]
     """Input of each site at the position ``[n, d_in]``."""
+
+    def rows(self, chosen: Tensor) -> tuple[Tokens, Past]:
+        """Return tokens and past of some rows, each as often as it is chosen."""
+        return self.tokens.rows(chosen), Past(self.past.states, self.past.mask, chosen)
 
 
 def _freeze(host: Host, asked: Sequence[Question], sites: Sequence[Site]) -> _State:
     """Run texts once up to the highest site and keep the states on the way."""
-    batch = host.batch([q.ids for q in asked])
-    at = torch.tensor([len(q.ids) - 1 for q in asked], device=host.device)
-    line = torch.arange(len(asked), device=host.device)
+    count = len(asked)
+    places = [len(q.ids) - 1 for q in asked]
+    reuse = can_reuse(host, max(places) + 1)
+    tokens, column = align(host, [q.ids for q in asked], places, [0] * count, left=reuse)
+    at = torch.tensor([column if reuse else place for place in places], device=host.device)
+    line = torch.arange(count, device=host.device)
     keys: dict[Site, Tensor] = {}
-    kept: dict[nn.Module, Any] = {}
-
-    def keep_block(block: nn.Module) -> Callable[[Any], None]:
-        def keep(output: Any) -> None:
-            # a copy, since some families go on adding to it in place
-            kept[block] = hooks.with_first(output, hooks.first_tensor(output).detach().clone())
-
-        return keep
 
     def keep_key(site: Site) -> Callable[[Tensor], None]:
         def keep(tensor: Tensor) -> None:
-            shaped = tensor.detach().reshape(len(asked), -1, site.d_in)
+            shaped = tensor.detach().reshape(count, -1, site.d_in)
             keys[site] = shaped[line.to(tensor.device), at.to(tensor.device)]
 
         return keep
 
-    blocks = [host.model.get_submodule(name) for name in host.layout.blocks]
-    top = max(site.layer for site in sites)
+    partial = Partial(host)
+    every = range(len(partial.blocks))
+    before = nothing_before(host, count)
+    top = every[-1] if reuse else max(site.layer for site in sites)
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for block in blocks[:top]:
-            stack.enter_context(hooks.on_answer(block, keep_block(block)))
         for site in sites:
             stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), keep_key(site)))
-        stack.enter_context(hooks.stop_after(blocks[top]))
-        with contextlib.suppress(hooks.Stopped):
-            host.forward(batch, keep=1)
+        ran = partial.run(
+            tokens, before, keep=range(top), remember=every if reuse else (), stop=partial.blocks[top]
+        )
     token = torch.tensor([q.token for q in asked], device=host.device)
-    return _State(batch, at, token, kept, keys)
+    if not reuse:
+        return _State(partial, tokens, before, at, token, ran.states, keys)
+    blocks = {block: states[:, column:] for block, states in ran.states.items()}
+    past = before.followed_by(ran.past, tokens, column)
+    return _State(partial, tokens.columns(column), past, at - column, token, blocks, keys)
 
 
 def _along_the_path(host: Host, state: _State, site: Site, points: Tensor) -> Tensor:
@@ -179,7 +189,7 @@ def _along_the_path(host: Host, state: _State, site: Site, points: Tensor) -> Te
     total = torch.zeros(count, site.d_out, dtype=torch.float64)
     line = torch.arange(count).repeat_interleave(len(points))
     scale = points.repeat(count)
-    per = max(1, BATCH_TOKENS // state.batch.ids.shape[1])
+    per = max(1, BATCH_TOKENS // state.tokens.ids.shape[1])
     for first in range(0, len(line), per):
         rows = line[first : first + per]
         share = (scale[first : first + per] - 1).to(device=written.device, dtype=wide)
@@ -193,8 +203,7 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
     """Return dp/dy for rows whose site output y is shifted at the position, float64 ``[rows, d_out]``."""
     rows = rows.to(host.device)
     line = torch.arange(len(rows), device=host.device)
-    source = state.batch
-    batch = Batch(*(t[rows] for t in (source.ids, source.mask, source.positions, source.offset)))
+    tokens, past = state.rows(rows)
     at, token = state.at[rows], state.token[rows]
 
     def push(hidden: Tensor) -> Tensor:
@@ -203,17 +212,12 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
         full = torch.zeros_like(flat).index_put(place, shift.to(device=flat.device, dtype=flat.dtype))
         return (flat + full).reshape(hidden.shape)
 
-    below = [host.model.get_submodule(name) for name in host.layout.blocks[: site.layer]]
-    fixed: dict[nn.Module, Any] = {}
-    if below:
-        output = state.blocks[below[-1]]
-        hidden = hooks.first_tensor(output)
-        fixed = dict.fromkeys(below, hooks.with_first(output, hidden[rows.to(hidden.device)]))
+    below = state.blocks[site.layer - 1] if site.layer else None
+    given = None if below is None else below[rows.to(below.device)]
     shift.requires_grad_(True)
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
-        stack.enter_context(hooks.answer_with(fixed))
-        stack.enter_context(hooks.on_output(host.model.get_submodule(site.name), push))
-        logits = host.forward_at(batch, line, at)
+    with torch.enable_grad(), hooks.on_output(host.model.get_submodule(site.name), push):
+        logits = state.partial.run(tokens, past, first=site.layer, given=given, at=(line, at)).logits
+        assert logits is not None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         known = wide.log_softmax(-1).gather(1, token.to(wide.device)[:, None])[:, 0]
         (slope,) = torch.autograd.grad(known.sum(), shift)
