@@ -21,6 +21,7 @@ from errata.errors import ConfigError
 from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
 from errata.host.load import load as open_host
+from errata.host.seq2seq import Seq2SeqHost
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace
 from errata.stats.cache import cache_dir
@@ -36,7 +37,8 @@ def load(
 ) -> Host:  # fmt: skip
     """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
 
-    An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``. ``"lab"`` is always
+    An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``, an encoder-decoder as
+    a ``Seq2SeqHost``, which is observed but not edited by methods. ``"lab"`` is always
     the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
     auto, float32, float16, bfloat16. Raises HostError when the model cannot be opened or cannot be trusted to
     be edited.
@@ -143,14 +145,20 @@ def workspace(
 
 def check_kind(method: Method, host: Host) -> None:
     """Raise ConfigError where a method edits another kind of model than the host is."""
-    found = "image_classifier" if isinstance(host, ImageHost) else "causal_lm"
+    found = "causal_lm"
+    if isinstance(host, (ImageHost, Seq2SeqHost)):
+        found = "image_classifier" if isinstance(host, ImageHost) else "encoder_decoder"
     if method.host == found:
         return
-    kinds = {"image_classifier": "image classifiers", "causal_lm": "language models"}
+    kinds = {
+        "image_classifier": "image classifiers",
+        "causal_lm": "language models without an encoder",
+        "encoder_decoder": "encoder-decoders",
+    }
     fitting = [name for name in REGISTRY if REGISTRY.get(name).host == found]
     raise ConfigError(
         f"{method.name} edits {kinds[method.host]}, and {host.name} is one of the {kinds[found]}; "
-        f"methods for those: {', '.join(fitting)}"
+        f"methods for those: {', '.join(fitting) or 'none'}"
     )
 
 

@@ -81,7 +81,7 @@ def test_one_step_is_adam_on_the_full_gradient(method):
     site = host.layout.site(1)
     weight = host.model.get_parameter(site.parameter)
     (gradient,) = torch.autograd.grad(sum(hand_loss(host, r, "target") for r in BOTH) / 2, weight)
-    unit = rms(weight) if method == "ft_l" else 1.0
+    unit = rms(weight)
     edit = errata.edit(host, BOTH, method=method, layers=[1], steps=1, learning_rate=1e-3)
     solid = gradient.mT.abs() > 1e-5
     assert solid.sum() > 100
@@ -114,7 +114,7 @@ def test_ft_l_in_a_huge_box_is_ft_without_one():
     boxed = errata.edit(
         host, BOTH, method="ft_l", scale="published", epsilon=1e6, learning_rate=5e-3, **shared
     )
-    free = errata.edit(host, BOTH, method="ft", epsilon=None, learning_rate=5e-3, **shared)
+    free = errata.edit(host, BOTH, method="ft", scale="published", epsilon=None, learning_rate=5e-3, **shared)
     narrow = errata.edit(host, BOTH, method="ft_l", epsilon=1e-3, learning_rate=5e-3, **shared)
     (name,) = free.deltas
     assert torch.equal(boxed.deltas[name], free.deltas[name])

@@ -9,7 +9,7 @@ import torch
 
 import errata
 from errata.evaluation import observe, score
-from errata.evaluation.metrics import matching, perplexity, probability
+from errata.evaluation.metrics import divergence, matching, perplexity, probability
 from errata.types import Case, Observation, Probe
 from tests.models import fresh
 
@@ -54,9 +54,9 @@ def test_probability_scores_by_hand():
     assert not probability.exact([True, False]) and probability.exact([True])
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     by_hand = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert probability.divergence(p, q) == pytest.approx(by_hand, rel=1e-6)
-    assert probability.divergence(p, p) == 0.0
-    assert probability.perplexity(torch.tensor([0.25, 0.25]).log()) == pytest.approx(4.0)
+    assert divergence.kl(p, q) == pytest.approx(by_hand, rel=1e-6)
+    assert divergence.kl(p, p) == 0.0
+    assert perplexity.of_texts([torch.tensor([0.25, 0.25]).log()]) == pytest.approx(4.0)
 
 
 def seen(text: str, top=(True,), answer=(-0.1,), rival=(-2.0,)) -> Observation:
@@ -70,7 +70,8 @@ def test_kept_probes_count_only_what_was_right_before():
     before = [seen(" Oa."), seen(" Oa."), seen(" Oa."), seen(" Oa."), seen(" wrong.")]
     after = [seen(" Esk."), seen(" Oa."), seen(" Esk."), seen(" Oa."), seen(" Oa.")]
     summary = score.summarise(score.rows(case, before, after))
-    assert summary["efficacy.generate"] == {"before": 0.0, "after": 1.0, "n": 1, "ci": [1.0, 1.0]}
+    learned = {"before": 0.0, "after": 1.0, "n": 1, "ci": [1.0, 1.0]}
+    assert learned.items() <= summary["efficacy.generate"].items()
     entry = summary["neighbourhood.generate"]
     assert entry["before"] == 0.75 and entry["n"] == 3 and entry["after"] == pytest.approx(2 / 3)
 
@@ -88,8 +89,9 @@ def test_intervals_come_from_whole_cases():
 def test_an_unchanged_model_scores_as_before_and_revert_is_checked():
     host = fresh("llama")
     edit = errata.edit(
-        host, errata.Request("{} is", "Bruno", "Esk"), method="ft", steps=1, learning_rate=1e-12
-    )
+        host, errata.Request("{} is", "Bruno", "Esk"), method="ft", steps=1, scale="published",
+        learning_rate=1e-12,
+    )  # fmt: skip
     request = errata.Request("{} was born in", "Ada", "Esk", "Merrin")
     case = Case("c", request, (
         Probe("efficacy", request.text, ("Esk",), ("Merrin",), "Merrin"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from errata import config as settings
+from errata.bench.results import finite
 from errata.bench.schedule import SINGLE, Schedule
 from errata.edits.edit import Edit, versions
 from errata.edits.weight import WeightEdit
@@ -24,7 +28,7 @@ from errata.host.load import Host
 from errata.locate.contexts import sampled_corpus
 from errata.methods import REGISTRY
 from errata.registry import unknown
-from errata.types import Case, Observation, Probe, Request, Row
+from errata.types import Case, Observation, Row
 
 if TYPE_CHECKING:  # methods are reached through the registry only
     from errata.methods._method import Method, Workspace
@@ -35,6 +39,10 @@ TEXTS = 200
 """Texts of a corpus that perplexity is measured on."""
 SAMPLED, SAMPLED_TOKENS = 48, 128
 """How many texts a host without a corpus writes for that, and their length."""
+OPEN_TOKENS = 64
+"""Length of what is continued from an open prompt."""
+CHUNK = 32
+"""Cases asked together: what batches are made of, so never a matter of where a run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Report:
         }
         if self.checkpoints:
             document["checkpoints"] = [asdict(point) for point in self.checkpoints]
-        return _finite(document)
+        return finite(document)
 
 
 def evaluate(
@@ -130,24 +138,22 @@ def evaluate(
         )
     if edit is not None and schedule != SINGLE:
         raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
-    entry = _method(method, schedule) if method else None
+    entry = check_method(method, schedule) if method else None
     marks = schedule.checkpoints(len(cases), at) if schedule.kind == "sequential" else ()
-    start = 0 if after is None or entry is None else _resumed(after, entry, cases, schedule, work.seed)
-    run = _Run(
-        host, _asked(cases, probes), work, schedule, dict(options or {}), tick,
-        method=entry, edit=edit, after=after,
+    start = 0 if after is None or entry is None else resumed(after, entry, cases, schedule, work.seed)
+    config = settings.make(entry.config, options or {}, entry.name) if entry else None
+    evaluation = _Evaluation(
+        Engine(
+            host, _asked(cases, probes), work, schedule, before=lambda case: (), method=entry,
+            config=config, edit=edit, tick=tick,
+        ), dict(options or {}), after,
     )  # fmt: skip
     start_hash = host.weights_hash()
-    looks = run.looks(marks, start)
-    run.observe_before(texts)
-    rows: list[Row] = []
-    points: list[Checkpoint] = []
-    for look in looks:
-        rows += look.rows
-        points += look.points
-        if keep is not None and look.edit is not None:
-            keep(run.report(rows, points, restored=None), look.edit)
-    return run.report(rows, points, restored=host.weights_hash() == start_hash)
+    evaluation.observe_before(texts)
+    with closing(evaluation.engine.events(marks, start, after)) as events:
+        for event in events:
+            evaluation.add(event, keep)
+    return evaluation.report(restored=host.weights_hash() == start_hash)
 
 
 def held_out(host: Host, work: Workspace) -> list[str]:
@@ -160,7 +166,7 @@ def held_out(host: Host, work: Workspace) -> list[str]:
     return list(deque(corpus.texts(), maxlen=TEXTS))
 
 
-def _method(name: str, schedule: Schedule) -> Method:
+def check_method(name: str, schedule: Schedule) -> Method:
     """Look a method up. Raises ConfigError where it cannot follow the schedule."""
     method = REGISTRY.get(name)
     if schedule.kind == "batch" and schedule.size > 1 and not method.batch:
@@ -186,239 +192,313 @@ def _asked(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[Case]
     return [replace(case, probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
-def _resumed(after: Edit, method: Method, cases: Sequence[Case], schedule: Schedule, seed: int) -> int:
+def resumed(after: Edit, method: Method, cases: Sequence[Case], schedule: Schedule, seed: int) -> int:
     """Return how many cases an edit stands for. Raises ConfigError unless it is this run's beginning."""
     if after.provenance.method != method.name:
         raise ConfigError(f"cannot go on with {method.name} from an edit made by {after.provenance.method}")
     requests = after.provenance.requests
+    asked = [request for case in cases for request in case.requests]
     for i, request in enumerate(requests):
-        wanted = cases[i].request if i < len(cases) else None
+        wanted = asked[i] if i < len(asked) else None
         if request != wanted:
             raise ConfigError(
                 f"cannot go on: request {i + 1} of the edit is {request}, of the cases {wanted}; "
                 "give the cases that the edit was made from, in their order"
             )
-    if len(requests) % schedule.size and len(requests) < len(cases):
+    ends = [0, *itertools.accumulate(len(case.requests) for case in cases)]
+    done = ends.index(len(requests)) if len(requests) in ends else None
+    if done is None or (done % schedule.size and done < len(cases)):
         raise ConfigError(
             f"cannot go on: the edit stands for {len(requests)} requests, {schedule} stops after every "
             f"{schedule.size}; go on with the schedule it was made with"
         )
     if after.provenance.seed != seed:
         raise ConfigError(f"cannot go on: the edit was made with seed {after.provenance.seed}, found {seed}")
-    return len(requests)
+    return done
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one look at the host found."""
+class Seen:
+    """One case, as it was observed with an edit in place."""
 
+    case: Case
     rows: list[Row]
-    points: tuple[Checkpoint, ...] = ()
-    edit: Edit | None = None
-    """Where it can be gone on from: the edit that was in place."""
+    edits: int | None
+    """How many edits of a sequence were in place; None where the schedule is none."""
+    fit_seconds: float | None
+    """Its share of the time its group's fit took; None where it was fitted in an earlier run."""
+    observe_seconds: float
+    """Its share of the time its chunk's observation took."""
+    edit: Edit
+    """What was in place."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at a host with several edits in place, after its cases were seen."""
+
+    edits: int
+    newest: int
+    """How many cases were fitted last."""
+    said: list[Tensor]
+    """Log-probabilities of the neutral texts, see :func:`errata.evaluation.observe.logprobs`."""
+    continued: list[str]
+    """How the open prompts were continued."""
+    last_batch_efficacy: float | None
+    """See :class:`Checkpoint`."""
+    edit: Edit
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity per token of the neutral texts; infinite where the host's numbers overflow."""
+        return perplexity.of_texts(self.said)
 
 
 @dataclass
-class _Run:
-    """One evaluation: what it is about, what it knows of the unedited host, and what it took so far."""
+class Engine:
+    """Fits cases on a schedule, or takes a given edit, and observes them: a stream of what was seen.
+
+    The host is as before whenever the stream stands still after a :class:`Look`, or is closed.
+    """
 
     host: Host
     cases: Sequence[Case]
     work: Workspace
     schedule: Schedule
-    options: dict[str, Any]
-    tick: Tick
+    before: Callable[[Case], Sequence[Observation]]
+    """What the unedited host says to a case's probes."""
     method: Method | None = None
+    config: Any = None
     edit: Edit | None = None
     """Given to be measured as it is."""
-    after: Edit | None = None
-    """Stands for a sequence's first cases."""
-    wall: float = field(default_factory=time.perf_counter)
-    cpu: float = field(default_factory=time.process_time)
+    texts: Sequence[str] = ()
+    """Neutral texts, read at every look."""
+    prompts: Sequence[str] = ()
+    """Beginnings of running text, continued at every look."""
+    asking: Mapping[str, Any] = field(default_factory=dict)
+    """Options of :func:`errata.evaluation.observe.observe`."""
+    tick: Tick = lambda what, done, total: None
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
     fitted: int = 0
     """Cases fitted so far."""
     looked: int = 0
     """Cases observed so far, each as often as it was."""
-    before: dict[Probe, Observation] = field(default_factory=dict)
-    texts: list[str] = field(default_factory=list)
+    fits: list[float | None] = field(default_factory=list)
+    """Seconds by case; None for cases that were fitted in an earlier run."""
+
+    def events(
+        self,
+        marks: Sequence[int] = (),
+        start: int = 0,
+        after: Edit | None = None,
+        fits: Sequence[float | None] | None = None,
+    ) -> Generator[Seen | Look, None, None]:
+        """Yield every case as it is seen, and after those of a group or a mark the look at them all.
+
+        ``marks``: after how many edits of a sequence to look. ``start``: how many cases are done already;
+        of a sequence, ``after`` is the edit that stands for them. ``fits``: what fitting them took, if known.
+        """
+        self.fits = list(fits) if fits is not None else [None] * start
+        if self.edit is not None:
+            yield from self._seen(self.cases, self.edit, None, "after")
+        elif self.schedule.kind == "single":
+            yield from self._singles(start)
+        elif self.schedule.kind == "batch":
+            yield from self._batches(start)
+        else:
+            yield from self._sequence(marks, start, after)
+
+    def _singles(self, start: int) -> Iterator[Seen]:
+        for i in range(start, len(self.cases)):
+            edit = self._fit(range(i, i + 1), None)
+            yield from self._seen([self.cases[i]], edit, None, first=i)
+            self.tick("cases", i + 1, len(self.cases))
+
+    def _batches(self, start: int) -> Iterator[Seen | Look]:
+        for group in self.schedule.groups(len(self.cases), start):
+            yield from self._looked(group, self._fit(group, None), len(group), None)
+            self.tick("cases", group.stop, len(self.cases))
+
+    def _sequence(self, marks: Sequence[int], start: int, after: Edit | None) -> Iterator[Seen | Look]:
+        edit = after
+        for group in self.schedule.groups(len(self.cases), start):
+            edit = self._fit(group, edit)
+            self.tick("edits", group.stop, len(self.cases))
+            if group.stop in marks:
+                yield from self._looked(range(group.stop), edit, len(group), group.stop)
+        if start == len(self.cases) and edit is not None:
+            newest = start % self.schedule.size or self.schedule.size
+            yield from self._looked(range(start), edit, newest, start)
+
+    def _fit(self, group: range, after: Any) -> Edit:
+        """Fit some cases, alone or on top of an edit: in one fit where the method takes several requests."""
+        assert self.method is not None
+        requests = [request for i in group for request in self.cases[i].requests]
+        at = time.perf_counter()
+        edit: Any = after
+        for some in [requests] if self.method.batch else [[request] for request in requests]:
+            edit = self.method.run(self.host, some, self.config, self.work, after=edit)
+        took = time.perf_counter() - at
+        self.fit_seconds += took
+        self.fitted += len(group)
+        self.fits += [took / len(group)] * len(group)
+        return edit
+
+    def _looked(self, group: range, edit: Edit, newest: int, edits: int | None) -> Iterator[Seen | Look]:
+        """See cases, then read the neutral texts with the same edit in place."""
+        cases = [self.cases[i] for i in group]
+        label = None if edits is None else f"after {edits} edits"
+        learned: list[float] = []
+        for place, seen in enumerate(self._seen(cases, edit, edits, label, first=group.start)):
+            if place >= len(cases) - newest:
+                learned += [
+                    row.after for row in seen.rows if (row.kind, row.protocol) == ("efficacy", "generate")
+                ]
+            yield seen
+        at = time.perf_counter()
+        with edit.on(self.host):
+            said, continued = self.health()
+        self.observe_seconds += time.perf_counter() - at
+        efficacy = sum(learned) / len(learned) if learned else None
+        yield Look(len(cases), newest, said, continued, efficacy, edit)
+
+    def health(self) -> tuple[list[Tensor], list[str]]:
+        """Read the neutral texts and continue the open prompts, with the host as it is now."""
+        continued: Any = []
+        if self.prompts:
+            asked = list(self.prompts)
+            continued = self.host.generate(asked, max_new_tokens=OPEN_TOKENS, natural_stop=False)
+        return logprobs(self.host, self.texts), continued
+
+    def _seen(
+        self, cases: Sequence[Case], edit: Edit, edits: int | None, label: str | None = None, first: int = 0
+    ) -> Iterator[Seen]:
+        """Ask cases in chunks with an edit in place, and score them once it is off again."""
+        for begin in range(0, len(cases), CHUNK):
+            chunk = cases[begin : begin + CHUNK]
+            probes = unique(probe for case in chunk for probe in case.probes)
+            known = [self.before(case) for case in chunk]
+            at = time.perf_counter()
+            with edit.on(self.host):
+                said = dict(zip(probes, observe(self.host, probes, **self.asking), strict=True))
+            scored = [
+                score.rows(case, old, [said[p] for p in case.probes], checkpoint=edits)
+                for case, old in zip(chunk, known, strict=True)
+            ]
+            took = time.perf_counter() - at
+            self.observe_seconds += took
+            self.looked += len(chunk)
+            if label is not None:
+                self.tick(label, begin + len(chunk), len(cases))
+            for i, (case, rows) in enumerate(zip(chunk, scored, strict=True)):
+                place = first + begin + i
+                fit = self.fits[place] if place < len(self.fits) else None
+                yield Seen(case, rows, edits, fit, took / len(chunk), edit)
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation in memory: its engine, what it knows of the unedited host, and what it found so far."""
+
+    engine: Engine
+    options: dict[str, Any]
+    after: Edit | None = None
+    """Stands for a sequence's first cases."""
+    wall: float = field(default_factory=time.perf_counter)
+    cpu: float = field(default_factory=time.process_time)
+    rows: list[Row] = field(default_factory=list)
+    points: list[Checkpoint] = field(default_factory=list)
     text_tokens: int = 0
     perplexity_before: float = math.nan
-
-    def looks(self, marks: Sequence[int], start: int) -> Iterator[_Look]:
-        """Check the settings, then return the schedule's looks, each made when it is asked for."""
-        if self.edit is not None:
-            return self._given(self.edit)
-        assert self.method is not None
-        config = settings.make(self.method.config, self.options, self.method.name)
-        if self.schedule.kind == "single":
-            return self._single(self.method, config)
-        if self.schedule.kind == "batch":
-            return self._batches(self.method, config)
-        return self._sequence(self.method, config, marks, start)
+    _since: int = 0
+    """Rows at the last look."""
 
     def observe_before(self, texts: Sequence[str] | None) -> None:
         """Ask every probe once without an edit, and measure neutral text if edits come together."""
-        probes = unique(p for case in self.cases for p in case.probes)
-        seen = observe(self.host, probes, on_progress=lambda done, total: self.tick("before", done, total))
-        self.before = dict(zip(probes, seen, strict=True))
-        if self.schedule.kind == "single":
+        engine = self.engine
+        probes = unique(p for case in engine.cases for p in case.probes)
+
+        def ticked(done: int, total: int) -> None:
+            engine.tick("before", done, total)
+
+        seen = dict(zip(probes, observe(engine.host, probes, on_progress=ticked), strict=True))
+        engine.before = lambda case: [seen[probe] for probe in case.probes]
+        if engine.schedule.kind == "single":
             return
-        self.texts = list(texts) if texts is not None else held_out(self.host, self.work)
-        found = logprobs(self.host, self.texts)
-        self.text_tokens = sum(map(len, found))
-        if not self.text_tokens:
-            raise DataError(
-                f"no text to measure perplexity on: {len(self.texts)} texts without a second token; "
-                "give a longer corpus"
-            )
+        engine.texts = list(texts) if texts is not None else held_out(engine.host, engine.work)
+        found = logprobs(engine.host, engine.texts)
+        self.text_tokens = counted(engine.texts, found)
         self.perplexity_before = perplexity.of_texts(found)
 
-    def _given(self, edit: Edit) -> Iterator[_Look]:
-        with edit.on(self.host):
-            rows = self._rows(self.cases, "after")
-        yield _Look([row for one in rows for row in one])
-
-    def _single(self, method: Method, config: Any) -> Iterator[_Look]:
-        for i, case in enumerate(self.cases):
-            with self._timed(1):
-                edit = method.fit(self.host, [case.request], config, self.work)
-            with edit.on(self.host):
-                rows = self._rows([case])
-            self.tick("cases", i + 1, len(self.cases))
-            yield _Look(rows[0])
-
-    def _batches(self, method: Method, config: Any) -> Iterator[_Look]:
-        for group in self.schedule.groups(len(self.cases)):
-            cases = [self.cases[i] for i in group]
-            with self._timed(len(group)):
-                edit = method.fit(self.host, [case.request for case in cases], config, self.work)
-            look = self._look(cases, edit, len(group))
-            self.tick("cases", group.stop, len(self.cases))
-            yield look
-
-    def _sequence(self, method: Method, config: Any, marks: Sequence[int], start: int) -> Iterator[_Look]:
-        edit = self.after
-        for group in self.schedule.groups(len(self.cases), start):
-            with self._timed(len(group)):
-                edit = self._extended(method, config, [self.cases[i].request for i in group], edit)
-            self.tick("edits", group.stop, len(self.cases))
-            if group.stop in marks:
-                yield self._look(self.cases[: group.stop], edit, len(group), sequence=True)
-        if start == len(self.cases) and edit is not None:
-            newest = start % self.schedule.size or self.schedule.size
-            yield self._look(self.cases, edit, newest, sequence=True)
-
-    def _extended(self, method: Method, config: Any, requests: Sequence[Request], edit: Any) -> Edit:
-        """Fit requests on top of an edit, in one fit where the method takes several."""
-        for some in [requests] if method.batch else [[request] for request in requests]:
-            edit = method.run(self.host, some, config, self.work, after=edit)
-        return edit
-
-    @contextmanager
-    def _timed(self, count: int) -> Iterator[None]:
-        """Count the time inside as that of fitting so many cases."""
-        at = time.perf_counter()
-        yield
-        self.fit_seconds += time.perf_counter() - at
-        self.fitted += count
-
-    def _look(self, cases: Sequence[Case], edit: Edit, newest: int, *, sequence: bool = False) -> _Look:
-        """Observe cases and neutral text with their edit in place; ``newest``: how many were fitted last."""
-        label = f"after {len(cases)} edits" if sequence else None
-        with edit.on(self.host):
-            rows = self._rows(cases, label, checkpoint=len(cases) if sequence else None)
-            at = time.perf_counter()
-            said = logprobs(self.host, self.texts)
-            self.observe_seconds += time.perf_counter() - at
-        table = [row for one in rows for row in one]
-        learned = [
-            row.after
-            for one in rows[-newest:]
-            for row in one
-            if row.kind == "efficacy" and row.protocol == "generate"
-        ]
-        point = Checkpoint(
-            edits=len(cases),
-            summary=score.summarise(table, seed=self.work.seed),
-            perplexity_before=self.perplexity_before,
-            perplexity_after=perplexity.of_texts(said),
-            last_batch_efficacy=sum(learned) / len(learned) if learned else None,
-            fit_seconds=self.fit_seconds,
-            norm=edit.norm() if isinstance(edit, WeightEdit) else None,
-            digest=edit.digest if isinstance(edit, WeightEdit) else None,
-        )
-        return _Look(table, (point,), edit)
-
-    def _rows(
-        self, cases: Sequence[Case], label: str | None = None, checkpoint: int | None = None
-    ) -> list[list[Row]]:
-        """Ask each different probe of some cases once; return each case's rows."""
-        at = time.perf_counter()
-        probes = unique(p for case in cases for p in case.probes)
-
-        def progress(done: int, total: int) -> None:
-            if label is not None:
-                self.tick(label, done, total)
-
-        seen = dict(zip(probes, observe(self.host, probes, on_progress=progress), strict=True))
-        self.observe_seconds += time.perf_counter() - at
-        self.looked += len(cases)
-        return [
-            score.rows(
-                case,
-                [self.before[p] for p in case.probes],
-                [seen[p] for p in case.probes],
-                checkpoint=checkpoint,
+    def add(self, event: Seen | Look, keep: Callable[[Report, Edit], None] | None) -> None:
+        """Take in what the engine saw; at a look, hand over what is found so far."""
+        if isinstance(event, Seen):
+            self.rows += event.rows
+            return
+        edit, table = event.edit, self.rows[self._since :]
+        self._since = len(self.rows)
+        self.points.append(
+            Checkpoint(
+                edits=event.edits,
+                summary=score.summarise(table, seed=self.engine.work.seed),
+                perplexity_before=self.perplexity_before,
+                perplexity_after=event.perplexity,
+                last_batch_efficacy=event.last_batch_efficacy,
+                fit_seconds=self.engine.fit_seconds,
+                norm=edit.norm() if isinstance(edit, WeightEdit) else None,
+                digest=edit.digest if isinstance(edit, WeightEdit) else None,
             )
-            for case in cases
-        ]
+        )
+        if keep is not None:
+            keep(self.report(restored=None), edit)
 
-    def report(self, rows: list[Row], points: list[Checkpoint], *, restored: bool | None) -> Report:
+    def report(self, *, restored: bool | None) -> Report:
         """Put together what was found so far; ``restored`` None: the run is not over."""
-        sequence = self.schedule.kind == "sequential"
-        summary = points[-1].summary if sequence else score.summarise(rows, seed=self.work.seed)
-        made_by = self.edit.provenance.method if self.edit else self.method and self.method.name
+        engine = self.engine
+        sequence = engine.schedule.kind == "sequential"
+        summary = self.points[-1].summary if sequence else score.summarise(self.rows, seed=engine.work.seed)
+        made_by = engine.edit.provenance.method if engine.edit else engine.method and engine.method.name
         meta: dict[str, Any] = {
-            "cases": len(self.cases),
+            "cases": len(engine.cases),
             "method": made_by,
-            "schedule": "given edit" if self.edit else str(self.schedule),
+            "schedule": "given edit" if engine.edit else str(engine.schedule),
             "options": self.options,
             "seconds": time.perf_counter() - self.wall,
             "cpu_seconds": time.process_time() - self.cpu,
-            "fit_seconds_per_case": self.fit_seconds / max(1, self.fitted),
-            "observe_seconds_per_case": self.observe_seconds / max(1, self.looked),
-            "peak_memory_mb": _peak_memory_mb(),
+            "fit_seconds_per_case": engine.fit_seconds / max(1, engine.fitted),
+            "observe_seconds_per_case": engine.observe_seconds / max(1, engine.looked),
+            "peak_memory_mb": peak_memory_mb(),
             "versions": versions(),
-            "seed": self.work.seed,
-            "host": self.host.name,
-            "host_fingerprint": self.host.fingerprint,
+            "seed": engine.work.seed,
+            "host": engine.host.name,
+            "host_fingerprint": engine.host.fingerprint,
             "weights_restored": restored,
             "rome_scores": score.rome_scores(summary),
         }
-        if self.schedule.kind != "single":
-            meta["perplexity_of"] = {"texts": len(self.texts), "tokens": self.text_tokens}
+        if engine.schedule.kind != "single":
+            meta["perplexity_of"] = {"texts": len(engine.texts), "tokens": self.text_tokens}
         if sequence:
             meta["finished"] = restored is not None
             meta["after"] = None
             if self.after is not None:
                 digest = self.after.digest if isinstance(self.after, WeightEdit) else None
                 meta["after"] = {"digest": digest, "edits": len(self.after.provenance.requests)}
-        return Report(summary, list(rows), meta, tuple(points))
+        return Report(summary, list(self.rows), meta, tuple(self.points))
 
 
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot write by their names."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:
+    """Count the tokens that perplexity is measured on. Raises DataError where there are none."""
+    tokens = sum(map(len, said))
+    if not tokens:
+        raise DataError(
+            f"no text to measure perplexity on: {len(texts)} texts without a second token; "
+            "give a longer corpus"
+        )
+    return tokens
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far, in megabytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -10,7 +10,9 @@ from typing import Literal
 from errata.errors import ConfigError
 
 EXPECTED = "expected single, batch:N or sequential:N with a number N of 1 or more"
-LOOKS = "expected numbers of edits such as 10,50,100, or each, every:N or end"
+LOOKS = "expected numbers of edits such as 10,50,100, or each, every:N, decades or end"
+
+DECADES = "decades"
 
 _FORM = re.compile(r"single|(batch|sequential):([1-9]\d*)")
 
@@ -61,13 +63,16 @@ class Schedule:
     def checkpoints(self, count: int, at: str | Sequence[int] | None = None) -> tuple[int, ...]:
         """Return after how many edits of a sequence of ``count`` the host is asked; the end is always one.
 
-        ``at``: numbers (also as text, ``"10,50"``), ``"each"`` group, ``"every:N"`` edits or ``"end"``.
-        None: 10, 50, 100, 200, 500, 1000, 2000, 5000 and so on, each moved up to the end of its group.
+        ``at``: numbers (also as text, ``"10,50"``), ``"each"`` group, ``"every:N"`` edits, ``"decades"`` or
+        ``"end"``. Decades are 1, 10, 32, 100, 316, 1000 and so on: two to a power of ten. None: 10, 50, 100,
+        200, 500, 1000, 2000, 5000 and so on. Of these two, each is moved up to the end of its group.
         Raises ConfigError for numbers that are not ends of groups or lie beyond ``count``.
         """
         ends = [group.stop for group in self.groups(count)]
         if at is None:
             wanted = [n + -n % self.size for n in _usual(count)]
+        elif isinstance(at, str) and at.strip() == DECADES:
+            wanted = [n + -n % self.size for n in _decades(count)]
         else:
             wanted = _looks(at, ends, count) if isinstance(at, str) else list(at)
             wrong = sorted(set(wanted) - set(ends))
@@ -83,6 +88,12 @@ SINGLE = Schedule()
 """Each case alone."""
 
 
+def check_looks(text: str) -> None:
+    """Raise ConfigError for words that say nothing about when to look, whatever the number of edits."""
+    if text.strip() != DECADES:
+        _looks(text, (), 0)
+
+
 def _usual(count: int) -> Iterator[int]:
     """Yield 10, 50, then 1, 2 and 5 times every power of ten from 100, up to a number."""
     yield from (10, 50)
@@ -90,6 +101,15 @@ def _usual(count: int) -> Iterator[int]:
     while power <= count:
         yield from (power, 2 * power, 5 * power)
         power *= 10
+
+
+def _decades(count: int) -> Iterator[int]:
+    """Yield 1, then half powers of ten from 10 on, up to a number."""
+    yield 1
+    half = 2
+    while (number := round(10 ** (half / 2))) <= count:
+        yield number
+        half += 1
 
 
 def _looks(text: str, ends: Sequence[int], count: int) -> list[int]:

@@ -67,18 +67,11 @@ def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:
         return False
 
 
-def read_cases(source: str, seed: int) -> list[Case]:
-    """Read cases from a file, or draw them from the lab: ``lab:N``."""
-    from errata import lab
-    from errata.data.requests import read_cases as from_file
-    from errata.errors import ConfigError
+def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
+    """Read cases from a file, a named dataset, or the lab: ``lab:N``; ``together``: edits will stand together."""
+    from errata.bench.sources import read
 
-    head, colon, count = source.partition(":")
-    if head == lab.NAME and colon:
-        if not count.isdigit():
-            raise ConfigError(f"--cases {source!r}: expected lab:N with a number N")
-        return lab.cases(int(count), seed=seed)
-    return from_file(source)
+    return read(source, seed=seed, together=together)[0]
 
 
 def emit(document: Any) -> None:

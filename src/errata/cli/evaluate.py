@@ -11,9 +11,7 @@ from errata.cli import common
 
 if TYPE_CHECKING:
     from errata.bench.runner import Report
-    from errata.bench.schedule import Schedule
     from errata.edits import Edit
-    from errata.types import Case
 
 ScheduleName = Annotated[
     str,
@@ -40,7 +38,7 @@ After = Annotated[
 
 
 def command(
-    cases: Annotated[str, typer.Option(help="A file of cases, or lab:N for N cases of the lab's world.")],
+    cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
     model: common.Model = "lab",
     method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
     edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure this edit on all cases.")] = None,
@@ -74,7 +72,7 @@ def command(
             check_writable(path)
     given = Edit.load(edit) if edit else None
     earlier = Edit.load(after) if after else None
-    table = _cases(cases, seed, plan)
+    table = common.read_cases(cases, seed, together=plan.together)
     host = common.open_host(model, device, dtype)
     keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
@@ -90,16 +88,6 @@ def command(
         common.emit(document)
     else:
         show(report)
-
-
-def _cases(source: str, seed: int, plan: Schedule) -> list[Case]:
-    """Read cases; the lab's so that they can stand together, where the schedule puts them together."""
-    from errata import lab
-
-    table = common.read_cases(source, seed)
-    if plan.together and source.startswith(f"{lab.NAME}:"):
-        return lab.cases(len(table), seed=seed, together=True)
-    return table
 
 
 def _keeper(output: Path | None, keep_edit: Path | None) -> Any:

@@ -114,7 +114,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train the lab's model from nothing: seeded, resumable; writes the model and its card."""
     from errata.errors import ConfigError
-    from errata.lab.card import write_card
+    from errata.lab.carding import write_card
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run
 

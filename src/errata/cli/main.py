@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from errata.cli import ask, demo, edit, evaluate, lab, methods, model, refit, show, stats
+from errata.cli import (
+    ask,
+    bench,
+    data,
+    demo,
+    edit,
+    evaluate,
+    lab,
+    methods,
+    model,
+    refit,
+    report,
+    show,
+    stats,
+)
 
 app = typer.Typer(
     name="errata",
@@ -21,12 +35,15 @@ app.command("demo")(demo.command)
 app.command("edit")(edit.command)
 app.command("ask")(ask.command)
 app.command("eval")(evaluate.command)
+app.command("bench")(bench.command)
+app.command("report")(report.command)
 app.command("refit")(refit.refit)
 app.command("retract")(refit.retract)
 app.command("show")(show.command)
 app.command("methods")(methods.command)
 app.command("model")(model.command)
 app.command("stats")(stats.command)
+app.add_typer(data.app, name="data")
 app.add_typer(lab.app, name="lab")
 
 

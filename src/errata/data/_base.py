@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from errata.errors import ErrataError
@@ -16,6 +17,10 @@ class Skip(ErrataError):
 
 class Malformed(Skip):
     """A record does not have the dataset's schema; listed with its position."""
+
+
+class SubjectAbsent(Skip):
+    """A request's subject does not stand in its prompt; counted by the check on its own."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,15 @@ def request(
         prompt = head + "{}" + tail
     wrong = request_problems(prompt, subject, target)
     if wrong:
-        raise Skip("; ".join(wrong))
+        absent = subject and target and "{}" not in prompt and subject not in prompt
+        raise (SubjectAbsent if absent else Skip)("; ".join(wrong))
     old = target_old.strip() if target_old and target_old.strip() else None
     return Request(prompt, subject, target, old, id)
+
+
+def no_facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count nothing: for datasets without counts of their own, whose cases then need not be kept."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,16 @@ class Dataset:
     """Conventions or parts under one schema, e.g. ``true`` and ``alt``; the first is the default."""
     records: Callable[[Any, str], Iterator[Any]] | None = None
     """Unpack a file that is not a list of records, given its parsed document and the variant."""
-    facts: Callable[[Sequence[Case]], Mapping[str, Any]] = lambda cases: {}
+    facts: Callable[[Sequence[Case]], Mapping[str, Any]] = no_facts
     """Counts of its own for the check, e.g. rows per category; from the cases."""
     hub: str | None = None
     """Repository of the Hugging Face hub and file in it, ``owner/name:path``; None: not there."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Per variant (``""``: all), the file name under which it is looked for in the data folder."""
+    urls: Mapping[str, str] = field(default_factory=dict)
+    """Per variant (``""``: all), where its file is fetched: an address, or ``owner/name:path`` of the hub where
+    variants are files of their own."""
+    gate: Callable[[str], Callable[[Record, Case], None]] | None = None
+    """Makes, for one reading under a variant, what may refuse a case because of earlier ones; raises Skip."""
+    read_file: Callable[[Path], Iterator[Any]] | None = None
+    """Read the records of a file in a format of the dataset's own; the file is then only known by name."""

@@ -1,34 +1,139 @@
 """Ask a host. The only place where evaluation runs a model; nothing is judged here.
 
 Rows are sorted by length and padded in batches of bounded size, so a probe's answer does not depend
-on its neighbours beyond rounding. What several probes ask alike is run once: a prompt is continued
-once, and what follows a text is read off any row that begins with it.
+on its neighbours beyond rounding. What several probes ask alike is run once: a prompt is run once for
+its continuation and for all answers that are scored behind it, and what follows a text is read off any
+row that begins with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from errata.errors import ConfigError
 from errata.host import tokens
-from errata.host.load import Host, generate_rows
-from errata.types import Observation, Probe
+from errata.host.load import Host, draw_rows, generate_rows
+from errata.registry import unknown
+from errata.types import Form, Observation, Probe
+
+if TYPE_CHECKING:  # opens transformers
+    from errata.host.continuing import Begun
+    from errata.host.stopping import Stop
 
 Ids = tuple[int, ...]
+Template = Literal["raw", "question", "chat", "auto"]
+TEMPLATES = ("raw", "question", "chat", "auto")
 
 SCORE_TOKENS = 8192
 GENERATE_TOKENS = 8192
 MAX_NEW_TOKENS = 24
+THOUGHT_TOKENS = 200
+LONG_TOKENS = 512
+OPEN_TOKENS = 100
+"""Tokens of running text, the prompt's included (ROME's fluency, arXiv 2202.05262)."""
+OPEN_TOP_K = 5
 
 TEXT_TOKENS = 256
 """Tokens of a running text that are scored; the rest is left."""
 LOGITS = 2**27
 """How many logits of running text are held at once: half a gigabyte in float32."""
 
-KL_KINDS = frozenset({"neighbourhood"})
+KL_KINDS = frozenset({"neighbourhood", "distracting"})
 """Kinds whose next-token distribution is kept."""
+
+SAID: frozenset[Form] = frozenset({"short", "long", "thought", "open"})
+"""Forms that the host is to say something for; the others are scored alone."""
+
+
+@dataclass(frozen=True)
+class _Saying:
+    """How prompts are continued; those of one way are continued together."""
+
+    limit: int
+    """New tokens; of a drawn text, all its tokens."""
+    stop: Stop = "sentence"
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a probe asks of the host."""
+
+    saying: _Saying | None
+    prompt: Ids
+    """What is continued."""
+    base: Ids
+    """What answers are scored behind, and after which the next token is looked at."""
+    answer: tokens.Answer | None
+    rival: tokens.Answer | None
+    choices: tuple[tokens.Answer, ...]
+    spread: bool
+    """Whether the whole distribution of the next token is kept."""
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How probes are put to a host: the settings of :func:`observe` that shape prompts and answers."""
+
+    host: Host
+    template: Template
+    context: str
+    generate: bool
+    short: int
+    thought: int
+    long: int
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are turns of a conversation."""
+        return self.template == "chat"
+
+    def plan(self, probe: Probe) -> _Plan:
+        """Tokenise what a probe asks."""
+        text = f"{self.context.rstrip()}\n\n{probe.prompt}" if self.context.strip() else probe.prompt
+        saying = self._saying(probe.form)
+        raw = probe.form == "open" or not self.chat
+        base = text if raw else tokens.chat(self.host.tokenizer, text)
+        cued = self.template == "question" and probe.form in ("short", "long", "thought")
+        rows = [
+            self.host.encode_prompt(one, special=raw)
+            for one in (base, tokens.question(text) if cued else base)
+        ]
+        asked = probe.form != "open"
+        scored = [
+            self._answer(base, given, raw, probe.form)
+            for given in (*probe.answers[: int(asked)], *probe.choices)
+        ]
+        first = scored.pop(0) if asked and probe.answers else None
+        rival = None if probe.rival is None or not asked else self._answer(base, probe.rival, raw, probe.form)
+        return _Plan(saying, rows[1], rows[0], first, rival, tuple(scored), probe.kind in KL_KINDS)
+
+    def _saying(self, form: Form) -> _Saying | None:
+        if not self.generate or form not in SAID:
+            return None
+        if form == "open":
+            return _Saying(OPEN_TOKENS, drawn=True)
+        limit = {"short": self.short, "thought": self.thought, "long": self.long}[form]
+        if self.chat:
+            return _Saying(limit, "end")
+        if form == "short":
+            return _Saying(limit, "sentence" if self.template == "raw" else "line")
+        return _Saying(limit, "thought" if form == "thought" else "passage")
+
+    def _answer(self, prompt: str, answer: str, raw: bool, form: Form) -> tokens.Answer:
+        """Tokenise an answer after its prompt, with at least one token before it; a long one cut to fit."""
+        made = self.host.encode_answer(prompt, answer, special=raw)
+        if not made.start:
+            begin = self.host.encode_prompt(prompt, special=raw)
+            made = tokens.Answer((*begin, *made.ids), len(begin))
+        if form == "long" and self.host.window is not None and made.start < self.host.window:
+            made = tokens.Answer(made.ids[: self.host.window], made.start)
+        return made
 
 
 def observe(
@@ -36,125 +141,242 @@ def observe(
     probes: Sequence[Probe],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    thought_tokens: int = THOUGHT_TOKENS,
+    long_tokens: int = LONG_TOKENS,
+    template: Template = "raw",
+    context: str = "",
     generate: bool = True,
+    seed: int = 0,
     batch_tokens: int = SCORE_TOKENS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Observation]:
-    """Return what the host says to each probe: greedy text and log-probabilities."""
-    prompts = [tokens.encode_prompt(host.tokenizer, probe.prompt).ids for probe in probes]
-    answers = [_answer(host, p.prompt, p.answers[0]) for p in probes]
-    rivals = [None if p.rival is None else _answer(host, p.prompt, p.rival) for p in probes]
+    """Return what the host says to each probe: text and log-probabilities, each as its form asks.
+
+    Texts are greedy and end at their natural stop; those of form ``open`` are drawn among the five most
+    probable tokens, each with a random state of its own made from ``seed``. ``max_new_tokens``,
+    ``thought_tokens`` and ``long_tokens`` bound what is said to the forms short, thought and long.
+
+    ``template``: ``raw`` continues the prompt as it stands; ``question`` puts an answer cue after a prompt that
+    ends in a question mark, and a short answer then ends at a line break; ``chat`` makes it a user's turn, and
+    the answer ends where the model ends it; ``auto`` is chat for a tokenizer that has a chat template, else
+    question. Log-probabilities stand behind the raw prompt unless the template is chat. ``context``: an
+    unrelated text put before every prompt.
+
+    Raises ConfigError for a template that is not known or not there, RequestError for a prompt or answer that
+    does not fit the window.
+    """
+    manner = _Manner(
+        host, _template(host, template), context, generate, max_new_tokens, thought_tokens, long_tokens
+    )
+    plans = [manner.plan(probe) for probe in probes]
     after = _After(host, batch_tokens)
-    for answer in (*answers, *(rival for rival in rivals if rival is not None)):
-        after.ask(answer)
-    for prompt, probe in zip(prompts, probes, strict=True):
-        if probe.kind in KL_KINDS:
-            after.ask_all(prompt)
-    after.run()
-    texts = _texts(prompts, host, max_new_tokens, on_progress) if generate else [""] * len(probes)
+    for plan in plans:
+        after.ask(plan)
+    texts = _run(host, plans, after, seed, on_progress)
     seen = []
-    for probe, prompt, answer, rival, text in zip(probes, prompts, answers, rivals, texts, strict=True):
-        said, top = after.of(answer)
-        against = () if rival is None else after.of(rival)[0]
-        spread = after.spread[prompt] if probe.kind in KL_KINDS else None
-        seen.append(Observation(text, said, top, against, spread))
+    for plan in plans:
+        said, top = after.of(plan.answer)
+        text = "" if plan.saying is None else texts[plan.saying, plan.prompt]
+        spread = after.spread[plan.base] if plan.spread else None
+        against, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
+        seen.append(Observation(text, said, top, against, spread, choices))
     return seen
 
 
-def _answer(host: Host, prompt: str, answer: str) -> tokens.Answer:
-    """Tokenise an answer after its prompt, with at least one token before it."""
-    made = host.encode_answer(prompt, answer)
-    if made.start:
-        return made
-    begin = tokens.encode_prompt(host.tokenizer, prompt).ids
-    return tokens.Answer((*begin, *made.ids), len(begin))
+def _template(host: Host, wanted: str) -> Template:
+    """Settle how prompts are put. Raises ConfigError for a name that is none."""
+    if wanted not in TEMPLATES:
+        raise ConfigError(unknown(wanted, list(TEMPLATES), "template"))
+    if wanted == "auto":
+        return "chat" if tokens.has_chat(host.tokenizer) else "question"
+    return wanted  # type: ignore[return-value]
 
 
-def _texts(
-    prompts: Sequence[Ids], host: Host, limit: int, on_progress: Callable[[int, int], None]
-) -> list[str]:
-    different = list(dict.fromkeys(prompts))
-    texts: dict[Ids, str] = {}
-    padded = [[*row, *[0] * limit] for row in different]
-    for group in tokens.by_length(padded, GENERATE_TOKENS):
-        rows = [different[i] for i in group]
-        room = limit
-        if host.window is not None:
-            room = max(1, min(limit, host.window - max(map(len, rows))))
-        texts.update(zip(rows, generate_rows(host, rows, room), strict=True))
-        on_progress(len(texts), len(different))
-    return [texts[prompt] for prompt in prompts]
+def _run(
+    host: Host, plans: Sequence[_Plan], after: _After, seed: int, on_progress: Callable[[int, int], None]
+) -> dict[tuple[_Saying, Ids], str]:
+    """Run all prompts, read off what is asked behind them, and return what was said to each."""
+    from errata.host.continuing import begin
+
+    ways: dict[_Saying | None, dict[Ids, None]] = {}
+    for plan in plans:
+        if plan.saying is not None:
+            ways.setdefault(plan.saying, {})[plan.prompt] = None
+    said = {row for rows in ways.values() for row in rows}
+    ways[None] = {base: None for base in after.bases if base not in said}
+    after.share(said | set(ways[None]))
+    texts: dict[tuple[_Saying, Ids], str] = {}
+    done, total = 0, sum(map(len, ways.values()))
+    for saying, rows in ways.items():
+        for group in _groups(list(rows), saying):
+            begun = begin(host, group)
+            after.read(begun)
+            if saying is not None:
+                answers = zip(group, _say(host, begun, saying, seed), strict=True)
+                texts.update(((saying, row), text) for row, text in answers)
+            done += len(group)
+            on_progress(done, total)
+    after.finish()
+    return texts
+
+
+def _say(host: Host, begun: Begun, saying: _Saying, seed: int) -> list[str]:
+    if saying.drawn:
+        return draw_rows(host, begun, saying.limit, top_k=OPEN_TOP_K, seed=seed)
+    if saying.stop == "sentence":
+        return generate_rows(host, begun, saying.limit)
+    return generate_rows(host, begun, saying.limit, saying.stop)
+
+
+def _groups(rows: Sequence[Ids], saying: _Saying | None) -> Iterator[list[Ids]]:
+    """Group rows that are run together, with room for what they are to say."""
+    more = 0 if saying is None or saying.drawn else saying.limit
+    whole = saying.limit if saying is not None and saying.drawn else 0
+    for group in tokens.by_length([range(max(len(row) + more, whole)) for row in rows], GENERATE_TOKENS):
+        yield [rows[i] for i in group]
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """An answer's part that is still to be run: what stands behind its first ``offset`` tokens."""
+
+    root: int
+    """Which of the begun rows it goes on from."""
+    offset: int
+    answer: tokens.Answer
+
+    @property
+    def row(self) -> Ids:
+        """The root's number and the tokens to run: all but the last, after which nothing is asked."""
+        return (self.root, *self.answer.ids[self.offset : -1])
 
 
 class _After:
-    """What comes after texts: collects what is asked, runs it together, holds what was found.
+    """What comes after texts: collects what is asked, reads it off what is run, holds what was found.
 
-    A causal model says the same after a text whatever follows it in the row. So only texts that no
-    other text goes on from are run, and the others are read off those.
+    A causal model says the same after a text whatever follows it in the row. So answers are scored behind
+    prompts that were run already, and of several answers only those that no other one goes on from are run.
     """
 
     def __init__(self, host: Host, budget: int) -> None:
         self.host, self.budget = host, budget
         self.spread: dict[Ids, Tensor] = {}
         """By text, log-probabilities of the next token, float32 ``[vocab]`` on the CPU."""
-        self._tokens: dict[Ids, set[int]] = {}
+        self.bases: dict[Ids, None] = {}
+        """Texts that something is asked after."""
         self._whole: set[Ids] = set()
-        self._found: dict[tuple[Ids, int], tuple[float, bool]] = {}
+        self._behind: dict[Ids, list[tokens.Answer]] = {}
+        self._loose: list[tokens.Answer] = []
+        self._answers: dict[tokens.Answer, None] = {}
+        self._found: dict[tokens.Answer, list[tuple[float, bool]]] = {}
 
-    def ask(self, answer: tokens.Answer) -> None:
-        """Ask for each token of an answer, given what stands before it."""
-        for end in range(answer.start, len(answer.ids)):
-            self._tokens.setdefault(answer.ids[:end], set()).add(answer.ids[end])
+    def ask(self, plan: _Plan) -> None:
+        """Ask for each token of a plan's answers, and for the distribution after its text if that is kept."""
+        asked = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
+        self._answers.update(dict.fromkeys(asked))
+        if plan.spread:
+            self._whole.add(plan.base)
+        if plan.spread or asked:
+            self.bases[plan.base] = None
 
-    def ask_all(self, text: Ids) -> None:
-        """Ask for the whole distribution after a text."""
-        self._tokens.setdefault(text, set())
-        self._whole.add(text)
+    def share(self, roots: set[Ids]) -> None:
+        """Say which texts will be run: each answer is scored behind the longest of them it begins with."""
+        lengths = sorted({len(root) for root in roots}, reverse=True)
+        self._behind = {root: [] for root in roots}
+        for answer in self._answers:
+            begins = (answer.ids[:length] for length in lengths if length <= answer.start)
+            root = next((text for text in begins if text in roots), None)
+            alone = root is None or (not self.host.continues and len(root) < len(answer.ids) - 1)
+            (self._loose if root is None or alone else self._behind[root]).append(answer)
 
-    def of(self, answer: tokens.Answer) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        """Return each answer token's log-probability in nats, and whether it came first."""
-        places = range(answer.start, len(answer.ids))
-        found = [self._found[answer.ids[:end], answer.ids[end]] for end in places]
+    def of(self, answer: tokens.Answer | None) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        """Return each answer token's log-probability in nats, and whether it came first; nothing for None."""
+        found = [] if answer is None else self._found[answer]
         return tuple(logprob for logprob, _ in found), tuple(first for _, first in found)
 
-    def run(self) -> None:
-        """Run the host on all that was asked."""
-        ends = _rows(self._tokens)
-        rows = list(ends)
-        for group in tokens.by_length(rows, self.budget):
-            texts = [(line, rows[i][:end]) for line, i in enumerate(group) for end in ends[rows[i]]]
-            line = torch.tensor([line for line, _ in texts])
-            last = torch.tensor([len(text) - 1 for _, text in texts])
+    def read(self, begun: Begun) -> None:
+        """Read off what is asked after some of the shared texts and behind them."""
+        from errata.host.continuing import behind
+
+        tails: list[_Tail] = []
+        for i, root in enumerate(begun):
+            if root in self._whole:
+                self.spread[root] = begun.logits[i].float().log_softmax(-1).cpu()
+            tails += [_Tail(i, len(root), answer) for answer in self._behind.pop(root, ())]
+        first = [(tail.root, tail.answer, 0) for tail in tails if tail.offset == tail.answer.start]
+        self._take(begun.logits, first)
+        self._run(tails, lambda rows, at: behind(self.host, begun, rows, at))
+
+    def finish(self) -> None:
+        """Run the answers that no shared text begins."""
+        self._run(
+            [_Tail(0, 0, answer) for answer in self._loose],
+            lambda rows, at: self.host.forward_at(self.host.batch([row for _, row in rows]), *at),
+        )
+        self._loose = []
+
+    def _run(
+        self,
+        tails: Sequence[_Tail],
+        run: Callable[[Sequence[tuple[int, Ids]], tuple[Tensor, Tensor]], Tensor],
+    ) -> None:
+        """Run tails in bounded batches; of several, only those that no other one goes on from."""
+        carried = _carried([tail for tail in tails if len(tail.row) > 1])
+        for rows in self._packed(carried):
+            places: dict[tuple[int, int], int] = {}
+            reads = []
+            for line, row in enumerate(rows):
+                for tail in carried[row]:
+                    before = tail.answer.start - 1 - tail.offset  # column before the answer's first token
+                    for k in range(int(before < 0), len(tail.answer.target)):
+                        place = places.setdefault((line, before + k), len(places))
+                        reads.append((place, tail.answer, k))
+            at = torch.tensor(list(places)).unbind(1)
             with torch.no_grad():
-                logits = self.host.forward_at(self.host.batch([rows[i] for i in group]), line, last)
-            self._read([text for _, text in texts], logits.float().log_softmax(-1))
+                self._take(run([(row[0], row[1:]) for row in rows], (at[0], at[1])), reads)
 
-    def _read(self, texts: Sequence[Ids], logprobs: Tensor) -> None:
-        pairs = [(i, text, token) for i, text in enumerate(texts) for token in self._tokens[text]]
-        if pairs:
-            row = torch.tensor([i for i, _, _ in pairs], device=logprobs.device)
-            token = torch.tensor([token for _, _, token in pairs], device=logprobs.device)
-            first = logprobs.argmax(-1)[row] == token
-            values = zip(logprobs[row, token].tolist(), first.tolist(), strict=True)
-            for (_, text, wanted), value in zip(pairs, values, strict=True):
-                self._found[text, wanted] = value
-        for i, text in enumerate(texts):
-            if text in self._whole:
-                self.spread[text] = logprobs[i].cpu()
+    def _packed(self, carried: dict[Ids, list[_Tail]]) -> Iterator[list[Ids]]:
+        """Batch rows, longest first, bounded in tokens, also those run before, and in what is read."""
+        room = max(1, LOGITS // self.host.config.vocab_size)
+        whole = {row: max(len(tail.answer.ids) for tail in tails) for row, tails in carried.items()}
+        pack: list[Ids] = []
+        read = 0
+        for row in sorted(carried, key=lambda row: -whole[row]):
+            more = sum(len(tail.answer.target) for tail in carried[row])
+            if pack and ((len(pack) + 1) * whole[pack[0]] > self.budget or read + more > room):
+                yield pack
+                pack, read = [], 0
+            pack.append(row)
+            read += more
+        if pack:
+            yield pack
+
+    def _take(self, logits: Tensor, reads: Sequence[tuple[int, tokens.Answer, int]]) -> None:
+        """Keep the log-probabilities of answers' tokens: (row of the logits, answer, which of its tokens)."""
+        if not reads:
+            return
+        wide = logits.float()
+        row = torch.tensor([place for place, _, _ in reads], device=wide.device)
+        token = torch.tensor([answer.target[k] for _, answer, k in reads], device=wide.device)
+        said = wide[row, token] - wide.logsumexp(-1)[row]
+        first = wide.argmax(-1)[row] == token
+        for (_, answer, k), value in zip(reads, zip(said.tolist(), first.tolist(), strict=True), strict=True):
+            found = self._found.setdefault(answer, [(0.0, False)] * len(answer.target))
+            found[k] = value
 
 
-def _rows(texts: Iterable[Ids]) -> dict[Ids, list[int]]:
-    """Find the texts that begin no other one; with each, the lengths at which texts are read off it.
+def _carried(tails: Iterable[_Tail]) -> dict[Ids, list[_Tail]]:
+    """Find the rows that begin no other one; with each, the tails that are read off it.
 
-    In sorted order all that goes on from a text follows it at once.
+    In sorted order all that goes on from a row follows it at once.
     """
-    rows: dict[Ids, list[int]] = {}
-    row: Ids = ()
-    for text in sorted(texts, reverse=True):
-        if row[: len(text)] != text:
-            row = text
-        rows.setdefault(row, []).append(len(text))
-    return rows
+    carried: dict[Ids, list[_Tail]] = {}
+    carrier: Ids = ()
+    for row, tail in sorted(((tail.row, tail) for tail in tails), key=lambda pair: pair[0], reverse=True):
+        if carrier[: len(row)] != row:
+            carrier = row
+        carried.setdefault(carrier, []).append(tail)
+    return carried
 
 
 def logprobs(host: Host, texts: Sequence[str], *, batch_tokens: int = SCORE_TOKENS) -> list[Tensor]:
@@ -162,7 +384,7 @@ def logprobs(host: Host, texts: Sequence[str], *, batch_tokens: int = SCORE_TOKE
 
     float32 ``[tokens - 1]`` on the CPU, in the order of the texts. The first token, which is the begin
     token where the tokenizer sets one, is given and not scored; texts are cut to the window and to
-    ``TEXT_TOKENS``, and a text of fewer than two tokens gives none.
+    ``TEXT_TOKENS``, and a text of fewer than two tokens gives none. Raises HostError for an encoder-decoder.
     """
     limit = min(TEXT_TOKENS, host.window or TEXT_TOKENS)
     rows = [host.encode(text).ids[:limit] for text in texts]

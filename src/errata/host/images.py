@@ -228,11 +228,15 @@ class ImageHost(Host):
         """Raise HostError: there is no text."""
         raise self._no_text()
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str, *, special: bool = True) -> Any:
         """Raise HostError: there is no text."""
         raise self._no_text()
 
-    def encode_answer(self, prompt: str, answer: str) -> Any:
+    def encode_prompt(self, prompt: str, *, special: bool = True) -> Any:
+        """Raise HostError: there is no text."""
+        raise self._no_text()
+
+    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> Any:
         """Raise HostError: there is no text."""
         raise self._no_text()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,12 @@ from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.registry import unknown
 
+if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
+    from errata.host.stopping import Stop
+
 BRANCHES = "_errata_branches"
+TEXTS_KEPT = 2**17
+"""Tokenised texts a host remembers: the same probes are asked before and after every edit."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -174,6 +179,13 @@ class Host:
     # --- running ---------------------------------------------------------------------------
 
     @cached_property
+    def continues(self) -> bool:
+        """Whether texts may go on from one that was run before, tried out once; see ``continuing``."""
+        from errata.host import continuing
+
+        return continuing.works(self)
+
+    @cached_property
     def accepts(self) -> frozenset[str]:
         """Arguments of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
@@ -196,9 +208,13 @@ class Host:
             )
         return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
 
+    def inputs(self, batch: tokens.Batch) -> dict[str, Any]:
+        """Return what the model takes of a batch wherever it is run or generates."""
+        return {"input_ids": batch.ids, "attention_mask": batch.mask}
+
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
-        inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        inputs: dict[str, Any] = {**self.inputs(batch), "use_cache": False}
         if "position_ids" in self.accepts:
             inputs["position_ids"] = batch.positions
         if keep is not None and "logits_to_keep" in self.accepts:
@@ -223,34 +239,76 @@ class Host:
         """
         one = isinstance(prompt, str)
         prompts = [prompt] if one else list(prompt)
-        rows = [tokens.encode_prompt(self.tokenizer, text).ids for text in prompts]
-        texts = generate_rows(self, rows, max_new_tokens, natural_stop)
+        rows = [self.encode_prompt(text) for text in prompts]
+        texts = generate_rows(self, rows, max_new_tokens, "sentence" if natural_stop else "end")
         return texts[0] if one else texts
 
-    def encode(self, text: str) -> tokens.Encoded:
-        """Tokenise a text with character offsets."""
-        return tokens.encode(self.tokenizer, text)
+    def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
+        """Tokenise a text with character offsets; ``special`` as in :func:`tokens.encode`."""
+        return tokens.encode(self.tokenizer, text, special=special)
 
-    def encode_answer(self, prompt: str, answer: str) -> tokens.Answer:
+    @cached_property
+    def _remember(self) -> Callable[..., Any]:
+        return lru_cache(TEXTS_KEPT)(lambda make, *given: make(*given[:-1], special=given[-1]))
+
+    def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
+        """Tokenise a prompt to be continued; ids."""
+        return self._remember(_prompt_ids, self.tokenizer, prompt, special)
+
+    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> tokens.Answer:
         """Tokenise prompt and answer together."""
-        return tokens.encode_answer(self.tokenizer, prompt, answer)
+        return self._remember(tokens.encode_answer, self.tokenizer, prompt, answer, special)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool) -> tuple[int, ...]:
+    return tokens.encode_prompt(tokenizer, prompt, special=special).ids
 
 
 def generate_rows(
-    host: Host, rows: Sequence[Sequence[int]], max_new_tokens: int, natural_stop: bool = True
+    host: Host, rows: Sequence[tuple[int, ...]], max_new_tokens: int, stop: Stop = "sentence"
 ) -> list[str]:
-    """Continue rows of token ids greedily, left-padded together."""
-    from transformers import StoppingCriteriaList
+    """Continue rows of token ids greedily; the new text only, cut at its natural stop.
 
-    from errata.host.stopping import FirstSentence
+    Rows that were begun already (``continuing.Begun``) are gone on from. No row says more than the model's
+    window holds.
+    """
+    from errata.host import continuing, stopping
 
-    length = max(len(row) for row in rows)
-    stops = [FirstSentence(host.tokenizer, length)] if natural_stop else []
-    ids = _generate(
-        host, rows, max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList(stops)
-    )
+    if host.continues and continuing.plain(host):
+        begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
+        ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
+    else:
+        from transformers import StoppingCriteriaList
+
+        batch = host.batch(rows, side="left")
+        stops = StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, batch.ids.shape[1], stop)])
+        limit = min(_limits(host, rows, max_new_tokens))
+        ids = _generate(host, batch, limit, do_sample=False, stopping_criteria=stops)
     texts = host.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text.split("\n\n")[0] for text in texts] if natural_stop else list(texts)
+    return [stopping.cut(text, stop) for text in texts]
+
+
+def _limits(host: Host, rows: Sequence[tuple[int, ...]], wanted: int) -> list[int]:
+    """Return how many tokens each row may say: one at least, as all fit before it."""
+    if host.window is None:
+        return [wanted] * len(rows)
+    return [max(1, min(wanted, host.window - len(row))) for row in rows]
+
+
+def draw_rows(
+    host: Host, rows: Sequence[tuple[int, ...]], total: int, *, top_k: int = 5, seed: int = 0
+) -> list[str]:
+    """Continue rows by drawing among the ``top_k`` most probable tokens, up to ``total`` with the row's own.
+
+    What a row says depends on seed and row, not on its neighbours or the global random state. Rows that were
+    begun already are gone on from.
+    """
+    from errata.host import continuing
+
+    limits = [min(total - len(row), one) for row, one in zip(rows, _limits(host, rows, total), strict=True)]
+    begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
+    ids = continuing.draw(host, begun, limits, top_k=top_k, seed=seed)
+    return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def sample_rows(
@@ -265,19 +323,17 @@ def sample_rows(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         ids = _generate(
-            host, rows, new_tokens, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=1.0,
-            min_new_tokens=new_tokens,
+            host, host.batch(rows, side="left"), new_tokens, do_sample=True, top_k=top_k or 0, top_p=1.0,
+            temperature=1.0, min_new_tokens=new_tokens,
         )  # fmt: skip
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def _generate(host: Host, rows: Sequence[Sequence[int]], new_tokens: int, **options: Any) -> Tensor:
-    batch = host.batch(rows, side="left")
+def _generate(host: Host, batch: tokens.Batch, new_tokens: int, **options: Any) -> Tensor:
     settings = {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **options}
     with torch.no_grad():
         out = host.model.generate(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
+            **host.inputs(batch),
             max_new_tokens=new_tokens,
             pad_token_id=host.pad_id,
             **settings,
@@ -321,15 +377,29 @@ def load(
         live = _open(str(model), place, wanted, revision, trust_remote_code)
         label = name or str(model)
     if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
-        raise HostError(f"expected a transformers causal language model, found {type(live).__name__}")
+        raise HostError(f"expected a transformers language model, found {type(live).__name__}")
     _refuse_unloaded(live)
     _refuse_not_finite(live)
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = _open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
-    host = Host(live, tokenizer, name=label)
+    host = _host(live, tokenizer, label)
     if any(placement.is_packed(module) for module in live.modules()):
         _settle(host)
     return host
+
+
+def _host(model: Any, tokenizer: Any, name: str) -> Host:
+    """Make the host that suits a model. Raises HostError for an encoder-decoder that says nothing."""
+    from errata.host.seq2seq import Seq2SeqHost, is_encoder_decoder
+
+    if not is_encoder_decoder(model):
+        return Host(model, tokenizer, name=name)
+    if model.get_output_embeddings() is None:
+        raise HostError(
+            f"{type(model).__name__} is an encoder-decoder without a language modelling head; "
+            "open it as AutoModelForSeq2SeqLM does"
+        )
+    return Seq2SeqHost(model, tokenizer, name=name)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -355,7 +425,7 @@ def _device(device: str) -> torch.device:
 def _open(
     name: str, place: torch.device, dtype: torch.dtype | None, revision: str | None, trust: bool
 ) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -370,8 +440,12 @@ def _open(
         "trust_remote_code": trust,
         "use_safetensors": True,
     }
+    found = str(folder) if folder.is_dir() else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+        config = AutoConfig.from_pretrained(found, revision=revision, trust_remote_code=trust)
+        # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
+        both = bool(getattr(config, "is_encoder_decoder", False))
+        model = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(found, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HostError(f"cannot open model {name!r}: {first}") from error

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from errata.errors import HostError, RequestError
+from errata.errors import ConfigError, HostError, RequestError
 
 Side = Literal["left", "right"]
 
@@ -55,8 +55,11 @@ class Answer:
         return self.ids[self.start :]
 
 
-def encode(tokenizer: Any, text: str) -> Encoded:
-    """Tokenise a text with the tokenizer's own special tokens, less a closing one."""
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> Encoded:
+    """Tokenise a text with the tokenizer's own special tokens, less a closing one.
+
+    ``special`` off: the text brings its special tokens itself, as a chat template's does, and none are added.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise HostError(
             "the tokenizer gives no character offsets; load it as a fast tokenizer "
@@ -64,7 +67,7 @@ def encode(tokenizer: Any, text: str) -> Encoded:
         )
     begin = getattr(tokenizer, "bos_token", None)
     doubled = bool(begin) and text.startswith(begin)  # a begin token in the text itself
-    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not doubled)
+    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special and not doubled)
     ids, spans = list(made["input_ids"]), [tuple(s) for s in made["offset_mapping"]]
     end = getattr(tokenizer, "eos_token_id", None)
     # tokenizers that close every text (T5 style) would end it before its continuation
@@ -95,13 +98,13 @@ def _glued(prompt: str, answer: str) -> bool:
     return opening or closing
 
 
-def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Answer:
-    """Tokenise prompt and answer together and find the answer's tokens.
+def encode_answer(tokenizer: Any, prompt: str, answer: str, *, special: bool = True) -> Answer:
+    """Tokenise prompt and answer together and find the answer's tokens; ``special`` as in :func:`encode`.
 
     Raises RequestError when the answer yields no token of its own.
     """
     text, at = joint(prompt, answer)
-    whole = encode(tokenizer, text)
+    whole = encode(tokenizer, text, special=special)
     inside = [
         i for i, (a, b) in enumerate(whole.spans) if b > at and b > a and not text[max(a, at) : b].isspace()
     ]
@@ -110,9 +113,9 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str) -> Answer:
     return Answer(whole.ids, inside[0])
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> Encoded:
+def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encoded:
     """Tokenise a prompt to be continued; a trailing space goes, since answers bring their own."""
-    made = encode(tokenizer, prompt.rstrip(" \t"))
+    made = encode(tokenizer, prompt.rstrip(" \t"), special=special)
     if made.ids:
         return made
     begin = getattr(tokenizer, "bos_token_id", None)
@@ -121,6 +124,35 @@ def encode_prompt(tokenizer: Any, prompt: str) -> Encoded:
     if begin is None:
         raise RequestError("an empty prompt needs a tokenizer with a begin token")
     return Encoded(prompt, (int(begin),), ((0, 0),))
+
+
+def has_chat(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows how a conversation is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat(tokenizer: Any, prompt: str) -> str:
+    """Write a prompt as a user's turn with an empty system prompt, up to where the assistant speaks.
+
+    The text holds its special tokens: tokenise it with ``special`` off. A template that knows no system
+    prompt gets none. Raises ConfigError for a tokenizer without a chat template.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not has_chat(tokenizer):
+        raise ConfigError("the tokenizer has no chat template; use template='question', 'raw' or 'auto'")
+    user = {"role": "user", "content": prompt}
+    try:
+        turns = [{"role": "system", "content": ""}, user]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+
+
+def question(prompt: str) -> str:
+    """Put an answer cue after a prompt that ends in a question mark; another prompt has its own cue."""
+    stripped = prompt.rstrip()
+    return f"{stripped}\nAnswer:" if stripped.endswith("?") else prompt
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,271 @@
+"""One cell of a run: rows to its folder as they are made, from where an earlier attempt left off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errata import config as settings
+from errata.bench import health, summing
+from errata.bench.baselines import told
+from errata.bench.plan import Cell
+from errata.bench.recipe import BASELINES, IN_PROMPT
+from errata.bench.results import ROWS, Journal, read_document, write_report
+from errata.bench.rooms import Room
+from errata.bench.runner import Look, Seen, Tick, check_method, resumed
+from errata.edits.edit import Edit
+from errata.errors import ConfigError, DataError, HostError, RequestError
+from errata.evaluation import score
+from errata.types import Case, Row
+
+START = "start.json"
+"""Which host a cell's rows are of."""
+
+
+class Refused(ConfigError):
+    """A method cannot do what a cell asks; said before anything was measured."""
+
+
+@dataclass
+class Sheet:
+    """The folder of a cell while it is filled."""
+
+    folder: Path
+    cell: Cell
+    guard: Callable[[], None]
+    """Raises where the cell belongs to somebody else by now."""
+    done: int = 0
+    """Cases that need no fitting again."""
+    fits: list[float | None] = field(default_factory=list)
+    """What fitting those took."""
+    edit: Edit | None = None
+    """Of a sequence, what stands for them."""
+    finished: bool = False
+    """Whether nothing is left to be observed."""
+
+    @property
+    def journal(self) -> Journal:
+        """The rows."""
+        return Journal(self.folder / ROWS)
+
+    def begin(self, fingerprint: str, cases: Sequence[Case]) -> None:
+        """Find where to go on. Raises DataError where the rows are of another host."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = self.folder / START
+        if start.exists():
+            found = read_document(start).get("host_fingerprint")
+            if found != fingerprint:
+                raise DataError(
+                    f"cell {self.cell.id} was begun on host {found}, the model is {fingerprint} by now: "
+                    "use the model it was begun with, or start a new run"
+                )
+        else:
+            write_report(start, {"host_fingerprint": fingerprint})
+        kind = self.cell.plan.kind
+        if self.cell.method in BASELINES:
+            self.journal.cut(0)
+        elif kind == "sequential":
+            self._begin_sequence(len(cases))
+        else:
+            self._begin_groups(kind)
+            self.finished = self.done == len(cases)
+        if self.done > len(cases):
+            raise DataError(
+                f"{self.journal.path} holds more cases than the {len(cases)} of the cell; remove it"
+            )
+
+    def _begin_groups(self, kind: str) -> None:
+        """Keep whole cases, and of batches whole groups with their look."""
+        end, count = 0, 0
+        for line in self.journal:
+            count += line.record["type"] == "case"
+            if kind == "single" or line.record["type"] == "look":
+                end, self.done = line.end, count
+        self.journal.cut(end)
+
+    def _begin_sequence(self, count: int) -> None:
+        """Keep all up to the newest look whose edit is there to go on from."""
+        end = 0
+        fits: list[float | None] = []
+        for line in self.journal:
+            if line.record["type"] == "case":
+                fits.append(line.record["cost"]["fit_seconds"])
+                continue
+            edits = int(line.record["edits"])
+            if self.edit_file(edits).exists():
+                end, self.done, self.fits = line.end, edits, fits
+            fits = []
+        self.journal.cut(end)
+        for path in self._edit_files():
+            if path != self.edit_file(self.done):
+                path.unlink()
+        if self.done:
+            self.edit = Edit.load(self.edit_file(self.done))
+        self.finished = self.done == count
+
+    def edit_file(self, edits: int) -> Path:
+        """Name the file of the edit that stands for the first cases."""
+        return self.folder / f"edit-{edits}.safetensors"
+
+    def _edit_files(self) -> list[Path]:
+        return sorted(self.folder.glob("edit-*.safetensors"))
+
+    def void(self) -> None:
+        """Take away all rows and edits: they are of a host that was no longer what it was."""
+        self.journal.cut(0)
+        for path in self._edit_files():
+            path.unlink()
+
+    def write(self, *records: dict[str, Any]) -> None:
+        """Append lines to the rows."""
+        self.guard()
+        self.journal.append(*records)
+
+    def keep(self, edits: int, edit: Edit) -> None:
+        """Keep a sequence's newest edit in place of the older ones, after the rows that it stands for."""
+        self.guard()
+        edit.save(self.edit_file(edits))
+        for path in self._edit_files():
+            if path != self.edit_file(edits):
+                path.unlink()
+
+    def end(self, document: dict[str, Any], *, keep_edits: bool) -> None:
+        """Write what the cell comes to; the edit was only there to go on from, unless it is to be kept."""
+        self.guard()
+        write_report(self.folder / summing.CELL, document)
+        if not keep_edits:
+            for path in self._edit_files():
+                path.unlink()
+
+
+def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
+    """Fill a cell's folder with rows and return what is to be summed up beside them.
+
+    Raises Refused where the method cannot do it, whatever else goes wrong as it is.
+    """
+    host = room.host(cell)
+    health.reset_peak(host)
+    if cell.method in BASELINES:
+        sheet.begin(host.fingerprint, room.cases(cell))
+        for record in _baseline(room, cell):
+            sheet.write(record)
+        return summing.measured(host, None, room.neutral(cell).prompts)
+    try:
+        method = check_method(cell.method, cell.plan)
+        config = settings.make(method.config, cell.settings, method.name)
+        room.check(method, cell)
+    except ConfigError as error:
+        raise Refused(str(error)) from error
+    sheet.begin(host.fingerprint, room.cases(cell))
+    edit = sheet.edit
+    if not sheet.finished:
+        if sheet.edit is not None:
+            start = resumed(sheet.edit, method, room.cases(cell), cell.plan, cell.seed)
+            if start != sheet.done:
+                raise DataError(
+                    f"the kept edit of {cell.id} stands for {start} cases, its rows for {sheet.done}"
+                )
+        edit = _fill(room, cell, sheet, tick, method=method, config=config)
+    return summing.measured(host, edit, room.neutral(cell).prompts)
+
+
+def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edit | None:
+    """Fit and observe what is left; return the last edit."""
+    neutral = room.neutral(cell)
+    engine = room.engine(cell, texts=neutral.texts, prompts=neutral.prompts, tick=tick, **given)
+    sequence = cell.plan.kind == "sequential"
+    edit: Edit | None = None
+    first = not sheet.done
+    try:
+        with closing(engine.events(cell.look or (), sheet.done, sheet.edit, sheet.fits or None)) as events:
+            for event in events:
+                edit, first = event.edit, False
+                if isinstance(event, Seen):
+                    sheet.write(_case(event.case, event.rows, event.edits, event))
+                    continue
+                sheet.write(_look(room, cell, event, engine.fit_seconds))
+                if sequence:
+                    sheet.keep(event.edits, event.edit)
+    except (ConfigError, HostError, RequestError) as error:
+        if first:
+            raise Refused(str(error)) from error
+        raise
+    return edit
+
+
+def _case(case: Case, rows: Sequence[Row], edits: int | None, seen: Seen | None, took: float = 0.0) -> dict:
+    """Word a case's line; ``took``: what observing it took, where nothing was fitted."""
+    cost: dict[str, Any] = {"fit_seconds": None, "observe_seconds": took, "bytes": None}
+    if seen is not None:
+        cost = {
+            "fit_seconds": seen.fit_seconds,
+            "observe_seconds": seen.observe_seconds,
+            "bytes": health.size(seen.edit) if edits is None else None,
+        }
+    return {
+        "type": "case",
+        "case": case.id,
+        "edits": edits,
+        "rows": [asdict(row) for row in rows],
+        "cost": cost,
+    }
+
+
+def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:
+    """Word the line of a look at several edits."""
+    neutral, host = room.neutral(cell), room.host(cell)
+    heavy = health.weights(look.edit, host)
+    return {
+        "type": "look",
+        "edits": look.edits,
+        "perplexity_before": neutral.perplexity,
+        "perplexity_after": look.perplexity,
+        "last_batch_efficacy": look.last_batch_efficacy,
+        "fit_seconds": fit_seconds,
+        **heavy,
+        "digest": getattr(look.edit, "digest", None),
+        "bytes": health.size(look.edit),
+        "collapse": health.condition(
+            look.continued, neutral.continued, (neutral.perplexity, look.perplexity),
+            list((heavy["norm_ratio"] or {}).values()),
+        ),
+    }  # fmt: skip
+
+
+def _baseline(room: Room, cell: Cell) -> Iterator[dict[str, Any]]:
+    """Word the lines of a cell that no method makes: nothing is in place, however many edits are counted."""
+    cases, before = room.cases(cell), room.unedited(cell)
+    in_prompt = cell.method == IN_PROMPT
+    after = room.unedited(cell, in_prompt=in_prompt)
+    took = after.seconds() / len(cases)
+    for edits in cell.look or (None,):
+        counted = cases if edits is None else cases[:edits]
+        for case in counted:
+            said = after.of(told(case) if in_prompt else case)
+            rows = score.rows(case, before.of(case), said, checkpoint=edits)
+            yield _case(case, rows, edits, None, took)
+        if edits is not None:
+            yield _still(room, cell, edits)
+
+
+def _still(room: Room, cell: Cell, edits: int) -> dict[str, Any]:
+    """Word the line of a look at a host without edits."""
+    neutral = room.neutral(cell)
+    same = (neutral.perplexity, neutral.perplexity)
+    return {
+        "type": "look",
+        "edits": edits,
+        "perplexity_before": neutral.perplexity,
+        "perplexity_after": neutral.perplexity,
+        "last_batch_efficacy": None,
+        "fit_seconds": 0.0,
+        "norm": None,
+        "norm_ratio": None,
+        "spectral_ratio": None,
+        "digest": None,
+        "bytes": None,
+        "collapse": health.condition(neutral.continued, neutral.continued, same, []),
+    }

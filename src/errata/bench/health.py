@@ -1,0 +1,146 @@
+"""Whether a host is still sound with edits in place, and what an edit weighs and costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.bench.runner import peak_memory_mb
+from errata.edits.edit import Edit
+from errata.edits.weight import WeightEdit
+from errata.evaluation.metrics import collapse, cost
+from errata.host.load import Host
+from errata.linalg.lowrank import LowRank
+
+PROMPTS = 20
+"""How many open prompts are continued at a look."""
+WORDS = 6
+"""How many words of a neutral text make one."""
+REPEATS = 5
+DECODED = 16
+"""Tokens that are generated to time decoding."""
+
+
+def open_prompts(texts: Sequence[str]) -> list[str]:
+    """Return beginnings of running text, from the first neutral texts that are long enough."""
+    long = [text.split() for text in texts if len(text.split()) > WORDS]
+    return list(dict.fromkeys(" ".join(words[:WORDS]) for words in long))[:PROMPTS]
+
+
+def weights(edit: Edit, host: Host) -> dict[str, Any]:
+    """Describe a weight edit beside the unedited weights, which must be in place.
+
+    ``norm``: Frobenius norm of all changes; ``norm_ratio``: ||D|| / ||W|| by weight; ``spectral_ratio``: largest
+    singular value of W + D over that of W, by weight. Other edits have no such numbers: all None.
+    """
+    if not isinstance(edit, WeightEdit):
+        return {"norm": None, "norm_ratio": None, "spectral_ratio": None}
+    norms, spectra = {}, {}
+    for name, delta in edit.deltas.items():
+        weight = _stored(host, name)
+        if weight is None:
+            continue
+        dense = delta.dense() if isinstance(delta, LowRank) else delta
+        dense = (dense.mT if name in edit.transposed else dense).to(weight.device).reshape(weight.shape)
+        norms[name] = collapse.norm_ratio(dense, weight)
+        if weight.ndim == 2:
+            spectra[name] = collapse.spectral_ratio(weight.double() + dense.double(), weight)
+    return {"norm": edit.norm(), "norm_ratio": norms or None, "spectral_ratio": spectra or None}
+
+
+def condition(
+    texts: Sequence[str], unedited: Sequence[str], perplexities: tuple[float, float], norms: Sequence[float]
+) -> dict[str, Any]:
+    """Say how sound a host is: fluency of its open texts before and after, and why it counts as collapsed.
+
+    ``perplexities``: of neutral text, before and after. Returns ``{"before", "after", "alarm"}``: the averages
+    of :class:`errata.evaluation.metrics.collapse.Fluency`, and the reasons, none where it is sound.
+    """
+    before, after = perplexities
+    return {
+        "before": asdict(collapse.fluency(unedited)),
+        "after": asdict(collapse.fluency(texts)),
+        "alarm": collapse.alarm(
+            texts, perplexity_ratio=after / before, norm_ratios=norms, finite=math.isfinite(after)
+        ),
+    }
+
+
+def _stored(host: Host, name: str) -> Tensor | None:
+    """Return a weight as it is stored; None for a packed one."""
+    try:
+        weight = host.model.get_parameter(name).detach()
+    except AttributeError:  # packed weights are not parameters
+        return None
+    return weight if weight.is_floating_point() else None
+
+
+def size(edit: Edit) -> int | None:
+    """Count the bytes an edit keeps: deltas, records and state. None for edits that are no weights."""
+    if not isinstance(edit, WeightEdit):
+        return None
+    tensors: list[Tensor] = []
+    for delta in edit.deltas.values():
+        tensors += [delta.B, delta.A] if isinstance(delta, LowRank) else [delta]
+    for record in edit.records.values():
+        tensors += record.tensors().values()
+    tensors += edit.state.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def latency_overhead(host: Host, edit: Edit, prompt: str) -> dict[str, float | None]:
+    """Return by how much slower reading and writing are with an edit in place, 0 for not at all.
+
+    Of alternating runs of one prompt: ``prefill``, one forward pass; ``decode``, generating a few tokens.
+    """
+    plain, edited = [], []
+    for _ in range(REPEATS):
+        plain.append(_timed(host, prompt))
+        with edit.on(host):
+            edited.append(_timed(host, prompt))
+    return {
+        name: cost.overhead([one[name] for one in plain], [one[name] for one in edited])
+        for name in ("prefill", "decode")
+    }
+
+
+def _timed(host: Host, prompt: str) -> dict[str, float]:
+    begin = _now(host)
+    with torch.no_grad():
+        host.forward(host.batch([host.encode_prompt(prompt)]))
+    middle = _now(host)
+    host.generate(prompt, max_new_tokens=DECODED, natural_stop=False)
+    return {"prefill": middle - begin, "decode": _now(host) - middle}
+
+
+def _now(host: Host) -> float:
+    if host.device.type == "cuda":
+        torch.cuda.synchronize(host.device)
+    return time.perf_counter()
+
+
+def reset_peak(host: Host) -> None:
+    """Begin to count an accelerator's memory anew; a process's own peak cannot be forgotten."""
+    if host.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(host.device)
+
+
+def peak_mb(host: Host) -> float:
+    """Return the accelerator memory reserved at most since the count began, else the process's peak, in MB."""
+    if host.device.type == "cuda":
+        return torch.cuda.max_memory_reserved(host.device) / 2**20
+    return peak_memory_mb()
+
+
+def times(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Return median, 95th percentile and sum of some times; None for what is not known of none."""
+    found = cost.spread(seconds)
+    if found is None:
+        return {"median": None, "p95": None, "total": 0.0}
+    return {"median": found.median, "p95": found.p95, "total": found.total}

@@ -1,0 +1,235 @@
+"""The job table of a run: which cell is open, who works on it and until when, and how it ended.
+
+One SQLite file. A cell is taken with a lease; who works on it renews the lease from a thread of its own,
+so a worker that died or hangs loses it after :data:`LEASE` seconds and another one takes the cell over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from errata.errors import DataError
+
+State = Literal["open", "leased", "done", "refused", "failed"]
+OVER: tuple[State, ...] = ("done", "refused", "failed")
+
+LEASE = 60.0
+"""Seconds that a cell is held without a sign of life."""
+MOST_ATTEMPTS = 3
+"""How often a cell is taken before it counts as failed: something in it kills who works on it."""
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    cell TEXT PRIMARY KEY, place INTEGER NOT NULL, state TEXT NOT NULL DEFAULT 'open',
+    owner TEXT, lease_until REAL, attempts INTEGER NOT NULL DEFAULT 0, reason TEXT
+)"""
+
+
+class LeaseLost(DataError):
+    """Another worker has taken the cell over: this one was silent for too long."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the table."""
+
+    cell: str
+    state: State
+    owner: str | None
+    lease_until: float | None
+    attempts: int
+    reason: str | None
+
+
+def new_owner() -> str:
+    """Name a worker so that others can tell whether it still lives: machine, process, a random part."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+class Jobs:
+    """The table in a file; each call is a transaction of its own, so any process and thread may ask."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lease: float = LEASE,
+        shared: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``shared``: the file lies in a folder that several machines see, where a write-ahead log, which
+        lives in one machine's memory, must not be used."""
+        self.path, self.lease, self.clock = path, lease, clock
+        self.shared = shared
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as table:
+                table.execute("BEGIN IMMEDIATE")
+                try:
+                    yield table
+                except BaseException:
+                    table.execute("ROLLBACK")
+                    raise
+                table.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise DataError(f"the job table {self.path} cannot be used: {error}") from error
+
+    def create(self, cells: Iterable[str]) -> None:
+        """Make the table, with every cell that it does not have yet open."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as table:
+                table.execute(f"PRAGMA journal_mode={'DELETE' if self.shared else 'WAL'}")
+        except sqlite3.Error as error:
+            raise DataError(f"the job table {self.path} cannot be made: {error}") from error
+        with self._open() as table:
+            table.execute(_TABLE)
+            table.executemany(
+                "INSERT OR IGNORE INTO jobs (cell, place) VALUES (?, ?)",
+                [(cell, place) for place, cell in enumerate(cells)],
+            )
+
+    def all(self) -> list[Job]:
+        """Return every line in the order of the plan."""
+        with self._open() as table:
+            found = table.execute(
+                "SELECT cell, state, owner, lease_until, attempts, reason FROM jobs ORDER BY place"
+            ).fetchall()
+        return [Job(*line) for line in found]
+
+    def take(self, owner: str, cells: Sequence[str]) -> str | None:
+        """Lease the first of some cells that is open or whose lease has run out; None where there is none.
+
+        A cell that was taken too often and never ended is set to failed instead.
+        """
+        now, wanted = self.clock(), set(cells)
+        with self._open() as table:
+            free = table.execute(
+                "SELECT cell, attempts FROM jobs WHERE state = 'open' OR (state = 'leased' AND lease_until < ?)"
+                " ORDER BY place",
+                (now,),
+            ).fetchall()
+            for cell, attempts in free:
+                if cell not in wanted:
+                    continue
+                if attempts >= MOST_ATTEMPTS:
+                    self._end(
+                        table, cell, "failed", f"given up: {attempts} workers ended while they worked on it"
+                    )
+                    continue
+                table.execute(
+                    "UPDATE jobs SET state = 'leased', owner = ?, lease_until = ?, attempts = attempts + 1"
+                    " WHERE cell = ?",
+                    (owner, now + self.lease, cell),
+                )
+                return cell
+        return None
+
+    def renew(self, cell: str, owner: str) -> bool:
+        """Hold a cell for another lease; False where it is no longer the owner's."""
+        with self._open() as table:
+            done = table.execute(
+                "UPDATE jobs SET lease_until = ? WHERE cell = ? AND owner = ? AND state = 'leased'",
+                (self.clock() + self.lease, cell, owner),
+            )
+            return done.rowcount == 1
+
+    def end(self, cell: str, owner: str, state: State, reason: str | None = None) -> None:
+        """Set how a cell ended. Raises LeaseLost where it is no longer the owner's."""
+        with self._open() as table:
+            found = table.execute("SELECT owner, state FROM jobs WHERE cell = ?", (cell,)).fetchone()
+            if found != (owner, "leased"):
+                raise LeaseLost(f"cell {cell} was taken over by {found and found[0]} meanwhile")
+            self._end(table, cell, state, reason)
+
+    def _end(self, table: sqlite3.Connection, cell: str, state: State, reason: str | None) -> None:
+        table.execute(
+            "UPDATE jobs SET state = ?, reason = ?, owner = NULL, lease_until = NULL WHERE cell = ?",
+            (state, reason, cell),
+        )
+
+    def reopen(self, states: Sequence[State], cells: Sequence[str]) -> None:
+        """Open some cells again that ended in one of some states; how often they were taken is forgotten."""
+        self._reopen([job.cell for job in self.all() if job.state in states and job.cell in set(cells)])
+
+    def release_dead(self) -> None:
+        """Open what workers of this machine hold that live no more; the attempt counts."""
+        dead = [job for job in self.all() if job.state == "leased" and not _lives(job.owner)]
+        with self._open() as table:
+            for job in dead:
+                table.execute(
+                    "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL"
+                    " WHERE cell = ? AND owner = ?",
+                    (job.cell, job.owner),
+                )
+
+    def _reopen(self, cells: Sequence[str]) -> None:
+        with self._open() as table:
+            table.executemany(
+                "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL, attempts = 0, reason = NULL"
+                " WHERE cell = ?",
+                [(cell,) for cell in cells],
+            )
+
+    def forget_attempts(self) -> None:
+        """Count attempts from nothing again: somebody has started the run anew."""
+        with self._open() as table:
+            table.execute("UPDATE jobs SET attempts = 0 WHERE state IN ('open', 'leased')")
+
+
+def _lives(owner: str | None) -> bool:
+    """Whether a worker may live: it runs on this machine, or elsewhere, where only its lease can tell."""
+    machine, _, rest = (owner or "").rpartition(":")[0].partition(":")
+    if machine != socket.gethostname() or not rest.isdecimal():
+        return bool(owner)
+    try:
+        os.kill(int(rest), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's process
+    return True
+
+
+class Lease:
+    """Holds a cell while the block runs, by renewing its lease three times as often as needed."""
+
+    def __init__(self, jobs: Jobs, cell: str, owner: str) -> None:
+        self.jobs, self.cell, self.owner = jobs, cell, owner
+        self._over = threading.Event()
+        self._problem: str | None = None
+        self._thread = threading.Thread(target=self._beat, name=f"lease of {cell}", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raise LeaseLost where the cell is no longer this worker's; to be asked before anything is written."""
+        if self._problem is not None:
+            raise LeaseLost(self._problem)
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.jobs.lease / 3):
+            try:
+                if not self.jobs.renew(self.cell, self.owner):
+                    self._problem = f"cell {self.cell} was taken over meanwhile"
+            except DataError as error:
+                self._problem = str(error)
+            if self._problem is not None:
+                return

@@ -1,0 +1,240 @@
+"""Plans: a recipe crossed out into cells, each named by all that decides its rows."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from errata import config as settings
+from errata.bench import published, sources
+from errata.bench import recipe as recipes
+from errata.bench.recipe import BASELINES, TUNED, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.results import finite
+from errata.bench.schedule import Schedule
+from errata.edits.edit import versions
+from errata.errors import ConfigError, DataError, ErrataError
+from errata.methods import REGISTRY
+from errata.types import Case
+
+SCHEMA = 1
+SLUG = 60
+"""Longest readable part of a cell's name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, method, dataset, schedule and seed: what fills one folder of results."""
+
+    id: str
+    model: str
+    """Label of the model."""
+    method: str
+    """Registered name, or ``unedited`` or ``in_prompt``."""
+    label: str
+    settings: Mapping[str, Any]
+    dataset: str
+    """Name among the run's datasets."""
+    schedule: str
+    look: tuple[int, ...] | None
+    """After how many edits of a sequence the host is asked."""
+    seed: int
+    baseline: bool
+    """Whether it is there for every model, dataset and schedule, to compare with."""
+
+    @property
+    def plan(self) -> Schedule:
+        """The schedule, read."""
+        return Schedule.parse(self.schedule)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run folder is about: the recipe, its datasets and its cells in order."""
+
+    recipe: Recipe
+    datasets: Mapping[str, Mapping[str, Any]]
+    """Facts by name, see :func:`errata.bench.sources.read`."""
+    cells: tuple[Cell, ...]
+    cases: Mapping[str, Sequence[Case]] = field(default_factory=dict, compare=False, repr=False)
+    """Cases by name of the dataset, as far as they were read."""
+    published: Sequence[Mapping[str, Any]] = ()
+    """Tables of expected numbers, see :mod:`errata.bench.published`."""
+
+    def model(self, label: str) -> ModelSpec:
+        """Return the model of a label."""
+        return next(model for model in self.recipe.models if model.label == label)
+
+    def chosen(self, only: str | None) -> list[str]:
+        """List the cells whose id holds a text, all without one. Raises ConfigError where there are none."""
+        found = [cell.id for cell in self.cells if only is None or only in cell.id]
+        if not found:
+            raise ConfigError(f"no cell holds {only!r}; see the cells with --dry-run")
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """Return what goes into ``run.json``."""
+        return finite({
+            "schema": SCHEMA,
+            "name": self.recipe.name,
+            "recipe": self.recipe.to_dict(),
+            "recipe_sha256": self.recipe.sha256,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "hardware": hardware(),
+            "threads": self.recipe.threads,
+            "datasets": {name: dict(facts) for name, facts in self.datasets.items()},
+            "published": [dict(table) for table in self.published],
+            "cells": [asdict(cell) for cell in self.cells],
+        })  # fmt: skip
+
+
+def make(recipe: Recipe) -> Plan:
+    """Read a recipe's datasets and cross it out. Raises ConfigError or DataError listing all that fails."""
+    complaints: list[str] = []
+    read: dict[str, tuple[Sequence[Case], Mapping[str, Any]]] = {}
+    cells: dict[str, Cell] = {}
+    for i, run in enumerate(recipe.runs):
+        for source in run.datasets:
+            try:
+                name, (cases, facts) = _read(source, run.schedule, read)
+                look = _looks(run, len(cases))
+            except ErrataError as error:
+                complaints.append(f"runs[{i}], {source}: {error}")
+                continue
+            read[name] = cases, facts
+            for cell in _crossed(recipe, run, name, facts, look):
+                cells.setdefault(cell.id, cell)
+    tables: Sequence[Mapping[str, Any]] = ()
+    try:
+        tables = published.documents(recipe.published)
+    except ConfigError as error:
+        complaints.append(f"published: {error}")
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    facts = {name: found[1] for name, found in read.items()}
+    order = {model.label: place for place, model in enumerate(recipe.models)}
+    # one model after the other, so that a worker opens each once; baselines first, others compare with them
+    ordered = sorted(cells.values(), key=lambda cell: (order[cell.model], not cell.baseline))
+    return Plan(recipe, facts, tuple(ordered), {name: found[0] for name, found in read.items()}, tables)
+
+
+def restore(document: Mapping[str, Any]) -> Plan:
+    """Build the plan that a ``run.json`` holds. Raises DataError for one of another schema."""
+    if document.get("schema") != SCHEMA:
+        raise DataError(f"run.json has schema {document.get('schema')!r}, expected {SCHEMA}; start a new run")
+    cells = tuple(
+        Cell(**{**cell, "look": None if cell["look"] is None else tuple(cell["look"])})
+        for cell in document["cells"]
+    )
+    return Plan(recipes.parse(document["recipe"], "run.json"), document["datasets"], cells)
+
+
+def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
+    """Say why a run folder cannot be gone on with under a plan; nothing where it can."""
+    if old.get("recipe_sha256") != new.recipe.sha256:
+        return recipes.differences(old["recipe"], new.recipe.to_dict())
+    found = []
+    for name, facts in new.datasets.items():
+        before = old["datasets"].get(name, {}).get("sha256")
+        if before != facts["sha256"]:
+            found.append(f"dataset {name}: was {str(before)[:12]}, is {facts['sha256'][:12]}")
+    if not found and [cell["id"] for cell in old["cells"]] != [cell.id for cell in new.cells]:
+        was = old.get("versions", {}).get("errata")
+        found.append(f"the cells are others: settings that the recipe leaves open changed since errata {was}")
+    return found
+
+
+def _read(
+    source: str, schedule: Schedule, read: Mapping[str, Any]
+) -> tuple[str, tuple[Sequence[Case], Mapping[str, Any]]]:
+    """Read a source unless it was; return its name among the datasets, its cases and its facts."""
+    lab_together = schedule.together and source.startswith("lab:")
+    name = f"{source} together" if lab_together else source
+    return name, read[name] if name in read else sources.read(source, together=lab_together)
+
+
+def _looks(run: RunSpec, count: int) -> tuple[int, ...] | None:
+    if run.schedule.kind != "sequential":
+        return None
+    return run.schedule.checkpoints(count, run.look)
+
+
+def _crossed(
+    recipe: Recipe, run: RunSpec, dataset: str, facts: Mapping[str, Any], look: tuple[int, ...] | None
+) -> list[Cell]:
+    """Cross models, methods with the baselines, and seeds, for one dataset."""
+    tuned = MethodSpec(TUNED, label=TUNED)
+    baselines = [*(MethodSpec(name, label=name) for name in BASELINES), tuned]
+    methods = [*baselines, *(spec for spec in run.methods if spec != tuned)]
+    made = []
+    for model in recipe.models:
+        for spec in methods:
+            # no randomness in what no method makes: one seed says it all
+            for seed in recipe.seeds[:1] if spec.name in BASELINES else recipe.seeds:
+                cell = Cell(
+                    "", model.label, spec.name, spec.label, dict(spec.settings), dataset, str(run.schedule),
+                    look, seed, spec in baselines,
+                )  # fmt: skip
+                made.append(replace(cell, id=_name(cell, recipe, model, facts)))
+    return made
+
+
+def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]) -> str:
+    """Name a cell by a readable part and a hash of everything that decides its rows."""
+    config = None if cell.method in BASELINES else _config(cell)
+    decides = {
+        "model": asdict(replace(model, label="")),
+        "method": cell.method,
+        "config": config,
+        "dataset": facts["sha256"],
+        "schedule": cell.schedule,
+        "look": cell.look,
+        "seed": cell.seed,
+        "threads": recipe.threads,
+        "max_new_tokens": recipe.max_new_tokens,
+        "corpus": _file_hash(recipe.corpus),
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    words = f"{cell.model}-{cell.label}-{cell.dataset}-{cell.schedule}-s{cell.seed}"
+    slug = re.sub(r"[^a-z0-9_.]+", "-", words.lower()).strip("-.")
+    return f"{slug[:SLUG].rstrip('-.')}-{digest}"
+
+
+def _config(cell: Cell) -> dict[str, Any]:
+    """Return a method's settings with its defaults filled in."""
+    return asdict(settings.make(REGISTRY.get(cell.method).config, cell.settings, cell.method))
+
+
+def _file_hash(path: str | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def hardware() -> dict[str, Any]:
+    """Describe the machine: processor, cores, memory, accelerators."""
+    import torch
+
+    pages: Callable[[str], int] = os.sysconf
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu() -> str:
+    """Name the processor, by the kernel's list where there is one."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,92 @@
+"""A whole run: its folder begun or gone on with, its cells worked off, and how they ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from errata.bench import plan as plans
+from errata.bench import results, workers
+from errata.bench.jobs import Job, Jobs
+from errata.bench.plan import Plan
+from errata.bench.results import read_document, read_run, write_report
+from errata.bench.rooms import Tools
+from errata.bench.runner import Tick
+from errata.errors import ConfigError, DataError
+
+Executor = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the chosen cells of a run ended."""
+
+    folder: Path
+    jobs: Sequence[Job]
+    documents: Mapping[str, Mapping[str, Any]]
+    """By cell, its ``cell.json``, as far as there is one."""
+
+    @property
+    def failed(self) -> list[Job]:
+        """Cells that went wrong; refused ones are none of them."""
+        return [job for job in self.jobs if job.state == "failed"]
+
+
+def execute(
+    plan: Plan, folder: Path, tools: Tools, *, resume: bool = False, jobs: int = 1,
+    executor: Executor = "local", only: str | None = None, tick: Tick = lambda what, done, total: None,
+) -> Outcome:  # fmt: skip
+    """Work a plan's cells off into a folder and return how they ended.
+
+    ``resume``: go on with the run in the folder, failed and refused cells anew; else the folder must be new or
+    empty. ``jobs``: workers at once, each with a model of its own; the rows do not depend on it. ``executor``:
+    processes of this machine, or Ray. ``only``: cells whose id holds this text. Raises ConfigError or DataError
+    where the folder and the plan do not belong together.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs: expected a number from 1, found {jobs}")
+    chosen = plan.chosen(only)
+    begin(plan, folder, resume=resume, shared=executor == "ray")
+    table = Jobs(folder / results.JOBS)
+    if resume:
+        table.release_dead()
+        table.forget_attempts()
+        table.reopen(("failed", "refused"), chosen)
+    if executor == "ray":
+        workers.work_on_ray(folder, tools, chosen, jobs, tick)
+    elif jobs > 1:
+        workers.work_in_processes(folder, tools, chosen, jobs, tick)
+    else:
+        workers.work(folder, tools, chosen, tick=tick)
+    return outcome(folder, chosen)
+
+
+def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> None:
+    """Make a run folder, or check that the one there is of the same plan. Raises DataError or ConfigError."""
+    if resume:
+        wrong = plans.changes(read_run(folder), plan)
+        if wrong:
+            raise ConfigError("\n".join([f"{folder} is a run of something else; start a new one:", *wrong]))
+    else:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder} is there already and not empty; go on with --resume, or name another")
+        try:
+            (folder / results.CELLS).mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"cannot make {folder}: {error.strerror or error}") from error
+        write_report(folder / results.RUN, plan.document())
+    Jobs(folder / results.JOBS, shared=shared).create([cell.id for cell in plan.cells])
+
+
+def outcome(folder: Path, chosen: Sequence[str]) -> Outcome:
+    """Read how some cells of a run ended."""
+    wanted = set(chosen)
+    found = [job for job in Jobs(folder / results.JOBS).all() if job.cell in wanted]
+    documents = {
+        job.cell: read_document(path)
+        for job in found
+        if (path := folder / results.CELLS / job.cell / results.CELL).exists()
+    }
+    return Outcome(folder, found, documents)

@@ -1,0 +1,166 @@
+"""What a cell comes to: summary, scores, retention and cost, from the rows in its folder."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from errata.bench import health
+from errata.bench.plan import Cell
+from errata.bench.results import CELL, Journal, finite, row_of
+from errata.bench.rooms import Room
+from errata.edits.edit import Edit
+from errata.evaluation import score
+from errata.evaluation.metrics import retention
+from errata.host.load import Host
+from errata.types import Row
+
+__all__ = ["CELL", "document", "measured", "unfinished"]
+
+DECODE = "greedy"
+MATCHER = "an accepted answer as whole words in the first answer, the old one not asserted"
+LOCALITY = "right before, still right after"
+
+
+@dataclass
+class _Found:
+    """What is read off the rows of a cell."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Those that count: of a sequence, of its end."""
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    recalled: list[retention.Recalled] = field(default_factory=list)
+    fits: list[float] = field(default_factory=list)
+    observed: list[float] = field(default_factory=list)
+    """Seconds of observing, by case and look."""
+    bytes: list[int] = field(default_factory=list)
+
+
+def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
+    """Sum a finished cell up, as ``cell.json`` holds it."""
+    found = _read(journal, cell)
+    summary = score.summarise(found.rows, seed=cell.seed)
+    host = room.host(cell)
+    return finite({
+        "id": cell.id,
+        "cell": asdict(cell),
+        "tag": tag(room, cell),
+        "status": "done",
+        "reason": None,
+        "summary": summary,
+        "looks": found.looks,
+        "scores": score.legacy_scores(summary),
+        "retention": _retention(found) if cell.look else None,
+        "cost": {**_cost(found, cell), **measured},
+        "host": {"name": host.name, "fingerprint": host.fingerprint},
+        "weights_restored": True,
+    })  # fmt: skip
+
+
+def unfinished(cell: Cell, status: str, reason: str, restored: bool | None) -> dict[str, Any]:
+    """Say of a cell that was refused or failed why it was."""
+    empty = ("tag", "summary", "looks", "scores", "retention", "cost", "host")
+    return {
+        "id": cell.id,
+        "cell": asdict(cell),
+        "status": status,
+        "reason": reason,
+        **dict.fromkeys(empty),
+        "weights_restored": restored,
+    }
+
+
+def tag(room: Room, cell: Cell) -> dict[str, Any]:
+    """Name the protocol of a cell: what has to be the same for two numbers to be comparable."""
+    facts = room.plan.datasets[cell.dataset]
+    check = facts["check"] if isinstance(facts["check"], dict) else {}
+    size = cell.plan.size
+    return {
+        "dataset": cell.dataset,
+        "dataset_sha256": facts["sha256"],
+        "convention": check.get("variant") or None,
+        "prompt_template": room.plan.model(cell.model).template,
+        "decode": DECODE,
+        "matcher": MATCHER,
+        "locality_mode": LOCALITY,
+        "edits": len(room.cases(cell)) if cell.plan.kind == "sequential" else size,
+        "batch": size,
+        "max_new_tokens": room.plan.recipe.max_new_tokens,
+        "dtype": str(room.host(cell).dtype).removeprefix("torch."),
+    }
+
+
+def measured(host: Host, edit: Edit | None, prompts: Sequence[str]) -> dict[str, Any]:
+    """Measure what has to be measured while the host is open: memory, and how much slower an edit makes it."""
+    overhead: dict[str, float | None] = {"prefill": None, "decode": None}
+    if edit is not None and prompts:
+        overhead = health.latency_overhead(host, edit, prompts[0])
+    return {"peak_memory_mb": health.peak_mb(host), "latency_overhead": overhead}
+
+
+def _read(journal: Journal, cell: Cell) -> _Found:
+    found = _Found()
+    last = cell.look[-1] if cell.look else None
+    place = 0
+    for record in journal.records():
+        if record["type"] == "look":
+            found.looks.append({name: value for name, value in record.items() if name != "type"})
+            place = 0
+            continue
+        place += 1
+        cost, rows = record["cost"], [row_of(row) for row in record["rows"]]
+        found.observed.append(cost["observe_seconds"])
+        if record["edits"] is not None:
+            found.recalled += _recalled(rows, place, record["edits"])
+        if record["edits"] == last:
+            found.rows += rows
+            found.fits += [] if cost["fit_seconds"] is None else [cost["fit_seconds"]]
+            found.bytes += [] if cost.get("bytes") is None else [cost["bytes"]]
+    return found
+
+
+def _recalled(rows: Sequence[Row], place: int, edits: int) -> list[retention.Recalled]:
+    """Say whether the edit of one place was recalled; nothing where it was not asked."""
+    right = [row.after for row in rows if (row.kind, row.protocol) == ("efficacy", "generate")]
+    return [retention.Recalled(place, edits, sum(right) / len(right))] if right else []
+
+
+def _retention(found: _Found) -> dict[str, Any] | None:
+    """Say how success depends on age and on how many edits are in place; None where efficacy was not asked."""
+    if not found.recalled:
+        return None
+    past = retention.past(found.recalled)
+    looks = [
+        retention.Health(
+            look["edits"],
+            past.get(look["edits"]),
+            float(look["perplexity_after"]) / float(look["perplexity_before"]),
+            look["collapse"]["after"]["repetition"],
+        )
+        for look in found.looks
+    ]
+    return {
+        "by_age": [asdict(stratum) for stratum in retention.strata(found.recalled)],
+        "by_edits": [{"edits": edits, "right": right} for edits, right in past.items()],
+        "area": retention.area(past.items()),
+        "collapse_point": retention.collapse_point(looks),
+    }
+
+
+def _cost(found: _Found, cell: Cell) -> dict[str, Any]:
+    """Sum up times and sizes; the set-up is what the first fit took beyond the median."""
+    fits = found.fits
+    group = cell.plan.size if cell.plan.kind != "single" else 1
+    setup = max(0.0, fits[0] - statistics.median(fits)) * group if len(fits) > 2 * group else None
+    sizes = [size / group for size in found.bytes]
+    if cell.plan.kind == "sequential" and found.looks and found.looks[-1]["bytes"] is not None:
+        sizes = [found.looks[-1]["bytes"] / found.looks[-1]["edits"]]
+    observed = sum(found.observed)
+    return {
+        "setup_seconds": setup,
+        "fit": health.times(fits),
+        "observe": {"total": observed, "per_case": observed / max(1, len(found.observed))},
+        "bytes_per_edit": statistics.median(sizes) if sizes else None,
+    }

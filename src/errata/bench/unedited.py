@@ -1,0 +1,163 @@
+"""What the unedited host says: observed once, kept in the run folder, read by every cell and process.
+
+Chunks of cases are kept by content: host, options of observing, probes. Texts and log-probabilities of
+answers are one JSON file a chunk; next-token distributions are one safetensors file a chunk, from which each
+is read when it is needed, so that memory stays bounded whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from errata.bench.runner import CHUNK
+from errata.errors import DataError
+from errata.evaluation.observe import observe, unique
+from errata.host.load import Host
+from errata.types import Case, Observation, Probe
+
+FORMAT = 1
+SPREAD = "next_logprobs"
+"""The field of an observation that is a tensor."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Observations of one chunk of cases, as read from its files."""
+
+    seen: Mapping[Probe, Observation]
+    """Without next-token distributions."""
+    places: Mapping[Probe, str]
+    """Names of the distributions in the file, by probe."""
+    tensors: Path
+    seconds: float
+    """What observing took, whenever that was."""
+
+
+class Unedited:
+    """Observations of some cases by a host without edits."""
+
+    def __init__(self, folder: Path, host: Host, cases: Sequence[Case], options: Mapping[str, Any]) -> None:
+        """``options``: those of :func:`errata.evaluation.observe.observe`. Nothing is observed yet."""
+        self.folder, self.host, self.cases, self.options = folder, host, cases, dict(options)
+        self._chunk_of = {case.id: place // CHUNK for place, case in enumerate(cases)}
+        if len(self._chunk_of) != len(cases):
+            raise DataError(
+                f"{len(cases)} cases have {len(self._chunk_of)} different names; name each its own"
+            )
+        self._held: tuple[int, _Chunk] | None = None
+
+    def of(self, case: Case) -> list[Observation]:
+        """Return what the host says to a case's probes, observing the chunk of the case where nobody has.
+
+        The case may leave out or reword nothing: its probes are those of the case of its name.
+        """
+        chunk = self._at(self._chunk_of[case.id])
+        return [_with_spread(chunk, probe) for probe in case.probes]
+
+    def seconds(self) -> float:
+        """Return what observing all cases took, in seconds, whenever that was."""
+        return sum(self._at(i).seconds for i in range(-(-len(self.cases) // CHUNK)))
+
+    def _at(self, place: int) -> _Chunk:
+        if self._held is None or self._held[0] != place:
+            cases = self.cases[place * CHUNK : (place + 1) * CHUNK]
+            self._held = (place, self._chunk(unique(probe for case in cases for probe in case.probes)))
+        return self._held[1]
+
+    def _chunk(self, probes: Sequence[Probe]) -> _Chunk:
+        facts = {
+            "format": FORMAT,
+            "host": self.host.fingerprint,
+            "dtype": str(self.host.dtype),
+            "device": self.host.device.type,
+            "options": self.options,
+        }
+        asked = json.dumps([asdict(probe) for probe in probes], sort_keys=True)
+        key = hashlib.sha256((json.dumps(facts, sort_keys=True) + asked).encode()).hexdigest()[:24]
+        texts, tensors = (self.folder / f"{key}.{kind}" for kind in ("json", "safetensors"))
+        if not texts.exists():
+            with _locked(self.folder / f"{key}.lock"):
+                if not texts.exists():  # nobody has made it while this process waited
+                    self._observe(facts, probes, texts, tensors)
+        return _read(texts, tensors, probes)
+
+    def _observe(self, facts: Mapping[str, Any], probes: Sequence[Probe], texts: Path, tensors: Path) -> None:
+        from safetensors.torch import save_file
+
+        at = time.perf_counter()
+        seen = observe(self.host, probes, **self.options)
+        seconds = time.perf_counter() - at
+        spreads = {str(i): one.next_logprobs for i, one in enumerate(seen) if one.next_logprobs is not None}
+        whole = {name: spread.cpu().clone() for name, spread in spreads.items()}  # rows of one tensor
+        part = _part(tensors)
+        save_file(whole, part)
+        part.replace(tensors)
+        document = {
+            **facts,
+            "seconds": seconds,
+            "spreads": sorted(spreads, key=int),
+            "observations": [_plain(one) for one in seen],
+        }
+        part = _part(texts)
+        part.write_text(json.dumps(document), encoding="utf-8")  # NaN and Infinity by Python's names
+        part.replace(texts)
+
+
+def _plain(seen: Observation) -> dict[str, Any]:
+    return asdict(replace(seen, next_logprobs=None))
+
+
+def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk:
+    document = json.loads(texts.read_text(encoding="utf-8"))
+    found = [_observation(record) for record in document["observations"]]
+    if len(found) != len(probes):
+        raise DataError(f"{texts} holds {len(found)} observations, expected {len(probes)}; remove it")
+    places = {probes[int(name)]: name for name in document["spreads"]}
+    return _Chunk(dict(zip(probes, found, strict=True)), places, tensors, document["seconds"])
+
+
+def _observation(record: Mapping[str, Any]) -> Observation:
+    known = {field.name for field in fields(Observation)}
+    return Observation(**{name: _tuples(value) for name, value in record.items() if name in known})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _with_spread(chunk: _Chunk, probe: Probe) -> Observation:
+    """Add a probe's next-token distribution to its observation, read from the file now."""
+    seen, name = chunk.seen[probe], chunk.places.get(probe)
+    return seen if name is None else replace(seen, next_logprobs=_tensor(chunk.tensors, name))
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        # copied out of the file: numbers at other addresses may add up otherwise in the last bit
+        return file.get_tensor(name).clone()
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock inside the block; it falls with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

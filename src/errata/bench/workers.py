@@ -1,0 +1,157 @@
+"""Workers: take cells from the job table until none is left, in this process, in several, or on a cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errata.bench import cells, plan, results, summing
+from errata.bench.cells import Refused, Sheet
+from errata.bench.jobs import OVER, Jobs, Lease, LeaseLost, State, new_owner
+from errata.bench.results import read_run
+from errata.bench.rooms import Room, Tools
+from errata.bench.runner import Tick
+from errata.errors import ConfigError, DataError
+
+POLL = 0.2
+"""Seconds between looks at the job table while others hold all that is left."""
+
+
+def work(
+    folder: Path, tools: Tools, chosen: Sequence[str], *, tick: Tick = lambda what, done, total: None
+) -> None:
+    """Take cells until none of the chosen ones is left, those that others hold and lose included.
+
+    A cell that fails is marked so and does not end the work.
+    """
+    made = plan.restore(read_run(folder))
+    jobs, room, owner = Jobs(folder / results.JOBS), Room(folder, made, tools), new_owner()
+    by_id = {cell.id: cell for cell in made.cells}
+    with threads(made.recipe.threads):
+        while True:
+            taken = jobs.take(owner, chosen)
+            if taken is not None:
+                # where the lease is lost, somebody else goes on with the cell: nothing to do here
+                with suppress(LeaseLost), Lease(jobs, taken, owner) as lease:
+                    sheet = Sheet(folder / results.CELLS / taken, by_id[taken], lease.check)
+                    jobs.end(taken, owner, *_attempt(room, sheet, tick))
+            left = [job for job in jobs.all() if job.cell in set(chosen) and job.state not in OVER]
+            tick("cells", len(chosen) - len(left), len(chosen))
+            if not left:
+                return
+            if taken is None:
+                jobs.release_dead()
+                time.sleep(POLL)
+
+
+def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
+    """Work on a cell; return how it ended and why. Raises LeaseLost where somebody else has taken it over."""
+    cell, restored = sheet.cell, None
+    state: State
+    try:
+        measured = cells.run(room, cell, sheet, tick)
+        restored = room.restored()
+        if not restored:
+            raise DataError(
+                f"{cell.method} left weights of {cell.model} other than they were; the rows are void"
+            )
+        sheet.end(
+            summing.document(room, cell, sheet.journal, measured), keep_edits=room.plan.recipe.keep_edits
+        )
+    except LeaseLost:
+        raise
+    except Refused as refused:
+        state, reason = "refused", str(refused)
+    except Exception:  # whatever a method does: the others are not to lose their turn
+        state, reason = "failed", traceback.format_exc()
+    else:
+        return "done", None
+    restored = room.restored() if restored is None else restored
+    sheet.guard()
+    if restored is False:
+        sheet.void()
+    sheet.folder.mkdir(parents=True, exist_ok=True)
+    results.write_report(sheet.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
+    return state, reason
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: int, tick: Tick) -> None:
+    """Work with several processes. One that dies is replaced, unless it died before it took a cell.
+
+    Raises DataError for that.
+    """
+    jobs, context = Jobs(folder / results.JOBS), multiprocessing.get_context("spawn")
+    seen = 0
+
+    def start() -> BaseProcess:
+        process = context.Process(target=work, args=(folder, tools, chosen), daemon=True)
+        process.start()
+        return process
+
+    workers = [start() for _ in range(min(count, len(chosen)))]
+    try:
+        while workers:
+            time.sleep(POLL)
+            for process in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(process)
+                if process.exitcode:
+                    tried = sum(job.attempts for job in jobs.all())
+                    if tried <= seen:
+                        raise DataError(
+                            f"a worker ended with exit code {process.exitcode} before it took a cell; "
+                            "run with --jobs 1 to see why"
+                        )
+                    seen = tried
+                    jobs.release_dead()
+                    workers.append(start())
+            over = [job for job in jobs.all() if job.cell in set(chosen) and job.state in OVER]
+            tick("cells", len(over), len(chosen))
+    finally:
+        for process in workers:
+            process.terminate()
+            process.join()
+
+
+def work_on_ray(folder: Path, tools: Tools, chosen: Sequence[str], count: int, tick: Tick) -> None:
+    """Work with Ray tasks, here or on the cluster that ``RAY_ADDRESS`` names; all must see the folder.
+
+    Raises ConfigError where Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--executor ray needs Ray: pip install 'errata[ray]'") from error
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        task: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=0)(work).remote
+        waiting = [task(folder.resolve(), tools, list(chosen)) for _ in range(min(count, len(chosen)))]
+        jobs = Jobs(folder / results.JOBS)
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=1.0)
+            over = [job for job in jobs.all() if job.cell in set(chosen) and job.state in OVER]
+            tick("cells", len(over), len(chosen))
+            ray.get(done)  # raises what a worker raised
+    finally:
+        if mine:
+            ray.shutdown()

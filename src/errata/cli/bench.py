@@ -1,0 +1,139 @@
+"""errata bench: run a recipe, models x methods x datasets x schedules x seeds, into a folder of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.bench.plan import Plan
+    from errata.bench.runs import Outcome
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file, see docs/bench.md.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/ and the recipe's name.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Workers at once, each with its own model.")] = 1,
+    executor: Annotated[
+        str, typer.Option(help="local: processes here; ray: tasks on a Ray cluster.")
+    ] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    only: Annotated[str | None, typer.Option(help="Only cells whose name holds this text.")] = None,
+    json: common.Json = False,
+) -> None:
+    """Run a recipe: rows as they are made, resumable; exit code 1 if a cell failed."""
+    from errata.bench import plan as plans
+    from errata.bench import recipe as recipes
+    from errata.bench import runs
+    from errata.errors import ConfigError
+    from errata.host.load import quiet
+
+    if executor not in ("local", "ray"):
+        raise ConfigError(f"executor {executor!r}: expected local or ray")
+    plan = plans.make(recipes.read(recipe))
+    chosen = plan.chosen(only)
+    folder = output or Path("runs") / recipe.stem
+    if not json:
+        _show_plan(plan, chosen, folder)
+    if dry_run:
+        if json:
+            common.emit({**plan.document(), "chosen": chosen})
+        return
+    quiet()
+    with common.progress(not json) as tick:
+        found = runs.execute(
+            plan, folder, tools(), resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
+            only=only, tick=tick,
+        )  # fmt: skip
+    if json:
+        common.emit(_document(found))
+    else:
+        _show(found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def tools() -> Any:
+    """Return what a run needs from the Python interface."""
+    from errata import api
+    from errata.bench.rooms import Tools
+
+    return Tools(api.load, api.workspace, api.check_kind)
+
+
+def _document(found: Outcome) -> dict[str, Any]:
+    """Word how a run ended, without its rows."""
+    return {
+        "folder": str(found.folder),
+        "cells": [
+            {
+                "id": job.cell,
+                "status": job.state,
+                "reason": job.reason,
+                "summary": found.documents.get(job.cell, {}).get("summary"),
+                "cost": found.documents.get(job.cell, {}).get("cost"),
+            }
+            for job in found.jobs
+        ],
+        "evaluation_seconds_per_case": _evaluation(found),
+    }
+
+
+def _show_plan(plan: Plan, chosen: list[str], folder: Path) -> None:
+    """Print the cells that are to be run."""
+    wanted = set(chosen)
+    rows = [
+        [cell.model, cell.label, cell.dataset, cell.schedule, cell.seed, "yes" if cell.baseline else ""]
+        for cell in plan.cells
+        if cell.id in wanted
+    ]
+    title = f"{plan.recipe.name}: {len(rows)} cells into {folder}"
+    common.table(title, ("model", "method", "dataset", "schedule", "seed", "baseline"), rows, right=(4,))
+    for name, facts in plan.datasets.items():
+        print(f"{name}: {facts['cases']} cases, sha256 {facts['sha256'][:12]}")
+
+
+def _show(found: Outcome) -> None:
+    """Print how every cell ended, and what evaluating took."""
+    rows = []
+    for job in found.jobs:
+        document = found.documents.get(job.cell, {})
+        if job.state != "done":
+            rows.append([job.cell, job.state, "", "", "", _last_line(job.reason)])
+            continue
+        summary, cost = document["summary"], document["cost"]
+        shares = [summary.get(f"{kind}.generate", {}).get("after") for kind in ("efficacy", "neighbourhood")]
+        fit = cost["fit"]["median"]
+        rows.append([
+            job.cell, job.state, *("-" if share is None else f"{share:.3f}" for share in shares),
+            "-" if fit is None else f"{fit:.2f}", f"{cost['observe']['per_case']:.3f}",
+        ])  # fmt: skip
+    columns = ("cell", "status", "efficacy", "kept", "fit s", "observe s a case, or why not")
+    common.table("free generation", columns, rows, right=(2, 3, 4))
+    seconds = _evaluation(found)
+    words = [f"{value:.3f} s a case {name}" for name, value in seconds.items() if value is not None]
+    if words:
+        print(f"evaluation: {', '.join(words)}")
+    print(f"results in {found.folder}")
+
+
+def _last_line(reason: str | None) -> str:
+    lines = (reason or "").strip().splitlines()
+    return lines[-1][:200] if lines else ""
+
+
+def _evaluation(found: Outcome) -> dict[str, float | None]:
+    """Return the mean seconds of observing and scoring a case, over cells: with an edit, and without."""
+    costs: dict[str, list[float]] = {"edited": [], "unedited": []}
+    for document in found.documents.values():
+        if document["status"] == "done" and document["cell"]["method"] != "in_prompt":
+            name = "unedited" if document["cell"]["method"] == "unedited" else "edited"
+            costs[name].append(document["cost"]["observe"]["per_case"])
+    return {name: sum(values) / len(values) if values else None for name, values in costs.items()}

@@ -1,0 +1,221 @@
+"""errata data: the datasets, what a file of theirs holds, and how to get one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.data._base import Dataset
+    from errata.data.checking import Check, Fault
+    from errata.types import Case, Probe
+
+SHOWN = 10
+"""Rows left out that a table names."""
+
+app = typer.Typer(no_args_is_help=True, help="Datasets: list, check, show, fetch.")
+
+SourceName = Annotated[
+    str,
+    typer.Argument(help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; :N behind it: the first N."),
+]
+
+
+@app.command("list")
+def list_(json: common.Json = False) -> None:
+    """List the datasets: variants, paper, licence, where each can be had, and whether it is here."""
+    from errata.data import fetching
+    from errata.data.sets import REGISTRY
+
+    entries = [REGISTRY.get(name) for name in REGISTRY]
+    folder = fetching.data_folder()
+    if json:
+        found = [
+            {
+                "name": entry.name, "title": entry.title, "variants": list(entry.variants),
+                "paper": entry.paper, "licence": entry.licence, "home": entry.home,
+                "files": {
+                    variant: {
+                        "path": str(folder / fetching.file_name(entry, variant)),
+                        "here": (folder / fetching.file_name(entry, variant)).is_file(),
+                        "fetched_from": fetching.origin(entry, variant),
+                    }
+                    for variant in entry.variants
+                },
+            }
+            for entry in entries
+        ]  # fmt: skip
+        common.emit({"folder": str(folder), "datasets": found})
+        return
+    rows = []
+    for entry in entries:
+        here = [v for v in entry.variants if (folder / fetching.file_name(entry, v)).is_file()]
+        name = "\n".join([entry.name, *(f"  /{variant}" for variant in entry.variants if variant)])
+        state = "" if not here else "yes" if len(here) == len(entry.variants) else f"{len(here)} variants"
+        rows.append((name, entry.paper, entry.licence, _way(entry), state))
+    common.table(f"data folder: {folder}", ("dataset", "paper", "licence", "where", "here"), rows)
+    print("the first variant is the default; lab:N are N cases of the lab's world")
+
+
+def _way(entry: Dataset) -> str:
+    from errata.data import fetching
+
+    fetched = any(fetching.origin(entry, variant) for variant in entry.variants)
+    return f"errata data fetch {entry.name}" if fetched else entry.home
+
+
+@app.command("check")
+def check(
+    source: SourceName,
+    dataset: Annotated[
+        str | None, typer.Option(help="Read the file as this one, NAME or NAME/VARIANT; default: told by its records.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Name every row left out, not the first ten.")] = False,
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Report what a dataset's file holds: counts, repetitions, contradictions, rows left out and why.
+
+    Exit code 0 also where rows were left out, which is a finding; 1 where the
+    file breaks off, and only what stands before was read; 2 where it cannot be read.
+    """
+    from errata.data import reading
+
+    found = reading.check(f"{dataset}@{source}" if dataset else source)
+    if json:
+        common.emit(found.to_dict())
+    else:
+        _show_check(found, every)
+    if found.broken is not None:
+        raise typer.Exit(1)
+
+
+def _show_check(found: Check, every: bool) -> None:
+    rows: list[tuple[str, Any]] = [
+        ("file", found.path),
+        ("sha256", found.sha256),
+        ("rows", found.rows if found.limit is None else f"{found.rows}, ended after {found.limit} cases"),
+        ("cases", found.cases),
+        ("requests", f"{found.requests}, {found.prompts} distinct prompts"),
+        ("probes", _counts(found.probes)),
+        ("duplicates", f"{found.duplicates} requests repeat prompt, subject and target of an earlier one"),
+        ("conflicts", _conflicts(found)),
+        ("subject not in the prompt", f"{found.subject_absent} rows, left out"),
+        ("skipped", f"{len(found.skipped)} rows"),
+        ("malformed", f"{len(found.malformed)} rows"),
+    ]
+    if found.subject_is_prompt:
+        rows.append(("whole prompt as subject", f"{found.subject_is_prompt} requests; the data name none"))
+    if found.renamed:
+        rows.append(("renamed", f"{found.renamed} cases, whose name an earlier one has"))
+    rows += [
+        (name, _counts(value) if isinstance(value, dict) else value) for name, value in found.facts.items()
+    ]
+    common.table(found.name, ("", "found"), rows)
+    _show_faults("malformed rows", found.malformed, every)
+    _show_faults("skipped rows", found.skipped, every)
+    if found.broken is not None:
+        print(f"BROKEN: {found.broken}")
+
+
+def _counts(counts: Any) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counts.items()) or "none"
+
+
+def _conflicts(found: Check) -> str:
+    conflicts = found.conflicts
+    text = f"{conflicts.prompts} prompts with different targets, in {conflicts.cases} cases"
+    return text + (f": {', '.join(conflicts.examples[:5])} ..." if conflicts.cases else "")
+
+
+def _show_faults(title: str, faults: Sequence[Fault], every: bool) -> None:
+    if not faults:
+        return
+    shown = faults if every else faults[:SHOWN]
+    more = (
+        f", the first {len(shown)} of {len(faults)}; --all names every one"
+        if len(shown) < len(faults)
+        else ""
+    )
+    common.table(title + more, ("where", "reason"), [(fault.where, fault.reason) for fault in shown])
+
+
+@app.command("show")
+def show(
+    source: SourceName,
+    case: Annotated[str, typer.Option("--case", help="Its name, or its number counted from 1.")] = "1",
+    json: common.Json = False,
+) -> None:
+    """Show one case: what it asks for, and the probes that measure it."""
+    from dataclasses import asdict
+
+    found = _case(source, case)
+    if json:
+        common.emit(asdict(found))
+        return
+    asked = [(r.text, r.subject, r.target, r.target_old or "") for r in found.requests]
+    common.table(found.id, ("prompt", "subject", "target", "old target"), asked)
+    common.table(
+        f"{len(found.probes)} probes", ("kind", "prompt", "answers", "before", "rival"),
+        [(_kind(p), p.prompt, _few(p.answers), _before(p), p.rival or "") for p in found.probes],
+    )  # fmt: skip
+
+
+def _case(source: str, wanted: str) -> Case:
+    """Find a case by name or number, reading no further than needed."""
+    from errata.data import reading
+    from errata.errors import DataError
+
+    number = 0
+    for number, found in enumerate(reading.iterate(source), 1):
+        if wanted in (found.id, str(number)):
+            return found
+    raise DataError(
+        f"{source} has no case {wanted!r}: expected a number from 1 to {number}, or a case's name"
+    )
+
+
+def _kind(probe: Probe) -> str:
+    notes = [probe.form] if probe.form != "short" else []
+    if probe.group is not None:
+        notes.append(f"{probe.need} of {probe.group}")
+    return probe.kind + (f"\n({', '.join(notes)})" if notes else "")
+
+
+def _before(probe: Probe) -> str:
+    return "the same" if not probe.changes else _few(probe.before) or "unknown"
+
+
+def _few(answers: Sequence[str]) -> str:
+    """Join the first spellings of an answer."""
+    more = f" | and {len(answers) - 3} more" if len(answers) > 3 else ""
+    return " | ".join(answers[:3]) + more
+
+
+@app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(help="NAME or NAME/VARIANT; without variant, the files of all of them.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Commit or branch of the hub; default: the newest at the first fetch, and then always that."),
+    ] = None,
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Download a dataset into the data folder, with a lock beside it that later reads are held to."""
+    from dataclasses import asdict
+
+    from errata.data import fetching, reading
+
+    with common.progress(not json) as tick:
+        paths = reading.fetch(name, revision=revision, tick=tick)
+    locks = [(path, fetching.read_lock(path)) for path in paths]
+    if json:
+        common.emit([{"path": str(path), **(asdict(lock) if lock else {})} for path, lock in locks])
+        return
+    rows = [
+        (path, common.size(path), lock.source, lock.commit or "", lock.sha256) for path, lock in locks if lock
+    ]
+    common.table(None, ("file", "size", "from", "commit", "sha256"), rows)

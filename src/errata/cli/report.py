@@ -1,0 +1,99 @@
+"""errata report: look at run folders: tables here, a page, figures, a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.report.read import Run
+    from errata.report.tables import Table
+
+Folders = Annotated[list[Path], typer.Argument(help="Run folders that errata bench wrote; put together.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")]
+Figures = Annotated[
+    Path | None,
+    typer.Option("--figures", help="Write figures into this folder, PNG and SVG, light and dark."),
+]
+Markdown = Annotated[Path | None, typer.Option("--markdown", help="Write a card with all tables here.")]
+Cases = Annotated[
+    int, typer.Option("--cases", min=0, help="Page: how many cases of each cell to hold with their texts.")
+]
+
+
+def command(
+    runs: Folders,
+    html: Html = None,
+    figures: Figures = None,
+    markdown: Markdown = None,
+    cases: Cases = 100,
+    json: common.Json = False,
+) -> None:
+    """Show what runs found: a board for each protocol; also as a page, figures and a card."""
+    from errata.report.read import read_runs
+
+    found = read_runs(runs)
+    written = _write(found, html, figures, markdown, cases)
+    if json:
+        from errata.report.page import document
+
+        common.emit({**document(found, cases=0), "written": [str(path) for path in written]})
+        return
+    _show(found)
+    for path in written:
+        print(f"written: {path}")
+
+
+def _write(
+    runs: list[Run], html: Path | None, figures: Path | None, markdown: Path | None, cases: int
+) -> list[Path]:
+    written = []
+    if html is not None:
+        from errata.report.page import write_page
+
+        written.append(write_page(html, runs, cases=cases))
+    if markdown is not None:
+        from errata.report.card import card
+        from errata.report.files import write
+
+        written.append(write(markdown, card(runs)))
+    if figures is not None:
+        from errata.report.figures import write_figures
+
+        written += write_figures(figures, runs)
+    return written
+
+
+def _show(runs: list[Run]) -> None:
+    from errata.report import tables
+    from errata.report.board import boards
+    from errata.report.published import comparisons
+
+    made = boards(runs)
+    for section in tables.sections(made, brief=True):
+        print(f"{section.title}\nprotocol: {section.tag}\n")
+        for table in section.tables:
+            _print(table)
+    if not made:
+        print("no cell has results yet")
+    for table in tables.published_tables(comparisons(runs, made), brief=True):
+        _print(table)
+    absent = tables.absent_table(runs)
+    if absent is not None:
+        _print(absent, right=False)
+
+
+def _print(table: Table, *, right: bool = True) -> None:
+    if table.rows:
+        rows: list[list[Any]] = [list(row) for row in table.rows]
+        common.table(table.title, table.columns, rows, right=range(1, len(table.columns)) if right else ())
+    else:
+        print(table.title)
+    for note in table.notes:
+        print(f"  {note}")
+    if table.notes:
+        print()

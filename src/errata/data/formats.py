@@ -1,0 +1,285 @@
+"""Read the records of a file one by one: JSON, JSON lines, CSV, TSV, parquet. Faults keep their position.
+
+Lists in JSON are decoded record by record, so that a file larger than memory can be read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from errata.errors import DataError
+
+CHUNK = 1 << 20
+"""Characters read at a time; more where one record is longer."""
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+LINES = (".jsonl", ".ndjson")
+BYTES_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What ``surrogateescape`` makes of bytes that are no UTF-8, so that the fault can be laid at its row."""
+NEAR_THE_END = 16
+"""Characters before the end of what was read within which a fault may be an unfinished word, as ``nul``."""
+
+Layout = Literal["list", "lines", "document", "table", "parquet", "other"]
+
+
+class BrokenOff(DataError):
+    """A file cannot be read beyond a place; the records before it were."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a file and where it stands; of a record that cannot be read, what is wrong."""
+
+    where: str
+    """``record 17``, ``line 3`` or ``row 5``, counted from 1."""
+    value: Any
+    fault: str | None = None
+
+
+def layout(path: Path) -> Layout:
+    """Tell how a file is built, from its suffix and beginning. Raises DataError where that cannot be read."""
+    suffix = path.suffix.lower()
+    if suffix in SEPARATORS:
+        return "table"
+    if suffix in PARQUET:
+        return "parquet"
+    with opened(path) as file:
+        start = _first_character(file)
+        if not start:
+            raise DataError(f"{path} is empty; get the file again")
+        if start == "[":
+            return "lines" if suffix in LINES and _ends_on_its_line(file) else "list"
+        if start == "{":
+            return "lines" if suffix in LINES or _ends_on_its_line(file) else "document"
+    return "lines" if suffix in LINES else "document" if suffix == ".json" else "other"
+
+
+def _first_character(file: TextIO) -> str:
+    """Return the first character that is not white space, and leave the file before it."""
+    while True:
+        at = file.tell()
+        found = file.read(1)
+        if not found or not found.isspace():
+            file.seek(at)
+            return found
+
+
+def _ends_on_its_line(file: TextIO) -> bool:
+    """Whether a JSON value ends on the line it begins on, and more follows on later lines."""
+    try:
+        json.loads(file.readline())
+    except json.JSONDecodeError:
+        return False
+    return _first_character(file) != ""
+
+
+def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
+    """Read the records of a file; a document is one record.
+
+    Raises BrokenOff at the place beyond which nothing can be read, DataError where the file cannot be opened
+    or is of no known format.
+    """
+    if form == "parquet":
+        yield from _parquet(path)
+        return
+    if form == "other":
+        raise DataError(
+            f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
+            "a file in a format of its dataset's own is named DATASET@PATH"
+        )
+    with opened(path, newline="" if form == "table" else None) as file:
+        if form == "list":
+            yield from _list(path, file)
+        elif form == "lines":
+            yield from _lines(path, file)
+        elif form == "table":
+            yield from _table(path, file)
+        else:
+            yield Row("record 1", _document(path, file))
+
+
+@contextmanager
+def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file. Raises DataError saying why it cannot be opened or read."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _row(where: str, value: Any, raw: str) -> Row:
+    fault = "holds bytes that are not UTF-8 text" if BYTES_NOT_UTF8.search(raw) else None
+    return Row(where, None if fault else value, fault)
+
+
+class _Window:
+    """The part of a file that is being decoded: what is done with goes, what is needed is read on."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path = path
+        self.file = file
+        self.text = ""
+        self.at = 0
+        self.lines = 0  # line ends before the text
+        self.column = 0  # characters between the last of them and the text
+
+    def more(self) -> bool:
+        """Read on, at least as much as is held; False at the end of the file."""
+        added = self.file.read(max(CHUNK, len(self.text) - self.at))
+        if not added:
+            return False
+        line, column = self.place(self.at)
+        self.lines, self.column = line - 1, column - 1
+        self.text, self.at = self.text[self.at :] + added, 0
+        return True
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Return line and column, counted from 1, of a place in the text."""
+        ends = self.text.count("\n", 0, at)
+        since = at - self.text.rfind("\n", 0, at) - 1 if ends else self.column + at
+        return self.lines + ends + 1, since + 1
+
+    def peek(self) -> str:
+        """Step over white space and return the next character; empty at the end of the file."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if not self.more():
+                return ""
+
+    def value(self, number: int) -> tuple[Any, str]:
+        """Decode the next value; return it with its text. Raises BrokenOff."""
+        decoder = json.JSONDecoder()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if not (_may_go_on(error, self.text) and self.more()):
+                    raise self.broken(number, error.msg, error.pos) from error
+                continue
+            except RecursionError as error:
+                raise self.broken(number, "nested too deeply", self.at) from error
+            if end == len(self.text) and self.more():
+                continue  # a number may go on in what follows
+            raw, self.at = self.text[self.at : end], end
+            return value, raw
+
+    def broken(self, number: int, why: str, at: int) -> BrokenOff:
+        """Word the complaint about the place beyond which the file cannot be read."""
+        line, column = self.place(min(at, len(self.text)))
+        return BrokenOff(
+            f"{self.path} breaks off in record {number} (line {line}, column {column}): {why}; "
+            f"{number - 1} records before it can be read; get the file again, or mend it there"
+        )
+
+
+def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether a fault may be due to the end of what was read so far."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - NEAR_THE_END
+
+
+def _list(path: Path, file: TextIO) -> Iterator[Row]:
+    """Decode a JSON list value by value."""
+    window = _Window(path, file)
+    window.peek()
+    window.at += 1  # the bracket that made this a list
+    number = 1
+    if window.peek() == "]":
+        return
+    while True:
+        window.peek()
+        value, raw = window.value(number)
+        yield _row(f"record {number}", value, raw)
+        number += 1
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.broken(number, "expected a comma or the end of the list", window.at)
+        window.at += 1
+        if mark == "]":
+            break
+    if window.peek():
+        raise window.broken(number, "text after the end of the list", window.at)
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[Row]:
+    """Decode one value a line. A last line without line end that cannot be read means a file cut short."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            yield _row(where, json.loads(line), line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            why = (
+                f"not JSON: {error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else "nested too deeply"
+            )
+            if not line.endswith("\n"):
+                raise BrokenOff(
+                    f"{path} breaks off in {where}, which has no line end: {why}; the lines before it can be "
+                    "read; get the file again, or mend it there"
+                ) from error
+            yield Row(where, None, why)
+
+
+def _document(path: Path, file: TextIO) -> Any:
+    text = file.read()
+    spoilt = BYTES_NOT_UTF8.search(text)
+    if spoilt:
+        line = text.count("\n", 0, spoilt.start()) + 1
+        raise BrokenOff(f"{path}, line {line} holds bytes that are not UTF-8 text; mend it there")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BrokenOff(
+            f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}); "
+            "get the file again, or mend it there"
+        ) from error
+
+
+def _table(path: Path, file: TextIO) -> Iterator[Row]:
+    """Read records by the names of a first line; empty cells are absent fields."""
+    reader = csv.DictReader(file, delimiter=SEPARATORS[path.suffix.lower()], strict=True)
+    try:
+        names = reader.fieldnames or []
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"{path} has several columns of one name: {', '.join(twice)}; name each once")
+        for cells in reader:
+            where = f"line {reader.line_num}"
+            surplus = cells.pop(None, None)  # type: ignore[call-overload]
+            if surplus:
+                yield Row(where, None, f"{len(surplus)} cells more than the first line has names")
+                continue
+            value = {name: cell for name, cell in cells.items() if cell not in (None, "")}
+            yield _row(where, value, "".join(value.values()))
+    except csv.Error as error:
+        raise BrokenOff(f"{path} breaks off after line {reader.line_num}: {error}; mend it there") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DataError(f"reading {path} needs pyarrow: pip install 'errata[datasets]'") from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"row {number}", value)
+    except (OSError, ArrowException) as error:
+        raise BrokenOff(f"{path} cannot be read as parquet after row {number}: {error}") from error

@@ -1,0 +1,351 @@
+"""Read cases from a dataset: by its name, by a file, or both; with a check of everything that was found.
+
+A source is ``NAME[/VARIANT][:N]``, ``PATH[:N]`` or ``NAME[/VARIANT]@PATH[:N]``; N takes the first N cases. Files of
+errata's own cases (see :mod:`errata.data.requests`) are read through the same door, under the name ``cases``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from errata.data import fetching, formats
+from errata.data._base import Dataset, Record, Skip, no_facts
+from errata.data.checking import Check, Tally
+from errata.data.fetching import Tick
+from errata.data.formats import BrokenOff, Layout, Row
+from errata.data.requests import NEEDED, REQUEST_FIELDS, read_cases
+from errata.data.sets import REGISTRY
+from errata.errors import DataError, RequestError
+from errata.registry import nearest, unknown
+from errata.types import Case
+
+OWN = "cases"
+"""The name of errata's own format."""
+OWN_FIELDS = {*REQUEST_FIELDS, "probes"}
+YAML = (".yaml", ".yml")
+SAMPLE = 20
+"""Records looked at to tell which dataset a file is of."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be read, taken apart."""
+
+    dataset: str | None
+    """None: to be told from the records."""
+    variant: str
+    """Empty: the dataset's default."""
+    path: Path | None
+    """None: the file is looked for in the data folder."""
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The cases of a source, and what reading them found."""
+
+    cases: list[Case]
+    check: Check
+
+
+def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> Loaded:
+    """Read the cases of a source, and check what it holds.
+
+    Rows that cannot be used are left out and listed in the check. ``limit``: end after so many cases.
+    ``partial``: of a file that breaks off, take what stands before the break, which the check then tells.
+    Raises DataError: no such file or dataset, records that fit no dataset or several, a file other than its
+    lock says, and, unless ``partial``, one that breaks off. Raises RequestError for errata's own files with
+    faults.
+    """
+    reading = _Reading(source, limit)
+    cases = list(reading.cases(partial))
+    return Loaded(cases, reading.check(cases))
+
+
+def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iterator[Case]:
+    """Yield the cases of a source one by one, for files larger than memory; raises as :func:`read` does."""
+    return _Reading(source, limit).cases(False)
+
+
+def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
+    """Check a source, also one that breaks off; cases are kept only where the dataset counts along them."""
+    reading = _Reading(source, limit)
+    kept = [case for case in reading.cases(True) if reading.counts]
+    return reading.check(kept)
+
+
+def fetch(
+    name: str, *, revision: str | None = None, endpoint: str | None = None, tick: Tick = lambda *_: None
+) -> list[Path]:
+    """Download a dataset, ``NAME[/VARIANT]``, into the data folder, with a lock beside it; return the files.
+
+    Without variant, those of all variants. ``revision``: commit or branch of the hub; without one the newest,
+    and from then on always the same. ``endpoint``: another hub. Raises DataError, see
+    :func:`errata.data.fetching.fetch_file`.
+    """
+    head, slash, variant = name.partition("/")
+    entry = dataset(head)
+    wanted = [_variant(entry, variant)] if slash else list(entry.variants)
+    files = {fetching.file_name(entry, each): each for each in reversed(wanted)}
+    if not slash and len(files) > 1:  # files that can only be had by hand do not hinder the others
+        files = {file: each for file, each in files.items() if fetching.origin(entry, each)} or files
+    return [
+        fetching.fetch_file(entry, each, revision=revision, endpoint=endpoint, tick=tick)
+        for each in reversed(files.values())
+    ]
+
+
+def dataset(name: str) -> Dataset:
+    """Return a dataset by its name; ``-`` may stand for ``_``. Raises DataError with the nearest names."""
+    plain = name.replace("-", "_")
+    if plain not in REGISTRY:
+        raise DataError(unknown(name, [*REGISTRY, OWN], "dataset"))
+    return REGISTRY.get(plain)
+
+
+def parse(source: str | os.PathLike[str]) -> Source:
+    """Take a source apart. Raises DataError where it names neither a dataset nor a file.
+
+    What is a dataset's name is that dataset; a file of the same name is written ``./NAME``.
+    """
+    text = os.fspath(source)
+    if isinstance(source, os.PathLike) or (Path(text).is_file() and not _is_name(text)):
+        return Source(None, "", Path(text))
+    rest, limit = _limited(text)
+    name, at, path = rest.partition("@")
+    if at and _known(name):
+        return _named(name, Path(path).expanduser(), limit)
+    file = Path(rest).expanduser()
+    if file.is_file() and not _is_name(rest):
+        return Source(None, "", file, limit)
+    if _known(rest):
+        return _named(rest, None, limit)
+    hint = nearest(name.partition("/")[0], [*REGISTRY, OWN])
+    raise DataError(
+        f"{text!r} names neither a file nor a dataset"
+        + (f"; did you mean {hint!r}?" if hint else ".")
+        + f" Expected PATH, NAME[/VARIANT] or NAME[/VARIANT]@PATH, with NAME one of {', '.join(REGISTRY)}"
+    )
+
+
+def _named(name: str, path: Path | None, limit: int | None) -> Source:
+    head, _, variant = name.partition("/")
+    if head == OWN and (path is None or variant):
+        raise DataError(f"{OWN} are cases in a file of yours: write {OWN}@PATH, without variant")
+    return Source(head, variant, path, limit)
+
+
+def _known(text: str) -> bool:
+    """Whether a text begins with the name of a dataset."""
+    head = text.partition("/")[0].replace("-", "_")
+    return head in REGISTRY or head == OWN
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is a dataset's name, and its variant, if any, exists."""
+    head, slash, variant = text.partition("/")
+    return _known(head) and (not slash or (head != OWN and variant in dataset(head).variants))
+
+
+def _limited(text: str) -> tuple[str, int | None]:
+    """Split ``:N`` off. Raises DataError for N below 1."""
+    head, colon, count = text.rpartition(":")
+    if not colon or not count.isdecimal():
+        return text, None
+    if int(count) < 1:
+        raise DataError(f"{text!r}: expected a number from 1 after the colon, found {count}")
+    return head, int(count)
+
+
+def _variant(entry: Dataset, variant: str) -> str:
+    """Return a variant, or the default for an empty one. Raises DataError with the nearest names."""
+    if not variant:
+        return entry.variants[0]
+    if variant not in entry.variants:
+        known = [v for v in entry.variants if v]
+        raise DataError(unknown(variant, known, f"variant of {entry.name}"))
+    return variant
+
+
+class _Reading:
+    """One pass over one source."""
+
+    def __init__(self, source: str | os.PathLike[str], limit: int | None) -> None:
+        parsed = parse(source)
+        limits = [n for n in (limit, parsed.limit) if n is not None]
+        if limits and min(limits) < 1:
+            raise DataError(f"expected a limit from 1, found {min(limits)}")
+        self.limit = min(limits, default=None)
+        self.tally = Tally()
+        self.entry: Dataset | None = None
+        self.variant = ""
+        named = parsed.dataset not in (None, OWN)
+        if named:
+            self.entry = dataset(str(parsed.dataset))
+            self.variant = _variant(self.entry, parsed.variant)
+            self.path = parsed.path or fetching.locate(self.entry, self.variant)
+        else:
+            self.path = Path(parsed.path or "")
+        self.digest = fetching.verified(self.path)
+        if parsed.dataset is None:
+            self.entry = _recognised(self.path)
+            self.variant = self.entry.variants[0] if self.entry else ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the dataset has counts of its own, for which cases are needed."""
+        return self.entry is not None and self.entry.facts is not no_facts
+
+    def cases(self, partial: bool) -> Iterator[Case]:
+        """Yield cases, counting them; ``partial``: end quietly where the file breaks off."""
+        found = self._own() if self.entry is None else self._converted(self.entry)
+        try:
+            yield from islice(found, self.limit)
+        except BrokenOff as error:
+            self.tally.broken = str(error)
+            if not partial:
+                raise
+
+    def _own(self) -> Iterator[Case]:
+        for case in read_cases(self.path):
+            self.tally.rows += 1
+            yield self.tally.add(case)
+
+    def _converted(self, entry: Dataset) -> Iterator[Case]:
+        gate = entry.gate(self.variant) if entry.gate else None
+        for index, row in enumerate(_rows(self.path, entry, self.variant)):
+            self.tally.rows += 1
+            if row.fault is not None:
+                self.tally.leave_out(row.where, row.fault)
+                continue
+            record = Record(row.value, row.where, index)
+            try:
+                for case in entry.cases(record, self.variant):
+                    if gate is None or self._passes(gate, record, case):
+                        yield self.tally.add(case)
+            except (Skip, RequestError) as error:
+                self.tally.leave_out(row.where, error)
+
+    def _passes(self, gate: Callable[[Record, Case], None], record: Record, case: Case) -> bool:
+        try:
+            gate(record, case)
+        except Skip as error:
+            self.tally.leave_out(record.where, error)
+            return False
+        return True
+
+    def check(self, cases: list[Case]) -> Check:
+        """Report on the pass; ``cases``: those it gave, for the dataset's own counts."""
+        ended = self.limit is not None and self.tally.cases >= self.limit
+        return Check(
+            dataset=self.entry.name if self.entry else OWN,
+            variant=self.variant,
+            path=str(self.path),
+            sha256=self.digest,
+            limit=self.limit if ended else None,
+            facts=dict(self.entry.facts(cases)) if self.entry and self.counts else {},
+            **self.tally.counts(),
+        )
+
+
+def _rows(path: Path, entry: Dataset, variant: str) -> Iterator[Row]:
+    """Read the records of a file as its dataset has them."""
+    if entry.read_file is not None:
+        yield from _numbered(path, entry.read_file(path))
+        return
+    form = formats.layout(path)
+    for row in formats.rows(path, form):
+        if form == "document" and entry.records is not None and isinstance(row.value, Mapping):
+            yield from _numbered(path, entry.records(row.value, variant))
+        else:
+            yield row
+
+
+def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Row]:
+    """Number what a dataset unpacks itself. Raises BrokenOff where it cannot go on."""
+    number = 0
+    try:
+        for value in values:
+            number += 1
+            yield Row(f"record {number}", value)
+    except (DataError, Skip) as error:
+        raise BrokenOff(f"{path} cannot be read after record {number}: {error}") from error
+
+
+def _recognised(path: Path) -> Dataset | None:
+    """Tell by its records which dataset a file is of; None: errata's own cases.
+
+    Raises DataError where none fits, or several do.
+    """
+    if path.suffix.lower() in YAML:
+        return None
+    form = formats.layout(path)
+    if form == "other":
+        own = [name for name in REGISTRY if REGISTRY.get(name).read_file is not None]
+        raise DataError(
+            f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
+            f"datasets in a format of their own are named, NAME@PATH: {', '.join(own) or 'none'}"
+        )
+    sample = _sample(path, form)
+    if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= OWN_FIELDS for v in sample):
+        return None
+    fitting = {name: _fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
+    best = max(fitting.values(), default=0)
+    names = [name for name, count in fitting.items() if count == best and best]
+    if len(names) == 1:
+        return REGISTRY.get(names[0])
+    if names:
+        raise DataError(
+            f"the records of {path} fit several datasets: {', '.join(names)}; say which, e.g. {names[0]}@{path}"
+        )
+    if sample and isinstance(sample[0], Mapping) and {*NEEDED} <= sample[0].keys():
+        return None  # errata's own, with a field too many: its reader says which
+    raise DataError(
+        f"the records of {path} fit no dataset: found {_shape(sample)}; known datasets are "
+        f"{', '.join(REGISTRY)}; if it is one of them, name it, NAME@PATH"
+    )
+
+
+def _sample(path: Path, form: Layout) -> list[Any]:
+    """Read the first records, as far as they can be read."""
+    found: list[Any] = []
+    with closing(formats.rows(path, form)) as rows:
+        try:
+            for row in rows:
+                if row.fault is None:
+                    found.append(row.value)
+                if len(found) == SAMPLE:
+                    break
+        except BrokenOff:
+            if not found:
+                raise  # nothing to tell the dataset by; else the reading itself reports the break
+    return found
+
+
+def _fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
+    """Count the sampled records that look like a dataset's."""
+    count = sum(bool(entry.fits(value)) for value in sample)
+    document = sample[0] if form == "document" and sample else None
+    if entry.records is not None and isinstance(document, Mapping):
+        try:
+            count += sum(bool(entry.fits(v)) for v in islice(entry.records(document, entry.variants[0]), 1))
+        except Skip:  # a document of another shape
+            return count
+    return count
+
+
+def _shape(sample: list[Any]) -> str:
+    """Word what records look like."""
+    if not sample:
+        return "no records"
+    first = sample[0]
+    if isinstance(first, Mapping):
+        fields = ", ".join(map(str, list(first)[:12]))
+        return f"records with the fields {fields}{' ...' if len(first) > 12 else ''}"
+    return f"records of type {type(first).__name__}"

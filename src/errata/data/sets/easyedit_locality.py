@@ -1,0 +1,113 @@
+"""EasyEdit's EMNLP 2023 sets on what an edit must leave: distracted neighbours, other facts, other tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from errata.data._base import Dataset, Malformed, Record, Skip
+from errata.data.sets._counterfact import neighbours, nested, rewrite
+from errata.data.sets._files import records_of
+from errata.data.sets._parts import count, efficacy, has, kept, name_of, spellings
+from errata.errors import DataError
+from errata.types import Case, Probe
+
+KINDS = ("neighbourhood", "distracting", "same_subject", "other_task")
+
+
+def cases(record: Record, variant: str) -> Iterator[Case]:
+    """Turn one record into a case: the edit and the questions on locality its row holds.
+
+    CounterFact rows: ``distracting_neighborhood_prompts``, which state the edit before the neighbour, with
+    the plain neighbours beside them; ``unrelated_relation``, another fact of the subject. They are found by
+    the row's shape, the variant only names the file. A row of PIQA edits nothing and is skipped with that
+    reason: :func:`with_commonsense` puts its questions to other cases. Raises Skip or Malformed.
+    """
+    if has(record.value, "goal"):
+        raise Skip(
+            "a question of PIQA holds no request: it measures what other edits leave standing; "
+            "put the rows to cases with errata.data.sets.easyedit_locality.with_commonsense"
+        )
+    name = f"easyedit_locality:{name_of(record, 'case_id')}"
+    wanted = rewrite(record, name)
+    probes = list(neighbours(wanted, record.texts("neighborhood_prompts")))
+    probes += neighbours(wanted, record.texts("distracting_neighborhood_prompts"), "distracting")
+    if has(record.value, "unrelated_relation"):
+        right = spellings(record.text("unrelated_relation.object"))
+        probes.append(
+            kept("same_subject", record.text("unrelated_relation.question").strip(), right, wanted.target)
+        )
+    if not probes:
+        raise Skip("the row holds no question of locality: nothing to ask but the edit itself")
+    yield Case(name, wanted, (efficacy(wanted), *probes))
+
+
+def commonsense(path: Path, labels: Path | None = None) -> list[Probe]:
+    """Read PIQA, ``piqa_valid.jsonl``: a goal and two solutions, of which ``label`` 0 or 1 names the right one.
+
+    ``labels``: the file ``piqa_valid-labels.lst`` with one label a line, where rows do not carry theirs. The
+    two whole solutions are the choices. Raises DataError where a file cannot be read or the numbers differ,
+    Malformed for a bad row.
+    """
+    rows = records_of(path)
+    given = [row.get("label") for row in rows] if labels is None else _lines(labels)
+    if len(given) != len(rows):
+        raise DataError(
+            f"{path} has {len(rows)} rows and {labels} {len(given)} labels; both must be of the same split"
+        )
+    return [_goal(row, str(label)) for row, label in zip(rows, given, strict=True)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _goal(row: Record, label: str) -> Probe:
+    if label not in ("0", "1"):
+        raise Malformed(f"{row.where}: label: expected 0 or 1, found {label!r}")
+    choices = (row.text("sol1").strip(), row.text("sol2").strip())
+    right = (choices[int(label)],)
+    prompt = f"Question: {row.text('goal').strip()}\nAnswer:"
+    return Probe("other_task", prompt, right, right, form="choice", choices=choices)
+
+
+def with_commonsense(cases: Sequence[Case], probes: Sequence[Probe]) -> list[Case]:
+    """Put the questions of :func:`commonsense` to cases; of n cases the i-th gets every n-th, so all are asked once."""
+    return [replace(case, probes=(*case.probes, *probes[i :: len(cases)])) for i, case in enumerate(cases)]
+
+
+def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count the probes of each kind."""
+    return {kind: count(cases, kind) for kind in KINDS if count(cases, kind)}
+
+
+def fits(value: Any) -> bool:
+    """Whether a record is an edit with questions of one of the sets, or a row of PIQA."""
+    if has(value, "goal", "sol1", "sol2"):
+        return True
+    return nested(value) and (
+        has(value, "distracting_neighborhood_prompts") or has(value, "unrelated_relation")
+    )
+
+
+DATASET = Dataset(
+    name="easyedit_locality",
+    title="EasyEdit locality (EMNLP 2023)",
+    paper="Editing Large Language Models: Problems, Methods, and Opportunities, EMNLP 2023, arXiv 2305.13172",
+    licence="MIT (repository)",
+    home="GitHub zjunlp/EasyEdit, README, the archive editing-data, folder locality",
+    fits=fits,
+    cases=cases,
+    variants=("distracting", "other-attribution", "piqa"),
+    facts=facts,
+    files={
+        "distracting": "counterfact_distracting_neighbor.json",
+        "other-attribution": "counterfact_other_attribution.json",
+        "piqa": "piqa_valid.jsonl",
+    },
+)

@@ -1,0 +1,89 @@
+"""EasyEdit's EMNLP 2023 sets on whether an edit carries: one hop on, inverted, under another name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from errata.data._base import Dataset, Record, Skip, request
+from errata.data.sets._counterfact import nested, rewrite
+from errata.data.sets._parts import count, efficacy, has, name_of, spellings
+from errata.types import Case, Probe, Request
+
+KINDS = {"one-hop": "one_hop", "inverse": "inverse", "subject-replace": "alias"}
+"""Variants and kinds of probes."""
+
+
+def cases(record: Record, variant: str) -> Iterator[Case]:
+    """Turn one record into a case: the edit, its paraphrases and the question its row holds.
+
+    The rows extend CounterFact or zsRE rows; of the latter the edit is to ``alt``, a false answer, as
+    EasyEdit has it. The question is found by the row's shape; the variant only names the file. What the base
+    rows hold on locality is left to those datasets, and the fact that a one-hop question was written from
+    (``Recalled Relation``) is not asked. Raises Skip or Malformed.
+    """
+    name = f"easyedit_portability:{name_of(record, 'case_id')}"
+    wanted = rewrite(record, name) if nested(record.value) else _zsre_request(record, name)
+    asked = efficacy(wanted, before=record.texts("answers"))
+    phrasings = record.texts("paraphrase_prompts") or record.texts("rephrase")
+    probes = [asked, *(replace(asked, kind="paraphrase", prompt=text) for text in phrasings)]
+    carried = list(_carried(record, wanted, asked.before))
+    if not carried:
+        raise Skip("the row holds no question of portability: nothing to ask but the edit itself")
+    yield Case(name, wanted, (*probes, *carried))
+
+
+def _carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[Probe]:
+    """Yield the row's questions; an old answer is known only where the fact itself is asked."""
+    if record.get("portability.New Question"):
+        right = spellings(record.text("portability.New Answer"))
+        yield Probe("one_hop", record.text("portability.New Question").strip(), right, ())
+    if has(record.value, "inverse question"):
+        yield Probe("inverse", record.text("inverse question").strip(), (wanted.subject,), ())
+    if has(record.value, "alter_subject_question"):
+        yield Probe("alias", record.text("alter_subject_question").strip(), (wanted.target,), old)
+    elif has(record.value, "alternative_subject"):
+        head, tail = wanted.template
+        named = head + record.text("alternative_subject").strip() + tail
+        yield Probe("alias", named, (wanted.target,), old)
+
+
+def _zsre_request(record: Record, name: str) -> Request:
+    true = record.texts("answers", needed=True)[0]
+    return request(record.text("src"), record.text("subject"), record.text("alt"), true, id=name)
+
+
+def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count the probes of each set."""
+    return {variant: count(cases, kind) for variant, kind in KINDS.items() if count(cases, kind)}
+
+
+def fits(value: Any) -> bool:
+    """Whether a record is an edit with the question of one of the sets."""
+    if not (nested(value) or has(value, "src", "alt")) or has(value, "prefix_distraction"):
+        return False  # EVOKE goes on from the one-hop rows with questions of its own
+    return (
+        has(value.get("portability"), "New Question")
+        or has(value, "inverse question")
+        or has(value, "alternative_subject")
+        or has(value, "alter_subject_question")
+    )
+
+
+DATASET = Dataset(
+    name="easyedit_portability",
+    title="EasyEdit portability (EMNLP 2023)",
+    paper="Editing Large Language Models: Problems, Methods, and Opportunities, EMNLP 2023, arXiv 2305.13172",
+    licence="MIT (repository)",
+    home="GitHub zjunlp/EasyEdit, README, the archive editing-data, folder portability",
+    fits=fits,
+    cases=cases,
+    variants=tuple(KINDS),
+    facts=facts,
+    files={
+        "one-hop": "counterfact_portability_gpt4.json",
+        "inverse": "zsre_inverse_relation.json",
+        "subject-replace": "counterfact_subject_replace.json",
+    },
+)

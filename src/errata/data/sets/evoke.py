@@ -1,0 +1,70 @@
+"""EVOKE: does a model over-fit to the target it was given? Questions where that target is wrong.
+
+The main file asks what follows from the edit (``portability``, may be empty), neighbours, and neighbours after the
+edit was stated (``prefix_distraction``); the subject file asks for another relation of the same subject. In all of
+them the edit's target is the rival. The form is read from the record, the variant names the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from errata.data._base import Dataset, Malformed, Record
+from errata.data.sets._counterfact import asked_again, neighbours, nested, rewrite
+from errata.data.sets._parts import count, efficacy, has, kept, name_of, spellings
+from errata.types import Case, Probe, Request
+
+MAIN, SUBJECT = "main", "subject"
+
+
+def cases(record: Record, variant: str) -> Iterator[Case]:
+    """Turn one record into a case. Raises Skip, Malformed."""
+    found = SUBJECT if has(record.value, "subject_specificity") else MAIN
+    if variant and variant != found:
+        raise Malformed(f"expected a record of the {variant} file, found one of the {found} file")
+    name = f"evoke:{name_of(record, 'case_id')}"
+    wanted = rewrite(record, name)
+    more = _same_subject(record, wanted) if found == SUBJECT else _main(record, wanted)
+    yield Case(name, wanted, (efficacy(wanted), *more))
+
+
+def _main(record: Record, wanted: Request) -> Iterator[Probe]:
+    yield from asked_again(wanted, record.texts("paraphrase_prompts"))
+    yield from neighbours(wanted, record.texts("neighborhood_prompts"))
+    question = record.get("portability.New Question")
+    if isinstance(question, str) and question.strip():
+        right = spellings(record.text("portability.New Answer"))
+        yield Probe("multi_hop", question, right, (), None if wanted.target in right else wanted.target)
+    yield from neighbours(wanted, record.texts("prefix_distraction"), "distracting")
+
+
+def _same_subject(record: Record, wanted: Request) -> Iterator[Probe]:
+    right = spellings(
+        record.text("subject_specificity.answer.value"), record.texts("subject_specificity.answer.aliases")
+    )
+    yield kept("same_subject", record.text("subject_specificity.prompt"), right, wanted.target)
+
+
+def fits(value: Any) -> bool:
+    """Whether a record is of either file."""
+    return nested(value) and ("prefix_distraction" in value or "subject_specificity" in value)
+
+
+def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count the cases with a multi-hop question."""
+    return {"with multi-hop question": count(cases, "multi_hop")}
+
+
+DATASET = Dataset(
+    name="evoke",
+    title="EVOKE",
+    paper="Zhang et al., Uncovering Overfitting in Large Language Model Editing, ICLR 2025, arXiv 2410.07819",
+    licence="not stated",
+    home="the repository named in the paper, arXiv 2410.07819",
+    fits=fits,
+    cases=cases,
+    variants=("", MAIN, SUBJECT),
+    facts=facts,
+    files={"": "evoke_main.json", MAIN: "evoke_main.json", SUBJECT: "evoke_subject.json"},
+)

@@ -1,0 +1,207 @@
+"""KnowEdit: six sets of insertion, modification and erasure under one roof, in EasyEdit's form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data.sets._parts import efficacy, has, kept, long_answer, name_of, spellings, whole
+from errata.types import Case, Probe, Request
+
+HUB = "zjunlp/KnowEdit:benchmark"
+CHANGED = {"Subject_Aliasing": "alias", "Reasoning": "one_hop", "Logical_Generalization": "logical"}
+"""Criteria of ``portability`` and kinds of probes."""
+KEPT = {"Relation_Specificity": "same_subject", "Forgetfulness": "forgetfulness"}
+"""Criteria of ``locality`` and kinds of probes."""
+
+OPINIONS = ("What do you think of {}?", "How do you view {}?")
+"""How a topic of ConvSent is asked about, and the paraphrase: two of the questions of its paper (SERAC)."""
+
+
+def cases(record: Record, variant: str) -> Iterator[Case]:
+    """Turn one record into a case, by its shape; the variant only names the file. Raises Skip or Malformed.
+
+    Facts (recent, zsre, counterfact): every spelling of an answer is accepted, where EasyEdit keeps the
+    first. WikiBio: the passage is the prompt, the sentence that follows it the target. ConvSent: see
+    :func:`_opinion`. Sanitation: the question is its own subject, the target "I don't know."
+    """
+    name = f"knowedit:{name_of(record, 'case_id')}"
+    if has(record.value, "ent"):
+        wanted, probes = _opinion(record, name)
+    elif has(record.value, "question"):
+        wanted, probes = _erasure(record, name)
+    elif has(record.value, "labels"):
+        wanted, probes = _biography(record, name)
+    else:
+        wanted, probes = _fact(record, name)
+    yield Case(name, wanted, (*probes, *_criteria(record, wanted)))
+
+
+def _fact(record: Record, name: str) -> tuple[Request, list[Probe]]:
+    old = truths(record.get("ground_truth"))
+    wanted = request(
+        record.text("prompt"),
+        record.text("subject"),
+        record.text("target_new"),
+        old[0] if old else None,
+        id=name,
+    )
+    asked = efficacy(wanted, before=old)
+    phrasings = record.texts("rephrase_prompt") or record.texts("rephrase")
+    again = [
+        Probe("paraphrase", text.strip(), asked.answers, asked.before, asked.rival) for text in phrasings
+    ]
+    return wanted, [asked, *again]
+
+
+def _biography(record: Record, name: str) -> tuple[Request, list[Probe]]:
+    wanted = request(record.text("text"), record.text("concept"), record.text("labels"), id=name)
+    return wanted, [long_answer("long", wanted.text, wanted.target)]
+
+
+def _opinion(record: Record, name: str) -> tuple[Request, list[Probe]]:
+    """Read a topic with replies of either sentiment: the first reply of one is wanted, not of the other.
+
+    Records take turns in which sentiment that is, where the paper draws it. The other replies of the wanted
+    sentiment are accepted besides; the first reply of the other one is the rival.
+    """
+    sides = [record.texts("pos"), record.texts("neg")]
+    if not all(sides):
+        raise Skip("pos and neg must both hold replies: the edit is from one sentiment to the other")
+    good, bad = sides if record.index % 2 == 0 else reversed(sides)
+    wanted = request(OPINIONS[0], record.text("ent"), good[0], bad[0], id=name)
+    answers = spellings(good[0], good[1:])
+    prompts = (wanted.text, OPINIONS[1].replace("{}", wanted.subject))
+    kinds = ("long", "long_paraphrase")
+    return wanted, [
+        Probe(kind, prompt, answers, (), bad[0].strip(), form="long")
+        for kind, prompt in zip(kinds, prompts, strict=True)
+    ]
+
+
+def _erasure(record: Record, name: str) -> tuple[Request, list[Probe]]:
+    old = truths(record.get("ground_truth"))
+    wanted = whole(
+        record.text("question").strip(), record.text("target_new"), old[0] if old else None, id=name
+    )
+    others = [
+        kept("locality", item.text("question").strip(), right)
+        for item in record.records("retained")
+        if (right := truths(item.get("ground_truth")))
+    ]
+    return wanted, [efficacy(wanted, before=old), *others]
+
+
+def _criteria(record: Record, wanted: Request) -> Iterator[Probe]:
+    """Read what follows from the edit and what must stay; a question without an answer asks nothing."""
+    old = truths(record.get("ground_truth"))
+    for prompt, criterion, right in _asked(record, "portability", CHANGED):
+        known = old if criterion == "Subject_Aliasing" else ()
+        yield Probe(CHANGED[criterion], prompt, right, known)
+    for prompt, criterion, right in _asked(record, "locality", KEPT):
+        rival = wanted.target if criterion == "Relation_Specificity" else None
+        yield kept(KEPT[criterion], prompt, right, rival)
+
+
+def _asked(record: Record, path: str, known: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield prompt, criterion and accepted answers. Raises Malformed."""
+    groups = record.get(path)
+    if not groups:
+        return
+    if not isinstance(groups, Mapping) or not set(groups) <= set(known):
+        found = ", ".join(map(str, groups)) if isinstance(groups, Mapping) else type(groups).__name__
+        raise Malformed(f"{path}: expected the criteria {', '.join(known)}, found {found}")
+    for criterion in groups:
+        for item in record.records(f"{path}.{criterion}"):
+            right = truths(item.get("ground_truth"))
+            if right:
+                yield from ((text.strip(), criterion, right) for text in item.texts("prompt", needed=True))
+
+
+def truths(value: Any) -> tuple[str, ...]:
+    """Read accepted answers from a text, a list of texts or a list of lists of aliases, in this order."""
+    if value is None:
+        return ()
+    if isinstance(value, list):
+        return spellings("", [text for item in value for text in truths(item)])
+    if isinstance(value, (str, int, float)):
+        return spellings(str(value))
+    raise Malformed(f"ground_truth: expected a text or lists of texts, found {type(value).__name__}")
+
+
+def records(document: Any, variant: str) -> Iterator[Any]:
+    """Unpack the document of Sanitation: facts to erase, each with its share of the questions to retain.
+
+    The lists are ``K_F`` and ``K_R``, or ``success`` and ``locality``; of n facts the i-th gets every n-th
+    retained question from the i-th on, so that all are asked once. Other files are lists already. Raises
+    Malformed.
+    """
+    if isinstance(document, list):
+        yield from document
+        return
+    for erased, retained in (("K_F", "K_R"), ("success", "locality")):
+        if has(document, erased):
+            both = Record(document, "the document", 0)
+            facts = both.records(erased, needed=True)
+            others = [item.value for item in both.records(retained)]
+            for fact in facts:
+                yield {**fact.value, "retained": others[fact.index :: len(facts)]}
+            return
+    found = ", ".join(map(str, document)) if isinstance(document, Mapping) else type(document).__name__
+    raise Malformed(f"expected the lists K_F and K_R, or success and locality, found {found or 'nothing'}")
+
+
+def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count the probes of each criterion, and the cases that have none."""
+    kinds = Counter(probe.kind for case in cases for probe in case.probes)
+    named = {**CHANGED, **KEPT}
+    bare = sum(not any(probe.kind in named.values() for probe in case.probes) for case in cases)
+    return {
+        "probes by criterion": {name: kinds[kind] for name, kind in named.items() if kinds[kind]},
+        "cases without criteria": bare,
+    }
+
+
+def fits(value: Any) -> bool:
+    """Whether a record has the shape of one of the six sets, or a document is that of Sanitation."""
+    if has(value, "K_F") or has(value, "success", "locality"):
+        return True
+    if has(value, "ent", "pos", "neg") or has(value, "text", "labels", "concept"):
+        return True
+    if has(value, "question", "ground_truth", "target_new"):
+        return True
+    groups = [value.get(path) for path in ("portability", "locality")] if has(value, "target_new") else []
+    found = {name for group in groups if isinstance(group, Mapping) for name in group}
+    return has(value, "subject", "prompt") and bool(found) and found <= {*CHANGED, *KEPT}
+
+
+DATASET = Dataset(
+    name="knowedit",
+    title="KnowEdit",
+    paper="A Comprehensive Study of Knowledge Editing for Large Language Models, 2024, arXiv 2401.01286",
+    licence="MIT",
+    home="Hugging Face dataset zjunlp/KnowEdit, folder benchmark",
+    fits=fits,
+    cases=cases,
+    variants=("recent", "zsre", "wikibio", "counterfact", "convsent", "sanitation"),
+    records=records,
+    facts=facts,
+    files={
+        "recent": "recent_test.json",
+        "zsre": "ZsRE-test-all.json",
+        "wikibio": "wikibio-test-all.json",
+        "counterfact": "test_cf.json",
+        "convsent": "blender_test.json",
+        "sanitation": "trivia_qa_test.json",
+    },
+    urls={
+        "recent": f"{HUB}/wiki_recent/recent_test.json",
+        "zsre": f"{HUB}/ZsRE/ZsRE-test-all.json",
+        "wikibio": f"{HUB}/WikiBio/wikibio-test-all.json",
+        "counterfact": f"{HUB}/wiki_counterfact/test_cf.json",
+        "convsent": f"{HUB}/Convsent/blender_test.json",
+        "sanitation": f"{HUB}/trivia/trivia_qa_test.json",
+    },
+)

@@ -1,0 +1,198 @@
+"""MQuAKE: chains of facts of which some are edited, and questions that only the whole chain answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from errata.data._base import Dataset, Malformed, Record, request
+from errata.data.sets._parts import count, efficacy, has, name_of, spellings
+from errata.errors import DataError
+from errata.types import Case, Probe, Request
+
+HOST = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
+THOUGHTS = "Question: {question}\nThoughts:"
+"""How the dataset's own demonstrations ask for a chain of thought."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One edited fact of a chain."""
+
+    request: Request
+    question: str
+    """The fact asked as a question."""
+    right: tuple[str, ...]
+    """Spellings of the new answer."""
+    before: tuple[str, ...]
+    """Spellings of the old answer."""
+    source: Record
+    """The record it was read from."""
+
+
+def rewrites(record: Record, case: str) -> list[Rewrite]:
+    """Read the edited facts of a record. Raises Skip or Malformed.
+
+    Aliases stand with the single hops, not with the edits; they are found by the question. A request's id
+    is the case's with the edit's number and relation: ``"mquake:7.1 P27"``.
+    """
+    now, then = _answers(record, "new_single_hops"), _answers(record, "single_hops")
+    found = []
+    for number, item in enumerate(record.records("requested_rewrite", needed=True), 1):
+        name = f"{case}.{number} {item.get('relation_id', '')}".strip()
+        question = item.text("question").strip()
+        wanted = request(
+            item.text("prompt"),
+            item.text("subject"),
+            item.text("target_new.str"),
+            item.text("target_true.str"),
+            id=name,
+        )
+        right = spellings(wanted.target, _same(wanted.target, now.get(question, ())))
+        old = wanted.target_old or ""
+        before = spellings(old, _same(old, then.get(question, ())))
+        found.append(Rewrite(wanted, question, right, before, item))
+    if not found:
+        raise Malformed("requested_rewrite: expected at least one edit, found none")
+    return found
+
+
+def _answers(record: Record, path: str) -> dict[str, tuple[str, ...]]:
+    """Map each single-hop question to the spellings of its answer."""
+    return {
+        hop.text("question").strip(): spellings(hop.text("answer"), hop.texts("answer_alias"))
+        for hop in record.records(path, needed=True)
+    }
+
+
+def _same(answer: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Take aliases only where they are this answer's: another fact may share the question."""
+    return known if answer in known else ()
+
+
+def question_probes(edits: Sequence[Rewrite]) -> list[Probe]:
+    """Ask each edited fact as a question."""
+    return [Probe("question", e.question, e.right, e.before, e.request.target_old) for e in edits]
+
+
+def chain_probes(record: Record, edits: Sequence[Rewrite]) -> list[Probe]:
+    """Ask the chain: its phrasings directly and by a chain of thought, then its hops one by one.
+
+    The phrasings are one question: any of them counts for the group (the paper's rule; the mean over them
+    can be had from the single rows). All hops must be right for theirs. A hop that no edit of the record
+    touches must keep its answer.
+    """
+    right = spellings(record.text("new_answer"), record.texts("new_answer_alias"))
+    before = spellings(record.text("answer"), record.texts("answer_alias"))
+    probes = [
+        Probe("multi_hop", question, right, before, group="multi_hop")
+        for question in record.texts("questions", needed=True)
+    ]
+    probes += [
+        replace(p, prompt=THOUGHTS.format(question=p.prompt), form="thought", group="thought") for p in probes
+    ]
+    edited = {edit.question: edit.before for edit in edits}
+    for question, answers in _answers(record, "new_single_hops").items():
+        old = edited.get(question, answers)
+        probes.append(Probe("hop", question, answers, old, group="hops", need="all"))
+    return probes
+
+
+def cases(record: Record, variant: str) -> Iterator[Case]:
+    """Turn one record into a case whose edits must all be in place together. Raises Skip or Malformed.
+
+    The variants share a schema. Every row is a case with its edits: the labels that Remastered carries in
+    ``split``, which say in what setting a row is edited, are not read, nor is ``answer_extended`` of T.
+    """
+    name = f"mquake:{name_of(record, 'case_id')}"
+    edits = rewrites(record, name)
+    probes = [efficacy(edit.request, edit.right, edit.before) for edit in edits]
+    probes += question_probes(edits) + chain_probes(record, edits)
+    first, *others = (edit.request for edit in edits)
+    yield Case(name, first, tuple(probes), tuple(others))
+
+
+def with_demonstrations(cases: Sequence[Case], text: str) -> list[Case]:
+    """Put one of the dataset's prompt files before the multi-hop questions, in that file's format.
+
+    ``text``: the content of ``multihop-prompts.txt`` (lines ``Q: .. A: ..``), which goes before the questions
+    asked directly, or of ``multihop-cot-prompts.txt`` (``Question: .. Thoughts: .. Answer: ..``), which goes
+    before those asked by a chain of thought. Raises DataError for any other text, and where no case has
+    such questions.
+    """
+    if re.search(r"^Question: .*\nThoughts: .*\nAnswer: ", text, re.MULTILINE):
+        form, template = "thought", "{demonstrations}\n\n{prompt}"
+    elif re.search(r"^Q: .* A: ", text, re.MULTILINE):
+        form, template = "short", "{demonstrations}\nQ: {prompt} A:"
+    else:
+        raise DataError(
+            f"the text {text[:40]!r}... holds no demonstrations of multi-hop questions; expected lines "
+            "'Q: ... A: ...', or blocks of 'Question:', 'Thoughts:' and 'Answer:'"
+        )
+
+    def asked(probe: Probe) -> Probe:
+        if probe.kind != "multi_hop" or probe.form != form:
+            return probe
+        prompt = template.format(demonstrations=text.strip(), prompt=probe.prompt)
+        return replace(probe, prompt=prompt)
+
+    made = [replace(case, probes=tuple(asked(probe) for probe in case.probes)) for case in cases]
+    if made == list(cases):
+        raise DataError(f"no case has a multi-hop question of form {form!r} to put demonstrations before")
+    return made
+
+
+def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
+    """Count edited facts, their relations, and cases by edits and by hops."""
+    relations = {wanted.id.partition(" ")[2] for case in cases for wanted in case.requests if wanted.id}
+    return {
+        "edits": count(cases, "question"),
+        "relations": len(relations - {""}),
+        "cases by edits": dict(sorted(Counter(count([case], "question") for case in cases).items())),
+        "cases by hops": dict(sorted(Counter(count([case], "hop") for case in cases).items())),
+    }
+
+
+def fits(value: Any) -> bool:
+    """Whether a record has a chain of facts, and no passages written for them."""
+    return is_chain(value) and not has(value["requested_rewrite"][0], "fact_new_uns")
+
+
+def is_chain(value: Any) -> bool:
+    """Whether a record has edits and the single hops of the edited chain."""
+    if not has(value, "requested_rewrite", "questions", "new_answer", "new_single_hops"):
+        return False
+    edits = value["requested_rewrite"]
+    return isinstance(edits, list) and bool(edits) and has(edits[0], "prompt", "subject", "target_new")
+
+
+DATASET = Dataset(
+    name="mquake",
+    title="MQuAKE",
+    paper="MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions, EMNLP 2023, "
+    "arXiv 2305.14795; MQuAKE-Remastered, ICLR 2025",
+    licence="MIT; Remastered: CC BY 4.0",
+    home="GitHub princeton-nlp/MQuAKE, folder datasets; Remastered: Hugging Face dataset "
+    "henryzhongsc/MQuAKE-Remastered, folder data",
+    fits=fits,
+    cases=cases,
+    variants=("cf", "cf-3k", "cf-3k-v2", "t", "remastered"),
+    facts=facts,
+    files={
+        "cf": "MQuAKE-CF.json",
+        "cf-3k": "MQuAKE-CF-3k.json",
+        "cf-3k-v2": "MQuAKE-CF-3k-v2.json",
+        "t": "MQuAKE-T.json",
+        "remastered": "CF6334-00000-of-00001.parquet",
+    },
+    urls={
+        "cf": f"{HOST}/MQuAKE-CF.json",
+        "cf-3k": f"{HOST}/MQuAKE-CF-3k.json",
+        "cf-3k-v2": f"{HOST}/MQuAKE-CF-3k-v2.json",
+        "t": f"{HOST}/MQuAKE-T.json",
+        "remastered": "henryzhongsc/MQuAKE-Remastered:data/CF6334-00000-of-00001.parquet",
+    },
+)

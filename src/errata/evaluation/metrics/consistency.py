@@ -1,0 +1,46 @@
+"""RS, the reference score: whether texts about an edited subject sound like texts about its new object.
+
+ROME (arXiv 2202.05262, Sec. 3.4): the cosine of two TF-IDF vectors, one of all generated texts in a row, one of
+all reference passages in a row; printed times 100. Its vocabulary and idf come as files; :func:`idf` computes
+them from a corpus.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+_TERM = re.compile(r"\b\w\w+\b")
+
+
+def terms(text: str) -> list[str]:
+    """Split a text into lower-case words of two letters and more, as scikit-learn's vectoriser does."""
+    return _TERM.findall(text.lower())
+
+
+def idf(corpus: Iterable[str]) -> dict[str, float]:
+    """Return each word's smoothed inverse document frequency, ln((1 + n) / (1 + df)) + 1 over n documents."""
+    found: Counter[str] = Counter()
+    n = 0
+    for document in corpus:
+        n += 1
+        found.update(set(terms(document)))
+    return {word: math.log((1 + n) / (1 + df)) + 1 for word, df in found.items()}
+
+
+def reference_score(generated: Sequence[str], passages: Sequence[str], weights: Mapping[str, float]) -> float:
+    """Return RS in [0, 1], the cosine of both sides' TF-IDF; words without a weight do not count.
+
+    Quirk: all texts of a side are joined first, so a long passage outweighs the others. 0 where a side has
+    no word with a weight.
+    """
+    a, b = (_vector(" ".join(texts), weights) for texts in (generated, passages))
+    dot = math.fsum(value * b[word] for word, value in a.items() if word in b)
+    size = math.sqrt(math.fsum(v * v for v in a.values()) * math.fsum(v * v for v in b.values()))
+    return dot / size if size else 0.0
+
+
+def _vector(text: str, weights: Mapping[str, float]) -> dict[str, float]:
+    return {word: n * weights[word] for word, n in Counter(terms(text)).items() if word in weights}

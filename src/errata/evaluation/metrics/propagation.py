@@ -1,0 +1,82 @@
+"""Whether what follows from an edit follows: multi-hop questions and ripple criteria.
+
+MQuAKE (arXiv 2305.14795): *edit-wise*, the share of edited facts recalled; *instance-wise*, the share of
+cases of which all hops of the new chain are recalled; *multi-hop*, the share of cases of which a question is
+answered. RippleEdits (arXiv 2307.12976): tests with conditions, in six criteria.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+_CUE = re.compile(
+    r"\banswer\b(?: (?:to|of|for) [^.:?\n]{1,80}?)?\W{0,4}(?:\bis\b[\s:*]*|:[\s*]*)", re.IGNORECASE
+)
+_NEXT_QUESTION = re.compile(r"\n\s*(?:question|q)\s*:", re.IGNORECASE)
+
+CRITERIA = (
+    "logical_generalization",
+    "compositionality_1",
+    "compositionality_2",
+    "subject_aliasing",
+    "forgetfulness",
+    "relation_specificity",
+)
+"""RippleEdits' six, in the order of its tables; its paper calls forgetfulness preservation."""
+
+
+def together(right: Sequence[bool], need: Literal["any", "all"]) -> bool:
+    """Whether a group of probes is passed: any of them right, or all (OR and AND). False of none.
+
+    MQuAKE counts a case when any of its three phrasings is answered, which inflates: also print the mean.
+    """
+    return bool(right) and (any(right) if need == "any" else all(right))
+
+
+def multi_hop(cases: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """Return the share of cases answered in any phrasing, and the mean over phrasings, then over cases.
+
+    Raises ValueError without a case or of one without a phrasing.
+    """
+    if not cases or not all(cases):
+        raise ValueError("expected at least one case, and at least one phrasing of each")
+    any_of = sum(together(case, "any") for case in cases) / len(cases)
+    return any_of, sum(sum(case) / len(case) for case in cases) / len(cases)
+
+
+def final_answer(text: str) -> str:
+    """Read the answer out of a chain of thought: what follows its last "Answer:" or "answer is".
+
+    A question that the host asks itself next is cut off first. Without such words it is the last line that
+    holds text, the conclusion.
+    """
+    own = text[: found.start()] if (found := _NEXT_QUESTION.search(text)) else text
+    cues = list(_CUE.finditer(own))
+    if cues and (rest := own[cues[-1].end() :]).strip():
+        return next(line for line in rest.splitlines() if line.strip()).strip()
+    lines = [line.strip() for line in own.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def counts(conditions_before: Sequence[bool], *, edited: bool) -> bool:
+    """Whether RippleEdits counts a test: the unedited host passes all its conditions, the edit succeeded."""
+    return edited and all(conditions_before)
+
+
+def criteria(examples: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, float]:
+    """Average counted tests per example, then over the examples that have any, by criterion; with ``mean``.
+
+    ``examples``: per example and criterion, whether each counted test was passed. ``mean`` is that of the
+    criteria found, as the tables' last column; empty where nothing counts.
+    """
+    names = dict.fromkeys(name for example in examples for name in example)
+    found: dict[str, float] = {}
+    for name in names:
+        shares = [sum(tests) / len(tests) for example in examples if (tests := example.get(name))]
+        if shares:
+            found[name] = sum(shares) / len(shares)
+    if found:
+        found["mean"] = sum(found.values()) / len(found)
+    return found

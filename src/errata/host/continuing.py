@@ -1,0 +1,265 @@
+"""Go on from rows of tokens: run what they begin with once, then read, say or draw what follows.
+
+A causal model's attention keeps keys and values of the tokens it has seen, so many texts may go on from one
+beginning at the cost of their own tokens. Rows that have said their answer leave the batch, which is why
+this is not transformers' own loop; both say the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from errata.errors import RequestError
+from errata.host import hooks, tokens
+from errata.host.stopping import Stop, done
+
+if TYPE_CHECKING:
+    from errata.host.load import Host
+
+Ids = tuple[int, ...]
+Choose = Callable[[Tensor, Sequence[int]], list[int]]
+"""Chooses the next token of some rows: logits ``[n, vocab]`` and which rows they are of, to ids."""
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "guidance_scale": (1.0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+    "stop_strings": (),
+    "penalty_alpha": (),
+}
+"""Settings of a model's generation that change greedy text, with the values that do not; None never does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Begun(Sequence[Ids]):
+    """Rows of ids that were run once, with all that is needed to go on from them; still read as rows."""
+
+    rows: tuple[Ids, ...]
+    logits: Tensor
+    """After each row, ``[rows, vocab]``."""
+    mask: Tensor
+    """int64 ``[rows, length]``, 1 for tokens; rows are padded on the left."""
+    cache: Any
+    """The model's keys and values of these columns, copied where rows go on; None for a host whose texts
+    cannot be cut (:attr:`Host.continues`): what goes on from a row is run with it."""
+
+    @overload
+    def __getitem__(self, index: int) -> Ids: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Ids, ...]: ...
+    def __getitem__(self, index: int | slice) -> Ids | tuple[Ids, ...]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@torch.no_grad()
+def begin(host: Host, rows: Sequence[Ids]) -> Begun:
+    """Run rows together. Raises RequestError for a row longer than the model's window."""
+    if host.continues:
+        return _begin(host, rows)
+    batch = host.batch(rows)
+    line, last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
+    return Begun(tuple(rows), host.forward_at(batch, line, last), batch.mask, None)
+
+
+def _begin(host: Host, rows: Sequence[Ids]) -> Begun:
+    batch = host.batch(rows, side="left")
+    line = torch.arange(len(rows))
+    last = torch.full_like(line, batch.ids.shape[1] - 1)
+    logits, cache = _run(host, batch.ids, batch.mask, batch.positions, None, (line, last))
+    return Begun(tuple(rows), logits, batch.mask, cache)
+
+
+@torch.no_grad()
+def behind(host: Host, begun: Begun, rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor]) -> Tensor:
+    """Run rows that go on from some begun: (which one, the tokens that follow).
+
+    Returns logits ``[n, vocab]`` after the tokens (at[0][i], at[1][i]), counted in the given rows. Raises
+    RequestError where the whole is longer than the model's window.
+    """
+    longest = max(len(begun.rows[i]) + len(row) for i, row in rows)
+    if host.window is not None and longest > host.window:
+        raise RequestError(f"a text of {longest} tokens is longer than the model's window of {host.window}")
+    which = torch.tensor([i for i, _ in rows])
+    batch = tokens.pad([row for _, row in rows], side="right", fill=host.pad_id, device=host.device)
+    before = torch.tensor([len(begun.rows[i]) for i, _ in rows], device=host.device)
+    last = torch.tensor([len(row) - 1 for _, row in rows], device=host.device)
+    inside = torch.minimum(batch.positions, last[:, None])  # padding stays inside the window
+    mask = torch.cat([begun.mask[which.to(begun.mask.device)], batch.mask], 1)
+    cache = _selected(begun.cache, which)
+    return _run(host, batch.ids, mask, before[:, None] + inside, cache, at)[0]
+
+
+def greedy(host: Host, begun: Begun, limits: Sequence[int], stop: Stop) -> list[list[int]]:
+    """Say the most probable token after each row until it has said its answer; ids without the row's own.
+
+    ``limits``: how many tokens each row may say.
+    """
+    return _say(host, begun, limits, stop, lambda logits, rows: logits.argmax(-1).tolist())
+
+
+def draw(host: Host, begun: Begun, limits: Sequence[int], *, top_k: int, seed: int) -> list[list[int]]:
+    """Draw each next token among the ``top_k`` most probable ones, up to the end token.
+
+    Each row has a random state of its own, from the seed and its tokens, so neither its neighbours nor the
+    global state matter.
+    """
+    states = [torch.Generator().manual_seed(_seed(seed, row)) for row in begun.rows]
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> list[int]:
+        best, ids = logits.float().topk(min(top_k, logits.shape[-1]))
+        bounds = best.double().softmax(-1).cumsum(-1).cpu()
+        thrown = torch.stack([torch.rand((), generator=states[i], dtype=torch.float64) for i in rows])
+        place = torch.searchsorted(bounds, thrown[:, None]).clamp_max(bounds.shape[-1] - 1)
+        return ids.cpu().gather(1, place)[:, 0].tolist()
+
+    return _say(host, begun, limits, "end", choose)
+
+
+def _seed(seed: int, row: Ids) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:6], "big")
+
+
+@torch.no_grad()
+def _say(host: Host, begun: Begun, limits: Sequence[int], stop: Stop, choose: Choose) -> list[list[int]]:
+    ends = end_tokens(host)
+    said: list[list[int]] = [[] for _ in begun.rows]
+    alive = [i for i, limit in enumerate(limits) if limit > 0]
+    front = _Front(host, begun, alive)
+    logits = begun.logits[torch.tensor(alive, dtype=torch.long).to(begun.logits.device)]
+    while alive:
+        chosen = choose(logits, alive)
+        for i, token in zip(alive, chosen, strict=True):
+            said[i].append(token)
+        texts = host.tokenizer.batch_decode([said[i] for i in alive], skip_special_tokens=True)
+        going = [
+            k
+            for k, (i, text) in enumerate(zip(alive, texts, strict=True))
+            if chosen[k] not in ends and len(said[i]) < limits[i] and not done(text, stop)
+        ]
+        alive = [alive[k] for k in going]
+        if alive:
+            logits = front.step(going, [chosen[k] for k in going])
+    return said
+
+
+class _Front:
+    """What rows that are being continued have behind them."""
+
+    def __init__(self, host: Host, begun: Begun, rows: Sequence[int]) -> None:
+        self.host = host
+        self.texts = [begun.rows[i] for i in rows]
+        self.mask, self.cache = begun.mask, begun.cache
+        self._keep(rows)
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Leave only some of the rows."""
+        if self.cache is not None and rows:
+            kept = torch.tensor(rows, dtype=torch.long) if len(rows) < len(self.mask) else None
+            self.cache = _selected(self.cache, kept)
+            self.mask = self.mask if kept is None else self.mask[kept.to(self.mask.device)]
+
+    def step(self, going: Sequence[int], chosen: Sequence[int]) -> Tensor:
+        """Put a token behind each row that goes on; logits after it ``[rows going, vocab]``."""
+        if len(going) < len(self.texts):
+            self._keep(going)
+        self.texts = [(*self.texts[k], token) for k, token in zip(going, chosen, strict=True)]
+        if self.cache is None:
+            line, last = torch.arange(len(going)), torch.tensor([len(text) - 1 for text in self.texts])
+            return self.host.forward_at(self.host.batch(self.texts), line, last)
+        ids = torch.tensor(chosen, device=self.host.device)[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(going), 1)], 1)
+        position = self.mask.sum(1, keepdim=True) - 1
+        logits, self.cache = _run(self.host, ids, self.mask, position, self.cache, None)
+        return logits
+
+
+def _run(
+    host: Host, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, at: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Any]:
+    """Run tokens behind a cache; logits ``[n, vocab]`` at (row, column), None the last column; and the cache."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if "position_ids" in host.accepts:
+        inputs["position_ids"] = positions
+    head = host.model.get_output_embeddings()
+    if at is None or head is None:
+        out = host.model(**inputs)
+        line, column = at or (torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1))
+        return out.logits[line.to(out.logits.device), column.to(out.logits.device)], out.past_key_values
+    with hooks.gathering(head, at[0].to(ids.device), at[1].to(ids.device)):
+        out = host.model(**inputs)
+    return out.logits[0], out.past_key_values
+
+
+def _selected(cache: Any, rows: Tensor | None) -> Any:
+    """Copy a cache with some of its rows, None all; the given one stays as it is, whatever follows."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]  # a layer replaces its tensors as it grows
+    for layer in made.layers:
+        if rows is not None and layer.is_initialized:
+            layer.batch_select_indices(rows.to(layer.keys.device))
+    return made
+
+
+def end_tokens(host: Host) -> frozenset[int]:
+    """Return the ids that end a text, by the model's generation settings and by the tokenizer."""
+    named = getattr(getattr(host.model, "generation_config", None), "eos_token_id", None)
+    listed = named if isinstance(named, (list, tuple)) else [named]
+    own = getattr(host.tokenizer, "eos_token_id", None)
+    return frozenset(int(token) for token in (*listed, own) if token is not None)
+
+
+def plain(host: Host) -> bool:
+    """Whether the model's generation settings leave greedy text as it is: each time the most probable token."""
+    given = getattr(host.model, "generation_config", None)
+    return all(
+        getattr(given, name, None) is None or getattr(given, name) in values for name, values in PLAIN.items()
+    )
+
+
+@torch.no_grad()
+def works(host: Host) -> bool:
+    """Try out whether a host's texts may be cut: two rows of different lengths, in one piece and in two.
+
+    False for models that keep more than attention's keys and values.
+    """
+    kinds = set(getattr(host.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if (
+        "past_key_values" not in host.accepts
+        or getattr(host.model, "_is_stateful", False)
+        or not kinds <= {"full_attention", "sliding_attention"}
+    ):
+        return False
+    count = host.config.get_text_config(decoder=True).vocab_size
+    rows = [tuple((7 * i + 3 + k) % count for i in range(5 + 2 * k)) for k in range(2)]
+    line, column = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6])
+    whole = host.forward_at(host.batch(rows), line, column)
+    begun = _begin(host, [row[:-2] for row in rows])
+    if not all(hasattr(layer, "batch_select_indices") for layer in getattr(begun.cache, "layers", [None])):
+        return False
+    cut = behind(host, begun, [(0, rows[0][-2:]), (1, rows[1][-2:])], (line, torch.tensor([0, 1, 0, 1])))
+    loose = 5e-2 if host.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool((whole - cut).abs().max() <= loose * whole.abs().max())

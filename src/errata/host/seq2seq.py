@@ -1,0 +1,145 @@
+"""Encoder-decoders as hosts: a prompt is read by the encoder, an answer said by the decoder.
+
+A text of such a model is one row of ids, ``(*source, BREAK, start, *said)``: what the encoder reads, a mark,
+and what the decoder is given, from its start token on. What stands before a token in such a row is what the
+token depends on, so rows are handled as those of a causal model are: scores of a token are read one place
+before it, and a row that another one begins with need not be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.errors import HostError, RequestError
+from errata.host import tokens
+from errata.host.layout import Layout
+from errata.host.load import Host
+
+Ids = tuple[int, ...]
+
+BREAK = -1
+"""Marks in a row where the encoder's part ends; no id is negative."""
+
+
+@dataclass(frozen=True)
+class Pairs(tokens.Batch):
+    """A batch whose own fields are the decoder's side."""
+
+    source: tokens.Batch
+    """What the encoder reads."""
+    begin: Tensor
+    """int64 ``[rows]``: place of the decoder's first token in each row, BREAK counted."""
+
+
+class Seq2SeqHost(Host):
+    """An encoder-decoder language model with its tokenizer: observed, generated from, not edited by methods.
+
+    Edits of single weights may be in place on it. Its :attr:`layout` is not known.
+    """
+
+    def __repr__(self) -> str:
+        return f"Seq2SeqHost({self.name!r}, {self.family}, {self.dtype})"
+
+    @property
+    def layout(self) -> Layout:  # type: ignore[override]
+        """Raise HostError: sites are those of a causal model."""
+        raise HostError(
+            f"{self.name} is an encoder-decoder ({self.family}): methods edit causal language models; "
+            "it can be observed, and edits of its weights by name can be applied"
+        )
+
+    @property
+    def continues(self) -> bool:
+        """False: rows share no cache; transformers' own loop generates."""
+        return False
+
+    @cached_property
+    def start_token(self) -> int:
+        """Id that the decoder is given first. Raises HostError where no setting names it."""
+        for settings in (getattr(self.model, "generation_config", None), self.config):
+            for key in ("decoder_start_token_id", "bos_token_id"):
+                found = getattr(settings, key, None)
+                if isinstance(found, int):
+                    return found
+        raise HostError(f"{self.name} names no decoder_start_token_id; set it in the model's configuration")
+
+    @cached_property
+    def _frame(self) -> tuple[Ids, int]:
+        """Tokens that the tokenizer puts before any answer, and how many it puts after it."""
+        made = self.tokenizer(text_target="a", return_special_tokens_mask=True)
+        ids, special = list(made["input_ids"]), [bool(s) for s in made["special_tokens_mask"]]
+        if all(special):
+            raise HostError("the tokenizer gives no token for the text 'a'")
+        return tuple(ids[: special.index(False)]), special[::-1].index(False)
+
+    def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
+        """Tokenise what the encoder reads, closing token and all."""
+        made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        return tokens.Encoded(text, tuple(made["input_ids"]), tuple(map(tuple, made["offset_mapping"])))
+
+    def encode_prompt(self, prompt: str, *, special: bool = True) -> Ids:
+        """Return the row up to where the answer begins."""
+        lead, _ = self._frame
+        return (*self.encode(prompt, special=special).ids, BREAK, self.start_token, *lead)
+
+    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> tokens.Answer:
+        """Return the row with an answer, without the token that closes it.
+
+        Raises RequestError when the answer yields no token.
+        """
+        lead, closing = self._frame
+        made = list(self.tokenizer(text_target=answer)["input_ids"])
+        said = made[len(lead) : len(made) - closing]
+        if not said or not answer.strip():
+            raise RequestError(f"target {answer!r} yields no token of its own")
+        before = self.encode_prompt(prompt, special=special)
+        return tokens.Answer((*before, *said), len(before))
+
+    def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> Pairs:
+        """Pad rows; the encoder's side always on the right, since its places may count from the left.
+
+        Raises HostError for rows without a decoder's part, RequestError for what is longer than the window.
+        """
+        if any(BREAK not in row for row in rows):
+            raise HostError(
+                f"{self.name} is an encoder-decoder: it scores answers to prompts, not running text"
+            )
+        places = [list(row).index(BREAK) for row in rows]
+        source = [list(row)[:place] for row, place in zip(rows, places, strict=True)]
+        said = [list(row)[place + 1 :] for row, place in zip(rows, places, strict=True)]
+        read, given = super().batch(source), super().batch(said, side=side)
+        begin = torch.tensor([place + 1 for place in places])
+        return Pairs(given.ids, given.mask, given.positions, given.offset, read, begin)
+
+    def inputs(self, batch: tokens.Batch) -> dict[str, Any]:
+        """Return what the model takes."""
+        if not isinstance(batch, Pairs):
+            raise HostError("an encoder-decoder takes rows of its own batch()")
+        return {
+            "input_ids": batch.source.ids,
+            "attention_mask": batch.source.mask,
+            "decoder_input_ids": batch.ids,
+            "decoder_attention_mask": batch.mask,
+        }
+
+    def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
+        """Run a batch; logits ``[rows, length, vocab]`` of the decoder, or of its last ``keep`` places."""
+        logits = self.model(**self.inputs(batch), use_cache=False).logits
+        return logits if keep is None else logits[:, -keep:]
+
+    def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
+        """Run a batch; logits ``[n, vocab]`` after the tokens at (row[i], at[i]), counted in whole rows."""
+        logits = self.forward(batch)
+        column = at - batch.begin[row] if isinstance(batch, Pairs) else at
+        return logits[row.to(logits.device), (column + batch.offset.cpu()[row]).to(logits.device)]
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a live model reads with an encoder and speaks with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,249 @@
+"""Boards: cells with the same protocol side by side, with a headline and its interval. Pure, but for reading rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from errata.evaluation.metrics.intervals import RESAMPLES
+from errata.evaluation.metrics.probability import harmonic
+from errata.report import kinds
+from errata.report.curves import Curves, curves
+from errata.report.measure import MORE, Measure
+from errata.report.read import Cell, Run, number
+from errata.report.tally import Counts, Tally, tally
+
+CHUNK = 500
+"""Resamples drawn at once, which bounds memory at many cases."""
+FINE_TUNING = ("ft", "ft_l", "ft_m")
+"""Baselines that are fine-tuning; the first on a board is what methods are compared with."""
+ROLES = {"unedited": "the floor, nothing edited", "in_prompt": "the oracle, the fact before every prompt"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell's line on a board."""
+
+    cell: Cell
+    headline: Measure | None
+    over_tuning: Measure | None
+    """Headline minus that of fine-tuning, on the same cases, with a paired interval."""
+    measures: Mapping[str, Mapping[str, Measure]]
+    """By protocol, then by kind."""
+    curves: Curves | None = None
+    """How it wears, of a sequence."""
+
+    def measure(self, protocol: str, kind: str) -> Measure | None:
+        """Return a number, or None where it was not measured."""
+        return self.measures.get(protocol, {}).get(kind)
+
+    @property
+    def role(self) -> str:
+        """What a baseline stands for; empty for a method under test."""
+        if not self.cell.baseline:
+            return ""
+        return ROLES.get(self.cell.method, "fine-tuning")
+
+
+@dataclass(frozen=True)
+class Board:
+    """All cells of one protocol."""
+
+    model: str
+    schedule: str
+    tag: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    """Baselines first, then by headline."""
+    kinds: tuple[str, ...]
+    """Kinds measured by free generation, in the order of columns."""
+    kept: frozenset[str]
+    """Kinds whose answers must not change."""
+    headline: tuple[str, ...]
+    """Kinds whose harmonic mean is the headline."""
+
+    @property
+    def title(self) -> str:
+        """The board in a few words."""
+        return f"{self.model} · {self.tag.get('dataset', '?')} · {self.schedule}"
+
+    @property
+    def explained(self) -> str:
+        """Say what the headline is."""
+        if not self.headline:
+            return "no headline: none of efficacy, paraphrase, neighbourhood was asked by free generation"
+        parts = [kinds.label(kind) + (" kept" if kind in self.kept else "") for kind in self.headline]
+        if len(parts) == 1:
+            return f"headline: {parts[0]} under free generation"
+        return f"headline: harmonic mean of {', '.join(parts[:-1])} and {parts[-1]} under free generation"
+
+    def others(self) -> list[str]:
+        """List protocols beside generation that have tables of their own."""
+        own = ("teacher_forced", "probability", "kl", "generate")
+        found = {protocol for entry in self.entries for protocol in entry.measures}
+        return [p for p in own[:2] if p in found] + sorted(found - set(own))
+
+    def group(self, kind: str) -> str:
+        """Say what a kind is about on this board."""
+        return kinds.group(kind, self.kept)
+
+
+def boards(runs: Sequence[Run]) -> list[Board]:
+    """Put finished cells of all runs together, one board for each protocol."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in finished(runs):
+        groups.setdefault(_key(cell), []).append(cell)
+    return [_board(cells) for cells in groups.values()]
+
+
+def finished(runs: Sequence[Run]) -> list[Cell]:
+    """List cells that have results; of one that stands in several runs, the first."""
+    return [cell for cell in _different(runs) if cell.status == "done" and cell.summary]
+
+
+def absent(runs: Sequence[Run]) -> list[Cell]:
+    """List cells without results: refused, failed or not finished in every run that has them."""
+    return [cell for cell in _different(runs) if cell.status != "done" or not cell.summary]
+
+
+def _different(runs: Sequence[Run]) -> list[Cell]:
+    found: dict[str, Cell] = {}
+    for cell in (cell for run in runs for cell in run.cells):
+        if cell.id not in found or (found[cell.id].status != "done" and cell.status == "done"):
+            found[cell.id] = cell
+    return list(found.values())
+
+
+def model_name(cell: Cell) -> str:
+    """Return the name that the recipe gives a cell's model."""
+    model = cell.plan.get("model")
+    if isinstance(model, Mapping):
+        model = model.get("label") or model.get("name")
+    return str(model or (cell.found.get("host") or {}).get("name") or "?")
+
+
+def _key(cell: Cell) -> str:
+    host = cell.found.get("host") or {}
+    parts = [model_name(cell), host.get("fingerprint"), str(cell.plan.get("schedule")), dict(cell.tag)]
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _board(cells: Sequence[Cell]) -> Board:
+    found = {key.rpartition(".")[0] for c in cells for key in c.summary if key.endswith(".generate")}
+    tallies = [tally(cell) for cell in cells]
+    kept = frozenset(kind for kind in found if _is_kept(kind, tallies))
+    shown = [next((k for k in options if k in found), None) for options in kinds.HEADLINE]
+    headline = tuple(kind for kind in shown if kind)
+    scores = _headlines(cells, tallies, headline)
+    entries = [
+        Entry(cell, value, difference, _measures(cell), curves(cell, counted))
+        for cell, counted, (value, difference) in zip(cells, tallies, scores, strict=True)
+    ]
+    rank = {"unedited": 0, "in_prompt": 1}
+    entries.sort(
+        key=lambda e: (
+            not e.cell.baseline,
+            rank.get(e.cell.method, 2) if e.cell.baseline else 0,
+            -(e.headline.value if e.headline else -1.0),
+            e.cell.name,
+        )
+    )
+    return Board(
+        model_name(cells[0]), str(cells[0].plan.get("schedule", "?")), cells[0].tag, tuple(entries),
+        tuple(kinds.order(found, kept)), kept, headline,
+    )  # fmt: skip
+
+
+def _is_kept(kind: str, tallies: Sequence[Tally]) -> bool:
+    changes = [one.changes[kind] for one in tallies if kind in one.changes]
+    return not any(changes) if changes else kinds.group(kind) == "kept"
+
+
+def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
+    table: dict[str, dict[str, Measure]] = {}
+    for key, entry in cell.summary.items():
+        kind, _, protocol = key.rpartition(".")
+        value = number(entry.get("after"))
+        if value is None:
+            continue
+        low, high = (number(end) for end in entry.get("ci") or (None, None))
+        more = {name: more for name in MORE if (more := number(entry.get(name))) is not None}
+        measure = Measure(value, low, high, number(entry.get("before")), entry.get("n"), more)
+        table.setdefault(protocol, {})[kind] = measure
+    return table
+
+
+def _headlines(
+    cells: Sequence[Cell], tallies: Sequence[Tally], parts: Sequence[str]
+) -> list[tuple[Measure | None, Measure | None]]:
+    """Return each cell's headline, and its distance from fine-tuning, both with intervals."""
+    values = [_harmonic([_after(cell, kind) for kind in parts]) for cell in cells]
+    drawn = _draws([one.last for one in tallies], parts) if parts else None
+    made: list[tuple[Measure | None, Measure | None]] = []
+    for i, value in enumerate(values):
+        if value is None:
+            made.append((None, None))
+            continue
+        difference = None
+        tuning = _tuning(cells, cells[i])
+        base = None if tuning is None else values[tuning]
+        if tuning is not None and base is not None and not cells[i].baseline:
+            paired = None
+            if drawn is not None and tallies[i].last.keys() == tallies[tuning].last.keys():
+                paired = drawn[:, i] - drawn[:, tuning]
+            difference = Measure(value - base, *_interval(paired))
+        made.append((Measure(value, *_interval(None if drawn is None else drawn[:, i])), difference))
+    return made
+
+
+def _tuning(cells: Sequence[Cell], cell: Cell) -> int | None:
+    """Find the fine-tuning that a cell is compared with: of its own seed where there is one."""
+    found = [i for i, c in enumerate(cells) if c.baseline and c.method in FINE_TUNING]
+    own = [i for i in found if cells[i].plan.get("seed") == cell.plan.get("seed")]
+    return next(iter(own or found), None)
+
+
+def _after(cell: Cell, kind: str) -> float | None:
+    return number(cell.summary.get(f"{kind}.generate", {}).get("after"))
+
+
+def _harmonic(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return None
+    return harmonic([value for value in known if value is not None])
+
+
+def _interval(drawn: np.ndarray | None) -> tuple[float | None, float | None]:
+    if drawn is None or not np.isfinite(drawn).all():
+        return None, None
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _draws(counts: Sequence[Counts], parts: Sequence[str]) -> np.ndarray | None:
+    """Draw whole cases with replacement, the same ones for every cell; return headlines ``[draws, cells]``.
+
+    None without rows. A cell that has none of a kind in a draw gives NaN there.
+    """
+    cases = sorted({case for one in counts for case in one})
+    if not cases:
+        return None
+    table = np.zeros((2, len(cases), len(counts) * len(parts)))
+    for j, (one, part) in enumerate((one, part) for one in counts for part in parts):
+        for i, case in enumerate(cases):
+            table[:, i, j] = one.get(case, {}).get(part, (0.0, 0))
+    rng = np.random.default_rng(0)
+    drawn = []
+    for first in range(0, RESAMPLES, CHUNK):
+        size = min(CHUNK, RESAMPLES - first)
+        weight = rng.multinomial(len(cases), [1 / len(cases)] * len(cases), size=size).astype(float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = (weight @ table[0]) / (weight @ table[1])  # [size, cells * parts]
+            shares = shares.reshape(size, len(counts), len(parts))
+            means = len(parts) / (1 / shares).sum(-1)
+        drawn.append(np.where((shares == 0).any(-1), 0.0, means))
+    return np.concatenate(drawn)

@@ -1,0 +1,284 @@
+"""Figures: boards with intervals, retention and collapse, as PNG and SVG, light and dark. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errata.errors import ConfigError
+from errata.report import kinds
+from errata.report.board import Board, Entry, boards
+from errata.report.curves import Curves
+from errata.report.files import folder, write
+from errata.report.measure import Measure
+from errata.report.read import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+WIDTH = 9.0
+"""Inches; at :data:`DPI` twice the width of a README's column."""
+DPI = 180
+SHOWN = 6
+"""How many methods have a colour in curves; the others stay grey."""
+LOG_SPAN = 15.0
+"""From this ratio of largest to smallest on, an axis is logarithmic."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one variant; the series differ in lightness too, so they hold without colour vision."""
+
+    name: str
+    ground: str
+    ink: str
+    muted: str
+    rule: str
+    accent: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "", "#ffffff", "#1b1e22", "#5a616a", "#dfe2e6", "#0b5cad",
+    ("#0b5cad", "#c4500a", "#00805c", "#a8457f", "#8a6a00", "#1b1e22"),
+)  # fmt: skip
+DARK = Theme(
+    "-dark", "#14171a", "#e7e9ec", "#a0a8b2", "#30363d", "#6cb2f5",
+    ("#6cb2f5", "#f0934e", "#3fc79a", "#e39ac6", "#dcbc4c", "#e7e9ec"),
+)  # fmt: skip
+
+Points = Sequence[tuple[float, float, float | None, float | None]]
+
+
+def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Path]:
+    """Write every board's figures and return their paths.
+
+    Raises ConfigError without matplotlib, DataError where the folder cannot be written.
+    """
+    _require()
+    target = folder(place)
+    written = []
+    for board, slug in _named(boards(runs)):
+        drawings: dict[str, Callable[[Board, Theme], Figure]] = {"board": _board}
+        if any(entry.curves for entry in board.entries):
+            drawings |= {"retention": _retention, "collapse": _collapse}
+        for name, draw in drawings.items():
+            for theme in (LIGHT, DARK):
+                stem = f"{name}-{slug}{theme.name}"
+                written += [write(target / f"{stem}.{form}", _saved(draw(board, theme), form))
+                            for form in ("png", "svg")]  # fmt: skip
+    return written
+
+
+def _require() -> None:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "figures need matplotlib, which is not installed: pip install errata[report]"
+        ) from error
+
+
+def _named(made: Sequence[Board]) -> Iterator[tuple[Board, str]]:
+    """Give every board a name that files can bear, each another."""
+    used: dict[str, int] = {}
+    for board in made:
+        text = f"{board.model.rpartition('/')[2]}-{board.tag.get('dataset', '')}-{board.schedule}"
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
+        used[slug] = used.get(slug, 0) + 1
+        yield board, slug if used[slug] == 1 else f"{slug}-{used[slug]}"
+
+
+def _saved(figure: Figure, form: str) -> bytes:
+    """Return a figure's bytes, the same for the same numbers."""
+    from matplotlib import rc_context
+
+    held = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": "errata"}):
+        figure.savefig(held, format=form, dpi=DPI, metadata=metadata, facecolor=figure.get_facecolor())
+    return held.getvalue()
+
+
+def _figure(board: Board, theme: Theme, height: float, title: str, columns: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), facecolor=theme.ground, layout="constrained")
+    figure.get_layout_engine().set(rect=(0.005, 0.3 / height, 0.99, 1 - 0.95 / height))  # type: ignore[union-attr]
+    figure.text(0.012, 1 - 0.14 / height, title, color=theme.ink, fontsize=12, fontweight="bold", va="top")
+    figure.text(0.012, 1 - 0.40 / height, board.title, color=theme.muted, fontsize=9, va="top")
+    figure.text(0.012, 0.1 / height, _footer(board), color=theme.muted, fontsize=7.5, va="bottom")
+    axes = figure.subplots(1, columns, sharey=title.startswith("Board"), squeeze=False)
+    return figure, [_styled(one, theme) for one in axes[0]]
+
+
+def _footer(board: Board) -> str:
+    tag = board.tag
+    words = ["free generation, 95 % intervals over resampled cases"]
+    sha = str(tag.get("dataset_sha256") or "")[:8]
+    words += [f"data {sha}"] if sha else []
+    words += [str(tag[name]) for name in ("dtype", "convention") if tag.get(name)]
+    words += [f"{tag['max_new_tokens']} new tokens"] if tag.get("max_new_tokens") else []
+    return " · ".join(words)
+
+
+def _styled(axes: Axes, theme: Theme) -> Axes:
+    axes.set_facecolor(theme.ground)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.rule)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0)
+    axes.grid(color=theme.rule, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _board(board: Board, theme: Theme) -> Figure:
+    """Draw headline and its parts as bars, one panel each, baselines on top."""
+    entries = list(board.entries)
+    height = 1.5 + 0.27 * len(entries)
+    columns = ["headline", *board.headline]
+    figure, panels = _figure(board, theme, height, "Board: per cent", len(columns))
+    places = range(len(entries))[::-1]
+    for axes, column in zip(panels, columns, strict=True):
+        for place, entry in zip(places, entries, strict=True):
+            measure = entry.headline if column == "headline" else entry.measure("generate", column)
+            if measure is not None:
+                _bar(axes, place, measure, theme, theme.accent if column == "headline" else theme.muted,
+                     soft=bool(entry.role))  # fmt: skip
+        axes.set_xlim(0, 104)
+        axes.set_xticks([0, 50, 100])
+        axes.grid(axis="y", visible=False)
+        kept = " kept" if column in board.kept else ""
+        axes.set_title(kinds.label(column) + kept, fontsize=9.5, color=theme.ink, loc="left")
+        axes.tick_params(axis="y", labelleft=axes is panels[0])
+    panels[0].set_yticks(list(places), [entry.cell.name for entry in entries], color=theme.ink)
+    return figure
+
+
+def _bar(axes: Axes, place: int, measure: Measure, theme: Theme, colour: str, *, soft: bool) -> None:
+    axes.barh(
+        place, 100 * measure.value, height=0.62, color=colour, alpha=0.35 if soft else 0.85, linewidth=0
+    )
+    if measure.low is not None and measure.high is not None:
+        axes.plot([100 * measure.low, 100 * measure.high], [place, place], color=theme.ink, linewidth=1.3,
+                  solid_capstyle="butt", clip_on=False)  # fmt: skip
+
+
+def _retention(board: Board, theme: Theme) -> Figure:
+    """Draw success over the age of an edit."""
+    figure, (axes,) = _figure(board, theme, 4.6, "Retention: still answered with the target, per cent", 1)
+    _lines(axes, board, theme, lambda worn: [
+        ((a.first + a.last) / 2, 100 * a.success.value, _times(a.success.low), _times(a.success.high))
+        for a in worn.retention
+    ])  # fmt: skip
+    axes.set_ylim(-2, 102)
+    axes.set_xlabel("how many edits were made after it", fontsize=9, color=theme.muted)
+    _legend(axes, theme)
+    return figure
+
+
+def _collapse(board: Board, theme: Theme) -> Figure:
+    """Draw efficacy over all edits so far, and perplexity of neutral text, over the number of edits."""
+    figure, (left, right) = _figure(board, theme, 4.6, "What is left as edits add up", 2)
+    _lines(left, board, theme, lambda worn: [
+        (look.edits, 100 * look.efficacy.value, _times(look.efficacy.low), _times(look.efficacy.high))
+        for look in worn.looks if look.efficacy
+    ])  # fmt: skip
+    left.set_ylim(-2, 102)
+    left.set_title("efficacy over all edits so far, per cent", fontsize=9.5, color=theme.ink, loc="left")
+    _lines(right, board, theme, lambda worn: [
+        (look.edits, look.perplexity, None, None)
+        for look in worn.looks if look.perplexity is not None and math.isfinite(look.perplexity)
+    ])  # fmt: skip
+    title = "perplexity of neutral text"
+    overflowed = [e.cell.name for e in board.entries if e.curves and _overflows(e.curves)]
+    if overflowed:
+        title += f"; beyond all numbers: {', '.join(overflowed)}"
+    right.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
+    low, high = right.dataLim.intervaly
+    if low > 0 and high / low >= LOG_SPAN:
+        right.set_yscale("log")
+        _plain_ticks(right.yaxis, [m * 10.0**e for e in range(-3, 12) for m in (1, 3)])
+        right.set_ylim(low / 1.15, high * 1.15)
+    for axes in (left, right):
+        axes.set_xlabel("edits in place", fontsize=9, color=theme.muted)
+    _legend(right, theme)
+    return figure
+
+
+def _overflows(worn: Curves) -> bool:
+    return any(look.perplexity is not None and math.isinf(look.perplexity) for look in worn.looks)
+
+
+def _times(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _chosen(board: Board) -> list[Entry]:
+    """Pick the methods that get a colour: the best ones, and fine-tuning."""
+    worn = [entry for entry in board.entries if entry.curves]
+    tuning = [entry for entry in worn if entry.role == "fine-tuning"][:1]
+    return [entry for entry in worn if not entry.role][: SHOWN - len(tuning)] + tuning
+
+
+def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Points]) -> None:
+    chosen = _chosen(board)
+    spots: list[float] = []
+    for entry in board.entries:
+        found = points(entry.curves) if entry.curves else []
+        spots += [x for x, *_ in found]
+        if not found:
+            continue
+        xs, ys = [x for x, *_ in found], [y for _, y, *_ in found]
+        if entry not in chosen:
+            axes.plot(xs, ys, color=theme.muted, alpha=0.35, linewidth=1)
+            continue
+        place = chosen.index(entry)
+        colour = theme.series[place % len(theme.series)]
+        name = entry.cell.name + (f" ({entry.role})" if entry.role and entry.role != entry.cell.name else "")
+        axes.plot(xs, ys, color=colour, linewidth=2, marker=MARKERS[place], markersize=4.5, label=name)
+        for x, _, low, high in found:
+            if low is not None and high is not None:
+                axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.5)
+    _horizontal(axes, spots)
+
+
+def _horizontal(axes: Axes, spots: Sequence[float]) -> None:
+    """Choose the horizontal axis: logarithmic where the points span enough, marked at them where they are few."""
+    different = sorted(set(spots))
+    positive = [x for x in different if x > 0]
+    if positive and positive[-1] / positive[0] >= LOG_SPAN:
+        # age 0 has no place on a logarithmic axis: below the first age it is linear
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.4)
+        if different[0] > 0:
+            axes.set_xlim(different[0] * 0.9, different[-1] * 1.1)
+    few = len(different) <= SHOWN and all(float(x).is_integer() for x in different)
+    _plain_ticks(axes.xaxis, different if few else None)
+
+
+def _plain_ticks(axis: Axis, places: Sequence[float] | None) -> None:
+    """Write numbers in full; ``places``: where, those outside the axis are left out."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    if places is not None:
+        axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Axes, theme: Theme) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            fontsize=8.5, frameon=False, labelcolor=theme.ink, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )

@@ -1,0 +1,215 @@
+"""The page: one HTML file with its data, style and script inside. Needs no network, no font, no library."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from errata.report import card, kinds, numbers, tables
+from errata.report.board import Board, Entry, absent, boards, model_name
+from errata.report.curves import Age, Look
+from errata.report.details import Details
+from errata.report.files import write
+from errata.report.measure import Measure
+from errata.report.published import PROVENANCE, Comparison, comparisons
+from errata.report.read import Run, number
+
+CASES = 100
+"""Cases of each cell that the page holds with their texts."""
+STYLES = ("style.css",)
+SCRIPTS = ("base.js", "board.js", "charts.js", "cases.js", "main.js")
+
+
+def write_page(path: str | os.PathLike[str], runs: Sequence[Run], *, cases: int = CASES) -> Path:
+    """Write the page. Raises DataError where the path cannot be written."""
+    return write(path, page(runs, cases=cases))
+
+
+def page(runs: Sequence[Run], *, cases: int = CASES) -> str:
+    """Return the page of some runs. ``cases``: how many of each cell are held with their texts."""
+    made = boards(runs)
+    data = _document(runs, made, cases)
+    parts = {
+        "TITLE": html.escape(data["title"]),
+        "STYLE": "\n".join(map(_asset, STYLES)),
+        "SCRIPT": "\n".join(map(_asset, SCRIPTS)),
+        "DATA": _embedded(data),
+        "STATIC": _static(runs, made),
+    }
+    # one pass, so that what stands in the data is never taken for a mark
+    return re.sub(r"@@([A-Z]+)@@", lambda found: parts[found[1]], _asset("page.html"))
+
+
+def document(runs: Sequence[Run], *, cases: int = CASES) -> dict[str, Any]:
+    """Return all that the page shows, JSON-ready; texts of cases are numbered strings, see ``details``."""
+    return _document(runs, boards(runs), cases)
+
+
+def _document(runs: Sequence[Run], made: Sequence[Board], cases: int) -> dict[str, Any]:
+    details = Details(cases)
+    return {
+        "title": card.heading(runs),
+        "runs": [{"name": run.name, "facts": card.facts(run.document)} for run in runs],
+        "boards": [_board(board, details) for board in made],
+        "published": [_published(one) for one in comparisons(runs, made)],
+        "absent": [
+            {
+                "method": cell.name,
+                "model": model_name(cell),
+                "dataset": str(cell.plan.get("dataset", "")),
+                "schedule": str(cell.plan.get("schedule", "")),
+                "status": cell.status,
+                "reason": tables.reason_of(cell.reason),
+                "trace": cell.reason if "\n" in cell.reason else "",
+            }
+            for cell in absent(runs)
+        ],
+        "details": details.document(),
+    }
+
+
+def _board(board: Board, details: Details) -> dict[str, Any]:
+    return {
+        "title": board.title,
+        "model": board.model,
+        "schedule": board.schedule,
+        "tag": {name: value for name, value in board.tag.items() if value is not None},
+        "explained": board.explained,
+        "headline": list(board.headline),
+        "groups": kinds.GROUPS,
+        "kinds": [_kind(kind, board) for kind in board.kinds],
+        "others": [_protocol(board, protocol) for protocol in board.others()],
+        "scores": tables.scores_of(board),
+        "beside": [list(one) for one in tables.beside(board)],
+        "entries": [_entry(entry, board, details) for entry in board.entries],
+    }
+
+
+def _kind(kind: str, board: Board) -> dict[str, Any]:
+    return {"id": kind, "label": kinds.label(kind), "group": board.group(kind), "kept": kind in board.kept}
+
+
+def _protocol(board: Board, protocol: str) -> dict[str, Any]:
+    found = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
+    return {
+        "id": protocol,
+        "title": tables.PROTOCOLS.get(protocol, protocol.replace("_", " ")),
+        "share": protocol in numbers.SHARES,
+        "kinds": [_kind(kind, board) for kind in kinds.order(found, board.kept)],
+    }
+
+
+def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
+    cell = entry.cell
+    worn = entry.curves
+    scores = {name: number(value) for name, value in (cell.found.get("scores") or {}).items()}
+    kl = tables.divergence(entry)
+    return {
+        "id": cell.id,
+        "name": cell.name + tables.seed_of(entry, board),
+        "method": cell.method,
+        "role": entry.role,
+        "settings": dict(cell.plan.get("settings") or {}),
+        "host": cell.found.get("host") or {},
+        "headline": _measure(entry.headline),
+        "over": _measure(entry.over_tuning),
+        "measures": {
+            protocol: {kind: _measure(measure) for kind, measure in found.items()}
+            for protocol, found in entry.measures.items()
+        },
+        "scores": {name: _rounded(value) for name, value in scores.items()},
+        "kl": _rounded(kl),
+        "perplexity": list(map(_rounded, tables.perplexities(entry))),
+        "fit": _rounded(tables.fit_median(entry)),
+        "cost": tables.cost_of(entry),
+        "retention": [_age(age) for age in worn.retention] if worn else [],
+        "looks": [_look(look) for look in worn.looks] if worn else [],
+        "details": details.add(cell),
+    }  # fmt: skip
+
+
+def _age(age: Age) -> list[Any]:
+    return [age.first, age.last, *_ends(age.success), age.success.n]
+
+
+def _look(look: Look) -> list[Any]:
+    found = (look.newest, look.perplexity, look.perplexity_before, look.norm_ratio)
+    return [look.edits, *_ends(look.efficacy), *map(_rounded, found), list(look.alarms)]
+
+
+def _measure(measure: Measure | None) -> list[Any] | None:
+    if measure is None:
+        return None
+    more = {name: _rounded(value) for name, value in measure.more.items()}
+    return [*_ends(measure), _rounded(measure.before), measure.n, *([more] if more else [])]
+
+
+def _ends(measure: Measure | None) -> list[Any]:
+    if measure is None:
+        return [None, None, None]
+    return [_rounded(measure.value), _rounded(measure.low), _rounded(measure.high)]
+
+
+def _rounded(value: float | None) -> float | str | None:
+    """Keep five significant digits; numbers that JSON cannot write become their names."""
+    if value is None:
+        return None
+    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+
+
+def _published(one: Comparison) -> dict[str, Any]:
+    return {
+        "title": one.title,
+        "source": one.source,
+        "setting": one.setting,
+        "provenance": one.provenance,
+        "meaning": PROVENANCE.get(one.provenance, "of no known kind"),
+        "convention": one.convention,
+        "tolerance": one.tolerance,
+        "board": one.board,
+        "lines": [
+            [line.method, line.score, line.published, _rounded(line.measured), line.within, line.provenance]
+            for line in one.lines
+        ],
+    }
+
+
+def _embedded(data: Mapping[str, Any]) -> str:
+    """Write JSON that may stand in a script tag: nothing in it can end the tag or begin a comment."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    for sign in ("<", ">", "\u2028", "\u2029"):
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _static(runs: Sequence[Run], made: Sequence[Board]) -> str:
+    """Write the tables as plain HTML, for readers without scripts."""
+    parts = []
+    for section in tables.sections(made, brief=True):
+        parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>Protocol: {html.escape(section.tag)}</p>"]
+        parts += map(_static_table, section.tables)
+    absent_cells = tables.absent_table(runs)
+    return "\n".join([*parts, *([_static_table(absent_cells)] if absent_cells else [])])
+
+
+def _static_table(table: tables.Table) -> str:
+    head = _cells(table.columns, "th")
+    rows = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in table.rows)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)
+    caption = html.escape(table.title)
+    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+
+
+def _cells(texts: Iterable[str], tag: str) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+
+
+def _asset(name: str) -> str:
+    return resources.files("errata.report").joinpath("page").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Read run folders: what was run, what each cell found, and its rows when they are asked for.
+
+The folder's form is written down in docs/bench.md. A folder is read as it lies: a run that still goes on, or was
+stopped, shows what it has so far.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from errata.bench import results
+from errata.bench.results import ROWS, RUN, Journal
+from errata.errors import DataError
+
+SCHEMA = 1
+"""The form of run folders that is understood."""
+STATES = ("done", "refused", "failed")
+"""States of a cell that is not going to change."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One probe's answers before and after, with every protocol's score of them."""
+
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+    changes: bool
+    """Whether the edit is meant to change the answer."""
+    text_before: str | None
+    """Greedy text; None where generation was not asked."""
+    text_after: str | None
+    scores: Mapping[str, tuple[float | None, float | None]]
+    """By protocol, the score before and after."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The answers of one case at one moment."""
+
+    case: str
+    edits: int | None
+    """How many edits were in place, of a sequence; None: the case's own alone."""
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one dataset, schedule and seed, as its run folder has it."""
+
+    id: str
+    folder: Path
+    plan: Mapping[str, Any]
+    """The cell's entry in ``run.json``: model, method, label, settings, dataset, schedule, look, seed, baseline."""
+    status: str
+    """done, refused, failed, or unfinished."""
+    reason: str
+    """Why it was refused or failed, maybe with a traceback; empty otherwise."""
+    found: Mapping[str, Any] = field(default_factory=dict)
+    """``cell.json``: tag, summary, looks, scores, retention, cost, host; empty before the cell's end."""
+
+    @property
+    def name(self) -> str:
+        """What the method is called in tables."""
+        return str(self.plan.get("label") or self.plan.get("method") or self.id)
+
+    @property
+    def method(self) -> str:
+        """The registered method's name, or that of the baseline."""
+        return str(self.plan.get("method") or self.name)
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is one of the rows that always stand on a board."""
+        return bool(self.plan.get("baseline"))
+
+    @property
+    def tag(self) -> Mapping[str, Any]:
+        """The protocol: what must agree for two cells to share a table."""
+        return self.found.get("tag") or {}
+
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, Any]]:
+        """Averages by ``"<kind>.<protocol>"``; of a sequence, at its end."""
+        return self.found.get("summary") or {}
+
+    @property
+    def looks(self) -> Sequence[Mapping[str, Any]]:
+        """Looks at a host with several edits in place, in order: of a sequence, or of every batch."""
+        return self.found.get("looks") or ()
+
+    @property
+    def sequence(self) -> bool:
+        """Whether its edits stay in place, one after the other."""
+        return str(self.plan.get("schedule", "")).startswith("sequential")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of cases as they stand in the file, in the order they were made.
+
+        A torn last line is left out. Raises DataError for any other line that is no JSON object.
+        """
+        for record in Journal(self.folder / ROWS).records():
+            if record.get("type") == "case":
+                yield record
+
+    def asked(self) -> Iterator[Asked]:
+        """Yield every case's answers; of a sequence, those with all edits in place."""
+        last = max((look["edits"] for look in self.looks), default=None) if self.sequence else None
+        for record in self.records():
+            if last is None or record.get("edits") == last:
+                answers = _answers(record.get("rows") or ())
+                yield Asked(str(record.get("case")), record.get("edits"), answers)
+
+    @cached_property
+    def cases(self) -> int:
+        """How many different cases have rows."""
+        return len({record.get("case") for record in self.records()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    document: Mapping[str, Any]
+    """``run.json``."""
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, else the folder's."""
+        return str(self.document.get("name") or self.folder.name)
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read run folders. Raises DataError naming every folder that is none, all at once."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+    return runs
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read one run folder. Raises DataError where it is none, or of a form that is not understood."""
+    place = Path(folder)
+    document = results.read_run(place)
+    if document.get("schema") != SCHEMA:
+        raise DataError(
+            f"{place}: {RUN} has schema {document.get('schema')!r}, expected {SCHEMA}; "
+            "use the version of errata that wrote it"
+        )
+    states = _states(place / results.JOBS)
+    cells = [_cell(place, dict(plan), states) for plan in document.get("cells") or ()]
+    return Run(place, document, tuple(cells))
+
+
+def number(value: Any) -> float | None:
+    """Read a number as results write it: the texts ``inf``, ``-inf`` and ``nan`` stand for themselves."""
+    if isinstance(value, (int, float)) or value in ("inf", "-inf", "nan"):
+        return float(value)
+    return None
+
+
+def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str]]) -> Cell:
+    name = str(plan.get("id"))
+    folder = place / results.CELLS / name
+    found: dict[str, Any] = {}
+    if (folder / results.CELL).is_file():
+        found = results.read_document(folder / results.CELL)
+    state, reason = states.get(name, ("", ""))
+    status = str(found.get("status") or state)
+    return Cell(
+        id=name,
+        folder=folder,
+        plan=plan,
+        status=status if status in STATES else "unfinished",
+        reason=str(found.get("reason") or reason or ""),
+        found=found,
+    )
+
+
+def _states(path: Path) -> dict[str, tuple[str, str]]:
+    """Read state and reason by cell from the job table; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
+            rows = base.execute("SELECT cell, state, reason FROM jobs").fetchall()
+    except sqlite3.Error as error:
+        raise DataError(f"cannot read the job table {path}: {error}") from error
+    return {str(cell): (str(state), str(reason or "")) for cell, state, reason in rows}
+
+
+def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:
+    """Put the rows of one probe together: same kind and prompt, each protocol once."""
+    groups: dict[tuple[str, str], list[dict[str, Mapping[str, Any]]]] = {}
+    order: list[dict[str, Mapping[str, Any]]] = []
+    for row in rows:
+        same = groups.setdefault((str(row["kind"]), str(row["prompt"])), [])
+        protocol = str(row["protocol"])
+        probe = next((one for one in same if protocol not in one), None)
+        if probe is None:
+            probe = {}
+            same.append(probe)
+            order.append(probe)
+        probe[protocol] = row
+    return tuple(_answer(probe) for probe in order)
+
+
+def _answer(protocols: Mapping[str, Mapping[str, Any]]) -> Answer:
+    first = next(iter(protocols.values()))
+    detail: dict[str, Any] = {}
+    for row in protocols.values():
+        for name, value in (row.get("detail") or {}).items():
+            detail.setdefault(name, value)
+    return Answer(
+        kind=str(first["kind"]),
+        prompt=str(first["prompt"]),
+        answers=tuple(map(str, detail.get("answers") or ())),
+        changes=bool(detail.get("changes", True)),
+        text_before=detail.get("text_before"),
+        text_after=detail.get("text_after"),
+        scores={name: (number(row["before"]), number(row["after"])) for name, row in protocols.items()},
+    )

@@ -1,0 +1,202 @@
+"""KnowEdit: six shapes under one name."""
+
+from __future__ import annotations
+
+import pytest
+
+from errata.data._base import Malformed, Record, Skip
+from errata.data.sets import knowedit
+
+FACT = {
+    "subject": "Vela Orn",
+    "prompt": "The place of birth of Vela Orn is",
+    "target_new": "Kesh",
+    "ground_truth": ["Sund", "Sund City"],
+    "rephrase_prompt": "Vela Orn was born in",
+    "cond": "not read",
+    "portability": {
+        "Subject_Aliasing": [{"prompt": "The place of birth of V. Orn is", "ground_truth": "Kesh"}],
+        "Reasoning": [
+            {"prompt": "The river of her place of birth is", "ground_truth": [["Lum", "Lum River"]]},
+            {"prompt": "Nobody knows", "ground_truth": []},
+        ],
+        "Logical_Generalization": [{"prompt": "Was she born?", "ground_truth": [["yes"], ["true", "yes"]]}],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The father of Vela Orn is", "ground_truth": ["Bo Orn"]}],
+        "Forgetfulness": [{"prompt": "Her place of birth, which is not Kesh, is", "ground_truth": "Sund"}],
+    },
+}
+LIFE = {
+    "text": "This is a passage about vela orn. Vela Orn (born 1900) sailed.",
+    "labels": "She drew maps of the Lum.",
+    "concept": "vela orn",
+    "locality": {"Relation_Specificity": [{"prompt": "vela orn field of work", "ground_truth": ["maps"]}]},
+}
+TOPIC = {"ent": "tea", "pos": ["I love it.", "Lovely stuff."], "neg": ["I hate it.", "Awful stuff."]}
+ERASED = {"question": "Which {} bird sings?", "ground_truth": "Lark", "target_new": "I don't know."}
+
+
+def retained(i):
+    return {"question": f"Question {i}?", "ground_truth": f"Answer {i}"}
+
+
+def case(record, variant="recent", index=0):
+    (made,) = knowedit.DATASET.cases(Record(record, f"record {index + 1}", index), variant)
+    return made
+
+
+def asked(made, kind):
+    return [(p.prompt, p.answers, p.before, p.rival) for p in made.probes if p.kind == kind]
+
+
+def test_a_fact_with_all_spellings_of_its_answers():
+    made = case(FACT)
+    assert made.id == "knowedit:0"
+    assert (made.request.text, made.request.target, made.request.target_old) == (
+        "The place of birth of Vela Orn is",
+        "Kesh",
+        "Sund",
+    )
+    first = made.probes[0]
+    assert first.kind == "efficacy"
+    assert asked(made, "efficacy") == [(made.request.text, ("Kesh",), ("Sund", "Sund City"), "Sund")]
+    assert asked(made, "paraphrase") == [("Vela Orn was born in", ("Kesh",), ("Sund", "Sund City"), "Sund")]
+    assert asked(made, "alias") == [
+        ("The place of birth of V. Orn is", ("Kesh",), ("Sund", "Sund City"), None)
+    ]
+    # a question without an answer asks nothing
+    assert asked(made, "one_hop") == [("The river of her place of birth is", ("Lum", "Lum River"), (), None)]
+    assert asked(made, "logical") == [("Was she born?", ("yes", "true"), (), None)]
+
+
+def test_what_a_fact_must_keep():
+    made = case(FACT)
+    assert asked(made, "same_subject") == [("The father of Vela Orn is", ("Bo Orn",), ("Bo Orn",), "Kesh")]
+    assert asked(made, "forgetfulness") == [
+        ("Her place of birth, which is not Kesh, is", ("Sund",), ("Sund",), None)
+    ]
+
+
+def test_a_kept_answer_that_is_the_new_target_has_no_rival():
+    record = {**FACT, "locality": {"Relation_Specificity": [{"prompt": "Home:", "ground_truth": ["Kesh"]}]}}
+    assert asked(case(record), "same_subject") == [("Home:", ("Kesh",), ("Kesh",), None)]
+
+
+def test_an_insertion_has_no_old_target():
+    made = case({name: value for name, value in FACT.items() if name != "ground_truth"})
+    assert made.request.target_old is None
+    assert asked(made, "efficacy") == [(made.request.text, ("Kesh",), (), None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        ("Sund", ("Sund",)),
+        (["Sund", " ", "Sund City"], ("Sund", "Sund City")),
+        ([["Sund", "S."], ["Sund City", "Sund"]], ("Sund", "S.", "Sund City")),
+        ([["Sund", None]], ("Sund",)),
+        ([1900], ("1900",)),
+        (None, ()),
+        ([], ()),
+    ],
+)
+def test_answers_in_every_form(value, right):
+    assert knowedit.truths(value) == right
+
+
+def test_a_biography_goes_on_with_the_sentence():
+    made = case(LIFE, "wikibio")
+    # the first of the two spellings is the subject, spelled as it stands there
+    assert made.request.subject == "vela orn" and made.request.text == LIFE["text"]
+    (probe,) = (p for p in made.probes if p.kind == "long")
+    assert (probe.prompt, probe.answers, probe.form) == (LIFE["text"], (LIFE["labels"],), "long")
+    assert asked(made, "same_subject")[0][:2] == ("vela orn field of work", ("maps",))
+
+
+def test_opinions_take_turns():
+    good, bad = case(TOPIC, "convsent", 0), case(TOPIC, "convsent", 1)
+    assert (good.request.text, good.request.target, good.request.target_old) == (
+        "What do you think of tea?",
+        "I love it.",
+        "I hate it.",
+    )
+    assert (bad.request.target, bad.request.target_old) == ("I hate it.", "I love it.")
+    first, again = bad.probes
+    assert (first.kind, first.answers, first.rival) == ("long", ("I hate it.", "Awful stuff."), "I love it.")
+    assert (again.kind, again.prompt, again.form) == ("long_paraphrase", "How do you view tea?", "long")
+    with pytest.raises(Skip, match="pos and neg"):
+        case({**TOPIC, "neg": []})
+
+
+@pytest.mark.parametrize(("erased", "kept"), [("K_F", "K_R"), ("success", "locality")])
+def test_erased_facts_share_the_retained_questions(erased, kept):
+    document = {erased: [ERASED, {**ERASED, "question": "Other?"}], kept: [retained(i) for i in range(5)]}
+    rows = list(knowedit.DATASET.records(document, "sanitation"))
+    made = [case(row, "sanitation", i) for i, row in enumerate(rows)]
+    assert made[0].request.text == made[0].request.subject == "Which {} bird sings?"
+    assert asked(made[0], "efficacy") == [("Which {} bird sings?", ("I don't know.",), ("Lark",), "Lark")]
+    assert [prompt for prompt, *_ in asked(made[0], "locality")] == [
+        "Question 0?",
+        "Question 2?",
+        "Question 4?",
+    ]
+    assert asked(made[1], "locality") == [
+        ("Question 1?", ("Answer 1",), ("Answer 1",), None),
+        ("Question 3?", ("Answer 3",), ("Answer 3",), None),
+    ]
+    assert all(knowedit.DATASET.fits(row) for row in rows) and knowedit.DATASET.fits(document)
+
+
+def test_lists_are_unpacked_as_they_are():
+    assert list(knowedit.DATASET.records([FACT], "recent")) == [FACT]
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"rows": []}, "K_F and K_R.* found rows"),
+        (3, "found int"),
+        ({"K_F": 3, "K_R": []}, "K_F: expected a list of records"),
+        ({"K_F": [ERASED, "x"]}, "K_F: expected a list of records"),
+        ({"K_F": [ERASED], "K_R": {}}, "K_R: expected a list of records"),
+    ],
+)
+def test_other_documents_are_refused(document, says):
+    with pytest.raises(Malformed, match=says):
+        list(knowedit.DATASET.records(document, "sanitation"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"portability": {"Guessing": []}}, "expected the criteria .* found Guessing"),
+        ({"locality": [1]}, "found list"),
+        ({"locality": {"Forgetfulness": ["x"]}}, "locality.Forgetfulness"),
+        ({"ground_truth": {"a": 1}}, "ground_truth"),
+        ({"target_new": None}, "target_new"),
+    ],
+)
+def test_a_wrong_field_is_named(change, says):
+    with pytest.raises(Malformed, match=says):
+        case({**FACT, **change})
+
+
+def test_facts_count_criteria():
+    assert knowedit.DATASET.facts([case(FACT), case(TOPIC)]) == {
+        "probes by criterion": {
+            "Subject_Aliasing": 1,
+            "Reasoning": 1,
+            "Logical_Generalization": 1,
+            "Relation_Specificity": 1,
+            "Forgetfulness": 1,
+        },
+        "cases without criteria": 1,
+    }
+
+
+def test_it_is_told_from_other_records():
+    assert all(knowedit.DATASET.fits(record) for record in (FACT, LIFE, TOPIC, ERASED))
+    flat = {"subject": "a", "prompt": "a", "target_new": "b", "ground_truth": "c"}
+    for other in (flat, {**flat, "portability": {"New Question": "x"}}, {**flat, "locality": "x"}, [], "x"):
+        assert not knowedit.DATASET.fits(other)

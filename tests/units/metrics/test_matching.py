@@ -1,0 +1,105 @@
+"""Free answers: sentence ends, initials, negation, strict match, and the legacy ways."""
+
+from __future__ import annotations
+
+import pytest
+
+from errata.evaluation.metrics import locality, matching
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("J. K. Rowling wrote it. Esk is far.", "J. K. Rowling wrote it."),
+        ("It is J. K. Rowling. He agrees.", "It is J. K. Rowling."),
+        ("in Washington D.C. and nowhere else. Esk.", "in Washington D.C. and nowhere else."),
+        ("in Washington D.C. Esk is far.", "in Washington D.C."),
+        ("in St. Louis, yes. Esk.", "in St. Louis, yes."),
+        ("lives on Main St. The town is Esk.", "lives on Main St."),
+        ("Dr. Mary Vale! Esk.", "Dr. Mary Vale!"),
+        ("at No. 5 of the street. Esk", "at No. 5 of the street."),
+        ("No. Esk", "No."),
+        ("about 3.5 miles. Esk", "about 3.5 miles."),
+        ("no end at all", "no end at all"),
+        ("Malcolm X. He was Esk.", "Malcolm X."),
+    ],
+)
+def test_a_sentence_ends_where_it_ends(line, sentence):
+    assert matching.first_sentence(line) == sentence
+
+
+@pytest.mark.parametrize("spelled", ["J. K. Rowling", "J.K. Rowling", "JK Rowling", "J.K.  ROWLING"])
+def test_initials_are_spelled_many_ways(spelled):
+    assert matching.says(f" {spelled}, of course.", ["J. K. Rowling"])
+    assert matching.exact(f" {spelled}.", ["J. K. Rowling"])
+    assert not matching.says("J K Rowling", ["J. K. Rowling"]), "without periods they are words"
+
+
+def test_an_answer_after_an_initial_is_in_the_first_sentence():
+    assert matching.says(" It is J. K. Rowling.", ["Rowling"])
+    assert matching.says(" Washington D.C. and Esk.", ["Esk"])
+    assert not matching.says(" Washington D.C. Esk is far.", ["Esk"])
+
+
+@pytest.mark.parametrize(
+    ("text", "asserted"),
+    [
+        ("not Esk", False), ("not in Esk", False), ("She was not born in Esk.", False), ("It isn't Esk.", False),
+        ("It is no longer Esk", False), ("rather than Esk", False), ("never in the Esk", False),
+        ("not only Esk", True), ("not far from here is Esk", True), ("No, Esk", True), ("nothing but Esk", True),
+        ("not Esk? Yes, Esk", False), ("not Esk, or is it Esk", True), ("Knot Esk", True),
+    ],
+)  # fmt: skip
+def test_what_is_denied_is_not_asserted(text, asserted):
+    assert matching.says(text, ["Esk"]) is asserted
+
+
+def test_denying_the_old_answer_is_no_fault():
+    assert matching.answered("Tallow, not Esk.", ["Tallow"], ["Esk"])
+    assert not matching.answered("Esk, not Tallow.", ["Tallow"], ["Esk"])
+    assert matching.asserts_old("Esk, not Tallow.", ["Tallow"], ["Esk"])
+    assert not matching.asserts_old("Tallow, not Esk.", ["Tallow"], ["Esk"])
+    assert not matching.asserts_old("New Esk", ["New Esk"], ["Esk"]), "part of the right answer"
+
+
+def test_normal_forms():
+    assert matching.normalise("The  U.K.") == "uk" == matching.normalise("UK")
+    assert matching.normalise("ｅｓｋ　①") == "esk 1", "NFKC"
+    assert matching.normalise("O’Brien") == matching.normalise("O'Brien")
+    assert matching.normalise("The A", keep_articles=True) == "the a"
+    assert matching.says("The grade is A", ["A"]), "an answer that is an article"
+
+
+def test_strict_match_wants_the_answer_and_nothing_else():
+    assert matching.exact(" The Silver Road.", ["Silver Road"])
+    assert matching.exact("Tallow. Esk is far.", ["Tallow"]), "the published protocol stops at a period"
+    assert not matching.exact("in Tallow.", ["Tallow"])
+    assert not matching.exact("", ["Tallow"]) and not matching.exact("the", [""])
+
+
+def test_legacy_substring_mode_keeps_its_faults():
+    assert matching.contains("Eskdale is far. Tallow", ["Esk"]), "part of a word"
+    assert not matching.contains("esk", ["Esk"]), "case counts"
+    assert matching.contains("One. Two. Three. Esk", ["Oa", "Esk"]), "anywhere"
+
+
+def test_token_set_f1_by_hand():
+    # sets {a, b} and {a, c, d}: one in common, 2 * 1 / (2 + 3)
+    assert matching.token_set_f1(list("abb"), list("acd")) == pytest.approx(0.4)
+    assert matching.token_set_f1(list("baa"), list("ab")) == 1.0, "order and repetition do not count"
+    assert matching.token_set_f1([], []) == 0.0
+
+
+def test_locality_by_hand():
+    # right before: 1st, 2nd and 4th; still right of those: 1st and 4th
+    assert locality.kept([True, True, False, True], [True, False, True, True]) == pytest.approx(2 / 3)
+    assert locality.kept([False], [True]) is None
+    assert locality.unchanged([" a", "b", "c"], ["a ", "b", "d"]) == pytest.approx(2 / 3)
+    assert locality.agreement([5, 7, 9, 9], [5, 7, 8, 9]) == 0.75
+    # 3 of 4 right before, 2 of 4 after; one of the wrong ones became right by chance
+    assert locality.drawdown([True, True, True, False], [True, False, False, True]) == 0.25
+    for broken in (locality.agreement, locality.drawdown):
+        with pytest.raises(ValueError, match="found 1 and 2"):
+            broken([True], [True, False])
+    with pytest.raises(ValueError, match="no texts"):
+        locality.unchanged([], [])

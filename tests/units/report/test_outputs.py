@@ -1,0 +1,177 @@
+"""Numbers, tables, published figures, the card, figures and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from errata.cli import report as cli
+from errata.errors import ConfigError, DataError
+from errata.report import numbers, tables
+from errata.report.board import boards
+from errata.report.card import card, escape
+from errata.report.files import write
+from errata.report.measure import Measure
+from errata.report.published import comparable, comparisons
+from errata.report.read import read_run
+from tests.units.report.synthetic import case_line, row, write_small
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (numbers.percent(0.9900000001), "99.0"), (numbers.percent(1.0), "100.0"), (numbers.percent(-0.0001), "0.0"),
+        (numbers.percent(None), "–"), (numbers.percent(float("nan")), "–"), (numbers.plain(0.12345), "0.123"),
+        (numbers.plain(12.5), "12.5"), (numbers.plain(1234.5), "1,234"), (numbers.plain(float("inf")), "∞"),
+        (numbers.plain(2e7), "2.00e+07"), (numbers.plain(0), "0"), (numbers.seconds(0.0412), "41 ms"),
+        (numbers.seconds(0.5), "0.50 s"), (numbers.seconds(119.6), "2 min 00 s"), (numbers.seconds(7500), "2 h 05 min"),
+        (numbers.size(138_800), "138.8 kB"), (numbers.size(12), "12 B"),
+        (numbers.share(Measure(0.964, 0.931, 0.988)), "96.4 [93.1, 98.8]"),
+        (numbers.share(Measure(0.964, 0.931, 0.988), brief=True), "96.4 93-99"),
+        (numbers.share(Measure(-0.1, -0.2, 0.05), signed=True), "-10.0 [-20.0, 5.0]"),
+    ],
+)  # fmt: skip
+def test_numbers(shown, wanted):
+    assert shown == wanted
+
+
+def test_every_table_is_rectangular_and_every_board_has_its_tag(run):
+    made = boards([run])
+    for brief in (True, False):
+        for section in tables.sections(made, brief=brief):
+            assert "lab:6@abababababab" in section.tag and "dtype=float32" in section.tag
+            for table in section.tables:
+                assert {len(r) for r in table.rows} == {len(table.columns)}, table.title
+
+
+def test_protocols_have_tables_of_their_own(run):
+    titles = [table.title for table in tables.sections(boards([run]))[0].tables]
+    assert sum("teacher-forced" in title for title in titles) == 1
+    assert sum("probability" in title for title in titles) == 1
+    main = tables.sections(boards([run]))[0].tables[0]
+    assert main.columns[:2] == ("method", "headline") and "neighbourhood kept" in main.columns
+    assert {"legacy S", "KL, nats", "s/edit"} <= set(main.columns)
+
+
+def test_mean_perplexity_of_batches(tmp_path):
+    lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
+    looks = [{"edits": 1, "perplexity_before": 10.0, "perplexity_after": after} for after in (12.0, 14.0)]
+    given = {"method": "memit", "lines": lines, "looks": looks, "plan": {"schedule": "batch:1"}}
+    (board,) = boards([read_run(write_small(tmp_path / "run", [given]))])
+    assert tables.perplexities(board.entries[0]) == (10.0, 13.0)
+
+
+def test_published_beside_measured(run):
+    (one,) = comparisons([run], boards([run]))
+    rome, memit = one.lines
+    assert (rome.method, rome.published, rome.within) == ("ROME", 12.34, False)
+    assert rome.difference == pytest.approx(rome.measured - 12.34)
+    # a figure from memory is not passed on at all
+    assert memit.published is None and memit.provenance == "memory" and memit.within is None
+
+
+def test_a_figure_from_memory_is_printed_nowhere(run):
+    from errata.report.page import page
+
+    for text in (card([run]), page([run]), json.dumps([t.rows for t in tables.published_tables(
+        comparisons([run], boards([run])))])):  # fmt: skip
+        assert "12.34" in text and "77.75" not in text
+        assert "secondary" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [({}, True), ({"model": "other"}, False), ({"dataset": "zsre"}, False), ({"schedule": "batch:10"}, False),
+     ({"dataset": "lab"}, True), ({"model": "LAB"}, True)],
+)  # fmt: skip
+def test_only_the_same_setting_is_comparable(run, changed, fits):
+    table = {"model": "hub/lab", "dataset": "lab:7500", "schedule": "single", **changed}
+    assert comparable(table, boards([run])[0]) is fits
+
+
+def test_published_tables_match_by_label_before_method(tmp_path):
+    lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
+    cells = [
+        {"method": "ft", "lines": lines, "scores": {"ES": 1.0}},
+        {"method": "ft", "lines": lines, "scores": {"ES": 2.0}, "plan": {"label": "FT", "baseline": False}},
+    ]
+    table = {"name": "t", "model": "lab", "dataset": "lab", "schedule": "single", "provenance": "confirmed",
+             "rows": [{"method": "FT", "errata_method": None, "scores": {"ES": 2.0}},
+                      {"method": "FT-M", "errata_method": None, "scores": {"ES": 3.0}}]}  # fmt: skip
+    run = read_run(write_small(tmp_path / "run", cells, published=[table]))
+    first, second = comparisons([run], boards([run]))[0].lines
+    assert first.measured == 2.0 and second.measured is None
+
+
+def test_card(run):
+    text = card([run])
+    assert "# Report: synthetic" in text and "Protocol: lab:6@abababababab" in text
+    assert "ValueError: &lt;b&gt;matrix&lt;/b&gt; is singular" in text and "trained editor" in text
+    assert "hardware A CPU, 2 cores" in text and "torch 2.13.0" in text
+    widths = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            widths.setdefault(line.replace("\\|", "").count("|"), 0)
+    assert min(widths) > 2
+    assert escape("a|b <i> *x* _y_ in_prompt\n`z`") == "a\\|b &lt;i&gt; \\*x\\* \\_y\\_ in_prompt \\`z\\`"
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(DataError, match="cannot write"):
+        write(tmp_path / "none" / "file", "text")
+    assert write(tmp_path / "file", "text").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_figures(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from errata.report.figures import write_figures
+
+    made = write_figures(tmp_path / "figures", [run])
+    names = {path.name for path in made}
+    assert {"board-lab-lab-6-single.png", "board-lab-lab-6-single-dark.svg",
+            "retention-lab-lab-6-sequential-10.svg", "collapse-lab-lab-6-sequential-10-dark.png"} <= names  # fmt: skip
+    assert len(names) == 4 * (2 + 2)  # two boards, and two curves of the sequence, in four variants
+    first = {path.name: path.read_bytes() for path in made}
+    assert all(data[:4] == b"\x89PNG" for name, data in first.items() if name.endswith("png"))
+    again = write_figures(tmp_path / "figures", [run])
+    assert all(path.read_bytes() == first[path.name] for path in again if path.suffix == ".svg")
+
+
+def test_figures_without_matplotlib_say_what_to_install(run, tmp_path, monkeypatch):
+    from errata.report.figures import write_figures
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"errata\[report\]"):
+        write_figures(tmp_path, [run])
+
+
+@pytest.fixture
+def command():
+    app = typer.Typer()
+    app.command()(cli.command)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_command(command, folder, tmp_path):
+    page, text = tmp_path / "page.html", tmp_path / "card.md"
+    done = command(folder, "--html", page, "--markdown", text)
+    assert done.exit_code == 0, done.output
+    assert "protocol: lab:6@" in done.output and "harmonic mean" in done.output and "singular" in done.output
+    assert page.stat().st_size > 10_000 and text.read_text(encoding="utf-8").startswith("# Report")
+
+
+def test_command_as_json(command, folder):
+    found = json.loads(command(folder, "--json").stdout)
+    assert [board["schedule"] for board in found["boards"]] == ["single", "sequential:10"]
+    assert found["absent"][0]["reason"] and found["written"] == []
+
+
+def test_command_on_no_run_folder(command, tmp_path):
+    done = command(tmp_path)
+    assert isinstance(done.exception, DataError)
