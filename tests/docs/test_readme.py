@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from errata.lab import folder
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLOW = ("errata lab check", "errata lab train")
+SERVED = ("errata judge",)
+"""Needs a server: tests/units/test_judge.py brings one."""
 
 
 def blocks(language: str) -> list[str]:
@@ -44,9 +47,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "facts.jsonl").write_text((ROOT / "examples" / "facts.jsonl").read_text())
-    run = [line for line in commands() if not line.startswith(SLOW)]
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    run = [line for line in commands() if not line.startswith((*SLOW, *SERVED))]
     assert len(run) >= 9
     for line in run:
         result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)

@@ -271,3 +271,34 @@ def test_agreement_by_hand(server):
         agreement(judge(rows, settings(server)), rows[1:])
     assert agreement([], []).agree is None
     assert agreement(judge(rows[:2], settings(server)), rows).kappa is None, "one verdict throughout"
+
+
+def test_the_command_judges_the_newest_rows_of_a_run(server, tmp_path):
+    from typer.testing import CliRunner
+
+    from errata.bench.results import Journal
+    from errata.cli.main import app
+    from tests.units.report.synthetic import case_line, row, write_small
+
+    lines = [
+        case_line("c", row("c", "efficacy", "early", 0.0), edits=1),  # an older look is not asked about
+        *(case_line(f"c{i}", row(f"c{i}", "efficacy", f"late {i}", i % 2), edits=2) for i in range(4)),
+    ]
+    run = write_small(tmp_path / "run", [{"method": "rome", "lines": lines}])
+    words = ["judge", str(run), "--url", server.url, "--judge", "toy", "--json"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    asked = len(server.asked)
+    assert found and asked
+    for cell, entry in found.items():
+        made = list(Journal(run / "cells" / cell / "judged.jsonl").records())
+        assert {row["protocol"] for row in made} == {"judge", "judge_undecided"}
+        shares = {n: e["after"] for n, e in entry["summary"].items() if n.endswith(".judge")}
+        assert shares and set(shares.values()) == {1.0}  # this server finds everything correct
+        assert len(made) == 8 and all("late" in row["prompt"] for row in made)
+        assert entry["agreement"]["undecided"] == 0 and entry["agreement"]["agree"] == 0.5
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert len(server.asked) == asked  # replies are kept
+    refused = CliRunner().invoke(app, [*words, "--only", "no such cell"])
+    assert isinstance(refused.exception, ConfigError)

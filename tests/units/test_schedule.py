@@ -192,7 +192,7 @@ def test_the_last_batch_tells_learning_from_forgetting():
     first = replace(first, probes=first.probes[:1])
     report = errata.evaluate(
         host, [first, again], method="ft", schedule="sequential:1", at="each",
-        layers=[0, 1, 2], epsilon=None, steps=200, learning_rate=0.02, stop_loss=1e-3,
+        layers=[0, 1, 2], epsilon=None, steps=200, scale="published", learning_rate=0.02, stop_loss=1e-3,
     )  # fmt: skip
     assert [point.last_batch_efficacy for point in report.checkpoints] == [1.0, 1.0]
     assert [point.summary["efficacy.generate"]["after"] for point in report.checkpoints] == [1.0, 0.5]
@@ -486,7 +486,8 @@ def test_the_command_stops_and_goes_on(tmp_path):
 
 
 def test_the_command_draws_cases_that_stand_together():
-    from errata.cli.evaluate import _cases
+    from errata.cli.common import read_cases
 
     for words, together in (("single", False), ("batch:1", False), ("batch:5", True), ("sequential:1", True)):
-        assert _cases("lab:5", 3, Schedule.parse(words)) == cases(5, seed=3, together=together)
+        plan = Schedule.parse(words)
+        assert read_cases("lab:5", 3, together=plan.together) == cases(5, seed=3, together=together)

@@ -7,12 +7,14 @@ import sys
 import typer
 
 from errata.cli import (
+    ability,
     ask,
     bench,
     data,
     demo,
     edit,
     evaluate,
+    judge,
     lab,
     methods,
     model,
@@ -37,6 +39,8 @@ app.command("ask")(ask.command)
 app.command("eval")(evaluate.command)
 app.command("bench")(bench.command)
 app.command("report")(report.command)
+app.command("judge")(judge.command)
+app.command("ability")(ability.command)
 app.command("refit")(refit.refit)
 app.command("retract")(refit.retract)
 app.command("show")(show.command)

@@ -1,0 +1,64 @@
+"""errata ability: what else a model can do, without and with an edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from errata.cli import common
+
+Tasks = Annotated[
+    list[str],
+    typer.Argument(help="Tasks of the harness, .yaml or .jsonl files with tasks of your own, .txt for perplexity."),
+]  # fmt: skip
+
+
+def command(
+    tasks: Tasks,
+    model: common.Model = "lab",
+    edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure again with this edit.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents a task, the first ones; default: all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before a question; default: the task's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    json: common.Json = False,
+) -> None:
+    """Measure general ability, before and after an edit: lm-evaluation-harness tasks, your own, perplexity."""
+    from errata.edits import Edit
+    from errata.evaluation.ability import ability
+
+    given = Edit.load(edit) if edit else None
+    host = common.open_host(model, device, dtype)
+    with common.progress(not json) as tick:
+        found = ability(
+            host, tasks, edit=given, limit=limit, seed=seed, shots=shots, chat=chat, on_progress=tick
+        )
+    if json:
+        common.emit(found)
+    else:
+        _show(found, host.name)
+
+
+def _show(found: dict[str, dict[str, dict[str, Any]]], name: str) -> None:
+    rows = [
+        [
+            task,
+            metric,
+            e["n"],
+            *(_number(e[key]) for key in ("before", "after", "stderr", "stderr_difference")),
+        ]
+        for task, metrics in found.items()
+        for metric, e in metrics.items()
+    ]
+    columns = ("task", "metric", "n", "before", "after", "standard error", "of the difference")
+    common.table(f"general ability of {name}", columns, rows, right=range(2, len(columns)))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
