@@ -99,7 +99,7 @@ def evaluate(
     host: Host, cases: Sequence[Case], *, method: str | None = None, edit: Edit | None = None, seed: int = 0,
     schedule: str | Schedule = "single", at: str | Sequence[int] | None = None,
     probes: Sequence[str] | None = None, after: Edit | None = None,
-    keep: Callable[[Report, Edit], None] | None = None,
+    keep: Callable[[Report, Edit], None] | None = None, template: str = "raw", max_new_tokens: int = 24,
     corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Measure a method on cases, or one edit on all of them. The host is left as it was.
@@ -110,7 +110,9 @@ def evaluate(
     ``each``, ``every:N``, ``end``; default 10, 50, 100, 200, 500 ... and the end) together with the
     perplexity of neutral text. ``after``: the edit of a sequence's first cases, to go on from; ``keep`` is
     handed the report so far and the edit at each of its checkpoints. ``probes``: kinds to ask, default
-    all. Raises ConfigError for what does not belong together.
+    all. ``template``: how a prompt is put: ``raw``, ``question`` (an answer cue behind questions), ``chat``
+    (the tokenizer's template) or ``auto``; ``max_new_tokens``: longest short answer. Raises ConfigError for
+    what does not belong together.
 
     Cases of the lab for edits that are in place together: ``lab.cases(n, together=True)``.
     """
@@ -122,12 +124,13 @@ def evaluate(
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
     if method is not None and cases:
-        check_requests(host, [case.request for case in cases])
+        check_kind(REGISTRY.get(method), host)
+        check_requests(host, [request for case in cases for request in case.requests])
     return run(
         host, cases, method=method, edit=edit, work=work, options=options,
         schedule=Schedule.parse(schedule) if isinstance(schedule, str) else schedule, at=at, probes=probes,
         texts=lab.neutral_texts(200) if host.name == lab.NAME else None, after=after, keep=keep,
-        tick=on_progress,
+        asking={"template": template, "max_new_tokens": max_new_tokens}, tick=on_progress,
     )  # fmt: skip
 
 
@@ -145,9 +148,8 @@ def workspace(
 
 def check_kind(method: Method, host: Host) -> None:
     """Raise ConfigError where a method edits another kind of model than the host is."""
-    found = "causal_lm"
-    if isinstance(host, (ImageHost, Seq2SeqHost)):
-        found = "image_classifier" if isinstance(host, ImageHost) else "encoder_decoder"
+    other = {ImageHost: "image_classifier", Seq2SeqHost: "encoder_decoder"}
+    found = next((kind for of, kind in other.items() if isinstance(host, of)), "causal_lm")
     if method.host == found:
         return
     kinds = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -79,11 +80,14 @@ class Sheet:
 
     def _begin_groups(self, kind: str) -> None:
         """Keep whole cases, and of batches whole groups with their look."""
-        end, count = 0, 0
+        end = 0
+        fits: list[float | None] = []
         for line in self.journal:
-            count += line.record["type"] == "case"
+            if line.record["type"] == "case":
+                fits.append(line.record["cost"]["fit_seconds"])
             if kind == "single" or line.record["type"] == "look":
-                end, self.done = line.end, count
+                end, self.done = line.end, len(fits)
+        self.fits = fits[: self.done]
         self.journal.cut(end)
 
     def _begin_sequence(self, count: int) -> None:
@@ -176,6 +180,7 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
     """Fit and observe what is left; return the last edit."""
     neutral = room.neutral(cell)
     engine = room.engine(cell, texts=neutral.texts, prompts=neutral.prompts, tick=tick, **given)
+    engine.fit_seconds = math.fsum(seconds for seconds in sheet.fits if seconds is not None)
     sequence = cell.plan.kind == "sequential"
     edit: Edit | None = None
     first = not sheet.done

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,13 +66,31 @@ def condition(
     of :class:`errata.evaluation.metrics.collapse.Fluency`, and the reasons, none where it is sound.
     """
     before, after = perplexities
+    plain = collapse.fluency(unedited)
     return {
-        "before": asdict(collapse.fluency(unedited)),
+        "before": asdict(plain),
         "after": asdict(collapse.fluency(texts)),
         "alarm": collapse.alarm(
-            texts, perplexity_ratio=after / before, norm_ratios=norms, finite=math.isfinite(after)
+            texts, perplexity_ratio=after / before, norm_ratios=norms, finite=math.isfinite(after),
+            limits=limits(plain.repetition, plain.evenness),
         ),
-    }
+    }  # fmt: skip
+
+
+def limits(repetition: float | None, evenness: float | None) -> collapse.Limits:
+    """Return from where on a sign counts, given what the unedited host shows of it.
+
+    Continued greedily, many a sound base model repeats itself beyond the usual limits. A sign that it shows
+    unedited says nothing of an edit: the limit is then half way from there to the worst.
+    """
+    usual = collapse.Limits()
+    most = collapse.legacy_fluency(" ".join(f"w{i}" for i in range(collapse.LEGACY_WORDS)))
+    share = 1.0 if evenness is None else evenness
+    return replace(
+        usual,
+        repetition=usual.repetition if (repetition or 0.0) <= usual.repetition else (1 + (repetition or 0)) / 2,
+        entropy=usual.entropy if share * most >= usual.entropy else share * most / 2,
+    )
 
 
 def _stored(host: Host, name: str) -> Tensor | None:
@@ -111,9 +132,11 @@ def latency_overhead(host: Host, edit: Edit, prompt: str) -> dict[str, float | N
 
 
 def _timed(host: Host, prompt: str) -> dict[str, float]:
-    begin = _now(host)
+    batch = host.batch([host.encode_prompt(prompt)])
     with torch.no_grad():
-        host.forward(host.batch([host.encode_prompt(prompt)]))
+        host.forward(batch)  # weights that were just written are read into the caches first, untimed
+        begin = _now(host)
+        host.forward(batch)
     middle = _now(host)
     host.generate(prompt, max_new_tokens=DECODED, natural_stop=False)
     return {"prefill": middle - begin, "decode": _now(host) - middle}
@@ -126,16 +149,21 @@ def _now(host: Host) -> float:
 
 
 def reset_peak(host: Host) -> None:
-    """Begin to count an accelerator's memory anew; a process's own peak cannot be forgotten."""
+    """Begin to count memory anew: an accelerator's, or where Linux lets it, the process's own."""
     if host.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(host.device)
+        return
+    with suppress(OSError):  # another system, or not allowed: the peak is then that since the process began
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_mb(host: Host) -> float:
     """Return the accelerator memory reserved at most since the count began, else the process's peak, in MB."""
     if host.device.type == "cuda":
         return torch.cuda.max_memory_reserved(host.device) / 2**20
-    return peak_memory_mb()
+    status = Path("/proc/self/status")  # getrusage may remember more than this knows since it was reset
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(found[1]) / 1024 if found else peak_memory_mb()
 
 
 def times(seconds: Sequence[float]) -> dict[str, float | None]:

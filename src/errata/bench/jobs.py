@@ -208,6 +208,7 @@ class Lease:
     def __init__(self, jobs: Jobs, cell: str, owner: str) -> None:
         self.jobs, self.cell, self.owner = jobs, cell, owner
         self._over = threading.Event()
+        self._held = jobs.clock()
         self._problem: str | None = None
         self._thread = threading.Thread(target=self._beat, name=f"lease of {cell}", daemon=True)
 
@@ -220,16 +221,24 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise LeaseLost where the cell is no longer this worker's; to be asked before anything is written."""
+        """Raise LeaseLost where the cell is no longer this worker's; to be asked before anything is written.
+
+        A worker that slept through its lease, as in a suspended machine, asks the table before its heart does.
+        """
+        if self._problem is None and self.jobs.clock() - self._held > self.jobs.lease:
+            self._renew()
         if self._problem is not None:
             raise LeaseLost(self._problem)
 
     def _beat(self) -> None:
-        while not self._over.wait(self.jobs.lease / 3):
-            try:
-                if not self.jobs.renew(self.cell, self.owner):
-                    self._problem = f"cell {self.cell} was taken over meanwhile"
-            except DataError as error:
-                self._problem = str(error)
-            if self._problem is not None:
-                return
+        while self._problem is None and not self._over.wait(self.jobs.lease / 3):
+            self._renew()
+
+    def _renew(self) -> None:
+        now = self.jobs.clock()
+        try:
+            if not self.jobs.renew(self.cell, self.owner):
+                self._problem = f"cell {self.cell} was taken over meanwhile"
+        except DataError as error:
+            self._problem = str(error)
+        self._held = now

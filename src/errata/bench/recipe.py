@@ -310,7 +310,7 @@ def _method(value: Any, where: str, wrong: list[str]) -> MethodSpec | None:
     except ConfigError as error:
         wrong.extend(f"{where}: {line}" for line in str(error).splitlines())
         return None
-    if label in BASELINES:
+    if label in BASELINES or (label == TUNED and (name != TUNED or options)):
         fields.complain("label", f"{label} names a baseline; give another")
     words = [name, *(f"{key}={options[key]}" for key in sorted(options))]
     return MethodSpec(name, dict(options), label or " ".join(words))

@@ -18,7 +18,7 @@ from errata.types import Row
 
 RUN, JOBS, CELLS, UNEDITED = "run.json", "jobs.sqlite", "cells", "unedited"
 """What a run folder holds; see docs/bench.md."""
-ROWS, CELL = "rows.jsonl", "cell.json"
+ROWS, CELL, JUDGED = "rows.jsonl", "cell.json", "judged.json"
 """What a cell's folder holds."""
 
 

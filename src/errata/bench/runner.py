@@ -114,6 +114,7 @@ def evaluate(
     texts: Sequence[str] | None = None,
     after: Edit | None = None,
     keep: Callable[[Report, Edit], None] | None = None,
+    asking: Mapping[str, Any] | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> Report:
     """Measure a method on a schedule, or one given edit on all cases.
@@ -125,8 +126,8 @@ def evaluate(
     Several edits at once: ``texts`` are what perplexity is measured on, None takes text that the host or
     the workspace's corpus gives. Of a sequence: ``at`` says after how many edits to look
     (:meth:`Schedule.checkpoints`), ``after`` is the edit of its first cases to go on from, ``keep`` is
-    handed the report so far and the edit at every checkpoint. Raises ConfigError for what does not belong
-    together.
+    handed the report so far and the edit at every checkpoint. ``asking``: options of
+    :func:`errata.evaluation.observe.observe`. Raises ConfigError for what does not belong together.
     """
     if (method is None) == (edit is None):
         raise ConfigError("evaluate takes either a method or an edit")
@@ -145,7 +146,7 @@ def evaluate(
     evaluation = _Evaluation(
         Engine(
             host, _asked(cases, probes), work, schedule, before=lambda case: (), method=entry,
-            config=config, edit=edit, tick=tick,
+            config=config, edit=edit, asking=dict(asking or {}), tick=tick,
         ), dict(options or {}), after,
     )  # fmt: skip
     start_hash = host.weights_hash()
@@ -422,7 +423,9 @@ class _Evaluation:
         def ticked(done: int, total: int) -> None:
             engine.tick("before", done, total)
 
-        seen = dict(zip(probes, observe(engine.host, probes, on_progress=ticked), strict=True))
+        seen = dict(
+            zip(probes, observe(engine.host, probes, on_progress=ticked, **engine.asking), strict=True)
+        )
         engine.before = lambda case: [seen[probe] for probe in case.probes]
         if engine.schedule.kind == "single":
             return
@@ -464,6 +467,7 @@ class _Evaluation:
             "method": made_by,
             "schedule": "given edit" if engine.edit else str(engine.schedule),
             "options": self.options,
+            "asking": dict(engine.asking),
             "seconds": time.perf_counter() - self.wall,
             "cpu_seconds": time.process_time() - self.cpu,
             "fit_seconds_per_case": engine.fit_seconds / max(1, engine.fitted),

@@ -42,6 +42,7 @@ def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any])
     """Sum a finished cell up, as ``cell.json`` holds it."""
     found = _read(journal, cell)
     summary = score.summarise(found.rows, seed=cell.seed)
+    ripple = {f"Ripple.{name}": value for name, value in score.ripple_scores(found.rows).items()}
     host = room.host(cell)
     return finite({
         "id": cell.id,
@@ -51,7 +52,7 @@ def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any])
         "reason": None,
         "summary": summary,
         "looks": found.looks,
-        "scores": score.legacy_scores(summary),
+        "scores": score.legacy_scores(summary) | ripple,
         "retention": _retention(found) if cell.look else None,
         "cost": {**_cost(found, cell), **measured},
         "host": {"name": host.name, "fingerprint": host.fingerprint},
@@ -76,7 +77,7 @@ def tag(room: Room, cell: Cell) -> dict[str, Any]:
     """Name the protocol of a cell: what has to be the same for two numbers to be comparable."""
     facts = room.plan.datasets[cell.dataset]
     check = facts["check"] if isinstance(facts["check"], dict) else {}
-    size = cell.plan.size
+    cases, size = len(room.cases(cell)), cell.plan.size
     return {
         "dataset": cell.dataset,
         "dataset_sha256": facts["sha256"],
@@ -85,8 +86,8 @@ def tag(room: Room, cell: Cell) -> dict[str, Any]:
         "decode": DECODE,
         "matcher": MATCHER,
         "locality_mode": LOCALITY,
-        "edits": len(room.cases(cell)) if cell.plan.kind == "sequential" else size,
-        "batch": size,
+        "edits": cases if cell.plan.kind == "sequential" else min(size, cases),
+        "batch": min(size, cases),
         "max_new_tokens": room.plan.recipe.max_new_tokens,
         "dtype": str(room.host(cell).dtype).removeprefix("torch."),
     }
@@ -145,8 +146,14 @@ def _retention(found: _Found) -> dict[str, Any] | None:
         "by_age": [asdict(stratum) for stratum in retention.strata(found.recalled)],
         "by_edits": [{"edits": edits, "right": right} for edits, right in past.items()],
         "area": retention.area(past.items()),
-        "collapse_point": retention.collapse_point(looks),
+        "collapse_point": retention.collapse_point(looks, limits=_limits(found.looks)),
     }
+
+
+def _limits(looks: Sequence[dict[str, Any]]) -> Any:
+    """Return from where on a sign of collapse counts, by what the unedited host shows; None without a look."""
+    before = looks[0]["collapse"]["before"] if looks else None
+    return before and health.limits(before["repetition"], before["evenness"])
 
 
 def _cost(found: _Found, cell: Cell) -> dict[str, Any]:

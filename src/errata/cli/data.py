@@ -108,7 +108,7 @@ def _show_check(found: Check, every: bool) -> None:
         ("malformed", f"{len(found.malformed)} rows"),
     ]
     if found.subject_is_prompt:
-        rows.append(("whole prompt as subject", f"{found.subject_is_prompt} requests; the data name none"))
+        rows.append(("whole prompt as subject", f"{found.subject_is_prompt} requests"))
     if found.renamed:
         rows.append(("renamed", f"{found.renamed} cases, whose name an earlier one has"))
     rows += [
@@ -160,7 +160,7 @@ def show(
     common.table(found.id, ("prompt", "subject", "target", "old target"), asked)
     common.table(
         f"{len(found.probes)} probes", ("kind", "prompt", "answers", "before", "rival"),
-        [(_kind(p), p.prompt, _few(p.answers), _before(p), p.rival or "") for p in found.probes],
+        [(_kind(p), p.prompt, _answers(p), _before(p), p.rival or "") for p in found.probes],
     )  # fmt: skip
 
 
@@ -183,6 +183,11 @@ def _kind(probe: Probe) -> str:
     if probe.group is not None:
         notes.append(f"{probe.need} of {probe.group}")
     return probe.kind + (f"\n({', '.join(notes)})" if notes else "")
+
+
+def _answers(probe: Probe) -> str:
+    """Word what is right, and of a choice all that there is to choose from."""
+    return _few(probe.answers) + (f"\nof: {' | '.join(probe.choices)}" if probe.choices else "")
 
 
 def _before(probe: Probe) -> str:

@@ -45,6 +45,8 @@ def command(
     schedule: ScheduleName = "single",
     at: Looks = None,
     probes: Kinds = None,
+    template: Annotated[str, typer.Option(help="How a prompt is put: raw, question, chat or auto.")] = "raw",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None,
     output: Output = None,
@@ -79,7 +81,8 @@ def command(
         report = api.evaluate(
             host, table, method=method, edit=given, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
-            keep=keep, corpus=corpus, on_progress=tick, **options,
+            keep=keep, template=template, max_new_tokens=max_new_tokens, corpus=corpus, on_progress=tick,
+            **options,
         )  # fmt: skip
     document = report.to_dict()
     if output is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from errata.evaluation.judge import JudgeSettings
     from errata.types import Row
 
-JUDGED = "judged.jsonl"
+JUDGED_ROWS = "judged.jsonl"
 """Rows of the judge, beside a cell's own."""
 
 Url = Annotated[str, typer.Option("--url", help="The server, up to its version: http://localhost:8000/v1.")]
@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Judge a run's free answers with any OpenAI-compatible server; prints how far judge and matcher agree.
 
-    Replies are kept in the run folder, so a command that was stopped goes on where it was.
+    Replies are kept in the run folder, so a command that was stopped goes on where it was. What the judge found
+    is written beside each cell's rows, where reports show it under the judge's name.
     """
     from errata.bench.results import CELLS, JOBS, read_run
     from errata.errors import ConfigError
@@ -57,18 +58,21 @@ def command(
 
 def _judge(folder: Path, settings: JudgeSettings, tick: common.Tick) -> dict[str, Any]:
     """Judge the newest rows of a cell, write the judge's rows beside them, compare."""
-    from errata.bench.results import Journal
+    from errata.bench import results
     from errata.evaluation import judge, score
 
     rows = _newest(folder)
     made = judge.judge(rows, settings, on_progress=lambda done, total: tick(folder.name, done, total))
-    journal = Journal(folder / JUDGED)
+    journal = results.Journal(folder / JUDGED_ROWS)
     journal.cut(0)
     journal.append(*(asdict(row) for row in made))
     summary = score.summarise([*rows, *made])
     wanted = ("generate", "judge", "judge_undecided")
     shares = {name: entry for name, entry in summary.items() if name.rpartition(".")[2] in wanted}
-    return {"agreement": asdict(judge.agreement(made, rows)), "summary": shares}
+    found = {"agreement": asdict(judge.agreement(made, rows)), "summary": shares}
+    record = made[-1].detail["judge"] if made else settings.record
+    results.write_report(folder / results.JUDGED, results.finite({"judge": record, **found}))
+    return found
 
 
 def _newest(folder: Path) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,8 @@ class Record:
     """Position for messages: ``record 17`` or ``line 3``, counted from 1."""
     index: int
     """The same counted from 0, for names of cases."""
+    aside: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """What of it went into no case although the record did, by reason; shared by its parts."""
 
     def get(self, path: str, default: Any = None) -> Any:
         """Return a field by dotted path, or the default where any part is absent."""
@@ -69,7 +73,7 @@ class Record:
             return []
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
             raise Malformed(f"{path}: expected a list of records, found {_found(value)}")
-        return [Record(item, f"{self.where}, {path} {i + 1}", i) for i, item in enumerate(value)]
+        return [Record(item, f"{self.where}, {path} {i + 1}", i, self.aside) for i, item in enumerate(value)]
 
 
 def _found(value: Any) -> str:
@@ -81,17 +85,18 @@ def request(
 ) -> Request:
     """Build a request from a dataset's texts.
 
-    A subject spelled with other capitals in the prompt is taken as it stands there; braces of a question
-    that merely holds them are not slots. Raises Skip saying what is wrong, e.g. that the subject is not there.
+    A subject spelled with other capitals in the prompt is taken as it stands there, if as whole words; of
+    several places the first where it is no part of a word is meant. Raises Skip saying what is wrong, e.g.
+    that the subject is not there.
     """
     target, subject = target.strip(), subject.strip()
-    if "{}" not in prompt and subject and subject not in prompt:
-        at = prompt.casefold().find(subject.casefold())
-        if at >= 0 and len(prompt.casefold()) == len(prompt):
-            subject = prompt[at : at + len(subject)]
-    if "{}" not in prompt and subject and prompt.count(subject) > 1:
-        head, _, tail = prompt.partition(subject)
-        prompt = head + "{}" + tail
+    if "{}" not in prompt and subject:
+        words = rf"(?<!\w){re.escape(subject)}(?!\w)"
+        found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
+        subject = found.group() if found else subject
+        if prompt.count(subject) > 1:
+            at = found.start() if found else prompt.index(subject)
+            prompt = prompt[:at] + "{}" + prompt[at + len(subject) :]
     wrong = request_problems(prompt, subject, target)
     if wrong:
         absent = subject and target and "{}" not in prompt and subject not in prompt

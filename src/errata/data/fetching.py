@@ -51,6 +51,16 @@ def file_name(dataset: Dataset, variant: str) -> str:
     return dataset.files.get(variant) or dataset.files.get("") or f"{dataset.name}.json"
 
 
+def variant_of(dataset: Dataset, path: Path) -> str:
+    """Tell the variant a file is of by its usual name; the dataset's default where that says nothing."""
+    parts = path.absolute().parts
+    for variant in dataset.variants:
+        name = Path(file_name(dataset, variant)).parts
+        if parts[-len(name) :] == name:
+            return variant
+    return dataset.variants[0]
+
+
 def locate(dataset: Dataset, variant: str) -> Path:
     """Return the file of a variant in the data folder. Raises DataError saying how to get it."""
     path = data_folder() / file_name(dataset, variant)

@@ -7,6 +7,7 @@ errata's own cases (see :mod:`errata.data.requests`) are read through the same d
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Source:
     dataset: str | None
     """None: to be told from the records."""
     variant: str
-    """Empty: the dataset's default."""
+    """Empty: told by the file's name where that is a variant's usual one, else the dataset's default."""
     path: Path | None
     """None: the file is looked for in the data folder."""
     limit: int | None = None
@@ -183,19 +184,22 @@ class _Reading:
             raise DataError(f"expected a limit from 1, found {min(limits)}")
         self.limit = min(limits, default=None)
         self.tally = Tally()
+        self.aside: Counter[str] = Counter()
         self.entry: Dataset | None = None
         self.variant = ""
         named = parsed.dataset not in (None, OWN)
         if named:
             self.entry = dataset(str(parsed.dataset))
             self.variant = _variant(self.entry, parsed.variant)
+            if parsed.path and not parsed.variant:
+                self.variant = fetching.variant_of(self.entry, parsed.path)
             self.path = parsed.path or fetching.locate(self.entry, self.variant)
         else:
             self.path = Path(parsed.path or "")
         self.digest = fetching.verified(self.path)
         if parsed.dataset is None:
             self.entry = _recognised(self.path)
-            self.variant = self.entry.variants[0] if self.entry else ""
+            self.variant = fetching.variant_of(self.entry, self.path) if self.entry else ""
 
     @property
     def counts(self) -> bool:
@@ -231,6 +235,7 @@ class _Reading:
                         yield self.tally.add(case)
             except (Skip, RequestError) as error:
                 self.tally.leave_out(row.where, error)
+            self.aside.update(record.aside)
 
     def _passes(self, gate: Callable[[Record, Case], None], record: Record, case: Case) -> bool:
         try:
@@ -243,13 +248,16 @@ class _Reading:
     def check(self, cases: list[Case]) -> Check:
         """Report on the pass; ``cases``: those it gave, for the dataset's own counts."""
         ended = self.limit is not None and self.tally.cases >= self.limit
+        facts = dict(self.entry.facts(cases)) if self.entry and self.counts else {}
+        if self.aside:
+            facts["left out of cases"] = dict(self.aside)
         return Check(
             dataset=self.entry.name if self.entry else OWN,
             variant=self.variant,
             path=str(self.path),
             sha256=self.digest,
             limit=self.limit if ended else None,
-            facts=dict(self.entry.facts(cases)) if self.entry and self.counts else {},
+            facts=facts,
             **self.tally.counts(),
         )
 

@@ -105,17 +105,32 @@ def _probes(where: str, record: Mapping[str, Any]) -> tuple[list[Probe], list[st
         if missing:
             wrong.append(f"{place}: missing {', '.join(missing)}")
             continue
-        answers = _texts(probe["answers"])
-        found.append(
-            Probe(probe["kind"], probe["prompt"], answers, _texts(probe.get("before")), probe.get("rival"))
-        )
+        amiss = [
+            f"{place}: {name} must be text, found {type(probe[name]).__name__} {probe[name]!r:.60}"
+            for name in ("kind", "prompt", "rival")
+            if probe.get(name) is not None and not _is_text(probe[name])
+        ]
+        answers, before = (_texts(probe.get(name), f"{place}: {name}", amiss) for name in ("answers", "before"))
+        wrong += amiss
+        if not amiss:
+            found.append(Probe(probe["kind"], probe["prompt"], answers, before, probe.get("rival")))
     return found, wrong
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: Any, place: str, amiss: list[str]) -> tuple[str, ...]:
+    """Read a text or number, or a list of them, as texts; what is neither is added to ``amiss``."""
     if value is None:
         return ()
-    return tuple(str(v) for v in value) if isinstance(value, (list, tuple)) else (str(value),)
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    numbers = (int, float)
+    for one in listed:
+        if not _is_text(one) and (not isinstance(one, numbers) or isinstance(one, bool)):
+            amiss.append(f"{place} must be texts that are not empty, found {type(one).__name__} {one!r:.60}")
+    return tuple(str(one) for one in listed)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -141,7 +156,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028, legal within JSON
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -157,6 +172,9 @@ def _document(path: Path, text: str, suffix: str) -> Iterator[tuple[str, Any]]:
     try:
         loaded = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and "\n" in text[: error.pos]:  # JSON lines under another name
+            yield from _jsonl(text)
+            return
         raise RequestError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

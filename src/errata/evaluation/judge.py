@@ -148,7 +148,8 @@ def judge(
     rows: Sequence[Row], settings: JudgeSettings, *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:  # fmt: skip
-    """Judge the answers of rows of protocol ``generate``, before and after; others are passed over.
+    """Judge the answers of rows of protocol ``generate``, before and after; others are passed over, and so are
+    rows of groups, which hold no text of their own.
 
     Returns rows of protocol ``judge`` (1 right, 0 wrong) for those whose two sides were both decided, and
     for every one a row of protocol ``judge_undecided``, whose averages say how much the judge left open.
@@ -161,7 +162,7 @@ def judge(
     problems = settings.problems()
     if problems:
         raise ConfigError("\n".join(f"judge.{problem}" for problem in problems))
-    taken = [row for row in rows if row.protocol == "generate"]
+    taken = [row for row in rows if row.protocol == "generate" and "group" not in row.detail]
     for row in taken:
         missing = [name for name in ("answers", "text_before", "text_after") if name not in row.detail]
         if missing:

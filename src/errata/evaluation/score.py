@@ -52,7 +52,15 @@ def rows(
     A chain of thought is judged on the answer read out of it; its rows' kind ends in ``.thought``, so that
     direct answers and reasoned ones are never averaged together. Groups give a row of kind ``<kind>.any`` or
     ``<kind>.all`` under ``generate``, unless the unedited host failed one of their conditions.
+
+    Raises DataError for a probe that names no accepted answer though its form needs one.
     """
+    nameless = [probe for probe in case.probes if probe.form != "open" and not probe.answers]
+    if nameless:
+        raise DataError(
+            f"case {case.id}, prompt {nameless[0].prompt!r}: a probe of form {nameless[0].form} needs at least "
+            f"one accepted answer ({len(nameless)} such probes)"
+        )
     moment = {} if checkpoint is None else {"checkpoint": checkpoint}
     asked = [
         _Asked(case.id, probe, old, new, moment)
@@ -225,8 +233,7 @@ def _open(one: _Asked, generated: bool) -> list[Row]:
     detail: dict[str, Any] = {}
     value: dict[str, float] = {}
     for side, text in (("before", one.old.text), ("after", one.new.text)):
-        whole = f"{one.probe.prompt.strip()} {text.strip()}"
-        value[side] = collapse.legacy_fluency(whole)
+        value[side] = collapse.legacy_fluency(_whole(one.probe, text))
         detail |= {
             f"evenness_{side}": collapse.evenness(text),
             f"distinct_{side}": distinct(text),
@@ -234,6 +241,11 @@ def _open(one: _Asked, generated: bool) -> list[Row]:
             f"text_{side}": text,
         }
     return [one.row("fluency", value["before"], value["after"], **detail)]
+
+
+def _whole(probe: Probe, text: str) -> str:
+    """Put a prompt before its text, as ROME's code scores them."""
+    return f"{probe.prompt.strip()} {text.strip()}"
 
 
 _ROWS_OF = {"short": _short, "choice": _choice, "span": _span, "long": _long, "open": _open}
@@ -272,10 +284,10 @@ def _groups(case: str, answers: Sequence[tuple[Probe, Row]], moment: Mapping[str
 
 
 def _reference(asked: Sequence[_Asked], idf: Mapping[str, float]) -> list[Row]:
-    """Compare all open texts of a case with all passages that their probes name, as one row."""
+    """Compare all open texts of a case, prompts and all, with all passages that their probes name: one row."""
     if not asked:
         return []
     passages = list(dict.fromkeys(passage for one in asked for passage in one.probe.answers))
-    old, new = ([getattr(one, side).text for one in asked] for side in ("old", "new"))
+    old, new = ([_whole(one.probe, getattr(one, side).text) for one in asked] for side in ("old", "new"))
     before, after = (consistency.reference_score(texts, passages, idf) for texts in (old, new))
     return [asked[0].row("reference", before, after, texts=len(asked))]

@@ -16,9 +16,19 @@ at a ``line`` break; where a ``thought`` has come to its answer or a new questio
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s")
 GRACE = 12
-"""Characters let through after a sentence's end, for "St. Louis" and the like."""
+"""Characters let through after a sentence's end: what a matcher reads as its first sentence may be longer."""
+_SHORTENED = re.compile(
+    r"(?:[A-Z]|(?:[^\W\d_]\.)+[^\W\d_]"
+    r"|Capt|Col|Dr|Ft|Gen|Gov|Hon|Jr|Lt|Mme|Mr|Mrs|Ms|Mt|Prof|Rev|Sen|Sgt|Sr|St|Ste|vs)"
+)
+"""Initials, abbreviations and words that are written with a period; matchers settle what one ends, here it
+only has to be waited for: "Dr. Martin Luther King", "a U.S. citizen"."""
 
-CONCLUDED = re.compile(r"\banswer\b(?: is)?[ \t]*:?[ \t]*[^\s:][^\n]*\n", re.IGNORECASE)
+CONCLUDED = re.compile(
+    r"\banswer\b(?: (?:to|of|for) [^.:?\n]{1,80}?)?[^\w\n]{0,4}(?:\bis\b|:)[\s:*]*[^\s:*][^\n]*\n",
+    re.IGNORECASE,
+)
+"""A line that gives an answer: "answer is" or "answer:" with words behind it, not "to answer this"."""
 NEW_QUESTION = re.compile(r"\n\s*(?:question|q)\s*:", re.IGNORECASE)
 
 
@@ -34,8 +44,16 @@ def done(text: str, stop: Stop) -> bool:
         return True
     if stop == "line":
         return False
-    end = SENTENCE_END.search(body)
-    return end is not None and len(body) - end.end() > GRACE
+    return any(
+        len(body) - end.end() > GRACE and not _shortened(body[: end.end()])
+        for end in SENTENCE_END.finditer(body)
+    )
+
+
+def _shortened(text: str) -> bool:
+    """Whether a text that ends in a mark and white space ends in a word that is written with a period."""
+    word = text.split()[-1].lstrip("\"'([")
+    return word.endswith(".") and _SHORTENED.fullmatch(word[:-1]) is not None
 
 
 def cut(text: str, stop: Stop) -> str:

@@ -21,6 +21,7 @@ CHUNK = 500
 """Resamples drawn at once, which bounds memory at many cases."""
 FINE_TUNING = ("ft", "ft_l", "ft_m")
 """Baselines that are fine-tuning; the first on a board is what methods are compared with."""
+JUDGED = (".judge", ".judge_undecided")
 ROLES = {"unedited": "the floor, nothing edited", "in_prompt": "the oracle, the fact before every prompt"}
 
 
@@ -164,8 +165,15 @@ def _is_kept(kind: str, tallies: Sequence[Tally]) -> bool:
 
 def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
     table: dict[str, dict[str, Measure]] = {}
-    for key, entry in cell.summary.items():
-        kind, _, protocol = key.rpartition(".")
+    judge = cell.judged.get("judge") or {}
+    # answers that different judges, or one judge under different prompts, called right share no column
+    by = f" by {judge.get('served') or judge.get('model')}, prompt {str(judge.get('prompt_sha256'))[:8]}"
+    judged = {f"{key}{by}": entry for key, entry in (cell.judged.get("summary") or {}).items()
+              if key.endswith(JUDGED)}  # fmt: skip
+    for key, entry in [*cell.summary.items(), *judged.items()]:
+        head, mark, name = key.partition(" by ")
+        kind, _, protocol = head.rpartition(".")
+        protocol += mark + name
         value = number(entry.get("after"))
         if value is None:
             continue

@@ -18,6 +18,7 @@ from errata.report.curves import Curves
 from errata.report.files import folder, write
 from errata.report.measure import Measure
 from errata.report.read import Run
+from errata.report.tables import seed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +162,7 @@ def _board(board: Board, theme: Theme) -> Figure:
         kept = " kept" if column in board.kept else ""
         axes.set_title(kinds.label(column) + kept, fontsize=9.5, color=theme.ink, loc="left")
         axes.tick_params(axis="y", labelleft=axes is panels[0])
-    panels[0].set_yticks(list(places), [entry.cell.name for entry in entries], color=theme.ink)
+    panels[0].set_yticks(list(places), [_name(entry, board) for entry in entries], color=theme.ink)
     return figure
 
 
@@ -201,7 +202,7 @@ def _collapse(board: Board, theme: Theme) -> Figure:
         for look in worn.looks if look.perplexity is not None and math.isfinite(look.perplexity)
     ])  # fmt: skip
     title = "perplexity of neutral text"
-    overflowed = [e.cell.name for e in board.entries if e.curves and _overflows(e.curves)]
+    overflowed = [_name(e, board) for e in board.entries if e.curves and _overflows(e.curves)]
     if overflowed:
         title += f"; beyond all numbers: {', '.join(overflowed)}"
     right.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
@@ -214,6 +215,10 @@ def _collapse(board: Board, theme: Theme) -> Figure:
         axes.set_xlabel("edits in place", fontsize=9, color=theme.muted)
     _legend(right, theme)
     return figure
+
+
+def _name(entry: Entry, board: Board) -> str:
+    return entry.cell.name + seed_of(entry, board)
 
 
 def _overflows(worn: Curves) -> bool:
@@ -245,8 +250,9 @@ def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Po
             continue
         place = chosen.index(entry)
         colour = theme.series[place % len(theme.series)]
-        name = entry.cell.name + (f" ({entry.role})" if entry.role and entry.role != entry.cell.name else "")
-        axes.plot(xs, ys, color=colour, linewidth=2, marker=MARKERS[place], markersize=4.5, label=name)
+        role = f" ({entry.role})" if entry.role and entry.role != entry.cell.name else ""
+        axes.plot(xs, ys, color=colour, linewidth=2, marker=MARKERS[place], markersize=4.5,
+                  label=_name(entry, board) + role)  # fmt: skip
         for x, _, low, high in found:
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.5)

@@ -7,8 +7,13 @@ import math
 from errata.report.measure import Measure
 
 NONE = "–"
-SHARES = ("generate", "teacher_forced", "probability", "choice", "long_form", "judge")
+SHARES = ("generate", "teacher_forced", "probability", "choice", "long_form", "judge", "judge_undecided")
 """Protocols whose scores lie between 0 and 1 and are shown in per cent."""
+
+
+def is_share(protocol: str) -> bool:
+    """Whether a protocol's scores are shares; that of a judge is named with its judge."""
+    return protocol.partition(" by ")[0] in SHARES
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -79,7 +84,7 @@ def quantity(measure: Measure | None, protocol: str, *, brief: bool = False) -> 
     """Show a measure in its protocol's unit."""
     if measure is None:
         return NONE
-    if protocol in SHARES:
+    if is_share(protocol):
         return share(measure, brief=brief)
     text = plain(measure.value)
     if measure.low is None or measure.high is None or brief:

@@ -100,8 +100,8 @@ def _protocol(board: Board, protocol: str) -> dict[str, Any]:
     found = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
     return {
         "id": protocol,
-        "title": tables.PROTOCOLS.get(protocol, protocol.replace("_", " ")),
-        "share": protocol in numbers.SHARES,
+        "title": tables.protocol_title(protocol),
+        "share": numbers.is_share(protocol),
         "kinds": [_kind(kind, board) for kind in kinds.order(found, board.kept)],
     }
 

@@ -17,6 +17,10 @@ PROVENANCE = {
 }
 
 
+MISSING = 0.05
+"""Share of a sequence's or a batch's edits that may be missing, as rows that a loader cannot take are."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One published score beside the measured one."""
@@ -73,13 +77,24 @@ def comparisons(runs: Sequence[Run], boards: Sequence[Board]) -> list[Comparison
 def comparable(table: Mapping[str, Any], board: Board) -> bool:
     """Whether a board measures what a published table does: same model, dataset and schedule.
 
-    Models are compared by the last part of their names, datasets without their number of cases.
+    Models are compared by the last part of their names, datasets without their number of cases; but where
+    edits stand together, about as many must: a score after 100 edits says nothing about one after 10,000.
     """
+    together, edits = _together(table), board.tag.get("edits")
     return (
         _bare(str(table.get("model", "")).rpartition("/")[2]) == _bare(board.model.rpartition("/")[2])
         and _dataset(table.get("dataset")) == _dataset(board.tag.get("dataset"))
         and _bare(str(table.get("schedule", ""))) == _bare(board.schedule)
+        and (together is None or edits is None or abs(edits - together) <= MISSING * together)
     )
+
+
+def _together(table: Mapping[str, Any]) -> int | None:
+    """Return how many edits of a published table stand together; None where it does not say."""
+    kind, _, size = str(table.get("schedule", "")).partition(":")
+    if kind == "sequential":
+        size = str(table.get("dataset", "")).rpartition(":")[2]
+    return int(size) if size.isdecimal() else None
 
 
 def _bare(text: str) -> str:

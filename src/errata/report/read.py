@@ -65,6 +65,9 @@ class Cell:
     found: Mapping[str, Any] = field(default_factory=dict)
     """``cell.json``: tag, summary, looks, scores, retention, cost, host; empty before the cell's end."""
 
+    judged: Mapping[str, Any] = field(default_factory=dict)
+    """What a judge found, as ``errata judge`` wrote it: judge, agreement, summary; empty without."""
+
     @property
     def name(self) -> str:
         """What the method is called in tables."""
@@ -178,6 +181,9 @@ def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str
     found: dict[str, Any] = {}
     if (folder / results.CELL).is_file():
         found = results.read_document(folder / results.CELL)
+    judged: dict[str, Any] = {}
+    if (folder / results.JUDGED).is_file():
+        judged = results.read_document(folder / results.JUDGED)
     state, reason = states.get(name, ("", ""))
     status = str(found.get("status") or state)
     return Cell(
@@ -187,6 +193,7 @@ def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str
         status=status if status in STATES else "unfinished",
         reason=str(found.get("reason") or reason or ""),
         found=found,
+        judged=judged,
     )
 
 

@@ -21,6 +21,7 @@ PROTOCOLS = {
     "perplexity": "perplexity of the wanted text",
     "fluency": "fluency: n-gram entropy of open text",
     "judge": "judge: answers that a language model calls right, per cent",
+    "judge_undecided": "judge: answers that a language model left undecided, per cent",
 }
 
 
@@ -161,9 +162,15 @@ def _protocol(board: Board, protocol: str) -> Table | None:
         (name, *(numbers.quantity(e.measure(protocol, kind), protocol) for kind in shown))
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
-    title = PROTOCOLS.get(protocol, protocol.replace("_", " "))
+    title = protocol_title(protocol)
     columns = ("method", *(_heading(kind, board) for kind in shown))
     return Table(title, columns, tuple(rows)) if shown else None
+
+
+def protocol_title(protocol: str) -> str:
+    """Word a protocol for a heading, with the judge where there is one."""
+    head, mark, judge = protocol.partition(" by ")
+    return PROTOCOLS.get(head, head.replace("_", " ")) + mark.replace(" by ", ", by ") + judge
 
 
 def score_of(entry: Entry, name: str) -> str:

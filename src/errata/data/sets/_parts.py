@@ -9,6 +9,10 @@ from errata.data._base import Record, request
 from errata.types import Case, Probe, Request
 
 
+CARRIED = ("portability", "inverse question", "alternative_subject", "alter_subject_question")
+"""Fields of EasyEdit's questions on what follows from an edit, put to rows of other sets."""
+
+
 def has(value: Any, *fields: str) -> bool:
     """Whether a parsed record is a mapping with all of these fields."""
     return isinstance(value, Mapping) and all(name in value for name in fields)

@@ -15,11 +15,15 @@ from typing import Any
 
 from errata.data._base import Dataset, Record, Skip
 from errata.data.sets._counterfact import asked_again, neighbours, nested, rewrite
-from errata.data.sets._parts import efficacy, kept, name_of
+from errata.data.sets._parts import CARRIED, efficacy, kept, name_of
 from errata.types import Case, Probe
 
 HOST = "https://rome.baulab.info/data/dsets"
 MULTI = "multi"
+ADDED = (
+    *CARRIED, "prefix_distraction", "subject_specificity", "distracting_neighborhood_prompts", "unrelated_relation",
+)  # fmt: skip
+"""Fields that EVOKE and EasyEdit's sets add to its records."""
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
@@ -56,8 +60,8 @@ def gate(variant: str) -> Callable[[Record, Case], None]:
 
 
 def fits(value: Any) -> bool:
-    """Whether a record is CounterFact's: one edit and its neighbours, and none of EVOKE's questions."""
-    return nested(value) and "neighborhood_prompts" in value and "prefix_distraction" not in value
+    """Whether a record is CounterFact's: one edit and its neighbours, and no questions of sets made from it."""
+    return nested(value) and "neighborhood_prompts" in value and not any(name in value for name in ADDED)
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

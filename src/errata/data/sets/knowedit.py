@@ -95,7 +95,7 @@ def _erasure(record: Record, name: str) -> tuple[Request, list[Probe]]:
 
 
 def _criteria(record: Record, wanted: Request) -> Iterator[Probe]:
-    """Read what follows from the edit and what must stay; a question without an answer asks nothing."""
+    """Read what follows from the edit and what must stay; a question without an answer is only counted."""
     old = truths(record.get("ground_truth"))
     for prompt, criterion, right in _asked(record, "portability", CHANGED):
         known = old if criterion == "Subject_Aliasing" else ()
@@ -116,8 +116,10 @@ def _asked(record: Record, path: str, known: Mapping[str, str]) -> Iterator[tupl
     for criterion in groups:
         for item in record.records(f"{path}.{criterion}"):
             right = truths(item.get("ground_truth"))
-            if right:
-                yield from ((text.strip(), criterion, right) for text in item.texts("prompt", needed=True))
+            if not right:
+                record.aside[f"{criterion} without an answer"] += 1
+                continue
+            yield from ((text.strip(), criterion, right) for text in item.texts("prompt", needed=True))
 
 
 def truths(value: Any) -> tuple[str, ...]:

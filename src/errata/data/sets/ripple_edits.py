@@ -53,7 +53,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
     Where one query has several answers, the paper's code wants every one named: such a query becomes one
     probe for each. Only in an OR over several queries, where groups cannot say that, is any of them enough.
-    A test that no answer can pass, one of its queries having none, is left out.
+    A test that no answer can pass, one of its queries having none, is left out, and counted by the check.
     """
     edit = Record(record.get("edit"), f"{record.where}, edit", record.index)
     name = f"ripple_edits:{name_of(record)}"
@@ -159,8 +159,11 @@ def _test(test: Record, kind: str, group: str, wanted: Request) -> list[Probe]:
     asked = [(_prompt(q), _answers(q)) for q in test.records("test_queries", needed=True)]
     conditions = [(_prompt(q), _answers(q)) for q in test.records("condition_queries")]
     if condition == "OR":
+        given = len(asked)
         asked = [(prompt, answers) for prompt, answers in asked if answers and all(answers)]
+        test.aside["queries without an answer, of tests that have others"] += given - len(asked) if asked else 0
     if not asked or not all(answers and all(answers) for _, answers in asked + conditions):
+        test.aside["tests that no answer can pass"] += 1
         return []
     if condition == "OR" and len(asked) > 1:
         asked = [(prompt, [spellings("", sum(answers, ()))]) for prompt, answers in asked]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import efficacy, has, kept, name_of, spellings
+from errata.data.sets._parts import CARRIED, efficacy, has, kept, name_of, spellings
 from errata.types import Case, Probe, Request
 
 TRUE, ALT = "true", "alt"
@@ -63,9 +63,8 @@ def _texts(record: Record, field: str) -> tuple[str, ...]:
 
 def fits(value: Any) -> bool:
     """Whether a record is flat zsRE, without the later portability questions."""
-    return (
-        has(value, "src", "subject", "answers", "rephrase", "loc", "loc_ans") and "portability" not in value
-    )
+    own = has(value, "src", "subject", "answers", "rephrase", "loc", "loc_ans")
+    return own and not any(name in value for name in CARRIED)
 
 
 DATASET = Dataset(

@@ -31,6 +31,8 @@ class Limits:
     """Share of 4-grams that stood in the text before."""
     perplexity: float = 2.0
     """Perplexity of neutral text, as a multiple of the unedited host's."""
+    silence: float = 0.5
+    """Share of texts without a word: a host that ends at once says nothing that repeats."""
     norm: float | None = None
     """Norm ratio of a weight; depends on the model, so there is none by default."""
 
@@ -154,6 +156,9 @@ def alarm(
         )
     if found.repetition is not None and found.repetition > bounds.repetition:
         reasons.append(f"{found.repetition:.0%} of its 4-grams are repeated, limit {bounds.repetition:.0%}")
+    silent = sum(not words(text) for text in texts)
+    if silent > bounds.silence * len(texts):
+        reasons.append(f"{silent} of its {len(texts)} texts are empty, limit {bounds.silence:.0%}")
     if perplexity_ratio is not None and not perplexity_ratio <= bounds.perplexity:
         reasons.append(
             f"perplexity is {perplexity_ratio:.3g} times the unedited one, limit {bounds.perplexity:g}"

@@ -12,6 +12,8 @@ from collections.abc import Hashable, Sequence
 
 _END = re.compile(r"([.!?])[\"')\]]*(\s+|$)")
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.\s*){2,}")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]*\d)")
+_DECIMAL = re.compile(r"(?<![\d.])(\d+)\.(\d+)(?!\.?\d)")
 _ARTICLES = frozenset({"a", "an", "the"})
 _SHORTENED = re.compile(
     "bros|capt|col|dept|dr|ft|gen|gov|hon|jr|lt|messrs|mme|mr|mrs|ms|mt|prof|rev|sen|sgt|sr|st|ste|vs"
@@ -29,12 +31,15 @@ _NEGATED = re.compile(
 
 
 def normalise(text: str, *, keep_articles: bool = False) -> str:
-    """Fold case, width and punctuation, drop articles, join initials.
+    """Fold case, width and punctuation, drop articles, join initials, keep numbers whole.
 
-    ``"The  U.K."`` becomes ``"uk"``, ``"J. K. Rowling"`` becomes ``"jk rowling"``.
+    ``"The  U.K."`` becomes ``"uk"``, ``"J. K. Rowling"`` becomes ``"jk rowling"``, ``"1,200"`` ``"1200"``, and
+    ``"3.5"`` ``"3_5"``, in which no 3 is found.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     joined = _INITIALS.sub(lambda found: re.sub(r"[.\s]", "", found[0]) + " ", folded)
+    joined = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), joined)
+    joined = _DECIMAL.sub(r"\1_\2", joined)
     words = re.sub(r"[^\w\s]", " ", joined).split()
     return " ".join(word for word in words if keep_articles or word not in _ARTICLES)
 
