@@ -9,7 +9,8 @@ import errata
 from errata.evaluation.observe import observe
 from errata.host import hooks
 from errata.locate.keys import capture, subject_place
-from tests.models import FAMILIES, fresh
+from errata.types import Case, Probe
+from tests.models import FAMILIES, fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
 
@@ -128,3 +129,31 @@ def test_frozen_blocks_give_the_same_forward(host):
         after = host.forward(batch)
     torch.testing.assert_close(plain, again, atol=0, rtol=0)
     torch.testing.assert_close(plain, after, atol=0, rtol=0)
+
+
+def test_a_language_model_inside_a_larger_one_is_read_and_edited():
+    """Its configuration stands one level down; window, vocabulary and layers are those of the language model."""
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3TextConfig,
+        SiglipVisionConfig,
+    )
+
+    tok = tokenizer()
+    text = Gemma3TextConfig(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=64, max_position_embeddings=128,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+        patch_size=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    both = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    host = errata.load(Gemma3ForConditionalGeneration(both).eval(), tok)
+    assert host.window == 128 and host.vocab_size == len(tok) and len(host.layout.blocks) == 4
+    request = errata.Request("{} was born in", "Ada", "Esk", "Merrin")
+    case = Case("c", request, (Probe("efficacy", request.text, ("Esk",), ("Merrin",), "Merrin"),))
+    report = errata.evaluate(host, [case], method="ft", steps=60, epsilon=None)
+    assert report.summary["efficacy.teacher_forced"]["after"] == 1.0 and report.meta["weights_restored"]

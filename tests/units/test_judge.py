@@ -248,6 +248,11 @@ def test_settings_are_checked_at_once(monkeypatch):
         )
 
 
+def test_rows_of_groups_have_no_text_to_judge():
+    group = Row("a", "hop.all", "generate", "p", 0, 1, {"group": "hops", "of": 2})
+    assert judge([group], JudgeSettings("http://x", "toy")) == []
+
+
 def test_texts_that_hold_fields_are_not_filled_in():
     text = question(row("a", "", "{answers} {prompt}"), "after", JudgeSettings("http://x", "toy"))
     assert "<candidate>{answers} {prompt}</candidate>" in text
@@ -278,6 +283,8 @@ def test_the_command_judges_the_newest_rows_of_a_run(server, tmp_path):
 
     from errata.bench.results import Journal
     from errata.cli.main import app
+    from errata.report.card import card
+    from errata.report.read import read_run
     from tests.units.report.synthetic import case_line, row, write_small
 
     lines = [
@@ -298,6 +305,7 @@ def test_the_command_judges_the_newest_rows_of_a_run(server, tmp_path):
         assert shares and set(shares.values()) == {1.0}  # this server finds everything correct
         assert len(made) == 8 and all("late" in row["prompt"] for row in made)
         assert entry["agreement"]["undecided"] == 0 and entry["agreement"]["agree"] == 0.5
+    assert "by toy, prompt" in card([read_run(run)]), "reports show it under the judge's name"
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
     assert len(server.asked) == asked  # replies are kept
     refused = CliRunner().invoke(app, [*words, "--only", "no such cell"])

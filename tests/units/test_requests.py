@@ -106,3 +106,33 @@ def test_cases_carry_probes_and_always_ask_whether_the_edit_took(tmp_path):
         read_cases(path)
     for part in ("probe 1: unknown field 'promt'", "probe 1: missing prompt, answers", "probe 2: expected"):
         assert part in str(caught.value)
+
+
+def test_texts_may_hold_any_character_json_allows(tmp_path):
+    """Line separators of Unicode are no ends of lines in JSON lines; ends of Windows are."""
+    row = {"prompt": "Ada\u2028Orn is", "subject": "Ada\u2028Orn", "target": "Esk\x85"}
+    lines = json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(ROWS[0]) + "\r\n"
+    for name in ("r.jsonl", "lines.json"):
+        (tmp_path / name).write_bytes(lines.encode())
+        assert [r.subject for r in read_requests(tmp_path / name)] == ["Ada\u2028Orn", "Ada"]
+    (tmp_path / "cut.json").write_text('{\n"prompt": "x"\n}\nmore')
+    with pytest.raises(RequestError, match="not JSON: Extra data at line 4"):
+        read_requests(tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kind", 3, "kind must be text, found int 3"),
+        ("prompt", ["a"], "prompt must be text, found list"),
+        ("rival", 7, "rival must be text, found int 7"),
+        ("answers", [""], "answers must be texts that are not empty, found str ''"),
+        ("answers", {"a": 1}, "answers must be texts that are not empty, found dict"),
+        ("before", ["Esk", True], "before must be texts that are not empty, found bool True"),
+    ],
+)
+def test_probes_that_cannot_be_asked_are_refused(tmp_path, field, value, message):
+    probe = {"kind": "locality", "prompt": "Bruno is", "answers": [1984], field: value}
+    path = write(tmp_path / "c.jsonl", [{**ROWS[0], "probes": [probe]}])
+    with pytest.raises(RequestError, match="line 1, probe 1: " + message):
+        read_cases(path)

@@ -88,7 +88,9 @@ def limits(repetition: float | None, evenness: float | None) -> collapse.Limits:
     share = 1.0 if evenness is None else evenness
     return replace(
         usual,
-        repetition=usual.repetition if (repetition or 0.0) <= usual.repetition else (1 + (repetition or 0)) / 2,
+        repetition=usual.repetition
+        if (repetition or 0.0) <= usual.repetition
+        else (1 + (repetition or 0)) / 2,
         entropy=usual.entropy if share * most >= usual.entropy else share * most / 2,
     )
 

@@ -262,7 +262,11 @@ def _table(path: Path, file: TextIO) -> Iterator[Row]:
             if surplus:
                 yield Row(where, None, f"{len(surplus)} cells more than the first line has names")
                 continue
-            value = {name: cell for name, cell in cells.items() if cell not in (None, "")}
+            missing = sum(cell is None for cell in cells.values())
+            if missing:
+                yield Row(where, None, f"{missing} cells fewer than the first line has names")
+                continue
+            value = {name: cell for name, cell in cells.items() if cell != ""}
             yield _row(where, value, "".join(value.values()))
     except csv.Error as error:
         raise BrokenOff(f"{path} breaks off after line {reader.line_num}: {error}; mend it there") from error

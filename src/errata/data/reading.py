@@ -232,10 +232,11 @@ class _Reading:
             try:
                 for case in entry.cases(record, self.variant):
                     if gate is None or self._passes(gate, record, case):
+                        self.aside.update(record.aside)
+                        record.aside.clear()
                         yield self.tally.add(case)
             except (Skip, RequestError) as error:
                 self.tally.leave_out(row.where, error)
-            self.aside.update(record.aside)
 
     def _passes(self, gate: Callable[[Record, Case], None], record: Record, case: Case) -> bool:
         try:

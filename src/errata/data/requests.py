@@ -108,12 +108,14 @@ def _probes(where: str, record: Mapping[str, Any]) -> tuple[list[Probe], list[st
         amiss = [
             f"{place}: {name} must be text, found {type(probe[name]).__name__} {probe[name]!r:.60}"
             for name in ("kind", "prompt", "rival")
-            if probe.get(name) is not None and not _is_text(probe[name])
+            if probe.get(name) not in (None, "") and not _is_text(probe[name])
         ]
-        answers, before = (_texts(probe.get(name), f"{place}: {name}", amiss) for name in ("answers", "before"))
+        answers, before = (
+            _texts(probe.get(name), f"{place}: {name}", amiss) for name in ("answers", "before")
+        )
         wrong += amiss
         if not amiss:
-            found.append(Probe(probe["kind"], probe["prompt"], answers, before, probe.get("rival")))
+            found.append(Probe(probe["kind"], probe["prompt"], answers, before, probe.get("rival") or None))
     return found, wrong
 
 
@@ -123,7 +125,7 @@ def _is_text(value: Any) -> bool:
 
 def _texts(value: Any, place: str, amiss: list[str]) -> tuple[str, ...]:
     """Read a text or number, or a list of them, as texts; what is neither is added to ``amiss``."""
-    if value is None:
+    if value in (None, ""):
         return ()
     listed = value if isinstance(value, (list, tuple)) else [value]
     numbers = (int, float)
@@ -172,7 +174,8 @@ def _document(path: Path, text: str, suffix: str) -> Iterator[tuple[str, Any]]:
     try:
         loaded = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and "\n" in text[: error.pos]:  # JSON lines under another name
+        first = text[: error.pos]
+        if error.msg == "Extra data" and first.endswith("\n") and "\n" not in first.strip():  # JSON lines
             yield from _jsonl(text)
             return
         raise RequestError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from error

@@ -96,7 +96,7 @@ def score(
     rows = list(by_row)
     positions = sum(len(answer.target) for answer in asked)
     density = max(positions, 1) / max(1, sum(map(len, rows)))  # logits wanted for a token that is run
-    budget = min(SCORE_TOKENS, int(LOGITS / host.config.vocab_size / density))
+    budget = min(SCORE_TOKENS, int(LOGITS / host.vocab_size / density))
     found: list[Said] = [((), ())] * len(asked)
     done = 0
     for group in tokens.by_length(rows, budget):

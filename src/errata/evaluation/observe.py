@@ -337,7 +337,7 @@ class _After:
 
     def _packed(self, carried: dict[Ids, list[_Tail]]) -> Iterator[list[Ids]]:
         """Batch rows, longest first, bounded in tokens, also those run before, and in what is read."""
-        room = max(1, LOGITS // self.host.config.vocab_size)
+        room = max(1, LOGITS // self.host.vocab_size)
         whole = {row: max(len(tail.answer.ids) for tail in tails) for row, tails in carried.items()}
         pack: list[Ids] = []
         read = 0
@@ -389,7 +389,7 @@ def logprobs(host: Host, texts: Sequence[str], *, batch_tokens: int = SCORE_TOKE
     limit = min(TEXT_TOKENS, host.window or TEXT_TOKENS)
     rows = [host.encode(text).ids[:limit] for text in texts]
     wanted = [i for i, row in enumerate(rows) if len(row) > 1]
-    budget = max(limit, min(batch_tokens, LOGITS // host.config.vocab_size))
+    budget = max(limit, min(batch_tokens, LOGITS // host.vocab_size))
     found = [torch.empty(0)] * len(rows)
     for places in tokens.by_length([rows[i] for i in wanted], budget):
         group = [wanted[place] for place in places]

@@ -53,6 +53,17 @@ class Host:
         return self.model.config
 
     @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, where the model's own holds others beside it."""
+        inner = getattr(self.config, "get_text_config", None)
+        return inner(decoder=True) if inner is not None else self.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the model may answer with."""
+        return int(self.text_config.vocab_size)
+
+    @property
     def family(self) -> str:
         """Architecture name, e.g. ``llama``."""
         return str(getattr(self.config, "model_type", type(self.model).__name__))
@@ -71,7 +82,7 @@ class Host:
     def window(self) -> int | None:
         """Longest input in tokens; None if the configuration sets no bound."""
         for key in ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"):
-            bound = getattr(self.config, key, None)
+            bound = getattr(self.text_config, key, None)
             if isinstance(bound, int) and bound > 0:
                 return bound
         return None
@@ -79,7 +90,7 @@ class Host:
     @cached_property
     def layout(self) -> Layout:
         """Sites found by structure. Raises HostError where there are none to find."""
-        ids = torch.arange(5, device=self.device)[None] % self.config.vocab_size
+        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
         probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return discover(self.model, probe)
 
@@ -471,7 +482,7 @@ def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) ->
 
 def _settle(host: Host) -> None:
     """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
-    ids = torch.arange(5, device=host.device)[None] % host.config.vocab_size
+    ids = torch.arange(5, device=host.device)[None] % host.vocab_size
     try:
         with torch.no_grad():
             host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -233,7 +233,7 @@ class Partial:
         """Return what a block's answer looks like: a tensor, or a tuple led by one."""
         if self._shape is None:
             found: list[Any] = []
-            ids = torch.arange(3, device=self.host.device)[None] % self.host.config.vocab_size
+            ids = torch.arange(3, device=self.host.device)[None] % self.host.vocab_size
             with (
                 torch.no_grad(),
                 hooks.on_answer(self.blocks[0], found.append),
@@ -267,9 +267,9 @@ def can_reuse(host: Host, longest: int) -> bool:
 
     The last is tried out once per host: a row cut in two must end in the same states as in one piece.
     """
-    window = getattr(host.config, "sliding_window", None)
+    window = getattr(host.text_config, "sliding_window", None)
     short = isinstance(window, int) and 0 < window <= longest
-    kinds = set(getattr(host.config, "layer_types", None) or ())
+    kinds = set(getattr(host.text_config, "layer_types", None) or ())
     plain = kinds <= {"full_attention", "sliding_attention"}
     stateful = bool(getattr(host.model, "_is_stateful", False))
     if "past_key_values" not in host.accepts or not plain or stateful or short:
@@ -285,7 +285,7 @@ def _works(host: Host) -> bool:
     """Try the cache on two rows of different lengths."""
     partial = Partial(host)
     top = len(partial.blocks) - 1
-    count = host.config.vocab_size
+    count = host.vocab_size
     rows = [[(7 * i + 3 + k) % count for i in range(4 + k)] for k in range(2)]
     with hooks.frozen(host.model):
         tokens, column = align(host, rows, [2, 3], [0, 0])

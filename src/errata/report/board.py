@@ -167,7 +167,7 @@ def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
     table: dict[str, dict[str, Measure]] = {}
     judge = cell.judged.get("judge") or {}
     # answers that different judges, or one judge under different prompts, called right share no column
-    by = f" by {judge.get('served') or judge.get('model')}, prompt {str(judge.get('prompt_sha256'))[:8]}"
+    by = f" by {judge.get('model')}, prompt {str(judge.get('prompt_sha256'))[:8]}"
     judged = {f"{key}{by}": entry for key, entry in (cell.judged.get("summary") or {}).items()
               if key.endswith(JUDGED)}  # fmt: skip
     for key, entry in [*cell.summary.items(), *judged.items()]:

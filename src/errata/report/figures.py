@@ -103,6 +103,11 @@ def _saved(figure: Figure, form: str) -> bytes:
     """Return a figure's bytes, the same for the same numbers."""
     from matplotlib import rc_context
 
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:  # the layout's solver differs in the last bits from one time to the next
+        left, bottom, width, height = (round(place, 5) for place in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
     held = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "errata"}):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errata.evaluation.metrics.intervals import mean
 from errata.report.board import Board, Entry
 from errata.report.read import Run, number
 
@@ -111,10 +112,10 @@ def _comparison(table: Mapping[str, Any], board: Board | None) -> Comparison:
     lines: list[Line] = []
     for row in table.get("rows") or ():
         mine = str(row.get("provenance") or provenance)
-        entry = _entry(row, board)
+        entries = _entries(row, board)
         scores = {str(k): number(v) for k, v in (row.get("scores") or {}).items()}
         for name, value in scores.items():
-            measured = _measured(entry, name)
+            measured = _measured(entries, name)
             shown = None if mine == "memory" else value
             within = None
             if shown is not None and measured is not None and tolerance is not None:
@@ -127,14 +128,22 @@ def _comparison(table: Mapping[str, Any], board: Board | None) -> Comparison:
     )  # fmt: skip
 
 
-def _entry(row: Mapping[str, Any], board: Board | None) -> Entry | None:
-    """Find the line that a published one is about: by the cell's label, else by errata's name of the method."""
+def _entries(row: Mapping[str, Any], board: Board | None) -> list[Entry]:
+    """Find the lines that a published one is about, one for each seed.
+
+    By the cell's label, else by errata's name of the method: the cell without settings of its own, else the only
+    one there is. Which of several does best never matters.
+    """
     entries = board.entries if board else ()
-    labelled = (e for e in entries if e.cell.name == row.get("method"))
-    registered = (e for e in entries if e.cell.method == row.get("errata_method"))
-    return next(labelled, None) or next(registered, None)
+    labelled = [e for e in entries if e.cell.name == row.get("method")]
+    if labelled:
+        return labelled
+    registered = [e for e in entries if e.cell.method == row.get("errata_method")]
+    found = [e for e in registered if not e.cell.plan.get("settings")] or registered
+    return found if len({e.cell.name for e in found}) == 1 else []
 
 
-def _measured(entry: Entry | None, name: str) -> float | None:
-    """Find a legacy score by its paper's name; cells keep them in the papers' units."""
-    return None if entry is None else number((entry.cell.found.get("scores") or {}).get(name))
+def _measured(entries: Sequence[Entry], name: str) -> float | None:
+    """Average a legacy score, by its paper's name, over seeds; cells keep them in the papers' units."""
+    found = [number((entry.cell.found.get("scores") or {}).get(name)) for entry in entries]
+    return mean([value for value in found if value is not None])

@@ -201,12 +201,17 @@ def _states(path: Path) -> dict[str, tuple[str, str]]:
     """Read state and reason by cell from the job table; nothing where there is none."""
     if not path.is_file():
         return {}
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
-            rows = base.execute("SELECT cell, state, reason FROM jobs").fetchall()
-    except sqlite3.Error as error:
-        raise DataError(f"cannot read the job table {path}: {error}") from error
-    return {str(cell): (str(state), str(reason or "")) for cell, state, reason in rows}
+    # a table with a write-ahead log in a folder that nobody may write to opens only as one that never changes
+    for mode in ("mode=ro", "immutable=1"):
+        try:
+            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as base:
+                rows = base.execute("SELECT cell, state, reason FROM jobs").fetchall()
+        except sqlite3.Error as error:
+            if mode == "mode=ro" and any(words in str(error) for words in ("readonly", "unable to open")):
+                continue
+            raise DataError(f"cannot read the job table {path}: {error}") from error
+        return {str(cell): (str(state), str(reason or "")) for cell, state, reason in rows}
+    return {}
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:

@@ -128,7 +128,7 @@ def _further(board: Board, brief: bool) -> Table | None:
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
     columns = ("method", *(["over fine-tuning"] if tuned else []), *(_heading(k, board) for k in shown))
-    note = "over fine-tuning: difference of headlines in points, paired over cases; below zero, it loses"
+    note = "over fine-tuning: difference of headlines in points, paired over cases; an interval below zero: it loses"
     return Table("free generation, further kinds", columns, tuple(rows), (note,) if tuned else ())
 
 

@@ -104,6 +104,19 @@ def test_a_heartbeat_holds_a_lease_and_notices_when_it_is_lost(tmp_path):
             lease.check()
 
 
+def test_who_slept_through_a_lease_asks_before_writing(jobs, clock):
+    """A suspended machine wakes with a heart that has not beaten yet."""
+    assert jobs.take("mine", ["a"]) == "a"
+    with Lease(jobs, "a", "mine") as lease:
+        clock.now += 61
+        lease.check()  # nobody took it: held again
+        assert jobs.take("other", ["a"]) is None
+        clock.now += 61
+        assert jobs.take("other", ["a"]) == "a"
+        with pytest.raises(LeaseLost, match="taken over"):
+            lease.check()
+
+
 def test_a_file_that_is_no_table_is_told(tmp_path):
     path = tmp_path / "jobs.sqlite"
     path.write_text("no database at all, but a text that is long enough to be read as one")

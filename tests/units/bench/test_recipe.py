@@ -31,6 +31,7 @@ def test_every_mistake_is_told_at_once():
             {"methods": ["rome", "rome"], "datasets": ["lab:3"], "schedule": "daily", "look": [1]},
             {"methods": ["rome"], "datasets": ["lab:3"], "schedule": "sequential:1", "look": "evry:2"},
             {"methods": "rome"},
+            {"methods": [{"name": "memit", "label": "ft"}], "datasets": ["lab:3"]},
         ],
     }
     with pytest.raises(ConfigError) as caught:
@@ -42,6 +43,7 @@ def test_every_mistake_is_told_at_once():
         "did you mean 'steps'", "unedited is a baseline", "runs[0].datasets: is empty",
         "runs[1].methods: 'rome' stands there twice", "runs[1].schedule", "runs[1].look: belongs to a sequence",
         "runs[2].look: checkpoints 'evry:2'", "runs[3].datasets: is missing",
+        "runs[4].methods[0].label: ft names a baseline",
     ):  # fmt: skip
         assert piece in text, piece
 

@@ -282,6 +282,12 @@ def test_batches_are_gone_on_with_after_the_last_whole_one(model, cases, tmp_pat
     Jobs(tmp_path / "cut" / "jobs.sqlite").reopen(["done"], [cell])
     execute(words, tmp_path / "cut", resume=True)
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
+    took = 0.0
+    for record in map(json.loads, rows.read_text().splitlines()):
+        if record["type"] == "case":
+            took += record["cost"]["fit_seconds"]
+        else:
+            assert record["fit_seconds"] == pytest.approx(took), "what fits took before the stop counts too"
 
 
 def test_another_recipe_is_not_gone_on_with(words, whole, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from errata.data._base import Malformed, Record, Skip, SubjectAbsent
-from errata.data.sets import easyedit_locality, easyedit_portability
+from errata.data.sets import counterfact, easyedit_locality, easyedit_portability, zsre
 from errata.errors import DataError
 
 COUNTERFACT = {
@@ -169,6 +169,15 @@ def test_they_are_told_apart():
         assert easyedit_portability.DATASET.fits(record) and not easyedit_locality.DATASET.fits(record)
     for record in local:
         assert easyedit_locality.DATASET.fits(record) and not easyedit_portability.DATASET.fits(record)
+    # the published rows keep the other fields of the rows they extend, which alone are a set of their own
+    facts = {"neighborhood_prompts": ["Bo Orn was born in"], "attribute_prompts": []}
+    asks = {"loc": "nq question: who", "loc_ans": "Bo"}
+    for record, base, own in [
+        *((record, counterfact.DATASET, facts) for record in (portable[0], portable[3], *local[:2])),
+        *((record, zsre.DATASET, asks) for record in portable[1:3]),
+    ]:
+        assert not base.fits({**own, **record})
+    assert counterfact.DATASET.fits({**COUNTERFACT, **facts}) and zsre.DATASET.fits({**ZSRE, **asks})
     # EVOKE goes on from the one-hop rows, with questions of its own
     assert not easyedit_portability.DATASET.fits({**COUNTERFACT, **HOP, "prefix_distraction": []})
     for record in (COUNTERFACT, ZSRE, {}, [], "x"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from errata.data._base import Malformed, Record, Skip
+from errata.data.reading import check
 from errata.data.sets import knowedit
 
 FACT = {
@@ -193,6 +196,17 @@ def test_facts_count_criteria():
         },
         "cases without criteria": 1,
     }
+
+
+def test_questions_without_an_answer_are_counted(tmp_path):
+    path = tmp_path / "recent_test.json"
+    path.write_text(json.dumps([FACT, FACT, {**FACT, "subject": "absent"}]), encoding="utf-8")
+    assert check(path).facts["left out of cases"] == {"Reasoning without an answer": 2}
+    assert check(f"{path}:1").facts["left out of cases"] == {"Reasoning without an answer": 1}
+    path.write_text(json.dumps({"K_F": [ERASED], "K_R": [retained(0), {"question": "Q?"}]}), encoding="utf-8")
+    found = check(path)
+    assert found.probes["locality"] == 1
+    assert found.facts["left out of cases"] == {"retained questions without an answer": 1}
 
 
 def test_it_is_told_from_other_records():

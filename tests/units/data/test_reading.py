@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from errata.data import formats, reading
-from errata.data._base import Dataset
+from errata.data import fetching, formats, reading
+from errata.data._base import Dataset, SubjectAbsent, request
 from errata.data.formats import BrokenOff
 from errata.data.reading import check, iterate, read
 from errata.data.sets import REGISTRY
@@ -180,6 +180,9 @@ def test_tables_with_surplus_cells_and_open_quotes(tmp_path):
     assert (found.malformed[0].where, found.malformed[0].reason) == (
         "line 3", "2 cells more than the first line has names",
     )  # fmt: skip
+    short = row.rpartition(",")[0]  # cut within a line: what is missing is not taken for an empty cell
+    cut = check(f"counterfact_edit@{written(tmp_path / 'd.csv', f'{head}{chr(10)}{short}{chr(10)}{row},')}")
+    assert cut.malformed[0].reason == "1 cells fewer than the first line has names"
     open_quote = check(
         f"counterfact_edit@{written(tmp_path / 'b.csv', f'{head}{chr(10)}{row}{chr(10)}1,{chr(34)}open')}"
     )
@@ -242,6 +245,35 @@ def test_files_whose_names_look_like_something_else(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "file", "variant"),
+    [
+        ("mquake", "MQuAKE-T.json", "t"),
+        ("ecbd", "ecbd_specificity.json", "popular"),
+        ("commonsense", "pep3k/probe_set.json", "pep3k"),
+        ("commonsense", "probe_set.json", "20q"),  # says nothing without its folder
+        ("zsre", "zsre_mend_eval.json", "true"),  # the same file under both conventions
+        ("mquake", "mine.json", "cf"),
+    ],
+)
+def test_a_files_usual_name_tells_its_variant(name, file, variant):
+    assert fetching.variant_of(REGISTRY.get(name), Path("some") / file) == variant
+
+
+def test_results_are_labelled_with_the_variant_of_the_file(tmp_path):
+    """Also where the variant changes what is read: contradictions are left out of the one file, not the other."""
+    rows = json.loads((FOLDER / "counterfact.json").read_text(encoding="utf-8"))[:1]
+    torn = json.loads(json.dumps(rows[0]))
+    torn["requested_rewrite"]["target_new"]["str"] = "Elsewhere"
+    torn["case_id"] = "torn"
+    multi = written(tmp_path / "multi_counterfact.json", json.dumps([*rows, torn]))
+    plain = written(tmp_path / "counterfact.json", json.dumps([*rows, torn]))
+    for source in (multi, f"counterfact@{multi}", f"counterfact/multi@{plain}"):
+        assert (check(source).name, check(source).cases) == ("counterfact/multi", 1)
+    for source in (plain, f"counterfact@{plain}"):
+        assert (check(source).name, check(source).cases) == ("counterfact", 2)
+
+
+@pytest.mark.parametrize(
     ("source", "words"),
     [
         ("zrse", "did you mean 'zsre'"),
@@ -256,6 +288,24 @@ def test_files_whose_names_look_like_something_else(tmp_path, monkeypatch):
 def test_sources_that_name_nothing(source, words):
     with pytest.raises(DataError, match=words):
         read(source)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "template"),
+    [
+        ("The capital of ruvia is", "Ruvia", ("The capital of ", " is")),  # other capitals
+        ("The Ruvian song of Ruvia is", "Ruvia", ("The Ruvian song of ", " is")),  # not within a word
+        ("Ruvia, or Ruvia proper, is", "Ruvia", ("", ", or Ruvia proper, is")),  # the first of two
+        ("The Ruvian king is", "Ruvia", ("The ", "n king is")),  # spelled so, if only there
+    ],
+)
+def test_where_the_subject_stands(prompt, subject, template):
+    assert request(prompt, subject, "Kesh").template == template
+
+
+def test_other_capitals_within_a_word_are_no_subject():
+    with pytest.raises(SubjectAbsent, match="'Ada' does not stand in prompt"):
+        request("The capital of Canada is", "Ada", "Kesh")
 
 
 def test_a_file_that_fits_nothing_says_what_was_found(tmp_path):
@@ -386,6 +436,9 @@ def test_the_command_line_checks_and_shows(tmp_path):
     assert isinstance(cli("show", str(ZSRE), "--case", "99").exception, DataError)
     listed = json.loads(cli("list", "--json").output)["datasets"]
     assert [entry["name"] for entry in listed] == list(REGISTRY)
+    rows = json.dumps([["clerk", 0.0, 0.5]])
+    offered = cli("show", f"professions@{written(tmp_path / 'jobs.json', rows)}").output
+    assert "of: he | she" in offered
     for words in (("list",), ("show", str(ZSRE))):
         assert cli(*words).exit_code == 0
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from errata.data._base import Malformed, Record, Skip
+from errata.data.reading import check
 from errata.data.sets import ripple_edits
 
 
@@ -243,6 +244,18 @@ def test_a_test_that_no_answer_can_pass_is_left_out():
         assert group("Forgetfulness 1", {**RECORD, "Forgetfulness": [test]}) == []
     (left,) = group("Forgetfulness 1", {**RECORD, "Forgetfulness": [trial([hopeless, fine])]})
     assert left[1] == "B:"
+
+
+def test_what_is_left_out_of_a_case_is_counted(tmp_path):
+    hopeless, fine = query("A:", ("x",)), query("B:", ("no",))
+    path = tmp_path / "popular.json"
+    path.write_text(json.dumps([RECORD]), encoding="utf-8")
+    assert "left out of cases" not in check(path).facts
+    tests = [trial([hopeless]), trial([hopeless, fine], "AND"), trial([hopeless, fine])]
+    path.write_text(json.dumps([{**RECORD, "Forgetfulness": tests}]), encoding="utf-8")
+    assert check(path).facts["left out of cases"] == {
+        "tests that no answer can pass": 2, "queries without an answer, beside others": 1,
+    }  # fmt: skip
 
 
 def test_an_unknown_condition_is_malformed():

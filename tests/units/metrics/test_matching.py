@@ -46,7 +46,8 @@ def test_an_answer_after_an_initial_is_in_the_first_sentence():
     [
         ("not Esk", False), ("not in Esk", False), ("She was not born in Esk.", False), ("It isn't Esk.", False),
         ("It is no longer Esk", False), ("rather than Esk", False), ("never in the Esk", False),
-        ("not only Esk", True), ("not far from here is Esk", True), ("No, Esk", True), ("nothing but Esk", True),
+        ("not located in Esk", False), ("not only Esk", True), ("not far from here is Esk", True),
+        ("No, Esk", True), ("nothing but Esk", True),
         ("not Esk? Yes, Esk", False), ("not Esk, or is it Esk", True), ("Knot Esk", True),
     ],
 )  # fmt: skip
@@ -68,6 +69,19 @@ def test_normal_forms():
     assert matching.normalise("O’Brien") == matching.normalise("O'Brien")
     assert matching.normalise("The A", keep_articles=True) == "the a"
     assert matching.says("The grade is A", ["A"]), "an answer that is an article"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("3.5 million", "3", False), ("3.5 million", "5", False), ("3.5 million", "3.5", True),
+        ("1,200 people", "200", False), ("1,200 people", "1200", True), ("1200", "1,200", True),
+        ("12,345,678", "12345678", True), ("in 1990, 200 people", "200", True), ("in May 5,1990", "1990", True),
+        ("on 3.12.1990", "1990", True), ("It is 3. Esk", "3", True), ("1, 2, 3", "2", True),
+    ],
+)  # fmt: skip
+def test_a_number_is_no_part_of_another(text, answer, right):
+    assert matching.says(text, [answer]) is right
 
 
 def test_strict_match_wants_the_answer_and_nothing_else():

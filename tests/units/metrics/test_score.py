@@ -299,17 +299,27 @@ def test_open_texts_are_measured_with_their_prompt_and_against_passages():
     case = Case("c", REQUEST, probes)
     idf = consistency.idf(["cats purr", "dogs bark"])
     before, after = [answer(" one two"), answer(" one two")], [answer(" cats purr"), answer(" dogs bark")]
+    told = [replace(probe, prompt="cats purr") for probe in probes]
     rows = score.rows(case, before, after, idf=idf, checkpoint=7)
     # Ada one two: two 2-grams and one 3-gram, (2/3 * 1 + 0) / 2 bits
     assert rows[0].protocol == "fluency" and rows[0].before == pytest.approx(100 / 3)
     assert [r.protocol for r in rows] == ["fluency", "fluency", "reference"]
     assert (rows[2].before, rows[2].after) == (0.0, pytest.approx(1.0)), "joined, the texts are the passages"
+    with_prompts = score.rows(Case("c", REQUEST, tuple(told)), before, after, idf=idf)[-1]
+    assert with_prompts.before == pytest.approx(math.sqrt(0.5)), "cats purr, of cats purr dogs bark"
     assert all(r.detail["checkpoint"] == 7 for r in rows)
     assert score.legacy_scores(score.summarise(rows))["RS"] == pytest.approx(100)
     entry = score.summarise(rows)["generation.fluency"]
     assert (
         entry["mean"] == entry["after"] and entry["distinct_after"] == 1.0 and entry["evenness_after"] is None
     )
+
+
+@pytest.mark.parametrize("form", ["short", "long", "thought", "choice", "span"])
+def test_a_probe_without_an_accepted_answer_is_refused(form):
+    case = Case("c", REQUEST, (Probe("efficacy", "Ada is in", (), (), form=form),))
+    with pytest.raises(DataError, match="case c, prompt 'Ada is in'.*at least one accepted answer"):
+        score.rows(case, [answer("")], [answer("")])
 
 
 def test_two_methods_side_by_side():

@@ -74,6 +74,8 @@ def test_each_sign_gives_its_reason():
     )
     assert collapse.alarm([HEALTHY], perplexity_ratio=2.0, norm_ratios=[0.5], limits=limits) == []
     assert collapse.alarm([HEALTHY], perplexity_ratio=math.nan), "a ratio that is no number is no good sign"
+    assert "2 of its 3 texts are empty" in collapse.alarm(["", " \n", HEALTHY])[0]
+    assert collapse.alarm(["", HEALTHY]) == []
     assert collapse.alarm([HEALTHY, "Esk " * 100]), "half of the texts collapsed: 48 % of the 4-grams repeat"
 
 
@@ -203,6 +205,7 @@ def test_reference_score_by_hand():
         ("So the answer to the question is **Tallow**", "Tallow**"),
         ("**Answer:** Tallow", "Tallow"),
         ("Answer:\nTallow\nmore", "Tallow"),
+        ("The answer is Tallow.\nAnswer:", "Tallow."),
         ("Ada is from Esk.\nSo it is Tallow", "So it is Tallow"),
         ("It answers to Esk", "It answers to Esk"),
         ("", ""),

@@ -16,9 +16,10 @@ from errata.report.board import boards
 from errata.report.card import card, escape
 from errata.report.files import write
 from errata.report.measure import Measure
+from errata.report.page import document
 from errata.report.published import comparable, comparisons
 from errata.report.read import read_run
-from tests.units.report.synthetic import case_line, row, write_small
+from tests.units.report.synthetic import case_line, row, write_run, write_small
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,51 @@ def test_only_the_same_setting_is_comparable(run, changed, fits):
     assert comparable(table, boards([run])[0]) is fits
 
 
+@pytest.mark.parametrize(
+    ("dataset", "schedule", "fits"),
+    [("lab:20", "sequential:10", True), ("lab", "sequential:10", True), ("lab:10000", "sequential:10", False),
+     ("lab:1", "sequential:10", False)],
+)  # fmt: skip
+def test_as_many_edits_must_stand_together(tmp_path, dataset, schedule, fits):
+    (board,) = boards([read_run(write_run(tmp_path / "run", cases=20, looks=(10, 20), single=False))])
+    assert comparable({"model": "lab", "dataset": dataset, "schedule": schedule}, board) is fits
+
+
+def test_a_batch_is_compared_by_what_it_held(tmp_path):
+    cell = {"method": "memit", "lines": [case_line("a", row("a", "efficacy", "e", 1.0))],
+            "plan": {"schedule": "batch:1000"}}  # fmt: skip
+    for edits, fits in ((1000, True), (20, False)):
+        run = read_run(write_small(tmp_path / str(edits), [{**cell, "tag": {"edits": edits}}]))
+        table = {"model": "lab", "dataset": "lab", "schedule": "batch:1000"}
+        assert comparable(table, boards([run])[0]) is fits
+
+
+def test_judges_have_tables_of_their_own(tmp_path):
+    """Two judges, or two prompts of one, never share a column, and no judge ranks a method."""
+    lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
+    place = write_small(tmp_path / "run", [{"method": name, "lines": lines} for name in ("rome", "memit")])
+    for cell, model, value in (("rome-0", "toy", 0.25), ("memit-1", "big", 0.75)):
+        summary = {"efficacy.judge": {"before": 0.0, "after": value, "n": 4, "ci": [0.0, 1.0]},
+                   "efficacy.generate": {"before": 0.0, "after": 0.5, "n": 4, "ci": [0.0, 1.0]}}  # fmt: skip
+        made = {"judge": {"model": model, "prompt_sha256": "ab" * 32}, "summary": summary, "agreement": {}}
+        (place / "cells" / cell / "judged.json").write_text(json.dumps(made), encoding="utf-8")
+    run = read_run(place)
+    (board,) = boards([run])
+    assert all(entry.headline and entry.headline.value == 1.0 for entry in board.entries)
+    found = {t.title: t.rows for t in tables.sections([board])[0].tables if t.title.startswith("judge")}
+    assert len(found) == 2
+    for title, rows in found.items():
+        toy = "by toy, prompt abababab" in title
+        wanted = (
+            {"rome": "25.0 [0.0, 100.0]", "memit": "–"}
+            if toy
+            else {"rome": "–", "memit": "75.0 [0.0, 100.0]"}
+        )
+        assert sorted(rows) == sorted(wanted.items())
+    shown = {one["id"]: one["share"] for one in document([run])["boards"][0]["others"]}
+    assert [shown[f"judge by {model}, prompt abababab"] for model in ("toy", "big")] == [True, True]
+
+
 def test_published_tables_match_by_label_before_method(tmp_path):
     lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
     cells = [
@@ -105,6 +151,26 @@ def test_published_tables_match_by_label_before_method(tmp_path):
     run = read_run(write_small(tmp_path / "run", cells, published=[table]))
     first, second = comparisons([run], boards([run]))[0].lines
     assert first.measured == 2.0 and second.measured is None
+
+
+@pytest.mark.parametrize(
+    ("others", "wanted"),
+    [
+        ([{"seed": 1, "value": 80.0}], 60.0),  # the mean over seeds
+        ([{"seed": 0, "value": 90.0, "settings": {"steps": 9}, "label": "rome steps=9"}], 40.0),
+    ],
+)
+def test_the_best_of_several_is_never_taken(tmp_path, others, wanted):
+    lines = [case_line("a", row("a", "efficacy", "e", 0.0))]
+    best = [case_line("a", row("a", "efficacy", "e", 1.0))]
+    cells = [{"method": "rome", "lines": lines, "scores": {"ES": 40.0}}]
+    for plan in others:
+        value = plan.pop("value")
+        cells.append({"method": "rome", "lines": best, "scores": {"ES": value}, "plan": plan})
+    table = {"name": "t", "model": "lab", "dataset": "lab", "schedule": "single", "provenance": "confirmed",
+             "rows": [{"method": "ROME", "errata_method": "rome", "scores": {"ES": 50.0}}]}  # fmt: skip
+    run = read_run(write_small(tmp_path / "run", cells, published=[table]))
+    assert comparisons([run], boards([run]))[0].lines[0].measured == wanted
 
 
 def test_card(run):
@@ -140,6 +206,17 @@ def test_figures(run, tmp_path):
     assert all(data[:4] == b"\x89PNG" for name, data in first.items() if name.endswith("png"))
     again = write_figures(tmp_path / "figures", [run])
     assert all(path.read_bytes() == first[path.name] for path in again if path.suffix == ".svg")
+
+
+def test_figures_tell_seeds_apart(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from errata.report import figures
+
+    lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
+    cells = [{"method": "rome", "lines": lines, "plan": {"seed": seed}} for seed in (0, 1)]
+    (board,) = boards([read_run(write_small(tmp_path / "run", cells))])
+    (first, *_) = figures._board(board, figures.LIGHT).axes
+    assert {label.get_text() for label in first.get_yticklabels()} == {"rome (seed 0)", "rome (seed 1)"}
 
 
 def test_figures_without_matplotlib_say_what_to_install(run, tmp_path, monkeypatch):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +81,21 @@ def test_numbers_that_json_cannot_write():
     assert number("inf") == float("inf") and number("-inf") == float("-inf")
     assert number("nan") != number("nan")
     assert number(None) is None and number("many") is None and number(True) == 1.0
+
+
+def test_a_folder_that_nobody_may_write_to_is_read(tmp_path):
+    """An archive, or somebody else's run: its job table keeps a write-ahead log, which cannot be made there."""
+    if os.getuid() != 0:
+        pytest.skip("another user is needed, and only root may become one")
+    with tempfile.TemporaryDirectory() as place:
+        folder = write_run(Path(place) / "run", methods=("unedited",), cases=1)
+        with closing(sqlite3.connect(folder / "jobs.sqlite")) as base:
+            base.execute("PRAGMA journal_mode=WAL")
+        for path in (Path(place), *Path(place).rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        os.seteuid(65534)
+        try:
+            found = read_run(folder)
+        finally:
+            os.seteuid(0)
+        assert found.cells[-1].status == "unfinished"

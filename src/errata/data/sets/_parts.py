@@ -8,7 +8,6 @@ from typing import Any
 from errata.data._base import Record, request
 from errata.types import Case, Probe, Request
 
-
 CARRIED = ("portability", "inverse question", "alternative_subject", "alter_subject_question")
 """Fields of EasyEdit's questions on what follows from an edit, put to rows of other sets."""
 

@@ -86,11 +86,13 @@ def _erasure(record: Record, name: str) -> tuple[Request, list[Probe]]:
     wanted = whole(
         record.text("question").strip(), record.text("target_new"), old[0] if old else None, id=name
     )
-    others = [
-        kept("locality", item.text("question").strip(), right)
-        for item in record.records("retained")
-        if (right := truths(item.get("ground_truth")))
-    ]
+    others = []
+    for item in record.records("retained"):
+        right = truths(item.get("ground_truth"))
+        if right:
+            others.append(kept("locality", item.text("question").strip(), right))
+        else:
+            record.aside["retained questions without an answer"] += 1
     return wanted, [efficacy(wanted, before=old), *others]
 
 

@@ -61,7 +61,8 @@ def _wrong(record: Record, gold: tuple[str, ...]) -> str:
     offered = spellings("", record.texts("alternatives"))
     wrong = [text for text in offered if text not in gold]
     if not wrong:
-        raise Skip(f"no wrong answer to teach: {len(offered)} alternatives, none but gold ones")
+        why = f"its {len(offered)} alternatives are gold answers" if offered else "it has no alternatives"
+        raise Skip(f"no wrong answer to teach: {why}")
     return wrong[0]
 
 

@@ -1,8 +1,8 @@
 """RS, the reference score: whether texts about an edited subject sound like texts about its new object.
 
 ROME (arXiv 2202.05262, Sec. 3.4): the cosine of two TF-IDF vectors, one of all generated texts in a row, their
-prompts included, one of all reference passages in a row; printed times 100. Its vocabulary and idf come as files; :func:`idf` computes
-them from a corpus.
+prompts included, one of all reference passages in a row; printed times 100. Its vocabulary and idf come as
+files; :func:`idf` computes them from a corpus.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ _OPENERS = re.compile(
 _NEGATED = re.compile(
     r"\b(?:not|never|neither|nor|no longer|cannot|(?:is|was|are|were|does|did|do|has|had|ca|wo)n t"
     r"|rather than|instead of|other than)"
-    r"(?: (?:in|at|on|by|from|to|of|for|as|be|been|being|born|called|named|really|actually)){0,2} $"
+    r"(?: (?:in|at|on|by|from|to|of|for|as|be|been|being|born|called|named|really|actually"
+    r"|located|based|situated|found|known)){0,2} $"
 )
 
 

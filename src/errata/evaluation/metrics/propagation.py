@@ -47,15 +47,15 @@ def multi_hop(cases: Sequence[Sequence[bool]]) -> tuple[float, float]:
 
 
 def final_answer(text: str) -> str:
-    """Read the answer out of a chain of thought: what follows its last "Answer:" or "answer is".
+    """Read the answer out of a chain of thought: what follows its last "Answer:" or "answer is", if anything does.
 
     A question that the host asks itself next is cut off first. Without such words it is the last line that
     holds text, the conclusion.
     """
     own = text[: found.start()] if (found := _NEXT_QUESTION.search(text)) else text
-    cues = list(_CUE.finditer(own))
-    if cues and (rest := own[cues[-1].end() :]).strip():
-        return next(line for line in rest.splitlines() if line.strip()).strip()
+    for cue in reversed(list(_CUE.finditer(own))):
+        if (rest := own[cue.end() :]).strip():
+            return next(line for line in rest.splitlines() if line.strip()).strip()
     lines = [line.strip() for line in own.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 

@@ -1,0 +1,76 @@
+"""What a cell says of a host's health and cost, and of its protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from errata.bench import health, summing
+from errata.bench.schedule import Schedule
+from errata.evaluation.metrics.collapse import Limits
+
+SOUND = [f"a{i} b{i} c{i} d{i} e{i} f{i} g{i} h{i}" for i in range(5)]
+LOOPING = ["the cat sat on the mat " + "and it sat " * 4 + f"near x{i}" for i in range(5)]
+"""As a sound base model goes on greedily: into a loop, now and then out of it."""
+BROKEN = ["no " * 40 for _ in range(5)]
+
+
+def alarm(texts: list[str], unedited: list[str]) -> list[str]:
+    return health.condition(texts, unedited, (10.0, 10.0), [])["alarm"]
+
+
+def test_what_the_unedited_host_does_too_is_no_collapse():
+    assert health.condition(LOOPING, LOOPING, (10.0, 10.0), [])["before"]["repetition"] > Limits().repetition
+    assert alarm(LOOPING, LOOPING) == []
+    assert alarm(LOOPING, SOUND), "a host that did not loop before is worse now"
+    assert alarm(BROKEN, LOOPING) and alarm(BROKEN, SOUND)
+    assert alarm(SOUND, SOUND) == []
+
+
+def test_usual_limits_hold_for_a_host_within_them():
+    assert health.limits(None, None) == health.limits(0.2, 0.9) == Limits()
+    looser = health.limits(0.5, 0.4)
+    assert looser.repetition == 0.75 and looser.entropy < Limits().entropy
+
+
+def test_a_collapse_point_is_read_by_the_same_limits():
+    looks = [{"edits": 1, "perplexity_before": 9.0, "perplexity_after": 9.0,
+              "collapse": health.condition(LOOPING, LOOPING, (9.0, 9.0), [])}]  # fmt: skip
+    found = summing._Found(looks=looks, recalled=[summing.retention.Recalled(1, 1, 1.0)])
+    assert (summing._retention(found) or {})["collapse_point"] is None
+
+
+def test_every_cell_has_a_peak_of_its_own():
+    host: Any = SimpleNamespace(device=torch.device("cpu"))
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        pytest.skip(f"the peak of a process cannot be reset here: {error}")
+    health.reset_peak(host)
+    start = health.peak_mb(host)
+    held = torch.ones(40_000_000)  # 160 MB
+    high = health.peak_mb(host)
+    del held
+    health.reset_peak(host)
+    assert high > start + 100 and health.peak_mb(host) < high - 100
+
+
+@pytest.mark.parametrize(
+    ("schedule", "edits", "batch"),
+    [("single", 1, 1), ("batch:4", 4, 4), ("batch:100", 10, 10), ("sequential:2", 10, 2)],
+)
+def test_a_tag_names_as_many_edits_as_stand_together(schedule, edits, batch):
+    plan = SimpleNamespace(
+        datasets={"d": {"sha256": "ab", "check": {}}}, model=lambda label: SimpleNamespace(template="raw"),
+        recipe=SimpleNamespace(max_new_tokens=24),
+    )  # fmt: skip
+    room = SimpleNamespace(
+        plan=plan, cases=lambda cell: range(10), host=lambda cell: SimpleNamespace(dtype=torch.float32)
+    )
+    cell = SimpleNamespace(dataset="d", model="m", plan=Schedule.parse(schedule))
+    tag = summing.tag(cast("Any", room), cast("Any", cell))
+    assert (tag["edits"], tag["batch"]) == (edits, batch)
