@@ -179,7 +179,7 @@ def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
 def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edit | None:
     """Fit and observe what is left; return the last edit."""
     neutral = room.neutral(cell)
-    engine = room.engine(cell, texts=neutral.texts, prompts=neutral.prompts, tick=tick, **given)
+    engine = room.engine(cell, texts=neutral.texts, prompts=neutral.prompts, lenient=True, tick=tick, **given)
     engine.fit_seconds = math.fsum(seconds for seconds in sheet.fits if seconds is not None)
     sequence = cell.plan.kind == "sequential"
     edit: Edit | None = None
@@ -187,7 +187,7 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
     try:
         with closing(engine.events(cell.look or (), sheet.done, sheet.edit, sheet.fits or None)) as events:
             for event in events:
-                edit, first = event.edit, False
+                edit, first = event.edit or edit, False
                 if isinstance(event, Seen):
                     sheet.write(_case(event.case, event.rows, event.edits, event))
                     continue
@@ -198,6 +198,10 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
         if first:
             raise Refused(str(error)) from error
         raise
+    reasons = [line.record.get("refused") for line in sheet.journal if line.record["type"] == "case"]
+    if all(reasons):  # nothing was edited, so there is nothing to compare
+        sheet.void()
+        raise Refused(f"none of {len(reasons)} cases can be edited; the first: {reasons[0]}")
     return edit
 
 
@@ -208,15 +212,16 @@ def _case(case: Case, rows: Sequence[Row], edits: int | None, seen: Seen | None,
         cost = {
             "fit_seconds": seen.fit_seconds,
             "observe_seconds": seen.observe_seconds,
-            "bytes": health.size(seen.edit) if edits is None else None,
+            "bytes": health.size(seen.edit) if edits is None and seen.edit is not None else None,
         }
-    return {
+    line = {
         "type": "case",
         "case": case.id,
         "edits": edits,
         "rows": [asdict(row) for row in rows],
         "cost": cost,
     }
+    return line if seen is None or seen.refused is None else {**line, "refused": seen.refused}
 
 
 def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:

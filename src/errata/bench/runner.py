@@ -20,7 +20,7 @@ from errata.bench.results import finite
 from errata.bench.schedule import SINGLE, Schedule
 from errata.edits.edit import Edit, versions
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError, DataError
+from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity
 from errata.evaluation.observe import logprobs, observe, unique
@@ -230,8 +230,10 @@ class Seen:
     """Its share of the time its group's fit took; None where it was fitted in an earlier run."""
     observe_seconds: float
     """Its share of the time its chunk's observation took."""
-    edit: Edit
-    """What was in place."""
+    edit: Edit | None
+    """What was in place; None where nothing could be."""
+    refused: str | None = None
+    """Why the case could not be fitted; its rows are then those of the unedited host."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,8 @@ class Engine:
     """Beginnings of running text, continued at every look."""
     asking: Mapping[str, Any] = field(default_factory=dict)
     """Options of :func:`errata.evaluation.observe.observe`."""
+    lenient: bool = False
+    """Whether a case edited alone that cannot be fitted counts as unedited, rather than ending the stream."""
     tick: Tick = lambda what, done, total: None
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
@@ -312,9 +316,21 @@ class Engine:
 
     def _singles(self, start: int) -> Iterator[Seen]:
         for i in range(start, len(self.cases)):
-            edit = self._fit(range(i, i + 1), None)
-            yield from self._seen([self.cases[i]], edit, None, first=i)
+            try:
+                edit = self._fit(range(i, i + 1), None)
+            except RequestError as error:
+                if not self.lenient:
+                    raise
+                yield self._unfitted(self.cases[i], error)
+            else:
+                yield from self._seen([self.cases[i]], edit, None, first=i)
             self.tick("cases", i + 1, len(self.cases))
+
+    def _unfitted(self, case: Case, error: RequestError) -> Seen:
+        """See a case whose edit there is not: the host says what it said before."""
+        self.fits.append(None)
+        known = self.before(case)
+        return Seen(case, score.rows(case, known, known), None, None, 0.0, None, str(error))
 
     def _batches(self, start: int) -> Iterator[Seen | Look]:
         for group in self.schedule.groups(len(self.cases), start):

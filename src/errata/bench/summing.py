@@ -36,6 +36,7 @@ class _Found:
     observed: list[float] = field(default_factory=list)
     """Seconds of observing, by case and look."""
     bytes: list[int] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
 
 
 def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any])
         "cost": {**_cost(found, cell), **measured},
         "host": {"name": host.name, "fingerprint": host.fingerprint},
         "weights_restored": True,
+        "refused_cases": found.refused,
     })  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def unfinished(cell: Cell, status: str, reason: str, restored: bool | None) -> d
         "reason": reason,
         **dict.fromkeys(empty),
         "weights_restored": restored,
+        "refused_cases": [],
     }
 
 
@@ -111,6 +114,8 @@ def _read(journal: Journal, cell: Cell) -> _Found:
             place = 0
             continue
         place += 1
+        if "refused" in record:
+            found.refused.append({"case": record["case"], "reason": record["refused"]})
         cost, rows = record["cost"], [row_of(row) for row in record["rows"]]
         found.observed.append(cost["observe_seconds"])
         if record["edits"] is not None:

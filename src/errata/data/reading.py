@@ -20,7 +20,7 @@ from errata.data._base import Dataset, Record, Skip, no_facts
 from errata.data.checking import Check, Tally
 from errata.data.fetching import Tick
 from errata.data.formats import BrokenOff, Layout, Row
-from errata.data.requests import NEEDED, REQUEST_FIELDS, read_cases
+from errata.data.requests import CASE_FIELDS, NEEDED, read_cases
 from errata.data.sets import REGISTRY
 from errata.errors import DataError, RequestError
 from errata.registry import nearest, unknown
@@ -28,7 +28,6 @@ from errata.types import Case
 
 OWN = "cases"
 """The name of errata's own format."""
-OWN_FIELDS = {*REQUEST_FIELDS, "probes"}
 YAML = (".yaml", ".yml")
 SAMPLE = 20
 """Records looked at to tell which dataset a file is of."""
@@ -302,7 +301,7 @@ def _recognised(path: Path) -> Dataset | None:
             f"datasets in a format of their own are named, NAME@PATH: {', '.join(own) or 'none'}"
         )
     sample = _sample(path, form)
-    if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= OWN_FIELDS for v in sample):
+    if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
         return None
     fitting = {name: _fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
     best = max(fitting.values(), default=0)

@@ -82,6 +82,7 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "schedule": board.schedule,
         "tag": {name: value for name, value in board.tag.items() if value is not None},
         "explained": board.explained,
+        "unedited_cases": tables.refused_cases(board),
         "headline": list(board.headline),
         "groups": kinds.GROUPS,
         "kinds": [_kind(kind, board) for kind in board.kinds],

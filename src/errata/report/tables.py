@@ -111,7 +111,20 @@ def _main(board: Board, brief: bool) -> Table:
                                    for e in board.entries if e.cell.baseline),
     ]  # fmt: skip
     baseline = any(e.cell.baseline for e in board.entries)
-    return Table("free generation", columns, tuple(rows), tuple(notes if baseline else notes[:2]))
+    told = [*(notes if baseline else notes[:2]), *refused_cases(board)]
+    return Table("free generation", columns, tuple(rows), tuple(told))
+
+
+def refused_cases(board: Board) -> list[str]:
+    """Say of which methods some cases are not edited: they stay in all shares, as the unedited model answers."""
+    told = []
+    for entry in board.entries:
+        refused = entry.cell.found.get("refused_cases") or []
+        if refused:
+            what = "1 case, which counts" if len(refused) == 1 else f"{len(refused)} cases, which count"
+            first = f"{refused[0]['case']}: {refused[0]['reason']}"
+            told.append(f"{entry.cell.name} could not edit {what} as unedited; the first, {first}")
+    return told
 
 
 def _further(board: Board, brief: bool) -> Table | None:

@@ -23,11 +23,11 @@ from errata.bench.results import read_run
 from errata.bench.schedule import Schedule
 from errata.data.reading import read
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError, DataError
+from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.methods import REGISTRY
-from errata.methods._method import Workspace
+from errata.methods._method import Method, Workspace
 from tests.units.bench.small import NAMES, document, execute, lines, table, write_cases, write_model
 
 FT = {"name": "ft", "settings": {"steps": 3, "stop_loss": 1e-9}, "label": "tuned"}
@@ -467,3 +467,43 @@ def test_the_command_shows_a_plan_and_the_outcome(words, tmp_path, monkeypatch):
         patch.setattr(runner, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=fails)})
         assert "RuntimeError: no" in run("-o", "other", code=1)
     assert plan.restore(read_run(tmp_path / "other")).cells
+
+
+def refusing(monkeypatch, *ids: str) -> None:
+    """Have every method refuse the requests of these names."""
+    plain = Method.run
+
+    def run(self, host, requests, *rest, **more):
+        if any(request.id in ids for request in requests):
+            raise RequestError("no token of its own")
+        return plain(self, host, requests, *rest, **more)
+
+    monkeypatch.setattr(Method, "run", run)
+
+
+def test_a_case_that_cannot_be_edited_counts_as_unedited(words, whole, tmp_path, monkeypatch):
+    refusing(monkeypatch, "c0", "c3")
+    only = {**words, "runs": [{**words["runs"][0]}]}
+    found = execute(only, tmp_path / "run")
+    assert {job.state for job in found.jobs} == {"done"}
+    cell = cell_of(tmp_path / "run", "tuned", "single")
+    made, as_before = lines(tmp_path / "run", cell), lines(whole, cell_of(whole, "tuned", "single"))
+    assert [line["case"] for line in made] == [line["case"] for line in as_before]
+    for line, other in zip(made, as_before, strict=True):
+        if line["case"] in ("c0", "c3"):
+            assert line["refused"] == "no token of its own"
+            assert all(row["before"] == row["after"] for row in line["rows"] if row["protocol"] != "kl")
+        else:
+            assert line == other
+    document = json.loads((tmp_path / "run" / "cells" / cell / "cell.json").read_text())
+    assert [entry["case"] for entry in document["refused_cases"]] == ["c0", "c3"]
+    assert document["summary"]["efficacy.generate"]["n"] == 10
+
+
+def test_a_method_that_can_edit_no_case_is_refused(words, tmp_path, monkeypatch):
+    refusing(monkeypatch, *(f"c{i}" for i in range(10)))
+    only = {**words, "runs": [{**words["runs"][0]}]}
+    found = execute(only, tmp_path / "run")
+    state = {job.cell: job for job in found.jobs}[cell_of(tmp_path / "run", "tuned", "single")]
+    assert state.state == "refused" and "none of 10 cases" in state.reason
+    assert lines(tmp_path / "run", state.cell) == []

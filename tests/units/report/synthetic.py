@@ -220,6 +220,7 @@ def write_small(folder: Path, cells: list[dict], **document: object) -> Path:
             "tag": {**tag_of("lab:2", 1), **given.get("tag", {})}, "summary": summary_of(rows),
             "looks": given.get("looks", []), "scores": given.get("scores", {}), "retention": None, "cost": None,
             "host": {"name": "lab", "fingerprint": "f"}, "weights_restored": True,
+            "refused_cases": given.get("refused_cases", []),
         }), encoding="utf-8")  # fmt: skip
     whole = {"schema": 1, "name": "small", "cells": plans, **document}
     (folder / "run.json").write_text(json.dumps(whole), encoding="utf-8")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from errata.report import kinds
+from errata.report import kinds, page
 from errata.report.board import boards
+from errata.report.card import card as markdown
 from errata.report.read import read_run, read_runs
+from errata.report.tables import refused_cases
 from tests.units.report.synthetic import case_line, row, write_run, write_small
 
 
@@ -134,3 +136,16 @@ def test_without_rows_there_is_a_headline_and_no_interval(tmp_path):
     next(place.glob("cells/*/rows.jsonl")).unlink()
     entry = boards([read_run(place)])[0].entries[0]
     assert entry.headline.value > 0 and entry.headline.low is None
+
+
+def test_cases_that_could_not_be_edited_are_told(tmp_path):
+    lines = [case(name, 1.0, (1.0,), ((1.0, 1.0),)) for name in "ab"]
+    refused = [{"case": "b", "reason": "no token of its own"}]
+    cells = [
+        {"method": "rome", "lines": lines, "refused_cases": refused},
+        {"method": "kn", "lines": lines},
+    ]
+    run = read_run(write_small(tmp_path / "run", cells))
+    (told,) = refused_cases(boards([run])[0])
+    assert told.startswith("rome could not edit 1 case,") and "no token of its own" in told
+    assert told in markdown([run]) and told in page.document([run])["boards"][0]["unedited_cases"]

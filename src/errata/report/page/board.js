@@ -142,6 +142,7 @@ function boardSection() {
     el("p", { class: "note" }, "Free generation, per cent with 95 % intervals over resampled cases. ",
       "What is kept counts among what was right before the edit. A method's name leads to its details."),
     scrolled(table, "Board, scrolls sideways"),
+    (one.unedited_cases || []).map((text) => el("p", { class: "note" }, `${text}.`)),
     rest.length ? null : el("p", { class: "empty" }, "Only baselines have results so far."),
     legacyTables(one), costTable(one));
 }
