@@ -32,6 +32,8 @@ SHOWN = 6
 """How many methods have a colour in curves; the others stay grey."""
 LOG_SPAN = 15.0
 """From this ratio of largest to smallest on, an axis is logarithmic."""
+FAR = 1000.0
+"""Beyond so many times the unedited perplexity it no longer matters how far: curves leave the axes."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -207,15 +209,15 @@ def _collapse(board: Board, theme: Theme) -> Figure:
         for look in worn.looks if look.perplexity is not None and math.isfinite(look.perplexity)
     ])  # fmt: skip
     title = "perplexity of neutral text"
-    overflowed = [_name(e, board) for e in board.entries if e.curves and _overflows(e.curves)]
-    if overflowed:
-        title += f"; beyond all numbers: {', '.join(overflowed)}"
-    right.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
     low, high = right.dataLim.intervaly
+    top = FAR * max((one for e in board.entries if e.curves for one in _unedited(e.curves)), default=low)
+    if high > top or any(_overflows(e.curves) for e in board.entries if e.curves):
+        title += f", up to {FAR:,.0f} times the unedited one"
+    right.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
     if low > 0 and high / low >= LOG_SPAN:
         right.set_yscale("log")
         _plain_ticks(right.yaxis, [m * 10.0**e for e in range(-3, 12) for m in (1, 3)])
-        right.set_ylim(low / 1.15, high * 1.15)
+        right.set_ylim(low / 1.15, min(high, top) * 1.15)
     for axes in (left, right):
         axes.set_xlabel("edits in place", fontsize=9, color=theme.muted)
     _legend(right, theme)
@@ -224,6 +226,10 @@ def _collapse(board: Board, theme: Theme) -> Figure:
 
 def _name(entry: Entry, board: Board) -> str:
     return entry.cell.name + seed_of(entry, board)
+
+
+def _unedited(worn: Curves) -> list[float]:
+    return [look.perplexity_before for look in worn.looks if look.perplexity_before]
 
 
 def _overflows(worn: Curves) -> bool:

@@ -3,6 +3,7 @@
 const COLOURS = 6;
 const DASHES = ["", "6 3", "2 3"];
 const LOG_SPAN = 15;
+const FAR = 1000; // beyond so many times the unedited value, or so large a change, it no longer matters how far
 
 function picked() {
   if (!state.picked) {
@@ -59,14 +60,17 @@ function svgSwatch(style) {
 
 function chartsOf(worn) {
   const look = (i, low, high) => (e) => e.looks.map((l) => ({ x: l[0], y: number(l[i]), low: low && l[low], high: high && l[high] }));
+  const base = worn.map((e) => number(e.looks[0][6])).find(Number.isFinite);
+  const within = (top, points) => (e) => points(e).map((p) => (p.y > top ? { ...p, y: Infinity, said: p.y } : p));
   const found = [
     { title: "Retention", note: "still answered with the target, %, by how many edits came after", share: true, x: "later edits", age: true,
       points: (e) => e.retention.map((a) => ({ x: (a[0] + a[1]) / 2, y: a[2], low: a[3], high: a[4],
         label: a[0] === a[1] ? String(a[0]) : `${a[0]} to ${a[1]}` })) },
     { title: "Efficacy", note: "over all edits so far, %, free generation", share: true, x: "edits in place", points: look(1, 2, 3) },
-    { title: "Perplexity", note: "of neutral text, per token; dotted: unedited", x: "edits in place", points: look(5),
-      base: worn.map((e) => number(e.looks[0][6])).find(Number.isFinite) },
-    { title: "Change of the weights", note: "largest |change| / |weight|, Frobenius", x: "edits in place", points: look(7), zero: true },
+    { title: "Perplexity", note: `of neutral text, per token; dotted: unedited; at the edge: beyond ${FAR.toLocaleString("en")} times it`,
+      x: "edits in place", points: within(FAR * (base || 1), look(5)), base },
+    { title: "Change of the weights", note: `largest |change| / |weight|, Frobenius; at the edge: beyond ${FAR.toLocaleString("en")}`,
+      x: "edits in place", points: within(FAR, look(7)) },
   ];
   return found.map((chart) => ({ ...chart, 
     series: worn.map((e) => ({ id: e.id, name: e.name, points: chart.points(e) }))
@@ -127,10 +131,10 @@ function scalesOf(chart, width, height, left) {
   const shift = logX && Math.min(...xs) <= 0 ? Math.min(...positive) / 2 : 0;
   const at = (v) => (shift && v <= 0 ? shift : v);
   const x = scale(xs.map(at), left, width - 14, logX);
-  const logY = !chart.share && !chart.zero && Math.min(...finite) > 0 && Math.max(...finite) / Math.min(...finite) >= LOG_SPAN;
+  const logY = !chart.share && Math.min(...finite) > 0 && Math.max(...finite) / Math.min(...finite) >= LOG_SPAN;
   const top = finite.length ? Math.max(...finite) : 1;
   const ends = chart.share ? [0, 1] : logY ? [Math.min(...finite) / 1.15, top * 1.15]
-    : [chart.zero ? 0 : Math.max(0, Math.min(...finite) * 0.9), top * 1.08 || 1];
+    : [Math.max(0, Math.min(...finite) * 0.9), top * 1.08 || 1];
   return { at, x, y: scale(ends, height - 40, 14, logY), shift };
 }
 
@@ -176,7 +180,7 @@ function seriesOf(series, at, x, y, show, chart) {
     if (typeof point.low === "number" && typeof point.high === "number") {
       group.append(svg("line", { x1: px, x2: px, y1: y(point.low), y2: y(point.high), "stroke-width": 1, opacity: 0.55 }));
     }
-    const text = `${series.name}: ${show(point.y)}${chart.share && point.y !== Infinity ? " %" : ""} at ${point.label || point.x.toLocaleString("en")} ${chart.x}`;
+    const text = `${series.name}: ${show(point.said || point.y)}${chart.share && point.y !== Infinity ? " %" : ""} at ${point.label || point.x.toLocaleString("en")} ${chart.x}`;
     group.append(point.y === Infinity
       ? svg("path", { d: `M${px - 4},${py + 3}L${px},${py - 4}L${px + 4},${py + 3}Z`, fill: style.stroke }, svg("title", {}, text))
       : svg("circle", { cx: px, cy: py, r: 3, fill: style.stroke, stroke: "var(--ground)", "stroke-width": 1 }, svg("title", {}, text)));
@@ -191,10 +195,10 @@ function lookTable(worn) {
     shareText(a.slice(2, 5)), String(a[5])]));
   const alarms = worn.filter((e) => e.looks.some((l) => l[8].length));
   return [
-    alarms.length ? el("p", {}, "Collapse alarms: ", alarms.map((e) => {
+    alarms.length ? [el("p", {}, "First collapse alarms:"), el("ul", { class: "alarms" }, alarms.map((e) => {
       const first = e.looks.find((l) => l[8].length);
-      return `${e.name} at ${first[0].toLocaleString("en")} edits (${first[8].join("; ")})`;
-    }).join(", "), ".") : el("p", { class: "note" }, "No look raised a collapse alarm."),
+      return el("li", {}, `${e.name} at ${first[0].toLocaleString("en")} edits: ${first[8].join("; ")}`);
+    }))] : el("p", { class: "note" }, "No look raised a collapse alarm."),
     el("details", {}, el("summary", {}, "The curves as tables"),
       scrolled(plainTable("As edits add up", ["Method", "Edits", "Efficacy, %", "Newest batch, %", "Perplexity", "Norm ratio", "Alarm"], rows), "Looks"),
       ages.length ? scrolled(plainTable("By age of the edit", ["Method", "Later edits", "Still right, %", "Questions"], ages), "Retention") : null),
