@@ -173,7 +173,7 @@ def test_recipes_can_be_run(path):
     for table in tables:
         assert table.model in {model.name for model in made.models}, table.name
     for run in made.runs:
-        for source in run.datasets:
+        for source in (dataset.source for dataset in run.datasets):
             head = source.partition(":")[0].split("/")
             assert head[0] == "lab" or head[0] in DATASETS, source
             assert len(head) == 1 or head[1] in DATASETS.get(head[0]).variants, source
@@ -190,11 +190,11 @@ def test_what_a_recipe_runs_stands_in_its_tables(path):
     made = recipe.read(path)
     tables = [published.read(name) for name in made.published]
     uncertain = {("ultraedit", "alphaedit")}  # the digits of that row could not be read
-    for run, source in [(spec, source) for spec in made.runs for source in spec.datasets]:
+    for run, source in [(spec, dataset.source) for spec in made.runs for dataset in spec.datasets]:
         rows = [row for table in tables if fits(table, run, source) for row in table.rows]
         names = {name for row in rows for name in (row.method, row.errata_method)}
         missing = {method.label for method in run.methods if rows and not {method.label, method.name} & names}
         assert not {(made.name, label) for label in missing} - uncertain, source
     for table in tables:
-        near = [s for run in made.runs for s in run.datasets if table.schedule == str(run.schedule)]
+        near = [d.source for run in made.runs for d in run.datasets if table.schedule == str(run.schedule)]
         assert any(s.startswith(table.dataset.partition(":")[0]) for s in near), table.name

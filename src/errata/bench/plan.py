@@ -16,7 +16,7 @@ from typing import Any
 from errata import config as settings
 from errata.bench import published, sources
 from errata.bench import recipe as recipes
-from errata.bench.recipe import BASELINES, TUNED, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.recipe import BASELINES, TUNED, DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
 from errata.bench.results import finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
@@ -102,12 +102,12 @@ def make(recipe: Recipe) -> Plan:
     read: dict[str, tuple[Sequence[Case], Mapping[str, Any]]] = {}
     cells: dict[str, Cell] = {}
     for i, run in enumerate(recipe.runs):
-        for source in run.datasets:
+        for spec in run.datasets:
             try:
-                name, (cases, facts) = _read(source, run.schedule, read)
+                name, (cases, facts) = _read(spec, run.schedule, read)
                 look = _looks(run, len(cases))
             except ErrataError as error:
-                complaints.append(f"runs[{i}], {source}: {error}")
+                complaints.append(f"runs[{i}], {spec.name}: {error}")
                 continue
             read[name] = cases, facts
             for cell in _crossed(recipe, run, name, facts, look):
@@ -153,12 +153,25 @@ def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
 
 
 def _read(
-    source: str, schedule: Schedule, read: Mapping[str, Any]
+    spec: DatasetSpec, schedule: Schedule, read: Mapping[str, Any]
 ) -> tuple[str, tuple[Sequence[Case], Mapping[str, Any]]]:
-    """Read a source unless it was; return its name among the datasets, its cases and its facts."""
-    lab_together = schedule.together and source.startswith("lab:")
-    name = f"{source} together" if lab_together else source
-    return name, read[name] if name in read else sources.read(source, together=lab_together)
+    """Read a dataset unless it was; return its name among the datasets, its cases and its facts.
+
+    Raises ConfigError where another dataset of the recipe has its name.
+    """
+    together = schedule.together and spec.source.startswith("lab:")
+    name = replace(spec, source=f"{spec.source} together").name if together else spec.name
+    if name not in read:
+        return name, sources.read(
+            spec.source, together=together, demonstrations=spec.demonstrations, beside=spec.beside
+        )
+    known = [entry["path"] for entry in read[name][1]["demonstrations"]]
+    if known != list(spec.demonstrations):
+        raise ConfigError(
+            f"two datasets would have this name, one with the demonstrations {', '.join(known)}, one with "
+            f"{', '.join(spec.demonstrations)}; give the files different names"
+        )
+    return name, read[name]
 
 
 def _looks(run: RunSpec, count: int) -> tuple[int, ...] | None:

@@ -54,11 +54,34 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class DatasetSpec:
+    """Cases to edit and ask, and what is put before and beside their questions."""
+
+    source: str
+    """A dataset's name, a file, or ``lab:N``."""
+    demonstrations: tuple[str, ...] = ()
+    """Files of worked examples that go before multi-hop questions, at most one of each format."""
+    beside: tuple[str, ...] = ()
+    """Sources whose questions on what every edit must leave are put to each case too."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it: the source and all that was added to it."""
+        return " + ".join((self.source, *(Path(path).name for path in self.demonstrations), *self.beside))
+
+    def plain(self) -> str | dict[str, Any]:
+        """Return it as a recipe says it: a text, or fields where there is more than a source."""
+        more = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
+        said = {name: value for name, value in more.items() if value}
+        return {"source": self.source, **said} if said else self.source
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """Methods crossed with datasets under one schedule."""
 
     methods: tuple[MethodSpec, ...]
-    datasets: tuple[str, ...]
+    datasets: tuple[DatasetSpec, ...]
     schedule: Schedule = SINGLE
     look: str | tuple[int, ...] | None = None
     """After how many edits of a sequence to look, see :meth:`Schedule.checkpoints`."""
@@ -91,6 +114,7 @@ class Recipe:
         document = asdict(self)
         for run, spec in zip(document["runs"], self.runs, strict=True):
             run["schedule"] = str(spec.schedule)
+            run["datasets"] = [dataset.plain() for dataset in spec.datasets]
             every = run.pop("every_method")
             run["methods"] = ALL if every else run["methods"]
         return json.loads(json.dumps(document))  # tuples as lists
@@ -277,18 +301,37 @@ def _run(value: Any, where: str, wrong: list[str]) -> RunSpec | None:
     labels = [method.label for method in methods]
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         wrong.append(f"{where}.methods: {label!r} stands there twice; leave one out, or give labels")
-
-    def source(item: Any, place: str) -> str | None:
-        if isinstance(item, str) and item.strip():
-            return item
-        wrong.append(f"{place}: expected the name of a dataset, found {item!r:.60}")
-        return None
-
-    datasets = fields.items("datasets", source)
+    datasets = fields.items("datasets", lambda item, place: _dataset(item, place, wrong))
     schedule = _schedule(fields)
     look = _look(fields, schedule)
     fields.finish()
     return RunSpec(methods, datasets, schedule, look, every)
+
+
+def _dataset(value: Any, where: str, wrong: list[str]) -> DatasetSpec | None:
+    if isinstance(value, str) and value.strip():
+        return DatasetSpec(value)
+    if not isinstance(value, Mapping):
+        wrong.append(f"{where}: expected the name of a dataset, or fields with a source, found {value!r:.60}")
+        return None
+
+    def text(item: Any, place: str) -> str | None:
+        if isinstance(item, str) and item.strip():
+            return item
+        wrong.append(f"{place}: expected a text, found {item!r:.60}")
+        return None
+
+    fields = _Fields(value, where, wrong)
+    made = DatasetSpec(
+        fields.text("source", needed=True) or "",
+        fields.items("demonstrations", text, ()),
+        fields.items("beside", text, ()),
+    )
+    fields.finish()
+    for path in made.demonstrations:
+        if not Path(path).expanduser().is_file():
+            fields.complain("demonstrations", f"there is no file {path}")
+    return made
 
 
 def _method(value: Any, where: str, wrong: list[str]) -> MethodSpec | None:

@@ -106,7 +106,7 @@ class Room:
         """Return a cell's cases. Raises DataError where they are no longer those of the plan."""
         if cell.dataset not in self._cases:
             facts = self.plan.datasets[cell.dataset]
-            cases, found = sources.read(facts["source"], together=facts["together"])
+            cases, found = sources.again(facts)
             if found["sha256"] != facts["sha256"]:
                 raise DataError(
                     f"dataset {cell.dataset} has changed since the run began: was {facts['sha256'][:12]}, "

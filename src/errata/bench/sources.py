@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from errata import lab
-from errata.errors import ConfigError
-from errata.types import Case
+from errata.errors import ConfigError, DataError
+from errata.types import Case, Probe
+
+BESIDE = ("locality", "entity_locality", "other_task")
+"""Kinds of probes on what no edit touches, whatever it is about: they may be put to cases of any dataset."""
 
 
-def read(source: str, *, seed: int = 0, together: bool = False) -> tuple[list[Case], dict[str, Any]]:
+def read(
+    source: str,
+    *,
+    seed: int = 0,
+    together: bool = False,
+    demonstrations: Sequence[str] = (),
+    beside: Sequence[str] = (),
+) -> tuple[list[Case], dict[str, Any]]:
     """Read the cases of a source, and what is to be recorded about them.
 
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed`` and, where ``together``, so that
-    their edits can stand together; else what :func:`errata.data.reading.read` takes. The facts are
-    ``{"source", "together", "sha256", "rows", "cases", "check"}``: the hash is one of the cases as read, so a
-    changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
+    their edits can stand together; else what :func:`errata.data.reading.read` takes. ``demonstrations``: files
+    that go before multi-hop questions, see :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``:
+    sources whose questions of :data:`BESIDE` are put to every case. The facts are ``{"source", "together",
+    "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is one of the cases as read and
+    added to, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
     """
-    head, colon, count = source.partition(":")
-    if head == lab.NAME and colon:
-        if not count.isdecimal():
-            raise ConfigError(f"{source!r}: expected lab:N with a number N")
-        cases = lab.cases(int(count), seed=seed, together=together)
-        return cases, _facts(source, cases, together, len(cases), {"seed": seed})
-    from errata.data import reading
+    is_lab = source.startswith(f"{lab.NAME}:")
+    cases, rows, check = _drawn(source, seed, together) if is_lab else _loaded(source)
+    cases, examples = _demonstrated(cases, demonstrations)
+    cases, added = _beside(cases, beside)
+    return cases, {
+        "source": source,
+        "together": together and is_lab,
+        "sha256": digest(cases),
+        "rows": rows,
+        "cases": len(cases),
+        "check": check,
+        "demonstrations": examples,
+        "beside": added,
+    }
 
-    loaded = reading.read(source)
-    if not loaded.cases:
-        raise ConfigError(f"{source} gives no cases; see: errata data check {source}")
-    check = asdict(loaded.check)
-    cases = list(loaded.cases)
-    return cases, _facts(source, cases, False, int(check.get("rows", len(cases))), check)
+
+def again(facts: Mapping[str, Any]) -> tuple[list[Case], dict[str, Any]]:
+    """Read what :func:`read` gave these facts of, with the seed that runs take."""
+    return read(
+        facts["source"],
+        together=facts["together"],
+        demonstrations=[entry["path"] for entry in facts.get("demonstrations", ())],
+        beside=[entry["source"] for entry in facts.get("beside", ())],
+    )
 
 
 def digest(cases: Sequence[Case]) -> str:
@@ -45,12 +68,92 @@ def digest(cases: Sequence[Case]) -> str:
     return found.hexdigest()
 
 
-def _facts(source: str, cases: Sequence[Case], together: bool, rows: int, check: Any) -> dict[str, Any]:
-    return {
-        "source": source,
-        "together": together,
-        "sha256": digest(cases),
-        "rows": rows,
-        "cases": len(cases),
-        "check": check,
-    }
+def _drawn(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
+    count = source.partition(":")[2]
+    if not count.isdecimal():
+        raise ConfigError(f"{source!r}: expected lab:N with a number N")
+    cases = lab.cases(int(count), seed=seed, together=together)
+    return cases, len(cases), {"seed": seed}
+
+
+def _loaded(source: str) -> tuple[list[Case], int, Any]:
+    from errata.data import reading
+
+    loaded = reading.read(source)
+    if not loaded.cases:
+        raise ConfigError(f"{source} gives no cases; see: errata data check {source}")
+    return list(loaded.cases), loaded.check.rows, asdict(loaded.check)
+
+
+def _demonstrated(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], list[dict[str, str]]]:
+    """Put files of demonstrations before questions. Raises ConfigError where two go before the same ones."""
+    from errata.data.sets.mquake import with_demonstrations
+
+    files: dict[tuple[str, str], str] = {}
+    facts = []
+    for path in paths:
+        text, sha = _text(path)
+        try:
+            made = with_demonstrations(cases, text)
+        except DataError as error:
+            raise DataError(f"demonstrations {path}: {error}") from error
+        asked = {
+            (new.kind, new.form)
+            for before, after in zip(cases, made, strict=True)
+            for old, new in zip(before.probes, after.probes, strict=True)
+            if old != new
+        }
+        for sort in sorted(asked):
+            if sort in files:
+                raise ConfigError(
+                    f"demonstrations: {files[sort]} and {path} go before the same questions, kind {sort[0]} of "
+                    f"form {sort[1]}; give one file for each"
+                )
+            files[sort] = path
+        cases = made
+        facts.append({"path": path, "sha256": sha})
+    return cases, facts
+
+
+def _text(path: str) -> tuple[str, str]:
+    """Read a text file; return its text and its hash. Raises DataError."""
+    try:
+        content = Path(path).expanduser().read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read demonstrations {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"demonstrations {path} are no UTF-8 text: {error}") from error
+    return text.replace("\r\n", "\n"), hashlib.sha256(content).hexdigest()
+
+
+def _beside(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], list[dict[str, Any]]]:
+    """Put the questions of other sources to every case, unless it asks them itself."""
+    from errata.data import reading
+
+    facts = []
+    for source in sources:
+        loaded = reading.read(source)
+        found = [
+            # a group is of one case, so the questions of several cases must not share its name
+            probe if probe.group is None else replace(probe, group=f"{case.id} {probe.group}")
+            for case in loaded.cases
+            for probe in case.probes
+            if probe.kind in BESIDE
+        ]
+        if not found:
+            kinds = ", ".join(sorted(loaded.check.probes)) or "none"
+            raise ConfigError(
+                f"beside {source}: expected questions of the kinds {', '.join(BESIDE)}, found {kinds}; "
+                f"see: errata data check {source}"
+            )
+        asked = dict.fromkeys(found)
+        cases = [_asking(case, asked) for case in cases]
+        facts.append({"source": source, "sha256": loaded.check.sha256, "probes": len(asked)})
+    return cases, facts
+
+
+def _asking(case: Case, probes: Iterable[Probe]) -> Case:
+    """Add probes that a case does not have itself."""
+    own = set(case.probes)
+    return replace(case, probes=(*case.probes, *(probe for probe in probes if probe not in own)))

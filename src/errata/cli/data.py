@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Rows left out that a table names."""
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: list, check, show, fetch.")
+app = typer.Typer(no_args_is_help=True, help="Datasets: list, check, show, export, fetch.")
 
 SourceName = Annotated[
     str,
@@ -198,6 +199,34 @@ def _few(answers: Sequence[str]) -> str:
     """Join the first spellings of an answer."""
     more = f" | and {len(answers) - 3} more" if len(answers) > 3 else ""
     return " | ".join(answers[:3]) + more
+
+
+@app.command("export")
+def export(
+    source: SourceName,
+    file: Annotated[Path, typer.Argument(help="Where to write the cases, FILE.jsonl; one that is there is replaced.")],
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Write the cases of a source, or of lab:N, as a file of your own, to change or add to.
+
+    It is read wherever cases are, as FILE or cases@FILE, and gives the same cases.
+    """
+    from errata.bench import sources
+    from errata.data import fetching
+    from errata.data.requests import check_target, write_cases
+
+    check_target(file)
+    cases, facts = sources.read(source)
+    count = write_cases(file, cases)
+    probes = sum(len(case.probes) for case in cases)
+    left = len(facts["check"].get("skipped", ())) + len(facts["check"].get("malformed", ()))
+    if json:
+        sha = fetching.sha256(file)
+        common.emit({"path": str(file), "sha256": sha, "cases": count, "probes": probes, "left_out": left})
+        return
+    print(f"{file}: {count} cases, {probes} probes")
+    if left:
+        print(f"{left} rows of {source} were left out; see: errata data check {source}")
 
 
 @app.command("fetch")

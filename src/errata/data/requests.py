@@ -63,9 +63,8 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
     The file appears once it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
     cannot be written, for no cases at all, and for a case that would not be read back as it is.
     """
+    check_target(path)
     path = Path(path)
-    if path.suffix.lower() != ".jsonl":
-        raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
     made = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
     try:
@@ -83,6 +82,17 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
     return count
 
 
+def check_target(path: str | Path) -> None:
+    """Raise RequestError now where :func:`write_cases` would refuse a name after the cases are read."""
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
+    if path.is_dir():
+        raise RequestError(f"cannot write {path}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise RequestError(f"cannot write {path}: there is no folder {path.parent}")
+
+
 def _line(case: Case) -> str:
     """Word a case as one line of JSON. Raises RequestError where the line says something else."""
     record: dict[str, Any] = case.request.to_dict()
@@ -96,7 +106,7 @@ def _line(case: Case) -> str:
     line = json.dumps(record, ensure_ascii=False)
     if any("\ud800" <= letter <= "\udfff" for letter in line):
         line = json.dumps(record)  # half a pair of surrogates is no UTF-8, but can be had as an escape
-    back, wrong = _case("as a record", json.loads(line), "")
+    back, wrong = _case("as a record", json.loads(line), "unnamed")
     if back != case:
         differing = [f.name for f in fields(Case) if back and getattr(back, f.name) != getattr(case, f.name)]
         raise RequestError(

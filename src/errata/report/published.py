@@ -103,7 +103,8 @@ def _bare(text: str) -> str:
 
 
 def _dataset(source: Any) -> str:
-    return _bare(re.split(r"[:@]", str(source or ""))[0])
+    """Return a dataset's bare name: without file, number of cases, and what was put beside its questions."""
+    return _bare(re.split(r"[:@]| \+ ", str(source or ""))[0])
 
 
 def _comparison(table: Mapping[str, Any], board: Board | None) -> Comparison:
