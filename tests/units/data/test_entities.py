@@ -191,7 +191,7 @@ def test_the_right_label_must_be_among_the_choices():
 @needs_files
 @pytest.mark.parametrize(
     ("source", "rows", "named"),
-    [("ecbd@ecbd_np_easy.json", 114, 99), ("ecbd/popular@ecbd_specificity.json", 40, 40)],
+    [("ecbd/span@ecbd_np_easy.json", 114, 99), ("ecbd/popular@ecbd_specificity.json", 40, 40)],
 )
 def test_the_published_entities_are_read(source, rows, named):
     dataset, _, name = source.partition("@")
@@ -213,12 +213,12 @@ def test_the_published_entities_are_read(source, rows, named):
 )
 def test_the_published_inferences_are_read(name, rows, named):
     path = SHARED / "entity_inferences" / f"{name}.json"
-    loaded = read(path)
-    assert loaded.check.dataset == "entity_inferences"
-    assert (loaded.check.rows, loaded.check.cases, len(loaded.check.malformed)) == (rows, named, 0)
-    every = read(f"entity_inferences/titled@{path}").cases
-    assert len(every) == rows
-    assert all(case.probes[1].answers[0] in case.probes[1].choices for case in every)
+    check = read(f"entity_inferences/span@{path}").check
+    assert (check.rows, check.cases, len(check.malformed)) == (rows, named, 0)
+    every = read(path)  # told by its records, the reading that keeps all rows
+    assert (every.check.dataset, every.check.variant) == ("entity_inferences", "titled")
+    assert len(every.cases) == rows
+    assert all(case.probes[1].answers[0] in case.probes[1].choices for case in every.cases)
 
 
 @needs_files

@@ -25,7 +25,7 @@ from errata.data.sets._files import records_of
 from errata.data.sets._parts import has
 from errata.types import Case, Probe, Request
 
-READINGS = ("span", "definition", "titled")
+READINGS = ("titled", "span", "definition")
 """How a definition becomes a request, see :func:`edit`."""
 POPULAR = "popular"
 
@@ -99,10 +99,10 @@ def mention(entity: str, text: str) -> tuple[int, int] | None:
 def edit(record: Record, reading: str) -> Request:
     """Return the request that a record's definition stands for.
 
-    ``span``: the definition up to its masked span is continued with the span; the entity must stand before
-    it. ``definition``: the definition up to the entity is continued with all the rest, filled; closest to
-    fine-tuning on the sentence. ``titled``: as ``span``, and a definition that does not name its entity
-    before the span is headed by the name and a colon. Raises Skip, Malformed.
+    ``titled``: the definition up to its masked span is continued with the span; a definition that does not
+    name its entity before the span is headed by the name and a colon, so that every row is kept. ``span``:
+    the same without such heads; other rows are left out. ``definition``: the definition up to the entity is
+    continued with all the rest, filled; closest to fine-tuning on the sentence. Raises Skip, Malformed.
     """
     cloze = Cloze.read(record.text("definition"), record.text("def_target"))
     entity = record.text("ent_str")
