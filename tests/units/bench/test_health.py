@@ -9,9 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
+import errata
 from errata.bench import health, summing
 from errata.bench.schedule import Schedule
+from errata.edits import Provenance, WeightEdit
 from errata.evaluation.metrics.collapse import Limits
+from tests.models import fresh
 
 SOUND = [f"a{i} b{i} c{i} d{i} e{i} f{i} g{i} h{i}" for i in range(5)]
 LOOPING = ["the cat sat on the mat " + "and it sat " * 4 + f"near x{i}" for i in range(5)]
@@ -74,3 +77,20 @@ def test_a_tag_names_as_many_edits_as_stand_together(schedule, edits, batch):
     cell = SimpleNamespace(dataset="d", model="m", plan=Schedule.parse(schedule))
     tag = summing.tag(cast("Any", room), cast("Any", cell))
     assert (tag["edits"], tag["batch"]) == (edits, batch)
+
+
+def test_a_model_that_repeats_one_word_raises_the_alarm():
+    """Its last bias is moved along one token's embedding, so that this token always comes first."""
+    host = fresh("gpt2")
+    prompts = ["Ada was born in the town of", "The capital of Bruno is a city", "Clara lives in a house and"]
+    token = host.encode_answer("Ada was born in", "Esk").target[0]
+    name = "transformer.ln_f.bias"
+    push = 1e3 * host.model.get_input_embeddings().weight.detach()[token]
+    record = Provenance("test", (errata.Request("{} was born in", "Ada", "Esk"),), {}, host.fingerprint)
+    before = ["a healthy text says something new with every word that it adds to the rest"] * len(prompts)
+    with WeightEdit({name: push}, frozenset(), record).on(host):
+        texts = host.generate(prompts, max_new_tokens=40, natural_stop=False)
+    assert len(set(texts)) == 1
+    alarm = health.condition(texts, before, (3.0, 3.0), [])["alarm"]
+    assert any("repeated" in reason for reason in alarm) and any("entropy" in reason for reason in alarm)
+    assert not health.condition(before, before, (3.0, 3.0), [])["alarm"]
