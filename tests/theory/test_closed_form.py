@@ -465,7 +465,10 @@ def test_batches_give_way_when_memory_runs_out(host):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_walk_reads_the_keys_of_whole_passes_while_weights_change(family):
+def test_the_walk_reads_the_keys_of_whole_passes_while_weights_change(family, monkeypatch):
+    # eager attention takes its softmax in float32, whose rounding depends on the length of the row
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
     host = fresh(family)
     host.model.double()
     sites = [host.layout.site(i) for i in range(3)]
