@@ -8,9 +8,9 @@ Implements Virtual queue Z(t+1) = max(Z + a (PL - D) + b, Z_max) over the preser
            Z starts at Z_max = sqrt(D), D = alpha times the first step's loss, so that a Z starts at 1.
            One queue a layer, as in the authors' code
 Departs    Written as what it is: one ridge regression of all (key, absolute value) pairs for each step's
-           lambda, solved from stored keys in the dual. What is remembered of earlier requests is REMEMBER.
-           Lambda multiplies the mean moment of keys, as in MEMIT; the paper speaks of the plain sum over
-           100,000 sampled keys, the authors' code takes 1,000 times their mean (``cov_weight: 1000``).
+           lambda, solved from stored keys in the dual. Lambda multiplies the mean moment of keys, as in
+           MEMIT; the paper speaks of the plain sum over 100,000 sampled keys, the authors' code takes
+           1,000 times their mean (``cov_weight: 1000``).
 Needs      Second moment of keys at each layer; context prefixes written by the model
 """
 
