@@ -140,6 +140,9 @@ def _safetensors(place: Path, site: Site) -> Tensor:
                 f"{place}: expected a tensor {site.parameter!r}, {site.name!r} or {str(site.layer)!r}, "
                 f"found {names[:8]}"
             )
+        shape = file.get_slice(name).get_shape()  # before anything is unpacked
+        if len(shape) not in (2, 3) or list(shape[-2:]) != [site.d_in, site.d_in]:
+            raise DataError(f"{place}: expected {[site.d_in, site.d_in]} for {site.name}, found {shape}")
         return file.get_tensor(name).double()
 
 
