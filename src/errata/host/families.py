@@ -70,15 +70,17 @@ class Encore:
 
     update_norm_lambda: float
     """mu, plain."""
+    learning_rate: float
+    """The search's rate, plain."""
     top_count: int
     """Evaluations in which the target was the first choice, after which a search ends."""
 
 
 # (model_type, number of blocks, residual width, inner width): Llama 2 7B and Llama 3 8B differ in the last alone
 ENCORE: dict[tuple[str, int, int, int], Encore] = {
-    ("gpt2", 48, 1600, 6400): Encore(10.0, 4),
-    ("llama", 32, 4096, 11008): Encore(10.0, 3),
-    ("llama", 32, 4096, 14336): Encore(20.0, 2),
+    ("gpt2", 48, 1600, 6400): Encore(10.0, 0.5, 4),
+    ("llama", 32, 4096, 11008): Encore(10.0, 0.5, 3),
+    ("llama", 32, 4096, 14336): Encore(20.0, 0.5, 2),
 }
 
 

@@ -89,6 +89,8 @@ def _resolve(host: Host, config: Config) -> Config:
     given: dict[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
     if known is not None:
         given = {"stop": "top", "top_count": known.top_count, "top_bare": False}
+        if config.scale in (None, "published"):
+            given["learning_rate"] = known.learning_rate
     if config.penalty is None and config.update_norm_lambda is None:
         given |= {"update_norm_lambda": known.update_norm_lambda} if known else {"penalty": 0.02}
     return resolved(config, **{name: value for name, value in given.items() if getattr(config, name) is None})

@@ -39,6 +39,9 @@ from errata.types import Request
 class Config(Lasting, Covariance, SpreadConfig):
     """Settings of LyapLock."""
 
+    cov_weight: float | None = None
+    """lambda, how many keys of the corpus weigh against the edits. None: MEMIT's where published, else the rule
+    below (authors' code: 1,000)."""
     cov_relative: float = 0.3
     """lambda in key widths m where cov_weight is None and none is published (chosen on the lab)."""
     remember: Literal["wanted", "achieved"] = "wanted"

@@ -12,7 +12,7 @@ Departs    Statistics are merged exactly, with the unbiased variance. The author
            constant under the deviation is absolute, here it is the rounding of the mean. The loss is
            summed over tokens, not averaged over a micro-batch: no row depends on its company, and the
            common factor is normalised away. ``statistics`` and ``reduction`` give both as in the code.
-           A request alone is not centred, and eta is larger than a turn's would be: see there.
+           A request alone is not centred, and its step is larger than a turn's: see ``centre``, ``eta``.
            eta and the ridge are relative (``scale``): ||h^||^2 is about the input width a and g^ about 1
            per entry, so the plain eta is the shift of an output entry over a, in that output's own unit.
            Here one eta moves the output at h by as much as W moves an input of that length and no
@@ -56,7 +56,8 @@ class Config:
     layers: tuple[int, ...] | None = None
     """Layers of modules without their own. None: the upper half of the depth."""
     eta: float | None = None
-    """Step, in the unit of ``scale``. None: 0.4, or 1e-6 as published."""
+    """Step, in the unit of ``scale``. None: 0.7 for one request without earlier turns, else 0.4 (both chosen on the
+    lab), or 1e-6 as published (paper's code: 1e-6)."""
     ridge: float | None = None
     """Ridge of the regression, in the unit of ``scale``. None: 0.03, or 1 as published."""
     scale: Literal["weight", "published"] = "weight"
@@ -64,7 +65,8 @@ class Config:
     ``published``: both plain (1e-6 suits models as wide as the paper's; elsewhere it may do nothing)."""
     centre: bool | None = None
     """Whether to take the running mean away (paper: yes). Without, (h, g) are divided by their root mean squares.
-    None: not for one request without earlier turns, whose few tokens' mean is nearly all they have; else yes."""
+    None: not for one request without earlier turns, whose few tokens' mean is nearly all they have, unless
+    ``scale`` is published; else yes."""
     token: Literal["answer", "all"] = "answer"
     """Tokens that give rows: those that predict the answer's, or all (paper's code: answer; EasyEdit: all)."""
     statistics: Literal["exact", "published"] = "exact"
@@ -127,7 +129,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]]:
     """Fill in what was left open; return also the paths of the modules, each once."""
-    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.4, 0.03)
+    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.7 if alone else 0.4, 0.03)
     layers = config.layers
     modules = config.modules or ultraedit_modules(host.family, len(host.layout.blocks), host.layout.width)
     if any("@" not in entry for entry in modules):
@@ -144,7 +146,7 @@ def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]
         layers=layers,
         eta=eta if config.eta is None else config.eta,
         ridge=ridge if config.ridge is None else config.ridge,
-        centre=not alone if config.centre is None else config.centre,
+        centre=not alone or config.scale == "published" if config.centre is None else config.centre,
     )
     # in the order of the model, whatever the order of the entries
     return filled, [name for name, _ in host.model.named_modules() if name in names]
