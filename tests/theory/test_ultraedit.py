@@ -443,7 +443,9 @@ def test_settings_that_mean_nothing_are_refused(host, options, said):
 def test_one_row_has_no_mean_to_differ_from(host):
     short = errata.Request("The capital of {} is", "Arvania", ".")
     with pytest.raises(ConfigError, match="centre=false"):
-        turn(host, [short], layers=[1])
+        turn(host, [short], layers=[1], centre=True)
+    alone = turn(host, [short], layers=[1])  # without a mean to take away there is nothing to miss
+    assert alone.provenance.config["centre"] is False and alone.norm() > 0
     first = turn(host, layers=[1])
     assert turn(host, [short], after=first, layers=[1]).provenance.notes["tokens"] == 1
 

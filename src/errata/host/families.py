@@ -62,3 +62,28 @@ ULTRAEDIT: dict[tuple[str, int, int], tuple[str, ...]] = {
 def ultraedit_modules(model_type: str, blocks: int, width: int) -> tuple[str, ...]:
     """Return the maps that UltraEdit's code edits in a model of this shape, else the feed-forward's outputs."""
     return ULTRAEDIT.get((model_type, blocks, width), ("mlp_out",))
+
+
+@dataclass(frozen=True)
+class Encore:
+    """What ENCORE's code sets for a model."""
+
+    update_norm_lambda: float
+    """mu, plain."""
+    learning_rate: float
+    """The search's rate, plain."""
+    top_count: int
+    """Evaluations in which the target was the first choice, after which a search ends."""
+
+
+# (model_type, number of blocks, residual width, inner width): Llama 2 7B and Llama 3 8B differ in the last alone
+ENCORE: dict[tuple[str, int, int, int], Encore] = {
+    ("gpt2", 48, 1600, 6400): Encore(10.0, 0.5, 4),
+    ("llama", 32, 4096, 11008): Encore(10.0, 0.5, 3),
+    ("llama", 32, 4096, 14336): Encore(20.0, 0.5, 2),
+}
+
+
+def encore(model_type: str, blocks: int, width: int, inner: int) -> Encore | None:
+    """Return the settings of ENCORE's code for a model of this shape."""
+    return ENCORE.get((model_type, blocks, width, inner))

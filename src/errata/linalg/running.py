@@ -48,6 +48,17 @@ class Running:
         """Add vectors ``[n, m]``."""
         self.merge_(Running.of(vectors))
 
+    def update_published_(self, vectors: Tensor) -> None:
+        """Add vectors ``[n, m]`` as MALMEN's and UltraEdit's code does: by n times their unbiased variance.
+
+        Exact would be n - 1 times; the result depends on the portions. Raises ValueError for one vector.
+        """
+        other = Running.of(vectors)
+        if other.count < 2:
+            raise ValueError(f"the variance of {other.count} vectors is not defined; two are needed")
+        other.spread = other.spread * (other.count / (other.count - 1))
+        self.merge_(other)
+
     def merge_(self, other: Running) -> None:
         """Add what another one has seen. Raises ValueError when the widths differ."""
         if self.mean.shape != other.mean.shape:
@@ -67,20 +78,20 @@ class Running:
             raise ValueError(f"the variance of {self.count} vectors is not defined; two are needed")
         return self.spread / (self.count - 1)
 
-    def normalise(self, vectors: Tensor, *, centre: bool = True) -> Tensor:
+    def normalise(self, vectors: Tensor, *, centre: bool = True, floor: float | None = None) -> Tensor:
         """Return vectors ``[n, m]`` less the mean and over the deviation, float64.
 
         Without ``centre``: over the root mean square, from the first vector on. A deviation that float32
-        cannot tell from the mean's rounding counts as none, and gives 0. Raises ValueError where
-        :attr:`variance` does.
+        cannot tell from the mean's rounding counts as none, and gives 0; with ``floor``, that number is added
+        to every deviation instead. Raises ValueError where :attr:`variance` does.
         """
         vectors = vectors.double()
-        floor = torch.finfo(torch.float64).tiny
+        tiny = torch.finfo(torch.float64).tiny
         if not centre:
             square = self.mean.square() + self.spread / max(1, self.count)
-            return vectors / (square.sqrt() + floor)
-        deviation = self.variance.sqrt() + RESOLUTION * self.mean.abs()
-        return (vectors - self.mean) / (deviation + floor)
+            return vectors / (square.sqrt() + tiny)
+        least = RESOLUTION * self.mean.abs() + tiny if floor is None else floor
+        return (vectors - self.mean) / (self.variance.sqrt() + least)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Return the state as tensors by part, to be stored; :meth:`restored` reads them back.

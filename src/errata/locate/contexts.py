@@ -43,6 +43,11 @@ def prefixes(
         starts = [STARTS[i % len(STARTS)] for i in range(count)]
         for text in sample(host, starts, tokens=length, top_k=top_k, seed=seed * 101 + group):
             texts.append(_clean(text))
+    return weigh(texts, weighting)
+
+
+def weigh(texts: Sequence[str], weighting: str) -> list[Context]:
+    """Return the bare prompt and prefixes as they stand, weighted as :func:`prefixes` says."""
     total = 1 + len(texts)
     if weighting == "flat" or not texts:
         return [Context("", 1 / total), *(Context(text, 1 / total) for text in texts)]

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from errata.errors import HostError
+from errata.errors import ConfigError, HostError
 from errata.host import hooks
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.tokens import Answer
+from errata.registry import unknown
 
+GROUPS = ("mlp", "mlp_in", "mlp_out")
 Tokens = Literal["answer", "all"]
 
 FLOAT16_LIFT = 1024.0
@@ -72,6 +74,36 @@ def feed_forward(host: Host, layer: int) -> tuple[list[str], str]:
     ]
     inside = [name.removeprefix(f"{block}.") for name in (*beside, site.name)]
     return inside[:-1], inside[-1]
+
+
+def named_maps(host: Host, layer: int, name: str) -> list[str]:
+    """Return the paths, inside a block, of the maps that a name stands for: one of GROUPS, or the end of a path.
+
+    Raises ConfigError for none.
+    """
+    maps = linear_maps(host, layer)
+    if name in GROUPS:
+        inner, outer = feed_forward(host, layer)
+        found = {"mlp": [*inner, outer], "mlp_in": inner, "mlp_out": [outer]}[name]
+    else:
+        found = [path for path in maps if f".{path}".endswith(f".{name}")]
+    if not found:
+        raise ConfigError(unknown(name, [*GROUPS, *maps], f"linear map of layer {layer}"))
+    return found
+
+
+def own_layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the layers of ``name@first-last``, else the common ones. Raises ConfigError for what is no range."""
+    _, own, text = entry.partition("@")
+    if not own:
+        return layers or ()
+    first, dash, last = text.partition("-")
+    depth = len(host.layout.blocks)
+    if first.isdecimal() and (last.isdecimal() if dash else not last):
+        found = tuple(range(int(first), int(last or first) + 1))
+        if found and found[-1] < depth:
+            return found
+    raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
 
 
 def _is_linear(module: nn.Module) -> bool:

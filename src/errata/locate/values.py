@@ -55,10 +55,17 @@ class ValueConfig:
     the shifted vector. States differ in scale by orders of magnitude between families, and a
     feed-forward's output may be small beside the stream it has to turn."""
     stop: Stop = "loss"
-    """``top``: stop also as soon as every target token is the first choice in every context (ENCORE)."""
+    """``top``: stop also once every target token was the first choice in every context (ENCORE)."""
+    top_count: int = 1
+    """``stop: top``: in how many evaluations that must have been so, in a row or not."""
+    top_bare: bool = True
+    """Whether the bare prompt is one of the contexts that must agree; where it stands alone it always is."""
+    nll_loss_factor: float = 1.0
+    """Weight of the targets' loss."""
     relax: bool = False
-    """Once every target token is the first choice, count the targets' loss a tenth and stop when the
-    divergence is at most 0.01 (PMET's code)."""
+    """PMET's code: after an evaluation in which every target token was the first choice the targets' loss
+    counts a tenth, until that is no longer so; the search ends there if the weighted divergence is at most
+    0.01."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,8 @@ class _Bundle:
     """Row and column of each prediction that counts."""
     token: Tensor
     weight: Tensor
+    decides: Tensor
+    """Whether a prediction decides on the first choice, 1 or 0."""
     before: Tensor | None = None
     """Unshifted log-probabilities at the essence rows' places ``[rows, vocab]``."""
 
@@ -184,6 +193,7 @@ class _Bundle:
             self.at[counted],
             self.token[counted],
             self.weight[counted],
+            self.decides[counted],
             None if self.before is None else self.before[rows],
         )
 
@@ -260,10 +270,14 @@ class _Search:
         state = ran.states[self.first - 1] if self.first else None
         before = wide(ran.logits).log_softmax(-1)
         split: list[tuple[Tensor, Any, Tensor | None]] = []
+        alone = all(line.context == 0 for line in rows[:with_target])
         least = LIKE_ROWS.get(device.type, LIKE_ROWS["cpu"])
         for like in alike([len(line.ids) - line.place for line in rows[:with_target]], least):
             mine = torch.tensor(like, device=device)
-            split.append((mine, _targets([rows[i] for i in like], columns[mine].tolist(), device), None))
+            counted = _targets(
+                [rows[i] for i in like], columns[mine].tolist(), device, bare=self.config.top_bare or alone
+            )
+            split.append((mine, counted, None))
         if len(essence):
             split.append((essence, _places(columns[essence]), before))
         cutting = column if self.reuse else 0
@@ -310,7 +324,7 @@ class _Search:
 
     def _bundle(
         self, tokens: Tokens, past: Past, seen: dict[int, Any], state: Tensor | None, group: Tensor,
-        rows: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor], before: Tensor | None,
+        rows: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], before: Tensor | None,
         columns: Tensor, cutting: int,
     ) -> _Bundle:  # fmt: skip
         """Cut rows to what the shift reaches, with the rest of them in their past."""
@@ -323,7 +337,7 @@ class _Search:
         cut = Tokens(cut.ids[:, :most], cut.mask[:, :most], cut.positions[:, :most], cut.start)
         return _Bundle(
             cut, behind, None if state is None else state[rows][:, cutting:length], group[rows],
-            columns[rows] - cutting, found[0], found[1] - cutting, found[2], found[3], before,
+            columns[rows] - cutting, found[0], found[1] - cutting, *found[2:], before,
         )  # fmt: skip
 
     # --- every step ------------------------------------------------------------------------
@@ -341,7 +355,7 @@ class _Search:
                 lost = functional.cross_entropy(logits, bundle.token, reduction="none")
                 nll = nll.index_add(0, group, lost * bundle.weight)
                 wrong = (logits.detach().argmax(-1) != bundle.token).to(zero.dtype)
-                missed = missed.index_add(0, group, wrong)
+                missed = missed.index_add(0, group, wrong * bundle.decides)
             else:
                 after = logits.log_softmax(-1)
                 # KL(edited || original), read at the subject, as the authors' code has it
@@ -397,16 +411,18 @@ class _Search:
         adam = [(torch.zeros_like(s), torch.zeros_like(s)) for s in self.start]
         running = torch.ones(self.count, dtype=torch.bool, device=device)
         taken = torch.zeros(self.count, dtype=torch.long)
-        factor = torch.ones(self.count, device=device)
+        factor = torch.full((self.count,), config.nll_loss_factor, device=device)
+        at_top = torch.zeros(self.count, dtype=torch.long, device=device)
         seen = torch.zeros(self.count, device=device)
         bundles = self.bundles
         for step in range(1, config.steps + 1):
             nll, divergence, top = self._forward(bundles, shifts)
             seen = torch.where(running, nll.detach(), seen)
-            if config.relax:
-                factor = torch.where(top, 0.1, factor)
             loss = factor * nll + config.kl * divergence + self._penalty(shifts)
-            stopped = self._stopped(loss.detach(), divergence.detach(), top)
+            at_top += top
+            stopped = self._stopped(loss.detach(), divergence.detach(), top, at_top)
+            if config.relax:  # what is seen now counts from the next evaluation on
+                factor = torch.where(top, 0.1 * config.nll_loss_factor, config.nll_loss_factor)
             still = running & ~stopped
             if step == config.steps or not still.any():
                 break
@@ -439,12 +455,12 @@ class _Search:
         ]
         return self.config.decay * torch.stack(parts).sum(0)
 
-    def _stopped(self, loss: Tensor, divergence: Tensor, top: Tensor) -> Tensor:
+    def _stopped(self, loss: Tensor, divergence: Tensor, top: Tensor, at_top: Tensor) -> Tensor:
         stopped = loss < self.config.stop_loss * self.members
         if self.config.stop == "top":
-            stopped = stopped | top
+            stopped = stopped | (at_top >= self.config.top_count)
         if self.config.relax:
-            stopped = stopped | (top & (divergence <= 0.01))
+            stopped = stopped | (top & (self.config.kl * divergence <= 0.01))
         return stopped
 
 
@@ -472,10 +488,13 @@ def _note(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
 
 
 def _targets(
-    rows: Sequence[Line], columns: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index every target token: its row, the column that predicts it, its id, its weight."""
-    row, at, token, weight = [], [], [], []
+    rows: Sequence[Line], columns: Sequence[int], device: torch.device, *, bare: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Index every target token: its row, the column that predicts it, its id, its weight, whether it decides.
+
+    Without ``bare``, tokens behind the bare prompt do not decide on the first choice.
+    """
+    row, at, token, weight, decides = [], [], [], [], []
     for i, (line, column) in enumerate(zip(rows, columns, strict=True)):
         first = column + len(line.ids) - len(line.targets) - line.place
         for j, target in enumerate(line.targets):
@@ -483,15 +502,18 @@ def _targets(
             at.append(first + j)
             token.append(target)
             weight.append(line.weight / len(line.targets))
+            decides.append(float(bare or line.context != 0))
     return (
         torch.tensor(row, device=device),
         torch.tensor(at, device=device),
         torch.tensor(token, device=device),
         torch.tensor(weight, device=device),
+        torch.tensor(decides, device=device),
     )
 
 
-def _places(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _places(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Index the one prediction of each essence row."""
     row = torch.arange(len(columns), device=columns.device)
-    return row, columns, torch.zeros_like(row), torch.zeros(len(row), device=columns.device)
+    none = torch.zeros(len(row), device=columns.device)
+    return row, columns, torch.zeros_like(row), none, none

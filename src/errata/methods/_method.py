@@ -14,10 +14,11 @@ from errata.errors import ConfigError
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.moments import Eigen
-from errata.linalg.solve import Metric
-from errata.locate.contexts import Context, prefixes, sampled_corpus
+from errata.linalg.moments import Eigen, eigen
+from errata.linalg.solve import RIDGE, Metric
+from errata.locate.contexts import Context, prefixes, sampled_corpus, weigh
 from errata.locate.values import ValueConfig
+from errata.stats import external
 from errata.stats.collect import Corpus, eigen_of, second_moments
 from errata.types import Request
 
@@ -94,10 +95,57 @@ class Workspace:
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
-    def metrics(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, Metric]:
-        """Return each site's second moment of keys, factorised; the host's without ``after``."""
+    def metrics(
+        self, host: Host, sites: Sequence[Site], tokens: int, *, ridge: float = RIDGE,
+        source: str | None = None,
+    ) -> dict[Site, Metric]:  # fmt: skip
+        """Return each site's second moment of keys, factorised with a relative ridge; the host's without ``after``.
+
+        ``source``: files to read it from, see :func:`errata.stats.external.second_moment`.
+        """
+        if source is not None:
+            return {site: self._imported(source, site, ridge) for site in sites}
+        _, _, state = self._moments(host, sites, tokens)
+        note = "" if ridge == RIDGE else f", ridge {ridge:g}"
+        for site in sites:
+            key = ("metric", site, ridge, *state)
+            if key not in self._made:
+                moments, name = self._made[("moments", site, *state)]
+                self._made[key] = Metric.of(moments.second, ridge=ridge, name=name + note)
+        return {s: self._made[("metric", s, ridge, *state)] for s in sites}
+
+    def _imported(self, source: str, site: Site, ridge: float) -> Metric:
+        found, state = self._file(source, site)
+        key = ("metric", site, ridge, *state)
+        if key not in self._made:
+            self._made[key] = Metric.of(found.matrix, ridge=ridge, name=f"{found.name}, ridge {ridge:g}")
+        return self._made[key]
+
+    def _file(
+        self, source: str, site: Site, layers: Sequence[int] | None = None
+    ) -> tuple[external.Imported, tuple[Any, ...]]:
+        """Return a second moment, or with ``layers`` a projection, from a file, and what tells it from others.
+
+        Read once while the file is unchanged.
+        """
+        place = external.file_of(source, site.layer)
+        facts = place.stat()
+        state = (str(place), facts.st_size, facts.st_mtime_ns, None if layers is None else tuple(layers))
+        if ("file", site, *state) not in self._made:
+            self._made[("file", site, *state)] = (
+                external.second_moment(source, site) if layers is None
+                else external.projection(source, site, layers)
+            )  # fmt: skip
+        return self._made[("file", site, *state)], state
+
+    def projection(self, source: str, site: Site, layers: Sequence[int]) -> tuple[Eigen, str]:
+        """Return a projection from a file by its eigenvectors; its layers stand in the order of ``layers``."""
+        return self._imported_spectrum(source, site, layers)
+
+    def _moments(self, host: Host, sites: Sequence[Site], tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
+        """See that each site's sums over the corpus are there; return corpus, budget and what they depend on."""
         corpus, budget, state = self._statistics(host, tokens)
-        missing = [s for s in sites if ("metric", s, *state) not in self._made]
+        missing = [s for s in sites if ("moments", s, *state) not in self._made]
         if missing:
             with without(self.after, host):
                 found = second_moments(
@@ -111,14 +159,16 @@ class Workspace:
                 )
             name = f"C of {corpus.name}, {budget} tokens"
             for site, moments in found.items():
-                self._made[("moments", site, *state)] = moments
-                self._made[("metric", site, *state)] = Metric.of(moments.second, name=name)
-        return {s: self._made[("metric", s, *state)] for s in sites}
+                self._made[("moments", site, *state)] = (moments, name)
+        return corpus, budget, state
 
-    def spectra(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, tuple[Eigen, str]]:
+    def spectra(
+        self, host: Host, sites: Sequence[Site], tokens: int, *, source: str | None = None
+    ) -> dict[Site, tuple[Eigen, str]]:
         """Return each site's second moment of keys by eigenvalues and eigenvectors, and what it is called."""
-        metrics = self.metrics(host, sites, tokens)
-        corpus, budget, state = self._statistics(host, tokens)
+        if source is not None:
+            return {site: self._imported_spectrum(source, site) for site in sites}
+        corpus, budget, state = self._moments(host, sites, tokens)
         for site in sites:
             key = ("eigen", site, *state)
             if key not in self._made:
@@ -128,12 +178,25 @@ class Workspace:
                     corpus,
                     tokens=budget,
                     folder=None if self._others(host) else self.folder,
-                    moments=self._made[("moments", site, *state)],
+                    moments=self._made[("moments", site, *state)][0],
                 )
-        return {s: (self._made[("eigen", s, *state)], metrics[s].name) for s in sites}
+        return {s: (self._made[("eigen", s, *state)], self._made[("moments", s, *state)][1]) for s in sites}
 
-    def contexts(self, host: Host, groups: Sequence[tuple[int, int]], weighting: str) -> list[Context]:
-        """Return context prefixes, the bare prompt first; written by the host without ``after``."""
+    def _imported_spectrum(
+        self, source: str, site: Site, layers: Sequence[int] | None = None
+    ) -> tuple[Eigen, str]:
+        found, state = self._file(source, site, layers)
+        if ("eigen", site, *state) not in self._made:
+            self._made[("eigen", site, *state)] = eigen(found.matrix)
+        return self._made[("eigen", site, *state)], found.name
+
+    def contexts(
+        self, host: Host, groups: Sequence[tuple[int, int]], weighting: str,
+        texts: Sequence[str] | None = None,
+    ) -> list[Context]:  # fmt: skip
+        """Return context prefixes, the bare prompt first; written by the host without ``after``, or ``texts``."""
+        if texts is not None:
+            return weigh(texts, weighting)
         key = ("contexts", host.fingerprint, *self._others(host), tuple(groups), weighting, self.seed)
         if key not in self._made:
             with without(self.after, host):
@@ -219,7 +282,10 @@ def open_search(config: Any, known: Search | None) -> dict[str, Any]:
 
 def search(config: Any, *, relax: bool = False) -> ValueConfig:
     """Read the settings of a value search off a method's settings."""
-    names = ("steps", "learning_rate", "clamp", "decay", "kl", "scale", "stop", "stop_loss")
+    names = (
+        "steps", "learning_rate", "clamp", "decay", "kl", "scale", "stop", "stop_loss", "top_count", "top_bare",
+        "nll_loss_factor",
+    )  # fmt: skip
     given = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return ValueConfig(**given, relax=relax)
 

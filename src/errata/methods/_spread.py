@@ -37,15 +37,18 @@ from errata.methods._method import (
     resolved,
     search,
 )
+from errata.methods._settings import Inputs, Ridge, Stopping, check_settings
 from errata.methods._stabilise import Around, check, delta_steps, value_steps
 from errata.types import Request
 
+SHORT = 0.75
+"""Longest shift of methods built for sequences where edits add up, in norms of the stream (MEMIT's code)."""
 COLLIDING = 0.98
 """Cosine of two whitened keys from which on they count as one."""
 
 
 @dataclass(frozen=True)
-class SpreadConfig:
+class SpreadConfig(Inputs, Stopping):
     """Settings that the closed-form methods share; values in brackets are the papers'."""
 
     layers: tuple[int, ...] | None = None
@@ -65,9 +68,6 @@ class SpreadConfig:
     """Value search: weight of the shift's norm (MEMIT's code: 0.5)."""
     kl: float = 0.0625
     """Value search: weight of the divergence at "{subject} is a" (MEMIT's code: 0.0625)."""
-    stop: Literal["loss", "top"] = "loss"
-    """Value search: stop at a loss of 0.05 (MEMIT's code), or also once the target is the first choice in
-    every context (ENCORE)."""
     contexts: int = 5
     """How many sampled prefixes; together they count as much as the bare prompt (MEMIT's code: 5)."""
     context_tokens: int = 10
@@ -91,11 +91,11 @@ class SpreadConfig:
             "cov_relative",
         )
         present = [name for name in numbers if hasattr(self, name)]
-        return [*positive(self, *present), *check(self.stabilise)]
+        return [*positive(self, *present), *check_settings(self), *check(self.stabilise)]
 
 
 @dataclass(frozen=True)
-class Covariance:
+class Covariance(Ridge):
     """Further settings where a change costs under lambda C."""
 
     cov_weight: float | None = None
@@ -106,11 +106,12 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Lasting:
-    """What differs for methods built for long sequences: shorter shifts, since they add up."""
+    """What differs for methods built for long sequences: shorter shifts where many edits add up."""
 
     clamp: float | None = None
-    """Value search: largest shift, in the unit of ``scale``. None: published for known models, else 0.75, as
-    in the authors' code, for many edits add up (MEMIT's code: 0.75; other code up to 4)."""
+    """Value search: largest shift, in the unit of ``scale``. None: published for known models; else 1.5 for one
+    request alone, and 0.75 for several requests or on top of an earlier edit, for many edits add up. A
+    sequence of single requests begins like one request alone: name the clamp there (authors' code: 0.75)."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ class Plan:
     """Further notes for the record."""
 
 
-def settle(host: Host, config: Any) -> Any:
+def settle(host: Host, config: Any, requests: Sequence[Request], work: Workspace) -> Any:
     """Fill in layers, the value search's units and lambda where the settings leave them open.
 
+    How far a shift may go depends on whether one request is written alone or many stand together.
     Raises ConfigError for several layers where a residual cannot be shared between them.
     """
     direct = host.layout.adds_directly
@@ -167,7 +169,8 @@ def settle(host: Host, config: Any) -> Any:
         )
     filled = open_search(config, known.memit_search if known else None)
     if isinstance(config, Lasting) and known is None and config.clamp is None:
-        filled["clamp"] = 0.75
+        alone = len(requests) == 1 and work.after is None
+        filled["clamp"] = 1.5 if alone else SHORT
     if isinstance(config, Covariance) and config.cov_weight is None:
         rule = config.cov_relative * host.layout.site(min(layers)).d_in
         filled["cov_weight"] = known.cov_weight if known else rule
@@ -187,7 +190,8 @@ def covariance(
     scale = config.cov_weight if weight is None else weight
 
     def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
-        return {s: m.weighted(scale) for s, m in work.metrics(host, sites, config.tokens).items()}
+        found = work.metrics(host, sites, config.tokens, ridge=config.cov_ridge, source=config.moments)
+        return {site: metric.weighted(scale) for site, metric in found.items()}
 
     return metric
 
@@ -196,18 +200,35 @@ def null_space(host: Host, config: Any, work: Workspace) -> Callable[[Sequence[S
     """Return AlphaEdit's M: no change but where keys of the corpus hardly reach, at a flat cost there.
 
     ``config`` has ``threshold`` (on eigenvalues) or ``energy`` (share of the trace that stays protected),
-    and ``ridge`` or ``ridge_relative`` (in mean squared key norms).
+    and ``ridge`` or ``ridge_relative`` (in mean squared key norms), or ``projection``, a file of P.
     """
+    if config.projection is not None:
+        return _projected(config, work)
 
     def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
         made = {}
-        for site, (eigen, name) in work.spectra(host, sites, config.tokens).items():
+        found = work.spectra(host, sites, config.tokens, source=config.moments)
+        for site, (eigen, name) in found.items():
             values = eigen.values.clamp_min(0)
             trace = float(values.sum())
             below = _bound(values, config.threshold, config.energy, site)
             cost = config.ridge if config.ridge is not None else config.ridge_relative * trace
             made[site] = Metric.within(values, eigen.vectors, below=below, cost=cost, name=name)
         return made
+
+    return metric
+
+
+def _projected(config: Any, work: Workspace) -> Callable[[Sequence[Site]], Mapping[Site, Metric]]:
+    """Return the same for projections read from a file; L2 is 10 where no ridge is named, as in the code."""
+
+    def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
+        cost = 10.0 if config.ridge is None else config.ridge
+        found = {site: work.projection(config.projection, site, config.layers) for site in sites}
+        return {
+            site: Metric.within(1 - eigen.values, eigen.vectors, below=0.5, cost=cost, name=name)
+            for site, (eigen, name) in found.items()
+        }
 
     return metric
 
@@ -262,7 +283,7 @@ def spread(host: Host, requests: Sequence[Request], config: Any, plan: Plan, wor
 def prefixes_of(host: Host, config: Any, work: Workspace) -> list[Context]:
     """Return the context prefixes that the settings ask for, the bare prompt first."""
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    return work.contexts(host, groups, "half_bare")
+    return work.contexts(host, groups, "half_bare", config.prefixes)
 
 
 def _trace(values: Sequence[Value], plan: Plan) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Config(Covariance, SpreadConfig):
     """For ``base: alphaedit``, see there."""
     ridge: float | None = None
     """For ``base: alphaedit``, see there."""
+    projection: str | None = None
+    """For ``base: alphaedit``, see there."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -73,7 +75,7 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that makes the host say every target, however long."""
-    config = settle(host, config)
+    config = settle(host, config, requests, work)
     layer = max(config.layers or ())
     laid, rounds = chunked(host, requests, config.chunk, config.overlap)
     places = {(p.members[0], p.lines[0].place) for p in laid}

@@ -46,7 +46,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     one = config.layers or ((known.rome,) if known else None)
     layers = resolve_layers(host, one, lambda depth: (depth // 5,))
     own = config.cov_weight is not None
-    config = settle(host, resolved(config, layers=layers))
+    config = settle(host, resolved(config, layers=layers), requests, work)
     assert config.cov_weight is not None
     if not own:
         config = resolved(config, cov_weight=config.cov_weight / config.damping)

@@ -50,6 +50,9 @@ class Config:
     """Stop once the loss is below this (baseline code: 1e-2)."""
     stop: Literal["mean", "each"] = "mean"
     """Whose loss that is: the mean over requests (baseline code), or every request's own."""
+    bias: bool = False
+    """Whether the bias beside the weight is trained too, at its rate and within its bound (paper: not; ROME's code,
+    which trains every parameter whose name holds the layer's, does so in GPT-2 and GPT-J)."""
     per_step: int | None = None
     """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
@@ -81,12 +84,13 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         norm=config.norm,
         weight_decay=config.weight_decay,
         per_step=config.per_step,
+        bias=config.bias,
     )
     changes, outcome = tune(
         host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress("ft", *at)
     )
     return WeightEdit(
-        {site.parameter: change for site, change in changes.items()},
+        dict(changes),
         frozenset(site.parameter for site in sites if site.transposed),
         provenance("ft", host, requests, config, work, **notes(outcome.facts())),
     )

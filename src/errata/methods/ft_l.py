@@ -50,6 +50,9 @@ class Config:
     """Stop once the loss is below this (authors' code: 1e-2)."""
     stop: Literal["each", "mean"] = "each"
     """Whose loss that is: every request's own, or the mean over requests (authors' code)."""
+    bias: bool = False
+    """Whether the bias beside the weight is trained too, at its rate and within its bound (paper: not; ROME's code,
+    which trains every parameter whose name holds the layer's, does so in GPT-2 and GPT-J)."""
     per_step: int | None = None
     """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
@@ -75,12 +78,13 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         stop=Stop(config.stop_loss, config.stop),
         bounds=tuple(config.epsilon * unit for unit in units),
         per_step=config.per_step,
+        bias=config.bias,
     )
     changes, outcome = tune(
         host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress("ft_l", *at)
     )
     return WeightEdit(
-        {site.parameter: change for site, change in changes.items()},
+        dict(changes),
         frozenset(site.parameter for site in sites if site.transposed),
         provenance("ft_l", host, requests, config, work, **notes(outcome.facts())),
     )

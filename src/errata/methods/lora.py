@@ -32,7 +32,9 @@ from errata.errors import ConfigError, HostError
 from errata.host import hooks
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
+from errata.locate.gradients import linear_maps
 from errata.methods._method import Method, Workspace, notes, provenance, resolved
+from errata.methods._settings import check_settings
 from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
 from errata.types import Request
 
@@ -60,23 +62,26 @@ class Config:
     """Share of an adapter's inputs left out while training (EasyEdit: 0.1)."""
     steps: int = 70
     """Passes over the requests at most (EasyEdit: 50 for GPT-J, 70 for Llama 3 8B)."""
-    learning_rate: float = 5e-3
-    """Adam's rate (EasyEdit: 5e-3)."""
+    learning_rate: float | None = None
+    """Adam's rate, in the unit of ``scale``. None: 5e-4, chosen on the lab, where ten times as much overwrites every
+    neighbour of a fact; 5e-3 in plain numbers and for AdaLoRA (EasyEdit: 5e-3)."""
     scale: Literal["weight", "published"] = "weight"
     """Unit of the rate of B (E in AdaLoRA): the weight's root mean square times sqrt(d_in), or plain numbers."""
     orthogonal: float = 0.5
     """AdaLoRA's penalty on factors that are not orthogonal (its paper's code: 0.5)."""
     stop_loss: float | None = None
-    """Plain LoRA stops once every request's loss is below this. None: never (EasyEdit)."""
+    """Plain LoRA stops once every request's loss, in nats per target token, is below this; 0: never (EasyEdit).
+    None: 0.05, chosen on the lab; never in plain numbers and for AdaLoRA."""
     per_step: int | None = None
     """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = positive(self, "rank", "alpha", "steps", "learning_rate", "stop_loss", "per_step")
+        names = ("rank", "alpha", "steps", "learning_rate", "per_step")
+        found = [*positive(self, *names), *check_settings(self)]
         if not 0 <= self.dropout < 1:
             found.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
-        if self.variant == "adalora" and self.stop_loss is not None:
+        if self.variant == "adalora" and self.stop_loss:
             found.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
         return found
 
@@ -118,12 +123,7 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     layers = tuple(sorted({layer + depth if layer < 0 else layer for layer in layers}))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ConfigError(f"layers {list(config.layers or ())}: expected some of 0 to {depth - 1}")
-    every = [
-        f"{host.layout.blocks[layer]}.{name}"
-        for layer in layers
-        for name, module in host.model.get_submodule(host.layout.blocks[layer]).named_modules()
-        if name and _is_linear(module)
-    ]
+    every = [f"{host.layout.blocks[layer]}.{name}" for layer in layers for name in linear_maps(host, layer)]
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
     wanted = config.modules or tuple(usual if isinstance(usual, list) else ())
     matched = {end: {name for name in every if name.endswith(f".{end}")} for end in wanted}
@@ -133,12 +133,11 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
         raise ConfigError(f"no linear map of these layers is called {missing}; they have: {', '.join(there)}")
     chosen = set().union(*matched.values()) or set(every)
     modules = tuple(end for end in wanted if matched[end]) or tuple(there)
-    return resolved(config, layers=layers, modules=modules), [name for name in every if name in chosen]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    gentle = config.variant == "lora" and config.scale == "weight"
+    filled = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
+    filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    config = resolved(config, layers=layers, modules=modules, **filled)
+    return config, [name for name in every if name in chosen]
 
 
 def _settings(peft: Any, host: Host, names: list[str], config: Config, steps: int) -> Any:
@@ -184,6 +183,7 @@ def _adapters(host: Host, names: list[str], settings: Any, peft: Any) -> Iterato
 def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, work: Workspace) -> Outcome:
     """Descend on the adapters' factors."""
     adaptive = config.variant == "adalora"
+    assert config.learning_rate is not None
     groups = []
     for layer in layers.values():
         weight = layer.get_base_layer().weight

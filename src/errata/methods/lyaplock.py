@@ -5,10 +5,12 @@ Paper      Wang et al., "LyapLock: Bounded Knowledge Preservation in Sequential 
 Implements Virtual queue Z(t+1) = max(Z + a (PL - D) + b, Z_max) over the preservation loss
            PL = tr((W - W0) C (W - W0)^T); at each step all requests so far are fitted against the
            unedited weights with lambda multiplied by a Z. Settings as in the paper: a = 1/sqrt(D), b = 0,
-           Z starts at Z_max = sqrt(D), D = alpha times the first step's loss, so that a Z starts at 1
+           Z starts at Z_max = sqrt(D), D = alpha times the first step's loss, so that a Z starts at 1.
+           One queue a layer, as in the authors' code
 Departs    Written as what it is: one ridge regression of all (key, absolute value) pairs for each step's
-           lambda, solved from stored keys in the dual. One queue a layer. Lambda as in MEMIT, where the
-           authors take the plain sum over 100,000 sampled keys.
+           lambda, solved from stored keys in the dual. Lambda multiplies the mean moment of keys, as in
+           MEMIT; the paper speaks of the plain sum over 100,000 sampled keys, the authors' code takes
+           1,000 times their mean (``cov_weight: 1000``).
 Needs      Second moment of keys at each layer; context prefixes written by the model
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +39,14 @@ from errata.types import Request
 class Config(Lasting, Covariance, SpreadConfig):
     """Settings of LyapLock."""
 
+    cov_weight: float | None = None
+    """lambda, how many keys of the corpus weigh against the edits. None: MEMIT's where published, else the rule
+    below (authors' code: 1,000)."""
     cov_relative: float = 0.3
     """lambda in key widths m where cov_weight is None and none is published (chosen on the lab)."""
+    remember: Literal["wanted", "achieved"] = "wanted"
+    """What later steps hold earlier requests to: the value that was sought for each, or what the weights gave at its
+    key once it was written, W_new K (authors' code: achieved)."""
     alpha: float = 60.0
     """Budget D of the preservation loss, in losses of the first step (paper: 60)."""
 
@@ -48,7 +57,7 @@ class Config(Lasting, Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit for these requests and all before them; it replaces the one it goes on from."""
-    config = settle(host, config)
+    config = settle(host, config, requests, work)
     if config.stabilise:
         raise ConfigError("lyaplock solves for all edits anew at each step; stabilise does not apply to it")
     sites = [host.layout.site(layer) for layer in config.layers or ()]
@@ -65,10 +74,14 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         return replace(record, price=prices[site]).delta()
 
     made = spread(host, requests, config, Plan("lyaplock", lambda _: metrics, total=total), work)
-    records = {s.parameter: replace(made.records[s.parameter], price=prices[s]) for s in sites}
+    records: dict[str, Record] = {}
     for site in sites:
         delta = made.deltas[site.parameter]
         assert isinstance(delta, LowRank)
+        record = replace(made.records[site.parameter], price=prices[site])
+        if config.remember == "achieved":  # no longer what the delta was solved for
+            record = replace(record, wanted=delta.to(record.keys.dtype) @ record.keys, solves=False)
+        records[site.parameter] = record
         loss = metrics[site].energy(delta)
         budget = state.setdefault(f"{site.parameter}.budget", torch.tensor([config.alpha * loss]))
         # with a = 1 / sqrt(D): a Z(t+1) = max(a Z + (PL - D) / D, 1)

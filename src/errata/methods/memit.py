@@ -37,7 +37,7 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that makes the host complete every request with its target."""
-    config = settle(host, config)
+    config = settle(host, config, requests, work)
     plan = Plan("memit", covariance(host, config, work), history=config.history)
     return spread(host, requests, config, plan, work)
 

@@ -37,7 +37,7 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit at the chosen words. Raises RequestError where a prompt has no such words."""
-    config = settle(host, config)
+    config = settle(host, config, requests, work)
     part, _, token = config.place.partition("_")
     for request in requests:
         part_span(request, part)

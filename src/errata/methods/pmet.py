@@ -4,10 +4,11 @@ Paper      Li et al., "PMET: Precise Model Editing in a Transformer", AAAI 2024,
 Implements Joint search of two shifts at the last layer, on attention's output and on the feed-forward's;
            the residual is what is missing at the feed-forward's output, shared between layers by the
            square root of the layers left; delta = R K^T (lambda C + K K^T)^-1
-Departs    Solved in the dual. The loop's end follows the authors' code: once the target is the first
-           choice everywhere the targets' loss counts a tenth, and the search ends at a divergence of
-           0.01. Rate and clamp are in units of the residual stream where nothing is published for a
-           model (the authors' GPT-J values: rate 0.2, clamp 0.75, lambda 6,000).
+Departs    Solved in the dual. The loop's end follows the authors' code: after an evaluation in which the
+           target was the first choice everywhere the targets' loss counts a tenth, until that is lost
+           again, and the search ends there if kl times the divergence is at most 0.01. Rate and clamp
+           are in units of the residual stream where nothing is published for a model (the authors'
+           GPT-J values: rate 0.2, clamp 0.75, lambda 6,000).
 Needs      Second moment of keys at each layer; context prefixes written by the model
 """
 
@@ -17,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._method import Method, Workspace
@@ -30,13 +32,19 @@ class Config(Covariance, SpreadConfig):
 
     steps: int = 30
     """Value search: Adam steps at most (paper's code: 30 for GPT-J)."""
+    nll_loss_factor: float = 1.0
+    """Value search: weight of the targets' loss; a tenth of it while the target is the first choice (code: 1)."""
     kl: float = 1.0
     """Value search: weight of the divergence at "{subject} is a" (paper's code: 1 for GPT-J, 0.8 for NeoX)."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        return [*super().problems(), *positive(self, "nll_loss_factor")]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that writes the feed-forward's part of values found for both parts."""
-    config = settle(host, config)
+    config = settle(host, config, requests, work)
     plan = Plan("pmet", covariance(host, config, work), where="attn_and_mlp", share=math.sqrt, relax=True)
     return spread(host, requests, config, plan, work)
 

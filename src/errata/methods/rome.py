@@ -41,12 +41,13 @@ from errata.methods._method import (
     resolved,
     search,
 )
+from errata.methods._settings import Inputs, Ridge, Stopping, check_settings
 from errata.methods._stabilise import Around, check, delta_steps
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Inputs, Ridge, Stopping):
     """Settings of ROME."""
 
     layers: tuple[int, ...] | None = None
@@ -76,9 +77,6 @@ class Config:
     """Whether keys are whitened by the second moment; off, C is the identity."""
     tokens: int = 1_000_000
     """Token budget of the second moment (paper: 100,000 articles)."""
-    stop: Literal["loss", "top"] = "loss"
-    """Value search: stop at a loss of 0.05 (paper's code), or also once the target is the first choice in
-    every context (ENCORE)."""
     stabilise: tuple[str, ...] = ()
     """Steps on the delta, in order: rect, sphere, prune, simie, each with :setting after it."""
 
@@ -89,7 +87,7 @@ class Config:
             found.append(f"layers: expected one layer, found {list(self.layers)}")
         if len(self.contexts) != len(self.context_tokens):
             found.append("contexts: expected as many counts as context_tokens has lengths")
-        return [*found, *check(self.stabilise)]
+        return [*found, *check_settings(self), *check(self.stabilise)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -101,12 +99,16 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     layers = resolve_layers(host, config.layers or known, lambda depth: (depth // 5,))
     config = resolved(config, layers=layers, **open_search(config, known_search))
     site = host.layout.site(layers[0])
-    contexts = work.contexts(host, tuple(zip(config.contexts, config.context_tokens, strict=True)), "flat")
+    groups = tuple(zip(config.contexts, config.context_tokens, strict=True))
+    contexts = work.contexts(host, groups, "flat", config.prefixes)
     value = optimise(
         host, requests, contexts, layer=site.layer, where="mlp_out",
         config=search(config),
     )[0]  # fmt: skip
-    metric = work.metrics(host, [site], config.tokens)[site] if config.second_moment else Metric.identity()
+    metric = Metric.identity()
+    if config.second_moment:
+        found = work.metrics(host, [site], config.tokens, ridge=config.cov_ridge, source=config.moments)
+        metric = found[site]
     averaged = Walk(host, problems(host, requests, contexts), site.layer)
     chosen = (
         averaged if config.keys == "mean" else Walk(host, problems(host, requests, contexts[:1]), site.layer)

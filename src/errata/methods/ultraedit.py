@@ -9,9 +9,10 @@ Implements One turn per fit. At the tokens that predict the answers, every edite
            with this turn in them, all modules of a shape together
 Departs    Statistics are merged exactly, with the unbiased variance. The authors' code weighs a batch's
            variance by its size B instead of B - 1, and a batch of one token makes it NaN for good; its
-           constant under the deviation is absolute, here it is the rounding of the mean.
-           The loss is summed over tokens, not averaged over a micro-batch: no row depends on its company,
-           and the common factor is normalised away.
+           constant under the deviation is absolute, here it is the rounding of the mean. The loss is
+           summed over tokens, not averaged over a micro-batch: no row depends on its company, and the
+           common factor is normalised away. ``statistics`` and ``reduction`` give both as in the code.
+           A request alone is not centred, and its step is larger than a turn's: see ``centre``, ``eta``.
            eta and the ridge are relative (``scale``): ||h^||^2 is about the input width a and g^ about 1
            per entry, so the plain eta is the shift of an output entry over a, in that output's own unit.
            Here one eta moves the output at h by as much as W moves an input of that length and no
@@ -25,7 +26,7 @@ Needs      Gradients: one forward and one backward pass. The first turn has to b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,14 +37,11 @@ from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
 from errata.host.families import ultraedit_modules
 from errata.host.load import Host
-from errata.linalg.running import Running
+from errata.linalg.running import RESOLUTION, Running
 from errata.linalg.solve import Metric, update, update_primal
-from errata.locate.gradients import Pairs, collect, feed_forward, linear_maps
+from errata.locate.gradients import Pairs, collect, named_maps, own_layers
 from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved
-from errata.registry import unknown
 from errata.types import Request
-
-GROUPS = ("mlp", "mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,26 @@ class Config:
     layers: tuple[int, ...] | None = None
     """Layers of modules without their own. None: the upper half of the depth."""
     eta: float | None = None
-    """Step, in the unit of ``scale``. None: 0.4, or 1e-6 as published."""
+    """Step, in the unit of ``scale``. None: 0.7 for one request without earlier turns, else 0.4 (both chosen on the
+    lab), or 1e-6 as published (paper's code: 1e-6)."""
     ridge: float | None = None
     """Ridge of the regression, in the unit of ``scale``. None: 0.03, or 1 as published."""
     scale: Literal["weight", "published"] = "weight"
     """Units. ``weight``: eta in ||W|| / sqrt(a) of change per token, ridge in mean squared norms of the inputs;
     ``published``: both plain (1e-6 suits models as wide as the paper's; elsewhere it may do nothing)."""
-    centre: bool = True
-    """Whether to take the running mean away (paper: yes). Without, (h, g) are divided by their root mean
-    squares, and a single request does not need earlier turns to succeed."""
+    centre: bool | None = None
+    """Whether to take the running mean away (paper: yes). Without, (h, g) are divided by their root mean squares.
+    None: not for one request without earlier turns, whose few tokens' mean is nearly all they have, unless
+    ``scale`` is published; else yes."""
     token: Literal["answer", "all"] = "answer"
     """Tokens that give rows: those that predict the answer's, or all (paper's code: answer; EasyEdit: all)."""
+    statistics: Literal["exact", "published"] = "exact"
+    """How the running variance is kept: exactly; or as in the code, portion by portion (a micro-batch in a module),
+    each portion's variance weighed by its size B instead of B - 1, with 1.2e-7 added to every deviation."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Loss whose gradients are taken: the sum over the answers' tokens, or their mean in each micro-batch (code)."""
     micro_batch: int = 10
-    """Requests run at once (paper: 10); changes nothing but rounding."""
+    """Requests run at once (paper: 10); where nothing is as published, it changes nothing but rounding."""
     normaliser_batch: int = 128
     """Tokens normalised at once (paper: 128); changes nothing."""
 
@@ -84,13 +89,21 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     """Return the edit of one turn: all requests together, on the host as it is."""
     if not requests:
         raise ConfigError("ultraedit needs at least one request")
-    config, names = _resolve(host, config)
+    alone = len(requests) == 1 and work.after is None
+    config, names = _resolve(host, config, alone)
     answers = [host.encode_answer(r.text, r.target) for r in requests]
     pairs = collect(
         host, answers, names, tokens=config.token, batch_size=work.batch_size or config.micro_batch,
         on_rows=lambda done: work.on_progress("gradients", done, len(answers)),
     )  # fmt: skip
-    running = _running(pairs, work.after, config)
+    rows = [len(a.ids) - 1 if config.token == "all" else len(a.target) for a in answers]
+    at = range(0, len(answers), config.micro_batch)
+    sizes = [sum(rows[i : i + config.micro_batch]) for i in at]
+    if config.reduction == "mean":
+        counts = [sum(len(a.target) for a in answers[i : i + config.micro_batch]) for i in at]
+        shares = torch.cat([torch.full((size, 1), 1 / n) for size, n in zip(sizes, counts, strict=True)])
+        pairs = {name: replace(p, gradients=p.gradients * shares) for name, p in pairs.items()}
+    running = _running(pairs, sizes, work.after, config)
     deltas = {
         f"{name}.weight": _solve(pair, running[_shape(pair)], _gain(host, name), config)
         for name, pair in pairs.items()
@@ -114,9 +127,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 # --- which modules --------------------------------------------------------------------------
 
 
-def _resolve(host: Host, config: Config) -> tuple[Config, list[str]]:
+def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]]:
     """Fill in what was left open; return also the paths of the modules, each once."""
-    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.4, 0.03)
+    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.7 if alone else 0.4, 0.03)
     layers = config.layers
     modules = config.modules or ultraedit_modules(host.family, len(host.layout.blocks), host.layout.width)
     if any("@" not in entry for entry in modules):
@@ -124,8 +137,8 @@ def _resolve(host: Host, config: Config) -> tuple[Config, list[str]]:
     names = {
         f"{host.layout.blocks[layer]}.{inside}"
         for entry in modules
-        for layer in _layers(host, entry, layers)
-        for inside in _inside(host, entry.partition("@")[0], layer)
+        for layer in own_layers(host, entry, layers)
+        for inside in named_maps(host, layer, entry.partition("@")[0])
     }
     filled = resolved(
         config,
@@ -133,36 +146,10 @@ def _resolve(host: Host, config: Config) -> tuple[Config, list[str]]:
         layers=layers,
         eta=eta if config.eta is None else config.eta,
         ridge=ridge if config.ridge is None else config.ridge,
+        centre=not alone or config.scale == "published" if config.centre is None else config.centre,
     )
     # in the order of the model, whatever the order of the entries
     return filled, [name for name, _ in host.model.named_modules() if name in names]
-
-
-def _layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return an entry's own layers, else the common ones. Raises ConfigError for what is not a range."""
-    _, own, text = entry.partition("@")
-    if not own:
-        return layers or ()
-    first, dash, last = text.partition("-")
-    depth = len(host.layout.blocks)
-    if first.isdecimal() and (last.isdecimal() if dash else not last):
-        found = tuple(range(int(first), int(last or first) + 1))
-        if found and found[-1] < depth:
-            return found
-    raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
-
-
-def _inside(host: Host, name: str, layer: int) -> list[str]:
-    """Return the paths, inside a block, that a name stands for. Raises ConfigError for none."""
-    maps = linear_maps(host, layer)
-    if name in GROUPS:
-        inner, outer = feed_forward(host, layer)
-        found = {"mlp": [*inner, outer], "mlp_in": inner, "mlp_out": [outer]}[name]
-    else:
-        found = [path for path in maps if f".{path}".endswith(f".{name}")]
-    if not found:
-        raise ConfigError(unknown(name, [*GROUPS, *maps], f"linear map of layer {layer}"))
-    return found
 
 
 # --- the turn -------------------------------------------------------------------------------
@@ -173,8 +160,13 @@ def _shape(pair: Pairs) -> str:
     return f"normaliser.{pair.inputs.shape[1]}x{pair.gradients.shape[1]}"
 
 
-def _running(pairs: Mapping[str, Pairs], after: WeightEdit | None, config: Config) -> dict[str, Running]:
-    """Return the statistics by weight shape, earlier turns and this one. Raises ConfigError for one row."""
+def _running(
+    pairs: Mapping[str, Pairs], sizes: Sequence[int], after: WeightEdit | None, config: Config
+) -> dict[str, Running]:
+    """Return the statistics by weight shape, earlier turns and this one; ``sizes``: rows of each micro-batch.
+
+    Raises ConfigError for one row.
+    """
     running: dict[str, Running] = {}
     stored = {} if after is None else after.state
     for pair in pairs.values():
@@ -183,7 +175,10 @@ def _running(pairs: Mapping[str, Pairs], after: WeightEdit | None, config: Confi
             known = {part: stored[f"{shape}.{part}"] for part in Running.PARTS if f"{shape}.{part}" in stored}
             width = pair.inputs.shape[1] + pair.gradients.shape[1]
             running[shape] = Running.restored(known) if known else Running.empty(width)
-        running[shape].update_(torch.cat([pair.inputs, pair.gradients], 1))
+        if config.statistics == "exact":
+            running[shape].update_(torch.cat([pair.inputs, pair.gradients], 1))
+    if config.statistics == "published":
+        _add_portions(pairs, sizes, running)
     for shape, statistics in running.items():
         if config.centre and statistics.count < 2:
             raise ConfigError(
@@ -191,6 +186,16 @@ def _running(pairs: Mapping[str, Pairs], after: WeightEdit | None, config: Confi
                 "give more requests, edit more layers, or set centre=false"
             )
     return running
+
+
+def _add_portions(pairs: Mapping[str, Pairs], sizes: Sequence[int], running: Mapping[str, Running]) -> None:
+    """Add each micro-batch in turn, module after module, as the authors' code does."""
+    if min(sizes) < 2:
+        raise ConfigError("a micro-batch of one token has no variance in statistics=published; use exact")
+    split = {name: [t.split(list(sizes)) for t in (p.inputs, p.gradients)] for name, p in pairs.items()}
+    for i in range(len(sizes)):
+        for name, (inputs, gradients) in split.items():
+            running[_shape(pairs[name])].update_published_(torch.cat([inputs[i], gradients[i]], 1))
 
 
 def _gain(host: Host, name: str) -> float:
@@ -218,9 +223,9 @@ def _solve(pair: Pairs, running: Running, gain: float, config: Config) -> Delta:
 
 def _values(pair: Pairs, running: Running, eta: float, config: Config) -> Iterator[Tensor]:
     """Yield v = -eta ||h^||^2 g^, ``[some, b]`` in the precision of g."""
-    size = config.normaliser_batch
+    size, floor = config.normaliser_batch, RESOLUTION if config.statistics == "published" else None
     for h, g in zip(pair.inputs.split(size), pair.gradients.split(size), strict=True):
-        both = running.normalise(torch.cat([h, g], 1), centre=config.centre)
+        both = running.normalise(torch.cat([h, g], 1), centre=config.centre is not False, floor=floor)
         inputs, gradients = both.tensor_split([h.shape[1]], 1)
         yield (-eta * inputs.square().sum(1, keepdim=True) * gradients).to(g.dtype)
 

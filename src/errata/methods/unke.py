@@ -8,19 +8,18 @@ Implements Stage 1: a shift of the block's output at the question's last token u
            every token of some kept texts: the sum of two mean squared errors
 Departs    The block runs inside the model's own forward pass, with its inputs kept from one pass; the
            authors' code calls it with a hand-made mask. Padding counts nowhere; it does in their
-           code, which on the other hand keeps the question's tokens only: the answer's are kept too,
-           since stage 1 reads the answer with their states as they were. Kept texts come from the
-           corpus at hand, or from the model itself, instead of Alpaca. Both rates and the clamp
-           are in units of what they move, so that they carry over between models; plain numbers are
-           a setting. The error is measured in units of the block's old output, which Adam cannot tell
-           from the plain one.
+           code, which on the other hand keeps the question's tokens only (``keep_tokens: question``):
+           the answer's are kept too, since stage 1 reads the answer with their states as they were.
+           Kept texts come from the corpus at hand, or from the model itself, instead of Alpaca. Both
+           rates and the clamp are in units of what they move, so that they carry over between models;
+           plain numbers are a setting. The error is measured in units of the block's old output, which
+           Adam cannot tell from the plain one but for its 1e-8; with ``block_scale: published`` it is plain.
 Needs      Gradients; texts to keep
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -34,12 +33,12 @@ from errata.errors import ConfigError, HostError
 from errata.host import hooks
 from errata.host.families import Search
 from errata.host.load import Host
-from errata.host.memory import in_batches
 from errata.locate.contexts import Context, sampled_corpus
 from errata.locate.problems import place_of, prompt_end
-from errata.locate.values import Value, ValueConfig, optimise
+from errata.locate.values import ValueConfig, optimise
 from errata.methods._method import Method, Workspace, notes, open_search, provenance, resolved
-from errata.training.tune import ROWS, Lower, Outcome, Stop, descend, rms, split, with_weights
+from errata.training.block import Block
+from errata.training.tune import Outcome, Stop, descend, rms
 from errata.types import Request
 
 
@@ -70,6 +69,11 @@ class Config:
     """Stage 2: unit of the rate: the root mean square of the block's matrices, or plain numbers."""
     block_decay: float = 0.01
     """Stage 2: AdamW's decay of the block's matrices; norms and biases have none (published: 0.01)."""
+    decay_all: bool = False
+    """Stage 2: whether norms and biases decay too (code: all but Llama's and Qwen's norms, so in GPT-2 all)."""
+    keep_tokens: Literal["all", "question"] = "all"
+    """Stage 2: tokens of an edit's text at which the block is to give what it gave: of question and answer, or of the
+    question alone (code)."""
     kept: int = 20
     """How many texts the block's output is kept on (published: 20)."""
     tokens: int = 2_000
@@ -99,8 +103,11 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     with hooks.frozen(host.model):
         rows = [host.encode_answer(request.text, request.target).ids for request in requests]
         places = [place_of(host, request, span=prompt_end)[1] for request in requests]
+        if config.keep_tokens == "question":
+            rows = [host.encode(request.text).ids for request in requests]
         kept = _kept(host, config, work)
-        task = _Block(host, config.layer, [*rows, *kept], places, values)
+        plain = config.block_scale == "published"
+        task = Block(host, config.layer, [*rows, *kept], places, values, plain=plain)
         outcome, trained = _train(task, config, work)
         missed = task.missed(trained)
     base = {name: host.model.get_parameter(name).detach() for name in trained}
@@ -146,65 +153,7 @@ def _kept(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
     return kept
 
 
-class _Block:
-    """One block on rows of tokens: what it is given, and what it is to say at every token."""
-
-    def __init__(
-        self, host: Host, layer: int, rows: Sequence[Sequence[int]], places: Sequence[int],
-        values: Sequence[Value],
-    ) -> None:  # fmt: skip
-        """Keep inputs and outputs as they are; the first rows have a place where the output is to change."""
-        self.host, self.rows, self.places = host, rows, places
-        self.path = host.layout.blocks[layer]
-        self.lower = Lower(host, rows, layer)
-        with torch.no_grad():
-            self.wanted = in_batches(range(len(rows)), ROWS, self.says)
-        self.unit = float(torch.cat(self.wanted).square().mean())
-        for row, (place, value) in enumerate(zip(places, values, strict=True)):
-            self.wanted[row][place] = value.target.to(self.wanted[row])
-        self.shifts = [float(value.shift.norm()) for value in values]
-
-    def says(self, chosen: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Return the block's output on some rows, each ``[tokens, d]``, with other weights if given."""
-        block, seen = self.host.model.get_submodule(self.path), []
-
-        def run() -> list[Tensor]:
-            with (
-                self.lower.given(chosen) as batch,
-                hooks.on_output(block, seen.append),
-                hooks.stop_after(block),
-                contextlib.suppress(hooks.Stopped),
-            ):
-                self.host.forward(batch, keep=1)
-            wide = seen[0].to(torch.promote_types(seen[0].dtype, torch.float32))
-            return split(wide, self.rows, chosen, batch)
-
-        return with_weights(self.host, weights or {}, run)
-
-    def errors(self, chosen: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return each row's squared error, scaled so that all rows' mean is the objective ``[n]``."""
-        edits = len(self.places)
-        sizes = [sum(map(len, self.rows[:edits])), sum(map(len, self.rows[edits:]))]
-        shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in chosen]
-        said = self.says(chosen, weights)
-        found = [
-            (out - self.wanted[row]).square().mean(1).sum() for out, row in zip(said, chosen, strict=True)
-        ]
-        return torch.stack([error * share for error, share in zip(found, shares, strict=True)])
-
-    def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
-        """Return how far from its value each request's place still is, as a share of the shift."""
-
-        def share(chosen: Sequence[int]) -> list[float]:
-            said = zip(chosen, self.says(chosen, weights), strict=True)
-            gaps = [(row, (out - self.wanted[row])[self.places[row]]) for row, out in said]
-            return [float(gap.norm()) / max(self.shifts[row], 1e-12) for row, gap in gaps]
-
-        with torch.no_grad():
-            return in_batches(range(len(self.places)), ROWS, share)
-
-
-def _train(task: _Block, config: Config, work: Workspace) -> tuple[Outcome, dict[str, Tensor]]:
+def _train(task: Block, config: Config, work: Workspace) -> tuple[Outcome, dict[str, Tensor]]:
     """Train the block's parameters; return how it went and what they became."""
     assert config.block_rate is not None
     inside = task.host.model.get_submodule(task.path).named_parameters()
@@ -220,7 +169,7 @@ def _train(task: _Block, config: Config, work: Workspace) -> tuple[Outcome, dict
         unit = rms(torch.cat([weight.detach().flatten() for weight in matrices]))
     groups = [
         {"params": matrices, "weight_decay": config.block_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": others, "weight_decay": config.block_decay if config.decay_all else 0.0},
     ]
 
     def run(chosen: Sequence[int]) -> Tensor:

@@ -337,27 +337,39 @@ class Plan:
     """Adam's L2 penalty on the change."""
     per_step: int | None = None
     """Requests per Adam step; None: all."""
+    bias: bool = False
+    """Whether each site's bias is changed too, at the site's rate and within its bounds."""
 
 
 @contextmanager
-def beside(host: Host, changes: Mapping[Site, Tensor]) -> Iterator[None]:
+def beside(
+    host: Host, changes: Mapping[Site, Tensor], biases: Mapping[Site, Tensor] | None = None
+) -> Iterator[None]:
     """Add each change's product to what its site says; no weight is touched, gradients reach the change.
 
-    Changes are ``[d_out, d_in]``.
+    Changes are ``[d_out, d_in]``, those of biases ``[d_out]``.
     """
     with ExitStack() as stack:
         for site, change in changes.items():
             module, seen = host.model.get_submodule(site.name), []
             stack.enter_context(hooks.on_input(module, seen.append))
-            stack.enter_context(hooks.on_output(module, _adder(seen, change)))
+            stack.enter_context(hooks.on_output(module, _adder(seen, change, (biases or {}).get(site))))
         yield
 
 
-def _adder(seen: list[Tensor], change: Tensor) -> Callable[[Tensor], Tensor]:
+def _adder(seen: list[Tensor], change: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     def add(output: Tensor) -> Tensor:
-        return output + functional.linear(seen.pop().to(change.dtype), change).to(output.dtype)
+        return output + functional.linear(seen.pop().to(change.dtype), change, bias).to(output.dtype)
 
     return add
+
+
+def bias_of(host: Host, site: Site) -> str:
+    """Return the path of a site's bias. Raises ConfigError where it has none."""
+    name = f"{site.name}.bias"
+    if name not in dict(host.model.named_parameters()):
+        raise ConfigError(f"{site.name} has no bias; leave bias=true out")
+    return name
 
 
 def tune(
@@ -368,34 +380,41 @@ def tune(
     *,
     rows: int | None = None,
     tick: Tick = lambda done, total: None,
-) -> tuple[dict[Site, Tensor], Outcome]:
-    """Return the change of each site ``[d_out, d_in]`` that lowers the requests' loss, and how it went.
+) -> tuple[dict[str, Tensor], Outcome]:
+    """Return the change of each parameter that lowers the requests' loss, and how it went.
 
-    Adam on the change alone, put back into its bounds after every step. float32, or float64 for a
-    float64 host.
+    By path: each site's weight ``[d_out, d_in]``, and with ``plan.bias`` its bias ``[d_out]``. Adam on the
+    change alone, put back into its bounds after every step. float32, or float64 for a float64 host.
     """
     dtype = torch.promote_types(host.dtype, torch.float32)
     changes = {
         s: torch.zeros(s.d_out, s.d_in, device=host.device_of(s), dtype=dtype, requires_grad=True)
         for s in sites
     }
-    groups = [{"params": [c], "lr": r} for c, r in zip(changes.values(), plan.rates, strict=True)]
+    names = {site: bias_of(host, site) for site in sites} if plan.bias else {}
+    biases = {
+        s: torch.zeros(s.d_out, device=host.device_of(s), dtype=dtype, requires_grad=True) for s in names
+    }
+    trained = {site: [changes[site], *([biases[site]] if plan.bias else [])] for site in sites}
+    groups = [{"params": trained[s], "lr": r} for s, r in zip(sites, plan.rates, strict=True)]
     optimizer = torch.optim.Adam(groups, weight_decay=plan.weight_decay)
 
     def constrain(_: int) -> None:
         if plan.bounds is not None:
-            for change, bound in zip(changes.values(), plan.bounds, strict=True):
-                clip_(change, bound, plan.norm)
+            for site, bound in zip(sites, plan.bounds, strict=True):
+                for change in trained[site]:
+                    clip_(change, bound, plan.norm)
 
     with hooks.frozen(host.model):
         losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites))
 
         def run(chosen: Sequence[int]) -> Tensor:
-            with beside(host, changes):
+            with beside(host, changes, biases):
                 return losses(chosen)
 
         outcome = descend(
             optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,
             rows=rows, after_step=constrain, tick=tick,
         )  # fmt: skip
-    return {site: change.detach() for site, change in changes.items()}, outcome
+    found = {site.parameter: change.detach() for site, change in changes.items()}
+    return {**found, **{names[site]: change.detach() for site, change in biases.items()}}, outcome

@@ -1,0 +1,187 @@
+"""Statistics that other code wrote: second moments of ROME and MEMIT, null spaces of AlphaEdit, safetensors.
+
+Nothing is unpickled. Of a tensor that torch saved only the bytes are taken; its shape follows from the
+model. Every matrix is checked before it is used: shape, finite numbers, symmetry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errata.errors import DataError
+from errata.host.layout import Site
+
+SYMMETRIC = 1e-3
+"""Largest difference between a matrix and its transpose, in its largest entry."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A matrix that was read, and what it is called in records."""
+
+    matrix: Tensor
+    """Symmetric, float64 ``[m, m]``."""
+    name: str
+    """File and digest of the numbers."""
+
+
+def file_of(source: str, layer: int) -> Path:
+    """Return the file of a layer; ``{}`` stands for the layer's number. Raises DataError where there is none."""
+    place = Path(source.replace("{}", str(layer))).expanduser()
+    if not place.is_file():
+        hint = "" if "{}" in source else "; {} in the name stands for the layer's number"
+        raise DataError(f"no file {place} of second moments or projections for layer {layer}{hint}")
+    return place
+
+
+def second_moment(source: str, site: Site) -> Imported:
+    """Read a site's second moment of keys: the mean of k k^T, ``[m, m]``.
+
+    ``.npz`` as ROME's and MEMIT's code writes it (sums ``mom2.mom2`` with ``mom2.count``) or with one matrix;
+    ``.safetensors`` with the matrix under the site's parameter, its module's path or the layer's number, or
+    alone. Raises DataError for a file that cannot be read or holds something else.
+    """
+    place = file_of(source, site.layer)
+    readers: dict[str, Callable[[Path, Site], Tensor]] = {".npz": _npz, ".safetensors": _safetensors}
+    matrix = _checked(place, site, _read(place, readers, site))
+    if bool((matrix.diagonal() < 0).any()):
+        raise DataError(f"{place}: the mean of squared keys is negative; expected a second moment")
+    return Imported(matrix, f"C of {place.name}@{_digest(matrix)}")
+
+
+def projection(source: str, site: Site, layers: Sequence[int]) -> Imported:
+    """Read AlphaEdit's projection P onto a site's null space, ``[m, m]``.
+
+    ``.pt`` as AlphaEdit's code writes it, one tensor ``[layers, m, m]`` in the order of ``layers``, float32 or
+    float64; ``.npz`` and ``.safetensors`` as for :func:`second_moment`, or such a stack. Raises DataError for
+    what cannot be read and for a matrix that is no orthogonal projection.
+    """
+    place = file_of(source, site.layer)
+    index = list(layers).index(site.layer)
+
+    def stacked(read: Callable[[Path, Site], Tensor]) -> Callable[[Path, Site], Tensor]:
+        def one(place: Path, site: Site) -> Tensor:
+            found = read(place, site)
+            if found.ndim == 3 and len(found) == len(layers):
+                return found[index]
+            return found
+
+        return one
+
+    readers = {
+        ".npz": stacked(_npz),
+        ".safetensors": stacked(_safetensors),
+        ".pt": lambda place, site: _saved_by_torch(place, site, len(layers))[index],
+    }
+    matrix = _checked(place, site, _read(place, readers, site))
+    error = float((matrix @ matrix - matrix).norm() / matrix.norm().clamp_min(1e-12))
+    if error > SYMMETRIC:
+        raise DataError(
+            f"{place}: P P differs from P by {error:.1e}; expected a projection onto a null space"
+        )
+    return Imported(matrix, f"P of {place.name}@{_digest(matrix)}")
+
+
+def _read(place: Path, readers: dict[str, Callable[[Path, Site], Tensor]], site: Site) -> Tensor:
+    """Read by the name's ending; whatever a damaged file makes a reader raise becomes a DataError."""
+    read = readers.get(place.suffix.lower())
+    if read is None:
+        raise DataError(f"{place}: expected a file {', '.join(readers)}, found {place.suffix or 'no ending'}")
+    try:
+        return read(place, site)
+    except DataError:
+        raise
+    except Exception as error:  # zip, npy and safetensors readers raise a dozen kinds
+        raise DataError(f"{place} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _npz(place: Path, site: Site) -> Tensor:
+    with np.load(place, allow_pickle=False) as file:
+        matrices = [name for name in file.files if name.rpartition(".")[2] == "mom2"]
+        if not matrices and len(file.files) == 1:
+            matrices = list(file.files)
+        if len(matrices) != 1:
+            raise DataError(
+                f"{place}: expected one second moment, mom2.mom2, or a single matrix, found {file.files[:8]}"
+            )
+        size = file.zip.getinfo(f"{matrices[0]}.npy").file_size
+        _fits(place, site, size)
+        found = torch.from_numpy(np.asarray(file[matrices[0]], dtype=np.float64))
+        head = matrices[0].rpartition(".")[0]
+        count = f"{head}.count" if head else "count"
+        if count not in file.files:
+            return found
+        total = float(file[count])
+        if not total > 0:
+            raise DataError(f"{place}: {count} is {total}; expected how many keys were summed")
+        return found / total
+
+
+def _safetensors(place: Path, site: Site) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(place, "pt") as file:
+        names = list(file.keys())
+        wanted = [name for name in (site.parameter, site.name, str(site.layer)) if name in names]
+        name = wanted[0] if wanted else names[0] if len(names) == 1 else None
+        if name is None:
+            raise DataError(
+                f"{place}: expected a tensor {site.parameter!r}, {site.name!r} or {str(site.layer)!r}, "
+                f"found {names[:8]}"
+            )
+        shape = file.get_slice(name).get_shape()  # before anything is unpacked
+        if len(shape) not in (2, 3) or list(shape[-2:]) != [site.d_in, site.d_in]:
+            raise DataError(f"{place}: expected {[site.d_in, site.d_in]} for {site.name}, found {shape}")
+        return file.get_tensor(name).double()
+
+
+def _saved_by_torch(place: Path, site: Site, count: int) -> Tensor:
+    """Take the bytes of the one tensor in a file of ``torch.save``; its pickled part is not looked at."""
+    with zipfile.ZipFile(place) as file:
+        stored = [entry for entry in file.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)]
+        order = [
+            file.read(e) for e in file.infolist() if e.filename.endswith("byteorder") and e.file_size < 16
+        ]
+        types = {
+            count * site.d_in**2 * size: dtype for size, dtype in ((4, torch.float32), (8, torch.float64))
+        }
+        dtype = types.get(stored[0].file_size) if len(stored) == 1 else None
+        if dtype is None or any(text.strip() != b"little" for text in order):
+            raise DataError(
+                f"{place}: expected one float32 or float64 tensor [{count}, {site.d_in}, {site.d_in}], found "
+                f"{[entry.file_size for entry in stored][:8]} bytes; save it as .safetensors instead"
+            )
+        found = torch.frombuffer(bytearray(file.read(stored[0])), dtype=dtype)
+    return found.reshape(count, site.d_in, site.d_in).double()
+
+
+def _fits(place: Path, site: Site, size: int) -> None:
+    """Refuse numbers that cannot be a stack of m x m matrices before they are unpacked."""
+    if size > 256 * site.d_in**2 * 8 + 4096:
+        raise DataError(f"{place}: {size:,} bytes for matrices {site.d_in} x {site.d_in}; another model's?")
+
+
+def _checked(place: Path, site: Site, matrix: Tensor) -> Tensor:
+    shape = (site.d_in, site.d_in)
+    if tuple(matrix.shape) != shape:
+        raise DataError(f"{place}: expected {list(shape)} for {site.name}, found {list(matrix.shape)}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise DataError(f"{place} holds numbers that are not finite")
+    if float((matrix - matrix.mT).abs().max()) > SYMMETRIC * float(matrix.abs().max()):
+        raise DataError(f"{place}: the matrix is not symmetric; expected second moments or a projection")
+    return (matrix + matrix.mT) / 2
+
+
+def _digest(matrix: Tensor) -> str:
+    return hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest()[:12]

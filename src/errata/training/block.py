@@ -1,0 +1,76 @@
+"""One block of a model trained by itself: its inputs as they were, what it is to give at every token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from errata.host import hooks
+from errata.host.load import Host
+from errata.host.memory import in_batches
+from errata.locate.values import Value
+from errata.training.tune import ROWS, Lower, split, with_weights
+
+
+class Block:
+    """One block on rows of tokens: what it is given, and what it is to say at every token."""
+
+    def __init__(
+        self, host: Host, layer: int, rows: Sequence[Sequence[int]], places: Sequence[int],
+        values: Sequence[Value], *, plain: bool = False,
+    ) -> None:  # fmt: skip
+        """Keep inputs and outputs as they are; the first rows have a place where the output is to change.
+
+        ``plain``: errors in plain numbers, not in units of the old output's mean square.
+        """
+        self.host, self.rows, self.places = host, rows, places
+        self.path = host.layout.blocks[layer]
+        self.lower = Lower(host, rows, layer)
+        with torch.no_grad():
+            self.targets = in_batches(range(len(rows)), ROWS, self.outputs)
+        self.unit = 1.0 if plain else float(torch.cat(self.targets).square().mean())
+        for row, (place, value) in enumerate(zip(places, values, strict=True)):
+            self.targets[row][place] = value.target.to(self.targets[row])
+        self.shifts = [float(value.shift.norm()) for value in values]
+
+    def outputs(self, chosen: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Return the block's output on some rows, each ``[tokens, d]``, with other weights if given."""
+        block, seen = self.host.model.get_submodule(self.path), []
+
+        def run() -> list[Tensor]:
+            with (
+                self.lower.given(chosen) as batch,
+                hooks.on_output(block, seen.append),
+                hooks.stop_after(block),
+                contextlib.suppress(hooks.Stopped),
+            ):
+                self.host.forward(batch, keep=1)
+            wide = seen[0].to(torch.promote_types(seen[0].dtype, torch.float32))
+            return split(wide, self.rows, chosen, batch)
+
+        return with_weights(self.host, weights or {}, run)
+
+    def errors(self, chosen: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return each row's squared error, scaled so that all rows' mean is the objective ``[n]``."""
+        edits = len(self.places)
+        sizes = [sum(map(len, self.rows[:edits])), sum(map(len, self.rows[edits:]))]
+        shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in chosen]
+        outputs = self.outputs(chosen, weights)
+        found = [
+            (out - self.targets[row]).square().mean(1).sum() for out, row in zip(outputs, chosen, strict=True)
+        ]
+        return torch.stack([error * share for error, share in zip(found, shares, strict=True)])
+
+    def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
+        """Return how far from its value each request's place still is, as a share of the shift."""
+
+        def share(chosen: Sequence[int]) -> list[float]:
+            outputs = zip(chosen, self.outputs(chosen, weights), strict=True)
+            gaps = [(row, (out - self.targets[row])[self.places[row]]) for row, out in outputs]
+            return [float(gap.norm()) / max(self.shifts[row], 1e-12) for row, gap in gaps]
+
+        with torch.no_grad():
+            return in_batches(range(len(self.places)), ROWS, share)
