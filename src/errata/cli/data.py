@@ -179,7 +179,9 @@ def _case(source: str, wanted: str) -> Case:
             return found
     if not number:
         check = reading.check(source)
-        why = check.no_cases or next((f"{fault.where}: {fault.reason}" for fault in check.malformed), "no rows")
+        why = check.no_cases or next(
+            (f"{fault.where}: {fault.reason}" for fault in check.malformed), "no rows"
+        )
         raise DataError(f"{source} is {check.name} and holds no cases: {why}")
     raise DataError(
         f"{source} has no case {wanted!r}: expected a number from 1 to {number}, or a case's name"

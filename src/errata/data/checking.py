@@ -85,7 +85,7 @@ class Check:
 
     @property
     def no_cases(self) -> str | None:
-        """Say why a file of well-formed records gives no case, by the most frequent reason; None where it gives some."""
+        """Why well-formed records give no case, by the most frequent reason; None where some do."""
         if self.cases or not self.skipped:
             return None
         reason, number = Counter(fault.reason for fault in self.skipped).most_common(1)[0]

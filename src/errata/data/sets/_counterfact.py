@@ -48,9 +48,7 @@ def asked_again(wanted: Request, prompts: Iterable[str], kind: str = "paraphrase
     """Ask for the new target by other prompts; the old one is the rival."""
     old = wanted.target_old
     for prompt in prompts:
-        yield Probe(
-            kind, prompt, (wanted.target,), (old,) if old else (), rival_to((wanted.target,), old)
-        )
+        yield Probe(kind, prompt, (wanted.target,), (old,) if old else (), rival_to((wanted.target,), old))
 
 
 def neighbours(

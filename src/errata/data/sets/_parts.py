@@ -22,7 +22,9 @@ def has(value: Any, *fields: str) -> bool:
 
 def plain_texts(value: Any) -> bool:
     """Whether a field is a text or a list of texts."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
 
 
 def name_of(record: Record, field: str = "id") -> str:
@@ -105,3 +107,17 @@ def mean_words(cases: Sequence[Case]) -> float | None:
     """Mean length of the requests' targets in words, to one decimal; None without requests."""
     lengths = [len(wanted.target.split()) for case in cases for wanted in case.requests]
     return round(sum(lengths) / len(lengths), 1) if lengths else None
+
+
+def cut(statement: str, id: str | None = None) -> Request:
+    """Build a request from a statement that its dataset does not take apart: its second half completes the first.
+
+    The whole first half stands for the subject. Halves are of words; of characters where there are no spaces.
+    Raises Skip for a statement of one word or character.
+    """
+    words = statement.split()
+    pieces, join = (words, " ") if len(words) > 1 else (list(statement.strip()), "")
+    middle = len(pieces) // 2
+    if not middle:
+        raise Skip(f"the statement {statement!r:.60} is too short to be completed")
+    return whole(join.join(pieces[:middle]), join.join(pieces[middle:]), id=id)

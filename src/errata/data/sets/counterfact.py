@@ -61,7 +61,11 @@ def gate(variant: str) -> Callable[[Record, Case], None]:
 
 def fits(value: Any) -> bool:
     """Whether a record is CounterFact's: one edit and its neighbours, and no questions of sets made from it."""
-    return nested(value) and plain_texts(value.get("neighborhood_prompts")) and not any(n in value for n in ADDED)
+    return (
+        nested(value)
+        and plain_texts(value.get("neighborhood_prompts"))
+        and not any(n in value for n in ADDED)
+    )
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
