@@ -57,9 +57,14 @@ def among(text: str, answers: Iterable[str]) -> bool:
     return plain(text) in {plain(answer) for answer in answers}
 
 
-def rival_to(answers: Iterable[str], old: str | None) -> str | None:
-    """Return the old answer as the rival of the new ones; None where it is accepted as well, as an alias."""
-    return None if old is None or among(old, answers) else old
+def rival_to(answers: Sequence[str], old: str | None, before: Iterable[str] = ()) -> str | None:
+    """Return the old answer as the rival of the new ones; None where it is accepted as well, as an alias.
+
+    ``before``: spellings of the old answer, none of which may be the new one either: they then name the same.
+    """
+    if old is None or among(old, answers) or among(answers[0], before):
+        return None
+    return old
 
 
 def efficacy(wanted: Request, right: Iterable[str] = (), before: Iterable[str] = ()) -> Probe:
@@ -67,7 +72,7 @@ def efficacy(wanted: Request, right: Iterable[str] = (), before: Iterable[str] =
     old = wanted.target_old
     known = spellings(old, before) if old else ()
     answers = spellings(wanted.target, right)
-    return Probe("efficacy", wanted.text, answers, known, rival_to(answers, old))
+    return Probe("efficacy", wanted.text, answers, known, rival_to(answers, old, known))
 
 
 def refuse_unchanged(target: str, old: Iterable[str]) -> None:

@@ -81,7 +81,7 @@ def _request(row: Record, name: str) -> Request:
 def _asked(row: Record, prefix: str) -> Iterator[Probe]:
     """Ask what a row asks, under kinds that begin with ``prefix``."""
     answers, before = spellings(row.text("alt")), spellings("", row.texts("old"))
-    rival = rival_to(answers, before[0] if before else None)
+    rival = rival_to(answers, before[0] if before else None, before)
     yield Probe(f"{prefix}efficacy", row.text("src").strip(), answers, before, rival)
     for text in row.texts("rephrase"):
         yield Probe(f"{prefix}paraphrase", text.strip(), answers, before, rival)

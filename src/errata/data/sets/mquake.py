@@ -79,7 +79,7 @@ def _same(answer: str, known: tuple[str, ...]) -> tuple[str, ...]:
 def question_probes(edits: Sequence[Rewrite]) -> list[Probe]:
     """Ask each edited fact as a question."""
     return [
-        Probe("question", e.question, e.right, e.before, rival_to(e.right, e.request.target_old))
+        Probe("question", e.question, e.right, e.before, rival_to(e.right, e.request.target_old, e.before))
         for e in edits
     ]
 

@@ -85,8 +85,10 @@ def fits(value: Any) -> bool:
         return True
     if not isinstance(value, Mapping) or not value:
         return False
-    texts = all(isinstance(text, str) for text in value.values())
-    return texts and (all(_RELATION.match(str(name)) for name in value) or set(value) == {"relation", "text"})
+    if not all(isinstance(text, str) for text in value.values()):
+        return False
+    names = [value["relation"]] if set(value) == {"relation", "text"} else value
+    return all(_RELATION.match(str(name)) for name in names)
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:

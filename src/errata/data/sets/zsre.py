@@ -50,7 +50,7 @@ def rephrased(
 ) -> Iterator[Probe]:
     """Ask the request's question in other words; known old answers are the rival."""
     for prompt in prompts:
-        yield Probe("paraphrase", prompt, right, before, rival_to(right, wanted.target_old))
+        yield Probe("paraphrase", prompt, right, before, rival_to(right, wanted.target_old, before))
 
 
 def unrelated(record: Record) -> Probe:
