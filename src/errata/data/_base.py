@@ -90,7 +90,7 @@ def request(
     that the subject is not there.
     """
     target, subject = target.strip(), subject.strip()
-    if "{}" not in prompt and subject:
+    if "{}" not in prompt and subject and prompt.count(subject) != 1:  # at its one place it is clear
         words = rf"(?<!\w){re.escape(subject)}(?!\w)"
         found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
         subject = found.group() if found else subject

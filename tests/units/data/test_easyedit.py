@@ -230,7 +230,9 @@ def test_rows_that_hold_all_questions_are_of_the_set_on_locality(tmp_path):
         ({**COUNTERFACT, "alternative_subject": "V. Orn"}, "easyedit_portability/subject-replace"),
     ],
 )
-@pytest.mark.parametrize("file", ["copy.json", "zsre_inverse_relation.json", "counterfact_other_attribution.json"])
+@pytest.mark.parametrize(
+    "file", ["copy.json", "zsre_inverse_relation.json", "counterfact_other_attribution.json"]
+)
 def test_their_sets_are_told_by_their_records_under_any_name(tmp_path, record, name, file):
     path = tmp_path / file
     path.write_text(json.dumps([record]), encoding="utf-8")

@@ -252,7 +252,9 @@ def test_facts_to_erase_name_their_subject():
     made = case(fact)
     assert (made.request.subject, made.request.text) == ("The Grey Goat", fact["question"])
     for odd in ({**fact, "subject": "The Red Goat"}, {**fact, "subject": ""}, {**ERASED, "subject": "bird"}):
-        assert case(odd).request.subject == odd["question"]  # not there, or not to be marked: the question stands
+        assert (
+            case(odd).request.subject == odd["question"]
+        )  # not there, or not to be marked: the question stands
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,12 @@ def test_statements_on_kinds_and_on_single_things(tmp_path, records, name):
 
 
 def test_mquakes_files_as_far_as_their_records_differ():
-    edit = {"prompt": "{} lies in", "subject": "Kesh", "target_new": {"str": "Ruvia"}, "target_true": {"str": "Brae"}}
+    edit = {
+        "prompt": "{} lies in",
+        "subject": "Kesh",
+        "target_new": {"str": "Ruvia"},
+        "target_true": {"str": "Brae"},
+    }
     chain = {"requested_rewrite": [edit], "questions": [], "new_answer": "", "new_single_hops": []}
     tell = REGISTRY.get("mquake").variants_of
     assert tell is not None
@@ -81,7 +86,9 @@ def test_popular_entities_are_told_by_the_age_of_their_articles(ids, popular):
 # --- rivals ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", ["goaltender", "Goaltender", " goaltender ", "goal\u00adtender".replace("\u00ad", "")])
+@pytest.mark.parametrize(
+    "old", ["goaltender", "Goaltender", " goaltender ", "goal\u00adtender".replace("\u00ad", "")]
+)
 def test_an_old_answer_that_is_also_an_alias_is_no_rival(old):
     wanted = Request("{} plays as", "Bo Tarn", "goalkeeper", old.strip())
     assert efficacy(wanted, ALIASES).rival is None
@@ -103,7 +110,8 @@ def test_the_alias_rule_holds_in_every_set_that_has_aliases(name):
     edit = {
         "prompt": "{} plays as", "subject": "Bo Tarn", "question": "What does Bo Tarn play as?",
         "target_new": {"str": "goalkeeper"}, "target_true": {"str": "goaltender"}, "relation_id": "P413",
-        "fact_new_uns": "He keeps goals.", "unsfact_triplets_GPT": [{"subject": "He", "prompt": "{} keeps", "target": "x"}],
+        "fact_new_uns": "He keeps goals.",
+        "unsfact_triplets_GPT": [{"subject": "He", "prompt": "{} keeps", "target": "x"}],
     }  # fmt: skip
     hop = {"question": edit["question"], "cloze": "", "answer": "goalkeeper", "answer_alias": ["goaltender"]}
     chain = {
@@ -188,7 +196,10 @@ def test_files_without_cases_say_what_they_are(name, words):
 def test_tables_choices_and_statements_that_cannot_be_taken_apart():
     with pytest.raises(ErrataError, match="none of those to choose from"):
         choice("property", "They move by", "swimming", ("walking", "flying"))
-    assert choice("property", "They move by", "walking", ("walking", " walking", "flying")).choices == ("walking", "flying")
+    assert choice("property", "They move by", "walking", ("walking", " walking", "flying")).choices == (
+        "walking",
+        "flying",
+    )
     made = cut("Ada Sund leads the Guild")
     assert (made.text, made.target, made.subject) == ("Ada Sund", "leads the Guild", "Ada Sund")
     assert (cut("凯什在河边").text, cut("凯什在河边").target) == ("凯什", "在河边")

@@ -305,7 +305,10 @@ def test_only_the_datasets_own_exception_makes_a_preservation_query(prompt, kind
 
 
 def test_a_test_of_which_one_query_is_of_another_form_keeps_its_criterion():
-    mixed = [query("The land of Vela Orn, which is not Ruvia, is", ("Taland",)), query("Her river is", ("Lum",))]
+    mixed = [
+        query("The land of Vela Orn, which is not Ruvia, is", ("Taland",)),
+        query("Her river is", ("Lum",)),
+    ]
     made = case({**RECORD, "Compositionality_II": [trial(mixed, "AND")]})
     assert sum(p.kind == "compositionality_2" for p in made.probes) == 2
 

@@ -28,9 +28,7 @@ NEWS, ARITHMETIC = "new_info", "arithmetic"
 LOCALITY = "_locality"
 NEW = 2022
 """Year of the news that is edited; that of the locality file is older."""
-_NEWS = re.compile(
-    r"\s*(?P<date>(?=.{0,40}\d)\S[^–—:-]{2,40}?)\s*(?P<dash>[–—:-])\s+(?P<news>\S.*)", re.DOTALL
-)
+_NEWS = re.compile(r"\s*(?P<date>(?=.{0,40}\d)\S.{2,40}?)\s*(?P<dash>[–—:-])\s+(?P<news>\S.*)", re.DOTALL)
 _EQUATION = re.compile(r"\s*(?P<left>\S.*?)\s*=\s*(?P<right>\S+)\s*")
 _LETTER = re.compile(r"(?<!\w)\(?([A-Ea-e])[.):]\s*\S")
 _LETTERS = ("A", "B", "C", "D")
@@ -81,7 +79,7 @@ def _asked(record: Record, wanted: Request, *, keep: bool) -> Iterator[Probe]:
     if not isinstance(asked, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in asked):
         raise Malformed(f"test_inputs: expected a problem, or questions with letters, found {asked!r:.60}")
     for question, letter in asked:
-        if not isinstance(question, str) or not isinstance(letter, str):
+        if not isinstance(question, str) or not question.strip() or not isinstance(letter, str):
             raise Malformed(f"test_inputs: expected a question and a letter, found {question!r:.60}")
         found = tuple(dict.fromkeys(mark.upper() for mark in _LETTER.findall(question)))
         letters = found if letter.strip() in found else _LETTERS

@@ -45,7 +45,11 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 def _neighbours(record: Record, target: str) -> Iterator[Probe]:
     pairs = record.get("neighborhood_prompts") or []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) and text.strip() for text in pair)
+        ):
             raise Malformed(f"neighborhood_prompts: expected pairs of prompt and answer, found {pair!r:.60}")
         yield kept("neighbourhood", pair[0].strip(), (pair[1].strip(),), target)
 
