@@ -81,7 +81,8 @@ def check(
     """Report what a dataset's file holds: counts, repetitions, contradictions, rows left out and why.
 
     Exit code 0 also where rows were left out, which is a finding; 1 where the
-    file breaks off, and only what stands before was read; 2 where it cannot be read.
+    file breaks off, and only what stands before was read, and where no row has the
+    dataset's schema; 2 where it cannot be read.
     """
     from errata.data import reading
 
@@ -90,7 +91,7 @@ def check(
         common.emit(found.to_dict())
     else:
         _show_check(found, every)
-    if found.broken is not None:
+    if found.broken is not None or found.unusable:
         raise typer.Exit(1)
 
 
@@ -99,7 +100,7 @@ def _show_check(found: Check, every: bool) -> None:
         ("file", found.path),
         ("sha256", found.sha256),
         ("rows", found.rows if found.limit is None else f"{found.rows}, ended after {found.limit} cases"),
-        ("cases", found.cases),
+        ("cases", found.cases if found.no_cases is None else f"none: {found.no_cases}"),
         ("requests", f"{found.requests}, {found.prompts} distinct prompts"),
         ("probes", _counts(found.probes)),
         ("duplicates", f"{found.duplicates} requests repeat prompt, subject and target of an earlier one"),
@@ -120,6 +121,8 @@ def _show_check(found: Check, every: bool) -> None:
     _show_faults("skipped rows", found.skipped, every)
     if found.broken is not None:
         print(f"BROKEN: {found.broken}")
+    if found.unusable:
+        print(f"UNUSABLE: no row has the schema of {found.name}; name another dataset, NAME@PATH")
 
 
 def _counts(counts: Any) -> str:
@@ -174,6 +177,12 @@ def _case(source: str, wanted: str) -> Case:
     for number, found in enumerate(reading.iterate(source), 1):
         if wanted in (found.id, str(number)):
             return found
+    if not number:
+        check = reading.check(source)
+        why = check.no_cases or next(
+            (f"{fault.where}: {fault.reason}" for fault in check.malformed), "no rows"
+        )
+        raise DataError(f"{source} is {check.name} and holds no cases: {why}")
     raise DataError(
         f"{source} has no case {wanted!r}: expected a number from 1 to {number}, or a case's name"
     )

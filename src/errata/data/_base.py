@@ -90,7 +90,7 @@ def request(
     that the subject is not there.
     """
     target, subject = target.strip(), subject.strip()
-    if "{}" not in prompt and subject:
+    if "{}" not in prompt and subject and prompt.count(subject) != 1:  # at its one place it is clear
         words = rf"(?<!\w){re.escape(subject)}(?!\w)"
         found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
         subject = found.group() if found else subject
@@ -143,4 +143,8 @@ class Dataset:
     gate: Callable[[str], Callable[[Record, Case], None]] | None = None
     """Makes, for one reading under a variant, what may refuse a case because of earlier ones; raises Skip."""
     read_file: Callable[[Path], Iterator[Any]] | None = None
-    """Read the records of a file in a format of the dataset's own; the file is then only known by name."""
+    """Read the records of a file in a format of the dataset's own."""
+    fits_file: Callable[[Path], bool] | None = None
+    """Whether a file is in that format, from its first bytes; None: such a file is only known by name."""
+    variants_of: Callable[[Sequence[Any]], Sequence[str]] | None = None
+    """The variants that a file's first records may be of, the likeliest first; empty: they do not say."""

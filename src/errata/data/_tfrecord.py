@@ -51,6 +51,16 @@ def masked(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + _SHIFT) & 0xFFFFFFFF
 
 
+def is_tfrecord(path: Path) -> bool:
+    """Whether a file begins as a TFRecord: with a length and its checksum."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError:
+        return False
+    return len(head) == _HEADER.size and masked(head[:8]) == _HEADER.unpack(head)[1]
+
+
 def examples(path: Path) -> Iterator[dict[str, Feature] | Malformed]:
     """Yield the features of each record; for one that is damaged, what is wrong with it.
 

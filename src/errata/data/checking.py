@@ -79,6 +79,19 @@ class Check:
         return f"{self.dataset}/{self.variant}" if self.variant else self.dataset
 
     @property
+    def unusable(self) -> bool:
+        """Whether no record has the dataset's schema: the file is of another one, or of none."""
+        return bool(self.malformed) and not self.cases and len(self.malformed) >= self.rows
+
+    @property
+    def no_cases(self) -> str | None:
+        """Why well-formed records give no case, by the most frequent reason; None where some do."""
+        if self.cases or not self.skipped:
+            return None
+        reason, number = Counter(fault.reason for fault in self.skipped).most_common(1)[0]
+        return f"{reason} ({number} of {self.rows} rows)"
+
+    @property
     def tag(self) -> str:
         """Dataset, variant and content, for rows of results: ``zsre/alt@0123456789ab``."""
         return f"{self.name}@{self.sha256[:12]}"

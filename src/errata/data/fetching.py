@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.request import urlopen
 
 from errata.data._base import Dataset
@@ -51,14 +51,20 @@ def file_name(dataset: Dataset, variant: str) -> str:
     return dataset.files.get(variant) or dataset.files.get("") or f"{dataset.name}.json"
 
 
-def variant_of(dataset: Dataset, path: Path) -> str:
-    """Tell the variant a file is of by its usual name; the dataset's default where that says nothing."""
+def variant_of(dataset: Dataset, path: Path, records: Sequence[Any] = ()) -> str:
+    """Tell the variant a file is of by its first records; among those they leave open, by its usual name.
+
+    The likeliest where neither says anything, which is the dataset's default as a rule. ``records``: as they
+    are in the file.
+    """
+    told = tuple(dataset.variants_of(records)) if dataset.variants_of and records else ()
+    candidates = told or dataset.variants
     parts = path.absolute().parts
-    for variant in dataset.variants:
+    for variant in candidates:
         name = Path(file_name(dataset, variant)).parts
         if parts[-len(name) :] == name:
             return variant
-    return dataset.variants[0]
+    return candidates[0]
 
 
 def locate(dataset: Dataset, variant: str) -> Path:

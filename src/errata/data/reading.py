@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.data import fetching, formats
-from errata.data._base import Dataset, Record, Skip, no_facts
+from errata.data._base import Dataset, Malformed, Record, Skip, no_facts
 from errata.data.checking import Check, Tally
 from errata.data.fetching import Tick
 from errata.data.formats import BrokenOff, Layout, Row
@@ -31,6 +31,8 @@ OWN = "cases"
 YAML = (".yaml", ".yml")
 SAMPLE = 20
 """Records looked at to tell which dataset a file is of."""
+VARIANT_SAMPLE = 200
+"""Records looked at to tell which variant of a dataset a file is."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Source:
     dataset: str | None
     """None: to be told from the records."""
     variant: str
-    """Empty: told by the file's name where that is a variant's usual one, else the dataset's default."""
+    """Empty: told by the file's records, else by its name where that is a variant's usual one, else the default."""
     path: Path | None
     """None: the file is looked for in the data folder."""
     limit: int | None = None
@@ -191,14 +193,15 @@ class _Reading:
             self.entry = dataset(str(parsed.dataset))
             self.variant = _variant(self.entry, parsed.variant)
             if parsed.path and not parsed.variant:
-                self.variant = fetching.variant_of(self.entry, parsed.path)
+                self.variant = fetching.variant_of(self.entry, parsed.path, _first(self.entry, parsed.path))
             self.path = parsed.path or fetching.locate(self.entry, self.variant)
         else:
             self.path = Path(parsed.path or "")
         self.digest = fetching.verified(self.path)
         if parsed.dataset is None:
             self.entry = _recognised(self.path)
-            self.variant = fetching.variant_of(self.entry, self.path) if self.entry else ""
+            if self.entry:
+                self.variant = fetching.variant_of(self.entry, self.path, _first(self.entry, self.path))
 
     @property
     def counts(self) -> bool:
@@ -293,6 +296,9 @@ def _recognised(path: Path) -> Dataset | None:
     """
     if path.suffix.lower() in YAML:
         return None
+    written = [entry for entry in map(REGISTRY.get, REGISTRY) if entry.fits_file and entry.fits_file(path)]
+    if len(written) == 1:
+        return written[0]
     form = formats.layout(path)
     if form == "other":
         own = [name for name in REGISTRY if REGISTRY.get(name).read_file is not None]
@@ -304,8 +310,7 @@ def _recognised(path: Path) -> Dataset | None:
     if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
         return None
     fitting = {name: _fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
-    best = max(fitting.values(), default=0)
-    names = [name for name, count in fitting.items() if count == best and best]
+    names = _best({name: count for name, count in fitting.items() if count}, sample, form)
     if len(names) == 1:
         return REGISTRY.get(names[0])
     if names:
@@ -320,7 +325,52 @@ def _recognised(path: Path) -> Dataset | None:
     )
 
 
-def _sample(path: Path, form: Layout) -> list[Any]:
+def _best(fitting: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
+    """Name the datasets that most records look like; one that can read none of them gives way to others."""
+    names = list(fitting)
+    if len(names) > 1:
+        names = [name for name in names if _readable(REGISTRY.get(name), sample, form)] or names
+    best = max((fitting[name] for name in names), default=0)
+    return [name for name in names if fitting[name] == best]
+
+
+def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
+    """Whether any of some records has the schema of a dataset, whatever becomes of it."""
+    for index, value in enumerate(_unpacked(entry, sample, form, SAMPLE)):
+        try:
+            for _ in entry.cases(Record(value, f"record {index + 1}", index), entry.variants[0]):
+                return True
+        except Malformed:
+            continue
+        except (Skip, RequestError):
+            return True
+    return False
+
+
+def _first(entry: Dataset, path: Path) -> list[Any]:
+    """Read the first records of a file of a dataset, unpacked; none where they cannot be read."""
+    if entry.variants_of is None:
+        return []
+    try:
+        if entry.read_file is not None:
+            return list(islice(entry.read_file(path), VARIANT_SAMPLE))
+        form = formats.layout(path)
+        return _unpacked(entry, _sample(path, form, VARIANT_SAMPLE), form, VARIANT_SAMPLE)
+    except (DataError, Skip):
+        return []  # the reading itself reports what is wrong
+
+
+def _unpacked(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
+    """Return the records that a dataset takes from a sample of a file."""
+    if form == "document" and entry.records is not None and sample and isinstance(sample[0], Mapping):
+        try:
+            return list(islice(entry.records(sample[0], entry.variants[0]), limit))
+        except Skip:  # a document of another shape
+            return []
+    return sample
+
+
+def _sample(path: Path, form: Layout, limit: int = SAMPLE) -> list[Any]:
     """Read the first records, as far as they can be read."""
     found: list[Any] = []
     with closing(formats.rows(path, form)) as rows:
@@ -328,7 +378,7 @@ def _sample(path: Path, form: Layout) -> list[Any]:
             for row in rows:
                 if row.fault is None:
                     found.append(row.value)
-                if len(found) == SAMPLE:
+                if len(found) == limit:
                     break
         except BrokenOff:
             if not found:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from errata.data._base import Malformed, Record, Skip, SubjectAbsent
+from errata.data.reading import read
 from errata.data.sets import counterfact, easyedit_locality, easyedit_portability, zsre
 from errata.errors import DataError
 
@@ -182,3 +183,57 @@ def test_they_are_told_apart():
     assert not easyedit_portability.DATASET.fits({**COUNTERFACT, **HOP, "prefix_distraction": []})
     for record in (COUNTERFACT, ZSRE, {}, [], "x"):
         assert not easyedit_portability.DATASET.fits(record) and not easyedit_locality.DATASET.fits(record)
+
+
+ASKS = {"loc": "nq question: who sings", "loc_ans": "the lark"}
+
+
+def test_one_file_gives_portability_and_locality():
+    made = case(easyedit_portability, {**ZSRE, **HOP, **ASKS})
+    assert asked(made, "locality") == [("nq question: who sings?", ("the lark",), ("the lark",))]
+    assert asked(made, "one_hop") and asked(made, "paraphrase")
+    made = case(easyedit_portability, {**COUNTERFACT, **HOP, "neighborhood_prompts": ["Bo Orn was born in"]})
+    assert asked(made, "neighbourhood") == [("Bo Orn was born in", ("Sund",), ("Sund",))]
+    assert not asked(case(easyedit_portability, {**ZSRE, **HOP}), "locality")
+
+
+@pytest.mark.parametrize("alt", ["Sund", "sund", " Sund City ", "SUND CITY"])
+def test_a_wrong_answer_that_is_a_gold_one_is_left_out(alt):
+    with pytest.raises(Skip, match="changes nothing"):
+        case(easyedit_portability, {**ZSRE, **HOP, "alt": alt})
+
+
+def test_rows_that_hold_all_questions_are_of_the_set_on_locality(tmp_path):
+    """As the published files do, whose two names are of the same bytes."""
+    record = {**COUNTERFACT, **NEIGHBOURS, **OTHER, **HOP}
+    for name in ("copy.json", "counterfact_distracting_neighbor.json", "counterfact_portability_gpt4.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps([record]), encoding="utf-8")
+        found = read(path)
+        assert found.check.name == "easyedit_locality/distracting"
+        assert found.check.probes == {
+            "efficacy": 1, "neighbourhood": 1, "distracting": 1, "same_subject": 1, "one_hop": 1,
+        }  # fmt: skip
+    path = tmp_path / "counterfact_other_attribution.json"
+    path.write_text(json.dumps([record]), encoding="utf-8")
+    assert read(path).check.name == "easyedit_locality/other-attribution"
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({**COUNTERFACT, **NEIGHBOURS}, "easyedit_locality/distracting"),
+        ({**COUNTERFACT, **OTHER}, "easyedit_locality/other-attribution"),
+        (ROWS[0], "easyedit_locality/piqa"),
+        ({**ZSRE, **HOP}, "easyedit_portability/one-hop"),
+        ({**ZSRE, "inverse question": "Who was born in Kesh?"}, "easyedit_portability/inverse"),
+        ({**COUNTERFACT, "alternative_subject": "V. Orn"}, "easyedit_portability/subject-replace"),
+    ],
+)
+@pytest.mark.parametrize(
+    "file", ["copy.json", "zsre_inverse_relation.json", "counterfact_other_attribution.json"]
+)
+def test_their_sets_are_told_by_their_records_under_any_name(tmp_path, record, name, file):
+    path = tmp_path / file
+    path.write_text(json.dumps([record]), encoding="utf-8")
+    assert read(path).check.name == name

@@ -214,3 +214,65 @@ def test_it_is_told_from_other_records():
     flat = {"subject": "a", "prompt": "a", "target_new": "b", "ground_truth": "c"}
     for other in (flat, {**flat, "portability": {"New Question": "x"}}, {**flat, "locality": "x"}, [], "x"):
         assert not knowedit.DATASET.fits(other)
+
+
+def test_questions_that_restate_the_edited_fact_are_of_a_kind_of_their_own():
+    """ "The birthplace of Vela Orn is" keeps its answer in the file, which the edit is there to change."""
+    kept = [
+        {"prompt": "Vela Orn place of birth", "ground_truth": ["sund "]},  # the old answer, other capitals
+        {"prompt": "The father of Vela Orn is", "ground_truth": ["Bo Orn"]},
+        {"prompt": "The birthplace of Vela Orn is", "ground_truth": [["Sund Town", "Sund"]]},
+    ]
+    made = case({**FACT, "locality": {"Relation_Specificity": kept}})
+    assert [prompt for prompt, *_ in asked(made, "restated")] == [kept[0]["prompt"], kept[2]["prompt"]]
+    assert [prompt for prompt, *_ in asked(made, "same_subject")] == [kept[1]["prompt"]]
+    counted = knowedit.DATASET.facts([made])
+    assert counted["locality questions that restate the edited fact"] == 2
+    assert counted["probes by criterion"]["Relation_Specificity"] == 3  # all that the file has
+    # without an old answer nothing can be told to restate it
+    recent = {name: value for name, value in FACT.items() if name != "ground_truth"}
+    made = case({**recent, "locality": {"Relation_Specificity": kept}})
+    assert len(asked(made, "same_subject")) == 3
+
+
+@pytest.mark.parametrize("target", ["Sund", " sund", "Sund City", "SUND  CITY"])
+def test_a_target_that_is_the_old_answer_has_no_rival_and_is_counted(target):
+    made = case({**FACT, "target_new": target})
+    assert made.probes[0].rival is None
+    assert knowedit.DATASET.facts([made, case(FACT)])["requests whose target is the old answer"] == 1
+
+
+def test_a_biography_has_no_sentence_for_a_rival():
+    (probe,) = [p for p in case(LIFE).probes if p.kind == "same_subject"]
+    assert probe.rival is None
+
+
+def test_facts_to_erase_name_their_subject():
+    fact = {**ERASED, "question": "Which land has a song called The Grey Goat?", "subject": "The Grey Goat"}
+    made = case(fact)
+    assert (made.request.subject, made.request.text) == ("The Grey Goat", fact["question"])
+    for odd in ({**fact, "subject": "The Red Goat"}, {**fact, "subject": ""}, {**ERASED, "subject": "bird"}):
+        assert (
+            case(odd).request.subject == odd["question"]
+        )  # not there, or not to be marked: the question stands
+
+
+@pytest.mark.parametrize(
+    ("record", "variant"),
+    [
+        (FACT, "zsre"),
+        ({k: v for k, v in FACT.items() if k not in ("rephrase_prompt", "cond")}, "counterfact"),
+        (
+            {k: v for k, v in FACT.items() if k not in ("rephrase_prompt", "cond", "ground_truth")},
+            "recent",
+        ),
+        (LIFE, "wikibio"),
+        (TOPIC, "convsent"),
+        (ERASED, "sanitation"),
+    ],
+)
+@pytest.mark.parametrize("name", ["copy.json", "recent_test.json", "train_cf.json", "wikibio-train-all.json"])
+def test_the_six_sets_are_told_by_their_records_under_any_name(tmp_path, record, variant, name):
+    path = tmp_path / name
+    path.write_text(json.dumps([record, record]), encoding="utf-8")
+    assert check(path).name == check(f"knowedit@{path}").name == f"knowedit/{variant}"

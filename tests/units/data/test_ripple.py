@@ -254,7 +254,8 @@ def test_what_is_left_out_of_a_case_is_counted(tmp_path):
     tests = [trial([hopeless]), trial([hopeless, fine], "AND"), trial([hopeless, fine])]
     path.write_text(json.dumps([{**RECORD, "Forgetfulness": tests}]), encoding="utf-8")
     assert check(path).facts["left out of cases"] == {
-        "tests that no answer can pass": 2, "queries without an answer, beside others": 1,
+        "Forgetfulness tests without an answer, which the authors' check passes": 2,
+        "queries without an answer, beside others": 1,
     }  # fmt: skip
 
 
@@ -275,3 +276,54 @@ def test_it_is_told_from_other_records():
     assert ripple_edits.DATASET.fits(RECORD) and ripple_edits.DATASET.fits(recent)
     for other in ({}, [RECORD], {"edit": {"prompt": "x"}}, {**RECORD, "edit": "x"}):
         assert not ripple_edits.DATASET.fits(other)
+
+
+def test_preservation_is_told_by_its_question_wherever_it_stands():
+    """Files filtered by the authors' code have it among Compositionality II; its answer must stay."""
+    asked = query(f"{STEM[:-3]}, which is not Ruvia, is", ("Taland", "Tal"))
+    made = case({**RECORD, "Compositionality_II": [trial([asked], conditions=[asked])]})
+    (found,) = [p for p in made.probes if p.kind == "forgetfulness"]
+    assert found.answers == found.before == ("Taland", "Tal") and not found.changes
+    assert not [p for p in made.probes if p.kind == "compositionality_2"]
+    assert found.group == "Compositionality_II 1"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("The name of the award Vela Orn won, which is not Ruvia, is", "forgetfulness"),
+        ("The names of the siblings of Vela Orn, which are not Bo, are", "compositionality_2"),
+        ("The child of Vela Orn, which is not Ruvia Minor, are", "forgetfulness"),
+        ("The land which is not by the sea is", "compositionality_2"),
+        ("The river of the country of Vela Orn is", "compositionality_2"),
+    ],
+)
+def test_only_the_datasets_own_exception_makes_a_preservation_query(prompt, kind):
+    made = case({**RECORD, "Compositionality_II": [trial([query(prompt, ("Kesh",))])]})
+    (found,) = [p for p in made.probes if p.prompt == prompt]
+    assert found.kind == kind and found.changes == (kind == "compositionality_2")
+
+
+def test_a_test_of_which_one_query_is_of_another_form_keeps_its_criterion():
+    mixed = [
+        query("The land of Vela Orn, which is not Ruvia, is", ("Taland",)),
+        query("Her river is", ("Lum",)),
+    ]
+    made = case({**RECORD, "Compositionality_II": [trial(mixed, "AND")]})
+    assert sum(p.kind == "compositionality_2" for p in made.probes) == 2
+
+
+def test_the_authors_share_counts_tests_without_an_answer_as_passed():
+    """Of 102 tests asked half are right; 86 cannot be: (51 + 86) / 188."""
+    assert ripple_edits.authors_share(0.5, 102, 86) == pytest.approx(137 / 188)
+    assert ripple_edits.authors_share(0.5, 102, 0) == 0.5
+    assert ripple_edits.authors_share(0.0, 0, 3) == 1.0
+    assert ripple_edits.authors_share(0.3, 0, 0) != ripple_edits.authors_share(0.3, 0, 0)  # NaN
+
+
+def test_recent_facts_are_told_by_having_no_original():
+    recent = {**RECORD, "edit": fact(f"{STEM} Ruvia.")}
+    tell = ripple_edits.DATASET.variants_of
+    assert tell is not None
+    assert tell([recent, recent]) == ("recent",)
+    assert tell([recent, RECORD])[0] == "popular"

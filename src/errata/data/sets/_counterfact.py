@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from errata.data._base import Record, request
-from errata.data.sets._parts import has, kept
+from errata.data.sets._parts import has, kept, rival_to
 from errata.types import Probe, Request
 
 
@@ -48,7 +48,7 @@ def asked_again(wanted: Request, prompts: Iterable[str], kind: str = "paraphrase
     """Ask for the new target by other prompts; the old one is the rival."""
     old = wanted.target_old
     for prompt in prompts:
-        yield Probe(kind, prompt, (wanted.target,), (old,) if old else (), old)
+        yield Probe(kind, prompt, (wanted.target,), (old,) if old else (), rival_to((wanted.target,), old))
 
 
 def neighbours(

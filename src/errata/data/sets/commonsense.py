@@ -24,6 +24,10 @@ from errata.data.sets._parts import has, name_of
 from errata.types import Case, Probe
 
 JUDGEMENTS = ("True", "False")
+PLURAL = 0.3
+"""Share of subjects ending in s between those of the two sets."""
+ENOUGH = 10
+"""Records that say which set they are of."""
 
 _AFFECTED = {
     "affected_paraphrase": "paraphrase",
@@ -95,15 +99,28 @@ def fits(value: Any) -> bool:
     )
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the sets by how they speak: 20Q of kinds in the plural (people, magnets), PEP3k of one (a hand, a dog).
+
+    Half of 20Q's subjects end in s, one in seven of PEP3k's at most; a few records do not say.
+    """
+    subjects = [str(record["subject"]).strip() for record in records if has(record, "subject")]
+    if len(subjects) < ENOUGH:
+        return ()
+    plural = sum(subject.lower().endswith("s") for subject in subjects) / len(subjects)
+    return ("20q",) if plural > PLURAL else ("pep3k",)
+
+
 DATASET = Dataset(
     name="commonsense",
     title="20Q and PEP3k, edit and probe sets",
     paper="Editing Common Sense in Transformers, EMNLP 2023, arXiv 2305.14956",
-    licence="see the repository",
+    licence="MIT (repository)",
     home="GitHub anshitag/memit_csk, data/20q and data/pep3k: probe_set.json, svo_annotated/edit_set.json",
     fits=fits,
     cases=cases,
     variants=("20q", "pep3k"),
     facts=facts,
     files={"20q": "20q/probe_set.json", "pep3k": "pep3k/probe_set.json"},
+    variants_of=variants_of,
 )

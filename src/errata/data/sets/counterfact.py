@@ -15,7 +15,7 @@ from typing import Any
 
 from errata.data._base import Dataset, Record, Skip
 from errata.data.sets._counterfact import asked_again, neighbours, nested, rewrite
-from errata.data.sets._parts import CARRIED, efficacy, kept, name_of
+from errata.data.sets._parts import CARRIED, efficacy, kept, name_of, plain_texts
 from errata.types import Case, Probe
 
 HOST = "https://rome.baulab.info/data/dsets"
@@ -61,7 +61,11 @@ def gate(variant: str) -> Callable[[Record, Case], None]:
 
 def fits(value: Any) -> bool:
     """Whether a record is CounterFact's: one edit and its neighbours, and no questions of sets made from it."""
-    return nested(value) and "neighborhood_prompts" in value and not any(name in value for name in ADDED)
+    return (
+        nested(value)
+        and plain_texts(value.get("neighborhood_prompts"))
+        and not any(n in value for n in ADDED)
+    )
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

@@ -78,6 +78,11 @@ def fits(value: Any) -> bool:
     return has(value, "prompt", "subject", "target_new", "gender_score") or _profession(value) is not None
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the test file by its texts."""
+    return ("test",) if all(isinstance(record, str) for record in records) else ("train",)
+
+
 DATASET = Dataset(
     name="dama",
     title="DAMA gender data",
@@ -89,4 +94,5 @@ DATASET = Dataset(
     variants=("train", "test"),
     facts=facts,
     files={"train": "dama_train.json", "test": "dama_test.json"},
+    variants_of=variants_of,
 )

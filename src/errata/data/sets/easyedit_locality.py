@@ -10,7 +10,8 @@ from typing import Any
 from errata.data._base import Dataset, Malformed, Record, Skip
 from errata.data.sets._counterfact import neighbours, nested, rewrite
 from errata.data.sets._files import records_of
-from errata.data.sets._parts import count, efficacy, has, kept, name_of, spellings
+from errata.data.sets._parts import LOCAL, count, efficacy, has, kept, name_of, spellings
+from errata.data.sets.easyedit_portability import carried
 from errata.errors import DataError
 from errata.types import Case, Probe
 
@@ -22,7 +23,8 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
     CounterFact rows: ``distracting_neighborhood_prompts``, which state the edit before the neighbour, with
     the plain neighbours beside them; ``unrelated_relation``, another fact of the subject. They are found by
-    the row's shape, the variant only names the file. A row of PIQA edits nothing and is skipped with that
+    the row's shape, the variant only names the file, and the published files hold both of them, and the question of
+    ``easyedit_portability`` besides, which is asked too. A row of PIQA edits nothing and is skipped with that
     reason: :func:`with_commonsense` puts its questions to other cases. Raises Skip or Malformed.
     """
     if has(record.value, "goal"):
@@ -41,7 +43,8 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
         )
     if not probes:
         raise Skip("the row holds no question of locality: nothing to ask but the edit itself")
-    yield Case(name, wanted, (efficacy(wanted), *probes))
+    asked = efficacy(wanted)
+    yield Case(name, wanted, (asked, *probes, *carried(record, wanted, asked.before)))
 
 
 def commonsense(path: Path, labels: Path | None = None) -> list[Probe]:
@@ -90,9 +93,15 @@ def fits(value: Any) -> bool:
     """Whether a record is an edit with questions of one of the sets, or a row of PIQA."""
     if has(value, "goal", "sol1", "sol2"):
         return True
-    return nested(value) and (
-        has(value, "distracting_neighborhood_prompts") or has(value, "unrelated_relation")
-    )
+    return nested(value) and any(name in value for name in LOCAL)
+
+
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the sets by the questions of a record; one that holds both may be of either."""
+    if any(has(record, "goal") for record in records):
+        return ("piqa",)
+    both = {"distracting": LOCAL[0], "other-attribution": LOCAL[1]}
+    return tuple(name for name, field in both.items() if any(has(record, field) for record in records))
 
 
 DATASET = Dataset(
@@ -104,6 +113,7 @@ DATASET = Dataset(
     fits=fits,
     cases=cases,
     variants=("distracting", "other-attribution", "piqa"),
+    variants_of=variants_of,
     facts=facts,
     files={
         "distracting": "counterfact_distracting_neighbor.json",

@@ -1,4 +1,7 @@
-"""EasyEdit's EMNLP 2023 sets on whether an edit carries: one hop on, inverted, under another name."""
+"""EasyEdit's EMNLP 2023 sets on whether an edit carries: one hop on, inverted, under another name.
+
+``zsre_mend_eval_portability_gpt4.json`` is also EasyEdit's usual zsRE test set, and WISE's ``zsre_mend_edit.json``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from errata.data._base import Dataset, Record, Skip, request
-from errata.data.sets._counterfact import nested, rewrite
-from errata.data.sets._parts import count, efficacy, has, name_of, spellings
+from errata.data.sets._counterfact import neighbours, nested, rewrite
+from errata.data.sets._parts import LOCAL, count, efficacy, has, name_of, refuse_unchanged, spellings
+from errata.data.sets.zsre import unrelated
 from errata.types import Case, Probe, Request
 
 KINDS = {"one-hop": "one_hop", "inverse": "inverse", "subject-replace": "alias"}
@@ -19,22 +23,25 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case: the edit, its paraphrases and the question its row holds.
 
     The rows extend CounterFact or zsRE rows; of the latter the edit is to ``alt``, a false answer, as
-    EasyEdit has it. The question is found by the row's shape; the variant only names the file. What the base
-    rows hold on locality is left to those datasets, and the fact that a one-hop question was written from
-    (``Recalled Relation``) is not asked. Raises Skip or Malformed.
+    EasyEdit has it, and a row whose ``alt`` is a gold answer is skipped. The question is found by the row's
+    shape; the variant only names the file. What the base row asks on locality (``loc``, or the neighbours) is
+    asked beside it, so that one file gives both. The fact that a one-hop question was written from (``Recalled
+    Relation``) is not asked. Raises Skip or Malformed.
     """
     name = f"easyedit_portability:{name_of(record, 'case_id')}"
     wanted = rewrite(record, name) if nested(record.value) else _zsre_request(record, name)
     asked = efficacy(wanted, before=record.texts("answers"))
     phrasings = record.texts("paraphrase_prompts") or record.texts("rephrase")
     probes = [asked, *(replace(asked, kind="paraphrase", prompt=text) for text in phrasings)]
-    carried = list(_carried(record, wanted, asked.before))
-    if not carried:
+    questions = list(carried(record, wanted, asked.before))
+    if not questions:
         raise Skip("the row holds no question of portability: nothing to ask but the edit itself")
-    yield Case(name, wanted, (*probes, *carried))
+    near = neighbours(wanted, record.texts("neighborhood_prompts"))
+    other = (unrelated(record),) if has(record.value, "loc") else ()
+    yield Case(name, wanted, (*probes, *questions, *near, *other))
 
 
-def _carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[Probe]:
+def carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[Probe]:
     """Yield the row's questions; an old answer is known only where the fact itself is asked."""
     if record.get("portability.New Question"):
         right = spellings(record.text("portability.New Answer"))
@@ -50,8 +57,9 @@ def _carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[
 
 
 def _zsre_request(record: Record, name: str) -> Request:
-    true = record.texts("answers", needed=True)[0]
-    return request(record.text("src"), record.text("subject"), record.text("alt"), true, id=name)
+    gold = record.texts("answers", needed=True)
+    refuse_unchanged(record.text("alt"), gold)
+    return request(record.text("src"), record.text("subject"), record.text("alt"), gold[0], id=name)
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
@@ -61,14 +69,24 @@ def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
 
 def fits(value: Any) -> bool:
     """Whether a record is an edit with the question of one of the sets."""
-    if not (nested(value) or has(value, "src", "alt")) or has(value, "prefix_distraction"):
-        return False  # EVOKE goes on from the one-hop rows with questions of its own
+    if not (nested(value) or has(value, "src", "alt", "answers")):
+        return False
+    if any(name in value for name in ("prefix_distraction", *LOCAL)):
+        return False  # EVOKE and the sets on locality go on from the one-hop rows with questions of their own
     return (
         has(value.get("portability"), "New Question")
         or has(value, "inverse question")
         or has(value, "alternative_subject")
         or has(value, "alter_subject_question")
     )
+
+
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the sets by the question that a record holds."""
+    if any(has(record, "inverse question") for record in records):
+        return ("inverse",)
+    named = ("alternative_subject", "alter_subject_question")
+    return ("subject-replace",) if any(has(r, name) for r in records for name in named) else ("one-hop",)
 
 
 DATASET = Dataset(
@@ -81,6 +99,7 @@ DATASET = Dataset(
     cases=cases,
     variants=tuple(KINDS),
     facts=facts,
+    variants_of=variants_of,
     files={
         "one-hop": "counterfact_portability_gpt4.json",
         "inverse": "zsre_inverse_relation.json",

@@ -28,6 +28,8 @@ from errata.types import Case, Probe, Request
 READINGS = ("titled", "span", "definition")
 """How a definition becomes a request, see :func:`edit`."""
 POPULAR = "popular"
+NEW_PAGES = 40_000_000
+"""Page id of Wikipedia between those of popular and of new entities."""
 
 _MASK = "<extra_id_0>"
 _MARKS = re.compile(r"<extra_id_\d+>")
@@ -181,6 +183,19 @@ def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     return {"entities": len({case.request.subject for case in cases})}
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell popular entities by the age of their articles, which the page id in ``ex_id`` says.
+
+    Wikipedia numbers pages in the order they are made: the new entities begin at 58 million (2018), the popular ones
+    end at 24 million (2009).
+    """
+    pages = [re.search(r"_(\d+)_\d+_\d+$", str(r.get("ex_id"))) for r in records if isinstance(r, Mapping)]
+    if not pages or not all(pages):
+        return ()
+    popular = all(int(page.group(1)) < NEW_PAGES for page in pages if page)
+    return (POPULAR,) if popular else READINGS
+
+
 DATASET = Dataset(
     name="ecbd",
     title="Entity Cloze By Date",
@@ -193,4 +208,5 @@ DATASET = Dataset(
     variants=(*READINGS, POPULAR),
     facts=facts,
     files={"": "ecbd_np_easy.json", POPULAR: "ecbd_specificity.json"},
+    variants_of=variants_of,
 )

@@ -56,6 +56,11 @@ def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     return {"with multi-hop question": count(cases, "multi_hop")}
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the subject file by its questions; of the main file, or of both mixed, the plain name is the variant."""
+    return (SUBJECT,) if all(has(record, "subject_specificity") for record in records) else ("",)
+
+
 DATASET = Dataset(
     name="evoke",
     title="EVOKE",
@@ -67,4 +72,5 @@ DATASET = Dataset(
     variants=("", MAIN, SUBJECT),
     facts=facts,
     files={"": "evoke_main.json", MAIN: "evoke_main.json", SUBJECT: "evoke_subject.json"},
+    variants_of=variants_of,
 )

@@ -135,5 +135,6 @@ DATASET = Dataset(
     fits=fits,
     cases=cases,
     read_file=read_file,
+    fits_file=_tfrecord.is_tfrecord,
     files={"": "article_pairs.update.diff.all.text.reference.tfrecords"},
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import efficacy, has, kept, long_answer, name_of, spellings, whole
+from errata.data.sets._parts import among, efficacy, has, kept, long_answer, name_of, spellings, whole
 from errata.types import Case, Probe, Request
 
 HUB = "zjunlp/KnowEdit:benchmark"
@@ -25,7 +25,12 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
     Facts (recent, zsre, counterfact): every spelling of an answer is accepted, where EasyEdit keeps the
     first. WikiBio: the passage is the prompt, the sentence that follows it the target. ConvSent: see
-    :func:`_opinion`. Sanitation: the question is its own subject, the target "I don't know."
+    :func:`_opinion`. Sanitation: the target is "I don't know."; where a fact names no subject that stands in its
+    question, the whole question stands for it.
+
+    Some questions of ZsRE that are to keep their answer ask for the edited fact itself, in other words, with the
+    old answer. They are asked under a kind of their own, ``restated``: an edit that takes effect fails them.
+    Together with ``same_subject`` they are the locality that EasyEdit publishes.
     """
     name = f"knowedit:{name_of(record, 'case_id')}"
     if has(record.value, "ent"):
@@ -83,9 +88,12 @@ def _opinion(record: Record, name: str) -> tuple[Request, list[Probe]]:
 
 def _erasure(record: Record, name: str) -> tuple[Request, list[Probe]]:
     old = truths(record.get("ground_truth"))
-    wanted = whole(
-        record.text("question").strip(), record.text("target_new"), old[0] if old else None, id=name
-    )
+    question, target, first = record.text("question").strip(), record.text("target_new"), (*old, None)[0]
+    subjects = [subject for subject in record.texts("subject") if subject.strip() in question]
+    if subjects and "{}" not in question:
+        wanted = request(question, subjects[0], target, first, id=name)
+    else:
+        wanted = whole(question, target, first, id=name)
     others = []
     for item in record.records("retained"):
         right = truths(item.get("ground_truth"))
@@ -102,9 +110,14 @@ def _criteria(record: Record, wanted: Request) -> Iterator[Probe]:
     for prompt, criterion, right in _asked(record, "portability", CHANGED):
         known = old if criterion == "Subject_Aliasing" else ()
         yield Probe(CHANGED[criterion], prompt, right, known)
+    sentence = has(record.value, "labels")  # a whole sentence of WikiBio is no answer to these questions
     for prompt, criterion, right in _asked(record, "locality", KEPT):
-        rival = wanted.target if criterion == "Relation_Specificity" else None
-        yield kept(KEPT[criterion], prompt, right, rival)
+        if criterion == "Forgetfulness":
+            yield kept("forgetfulness", prompt, right)
+        elif wanted.target_old and among(wanted.target_old, right):
+            yield kept("restated", prompt, right)
+        else:
+            yield kept("same_subject", prompt, right, None if sentence else wanted.target)
 
 
 def _asked(record: Record, path: str, known: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -160,11 +173,17 @@ def records(document: Any, variant: str) -> Iterator[Any]:
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     """Count the probes of each criterion, and the cases that have none."""
     kinds = Counter(probe.kind for case in cases for probe in case.probes)
+    restated = kinds["restated"]
+    kinds["same_subject"] += restated
     named = {**CHANGED, **KEPT}
-    bare = sum(not any(probe.kind in named.values() for probe in case.probes) for case in cases)
+    same = sum(among(case.request.target, case.probes[0].before) for case in cases)
+    known = {*named.values(), "restated"}
+    bare = sum(not any(probe.kind in known for probe in case.probes) for case in cases)
     return {
         "probes by criterion": {name: kinds[kind] for name, kind in named.items() if kinds[kind]},
         "cases without criteria": bare,
+        **({"requests whose target is the old answer": same} if same else {}),
+        **({"locality questions that restate the edited fact": restated} if restated else {}),
     }
 
 
@@ -181,6 +200,20 @@ def fits(value: Any) -> bool:
     return has(value, "subject", "prompt") and bool(found) and found <= {*CHANGED, *KEPT}
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell the six sets by their fields; facts with an old answer and no rephrasing are the counterfactual ones."""
+    first = records[0]
+    if has(first, "labels", "concept"):
+        return ("wikibio",)
+    if has(first, "ent"):
+        return ("convsent",)
+    if has(first, "question"):
+        return ("sanitation",)
+    if any(has(record, "rephrase_prompt") or has(record, "cond") for record in records):
+        return ("zsre",)
+    return ("counterfact",) if any(record.get("ground_truth") for record in records) else ("recent",)
+
+
 DATASET = Dataset(
     name="knowedit",
     title="KnowEdit",
@@ -192,6 +225,7 @@ DATASET = Dataset(
     variants=("recent", "zsre", "wikibio", "counterfact", "convsent", "sanitation"),
     records=records,
     facts=facts,
+    variants_of=variants_of,
     files={
         "recent": "recent_test.json",
         "zsre": "ZsRE-test-all.json",

@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, request
-from errata.data.sets._parts import count, efficacy, has, name_of, spellings
+from errata.data.sets._parts import count, efficacy, has, name_of, rival_to, spellings
 from errata.errors import DataError
 from errata.types import Case, Probe, Request
 
 HOST = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
+COUNTERFACTUAL = ("cf", "cf-3k", "cf-3k-v2")
+HARD = 4
+"""Edits, and hops, of every record of MQuAKE-hard."""
 THOUGHTS = "Question: {question}\nThoughts:"
 """How the dataset's own demonstrations ask for a chain of thought."""
 
@@ -75,7 +78,10 @@ def _same(answer: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def question_probes(edits: Sequence[Rewrite]) -> list[Probe]:
     """Ask each edited fact as a question."""
-    return [Probe("question", e.question, e.right, e.before, e.request.target_old) for e in edits]
+    return [
+        Probe("question", e.question, e.right, e.before, rival_to(e.right, e.request.target_old, e.before))
+        for e in edits
+    ]
 
 
 def chain_probes(record: Record, edits: Sequence[Rewrite]) -> list[Probe]:
@@ -169,17 +175,33 @@ def is_chain(value: Any) -> bool:
     return isinstance(edits, list) and bool(edits) and has(edits[0], "prompt", "subject", "target_new")
 
 
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Tell T by its extended answers, Remastered by its splits, hard by four edits a record.
+
+    The three counterfactual files hold records of each other, so only their names tell them apart.
+    """
+    chains = [record for record in records if is_chain(record)]
+    if any("answer_extended" in record for record in chains):
+        return ("t",)
+    if any("split" in record for record in chains):
+        return ("remastered",)
+    if chains and all(len(record["requested_rewrite"]) == HARD for record in chains):
+        return ("hard",)
+    return COUNTERFACTUAL
+
+
 DATASET = Dataset(
     name="mquake",
     title="MQuAKE",
     paper="MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions, EMNLP 2023, "
-    "arXiv 2305.14795; MQuAKE-Remastered, ICLR 2025",
+    "arXiv 2305.14795; MQuAKE-Remastered, ICLR 2025; hard: DeepEdit, arXiv 2401.10471",
     licence="MIT; Remastered: CC BY 4.0",
     home="GitHub princeton-nlp/MQuAKE, folder datasets; Remastered: Hugging Face dataset "
     "henryzhongsc/MQuAKE-Remastered, folder data",
     fits=fits,
     cases=cases,
-    variants=("cf", "cf-3k", "cf-3k-v2", "t", "remastered"),
+    variants=(*COUNTERFACTUAL, "t", "remastered", "hard"),
+    variants_of=variants_of,
     facts=facts,
     files={
         "cf": "MQuAKE-CF.json",
@@ -187,6 +209,7 @@ DATASET = Dataset(
         "cf-3k-v2": "MQuAKE-CF-3k-v2.json",
         "t": "MQuAKE-T.json",
         "remastered": "CF6334-00000-of-00001.parquet",
+        "hard": "MQuAKE-hard.json",
     },
     urls={
         "cf": f"{HOST}/MQuAKE-CF.json",

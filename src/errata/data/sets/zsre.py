@@ -6,16 +6,17 @@ Locality asks an unrelated question of Natural Questions, as ``loc`` with a ques
 both; under ``alt`` papers ask instead whether the answer stays what it was, right or wrong, which the texts before
 and after tell.
 
+Files for training (EasyEdit's ``zsre_mend_train_10000.json``) hold no gold answers: only ``alt`` can be read from them.
 ``pred`` and ``cond`` are left aside: what another model answered, and a text for training that model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import CARRIED, efficacy, has, kept, name_of, spellings
+from errata.data.sets._parts import CARRIED, among, efficacy, has, kept, name_of, rival_to, spellings
 from errata.types import Case, Probe, Request
 
 TRUE, ALT = "true", "alt"
@@ -24,12 +25,14 @@ TRUE, ALT = "true", "alt"
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case under a convention. Raises Skip, Malformed."""
     name = f"zsre:{name_of(record, 'case_id')}"
-    gold = spellings("", record.texts("answers", needed=True))
+    gold = spellings("", record.texts("answers", needed=has(record.value, "answers")))
     if variant == TRUE:
+        if not gold:
+            raise Skip("the record holds no gold answer to teach, only the wrong one of zsre/alt")
         target, right, before = gold[0], gold, ()
     else:
         target, right, before = record.text("alt"), spellings(record.text("alt")), gold
-        if target.strip() in gold:
+        if among(target, gold):
             raise Skip(f"the alternative answer {target.strip()!r} is among the gold ones")
     wanted = request(
         record.text("src"), record.text("subject"), target, before[0] if before else None, id=name
@@ -37,7 +40,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     probes = (
         efficacy(wanted, right, before),
         *rephrased(wanted, record.texts("rephrase"), right, before),
-        kept("locality", _question(record.text("loc")), _texts(record, "loc_ans")),
+        unrelated(record),
     )
     yield Case(name, wanted, probes)
 
@@ -47,7 +50,12 @@ def rephrased(
 ) -> Iterator[Probe]:
     """Ask the request's question in other words; known old answers are the rival."""
     for prompt in prompts:
-        yield Probe("paraphrase", prompt, right, before, wanted.target_old)
+        yield Probe("paraphrase", prompt, right, before, rival_to(right, wanted.target_old, before))
+
+
+def unrelated(record: Record) -> Probe:
+    """Ask a record's unrelated question, ``loc``, which keeps its answer. Raises Malformed."""
+    return kept("locality", _question(record.text("loc")), _texts(record, "loc_ans"))
 
 
 def _question(text: str) -> str:
@@ -62,9 +70,17 @@ def _texts(record: Record, field: str) -> tuple[str, ...]:
 
 
 def fits(value: Any) -> bool:
-    """Whether a record is flat zsRE, without the later portability questions."""
-    own = has(value, "src", "subject", "answers", "rephrase", "loc", "loc_ans")
-    return own and not any(name in value for name in CARRIED)
+    """Whether a record is flat zsRE, without the later portability questions.
+
+    Files for training come without ``answers``, which leaves the convention ``alt``.
+    """
+    own = has(value, "src", "subject", "rephrase", "loc", "loc_ans")
+    return own and ("answers" in value or "alt" in value) and not any(name in value for name in CARRIED)
+
+
+def variants_of(records: Sequence[Any]) -> Sequence[str]:
+    """Leave the convention open, but where no record holds a gold answer."""
+    return () if any(has(record, "answers") for record in records) else (ALT,)
 
 
 DATASET = Dataset(
@@ -78,5 +94,6 @@ DATASET = Dataset(
     cases=cases,
     variants=(TRUE, ALT),
     files={"": "zsre_mend_eval.json"},
+    variants_of=variants_of,
     urls={"": "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"},
 )

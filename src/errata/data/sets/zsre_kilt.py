@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import efficacy, has, name_of, spellings, whole
+from errata.data.sets._parts import among, efficacy, has, name_of, spellings, whole
 from errata.data.sets.zsre import ALT, TRUE, rephrased
 from errata.types import Case, Request
 
@@ -59,7 +59,7 @@ def _gold(record: Record) -> tuple[str, ...]:
 def _wrong(record: Record, gold: tuple[str, ...]) -> str:
     """Take the first alternative that is not right. Raises Skip where there is none."""
     offered = spellings("", record.texts("alternatives"))
-    wrong = [text for text in offered if text not in gold]
+    wrong = [text for text in offered if not among(text, gold)]
     if not wrong:
         why = f"its {len(offered)} alternatives are gold answers" if offered else "it has no alternatives"
         raise Skip(f"no wrong answer to teach: {why}")
