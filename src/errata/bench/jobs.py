@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from errata.errors import DataError
+from errata.errors import DataError, shown
 
 State = Literal["open", "leased", "done", "refused", "failed"]
 OVER: tuple[State, ...] = ("done", "refused", "failed")
@@ -106,6 +106,12 @@ class Jobs:
             found = table.execute(
                 "SELECT cell, state, owner, lease_until, attempts, reason FROM jobs ORDER BY place"
             ).fetchall()
+        wrong = [line for line in found if line[1] not in ("leased", "open", *OVER)]
+        if wrong:
+            raise DataError(
+                f"the job table {self.path} is damaged: cell {shown(wrong[0][0])} has state {shown(wrong[0][1])}; "
+                "remove it and go on with --resume"
+            )
         return [Job(*line) for line in found]
 
     def take(self, owner: str, cells: Sequence[str]) -> str | None:
