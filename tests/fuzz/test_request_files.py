@@ -43,7 +43,11 @@ def sheet(separator, *, head=("prompt", "subject", "target"), end="\n"):
 
 
 def rewritten(record, old="Rowanport", **more):
-    fields = {"prompt": record["prompt"], "subject": record["subject"], "target_new": {"str": record["target"]}}
+    fields = {
+        "prompt": record["prompt"],
+        "subject": record["subject"],
+        "target_new": {"str": record["target"]},
+    }
     return {"case_id": 7, "requested_rewrite": {**fields, **({"target_true": {"str": old}} if old else {})}, **more}  # fmt: skip
 
 
@@ -299,7 +303,9 @@ def plainly(records):
             record["target_old"] = answers[0]
         if type(record.get("id")) is int:
             record["id"] = str(record["id"])
-        if not set(record) <= {*ADA, "target_old", "id"} or not all(isinstance(v, str) for v in record.values()):
+        if not set(record) <= {*ADA, "target_old", "id"} or not all(
+            isinstance(v, str) for v in record.values()
+        ):
             return None
         try:
             found.append(Request(**record))

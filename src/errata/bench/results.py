@@ -24,6 +24,7 @@ SCHEMA = 1
 """The form of run folders."""
 RUN, JOBS, CELLS, UNEDITED = "run.json", "jobs.sqlite", "cells", "unedited"
 """What a run folder holds; see docs/bench.md."""
+JOB_STATES = ("open", "leased", "done", "refused", "failed")
 ROWS, CELL, JUDGED = "rows.jsonl", "cell.json", "judged.json"
 """What a cell's folder holds."""
 SEAL, FILES = "seal", "files"
@@ -89,20 +90,25 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_cell(folder: Path, *, sealed: bool = False) -> dict[str, Any]:
-    """Read a cell's ``cell.json``, and check the files it speaks for. Raises DataError naming what is damaged."""
-    document = read_document(folder / CELL, sealed=sealed)
+def read_sealed(folder: Path, name: str = CELL, *, sealed: bool = False) -> dict[str, Any]:
+    """Read a document of a cell, and check the files it speaks for. Raises DataError naming what is damaged."""
+    document = read_document(folder / name, sealed=sealed)
     listed = document.get(FILES)
     if listed is None and not sealed:
         return document
     damaged = [
-        f"{name} is {'gone' if not (folder / name).is_file() else 'not what was written'}"
+        f"{name} {'are' if name == ROWS else 'is'} {'not what was written' if (folder / name).is_file() else 'gone'}"
         for name, entry in (listed or {}).items()
-        if hashes(folder, [name]).get(name) != entry
+        if hashes(folder, [name]) != {name: {k: v for k, v in entry.items() if k != "lines"}}
     ]
     if damaged:
-        raise DataError(f"{', '.join(damaged)}")
+        raise DataError(f"its {', its '.join(damaged)}")
     return document
+
+
+def job_seal(cell: Any, state: Any, reason: Any) -> str:
+    """Hash how a cell ended, as the job table holds it."""
+    return hashlib.sha256(json.dumps([cell, state, reason], default=repr).encode()).hexdigest()[:16]
 
 
 def _plain(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from errata.bench import plan as plans
 from errata.bench import results, workers
 from errata.bench.jobs import OVER, Job, Jobs
 from errata.bench.plan import Plan
-from errata.bench.results import is_sealed, read_cell, read_document, read_run, write_sealed
+from errata.bench.results import is_sealed, read_document, read_run, read_sealed, write_sealed
 from errata.bench.rooms import Tools
 from errata.bench.runner import Tick
 from errata.errors import ConfigError, DataError
@@ -79,7 +79,7 @@ def discard_damaged(folder: Path, table: Jobs, chosen: Sequence[str]) -> dict[st
                 damaged[job.cell] = f"{results.CELL} is gone"
             continue
         try:
-            found = read_cell(place, sealed=sealed)
+            found = read_sealed(place, sealed=sealed)
             rows = job.state == "done" and not (place / results.ROWS).is_file()
             if rows or found.get("status") != job.state:
                 damaged[job.cell] = (

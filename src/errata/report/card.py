@@ -29,13 +29,19 @@ def card(runs: Sequence[Run]) -> str:
         lines += _table(absent, "##")
     lines += ["## Made with", ""]
     for run in runs:
-        lines += [f"* {escape(run.name)}: {escape(fact)}" for fact in facts(run.document)]
+        lines += [f"* {escape(run.name)}: {escape(fact)}" for fact in run_facts(run)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def heading(runs: Sequence[Run]) -> str:
     """Name a report after its runs."""
     return "Report: " + ", ".join(dict.fromkeys(run.name for run in runs))
+
+
+def run_facts(run: Run) -> list[str]:
+    """List what a run was made with, and whether its files could be verified."""
+    unverified = [] if run.verified else ["not verified: written before results carried hashes"]
+    return [*facts(run.document), *unverified]
 
 
 def facts(document: Mapping[str, Any]) -> list[str]:
