@@ -53,7 +53,7 @@ def command(
             print(f"written: {path}")
     damaged = [cell for run in found for cell in run.damaged]
     for cell in damaged:
-        print(f"damaged: cell {cell.id}: {cell.reason}", file=sys.stderr)
+        print(common.safe(f"damaged: cell {cell.id}: {cell.reason}"), file=sys.stderr)
     if damaged:
         raise typer.Exit(1)
 
@@ -85,7 +85,7 @@ def _show(runs: list[Run]) -> None:
 
     made = boards(runs)
     for section in tables.sections(made, brief=True):
-        print(f"{section.title}\nprotocol: {section.tag}\n")
+        print(common.safe(f"{section.title}\nprotocol: {section.tag}\n"))
         for table in section.tables:
             _print(table)
     if not made:
@@ -97,7 +97,9 @@ def _show(runs: list[Run]) -> None:
         _print(absent, right=False)
     for run in runs:
         if not run.verified:
-            print(f"{run.name}: written before results carried hashes, so its files are not verified")
+            print(
+                f"{common.safe(run.name)}: written before results carried hashes, so its files are not verified"
+            )
 
 
 def _print(table: Table, *, right: bool = True) -> None:
@@ -105,8 +107,8 @@ def _print(table: Table, *, right: bool = True) -> None:
         rows: list[list[Any]] = [list(row) for row in table.rows]
         common.table(table.title, table.columns, rows, right=range(1, len(table.columns)) if right else ())
     else:
-        print(table.title)
+        print(common.safe(table.title))
     for note in table.notes:
-        print(f"  {note}")
+        print(common.safe(f"  {note}"))
     if table.notes:
         print()

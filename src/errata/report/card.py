@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from errata.errors import printable
 from errata.report import numbers, tables
 from errata.report.board import boards
 from errata.report.published import comparisons
@@ -15,7 +16,7 @@ from errata.report.read import Run, number
 def card(runs: Sequence[Run]) -> str:
     """Write a report's Markdown card."""
     made = boards(runs)
-    lines = [f"# {heading(runs)}", ""]
+    lines = [f"# {escape(heading(runs))}", ""]
     for section in tables.sections(made):
         lines += [f"## {escape(section.title)}", "", f"Protocol: {escape(section.tag)}", ""]
         for table in section.tables:
@@ -89,8 +90,8 @@ def _gpu(gpu: Any) -> str:
 
 def escape(text: str) -> str:
     """Keep text from being read as Markdown or HTML."""
-    flat = re.sub(r"\s+", " ", text)
-    flat = re.sub(r"([\\`*\[\]|])", r"\\\1", flat)
+    flat = printable(re.sub(r"\s+", " ", text))
+    flat = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", flat)
     flat = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", flat)
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
