@@ -4,6 +4,7 @@ Each handmade file states what is right: the requests it holds, or what its one 
 that is damaged is read as an independent reading has it, or refused.
 """
 
+# ruff: noqa: E501  (one file a line)
 from __future__ import annotations
 
 import csv

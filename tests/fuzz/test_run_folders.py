@@ -148,7 +148,8 @@ def test_cells_that_were_moved_or_lost_are_named(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [None, 7, "x", [], [7], {"a": 7}, {"efficacy.generate": {"after": "many"}}, {"efficacy.generate": {"n": "x"}}]
+    "value",
+    [None, 7, "x", [], [7], {"a": 7}, {"efficacy.generate": {"after": "many"}}, {"efficacy.generate": {"n": "x"}}],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "field", ["summary", "looks", "cost", "tag", "scores", "host", "refused_cases", "status"]
