@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from errata.bench.runner import Report
 from errata.bench.runner import evaluate as run
 from errata.bench.schedule import Schedule
 from errata.edits import Edit, WeightEdit
-from errata.errors import ConfigError
+from errata.errors import ConfigError, shown
+from errata.files import parse_json
 from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
 from errata.host.load import load as open_host
@@ -186,7 +186,7 @@ def _check_request(host: Host, request: Request | ImageRequest) -> None:
     wanted = ImageRequest if isinstance(host, ImageHost) else Request
     if not isinstance(request, wanted):
         raise RequestError(
-            f"{host.name} takes an errata.{wanted.__name__}, found {type(request).__name__} {request!r:.80}"
+            f"{host.name} takes an errata.{wanted.__name__}, found {type(request).__name__} {shown(request, 80)}"
         )
     if isinstance(host, ImageHost) and isinstance(request, ImageRequest):
         for images in (request.original, request.reference):
@@ -205,8 +205,10 @@ def _file_corpus(path: Path) -> Corpus:
     from errata.errors import DataError
 
     def texts() -> Iterator[str]:
+        if path.exists() and not path.is_file():
+            raise DataError(f"cannot read corpus {path}: it is no regular file")
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 yield from _records(path, file) if path.suffix.lower() == ".jsonl" else _paragraphs(file)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read corpus {path}: {error}") from error
@@ -230,10 +232,8 @@ def _records(path: Path, lines: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"corpus {path}, line {number} is not JSON: {error}") from error
+        place = f"corpus {path}, line {number}"
+        record = parse_json(line, lambda reason, place=place: DataError(f"{place}: {reason}"))
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise DataError(f'corpus {path}, line {number}: expected {{"text": "..."}}, found no text there')

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
-
-from errata.errors import ConfigError
+from errata.errors import ConfigError, shown
+from errata.files import parse_yaml
 from errata.registry import unknown
 
 C = TypeVar("C")
@@ -47,7 +46,9 @@ def positive(config: Any, *names: str) -> list[str]:
     """List complaints about settings that are set and not above zero; for ``problems()``."""
     values = {name: getattr(config, name) for name in names}
     return [
-        f"{n}: expected a positive number, found {v}" for n, v in values.items() if v is not None and v <= 0
+        f"{n}: expected a positive number, found {shown(v)}"
+        for n, v in values.items()
+        if v is not None and v <= 0
     ]
 
 
@@ -58,12 +59,12 @@ def parse_assignments(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            complaints.append(f"{item!r} is not of the form key=value")
+            complaints.append(f"{shown(item)} is not of the form key=value")
             continue
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            complaints.append(f"{item!r}: the value is not valid YAML")
+            values[key.strip()] = parse_yaml(text, ConfigError)
+        except ConfigError as error:
+            complaints.append(f"{shown(item)}: the value is not valid YAML ({error})")
     if complaints:
         raise ConfigError("\n".join(complaints))
     return values
@@ -123,20 +124,25 @@ def _coerce(value: Any, hint: Any) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise ValueError(unknown(str(value), [str(a) for a in args], "choice"))
+        raise ValueError(
+            unknown(value if isinstance(value, str) else shown(value), [str(a) for a in args], "choice")
+        )
     if origin is tuple:
         items = list(value) if isinstance(value, (list, tuple, range)) else [value]
         return tuple(_coerce(item, args[0]) for item in items)
     if isinstance(value, str) and hint is not str:
         try:  # YAML 1.1 reads 1e-4 as text
-            value = float(value) if hint is float else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"expected {_name(hint)}, found {value!r}") from error
+            value = float(value) if hint is float else parse_yaml(value, ConfigError)
+        except (ValueError, ConfigError) as error:
+            raise ValueError(f"expected {_name(hint)}, found {shown(value)}") from error
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"expected {_name(hint)}, found {shown(value)}") from error
     if type(value) is hint:
         return value
-    raise ValueError(f"expected {_name(hint)}, found {value!r}")
+    raise ValueError(f"expected {_name(hint)}, found {shown(value)}")
 
 
 def _name(hint: Any) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, shown
 
 T = TypeVar("T")
+
+LONGEST_NAME = 100
+"""Characters of a name that are compared with the known ones."""
 
 
 class Registry(Generic[T]):
@@ -76,7 +79,7 @@ class Registry(Generic[T]):
 
 def nearest(name: str, names: list[str]) -> str | None:
     """Return the closest of some names, or None if none is close."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:LONGEST_NAME], [str(n) for n in names], n=1, cutoff=0.5)
     return close[0] if close else None
 
 
@@ -84,4 +87,4 @@ def unknown(name: str, names: list[str], what: str) -> str:
     """Word the complaint about a name that does not exist."""
     hint = nearest(name, names)
     suggestion = f"did you mean {hint!r}? " if hint else ""
-    return f"unknown {what} {name!r}: {suggestion}known: {', '.join(names) or 'none'}"
+    return f"unknown {what} {shown(name)}: {suggestion}known: {', '.join(names) or 'none'}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.errors import RequestError
+from errata.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class Request:
     def __post_init__(self) -> None:
         problems = request_problems(self.prompt, self.subject, self.target)
         if problems:
-            name = f"request {self.id!r}: " if self.id else ""
+            name = f"request {shown(self.id)}: " if self.id else ""
             raise RequestError(name + "; ".join(problems))
 
     @property
@@ -75,7 +75,7 @@ class Request:
 def request_problems(prompt: str, subject: str, target: str) -> list[str]:
     """List what is wrong with a request's three texts, in words a user can act on."""
     problems = [
-        f"{name} must be text, found {type(value).__name__} {value!r}"
+        f"{name} must be text, found {type(value).__name__} {shown(value)}"
         for name, value in (("prompt", prompt), ("subject", subject), ("target", target))
         if not isinstance(value, str)
     ]
@@ -87,22 +87,22 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
         if not value.strip()
     ]
     if not problems and subject != subject.strip():
-        problems.append(f"subject {subject!r} begins or ends with white space")
+        problems.append(f"subject {shown(subject)} begins or ends with white space")
     if problems:
         return problems
     slots = prompt.count(SLOT)
     if slots > 1:
-        problems.append(f"prompt {prompt!r} has {slots} slots '{{}}', expected at most one")
+        problems.append(f"prompt {shown(prompt)} has {slots} slots '{{}}', expected at most one")
     elif slots == 0:
         found = prompt.count(subject)
         if found == 0:
             problems.append(
-                f"subject {subject!r} does not stand in prompt {prompt!r}; "
+                f"subject {shown(subject)} does not stand in prompt {shown(prompt)}; "
                 "write it there as it is spelled, or mark its place with {}"
             )
         elif found > 1:
             problems.append(
-                f"subject {subject!r} stands {found} times in prompt {prompt!r}; "
+                f"subject {shown(subject)} stands {found} times in prompt {shown(prompt)}; "
                 "mark the one that is meant with {}"
             )
     return problems
@@ -151,7 +151,7 @@ class ImageRequest:
     def __post_init__(self) -> None:
         problems = image_problems(self)
         if problems:
-            name = f"request {self.id!r}: " if self.id else ""
+            name = f"request {shown(self.id)}: " if self.id else ""
             raise RequestError(name + "; ".join(problems))
 
     @cached_property
@@ -170,7 +170,7 @@ class ImageRequest:
 def image_problems(request: ImageRequest) -> list[str]:
     """List what is wrong with an image request, in words a user can act on."""
     problems = [
-        f"{name} must be a text that is not empty, found {value!r}"
+        f"{name} must be a text that is not empty, found {shown(value)}"
         for name, value in (("concept", request.concept), ("replacement", request.replacement))
         if not isinstance(value, str) or not value.strip()
     ]

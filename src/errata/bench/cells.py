@@ -14,11 +14,11 @@ from errata.bench import health, summing
 from errata.bench.baselines import told
 from errata.bench.plan import Cell
 from errata.bench.recipe import BASELINES, IN_PROMPT
-from errata.bench.results import ROWS, Journal, read_document, write_report
+from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
 from errata.bench.rooms import Room
 from errata.bench.runner import Look, Seen, Tick, check_method, resumed
 from errata.edits.edit import Edit
-from errata.errors import ConfigError, DataError, HostError, RequestError
+from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
 from errata.evaluation import score
 from errata.types import Case, Row
 
@@ -53,18 +53,25 @@ class Sheet:
         return Journal(self.folder / ROWS)
 
     def begin(self, fingerprint: str, cases: Sequence[Case]) -> None:
-        """Find where to go on. Raises DataError where the rows are of another host."""
+        """Find where to go on, at the start where what is there is damaged.
+
+        Raises DataError where the rows are of another host.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self.folder / START
-        if start.exists():
-            found = read_document(start).get("host_fingerprint")
-            if found != fingerprint:
-                raise DataError(
-                    f"cell {self.cell.id} was begun on host {found}, the model is {fingerprint} by now: "
-                    "use the model it was begun with, or start a new run"
-                )
-        else:
-            write_report(start, {"host_fingerprint": fingerprint})
+        try:
+            found = read_document(start).get("host_fingerprint") if start.exists() else None
+            self._check_order(cases)
+        except DataError:
+            self.void()
+            found = None
+        if found is None:
+            write_sealed(start, {"host_fingerprint": fingerprint})
+        elif found != fingerprint:
+            raise DataError(
+                f"cell {self.cell.id} was begun on host {shown(found)}, the model is {fingerprint} by now: "
+                "use the model it was begun with, or start a new run"
+            )
         kind = self.cell.plan.kind
         if self.cell.method in BASELINES:
             self.journal.cut(0)
@@ -73,10 +80,20 @@ class Sheet:
         else:
             self._begin_groups(kind)
             self.finished = self.done == len(cases)
-        if self.done > len(cases):
-            raise DataError(
-                f"{self.journal.path} holds more cases than the {len(cases)} of the cell; remove it"
-            )
+
+    def _check_order(self, cases: Sequence[Case]) -> None:
+        """Raise DataError where the rows kept are not those of the first cases, in order."""
+        place, sequence = 0, self.cell.plan.kind == "sequential" or self.cell.method in BASELINES
+        for line in self.journal:
+            if line.record.get("type") == "look":
+                place = 0 if sequence else place
+                continue
+            if place >= len(cases) or line.record.get("case") != cases[place].id:
+                raise DataError(
+                    f"{self.journal.path} is damaged: expected rows of case {place + 1}, found those of "
+                    f"{shown(line.record.get('case'))}; remove the file to start its cell again"
+                )
+            place += 1
 
     def _begin_groups(self, kind: str) -> None:
         """Keep whole cases, and of batches whole groups with their look."""
@@ -107,7 +124,11 @@ class Sheet:
             if path != self.edit_file(self.done):
                 path.unlink()
         if self.done:
-            self.edit = Edit.load(self.edit_file(self.done))
+            try:
+                self.edit = Edit.load(self.edit_file(self.done))
+            except EditError:  # damaged: nothing to go on from
+                self.void()
+                self.done, self.fits = 0, []
         self.finished = self.done == count
 
     def edit_file(self, edits: int) -> Path:
@@ -139,9 +160,12 @@ class Sheet:
     def end(self, document: dict[str, Any], *, keep_edits: bool) -> None:
         """Write what the cell comes to; the edit was only there to go on from, unless it is to be kept."""
         self.guard()
-        write_report(self.folder / summing.CELL, document)
-        if not keep_edits:
-            for path in self._edit_files():
+        kept = [path.name for path in self._edit_files()] if keep_edits else []
+        document = {**document, FILES: hashes(self.folder, [ROWS, *kept])}
+        document[FILES][ROWS]["lines"] = sum(1 for _ in self.journal)
+        write_sealed(self.folder / summing.CELL, document)
+        for path in self._edit_files():
+            if not keep_edits:
                 path.unlink()
 
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from errata.errors import DataError
+from errata.bench.results import JOB_STATES, job_seal
+from errata.errors import DataError, shown
 
 State = Literal["open", "leased", "done", "refused", "failed"]
 OVER: tuple[State, ...] = ("done", "refused", "failed")
@@ -31,7 +32,8 @@ MOST_ATTEMPTS = 3
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     cell TEXT PRIMARY KEY, place INTEGER NOT NULL, state TEXT NOT NULL DEFAULT 'open',
-    owner TEXT, lease_until REAL, attempts INTEGER NOT NULL DEFAULT 0, reason TEXT
+    owner TEXT, lease_until REAL, attempts INTEGER NOT NULL DEFAULT 0, reason TEXT,
+    seal TEXT
 )"""
 
 
@@ -95,6 +97,8 @@ class Jobs:
             raise DataError(f"the job table {self.path} cannot be made: {error}") from error
         with self._open() as table:
             table.execute(_TABLE)
+            if "seal" not in [line[1] for line in table.execute("PRAGMA table_info(jobs)")]:  # an older one
+                table.execute("ALTER TABLE jobs ADD COLUMN seal TEXT")
             table.executemany(
                 "INSERT OR IGNORE INTO jobs (cell, place) VALUES (?, ?)",
                 [(cell, place) for place, cell in enumerate(cells)],
@@ -106,6 +110,12 @@ class Jobs:
             found = table.execute(
                 "SELECT cell, state, owner, lease_until, attempts, reason FROM jobs ORDER BY place"
             ).fetchall()
+        wrong = [line for line in found if line[1] not in JOB_STATES]
+        if wrong:
+            raise DataError(
+                f"the job table {self.path} is damaged: cell {shown(wrong[0][0])} has state {shown(wrong[0][1])}; "
+                "remove it and go on with --resume"
+            )
         return [Job(*line) for line in found]
 
     def take(self, owner: str, cells: Sequence[str]) -> str | None:
@@ -155,8 +165,8 @@ class Jobs:
 
     def _end(self, table: sqlite3.Connection, cell: str, state: State, reason: str | None) -> None:
         table.execute(
-            "UPDATE jobs SET state = ?, reason = ?, owner = NULL, lease_until = NULL WHERE cell = ?",
-            (state, reason, cell),
+            "UPDATE jobs SET state = ?, reason = ?, seal = ?, owner = NULL, lease_until = NULL WHERE cell = ?",
+            (state, reason, job_seal(cell, state, reason), cell),
         )
 
     def reopen(self, states: Sequence[State], cells: Sequence[str]) -> None:
@@ -177,7 +187,8 @@ class Jobs:
     def _reopen(self, cells: Sequence[str]) -> None:
         with self._open() as table:
             table.executemany(
-                "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL, attempts = 0, reason = NULL"
+                "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL, attempts = 0, reason = NULL,"
+                " seal = NULL"
                 " WHERE cell = ?",
                 [(cell,) for cell in cells],
             )

@@ -17,14 +17,13 @@ from errata import config as settings
 from errata.bench import published, sources
 from errata.bench import recipe as recipes
 from errata.bench.recipe import BASELINES, TUNED, DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
-from errata.bench.results import finite
+from errata.bench.results import SCHEMA, finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
-from errata.errors import ConfigError, DataError, ErrataError
+from errata.errors import ConfigError, DataError, ErrataError, brief, shown
 from errata.methods import REGISTRY
 from errata.types import Case
 
-SCHEMA = 1
 SLUG = 60
 """Longest readable part of a cell's name."""
 
@@ -129,12 +128,17 @@ def make(recipe: Recipe) -> Plan:
 def restore(document: Mapping[str, Any]) -> Plan:
     """Build the plan that a ``run.json`` holds. Raises DataError for one of another schema."""
     if document.get("schema") != SCHEMA:
-        raise DataError(f"run.json has schema {document.get('schema')!r}, expected {SCHEMA}; start a new run")
-    cells = tuple(
-        Cell(**{**cell, "look": None if cell["look"] is None else tuple(cell["look"])})
-        for cell in document["cells"]
-    )
-    return Plan(recipes.parse(document["recipe"], "run.json"), document["datasets"], cells)
+        raise DataError(
+            f"run.json has schema {shown(document.get('schema'))}, expected {SCHEMA}; start a new run"
+        )
+    try:
+        cells = tuple(
+            Cell(**{**cell, "look": None if cell["look"] is None else tuple(cell["look"])})
+            for cell in document["cells"]
+        )
+        return Plan(recipes.parse(document["recipe"], "run.json"), document["datasets"], cells)
+    except (TypeError, LookupError, ValueError) as error:
+        raise DataError(f"run.json is damaged: {brief(str(error))}; start a new run") from error
 
 
 def changes(old: Mapping[str, Any], new: Plan) -> list[str]:

@@ -7,17 +7,15 @@ measured ones by its registered name, or by the label a recipe gives to a method
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
+from errata import files
 from errata.bench.schedule import Schedule
-from errata.errors import ConfigError
+from errata.errors import ConfigError, listing, shown
 from errata.registry import unknown
 
 Provenance = Literal["confirmed", "secondary", "memory"]
@@ -26,6 +24,8 @@ digit. ``memory``: neither; never to be shown as published."""
 
 TEXTS = ("name", "title", "source", "arxiv", "model", "dataset", "schedule", "metric_convention")
 FIELDS = (*TEXTS, "provenance", "note", "tolerance", "rows")
+LARGEST = 1e300
+"""Numbers from here on are no scores."""
 ROW_FIELDS = ("method", "errata_method", "scores", "provenance")
 
 
@@ -85,12 +85,8 @@ def read(name: str) -> PublishedTable:
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     if path.parent == _folder() and name not in names():
         raise ConfigError(unknown(name, names(), "published table"))
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read published table {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"published table {path} is not YAML: {error}") from error
+    text = files.read_text(path, ConfigError, most=files.LARGEST_YAML, what="published table")
+    document = files.parse_yaml(text, lambda reason: ConfigError(f"published table {path}: {reason}"))
     return parse(document, path.stem)
 
 
@@ -113,7 +109,7 @@ def parse(document: Any, name: str) -> PublishedTable:
         raise ConfigError(f"published table {name}: expected fields, found {type(document).__name__}")
     complaints = [unknown(str(key), list(FIELDS), "field") for key in document if key not in FIELDS]
     complaints += [
-        f"{key}: expected a text, found {document.get(key)!r:.60}"
+        f"{key}: expected a text, found {shown(document.get(key), 60)}"
         for key in TEXTS
         if not _is_text(document.get(key))
     ]
@@ -122,16 +118,16 @@ def parse(document: Any, name: str) -> PublishedTable:
     complaints += _table_problems(document, name)
     rows = document.get("rows")
     if not isinstance(rows, list) or not rows:
-        complaints.append(f"rows: expected a list with at least one row, found {rows!r:.60}")
+        complaints.append(f"rows: expected a list with at least one row, found {shown(rows, 60)}")
         rows = []
     complaints += [f"rows[{i}]: {what}" for i, row in enumerate(rows) for what in _row_problems(row)]
     if not complaints:
         methods = [row["method"] for row in rows]
         complaints += [
-            f"rows: {m!r} stands there twice" for m in sorted(set(methods)) if methods.count(m) > 1
+            f"rows: {shown(m)} stands there twice" for m in sorted(set(methods)) if methods.count(m) > 1
         ]
     if complaints:
-        raise ConfigError("\n".join([f"published table {name}: {len(complaints)} mistakes", *complaints]))
+        raise ConfigError(f"published table {name}: {len(complaints):,} mistakes\n" + listing(complaints))
     made = tuple(_row(row, provenance) for row in rows)
     note = str(document.get("note") or "").strip()
     texts = {key: document[key].strip() for key in TEXTS}
@@ -143,12 +139,12 @@ def parse(document: Any, name: str) -> PublishedTable:
 def _table_problems(document: Mapping[str, Any], name: str) -> list[str]:
     found = []
     if document.get("name") not in (None, name):
-        found.append(f"name: {document['name']!r} in a file called {name}; they must agree")
+        found.append(f"name: {shown(document['name'])} in a file called {name}; they must agree")
     tolerance: Any = document.get("tolerance")
     if not _is_number(tolerance) or tolerance <= 0:
-        found.append(f"tolerance: expected a number above zero, found {tolerance!r}")
+        found.append(f"tolerance: expected a number above zero, found {shown(tolerance)}")
     if not isinstance(document.get("note", ""), str):
-        found.append(f"note: expected a text, found {document['note']!r:.60}")
+        found.append(f"note: expected a text, found {shown(document['note'], 60)}")
     if _is_text(document.get("schedule")):
         try:
             Schedule.parse(document["schedule"])
@@ -159,18 +155,18 @@ def _table_problems(document: Mapping[str, Any], name: str) -> list[str]:
 
 def _row_problems(row: Any) -> list[str]:
     if not isinstance(row, Mapping):
-        return [f"expected fields, found {row!r:.60}"]
+        return [f"expected fields, found {shown(row, 60)}"]
     found = [unknown(str(key), list(ROW_FIELDS), "field") for key in row if key not in ROW_FIELDS]
     if not _is_text(row.get("method")):
-        found.append(f"method: expected a text, found {row.get('method')!r:.60}")
+        found.append(f"method: expected a text, found {shown(row.get('method'), 60)}")
     if "errata_method" not in row or not (row["errata_method"] is None or _is_text(row["errata_method"])):
         found.append("errata_method: expected a registered name, or null where there is none")
     scores = row.get("scores")
     if not isinstance(scores, Mapping) or not scores:
-        found.append(f"scores: expected names with numbers, found {scores!r:.60}")
+        found.append(f"scores: expected names with numbers, found {shown(scores, 60)}")
     else:
         found += [
-            f"scores.{key}: expected a number, found {value!r:.60}"
+            f"scores.{key}: expected a number, found {shown(value, 60)}"
             for key, value in scores.items()
             if not isinstance(key, str) or not _is_number(value)
         ]
@@ -183,7 +179,9 @@ def _provenance_problems(value: Any) -> list[str]:
     known = get_args(Provenance)
     if value in known:
         return []
-    return [f"provenance: {unknown(str(value), list(known), 'provenance')}"]
+    return [
+        f"provenance: {unknown(value if isinstance(value, str) else shown(value), list(known), 'provenance')}"
+    ]
 
 
 def _row(row: Mapping[str, Any], provenance: Any) -> PublishedRow:
@@ -196,8 +194,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _folder() -> Path:
-    return Path(str(files("errata.bench"))) / "published"
+    return Path(str(resources("errata.bench"))) / "published"

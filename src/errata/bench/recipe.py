@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from errata import config as settings
+from errata import files
 from errata.bench.schedule import SINGLE, Schedule, check_looks
-from errata.errors import ConfigError
+from errata.errors import ConfigError, listing, shown
 from errata.methods import REGISTRY
 from errata.registry import unknown
 
@@ -127,14 +126,8 @@ class Recipe:
 
 def read(path: Path) -> Recipe:
     """Read a recipe file. Raises ConfigError listing everything that is wrong with it."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from error
+    text = files.read_text(path, ConfigError, most=files.LARGEST_YAML, what="recipe")
+    document = files.parse_yaml(text, lambda reason: ConfigError(f"recipe {path}: {reason}"))
     return parse(document, str(path))
 
 
@@ -143,7 +136,7 @@ def parse(document: Any, where: str = "recipe") -> Recipe:
     complaints: list[str] = []
     found = _recipe(_Fields(document, "", complaints))
     if complaints or found is None:
-        raise ConfigError("\n".join([f"{where}: {len(complaints)} mistakes", *complaints]))
+        raise ConfigError(f"{where}: {len(complaints):,} mistakes\n" + listing(complaints))
     return found
 
 
@@ -151,7 +144,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Say where two recipes, as plain data, differ."""
     one, other = dict(_flat(old)), dict(_flat(new))
     return [
-        f"{key or 'recipe'}: was {one.get(key, 'nothing')!r}, is {other.get(key, 'nothing')!r}"
+        f"{key or 'recipe'}: was {shown(one.get(key, 'nothing'))}, is {shown(other.get(key, 'nothing'))}"
         for key in sorted(one.keys() | other.keys())
         if one.get(key, _flat) != other.get(key, _flat)
     ]
@@ -176,7 +169,7 @@ class _Fields:
             {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
         )
         if not self.valid:
-            self.complain("", f"expected fields, found {type(value).__name__} {value!r:.60}")
+            self.complain("", f"expected fields, found {type(value).__name__} {shown(value, 60)}")
 
     def complain(self, name: str, what: str) -> None:
         """Note a complaint about a field."""
@@ -196,7 +189,7 @@ class _Fields:
         """Take a text."""
         value = self.take(name, default, needed=needed)
         if value is not default and (not isinstance(value, str) or not value.strip()):
-            self.complain(name, f"expected a text, found {value!r:.60}")
+            self.complain(name, f"expected a text, found {shown(value, 60)}")
             return default
         return value
 
@@ -204,7 +197,9 @@ class _Fields:
         """Take one of some words, the first unless given."""
         value = self.take(name, choices[0])
         if value not in choices:
-            self.complain(name, unknown(str(value), list(choices), "choice"))
+            self.complain(
+                name, unknown(shown(value) if not isinstance(value, str) else value, list(choices), "choice")
+            )
             return choices[0]
         return value
 
@@ -212,7 +207,7 @@ class _Fields:
         """Take a whole number from 1."""
         value = self.take(name, default)
         if type(value) is not int or value < 1:
-            self.complain(name, f"expected a whole number from 1, found {value!r}")
+            self.complain(name, f"expected a whole number from 1, found {shown(value)}")
             return default
         return value
 
@@ -220,7 +215,7 @@ class _Fields:
         """Take true or false."""
         value = self.take(name, False)
         if not isinstance(value, bool):
-            self.complain(name, f"expected true or false, found {value!r}")
+            self.complain(name, f"expected true or false, found {shown(value)}")
         return value is True
 
     def items(
@@ -249,7 +244,7 @@ def _recipe(fields: _Fields) -> Recipe | None:
         def check(value: Any, where: str) -> T | None:
             if type(value) is kind and value != "":
                 return value
-            wrong.append(f"{where}: expected {what}, found {value!r:.60}")
+            wrong.append(f"{where}: expected {what}, found {shown(value, 60)}")
             return None
 
         return check
@@ -312,13 +307,15 @@ def _dataset(value: Any, where: str, wrong: list[str]) -> DatasetSpec | None:
     if isinstance(value, str) and value.strip():
         return DatasetSpec(value)
     if not isinstance(value, Mapping):
-        wrong.append(f"{where}: expected the name of a dataset, or fields with a source, found {value!r:.60}")
+        wrong.append(
+            f"{where}: expected the name of a dataset, or fields with a source, found {shown(value, 60)}"
+        )
         return None
 
     def text(item: Any, place: str) -> str | None:
         if isinstance(item, str) and item.strip():
             return item
-        wrong.append(f"{place}: expected a text, found {item!r:.60}")
+        wrong.append(f"{place}: expected a text, found {shown(item, 60)}")
         return None
 
     fields = _Fields(value, where, wrong)
@@ -341,7 +338,7 @@ def _method(value: Any, where: str, wrong: list[str]) -> MethodSpec | None:
     label = fields.text("label")
     fields.finish()
     if not isinstance(options, Mapping):
-        fields.complain("settings", f"expected fields, found {options!r:.60}")
+        fields.complain("settings", f"expected fields, found {shown(options, 60)}")
         return None
     if name is None:
         return None
@@ -384,5 +381,7 @@ def _look(fields: _Fields, schedule: Schedule) -> str | tuple[int, ...] | None:
         except ConfigError as error:
             fields.complain("look", str(error))
         return look
-    fields.complain("look", f"expected numbers of edits, each, every:K, decades or end, found {look!r:.60}")
+    fields.complain(
+        "look", f"expected numbers of edits, each, every:K, decades or end, found {shown(look, 60)}"
+    )
     return None

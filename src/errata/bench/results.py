@@ -1,25 +1,36 @@
-"""Result files: documents written whole or not at all, and journals that grow line by line.
+"""Result files: documents written whole or not at all, and journals that grow line by line; both carry hashes.
 
-Loads the standard library only, so that a report can read results without a model's libraries.
+A document's ``seal`` is the hash of all else in it; a finished cell's also names its rows and kept edits with their
+hashes. What was written before there were seals is read without being verified. Loads the standard library only, so
+that a report can read results without a model's libraries.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.errors import DataError
+from errata import files
+from errata.errors import DataError, brief, shown
 from errata.types import Row
 
+SCHEMA = 1
+"""The form of run folders."""
 RUN, JOBS, CELLS, UNEDITED = "run.json", "jobs.sqlite", "cells", "unedited"
 """What a run folder holds; see docs/bench.md."""
+JOB_STATES = ("open", "leased", "done", "refused", "failed")
 ROWS, CELL, JUDGED = "rows.jsonl", "cell.json", "judged.json"
 """What a cell's folder holds."""
+SEAL, FILES = "seal", "files"
+"""Fields of a document: the hash of all else in it, and the hashes of the files it speaks for."""
+UNTIMED = ("cost", "fit_seconds", SEAL)
+"""Fields of a line that its seal leaves out: times are no result."""
 
 
 def finite(value: Any) -> Any:
@@ -35,40 +46,118 @@ def finite(value: Any) -> Any:
 
 def write_report(path: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
     """Write a document as JSON. Raises DataError where the path cannot be written."""
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
+    return files.write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """Read a JSON document. Raises DataError where there is none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file whole or not at all, regular files only. Raises DataError."""
+    return files.write(path, content)
+
+
+def write_sealed(path: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
+    """Write a document with the hash of what it says. Raises DataError where the path cannot be written."""
+    plain = _plain(document)
+    return write_report(path, {**plain, SEAL: seal_of(plain)})
+
+
+def read_document(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Read a JSON document without its seal. Raises DataError where there is none, or it is damaged.
+
+    ``sealed``: a document without a seal counts as damaged.
+    """
+    text = files.read_text(path, DataError)
+    document = files.parse_json(text, lambda reason: DataError(f"{path} is damaged: {reason}"))
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    seal = document.pop(SEAL, None)
+    if (sealed or seal is not None) and seal != seal_of(document):
+        raise DataError(f"{path} is damaged: its content is not what its seal was made of")
     return document
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether a run was begun with seals, so that every document of it must have one."""
+    document = files.parse_json(files.read_text(folder / RUN, DataError), DataError)
+    return isinstance(document, dict) and SEAL in document
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return number of bytes and hash of some files of a folder, by name; absent ones are left out."""
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+        for name in names
+        if (path := folder / name).is_file()
+    }
+
+
+def read_sealed(folder: Path, name: str = CELL, *, sealed: bool = False) -> dict[str, Any]:
+    """Read a document of a cell, and check the files it speaks for. Raises DataError naming what is damaged."""
+    document = read_document(folder / name, sealed=sealed)
+    listed = document.get(FILES)
+    if listed is None and not sealed:
+        return document
+    damaged = [
+        f"{name} {'are' if name == ROWS else 'is'} {'not what was written' if (folder / name).is_file() else 'gone'}"
+        for name, entry in (listed or {}).items()
+        if hashes(folder, [name]) != {name: {k: v for k, v in entry.items() if k != "lines"}}
+    ]
+    if damaged:
+        raise DataError(f"its {', its '.join(damaged)}")
+    return document
+
+
+def job_seal(cell: Any, state: Any, reason: Any) -> str:
+    """Hash how a cell ended, as the job table holds it."""
+    return hashlib.sha256(json.dumps([cell, state, reason], default=repr).encode()).hexdigest()[:16]
+
+
+def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document as it will be read back."""
+    return json.loads(json.dumps(finite(document)))
+
+
+def seal_of(document: Mapping[str, Any]) -> str:
+    """Hash a document by what it says, whatever the order of its fields."""
+    plain = {name: value for name, value in document.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    made = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                made.update(piece)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    return made.hexdigest()
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read a run's ``run.json``. Raises DataError for a folder that is no run."""
+    """Read a run's ``run.json``. Raises DataError for a folder that is no run, or whose record is damaged."""
     if not (folder / RUN).is_file():
         raise DataError(f"{folder} is no run folder: it holds no {RUN}; make one with: errata bench RECIPE")
-    return read_document(folder / RUN)
+    document = read_document(folder / RUN)
+    cells = document.get("cells")
+    if document.get("schema") == SCHEMA and not (
+        isinstance(cells, list) and all(isinstance(cell, dict) and _is_name(cell.get("id")) for cell in cells)
+    ):
+        raise DataError(f"{folder / RUN} is damaged: cells: expected a list of records with an id")
+    return document
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a cell's name is that of a folder within its run."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not any(c in value for c in "/\\\0")
 
 
 def row_of(record: Mapping[str, Any]) -> Row:
-    """Build a row from its line, numbers that are not finite included."""
-    given = {**record, "before": float(record["before"]), "after": float(record["after"])}
-    return Row(**given)
+    """Build a row from its line, numbers that are not finite included. Raises DataError for another record."""
+    try:
+        given = {**record, "before": float(record["before"]), "after": float(record["after"])}
+        return Row(**given)
+    except (TypeError, ValueError, LookupError) as error:
+        raise DataError(f"a row is damaged: {brief(str(error))} in {shown(record)}") from error
 
 
 @dataclass(frozen=True)
@@ -82,7 +171,8 @@ class Line:
 class Journal:
     """A file of JSON lines that only grows: what is written was flushed to the disk.
 
-    A last line that a killed process left unfinished is no line; :meth:`cut` takes it away.
+    A last line that a killed process left unfinished is no line; :meth:`cut` takes it away. Each line carries a hash
+    of what it says but times, which is verified.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,6 +194,12 @@ class Journal:
                 if record is None:
                     torn = number
                     continue
+                seal = record.pop(SEAL, None)
+                if seal is not None and seal != _line_seal(record):
+                    raise DataError(
+                        f"{self.path}, line {number} is damaged: it is not what its seal was made of; remove the file "
+                        "to start its cell again"
+                    )
                 yield Line(record, end)
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -120,14 +216,21 @@ class Journal:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write lines at the end and wait until they are on the disk. Raises DataError where that fails."""
-        text = "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
+        lines = [{**plain, SEAL: _line_seal(plain)} for plain in map(_plain, records)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
             with self.path.open("ab") as file:
-                file.write(text.encode())
+                file.write(
+                    text.encode("utf-8", "backslashreplace")
+                )  # half a surrogate pair, as JSON escapes it
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def _line_seal(record: Mapping[str, Any]) -> str:
+    return seal_of({name: value for name, value in record.items() if name not in UNTIMED})[:16]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -136,6 +239,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits
         return None
     return record if isinstance(record, dict) else None

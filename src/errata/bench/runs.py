@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from errata.bench import plan as plans
 from errata.bench import results, workers
-from errata.bench.jobs import Job, Jobs
+from errata.bench.jobs import OVER, Job, Jobs
 from errata.bench.plan import Plan
-from errata.bench.results import read_document, read_run, write_report
+from errata.bench.results import is_sealed, read_document, read_run, read_sealed, write_sealed
 from errata.bench.rooms import Tools
 from errata.bench.runner import Tick
 from errata.errors import ConfigError, DataError
@@ -27,6 +27,8 @@ class Outcome:
     jobs: Sequence[Job]
     documents: Mapping[str, Mapping[str, Any]]
     """By cell, its ``cell.json``, as far as there is one."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Cells that were made anew because what was there was damaged, with what was wrong."""
 
     @property
     def failed(self) -> list[Job]:
@@ -40,7 +42,7 @@ def execute(
 ) -> Outcome:  # fmt: skip
     """Work a plan's cells off into a folder and return how they ended.
 
-    ``resume``: go on with the run in the folder, failed and refused cells anew; else the folder must be new or
+    ``resume``: go on with the run in the folder, failed, refused and damaged cells anew; else the folder must be new or
     empty. ``jobs``: workers at once, each with a model of its own; the rows do not depend on it. ``executor``:
     processes of this machine, or Ray. ``only``: cells whose id holds this text. Raises ConfigError or DataError
     where the folder and the plan do not belong together.
@@ -50,7 +52,9 @@ def execute(
     chosen = plan.chosen(only)
     begin(plan, folder, resume=resume, shared=executor == "ray")
     table = Jobs(folder / results.JOBS)
+    damaged: dict[str, str] = {}
     if resume:
+        damaged = discard_damaged(folder, table, chosen)
         table.release_dead()
         table.forget_attempts()
         table.reopen(("failed", "refused"), chosen)
@@ -60,7 +64,35 @@ def execute(
         workers.work_in_processes(folder, tools, chosen, jobs, tick)
     else:
         workers.work(folder, tools, chosen, tick=tick)
-    return outcome(folder, chosen)
+    return replace(outcome(folder, chosen), damaged=damaged)
+
+
+def discard_damaged(folder: Path, table: Jobs, chosen: Sequence[str]) -> dict[str, str]:
+    """Take away what finished cells have that is not what was written, and open them again; return what was wrong."""
+    sealed, damaged = is_sealed(folder), {}
+    for job in table.all():
+        if job.cell not in chosen or job.state not in OVER:
+            continue
+        place = folder / results.CELLS / job.cell
+        if not (place / results.CELL).is_file():
+            if job.state == "done":
+                damaged[job.cell] = f"{results.CELL} is gone"
+            continue
+        try:
+            found = read_sealed(place, sealed=sealed)
+            rows = job.state == "done" and not (place / results.ROWS).is_file()
+            if rows or found.get("status") != job.state:
+                damaged[job.cell] = (
+                    "its rows are gone" if rows else "table and cell do not agree how it ended"
+                )
+        except DataError as error:
+            damaged[job.cell] = str(error)
+    for cell in damaged:
+        for path in (folder / results.CELLS / cell).glob("*"):
+            if path.is_file():
+                path.unlink()
+    table.reopen(OVER, list(damaged))
+    return damaged
 
 
 def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> None:
@@ -76,7 +108,7 @@ def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> No
             (folder / results.CELLS).mkdir(parents=True)
         except OSError as error:
             raise DataError(f"cannot make {folder}: {error.strerror or error}") from error
-        write_report(folder / results.RUN, plan.document())
+        write_sealed(folder / results.RUN, plan.document())
     Jobs(folder / results.JOBS, shared=shared).create([cell.id for cell in plan.cells])
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from errata import lab
+from errata import files, lab
 from errata.errors import ConfigError, DataError
 from errata.types import Case, Probe
 
@@ -117,13 +117,10 @@ def _demonstrated(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], 
 
 def _text(path: str) -> tuple[str, str]:
     """Read a text file; return its text and its hash. Raises DataError."""
-    try:
-        content = Path(path).expanduser().read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read demonstrations {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"demonstrations {path} are no UTF-8 text: {error}") from error
+    content = files.read_bytes(
+        Path(path).expanduser(), DataError, most=files.LARGEST_YAML, what="demonstrations"
+    )
+    text = files.decode(content, f"demonstrations {path}", DataError)
     return text.replace("\r\n", "\n"), hashlib.sha256(content).hexdigest()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from errata.bench import results
 from errata.bench.runner import CHUNK
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
@@ -86,11 +87,16 @@ class Unedited:
         asked = json.dumps([asdict(probe) for probe in probes], sort_keys=True)
         key = hashlib.sha256((json.dumps(facts, sort_keys=True) + asked).encode()).hexdigest()[:24]
         texts, tensors = (self.folder / f"{key}.{kind}" for kind in ("json", "safetensors"))
-        if not texts.exists():
+        found = _read(texts, tensors, probes)
+        if found is None:
             with _locked(self.folder / f"{key}.lock"):
-                if not texts.exists():  # nobody has made it while this process waited
+                found = _read(texts, tensors, probes)  # somebody may have made it while this process waited
+                if found is None:
                     self._observe(facts, probes, texts, tensors)
-        return _read(texts, tensors, probes)
+        found = found or _read(texts, tensors, probes)
+        if found is None:
+            raise DataError(f"{texts} is not what was just written there; check the disk")
+        return found
 
     def _observe(self, facts: Mapping[str, Any], probes: Sequence[Probe], texts: Path, tensors: Path) -> None:
         from safetensors.torch import save_file
@@ -109,17 +115,25 @@ class Unedited:
             "spreads": sorted(spreads, key=int),
             "observations": [_plain(one) for one in seen],
         }
-        part = _part(texts)
-        part.write_text(json.dumps(document), encoding="utf-8")  # NaN and Infinity by Python's names
-        part.replace(texts)
+        document = json.loads(json.dumps(document))  # NaN and Infinity by Python's names
+        document[results.FILES] = results.hashes(self.folder, [tensors.name])
+        results.write_file(texts, json.dumps({**document, results.SEAL: results.seal_of(document)}))
 
 
 def _plain(seen: Observation) -> dict[str, Any]:
     return asdict(replace(seen, next_logprobs=None))
 
 
-def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk:
-    document = json.loads(texts.read_text(encoding="utf-8"))
+def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk | None:
+    """Read a chunk; None where it is not there whole, so that it is made anew."""
+    if not texts.is_file():
+        return None
+    try:
+        document = results.read_document(texts, sealed=True)
+    except DataError:
+        return None
+    if results.hashes(tensors.parent, [tensors.name]) != document[results.FILES]:
+        return None
     found = [_observation(record) for record in document["observations"]]
     if len(found) != len(probes):
         raise DataError(f"{texts} holds {len(found)} observations, expected {len(probes)}; remove it")

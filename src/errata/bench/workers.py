@@ -79,7 +79,7 @@ def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
     if restored is False:
         sheet.void()
     sheet.folder.mkdir(parents=True, exist_ok=True)
-    results.write_report(sheet.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
+    results.write_sealed(sheet.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
     return state, reason
 
 

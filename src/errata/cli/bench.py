@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,8 @@ def command(
             plan, folder, tools(), resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
             only=only, tick=tick,
         )  # fmt: skip
+    for cell, why in found.damaged.items():
+        print(f"damaged and made anew: {cell}: {why}", file=sys.stderr)
     if json:
         common.emit(_document(found))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,13 @@ Foreign = Annotated[
 ]
 
 Tick = Callable[[str, int, int], None]
+
+_UNSAFE = re.compile("[\x7f-\x9f\ud800-\udfff]")
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a text could steer a terminal with: control characters but tabs and line breaks, marks that turn the direction
+of writing; and half surrogate pairs, which cannot be printed."""
 
 
 def open_host(model: str, device: str, dtype: str) -> Host:
@@ -76,7 +84,9 @@ def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
 
 def emit(document: Any) -> None:
     """Print one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    # controls beyond ASCII and half surrogate pairs are let through by JSON, not by terminals
+    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 @contextmanager
@@ -110,19 +120,29 @@ def table(
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    made = Table(
+        title=None if title is None else Text(safe(title)),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i in right else "left", overflow="fold")
+        made.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
     console.print(made)
+
+
+def safe(text: str) -> str:
+    """Escape what a text could steer a terminal with, see ``_CONTROLS``."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def mark(text: str, style: str) -> Any:
     """Return styled text for a table cell."""
     from rich.text import Text
 
-    return Text(text, style=style)
+    return Text(safe(text), style=style)
 
 
 def size(path: Path) -> str:

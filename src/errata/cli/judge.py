@@ -71,7 +71,8 @@ def _judge(folder: Path, settings: JudgeSettings, tick: common.Tick) -> dict[str
     shares = {name: entry for name, entry in summary.items() if name.rpartition(".")[2] in wanted}
     found = {"agreement": asdict(judge.agreement(made, rows)), "summary": shares}
     record = made[-1].detail["judge"] if made else settings.record
-    results.write_report(folder / results.JUDGED, results.finite({"judge": record, **found}))
+    files = results.hashes(folder, [JUDGED_ROWS])
+    results.write_sealed(folder / results.JUDGED, {"judge": record, **found, results.FILES: files})
     return found
 
 

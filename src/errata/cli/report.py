@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,21 +32,30 @@ def command(
     figures: Figures = None,
     markdown: Markdown = None,
     cases: Cases = 100,
+    skip_damaged: Annotated[
+        bool,
+        typer.Option("--skip-damaged", help="Report without damaged cells; they are named, exit code 1."),
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Show what runs found: a board for each protocol; also as a page, figures and a card."""
     from errata.report.read import read_runs
 
-    found = read_runs(runs)
+    found = read_runs(runs, skip_damaged=skip_damaged)
     written = _write(found, html, figures, markdown, cases)
     if json:
         from errata.report.page import document
 
         common.emit({**document(found, cases=0), "written": [str(path) for path in written]})
-        return
-    _show(found)
-    for path in written:
-        print(f"written: {path}")
+    else:
+        _show(found)
+        for path in written:
+            print(f"written: {path}")
+    damaged = [cell for run in found for cell in run.damaged]
+    for cell in damaged:
+        print(common.safe(f"damaged: cell {cell.id}: {cell.reason}"), file=sys.stderr)
+    if damaged:
+        raise typer.Exit(1)
 
 
 def _write(
@@ -75,7 +85,7 @@ def _show(runs: list[Run]) -> None:
 
     made = boards(runs)
     for section in tables.sections(made, brief=True):
-        print(f"{section.title}\nprotocol: {section.tag}\n")
+        print(common.safe(f"{section.title}\nprotocol: {section.tag}\n"))
         for table in section.tables:
             _print(table)
     if not made:
@@ -85,6 +95,11 @@ def _show(runs: list[Run]) -> None:
     absent = tables.absent_table(runs)
     if absent is not None:
         _print(absent, right=False)
+    for run in runs:
+        if not run.verified:
+            print(
+                f"{common.safe(run.name)}: written before results carried hashes, so its files are not verified"
+            )
 
 
 def _print(table: Table, *, right: bool = True) -> None:
@@ -92,8 +107,8 @@ def _print(table: Table, *, right: bool = True) -> None:
         rows: list[list[Any]] = [list(row) for row in table.rows]
         common.table(table.title, table.columns, rows, right=range(1, len(table.columns)) if right else ())
     else:
-        print(table.title)
+        print(common.safe(table.title))
     for note in table.notes:
-        print(f"  {note}")
+        print(common.safe(f"  {note}"))
     if table.notes:
         print()

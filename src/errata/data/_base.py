@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errata.errors import ErrataError
+from errata.errors import ErrataError, shown
 from errata.types import Case, Request, request_problems
 
 
@@ -77,7 +77,7 @@ class Record:
 
 
 def _found(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+    return "nothing" if value is None else f"{type(value).__name__} {shown(value, 60)}"
 
 
 def request(

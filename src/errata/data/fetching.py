@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.request import urlopen
 
+from errata import files
 from errata.data._base import Dataset
 from errata.errors import DataError
 
@@ -110,8 +111,9 @@ def read_lock(path: Path) -> Lock | None:
     if not lock.is_file():
         return None
     try:
-        return Lock(**json.loads(lock.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        text = files.read_text(lock, DataError, most=files.MIB)
+        return Lock(**files.parse_json(text, DataError))
+    except (DataError, TypeError) as error:
         raise DataError(
             f"{lock} is no lock of a dataset: {error}; delete it and {path.name}, and fetch anew"
         ) from error

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from errata.errors import DataError
+from errata.errors import DataError, brief, shown
+from errata.files import LARGEST, MIB, decoder, duplicate
 
 CHUNK = 1 << 20
 """Characters read at a time; more where one record is longer."""
@@ -23,6 +24,7 @@ PARQUET = (".parquet", ".pq")
 LINES = (".jsonl", ".ndjson")
 BYTES_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What ``surrogateescape`` makes of bytes that are no UTF-8, so that the fault can be laid at its row."""
+_ESCAPED, _HALF = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 NEAR_THE_END = 16
 """Characters before the end of what was read within which a fault may be an unfinished word, as ``nul``."""
 
@@ -74,8 +76,8 @@ def _first_character(file: TextIO) -> str:
 def _ends_on_its_line(file: TextIO) -> bool:
     """Whether a JSON value ends on the line it begins on, and more follows on later lines."""
     try:
-        json.loads(file.readline())
-    except json.JSONDecodeError:
+        json.loads(file.readline(LARGEST))
+    except (ValueError, RecursionError):
         return False
     return _first_character(file) != ""
 
@@ -109,6 +111,8 @@ def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
 def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open a text file. Raises DataError saying why it cannot be opened or read."""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"cannot read {path}: it is no regular file")
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
             yield file
     except OSError as error:
@@ -116,8 +120,20 @@ def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def _row(where: str, value: Any, raw: str) -> Row:
-    fault = "holds bytes that are not UTF-8 text" if BYTES_NOT_UTF8.search(raw) else None
+    fault = "holds bytes that are not UTF-8 text" if BYTES_NOT_UTF8.search(raw) else _fault(value, raw)
     return Row(where, None if fault else value, fault)
+
+
+def _fault(value: Any, raw: str) -> str | None:
+    """Say what makes a decoded record unfit, names given twice or half a surrogate pair; None where nothing does."""
+    try:
+        twice = duplicate(value)
+    except RecursionError:
+        return "nested too deeply"
+    if twice:
+        return f"names the field {shown(twice[0], 60)} twice"
+    halves = _ESCAPED.search(raw) is not None and _HALF.search(json.dumps(value, ensure_ascii=False))
+    return "holds half a surrogate pair, which is no character" if halves else None
 
 
 class _Window:
@@ -159,10 +175,10 @@ class _Window:
 
     def value(self, number: int) -> tuple[Any, str]:
         """Decode the next value; return it with its text. Raises BrokenOff."""
-        decoder = json.JSONDecoder()
+        parser = decoder()
         while True:
             try:
-                value, end = decoder.raw_decode(self.text, self.at)
+                value, end = parser.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if not (_may_go_on(error, self.text) and self.more()):
                     raise self.broken(number, error.msg, error.pos) from error
@@ -218,7 +234,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
             continue
         where = f"line {number}"
         try:
-            yield _row(where, json.loads(line), line)
+            yield _row(where, decoder().decode(line), line)
         except (json.JSONDecodeError, RecursionError) as error:
             why = (
                 f"not JSON: {error.msg} at column {error.colno}"
@@ -234,13 +250,21 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
 
 
 def _document(path: Path, file: TextIO) -> Any:
-    text = file.read()
+    text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise BrokenOff(f"{path} is one document of more than {LARGEST // MIB} MiB; write it as JSON lines")
     spoilt = BYTES_NOT_UTF8.search(text)
     if spoilt:
         line = text.count("\n", 0, spoilt.start()) + 1
         raise BrokenOff(f"{path}, line {line} holds bytes that are not UTF-8 text; mend it there")
     try:
-        return json.loads(text)
+        value = decoder().decode(text)
+        fault = _fault(value, text)
+        if fault is not None:
+            raise BrokenOff(f"{path} {fault}; mend it there")
+        return value
+    except RecursionError as error:
+        raise BrokenOff(f"{path} is nested too deeply to be read") from error
     except json.JSONDecodeError as error:
         raise BrokenOff(
             f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}); "
@@ -255,7 +279,9 @@ def _table(path: Path, file: TextIO) -> Iterator[Row]:
         names = reader.fieldnames or []
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise DataError(f"{path} has several columns of one name: {', '.join(twice)}; name each once")
+            raise DataError(
+                f"{path} has several columns of one name: {brief(', '.join(twice))}; name each once"
+            )
         for cells in reader:
             where = f"line {reader.line_num}"
             surplus = cells.pop(None, None)  # type: ignore[call-overload]

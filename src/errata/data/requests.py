@@ -1,26 +1,27 @@
 """Read requests and cases from files: JSONL, JSON, CSV, YAML. Every mistake is listed, with its line.
 
-Cases can be written too: any dataset becomes a file that a person can change.
+Requests are read in the forms of other tools too, see :mod:`errata.data.foreign`. Cases can be written: any dataset
+becomes a file that a person can change.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-from errata.errors import RequestError
+from errata import files
+from errata.data import documents, foreign, tables
+from errata.data._base import Record
+from errata.data.tables import Broken
+from errata.errors import ErrataError, RequestError, brief, listing, shown
 from errata.registry import nearest, unknown
 from errata.types import Case, Form, Probe, Request, request_problems
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".yaml", ".yml")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml")
+TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
 NEEDED = ("prompt", "subject", "target")
 REQUEST_FIELDS = (*NEEDED, "target_old", "id")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
@@ -32,14 +33,56 @@ NEEDS = ("any", "all")
 def read_requests(path: str | Path) -> list[Request]:
     """Read requests. Raises RequestError listing every missing, unknown or malformed field by line.
 
-    Records may be cases: the requests of ``also`` then follow the record's own, what asks is left aside.
+    Records may be cases: the requests of ``also`` then follow the record's own, what asks is left aside. They may
+    also be those of other tools, see :mod:`errata.data.foreign`.
     """
     found, complaints = [], []
-    for where, record in _records(Path(path)):
-        requests, wrong = _requests(where, record)
+    records = _records(Path(path))
+    reader = None if _own(records) else foreign.reader([record for _, record in records])
+    if reader is None:
+        _check_fields(path, records)
+    for index, (where, record) in enumerate(records):
+        requests, wrong = (
+            _requests(where, record) if reader is None else _foreign(reader, where, record, index)
+        )
         found += requests
         complaints += wrong
     return _all_or_raise(path, found, complaints)
+
+
+def _own(records: Sequence[tuple[str, Any]]) -> bool:
+    """Whether any record has the fields that a request of errata's needs, or all but one of them."""
+    known = [sum(name in record for name in NEEDED) for _, record in records if isinstance(record, Mapping)]
+    return len(NEEDED) in known or not known
+
+
+def _foreign(reader: foreign.Reader, where: str, record: Any, index: int) -> tuple[list[Request], list[str]]:
+    """Read the requests of a record of another tool, and what is wrong with it."""
+    why = str(record) if isinstance(record, Broken) else documents.fault(record)
+    if why is not None:
+        return [], [f"{where}: {why}"]
+    try:
+        return list(reader(Record(record, where, index))), []
+    except ErrataError as error:
+        return [], [f"{where}: {error}"]
+
+
+def _check_fields(path: str | Path, records: Sequence[tuple[str, Any]]) -> None:
+    """Raise RequestError once where no record has the fields of a request, naming those there are."""
+    found = [record for _, record in records if isinstance(record, Mapping)]
+    if len(found) < 2 or _own(records):
+        return
+    fields = list(dict.fromkeys(str(key) for record in found for key in record))
+    hints = [f"{key} for {near}" for name in NEEDED if name not in fields
+             if (near := name) and (key := nearest(name, fields)) is not None]  # fmt: skip
+    raise RequestError(
+        f"{path}: {records[0][0]} and the {len(records) - 1:,} after it have not the fields of a request: found "
+        f"{brief(', '.join(fields)) or 'none'}; expected {', '.join(NEEDED)}, and if you like "
+        f"{', '.join(name for name in CASE_FIELDS if name not in NEEDED)}"
+        + (f" (perhaps {', '.join(hints)})" if hints else "")
+        + ". Requests of EasyEdit, ROME, CounterFact and zsRE are read as they are; of other datasets, "
+        "errata data export NAME@FILE makes a file of cases"
+    )
 
 
 def read_cases(path: str | Path) -> list[Case]:
@@ -50,7 +93,9 @@ def read_cases(path: str | Path) -> list[Case]:
     effect, which a case without one gets otherwise. Raises RequestError as above.
     """
     found, complaints = [], []
-    for i, (where, record) in enumerate(_records(Path(path)), 1):
+    records = _records(Path(path))
+    _check_fields(path, records)
+    for i, (where, record) in enumerate(records, 1):
         case, wrong = _case(where, record, f"{Path(path).name}:{i}")
         complaints += wrong
         found += [case] if case else []
@@ -64,21 +109,13 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
     cannot be written, for no cases at all, and for a case that would not be read back as it is.
     """
     check_target(path)
-    path = Path(path)
-    made = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
-    try:
-        with made.open("w", encoding="utf-8", newline="\n") as file:
-            for case in cases:
-                file.write(_line(case) + "\n")
-                count += 1
+    with files.replacing(path, RequestError) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        for case in cases:
+            file.write(_line(case) + "\n")
+            count += 1
         if not count:
             raise RequestError(f"there are no cases to write to {path}")
-        made.replace(path)
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        made.unlink(missing_ok=True)
     return count
 
 
@@ -87,10 +124,7 @@ def check_target(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
-    if path.is_dir():
-        raise RequestError(f"cannot write {path}: it is a folder; name a file")
-    if not path.parent.is_dir():
-        raise RequestError(f"cannot write {path}: there is no folder {path.parent}")
+    files.output(path, RequestError)
 
 
 def _line(case: Case) -> str:
@@ -104,13 +138,11 @@ def _line(case: Case) -> str:
         record["efficacy"] = False
     record["probes"] = [_plain(probe) for probe in case.probes]
     line = json.dumps(record, ensure_ascii=False)
-    if any("\ud800" <= letter <= "\udfff" for letter in line):
-        line = json.dumps(record)  # half a pair of surrogates is no UTF-8, but can be had as an escape
     back, wrong = _case("as a record", json.loads(line), "unnamed")
     if back != case:
         differing = [f.name for f in fields(Case) if back and getattr(back, f.name) != getattr(case, f.name)]
         raise RequestError(
-            f"case {case.id!r} cannot be written so that it is read back as it is: "
+            f"case {shown(case.id)} cannot be written so that it is read back as it is: "
             + ("; ".join(wrong) or f"{', '.join(differing)} would change, as empty fields count as absent")
         )
     return line
@@ -128,10 +160,28 @@ def _plain(probe: Probe) -> dict[str, Any]:
 
 def _all_or_raise(path: str | Path, found: list, complaints: list[str]) -> list:
     if complaints:
-        raise RequestError(f"{path}: {len(complaints)} problems\n" + "\n".join(complaints))
+        raise RequestError(
+            f"{path}: {len(complaints):,} problem{'s' * (len(complaints) > 1)}\n"
+            + listing(_grouped(complaints))
+        )
     if not found:
         raise RequestError(f"{path} holds no requests")
     return found
+
+
+def _grouped(complaints: Sequence[str]) -> list[str]:
+    """Put like complaints of more than three records on one line, under the first of them."""
+    places: dict[str, list[str]] = {}
+    for complaint in complaints:
+        where, _, what = complaint.partition(": ")
+        places.setdefault(what, []).append(where)
+    lines: list[str] = []
+    for what, where in places.items():
+        few = len(where) <= 3
+        lines += [f"{place}: {what}" for place in where] if few else [
+            f"{where[0]} and {len(where) - 1:,} more: {what}"
+        ]  # fmt: skip
+    return lines
 
 
 def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
@@ -142,14 +192,14 @@ def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
     probes = _probes(where, record, wrong)
     own, asked = record.get("case"), record.get("efficacy")
     if not _absent(own) and not _is_text(own):
-        wrong.append(f"{where}: case must be text, found {type(own).__name__} {own!r:.60}")
+        wrong.append(f"{where}: case must be text, found {type(own).__name__} {shown(own, 60)}")
     if not _absent(asked) and not isinstance(asked, bool):
-        wrong.append(f"{where}: efficacy must be true or false, found {asked!r:.60}")
+        wrong.append(f"{where}: efficacy must be true or false, found {shown(asked, 60)}")
     if wrong:
         return None, wrong
     first, *others = requests
     if asked is not False and not _asks_efficacy(probes):
-        before = (first.target_old,) if first.target_old else ()
+        before = _old_answers(record.get("target_old"))
         probes.insert(0, Probe("efficacy", first.text, (first.target,), before, first.target_old))
     return Case(own or first.id or name, first, tuple(probes), tuple(others)), []
 
@@ -181,26 +231,48 @@ def _listed(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
 
 
 def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | None, list[str]]:
-    if isinstance(record, _Broken):
-        return None, [f"{where}: {record}"]
-    if not isinstance(record, Mapping):
+    if not isinstance(record, (Mapping, Broken)):
         return None, [f"{where}: expected a record of fields, found {type(record).__name__}"]
-    record = {key: value for key, value in record.items() if value not in (None, "") or key in NEEDED}
+    why = str(record) if isinstance(record, Broken) else documents.fault(record)
+    if why is not None:
+        return None, [f"{where}: {why}"]
+    record = {key: value for key, value in record.items() if not _absent(value) or key in NEEDED}
     wrong = [f"{where}: {_unknown(key, known)}" for key in record if key not in known]
     missing = [name for name in NEEDED if name not in record]
     if missing:
         return None, [*wrong, f"{where}: missing {', '.join(missing)}"]
     values = {key: record[key] for key in REQUEST_FIELDS if key in record}
     wrong += [f"{where}: {p}" for p in request_problems(*(values[name] for name in NEEDED))]
-    for name in ("target_old", "id"):
-        if name in values and not isinstance(values[name], str):
-            values[name] = str(values[name])
+    if "target_old" in values:
+        answers = _old_answers(values["target_old"])
+        if not answers:
+            wrong.append(
+                f"{where}: target_old must be text, or a list of texts, found {_typed(values['target_old'])}"
+            )
+        values["target_old"] = answers[0] if answers else None
+    if "id" in values:
+        own = values["id"]
+        if not _is_text(own) and type(own) is not int:
+            wrong.append(f"{where}: id must be text or a whole number, found {_typed(own)}")
+        values["id"] = str(own) if type(own) is int else own
     return (None, wrong) if wrong else (Request(**values), [])
 
 
+def _old_answers(value: Any) -> tuple[str, ...]:
+    """Return the old answer with its spellings, the canonical one first; empty where it is neither text nor texts."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(map(_is_text, listed)):
+        return ()
+    return tuple(dict.fromkeys(listed))
+
+
+def _typed(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value, 60)}"
+
+
 def _unknown(key: Any, known: Sequence[str]) -> str:
-    hint = nearest(str(key), list(known))
-    return f"unknown field {key!r}" + (f", did you mean {hint!r}?" if hint else "")
+    hint = nearest(str(key)[:100], list(known))
+    return f"unknown field {shown(key)}" + (f", did you mean {hint!r}?" if hint else "")
 
 
 def _probes(where: str, record: Mapping[str, Any], wrong: list[str]) -> list[Probe]:
@@ -225,7 +297,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     if missing:
         return None, [*amiss, f"missing {', '.join(missing)}"]
     amiss += [
-        f"{name} must be text, found {type(value[name]).__name__} {value[name]!r:.60}"
+        f"{name} must be text, found {_typed(value[name])}"
         for name in ("kind", "prompt", "rival", "group")
         if not _absent(value.get(name)) and not _is_text(value[name])
     ]
@@ -234,8 +306,10 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     )
     if form == "choice" and not choices:
         amiss.append("missing choices, the labels that form 'choice' chooses from")
-    elif form == "choice" and answers[0] not in choices:
-        amiss.append(f"the first answer {answers[0]!r} is not among the choices {', '.join(choices)}")
+    elif form == "choice" and answers and answers[0] not in choices:
+        amiss.append(
+            f"the first answer {shown(answers[0])} is not among the choices {brief(', '.join(choices))}"
+        )
     elif form != "choice" and choices:
         amiss.append(f"choices belong to form 'choice', found form {form!r}")
     rival, group = (value.get(name) or None for name in ("rival", "group"))
@@ -252,7 +326,7 @@ def _word(value: Mapping[str, Any], name: str, allowed: Sequence[str], amiss: li
     if _absent(word):
         return allowed[0]
     if word not in allowed:
-        amiss.append(unknown(str(word), list(allowed), name))
+        amiss.append(unknown(brief(str(word)) if isinstance(word, str) else shown(word), list(allowed), name))
     return word
 
 
@@ -266,73 +340,35 @@ def _is_text(value: Any) -> bool:
 
 
 def _texts(value: Any, name: str, amiss: list[str]) -> tuple[str, ...]:
-    """Read a text or number, or a list of them, as texts; what is neither is added to ``amiss``."""
+    """Read a text or whole number, or a list of them, as texts; what is neither is added to ``amiss``."""
     if _absent(value):
         return ()
     listed = value if isinstance(value, (list, tuple)) else [value]
-    numbers = (int, float)
-    for one in listed:
-        if not _is_text(one) and (not isinstance(one, numbers) or isinstance(one, bool)):
-            amiss.append(f"{name} must be texts that are not empty, found {type(one).__name__} {one!r:.60}")
-    return tuple(str(one) for one in listed)
+    wrong = [one for one in listed if not _is_text(one) and type(one) is not int]
+    amiss += [f"{name} must be texts that are not empty, found {_typed(one)}" for one in wrong]
+    return () if wrong else tuple(str(one) for one in listed)
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (line or record number, record)."""
+def _records(path: Path) -> list[tuple[str, Any]]:
+    """Read a file's records, each with its place. Raises RequestError where it is not of a known form."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise RequestError(f"{path}: unknown kind of file {suffix!r}, expected one of {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: {error}") from error
-    if suffix == ".jsonl":
-        yield from _jsonl(text)
-    elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        for record in reader:
-            extra = record.pop(None, None)  # type: ignore[call-overload]
-            yield f"line {reader.line_num}", {**record, **({"<surplus column>": extra} if extra else {})}
-    else:
-        yield from _document(path, text, suffix)
+        raise RequestError(
+            f"{path}: unknown kind of file {brief(suffix, 40)!r}, expected one of {', '.join(SUFFIXES)}"
+        )
+
+    def fail(reason: str) -> RequestError:
+        return RequestError(f"{path}: {reason}")
+
+    text = files.read_text(path, RequestError)
+    with files.reader(fail):
+        if suffix in TABLES:
+            return list(tables.records(text, (*CASE_FIELDS, *foreign.FIELDS), fail, _is_row))
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        return documents.yaml_records(text, fail) if suffix in YAML else documents.json_records(text, fail)
 
 
-def _jsonl(text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028, legal within JSON
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"line {number}", _Broken(f"not JSON: {error.msg} at column {error.colno}")
-
-
-class _Broken(str):
-    """A line that could not be read; reported like any record of the wrong type."""
-
-
-def _document(path: Path, text: str, suffix: str) -> Iterator[tuple[str, Any]]:
-    try:
-        loaded = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        first = text[: error.pos]
-        if error.msg == "Extra data" and first.endswith("\n") and "\n" not in first.strip():  # JSON lines
-            yield from _jsonl(text)
-            return
-        raise RequestError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise RequestError(f"{path}: not YAML" + (f" at line {mark.line + 1}" if mark else "")) from error
-    records = loaded if isinstance(loaded, list) else [loaded]
-    lines = _starts(text) if suffix != ".json" else {}
-    for i, record in enumerate(records):
-        place = f"record {i + 1}" + (f" (line {lines[i]})" if i in lines else "")
-        yield place, record
-
-
-def _starts(text: str) -> dict[int, int]:
-    """Line on which each item of a YAML list begins."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    return {i: item.start_mark.line + 1 for i, item in enumerate(items) if item is not None}
+def _is_row(cells: Mapping[str, str]) -> bool:
+    """Whether cells of a table are a request of their own."""
+    prompt, subject = cells.get("prompt", ""), cells.get("subject", "").strip()
+    return bool(subject) and ("{}" in prompt or subject in prompt)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from errata.errors import EditError
+from errata.files import output
 
 VERSION = 1
 KEY = "errata"
@@ -20,7 +21,7 @@ KEY = "errata"
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write a file whole or not at all. Raises EditError where the path cannot be written."""
-    target = Path(path).expanduser()
+    target = check_writable(path)
     data = save(
         {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
         metadata={KEY: json.dumps({"format": VERSION, **header}, sort_keys=True)},
@@ -32,19 +33,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     except OSError as error:
         part.unlink(missing_ok=True) if part.parent.is_dir() else None
         raise EditError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
+    return Path(path).expanduser()
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise EditError now where :func:`write` would fail after the work is done."""
-    target = Path(path).expanduser()
-    folder = target.parent
-    if target.is_dir():
-        raise EditError(f"cannot write {target}: it is a folder; name a file")
-    if not folder.is_dir():
-        raise EditError(f"cannot write {target}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise EditError(f"cannot write {target}: no permission in {folder}")
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return what is to be written: behind a link, what it points to.
+
+    Raises EditError now where :func:`write` would fail after the work is done, or would take the place of what is
+    no regular file, as a device.
+    """
+    return output(path, EditError)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,6 @@ host in memory, so weights and hooks of an edit that is in place are what it mea
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.errors import ConfigError, DataError
+from errata import files
+from errata.errors import ConfigError, DataError, listing, shown
 from errata.evaluation.likelihood import continuation, continued, rolling, score
 from errata.evaluation.metrics import matching, perplexity
 from errata.host.load import Host
@@ -257,7 +257,7 @@ def _known_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, manager.load([name])
         except ImportError as error:
             raise ConfigError(f"task {name!r} needs a package that is not installed: {error}") from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # the harness may trip over anything in a strange file
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"task {name!r} cannot be set up: {first}; if its data are what is missing, fetch them once where "
@@ -382,10 +382,7 @@ def _contained(seed: int) -> Iterator[None]:
 
 
 def _lines(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read task {path}: {error}") from error
+    return files.read_text(path, DataError, what="task")
 
 
 def _paragraphs(name: str) -> list[str]:
@@ -403,17 +400,15 @@ def _local_rows(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(_local_row(json.loads(line)))
-        except json.JSONDecodeError as error:
-            complaints.append(f"{path}, line {number}: not JSON: {error}")
-        except ValueError as error:
+            rows.append(_local_row(files.parse_json(line, DataError)))
+        except (DataError, ValueError) as error:
             complaints.append(f"{path}, line {number}: {error}")
     if not complaints and not rows:
         complaints.append(f"{path} holds no lines")
     if not complaints and len({frozenset(row) for row in rows}) > 1:
         complaints.append(f"{path}: lines with answers and lines with choices; make them two files")
     if complaints:
-        raise DataError("\n".join(complaints))
+        raise DataError(listing(complaints))
     return rows
 
 
@@ -427,25 +422,25 @@ def _local_row(record: Any) -> dict[str, Any]:
     context = record.get("context")
     if context is not None:
         if not isinstance(context, str):
-            raise ValueError(f"context: expected a text, found {context!r:.60}")
+            raise ValueError(f"context: expected a text, found {shown(context, 60)}")
         prompt = f"{context.strip()}\n\n{prompt}"
     if "choices" in record:
         return {"prompt": prompt, **_choice(record)}
     answers = record.get("answers")
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
-        raise ValueError(f"answers: expected texts, found {record.get('answers')!r:.60}")
+        raise ValueError(f"answers: expected texts, found {shown(record.get('answers'), 60)}")
     return {"prompt": prompt, "answers": answers}
 
 
 def _choice(record: Mapping[str, Any]) -> dict[str, Any]:
     choices, label = record["choices"], record.get("label")
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        raise ValueError(f"choices: expected two texts or more, found {choices!r:.60}")
+        raise ValueError(f"choices: expected two texts or more, found {shown(choices, 60)}")
     if isinstance(label, str) and choices.count(label) == 1:
         label = choices.index(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        raise ValueError(f"label: expected one of the choices or its number from 0, found {label!r:.60}")
+        raise ValueError(f"label: expected one of the choices or its number from 0, found {shown(label, 60)}")
     return {"choices": choices, "label": label}
 
 

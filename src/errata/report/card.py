@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from errata.errors import printable
 from errata.report import numbers, tables
 from errata.report.board import boards
 from errata.report.published import comparisons
@@ -15,7 +16,7 @@ from errata.report.read import Run, number
 def card(runs: Sequence[Run]) -> str:
     """Write a report's Markdown card."""
     made = boards(runs)
-    lines = [f"# {heading(runs)}", ""]
+    lines = [f"# {escape(heading(runs))}", ""]
     for section in tables.sections(made):
         lines += [f"## {escape(section.title)}", "", f"Protocol: {escape(section.tag)}", ""]
         for table in section.tables:
@@ -29,13 +30,19 @@ def card(runs: Sequence[Run]) -> str:
         lines += _table(absent, "##")
     lines += ["## Made with", ""]
     for run in runs:
-        lines += [f"* {escape(run.name)}: {escape(fact)}" for fact in facts(run.document)]
+        lines += [f"* {escape(run.name)}: {escape(fact)}" for fact in run_facts(run)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def heading(runs: Sequence[Run]) -> str:
     """Name a report after its runs."""
     return "Report: " + ", ".join(dict.fromkeys(run.name for run in runs))
+
+
+def run_facts(run: Run) -> list[str]:
+    """List what a run was made with, and whether its files could be verified."""
+    unverified = [] if run.verified else ["not verified: written before results carried hashes"]
+    return [*facts(run.document), *unverified]
 
 
 def facts(document: Mapping[str, Any]) -> list[str]:
@@ -83,8 +90,8 @@ def _gpu(gpu: Any) -> str:
 
 def escape(text: str) -> str:
     """Keep text from being read as Markdown or HTML."""
-    flat = re.sub(r"\s+", " ", text)
-    flat = re.sub(r"([\\`*\[\]|])", r"\\\1", flat)
+    flat = printable(re.sub(r"\s+", " ", text))
+    flat = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", flat)
     flat = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", flat)
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

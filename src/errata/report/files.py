@@ -5,21 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from errata.bench import results
 from errata.errors import DataError
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write a file beside its name and move it there. Raises DataError where it cannot be written."""
-    target = Path(path)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        part.write_bytes(data)
-        part.replace(target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
+    return results.write_file(path, content)
 
 
 def folder(path: str | os.PathLike[str]) -> Path:

@@ -56,7 +56,7 @@ def _document(runs: Sequence[Run], made: Sequence[Board], cases: int) -> dict[st
     details = Details(cases)
     return {
         "title": card.heading(runs),
-        "runs": [{"name": run.name, "facts": card.facts(run.document)} for run in runs],
+        "runs": [{"name": run.name, "facts": card.run_facts(run)} for run in runs],
         "boards": [_board(board, details) for board in made],
         "published": [_published(one) for one in comparisons(runs, made)],
         "absent": [

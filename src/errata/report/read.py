@@ -16,11 +16,14 @@ from typing import Any
 
 from errata.bench import results
 from errata.bench.results import ROWS, RUN, Journal
-from errata.errors import DataError
+from errata.errors import DataError, listing, shown
+from errata.report import shapes
 
 SCHEMA = 1
 """The form of run folders that is understood."""
-STATES = ("done", "refused", "failed")
+DAMAGED = "damaged"
+"""State of a cell whose files are not what was written."""
+STATES = ("done", "refused", "failed", DAMAGED)
 """States of a cell that is not going to change."""
 
 
@@ -59,7 +62,7 @@ class Cell:
     plan: Mapping[str, Any]
     """The cell's entry in ``run.json``: model, method, label, settings, dataset, schedule, look, seed, baseline."""
     status: str
-    """done, refused, failed, or unfinished."""
+    """done, refused, failed, damaged, or unfinished."""
     reason: str
     """Why it was refused or failed, maybe with a traceback; empty otherwise."""
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -108,8 +111,10 @@ class Cell:
 
         A torn last line is left out. Raises DataError for any other line that is no JSON object.
         """
-        for record in Journal(self.folder / ROWS).records():
+        path = self.folder / ROWS
+        for record in Journal(path).records():
             if record.get("type") == "case":
+                shapes.check(record, shapes.LINE, f"a line of {path}")
                 yield record
 
     def asked(self) -> Iterator[Asked]:
@@ -134,6 +139,13 @@ class Run:
     document: Mapping[str, Any]
     """``run.json``."""
     cells: tuple[Cell, ...]
+    verified: bool = True
+    """Whether it was written with hashes; False: an older one, read as it lies."""
+
+    @property
+    def damaged(self) -> list[Cell]:
+        """Cells whose files are not what was written."""
+        return [cell for cell in self.cells if cell.status == DAMAGED]
 
     @property
     def name(self) -> str:
@@ -141,12 +153,15 @@ class Run:
         return str(self.document.get("name") or self.folder.name)
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read run folders. Raises DataError naming every folder that is none, all at once."""
+def read_runs(folders: Sequence[str | Path], *, skip_damaged: bool = False) -> list[Run]:
+    """Read run folders. Raises DataError naming every folder that is none, all at once.
+
+    ``skip_damaged``: as for :func:`read_run`.
+    """
     runs, problems = [], []
     for folder in folders:
         try:
-            runs.append(read_run(folder))
+            runs.append(read_run(folder, skip_damaged=skip_damaged))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -154,37 +169,56 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read one run folder. Raises DataError where it is none, or of a form that is not understood."""
+def read_run(folder: str | Path, *, skip_damaged: bool = False) -> Run:
+    """Read one run folder. Raises DataError where it is none, is of a form that is not understood, or is damaged.
+
+    ``skip_damaged``: cells whose files are damaged are not refused but get that state, and nothing that they say is
+    taken. A folder that was written before results carried hashes is read without being verified.
+    """
     place = Path(folder)
     document = results.read_run(place)
     if document.get("schema") != SCHEMA:
         raise DataError(
-            f"{place}: {RUN} has schema {document.get('schema')!r}, expected {SCHEMA}; "
+            f"{place}: {RUN} has schema {shown(document.get('schema'))}, expected {SCHEMA}; "
             "use the version of errata that wrote it"
         )
-    states = _states(place / results.JOBS)
-    cells = [_cell(place, dict(plan), states) for plan in document.get("cells") or ()]
-    return Run(place, document, tuple(cells))
+    shapes.check(document, shapes.RUN, place / RUN)
+    sealed = results.is_sealed(place)
+    plans = [dict(plan) for plan in document.get("cells") or ()]
+    for plan in plans:
+        shapes.check(plan, shapes.PLAN, f"a cell of {place / RUN}")
+    unfinished = [plan for plan in plans if not (place / results.CELLS / plan["id"] / results.CELL).is_file()]
+    states = _states(place / results.JOBS, [plan["id"] for plan in unfinished], sealed) if unfinished else {}
+    run = Run(place, document, tuple(_cell(place, plan, states, sealed) for plan in plans), sealed)
+    if run.damaged and not skip_damaged:
+        raise DataError(
+            listing([f"cell {cell.id} of {place} is damaged: {cell.reason}" for cell in run.damaged], 20)
+            + "\nmake damaged cells anew with: errata bench RECIPE -o RUN --resume; or report without them: "
+            "--skip-damaged"
+        )
+    return run
 
 
 def number(value: Any) -> float | None:
     """Read a number as results write it: the texts ``inf``, ``-inf`` and ``nan`` stand for themselves."""
-    if isinstance(value, (int, float)) or value in ("inf", "-inf", "nan"):
-        return float(value)
+    try:
+        if isinstance(value, (int, float)) or value in ("inf", "-inf", "nan"):
+            return float(value)
+    except OverflowError as error:
+        raise DataError(f"expected a number of results, found {shown(value)}") from error
     return None
 
 
-def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str]]) -> Cell:
-    name = str(plan.get("id"))
+def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str]], sealed: bool) -> Cell:
+    name = plan["id"]
     folder = place / results.CELLS / name
-    found: dict[str, Any] = {}
-    if (folder / results.CELL).is_file():
-        found = results.read_document(folder / results.CELL)
-    judged: dict[str, Any] = {}
-    if (folder / results.JUDGED).is_file():
-        judged = results.read_document(folder / results.JUDGED)
-    state, reason = states.get(name, ("", ""))
+    try:
+        found, judged = _documents(folder, name, sealed)
+        state, reason = states.get(name, ("", ""))
+        if sealed and state == "done" and not found:
+            raise DataError(f"{results.CELL} is gone")
+    except DataError as error:
+        return Cell(name, folder, plan, DAMAGED, str(error))
     status = str(found.get("status") or state)
     return Cell(
         id=name,
@@ -197,21 +231,54 @@ def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str
     )
 
 
-def _states(path: Path) -> dict[str, tuple[str, str]]:
-    """Read state and reason by cell from the job table; nothing where there is none."""
+def _documents(folder: Path, name: str, sealed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what a cell came to, and what a judge found. Raises DataError where either is damaged."""
+    found: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
+    if (folder / results.CELL).is_file():
+        found = results.read_sealed(folder, results.CELL, sealed=sealed)
+        shapes.check(found, shapes.CELL, folder / results.CELL)
+        if sealed and found.get("id") != name:
+            raise DataError(f"{folder / results.CELL} is that of cell {shown(found.get('id'))}")
+    if (folder / results.JUDGED).is_file():
+        judged = results.read_sealed(folder, results.JUDGED, sealed=sealed)
+        shapes.check(judged, shapes.JUDGED, folder / results.JUDGED)
+    return found, judged
+
+
+def _states(path: Path, cells: Sequence[str], sealed: bool) -> dict[str, tuple[str, str]]:
+    """Read state and reason of some cells from the job table; nothing where there is none.
+
+    Raises DataError for a table that cannot be read, and, of a run with seals, one that does not say what was
+    written there.
+    """
     if not path.is_file():
         return {}
+    states = {}
+    for cell, state, reason, seal in _jobs(path):
+        if seal and seal != results.job_seal(cell, state, reason):
+            raise DataError(f"{path} is damaged: cell {shown(cell)} did not end as it says")
+        states[str(cell)] = (str(state), str(reason or ""))
+    wrong = [cell for cell in cells if states.get(cell, ("", ""))[0] not in results.JOB_STATES]
+    if sealed and wrong:
+        raise DataError(f"{path} is damaged: it does not say how cell {shown(wrong[0])} stands")
+    return states
+
+
+def _jobs(path: Path) -> list[tuple[Any, Any, Any, Any]]:
+    """Read the lines of a job table: cell, state, reason, and their seal where there is one."""
     # a table with a write-ahead log in a folder that nobody may write to opens only as one that never changes
     for mode in ("mode=ro", "immutable=1"):
         try:
             with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as base:
-                rows = base.execute("SELECT cell, state, reason FROM jobs").fetchall()
-        except sqlite3.Error as error:
+                names = [line[1] for line in base.execute("PRAGMA table_info(jobs)")]
+                seal = "seal" if "seal" in names else "NULL"
+                return base.execute(f"SELECT cell, state, reason, {seal} FROM jobs").fetchall()
+        except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
             if mode == "mode=ro" and any(words in str(error) for words in ("readonly", "unable to open")):
                 continue
             raise DataError(f"cannot read the job table {path}: {error}") from error
-        return {str(cell): (str(state), str(reason or "")) for cell, state, reason in rows}
-    return {}
+    return []
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:

@@ -1,0 +1,108 @@
+"""Requests as other tools write them: those of ROME and MEMIT, CounterFact and MQuAKE, EasyEdit, and zsRE.
+
+Nested records have one ``requested_rewrite`` or a list of them. Flat ones have ``prompt`` or ``src``, ``subject``,
+and ``target_new`` or ``alt``; the old answer is ``ground_truth``, ``target_true``, ``target_old``, or the first of
+``answers``. Of zsRE the alternative answer is thus what is taught, as in the scripts of MEND and EasyEdit; the
+dataset ``zsre`` also has the convention of ROME. What such records ask beside the edit is left aside here;
+``errata data export`` makes files of cases of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from errata.data._base import Malformed, Record, request
+from errata.errors import shown
+from errata.types import Request
+
+PROMPTS, TARGETS = ("prompt", "src"), ("target_new", "alt")
+OLD = ("ground_truth", "target_true", "target_old", "answers", "answer")
+NAMES = ("case_id", "id")
+NESTED = "requested_rewrite"
+FIELDS = (*PROMPTS, "subject", *TARGETS, *OLD, *NAMES)
+"""Names of a flat record's fields."""
+SAMPLE = 20
+"""Records looked at to tell which dataset a file is of."""
+
+Reader = Callable[[Record], Sequence[Request]]
+
+
+def reader(values: Sequence[Any]) -> Reader | None:
+    """Return what reads the requests of records that are not errata's own; None where nothing does."""
+    records = [value for value in values if isinstance(value, Mapping)]
+    if records and (NESTED in records[0] or _flat(records[0])):
+        return requests
+    return _loader(records[:SAMPLE]) if records else None
+
+
+def requests(record: Record) -> list[Request]:
+    """Read the requests of a nested or flat record. Raises Skip saying what is wrong with it."""
+    value = record.value
+    if not isinstance(value, Mapping):
+        raise Malformed(f"expected a record of fields, found {type(value).__name__}")
+    name = next((str(value[n]) for n in NAMES if isinstance(value.get(n), (str, int))), None)
+    if NESTED not in value:
+        return [_request(record, name)]
+    inner = value[NESTED]
+    parts = inner if isinstance(inner, list) else [inner]
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
+        raise Malformed(f"{NESTED}: expected fields, found {shown(inner, 60)}")
+    return [_request(Record(part, record.where, record.index), name) for part in parts]
+
+
+def _flat(value: Mapping[str, Any]) -> bool:
+    return (
+        "target" not in value
+        and "subject" in value
+        and any(n in value for n in PROMPTS)
+        and any(n in value for n in TARGETS)
+    )
+
+
+def _request(record: Record, name: str | None) -> Request:
+    prompt, target = _first(record, PROMPTS), _first(record, TARGETS)
+    missing = [" or ".join(names) for names, value in ((PROMPTS, prompt), (TARGETS, target)) if value is None]
+    if missing:
+        raise Malformed(f"missing {', '.join(missing)}")
+    old = _first(record, OLD)
+    old = None if old == target else old
+    return request(str(prompt), record.text("subject"), str(target), old, id=name)
+
+
+def _first(record: Record, names: Sequence[str]) -> str | None:
+    """Return the text of the first field that is there; None where none is, or it says nothing."""
+    for name in names:
+        value = record.get(name)
+        if value not in (None, "", []):
+            return _text(name, value)
+    return None
+
+
+def _text(name: str, value: Any) -> str:
+    """Return a text, that of ``{"str": text}``, or the first of a list. Raises Malformed for anything else."""
+    found = value
+    for _ in range(3):  # lists of lists stand in some files
+        if isinstance(found, Mapping) and "str" in found:
+            found = found["str"]
+        elif isinstance(found, list) and found:
+            found = found[0]
+    if not isinstance(found, str) or not found.strip():
+        raise Malformed(f"{name}: expected a text, found {type(value).__name__} {shown(value, 60)}")
+    return found
+
+
+def _loader(sample: Sequence[Mapping[str, Any]]) -> Reader | None:
+    """Return what reads the records of the one dataset that all of a sample look like; None where none is."""
+    from errata.data.sets import REGISTRY
+
+    entries = [REGISTRY.get(name) for name in REGISTRY]
+    fitting = [entry for entry in entries if all(entry.fits(value) for value in sample)]
+    if len(fitting) != 1:
+        return None
+    entry = fitting[0]
+
+    def read(record: Record) -> list[Request]:
+        return [wanted for case in entry.cases(record, entry.variants[0]) for wanted in case.requests]
+
+    return read

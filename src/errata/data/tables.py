@@ -1,0 +1,143 @@
+"""Tables of requests as people and spreadsheets write them: separators, headers, quotes, blank rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from errata.errors import brief, shown
+from errata.files import Fail
+
+SEPARATORS = ",;\t|"
+WORDS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+HEAD = 1 << 16
+"""Characters in which the header is looked for."""
+_DECLARED = re.compile(r'"?sep=(.)"?\r?$', re.IGNORECASE)
+_NAMELESS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
+_COUNT = re.compile(r"\s*\d*\s*")
+
+
+class Broken(str):
+    """A row or line that could not be read, worded; reported like any record of the wrong type."""
+
+
+def records(
+    text: str, known: Sequence[str], fail: Fail, row: Callable[[dict[str, str]], bool]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a table with the lines they begin on, blank ones left out.
+
+    The separator is the one under which the header has most of the ``known`` names, which are matched
+    whatever their capitals. ``row``: whether some cells are a row of their own, to find quotes that were never
+    closed. Raises what ``fail`` makes of the reason where header or quotes are wrong.
+    """
+    rows = _rows(text, known, fail)
+    start, header = next(rows, (0, []))
+    names = _names(header, known, fail, start)
+    nameless = [i for i, name in enumerate(names) if _NAMELESS.fullmatch(name)]
+    for line, cells in rows:
+        if not any(cell.strip() for cell in cells):
+            continue
+        spare = [cells[i] for i in nameless if i < len(cells) and not _COUNT.fullmatch(cells[i])]
+        if spare:
+            raise fail(
+                f"line {line}: column {nameless[0] + 1} has no name in line {start} and holds {shown(spare[0], 60)}; "
+                "name it, or take it out"
+            )
+        if any(cell.strip() for cell in cells[len(names) :]):
+            yield (
+                f"line {line}",
+                Broken(
+                    f"{len(cells)} cells, the header has {len(names)} names; quote texts that hold the separator"
+                ),
+            )
+            continue
+        found = {
+            name: cell.replace("\r\n", "\n")
+            for i, (name, cell) in enumerate(zip(names, cells, strict=False))
+            if i not in nameless
+        }
+        lost = _swallowed(cells, names, row)
+        if lost is not None:
+            raise fail(
+                f"line {line}: a quote that opens here closes only after the row {shown(lost, 80)}; close it before "
+                "the end of its line, or double it where it is part of the text"
+            )
+        yield f"line {line}", found
+
+
+def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows with the lines they begin on, the header first; a line ``sep=;`` before it says the separator."""
+    lines = text[:HEAD].splitlines()
+    skipped = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    declared = _DECLARED.match(lines[skipped].strip()) if skipped < len(lines) else None
+    head = lines[skipped + (declared is not None)] if skipped + (declared is not None) < len(lines) else ""
+    separator = declared[1] if declared else _separator(head, known)
+    spaced = re.search(rf"{re.escape(separator)} +\S", head) is not None and separator != " "
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=spaced
+    )
+    pending = declared is not None
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as problem:
+            raise fail(f"line {start}: {_reason(problem)}") from problem
+        if not any(cell.strip() for cell in cells) and start <= skipped:
+            continue
+        if pending:
+            pending = False
+            continue
+        yield start, cells
+
+
+def _separator(head: str, known: Sequence[str]) -> str:
+    """Choose the separator under which a header has most of the known names."""
+    names = {name.casefold() for name in known}
+
+    def fitting(separator: str) -> int:
+        return sum(cell.strip().strip('"').casefold() in names for cell in head.split(separator))
+
+    return max(SEPARATORS, key=fitting)
+
+
+def _names(header: Sequence[str], known: Sequence[str], fail: Fail, line: int) -> list[str]:
+    """Return the columns' names as they are known, without space around them. Raises for one given twice."""
+    plain = {name.casefold(): name for name in known}
+    names = [cell.strip().strip("\ufeff") for cell in header]
+    names = [name if name in known else plain.get(name.casefold(), name) for name in names]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise fail(f"line {line}: several columns are named {brief(', '.join(twice))}; name each once")
+    return names
+
+
+def _swallowed(
+    cells: Sequence[str], names: Sequence[str], row: Callable[[dict[str, str]], bool]
+) -> str | None:
+    """Return a line inside a cell that is a row of its own: what a quote left open swallows."""
+    for cell in cells:
+        for line in cell.splitlines()[1:] if "\n" in cell or "\r" in cell else ():
+            for separator in SEPARATORS:
+                parts = line.split(separator)
+                if len(parts) >= len(names) and row(
+                    {n: p.strip('"') for n, p in zip(names, parts, strict=False)}
+                ):
+                    return line
+    return None
+
+
+def _reason(problem: csv.Error) -> str:
+    text = str(problem)
+    if "unexpected end" in text:
+        return "a quote that opens here is never closed"
+    if "expected after" in text:
+        return "text stands behind a closing quote; write a quote within a quoted cell twice"
+    if "field larger" in text:
+        return "a cell has more than 131,072 characters; write such texts as JSON lines"
+    return text
