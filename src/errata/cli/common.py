@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,15 @@ Settings = Annotated[
 CorpusFile = Annotated[
     Path | None, typer.Option("--corpus", help="Text file for statistics; default: the host's own text.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
 ]
 
 Tick = Callable[[str, int, int], None]
+
+PIPED_WIDTH, MIN_WIDTH = 120, 20
+"""Columns of a table that goes to no terminal, and the fewest that one takes."""
 
 
 def open_host(model: str, device: str, dtype: str) -> Host:
@@ -109,13 +114,35 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=_width(), highlight=False)
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    console.print(made)
+    with console.capture() as text:  # rich ends the program itself where nobody reads its output any more
+        console.print(made)
+    print(text.get(), end="")
+
+
+def _width() -> int | None:
+    """Return the columns of a table: what COLUMNS says, else those of the terminal, else 120."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return max(MIN_WIDTH, int(columns))
+    return None if sys.stdout.isatty() else PIPED_WIDTH
+
+
+def plain_warnings() -> None:
+    """Have warnings shown as one line each on stderr, without the line of source that gave them."""
+    import warnings
+
+    def show(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+    warnings.showwarning = show
 
 
 def mark(text: str, style: str) -> Any:

@@ -20,7 +20,8 @@ ScheduleName = Annotated[
     ),
 ]
 Looks = Annotated[
-    str | None, typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, end.")
+    str | None,
+    typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, decades, end."),
 ]
 Kinds = Annotated[
     str | None, typer.Option("--probes", help="Kinds of probes to ask: efficacy,paraphrase; default: all.")
@@ -41,7 +42,9 @@ def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
     model: common.Model = "lab",
     method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
-    edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure this edit on all cases.")] = None,
+    edit: Annotated[
+        list[Path] | None, typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together.")
+    ] = None,
     schedule: ScheduleName = "single",
     at: Looks = None,
     probes: Kinds = None,
@@ -57,7 +60,7 @@ def command(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Measure a method on a schedule (edit, observe, take back), or one edit, before and after."""
+    """Measure a method on a schedule (edit, observe, take back), or saved edits, before and after."""
     from errata import api
     from errata import config as configs
     from errata.bench.schedule import Schedule
@@ -65,21 +68,21 @@ def command(
     from errata.edits.format import check_writable
     from errata.errors import ConfigError
 
-    if (method is None) == (edit is None):
+    if (method is None) == (not edit):
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
     plan = Schedule.parse(schedule)
     for path in (output, keep_edit):
         if path is not None:
             check_writable(path)
-    given = Edit.load(edit) if edit else None
+    given = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
     table = common.read_cases(cases, seed, together=plan.together)
     host = common.open_host(model, device, dtype)
     keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
         report = api.evaluate(
-            host, table, method=method, edit=given, seed=seed, schedule=plan, at=at,
+            host, table, method=method, edit=given or None, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
             keep=keep, template=template, max_new_tokens=max_new_tokens, corpus=corpus, on_progress=tick,
             **options,

@@ -1,0 +1,125 @@
+"""Where verbs may write: what is there already is replaced with --force only, and that is settled before the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.host.load import Host
+    from errata.types import Request
+
+SUFFIX = ".safetensors"
+"""Of edit files."""
+
+
+def check_edit_name(path: Path) -> None:
+    """Raise EditError where an edit cannot be written under this name."""
+    from errata.edits.format import check_writable
+    from errata.errors import EditError
+
+    if path.suffix.lower() != SUFFIX:
+        raise EditError(f"edits are {SUFFIX} files: expected -o {path.with_suffix(SUFFIX)}, found {path}")
+    check_writable(path)
+
+
+def check_new_edit(path: Path, *, force: bool) -> None:
+    """Raise EditError where an edit cannot be written, or without ``force`` would replace a file."""
+    check_edit_name(path)
+    if not force:
+        check_new(path)
+
+
+def check_new(path: Path) -> None:
+    """Raise EditError where a file is there already."""
+    if _is_there(path):
+        raise _replaces(path, "there already")
+
+
+def check_report_name(path: Path) -> None:
+    """Raise EditError where a report, which may be written again, would take the place of an edit."""
+    from errata.errors import EditError
+
+    if path.suffix.lower() == SUFFIX:
+        raise EditError(
+            f"{path} is a name for an edit; expected one for a report, as {path.with_suffix('.json')}"
+        )
+
+
+def earlier_edit(path: Path, *, force: bool) -> Edit | None:
+    """Return the edit that an output would replace, None where nothing is there or ``force`` is given.
+
+    Raises EditError for a file that is no edit.
+    """
+    from errata.edits import Edit
+    from errata.errors import EditError
+
+    check_edit_name(path)
+    if force or not _is_there(path):
+        return None
+    try:
+        return Edit.load(path)
+    except EditError as error:
+        raise _replaces(path, "there already, and no edit that can be read") from error
+
+
+def check_repeat(
+    path: Path, earlier: Edit | None, host: Host, requests: Sequence[Request], *, method: str, config: Any,
+    options: Collection[str], seed: int,
+) -> None:  # fmt: skip
+    """Raise EditError unless a fit repeats the one that an earlier edit comes from: then nothing is lost.
+
+    ``config``: the settings of the fit; those not named in ``options`` may still be left open.
+    """
+    from errata.edits.edit import versions
+
+    if earlier is None:
+        return
+    old = earlier.provenance
+    settings, given = _plain(old.config), _plain(asdict(config))
+    differences = {
+        "method": old.method != method,
+        "requests": _plain([r.to_dict() for r in requests]) != _plain([_fields(r) for r in old.requests]),
+        "seed": old.seed != seed,
+        "model": old.host != host.fingerprint,
+        "versions": dict(old.versions) != versions(),
+        "settings": any(
+            value != settings.get(name)
+            for name, value in given.items()
+            if name in options or value is not None
+        ),
+    }
+    other = [name for name, differs in differences.items() if differs]
+    if other:
+        raise _replaces(path, f"an edit of other {' and '.join(other)} already")
+
+
+def free_name(path: Path, earlier: Edit | None, made: Edit) -> Path:
+    """Return where to write an edit: beside an earlier one that has other settings after all."""
+    if earlier is None or _plain(earlier.provenance.config) == _plain(made.provenance.config):
+        return path
+    numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
+    return next(each for each in numbers if not _is_there(each))
+
+
+def _replaces(path: Path, what: str) -> Exception:
+    from errata.errors import EditError
+
+    return EditError(f"{path} is {what}; name another file, or replace it with --force")
+
+
+def _is_there(path: Path) -> bool:
+    return path.expanduser().exists() or path.expanduser().is_symlink()
+
+
+def _fields(request: Any) -> dict[str, Any]:
+    return request.to_dict() if hasattr(request, "to_dict") else asdict(request)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it is after it was written as JSON and read."""
+    return json.loads(json.dumps(value, default=str))
