@@ -124,7 +124,8 @@ def check_edit(
 
 
 def evaluate(
-    host: Host, cases: Sequence[Case], *, method: str | None = None, edit: Edit | Sequence[Edit] | None = None, seed: int = 0,
+    host: Host, cases: Sequence[Case], *, method: str | None = None,
+    edit: Edit | Sequence[Edit] | None = None, seed: int = 0,
     schedule: str | Schedule = "single", at: str | Sequence[int] | None = None,
     probes: Sequence[str] | None = None, after: Edit | None = None,
     keep: Callable[[Report, Edit], None] | None = None, template: str = "raw", max_new_tokens: int = 24,
@@ -132,9 +133,9 @@ def evaluate(
 ) -> Report:  # fmt: skip
     """Measure a method on cases, or given edits on all of them. The host is left as it was.
 
-    With ``edit``, that edit, or all of several together, is in place for all cases. With ``method`` and its ``options``, cases are
-    edited on a ``schedule``: ``single``, each alone and taken back; ``batch:N``, N in one fit, taken back;
-    ``sequential:N``, N after N, all edits staying in place, observed after ``at`` edits (numbers,
+    With ``edit``, that edit, or all of several together, is in place for all cases. With ``method`` and its
+    ``options``, cases are edited on a ``schedule``: ``single``, each alone and taken back; ``batch:N``, N in
+    one fit, taken back; ``sequential:N``, N after N, all edits staying in place, observed after ``at`` edits (numbers,
     ``each``, ``every:N``, ``end``; default 10, 50, 100, 200, 500 ... and the end) together with the
     perplexity of neutral text. ``after``: the edit of a sequence's first cases, to go on from; ``keep`` is
     handed the report so far and the edit at each of its checkpoints. ``probes``: kinds to ask, default

@@ -18,8 +18,9 @@ from torch import Tensor
 from errata import config as settings
 from errata.bench.results import finite
 from errata.bench.schedule import SINGLE, Schedule
+from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
-from errata.edits.group import EditGroup, group
+from errata.edits.group import EditGroup
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
@@ -130,7 +131,7 @@ def evaluate(
     handed the report so far and the edit at every checkpoint. ``asking``: options of
     :func:`errata.evaluation.observe.observe`. Raises ConfigError for what does not belong together.
     """
-    given = group(edit)
+    given = groups.group(edit)
     if (method is None) == (given is None):
         raise ConfigError("evaluate takes either a method or an edit")
     if not cases:

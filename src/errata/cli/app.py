@@ -59,8 +59,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 1 a check failed (a request not answered under --strict, a failed cell, a broken file); "
-    "2 bad input, nothing was changed; 130 interrupted. Every command takes --json.",
+    epilog="Exit codes: 0 done; 1 a check failed (a request not answered under --strict, a failed cell, a "
+    "broken file); 2 bad input, nothing was changed; 130 interrupted. Every command takes --json.",
 )
 
 app.command("demo")(demo.command)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from errata.cli import common
 
 if TYPE_CHECKING:
@@ -115,6 +117,16 @@ def images(host: Host, edit: Edit, requests: Sequence[Any]) -> Outcome:
             for i, (o, b, a) in enumerate(zip(original, before, after, strict=True), 1)
         ), "images", texts=False,
     )  # fmt: skip
+
+
+def report(outcome: Outcome, path: Path, edit: Edit, model: str, *, json: bool, strict: bool) -> None:
+    """Print what came of an edit. Raises typer.Exit with code 1 where ``strict`` and not all of it took."""
+    if json:
+        common.emit(outcome.document(path, edit))
+    else:
+        outcome.show(path, model)
+    if strict and outcome.missed:
+        raise typer.Exit(1)
 
 
 def _name(answer: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,39 +14,52 @@ if TYPE_CHECKING:
     from errata.types import ImageRequest, Request
 
 
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROMPT|FILE|FOLDER",
+        help="A prompt with {} for the subject, or a file of requests (.jsonl .json .csv .yaml); for an "
+        "image classifier a folder with original/, changed/ and mask/.",
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
+After = Annotated[
+    Path | None,
+    typer.Option("--after", help="An edit of the same method to go on from; the file stands for both."),
+]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        "--batch-size", help="Requests run at once: auto, or a number; halved when memory runs out."
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Exit code 1 if any request is not answered with its target afterwards."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, fit and write nothing.")]
+
+
 def command(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="PROMPT|FILE|FOLDER",
-            help="A prompt with {} for the subject, or a file of requests (.jsonl .json .csv .yaml); for an "
-            "image classifier a folder with original/, changed/ and mask/.",
-        ),
-    ],
+    what: What,
     model: common.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")],
+    output: Output,
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     target_old: Annotated[str | None, typer.Option(help="The present answer, for the record.")] = None,
     method: Annotated[str, typer.Option(help="See: errata methods.")] = "memit",
     settings: common.Settings = None,
-    after: Annotated[
-        Path | None, typer.Option("--after", help="An edit of the same method to go on from; the file stands for both.")
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option("--batch-size", help="Requests run at once: auto, or a number; halved when memory runs out.")
-    ] = "auto",
+    after: After = None,
+    batch_size: BatchSize = "auto",
     corpus: common.CorpusFile = None,
     force: common.Force = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 if any request is not answered with its target afterwards.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, fit and write nothing.")] = False,
+    strict: Strict = False,
+    dry_run: DryRun = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Fit an edit and write it to a file; the model itself is not changed.
 
     Afterwards every request is put to the model with the edit in place, and those that it does not answer with
@@ -62,16 +74,15 @@ def command(
     entry = REGISTRY.get(method)
     config = configs.make(entry.config, options, method)
     texts = _texts(what, subject, target, target_old, pictures=entry.host == "image_classifier")
-    earlier = outputs.earlier_edit(output, force=force)
-    if earlier is not None and (after or corpus or not texts):
-        outputs.check_new(output)
+    repeatable = bool(texts) and not (after or corpus)
+    earlier = outputs.earlier_edit(output, force=force, repeatable=repeatable)
     before = Edit.load(after) if after else None
     host = common.open_host(model, device, dtype)
     api.check_kind(entry, host)
     requests = texts or [_pairs(what, host, subject, target)]
     api.check_requests(host, requests)
     outputs.check_repeat(
-        output, earlier, host, texts, method=method, config=config, options=options, seed=seed
+        output, earlier, host, texts, config=config, method=method, options=options, seed=seed
     )
     if dry_run:
         _report({"dry_run": True, "requests": len(requests), "method": method, "output": str(output)}, json)
@@ -81,16 +92,9 @@ def command(
             host, requests, method=method, seed=seed, after=before, batch_size=batch_size, corpus=corpus,
             on_progress=tick, **options,
         )  # fmt: skip
-        path = made.save(outputs.free_name(output, earlier, made))
+        path = outputs.save_edit(made, output, earlier)
         outcome = checks.texts(host, made, tick) if texts else checks.images(host, made, requests)
-    if json:
-        common.emit(outcome.document(path, made))
-    else:
-        outcome.show(path, model)
-    if path != output:
-        print(f"warning: {output} has other settings and was left; written to {path}", file=sys.stderr)
-    if strict and outcome.missed:
-        raise typer.Exit(1)
+    checks.report(outcome, path, made, model, json=json, strict=strict)
 
 
 def _texts(

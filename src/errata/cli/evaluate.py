@@ -43,7 +43,8 @@ def command(
     model: common.Model = "lab",
     method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
     edit: Annotated[
-        list[Path] | None, typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together.")
+        list[Path] | None,
+        typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),
     ] = None,
     schedule: ScheduleName = "single",
     at: Looks = None,

@@ -96,6 +96,7 @@ def _on_signals(seen: list[int]) -> None:
 
 def _end(signals: list[int], error: BaseException | None) -> NoReturn:
     """Say that the program was interrupted and leave at once, whatever threads still wait for."""
+    import contextlib
     import os
     import signal
 
@@ -105,10 +106,8 @@ def _end(signals: list[int], error: BaseException | None) -> NoReturn:
     hint = f"; {error}" if isinstance(error, KeyboardInterrupt) and str(error) else ""
     word = "terminated" if terminated else "interrupted"
     print(f"{word}: no file is half-written and no model was changed{hint}", file=sys.stderr, flush=True)
-    try:
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    except (OSError, ValueError):
-        pass
     os._exit(TERMINATED if terminated else INTERRUPTED)
 
 

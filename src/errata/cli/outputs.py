@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,10 +51,10 @@ def check_report_name(path: Path) -> None:
         )
 
 
-def earlier_edit(path: Path, *, force: bool) -> Edit | None:
-    """Return the edit that an output would replace, None where nothing is there or ``force`` is given.
+def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
+    """Return the edit that is there, which only its own repetition may replace; None where nothing hinders.
 
-    Raises EditError for a file that is no edit.
+    ``repeatable``: whether the fit can be told to be that repetition. Raises EditError for any other file.
     """
     from errata.edits import Edit
     from errata.errors import EditError
@@ -61,6 +62,8 @@ def earlier_edit(path: Path, *, force: bool) -> Edit | None:
     check_edit_name(path)
     if force or not _is_there(path):
         return None
+    if not repeatable:
+        raise _replaces(path, "there already")
     try:
         return Edit.load(path)
     except EditError as error:
@@ -98,12 +101,16 @@ def check_repeat(
         raise _replaces(path, f"an edit of other {' and '.join(other)} already")
 
 
-def free_name(path: Path, earlier: Edit | None, made: Edit) -> Path:
-    """Return where to write an edit: beside an earlier one that has other settings after all."""
-    if earlier is None or _plain(earlier.provenance.config) == _plain(made.provenance.config):
-        return path
-    numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
-    return next(each for each in numbers if not _is_there(each))
+def save_edit(edit: Edit, path: Path, earlier: Edit | None) -> Path:
+    """Write an edit and return where: beside an earlier one that turns out to have other settings."""
+    if earlier is not None and _plain(earlier.provenance.config) != _plain(edit.provenance.config):
+        numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
+        free = next(each for each in numbers if not _is_there(each))
+        print(
+            f"warning: {path} is an edit of other settings and was left; written to {free}", file=sys.stderr
+        )
+        path = free
+    return edit.save(path)
 
 
 def _replaces(path: Path, what: str) -> Exception:

@@ -61,7 +61,8 @@ class Measured:
 
 
 def ability(
-    host: Host, tasks: Sequence[str], *, edit: Edit | Sequence[Edit] | None = None, limit: int | None = None, seed: int = 0,
+    host: Host, tasks: Sequence[str], *, edit: Edit | Sequence[Edit] | None = None,
+    limit: int | None = None, seed: int = 0,
     shots: int | None = None, chat: bool = False, on_progress: Tick = lambda what, done, total: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """Measure tasks on a host as it stands, and again with an edit, or all of several, in place.
