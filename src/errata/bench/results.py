@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from errata.errors import DataError
 from errata.types import Row
@@ -42,6 +42,8 @@ def write_report(path: str | os.PathLike[str], document: Mapping[str, Any]) -> P
         part.replace(target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True) if part.parent.is_dir() else None
     return target
 
 
@@ -123,11 +125,21 @@ class Journal:
         text = "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
         try:
             with self.path.open("ab") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
+                _whole(file, text.encode())
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def _whole(file: BinaryIO, data: bytes) -> None:
+    """Append all of some bytes or none, whatever breaks in: a full disk, an interrupt."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(start)
+        raise
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -101,8 +101,11 @@ class Unedited:
         spreads = {str(i): one.next_logprobs for i, one in enumerate(seen) if one.next_logprobs is not None}
         whole = {name: spread.cpu().clone() for name, spread in spreads.items()}  # rows of one tensor
         part = _part(tensors)
-        save_file(whole, part)
-        part.replace(tensors)
+        try:
+            save_file(whole, part)
+            part.replace(tensors)
+        finally:
+            part.unlink(missing_ok=True)
         document = {
             **facts,
             "seconds": seconds,
@@ -110,8 +113,11 @@ class Unedited:
             "observations": [_plain(one) for one in seen],
         }
         part = _part(texts)
-        part.write_text(json.dumps(document), encoding="utf-8")  # NaN and Infinity by Python's names
-        part.replace(texts)
+        try:
+            part.write_text(json.dumps(document), encoding="utf-8")  # NaN and Infinity by Python's names
+            part.replace(texts)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _plain(seen: Observation) -> dict[str, Any]:

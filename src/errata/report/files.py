@@ -17,8 +17,9 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> Path:
         part.write_bytes(data)
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True) if part.parent.is_dir() else None
     return target
 
 
