@@ -107,11 +107,13 @@ def is_interruption(code: int, out: str, err: str, *, number: int = 130, word: s
 def test_ctrl_c_at_several_moments(model, cases, tmp_path, prelude, verb):
     target = tmp_path / "old.safetensors"
     target.write_bytes(b"what was there before")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Ada Brenner was born in Tallow and lives there.\n\n" * 2000)
     words = {
         "edit": (*EDIT, "--model", str(model), "-o", str(target), "--force"),
         "eval": ("--model", str(model), "--cases", str(cases), "--method", "ft", "--set", "steps=2",
                  "-o", str(tmp_path / "report.json")),
-        "stats": ("--model", str(model), "--tokens", "3000"),
+        "stats": ("--model", str(model), "--tokens", "3000", "--corpus", str(corpus)),
     }[verb]  # fmt: skip
     environment = {"ERRATA_CACHE": str(tmp_path / "cache")}
     code = f"{STRIKE}\nos.environ.update({environment!r})\n{prelude}\n{RUN}"
@@ -155,8 +157,10 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
 
 
 def test_bench_with_workers_ends_them_and_goes_on_later(model, cases, tmp_path):
-    slow = {"schedules": ["single"], "methods": [{"name": "ft", "settings": {"steps": 60}}]}
-    words = document(model, cases, {**slow, "seeds": [0, 1, 2, 3]})
+    methods = [
+        {"name": "ft", "label": f"ft {i}", "settings": {"steps": 400, "stop_loss": 1e-9}} for i in range(4)
+    ]
+    words = document(model, cases, {"schedule": "single", "methods": methods})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(words))
     process = start(RUN, "bench", "recipe.yaml", "-o", "run", "--jobs", "2", "--json", cwd=tmp_path)
     children = await_workers(process, tmp_path / "run" / "jobs.sqlite")

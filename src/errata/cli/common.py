@@ -86,15 +86,15 @@ def emit(document: Any) -> None:
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Tick]:
-    """Show bars for long work on stderr; one bar a phase."""
-    if not show:
+    """Show bars for long work on stderr where that is a terminal; one bar a phase."""
+    if not show or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def tick(what: str, done: int, total: int) -> None:
