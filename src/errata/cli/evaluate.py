@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 
 if TYPE_CHECKING:
     from errata.bench.runner import Report
@@ -56,6 +56,7 @@ def command(
     output: Output = None,
     keep_edit: KeepEdit = None,
     after: After = None,
+    force: common.Force = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
@@ -66,16 +67,16 @@ def command(
     from errata import config as configs
     from errata.bench.schedule import Schedule
     from errata.edits import Edit
-    from errata.edits.format import check_writable
     from errata.errors import ConfigError
 
     if (method is None) == (not edit):
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
     plan = Schedule.parse(schedule)
-    for path in (output, keep_edit):
-        if path is not None:
-            check_writable(path)
+    if output is not None:
+        outputs.check_report_name(output)
+    if keep_edit is not None:  # a sequence may go on in the file that it goes on from
+        outputs.check_new_edit(keep_edit, force=force or keep_edit == after)
     given = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
     table = common.read_cases(cases, seed, together=plan.together)

@@ -43,12 +43,14 @@ def check_new(path: Path) -> None:
 
 def check_report_name(path: Path) -> None:
     """Raise EditError where a report, which may be written again, would take the place of an edit."""
+    from errata.edits.format import check_writable
     from errata.errors import EditError
 
     if path.suffix.lower() == SUFFIX:
         raise EditError(
-            f"{path} is a name for an edit; expected one for a report, as {path.with_suffix('.json')}"
+            f"{path} is a name for an edit; expected one for a report, {path.with_suffix('.json')}"
         )
+    check_writable(path)
 
 
 def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
