@@ -69,7 +69,8 @@ def test_every_verb_takes_json(name):
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("edit", {"--device", "--dtype", "--seed", "--force", "--strict"}), ("eval", {"--device", "--dtype", "--seed", "--force"}),
+        ("edit", {"--device", "--dtype", "--seed", "--force", "--strict"}),
+        ("eval", {"--device", "--dtype", "--seed", "--force"}),
         ("ability", {"--device", "--dtype", "--seed"}), ("stats", {"--device", "--dtype", "--seed"}),
         ("lab check", {"--device", "--dtype", "--seed"}), ("demo", {"--device", "--dtype", "--seed", "--force"}),
         ("ask", {"--device", "--dtype"}), ("model", {"--device", "--dtype"}), ("show", {"--device", "--dtype"}),
