@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata import lab as lab
     from errata import methods as methods
-    from errata.api import edit, evaluate, load
+    from errata.api import check_edit, edit, evaluate, load
     from errata.bench.runner import Report
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
     from errata.errors import ErrataError
+    from errata.evaluation.check import EditCheck
     from errata.host.load import Host
     from errata.types import Case, ImageRequest, Probe, Request
 
 _HOME = {
     "load": "errata.api",
     "edit": "errata.api",
+    "check_edit": "errata.api",
     "evaluate": "errata.api",
     "Edit": "errata.edits",
     "refit": "errata.edits.algebra",
@@ -33,18 +35,21 @@ _HOME = {
     "Probe": "errata.types",
     "Case": "errata.types",
     "Report": "errata.bench.runner",
+    "EditCheck": "errata.evaluation.check",
     "ErrataError": "errata.errors",
 }
 
 __all__ = [
     "Case",
     "Edit",
+    "EditCheck",
     "ErrataError",
     "Host",
     "ImageRequest",
     "Probe",
     "Report",
     "Request",
+    "check_edit",
     "edit",
     "evaluate",
     "lab",

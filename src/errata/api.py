@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from errata.bench.runner import evaluate as run
 from errata.bench.schedule import Schedule
 from errata.edits import Edit, WeightEdit
 from errata.errors import ConfigError, shown
+from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.files import parse_json
 from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
@@ -95,18 +96,46 @@ def _batch_size(given: int | str) -> int | None:
     return size
 
 
+def check_edit(
+    host: Host, edit: Edit, *, foreign: bool = False, options: Mapping[str, Any] | None = None,
+    on_progress: Tick = lambda *_: None,
+) -> EditCheck:  # fmt: skip
+    """Say which requests of an edit are answered with their target: by free generation, without and with it.
+
+    The host is left as it was. ``options``: how prompts are put, see
+    :func:`errata.evaluation.observe.observe`. Raises ConfigError for an edit of images, EditError as
+    :meth:`Edit.apply_` does.
+    """
+    requests = [request for request in edit.provenance.requests if isinstance(request, Request)]
+    if len(requests) != len(edit.provenance.requests):
+        raise ConfigError(
+            "requests of images are not kept in an edit; compare host.labels(images) with the edit on"
+        )
+
+    def answers(phase: str) -> list[str]:
+        return answer_requests(
+            host, requests, options=options, on_progress=lambda done, total: on_progress(phase, done, total)
+        )
+
+    before = answers("asking before")
+    with edit.on(host, foreign=foreign):
+        after = answers("asking after")
+    return compare_answers(requests, before, after)
+
+
 def evaluate(
-    host: Host, cases: Sequence[Case], *, method: str | None = None, edit: Edit | None = None, seed: int = 0,
+    host: Host, cases: Sequence[Case], *, method: str | None = None,
+    edit: Edit | Sequence[Edit] | None = None, seed: int = 0,
     schedule: str | Schedule = "single", at: str | Sequence[int] | None = None,
     probes: Sequence[str] | None = None, after: Edit | None = None,
     keep: Callable[[Report, Edit], None] | None = None, template: str = "raw", max_new_tokens: int = 24,
     corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Report:  # fmt: skip
-    """Measure a method on cases, or one edit on all of them. The host is left as it was.
+    """Measure a method on cases, or given edits on all of them. The host is left as it was.
 
-    With ``edit``, that edit is in place for all cases. With ``method`` and its ``options``, cases are
-    edited on a ``schedule``: ``single``, each alone and taken back; ``batch:N``, N in one fit, taken back;
-    ``sequential:N``, N after N, all edits staying in place, observed after ``at`` edits (numbers,
+    With ``edit``, that edit, or all of several together, is in place for all cases. With ``method`` and its
+    ``options``, cases are edited on a ``schedule``: ``single``, each alone and taken back; ``batch:N``, N in
+    one fit, taken back; ``sequential:N``, N after N, all edits staying in place, observed after ``at`` edits (numbers,
     ``each``, ``every:N``, ``end``; default 10, 50, 100, 200, 500 ... and the end) together with the
     perplexity of neutral text. ``after``: the edit of a sequence's first cases, to go on from; ``keep`` is
     handed the report so far and the edit at each of its checkpoints. ``probes``: kinds to ask, default

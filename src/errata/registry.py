@@ -77,6 +77,15 @@ class Registry(Generic[T]):
         return found
 
 
+def close(name: str, names: list[str], most: int = 3) -> list[str]:
+    """Return the names closest to one, whatever its case; a few at most, and none where none is close."""
+    folded: dict[str, str] = {}
+    for each in names:
+        folded.setdefault(each.casefold(), each)
+    found = difflib.get_close_matches(name.casefold(), list(folded), n=most, cutoff=0.5)
+    return [folded[each] for each in found]
+
+
 def nearest(name: str, names: list[str]) -> str | None:
     """Return the closest of some names, or None if none is close."""
     close = difflib.get_close_matches(str(name)[:LONGEST_NAME], [str(n) for n in names], n=1, cutoff=0.5)

@@ -349,10 +349,13 @@ def test_the_command_line_edits_a_classifier(folder, tmp_path):
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert [sorted(a) for a in document["answers"]] == [
-        ["changed, after", "changed, before", "original", "pair"]
+        ["answered", "changed, after", "changed, before", "original", "pair"]
     ] * 2
     assert document["edit"]["requests"][0]["replacement"] == "snow"
-    shown = run(*words, "--set", "steps=20")
+    assert all(a["answered"] == (a["changed, after"] == a["original"]) for a in document["answers"])
+    assert document["answered"] == document["total"] - len(document["missed"])
+    assert isinstance(run(*words, "--set", "steps=20").exception, errata.ErrataError)
+    shown = run(*words, "--set", "steps=20", "--force")
     assert shown.exit_code == 0 and "edit written to" in shown.stdout and "errata ask" not in shown.stdout
     host, edit = errata.load(folder, device="cpu"), errata.Edit.load(out)
     before = host.logits(read_pairs(root, size=host.size).changed)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from errata import files
 from errata.errors import DataError, brief, shown
@@ -220,17 +220,26 @@ class Journal:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
             with self.path.open("ab") as file:
-                file.write(
-                    text.encode("utf-8", "backslashreplace")
-                )  # half a surrogate pair, as JSON escapes it
-                file.flush()
-                os.fsync(file.fileno())
+                # half a surrogate pair is written as JSON escapes it
+                _whole(file, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
 def _line_seal(record: Mapping[str, Any]) -> str:
     return seal_of({name: value for name, value in record.items() if name not in UNTIMED})[:16]
+
+
+def _whole(file: BinaryIO, data: bytes) -> None:
+    """Append all of some bytes or none, whatever breaks in: a full disk, an interrupt."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(start)
+        raise
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

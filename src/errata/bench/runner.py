@@ -18,7 +18,9 @@ from torch import Tensor
 from errata import config as settings
 from errata.bench.results import finite
 from errata.bench.schedule import SINGLE, Schedule
+from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
+from errata.edits.group import EditGroup
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
@@ -105,7 +107,7 @@ def evaluate(
     cases: Sequence[Case],
     *,
     method: str | None = None,
-    edit: Edit | None = None,
+    edit: Edit | Sequence[Edit] | None = None,
     work: Workspace,
     options: Mapping[str, Any] | None = None,
     schedule: Schedule = SINGLE,
@@ -117,7 +119,7 @@ def evaluate(
     asking: Mapping[str, Any] | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> Report:
-    """Measure a method on a schedule, or one given edit on all cases.
+    """Measure a method on a schedule, or given edits, all in place together, on all cases.
 
     Exactly one of ``method`` and ``edit`` must be given. ``probes``: kinds to ask, None asks all. The
     host's weights are as before afterwards; ``meta["weights_restored"]`` says whether their bytes were
@@ -129,15 +131,16 @@ def evaluate(
     handed the report so far and the edit at every checkpoint. ``asking``: options of
     :func:`errata.evaluation.observe.observe`. Raises ConfigError for what does not belong together.
     """
-    if (method is None) == (edit is None):
+    given = groups.group(edit)
+    if (method is None) == (given is None):
         raise ConfigError("evaluate takes either a method or an edit")
     if not cases:
         raise ConfigError("evaluate needs at least one case")
-    if schedule.kind != "sequential" and any(given is not None for given in (at, after, keep)):
+    if schedule.kind != "sequential" and any(option is not None for option in (at, after, keep)):
         raise ConfigError(
             f"checkpoints, and edits to keep or go on from, belong to sequential:N, not {schedule}"
         )
-    if edit is not None and schedule != SINGLE:
+    if given is not None and schedule != SINGLE:
         raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
     entry = check_method(method, schedule) if method else None
     marks = schedule.checkpoints(len(cases), at) if schedule.kind == "sequential" else ()
@@ -146,7 +149,7 @@ def evaluate(
     evaluation = _Evaluation(
         Engine(
             host, _asked(cases, probes), work, schedule, before=lambda case: (), method=entry,
-            config=config, edit=edit, asking=dict(asking or {}), tick=tick,
+            config=config, edit=given, asking=dict(asking or {}), tick=tick,
         ), dict(options or {}), after,
     )  # fmt: skip
     start_hash = host.weights_hash()
@@ -272,8 +275,8 @@ class Engine:
     """What the unedited host says to a case's probes."""
     method: Method | None = None
     config: Any = None
-    edit: Edit | None = None
-    """Given to be measured as it is."""
+    edit: EditGroup | None = None
+    """Given to be measured as they are."""
     texts: Sequence[str] = ()
     """Neutral texts, read at every look."""
     prompts: Sequence[str] = ()
@@ -389,7 +392,12 @@ class Engine:
         return logprobs(self.host, self.texts), continued
 
     def _seen(
-        self, cases: Sequence[Case], edit: Edit, edits: int | None, label: str | None = None, first: int = 0
+        self,
+        cases: Sequence[Case],
+        edit: Edit | EditGroup,
+        edits: int | None,
+        label: str | None = None,
+        first: int = 0,
     ) -> Iterator[Seen]:
         """Ask cases in chunks with an edit in place, and score them once it is off again."""
         for begin in range(0, len(cases), CHUNK):
@@ -411,7 +419,9 @@ class Engine:
             for i, (case, rows) in enumerate(zip(chunk, scored, strict=True)):
                 place = first + begin + i
                 fit = self.fits[place] if place < len(self.fits) else None
-                yield Seen(case, rows, edits, fit, took / len(chunk), edit)
+                yield Seen(
+                    case, rows, edits, fit, took / len(chunk), edit if isinstance(edit, Edit) else None
+                )
 
 
 @dataclass
@@ -477,11 +487,11 @@ class _Evaluation:
         engine = self.engine
         sequence = engine.schedule.kind == "sequential"
         summary = self.points[-1].summary if sequence else score.summarise(self.rows, seed=engine.work.seed)
-        made_by = engine.edit.provenance.method if engine.edit else engine.method and engine.method.name
+        made_by = engine.edit.method if engine.edit else engine.method and engine.method.name
         meta: dict[str, Any] = {
             "cases": len(engine.cases),
             "method": made_by,
-            "schedule": "given edit" if engine.edit else str(engine.schedule),
+            "schedule": given_edits(engine.edit) if engine.edit else str(engine.schedule),
             "options": self.options,
             "asking": dict(engine.asking),
             "seconds": time.perf_counter() - self.wall,
@@ -505,6 +515,11 @@ class _Evaluation:
                 digest = self.after.digest if isinstance(self.after, WeightEdit) else None
                 meta["after"] = {"digest": digest, "edits": len(self.after.provenance.requests)}
         return Report(summary, list(self.rows), meta, tuple(self.points))
+
+
+def given_edits(edits: EditGroup) -> str:
+    """Word what is measured where there is no schedule."""
+    return "given edit" if len(edits.edits) == 1 else f"{len(edits.edits)} given edits"
 
 
 def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:

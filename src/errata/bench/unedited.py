@@ -107,8 +107,11 @@ class Unedited:
         spreads = {str(i): one.next_logprobs for i, one in enumerate(seen) if one.next_logprobs is not None}
         whole = {name: spread.cpu().clone() for name, spread in spreads.items()}  # rows of one tensor
         part = _part(tensors)
-        save_file(whole, part)
-        part.replace(tensors)
+        try:
+            save_file(whole, part)
+            part.replace(tensors)
+        finally:
+            part.unlink(missing_ok=True)
         document = {
             **facts,
             "seconds": seconds,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
@@ -23,6 +25,8 @@ from errata.errors import ConfigError, DataError
 
 POLL = 0.2
 """Seconds between looks at the job table while others hold all that is left."""
+PATIENCE = 10.0
+"""Seconds that a worker has to end when it is told to."""
 
 
 def work(
@@ -103,8 +107,9 @@ def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: 
     seen = 0
 
     def start() -> BaseProcess:
-        process = context.Process(target=work, args=(folder, tools, chosen), daemon=True)
-        process.start()
+        process = context.Process(target=_work_apart, args=(folder, tools, chosen), daemon=True)
+        with _interrupts_held():
+            process.start()
         return process
 
     workers = [start() for _ in range(min(count, len(chosen)))]
@@ -128,7 +133,38 @@ def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: 
     finally:
         for process in workers:
             process.terminate()
-            process.join()
+        for process in workers:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _work_apart(folder: Path, tools: Tools, chosen: Sequence[str]) -> None:
+    """Work in a process of its own, which its parent ends: what is half-written is then taken away again."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    work(folder, tools, chosen)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back inside the block, and for good in processes started there.
+
+    A terminal sends it to them all: this process answers it, and ends the others.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def work_on_ray(folder: Path, tools: Tools, chosen: Sequence[str], count: int, tick: Tick) -> None:

@@ -18,7 +18,10 @@ Tasks = Annotated[
 def command(
     tasks: Tasks,
     model: common.Model = "lab",
-    edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure again with this edit.")] = None,
+    edit: Annotated[
+        list[Path] | None,
+        typer.Option("--edit", "-e", help="Measure again with this edit; repeatable: all together."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents a task, the first ones; default: all.")] = None,
     shots: Annotated[
         int | None, typer.Option(help="Examples before a question; default: the task's.")
@@ -33,7 +36,7 @@ def command(
     from errata.edits import Edit
     from errata.evaluation.ability import ability
 
-    given = Edit.load(edit) if edit else None
+    given = [Edit.load(path) for path in edit or []]
     host = common.open_host(model, device, dtype)
     with common.progress(not json) as tick:
         found = ability(

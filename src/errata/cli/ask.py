@@ -22,7 +22,6 @@ def command(
     foreign: common.Foreign = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
     """Continue prompts greedily; with --edit, side by side without and with the edits.
@@ -48,9 +47,7 @@ def command(
         ]
         overrides = [note for one in edits for note in one.provenance.overrides]
         lost = [one.summary().get("lost", {}) for one in edits]
-        common.emit(
-            {"model": host.name, "seed": seed, "answers": answers, "overrides": overrides, "lost": lost}
-        )
+        common.emit({"model": host.name, "answers": answers, "overrides": overrides, "lost": lost})
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]

@@ -48,11 +48,14 @@ def command(
             common.emit({**plan.document(), "chosen": chosen})
         return
     quiet()
-    with common.progress(not json) as tick:
-        found = runs.execute(
-            plan, folder, tools(), resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
-            only=only, tick=tick,
-        )  # fmt: skip
+    try:
+        with common.progress(not json) as tick:
+            found = runs.execute(
+                plan, folder, tools(), resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
+                only=only, tick=tick,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is done is kept; go on with --resume") from None
     for cell, why in found.damaged.items():
         print(f"damaged and made anew: {cell}: {why}", file=sys.stderr)
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ Settings = Annotated[
 CorpusFile = Annotated[
     Path | None, typer.Option("--corpus", help="Text file for statistics; default: the host's own text.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
 ]
@@ -39,6 +41,8 @@ _CONTROLS = re.compile(
 )
 """What a text could steer a terminal with: control characters but tabs and line breaks, marks that turn the direction
 of writing; and half surrogate pairs, which cannot be printed."""
+PIPED_WIDTH, MIN_WIDTH = 120, 20
+"""Columns of a table that goes to no terminal, and the fewest that one takes."""
 
 
 def open_host(model: str, device: str, dtype: str) -> Host:
@@ -91,15 +95,15 @@ def emit(document: Any) -> None:
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Tick]:
-    """Show bars for long work on stderr; one bar a phase."""
-    if not show:
+    """Show bars for long work on stderr where that is a terminal; one bar a phase."""
+    if not show or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def tick(what: str, done: int, total: int) -> None:
@@ -119,7 +123,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=_width(), highlight=False)
     made = Table(
         title=None if title is None else Text(safe(title)),
         box=box.SIMPLE_HEAD,
@@ -130,7 +134,29 @@ def table(
         made.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
-    console.print(made)
+    with console.capture() as text:  # rich ends the program itself where nobody reads its output any more
+        console.print(made)
+    print(text.get(), end="")
+
+
+def _width() -> int | None:
+    """Return the columns of a table: what COLUMNS says, else those of the terminal, else 120."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return max(MIN_WIDTH, int(columns))
+    return None if sys.stdout.isatty() else PIPED_WIDTH
+
+
+def plain_warnings() -> None:
+    """Have warnings shown as one line each on stderr, without the line of source that gave them."""
+    import warnings
+
+    def show(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+    warnings.showwarning = show
 
 
 def safe(text: str) -> str:

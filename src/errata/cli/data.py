@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 
 if TYPE_CHECKING:
     from errata.data._base import Dataset
@@ -22,7 +22,10 @@ app = typer.Typer(no_args_is_help=True, help="Datasets: list, check, show, expor
 
 SourceName = Annotated[
     str,
-    typer.Argument(help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; :N behind it: the first N."),
+    typer.Argument(
+        help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; :N behind it: the first N. "
+        "lab:N: N cases of the lab's world."
+    ),
 ]
 
 
@@ -85,7 +88,12 @@ def check(
     dataset's schema; 2 where it cannot be read.
     """
     from errata.data import reading
+    from errata.errors import ConfigError
 
+    if source.startswith("lab:"):
+        raise ConfigError(
+            f"{source} is drawn from the lab's world, there is no file to check; see: errata data show {source}"
+        )
     found = reading.check(f"{dataset}@{source}" if dataset else source)
     if json:
         common.emit(found.to_dict())
@@ -170,11 +178,13 @@ def show(
 
 def _case(source: str, wanted: str) -> Case:
     """Find a case by name or number, reading no further than needed."""
+    from errata import lab
     from errata.data import reading
     from errata.errors import DataError
 
+    is_lab = source.startswith(f"{lab.NAME}:")
     number = 0
-    for number, found in enumerate(reading.iterate(source), 1):
+    for number, found in enumerate(common.read_cases(source, 0) if is_lab else reading.iterate(source), 1):
         if wanted in (found.id, str(number)):
             return found
     if not number:
@@ -213,7 +223,8 @@ def _few(answers: Sequence[str]) -> str:
 @app.command("export")
 def export(
     source: SourceName,
-    file: Annotated[Path, typer.Argument(help="Where to write the cases, FILE.jsonl; one that is there is replaced.")],
+    file: Annotated[Path, typer.Argument(help="Where to write the cases, FILE.jsonl.")],
+    force: common.Force = False,
     json: common.Json = False,
 ) -> None:  # fmt: skip
     """Write the cases of a source, or of lab:N, as a file of your own, to change or add to.
@@ -225,6 +236,8 @@ def export(
     from errata.data.requests import check_target, write_cases
 
     check_target(file)
+    if not force:
+        outputs.check_new(file)
     cases, facts = sources.read(source)
     count = write_cases(file, cases)
     probes = sum(len(case.probes) for case in cases)

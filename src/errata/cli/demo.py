@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 
 if TYPE_CHECKING:
     from errata.types import Case, Observation, Probe
 
+NAME = "errata-demo.safetensors"
+"""The demo's own file, which it writes anew each time."""
 SHOWN = {
     "efficacy": ("rewrite", 1),
     "paraphrase": ("paraphrase", 2),
@@ -25,8 +27,10 @@ def command(
         Path | None, typer.Argument(help="Requests about the lab's world; default: three drawn from it.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the edit.")
-    ] = Path("errata-demo.safetensors"),
+        Path | None,
+        typer.Option("--output", "-o", help=f"Where to write the edit (.safetensors); default: {NAME}, also again."),
+    ] = None,
+    force: common.Force = False,
     method: Annotated[str, typer.Option(help="A method that takes several requests.")] = "memit",
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -36,10 +40,10 @@ def command(
     """Change facts in the embedded model, see what moved, save the edit, undo it bit by bit."""
     from errata import api
     from errata.edits import Edit
-    from errata.edits.format import check_writable
     from errata.evaluation.observe import observe
 
-    check_writable(output)
+    target = Path(NAME) if output is None else output
+    outputs.check_new_edit(target, force=force or output is None)
     cases = _cases(file, seed)
     host = common.open_host("lab", device, dtype)
     start = host.weights_hash()
@@ -47,7 +51,7 @@ def command(
     with common.progress(not json) as tick:
         before = observe(host, probes, on_progress=lambda d, t: tick("asking before", d, t))
         edit = api.edit(host, [case.request for case in cases], method=method, seed=seed, on_progress=tick)
-        path = edit.save(output)
+        path = edit.save(target)
         loaded = Edit.load(path)  # what is applied is what was written
         loaded.apply_(host)
         after = observe(host, probes, on_progress=lambda d, t: tick("asking after", d, t))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 
 if TYPE_CHECKING:
     from errata.bench.runner import Report
@@ -20,7 +20,8 @@ ScheduleName = Annotated[
     ),
 ]
 Looks = Annotated[
-    str | None, typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, end.")
+    str | None,
+    typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, decades, end."),
 ]
 Kinds = Annotated[
     str | None, typer.Option("--probes", help="Kinds of probes to ask: efficacy,paraphrase; default: all.")
@@ -41,7 +42,10 @@ def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
     model: common.Model = "lab",
     method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
-    edit: Annotated[Path | None, typer.Option("--edit", "-e", help="Measure this edit on all cases.")] = None,
+    edit: Annotated[
+        list[Path] | None,
+        typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),
+    ] = None,
     schedule: ScheduleName = "single",
     at: Looks = None,
     probes: Kinds = None,
@@ -52,34 +56,35 @@ def command(
     output: Output = None,
     keep_edit: KeepEdit = None,
     after: After = None,
+    force: common.Force = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Measure a method on a schedule (edit, observe, take back), or one edit, before and after."""
+    """Measure a method on a schedule (edit, observe, take back), or saved edits, before and after."""
     from errata import api
     from errata import config as configs
     from errata.bench.schedule import Schedule
     from errata.edits import Edit
-    from errata.edits.format import check_writable
     from errata.errors import ConfigError
 
-    if (method is None) == (edit is None):
+    if (method is None) == (not edit):
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
     plan = Schedule.parse(schedule)
-    for path in (output, keep_edit):
-        if path is not None:
-            check_writable(path)
-    given = Edit.load(edit) if edit else None
+    if output is not None:
+        outputs.check_report_name(output)
+    if keep_edit is not None:  # a sequence may go on in the file that it goes on from
+        outputs.check_new_edit(keep_edit, force=force or keep_edit == after)
+    given = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
     table = common.read_cases(cases, seed, together=plan.together)
     host = common.open_host(model, device, dtype)
     keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
         report = api.evaluate(
-            host, table, method=method, edit=given, seed=seed, schedule=plan, at=at,
+            host, table, method=method, edit=given or None, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
             keep=keep, template=template, max_new_tokens=max_new_tokens, corpus=corpus, on_progress=tick,
             **options,

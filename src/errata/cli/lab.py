@@ -16,14 +16,12 @@ app = typer.Typer(no_args_is_help=True, help="The embedded world and its model: 
 def world(
     subject: Annotated[str | None, typer.Argument(help="An entity, for all its facts.")] = None,
     json: common.Json = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the world; default: the shipped one.")] = 20,
 ) -> None:
     """Show what is true in the lab's world: how much of what, or one entity's facts."""
     from errata.errors import ConfigError
     from errata.lab.world import default_world
-    from errata.registry import unknown
+    from errata.registry import close
 
     made = default_world(seed)
     if subject is None:
@@ -36,7 +34,9 @@ def world(
         common.table(f"{len(made.facts)} facts", ("relation", "of a", "is a", "facts"), rows, right=(3,))
         return
     if subject not in made.by_subject:
-        raise ConfigError(unknown(subject, list(made.by_subject), "entity").partition(": known")[0])
+        near = close(subject, list(made.by_subject))
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "none has a name like it"
+        raise ConfigError(f"the lab's world has no entity {subject!r}: {hint}")
     facts = [{"relation": f.relation, "object": f.object} for f in made.by_subject[subject]]
     aliases = list(made.entities[subject].aliases)
     if json:
@@ -108,18 +108,14 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="A sixth faster; needs a C++ compiler.")] = False,
     device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
     """Train the lab's model from nothing: seeded, resumable; writes the model and its card."""
-    from errata.errors import ConfigError
     from errata.lab.carding import write_card
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run
 
-    if dtype not in ("auto", "float32"):
-        raise ConfigError("the lab trains with float32 weights under bfloat16 autocast; leave --dtype alone")
     place = _place(device)
     config = TrainConfig(seed=seed) if steps is None else TrainConfig(seed=seed, steps=steps)
     with common.progress(not json) as tick:

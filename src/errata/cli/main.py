@@ -1,75 +1,119 @@
-"""The command line: a thin skin over the Python interface. Imports nothing heavy until a verb runs."""
+"""The entry point: runs the command line and ends it as a program should. Imports nothing before a verb runs."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
+if TYPE_CHECKING:
+    from errata.cli.app import app as app
 
-from errata.cli import (
-    ability,
-    ask,
-    bench,
-    data,
-    demo,
-    edit,
-    evaluate,
-    judge,
-    lab,
-    methods,
-    model,
-    refit,
-    report,
-    show,
-    stats,
-)
-
-app = typer.Typer(
-    name="errata",
-    help="Edit what language models know: change a fact, prove what changed, keep it as a file, take it back.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Bad input ends with exit code 2 and changes nothing. Every command takes --json.",
-)
-
-app.command("demo")(demo.command)
-app.command("edit")(edit.command)
-app.command("ask")(ask.command)
-app.command("eval")(evaluate.command)
-app.command("bench")(bench.command)
-app.command("report")(report.command)
-app.command("judge")(judge.command)
-app.command("ability")(ability.command)
-app.command("refit")(refit.refit)
-app.command("retract")(refit.retract)
-app.command("show")(show.command)
-app.command("methods")(methods.command)
-app.command("model")(model.command)
-app.command("stats")(stats.command)
-app.add_typer(data.app, name="data")
-app.add_typer(lab.app, name="lab")
+BAD_INPUT, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
+"""Exit codes; the last three are 128 and the number of the signal that ends such a program."""
 
 
-@app.callback(invoke_without_command=True)
-def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Handle what stands before a verb."""
-    if version:
-        from importlib.metadata import version as installed
+def __getattr__(name: str) -> Any:
+    if name == "app":  # typer takes a while to load, and an interrupt meanwhile is to be met by run()
+        from errata.cli.app import app
 
-        print(installed("errata"))
-        raise typer.Exit
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def run() -> None:
-    """Entry point: turn errors of the user into one message and exit code 2."""
+def run() -> NoReturn:
+    """Run the command line: one message and exit code 2 for errors of the user, a quiet end on Ctrl-C.
+
+    A library may turn the interrupt into an error of its own, or lose it inside a destructor; whatever comes out
+    of the verb after a signal counts as the interruption.
+    """
+    signals: list[int] = []
+    try:
+        _on_signals(signals)
+        code = _run()
+    except BaseException as error:
+        if signals or isinstance(error, KeyboardInterrupt):
+            _end(signals, error)
+        code = _bad_input(error)
+    if signals and code:
+        _end(signals, None)
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    """Run the verb and return its exit code."""
+    from errata.cli import common
+    from errata.cli.app import app
+
+    common.plain_warnings()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return _broken_pipe()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _bad_input(error: BaseException) -> int:
+    """Word an error of the user and return its exit code; any other is raised again."""
     from errata.errors import ErrataError
 
-    try:
-        app()
-    except ErrataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
-        raise SystemExit(130) from None
+    if not isinstance(error, ErrataError):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _on_signals(seen: list[int]) -> None:
+    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, and note that they came.
+
+    A signal that whoever started the program has it ignore stays ignored.
+    """
+    import signal
+    import threading
+
+    def interrupt(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def lost(hook: Any) -> None:
+        """Raise an interrupt again that came inside a destructor or callback, where Python drops it."""
+        if issubclass(hook.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
+            again.daemon = True
+            again.start()
+        else:
+            sys.__unraisablehook__(hook)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    sys.unraisablehook = lost
+
+
+def _end(signals: list[int], error: BaseException | None) -> NoReturn:
+    """Say that the program was interrupted and leave at once, whatever threads still wait for."""
+    import contextlib
+    import os
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    terminated = bool(signals) and signals[0] == signal.SIGTERM
+    hint = f"; {error}" if isinstance(error, KeyboardInterrupt) and str(error) else ""
+    word = "terminated" if terminated else "interrupted"
+    print(f"{word}: no file is half-written and no model was changed{hint}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(TERMINATED if terminated else INTERRUPTED)
+
+
+def _broken_pipe() -> int:
+    """Let the interpreter end quietly though nobody reads its output any more."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE

@@ -12,9 +12,6 @@ from errata.cli import common
 def command(
     name: Annotated[str | None, typer.Argument(help="A method, for its settings.")] = None,
     json: common.Json = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
 ) -> None:
     """List the methods, or one method's settings with their meanings and the paper's values."""
     from errata.methods import REGISTRY

@@ -14,7 +14,6 @@ def command(
     json: common.Json = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
 ) -> None:
     """Show a model's layout as found by structure: its layers and the sites that can be edited."""
     host = common.open_host(model, device, dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 
 if TYPE_CHECKING:
     from errata.edits import WeightEdit
@@ -20,18 +20,15 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Solve and report, write
 def refit(
     edits: Files,
     output: Output,
+    force: common.Force = False,
     dry_run: DryRun = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
     """Solve for all requests of some edits together, whatever their order; needs no model."""
     from errata.edits import Edit
     from errata.edits.algebra import refit as solve
-    from errata.edits.format import check_writable
 
-    check_writable(output)
+    outputs.check_new_edit(output, force=force)
     _finish(solve([Edit.load(path) for path in edits]), output, dry_run, json)
 
 
@@ -41,18 +38,15 @@ def retract(
         list[str], typer.Option("--request", "-r", help="Id of a request, or its number from 0; repeatable.")
     ],
     output: Output,
+    force: common.Force = False,
     dry_run: DryRun = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
     """Give the edit that would have resulted had some requests never been made; needs no model."""
     from errata.edits import Edit
     from errata.edits.algebra import retract as without
-    from errata.edits.format import check_writable
 
-    check_writable(output)
+    outputs.check_new_edit(output, force=force)
     given = Edit.load(edit)
     names = {r.id for r in given.provenance.requests}
     asked = [int(item) if item.isdigit() and item not in names else item for item in request]

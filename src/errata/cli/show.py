@@ -23,7 +23,6 @@ def command(
     json: common.Json = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
 ) -> None:
     """Say what an edit holds: requests, method, settings, host, weights touched.
 

@@ -45,7 +45,8 @@ def command(
     """Take the second moments of keys over a corpus, all layers in one pass; kept for every later edit.
 
     A pass that is broken off goes on where it was. Methods use what is kept here when they ask for the
-    same number of tokens of the same corpus: --set tokens=N.
+    same number of tokens of the same corpus: --set tokens=N. The folder is that of the environment variable
+    ERRATA_CACHE, by default errata in the user's cache.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers

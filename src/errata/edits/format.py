@@ -31,9 +31,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
         part.write_bytes(data)
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
         raise EditError(f"cannot write {target}: {error.strerror or error}") from error
-    return Path(path).expanduser()
+    finally:
+        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+    return target
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import files
+from errata.edits.group import group
 from errata.errors import ConfigError, DataError, listing, shown
 from errata.evaluation.likelihood import continuation, continued, rolling, score
 from errata.evaluation.metrics import matching, perplexity
@@ -60,10 +61,11 @@ class Measured:
 
 
 def ability(
-    host: Host, tasks: Sequence[str], *, edit: Edit | None = None, limit: int | None = None, seed: int = 0,
+    host: Host, tasks: Sequence[str], *, edit: Edit | Sequence[Edit] | None = None,
+    limit: int | None = None, seed: int = 0,
     shots: int | None = None, chat: bool = False, on_progress: Tick = lambda what, done, total: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """Measure tasks on a host as it stands, and again with an edit in place.
+    """Measure tasks on a host as it stands, and again with an edit, or all of several, in place.
 
     Returns ``{task: {metric: {"before", "after", "stderr", "stderr_difference", "n"}}}``. ``stderr`` is that
     of ``after`` (of ``before`` without an edit, where ``after`` is None); ``stderr_difference`` that of
@@ -102,9 +104,10 @@ def ability(
         return found
 
     before = measure("before")
-    if edit is None:
+    edits = group(edit)
+    if edits is None:
         return _table(before, None)
-    with edit.on(host):
+    with edits.on(host):
         after = measure("after")
     return _table(before, after)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from errata.bench.results import write_report
 from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
@@ -47,8 +47,13 @@ def write_card(
         "versions": versions(),
         "check": check(host, world=world, tick=tick),
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_markdown(card), encoding="utf-8")
+    write_report(folder / "card.json", card)
+    readme = folder / "README.md.part"
+    try:
+        readme.write_text(_markdown(card), encoding="utf-8")
+        readme.replace(folder / "README.md")
+    finally:
+        readme.unlink(missing_ok=True)
     return card
 
 

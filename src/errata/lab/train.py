@@ -13,6 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -256,8 +258,11 @@ def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:
         for key, value in optimizer.state[parameter].items():
             state[f"{key}/{name}"] = value.detach().cpu()
     part = folder / "checkpoint.part"
-    save_file(state, part, metadata={"step": str(step)})
-    part.replace(folder / "checkpoint.safetensors")
+    try:
+        save_file(state, part, metadata={"step": str(step)})
+        part.replace(folder / "checkpoint.safetensors")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
@@ -278,12 +283,17 @@ def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
 
 
 def export(folder: Path, model: Any, tokenizer: Any) -> Path:
-    """Write the model in bf16 with its tokenizer; it loads in float32."""
+    """Write the model in bf16 with its tokenizer, the folder whole or not at all; it loads in float32."""
     target = folder / "model"
-    model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    config = target / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["dtype"] = "float32"  # computed in float32; the file stays small
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as place:
+        part = Path(place) / "model"
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        config = part / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings["dtype"] = "float32"  # computed in float32; the file stays small
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        part.replace(target)
     return target

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from errata.report.curves import Curves
 from errata.report.files import folder, write
 from errata.report.measure import Measure
 from errata.report.read import Run
+from errata.report.style import MARKERS, style_of
 from errata.report.tables import seed_of
 
 if TYPE_CHECKING:
@@ -34,12 +36,13 @@ LOG_SPAN = 15.0
 """From this ratio of largest to smallest on, an axis is logarithmic."""
 FAR = 1000.0
 """Beyond so many times the unedited perplexity it no longer matters how far: curves leave the axes."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":", "-.")
+"""Of lines that share a colour in one figure: methods with several seeds, or of one colour by chance."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one variant; the series differ in lightness too, so they hold without colour vision."""
+    """Colours of one variant; see :mod:`errata.report.style` for which method has which."""
 
     name: str
     ground: str
@@ -52,11 +55,17 @@ class Theme:
 
 LIGHT = Theme(
     "", "#ffffff", "#1b1e22", "#5a616a", "#dfe2e6", "#0b5cad",
-    ("#0b5cad", "#c4500a", "#00805c", "#a8457f", "#8a6a00", "#1b1e22"),
+    (
+        "#0b5cad", "#c4500a", "#00805c", "#a8457f", "#8a6a00", "#1b1e22",
+        "#6f45b8", "#b3261e", "#4f7a1c", "#007a94", "#7d5640", "#5f6f82",
+    ),
 )  # fmt: skip
 DARK = Theme(
     "-dark", "#14171a", "#e7e9ec", "#a0a8b2", "#30363d", "#6cb2f5",
-    ("#6cb2f5", "#f0934e", "#3fc79a", "#e39ac6", "#dcbc4c", "#e7e9ec"),
+    (
+        "#6cb2f5", "#f0934e", "#3fc79a", "#e39ac6", "#dcbc4c", "#e7e9ec",
+        "#b89df2", "#f28b82", "#a5cf6f", "#5fc8de", "#cfa98f", "#a9b8c9",
+    ),
 )  # fmt: skip
 
 Points = Sequence[tuple[float, float, float | None, float | None]]
@@ -248,7 +257,7 @@ def _chosen(board: Board) -> list[Entry]:
 
 
 def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Points]) -> None:
-    chosen = _chosen(board)
+    chosen, used = _chosen(board), Counter[int]()
     spots: list[float] = []
     for entry in board.entries:
         found = points(entry.curves) if entry.curves else []
@@ -259,10 +268,11 @@ def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Po
         if entry not in chosen:
             axes.plot(xs, ys, color=theme.muted, alpha=0.35, linewidth=1)
             continue
-        place = chosen.index(entry)
-        colour = theme.series[place % len(theme.series)]
+        style = style_of(entry.cell.name)
+        colour, dash = theme.series[style.colour], DASHES[used[style.colour] % len(DASHES)]
+        used[style.colour] += 1
         role = f" ({entry.role})" if entry.role and entry.role != entry.cell.name else ""
-        axes.plot(xs, ys, color=colour, linewidth=2, marker=MARKERS[place], markersize=4.5,
+        axes.plot(xs, ys, color=colour, linewidth=2, linestyle=dash, marker=MARKERS[style.marker], markersize=4.5,
                   label=_name(entry, board) + role)  # fmt: skip
         for x, _, low, high in found:
             if low is not None and high is not None:

@@ -20,6 +20,7 @@ from errata.report.files import write
 from errata.report.measure import Measure
 from errata.report.published import PROVENANCE, Comparison, comparisons
 from errata.report.read import Run, number
+from errata.report.style import style_of
 
 CASES = 100
 """Cases of each cell that the page holds with their texts."""
@@ -117,6 +118,7 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
         "name": cell.name + tables.seed_of(entry, board),
         "method": cell.method,
         "role": entry.role,
+        "style": list(style_of(cell.name)),
         "settings": dict(cell.plan.get("settings") or {}),
         "host": cell.found.get("host") or {},
         "headline": _measure(entry.headline),

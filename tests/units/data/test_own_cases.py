@@ -211,5 +211,5 @@ def test_the_command_exports_and_says_what_was_left_out(tmp_path):
     assert told["left_out"] == len(loaded.check.skipped) + len(loaded.check.malformed) > 0
     again = read(target)
     assert again.cases == loaded.cases and again.check.sha256 == told["sha256"]
-    lines = CliRunner().invoke(app, ["data", "export", f"{source}:2", str(target)]).stdout
+    lines = CliRunner().invoke(app, ["data", "export", f"{source}:2", str(target), "--force"]).stdout
     assert f"{target}: 2 cases" in lines.replace("\n", "")

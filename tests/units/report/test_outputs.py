@@ -219,6 +219,61 @@ def test_figures_tell_seeds_apart(tmp_path, monkeypatch):
     assert {label.get_text() for label in first.get_yticklabels()} == {"rome (seed 0)", "rome (seed 1)"}
 
 
+def sequence_cell(method: str, scores: list[float], **plan: object) -> dict:
+    """Make a cell with two looks at a sequence."""
+    looks = (len(scores), 2 * len(scores))
+    lines = [
+        case_line(f"c{i}", row(f"c{i}", "efficacy", "e", score), edits=edits)
+        for edits in looks
+        for i, score in enumerate(scores * (edits // len(scores)))
+    ]
+    found = [{"edits": edits, "perplexity_before": 10.0, "perplexity_after": 12.0} for edits in looks]
+    return {
+        "method": method, "lines": lines, "looks": found,
+        "plan": {"schedule": "sequential:1", "look": list(looks), **plan},
+    }  # fmt: skip
+
+
+def test_a_method_has_one_colour_in_all_figures(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from errata.report import figures
+    from errata.report.style import COLOURS, style_of
+
+    assert len(figures.LIGHT.series) == len(figures.DARK.series) == COLOURS
+    assert len(set(figures.LIGHT.series)) == len(set(figures.DARK.series)) == COLOURS
+    seen: dict[str, set[str]] = {}
+    sets = (
+        ["ft", "memit", "rome"],
+        ["memit", "alphaedit"],
+        ["rome", "lora", "nse", "ft"],
+        ["a new one", "memit"],
+    )
+    for i, methods in enumerate(sets):
+        cells = [sequence_cell(method, [1.0, 0.5]) for method in methods]
+        (board,) = boards([read_run(write_small(tmp_path / f"run{i}", cells))])
+        for draw in (figures._retention, figures._collapse):
+            for axes in draw(board, figures.LIGHT).axes:
+                for line in axes.get_lines():
+                    if not line.get_label().startswith("_"):  # matplotlib's own names begin so
+                        seen.setdefault(line.get_label().partition(" (")[0], set()).add(line.get_color())
+    assert set(seen) == {method for methods in sets for method in methods}
+    assert all(len(colours) == 1 for colours in seen.values()), seen
+    assert seen["memit"] == {figures.LIGHT.series[style_of("memit").colour]}
+    assert len({style_of(name) for methods in sets for name in methods}) == len(seen)
+
+
+def test_lines_of_one_colour_differ_in_their_dashes(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from errata.report import figures
+
+    cells = [sequence_cell("rome", [1.0, 0.5], seed=seed) for seed in (0, 1, 2)]
+    (board,) = boards([read_run(write_small(tmp_path / "run", cells))])
+    (axes,) = figures._retention(board, figures.LIGHT).axes
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    assert len(lines) == 3 and len({line.get_color() for line in lines}) == 1
+    assert len({line.get_linestyle() for line in lines}) == 3
+
+
 def test_figures_without_matplotlib_say_what_to_install(run, tmp_path, monkeypatch):
     from errata.report.figures import write_figures
 

@@ -1,6 +1,5 @@
 // Curves over a sequence, and one method's radar and bars. Drawn as SVG at the width that is there.
 
-const COLOURS = 6;
 const DASHES = ["", "6 3", "2 3"];
 const LOG_SPAN = 15;
 const FAR = 1000; // beyond so many times the unedited value, or so large a change, it no longer matters how far
@@ -17,9 +16,10 @@ function picked() {
 }
 
 function styleOf(id) {
-  const place = picked().indexOf(id);
-  if (place < 0) return { stroke: "var(--grey-line)", width: 1, dash: "", shown: false };
-  return { stroke: `var(--s${place % COLOURS})`, width: 2, shown: true, dash: DASHES[Math.floor(place / COLOURS) % 3] };
+  if (!picked().includes(id)) return { stroke: "var(--grey-line)", width: 1, dash: "", shown: false };
+  const colourOf = (each) => board().entries.find((e) => e.id === each).style[0]; // by the method's name alone
+  const alike = picked().filter((each) => colourOf(each) === colourOf(id));
+  return { stroke: `var(--s${colourOf(id)})`, width: 2, shown: true, dash: DASHES[alike.indexOf(id) % DASHES.length] };
 }
 
 function wearSection() {

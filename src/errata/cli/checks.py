@@ -1,0 +1,142 @@
+"""What errata edit says about an edit it has written: which requests the model now answers with their target."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.host.load import Host
+
+ROWS = 20
+"""Answers that a table shows, those that miss their target first."""
+CHARACTERS = 160
+"""Of a text in a cell of the table."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Answers to all that an edit was asked for, one record each."""
+
+    answers: tuple[dict[str, Any], ...]
+    """``answered`` says whether one gives its target; the rest is text, or its number."""
+    noun: str
+    """What is counted."""
+    texts: bool
+    """Whether the answers are to prompts that can be put to the model again."""
+
+    @property
+    def missed(self) -> list[dict[str, Any]]:
+        """Answers that do not give their target."""
+        return [answer for answer in self.answers if not answer["answered"]]
+
+    def document(self, path: Path, edit: Edit) -> dict[str, Any]:
+        """Return the JSON document of an edit that was written."""
+        missed = self.missed
+        return {
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "answered": len(self.answers) - len(missed),
+            "total": len(self.answers),
+            "missed": missed,
+            "answers": list(self.answers),
+            "edit": edit.summary(),
+        }
+
+    def show(self, path: Path, model: str) -> None:
+        """Print the answers, what they come to, and how to go on."""
+        self._table()
+        print(f"edit written to {path} ({common.size(path)}); the model is unchanged")
+        missed, total = self.missed, len(self.answers)
+        counts = (
+            f"with the edit the model answers {total - len(missed)} of {total} {self.noun} with their target"
+        )
+        if missed:
+            names = ", ".join(_name(answer) for answer in missed[:ROWS])
+            more = f" and {len(missed) - ROWS} more" if len(missed) > ROWS else ""
+            print(f"{counts}; these did not take: {names}{more}")
+            print("other settings or another method may do better: errata methods, errata eval")
+        else:
+            print(counts)
+        asked = next((answer for answer in self.answers if answer["answered"]), None)
+        if self.texts and asked is not None:
+            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), asked["prompt"]])
+            print(f"try it:  {words}")
+
+    def _table(self) -> None:
+        """Print answers, misses first; beyond :data:`ROWS` they are counted."""
+        rows = sorted(self.answers, key=lambda answer: bool(answer["answered"]))
+        if not rows:
+            return
+        columns = [name for name in rows[0] if name not in ("answered", "id")]
+        common.table(
+            None, ["" if name in ("number", "pair") else name for name in columns] + [""],
+            [[*(_cut(answer[name]) for name in columns), _verdict(answer)] for answer in rows[:ROWS]],
+        )  # fmt: skip
+        if len(rows) > ROWS:
+            print(f"{len(rows) - ROWS} more {self.noun} not shown; --json has all")
+
+
+def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
+    """Put every request of an edit to the host, without and with it."""
+    from errata import api
+
+    found = api.check_edit(host, edit, on_progress=tick)
+    return Outcome(
+        tuple(
+            {
+                "number": one.number, **({} if one.request.id is None else {"id": one.request.id}),
+                "prompt": one.request.text, "target": one.request.target, "before": one.before,
+                "after": one.after, "answered": one.answered,
+            }
+            for one in found.requests
+        ), "requests", texts=True,
+    )  # fmt: skip
+
+
+def images(host: Host, edit: Edit, requests: Sequence[Any]) -> Outcome:
+    """Classify all originals, and the changed images without and with the edit; the original's label is the target."""
+    from errata.host.images import ImageHost
+
+    assert isinstance(host, ImageHost)
+    original = [label for r in requests for label in host.labels(r.original)]
+    before = [label for r in requests for label in host.labels(r.changed)]
+    with edit.on(host):
+        after = [label for r in requests for label in host.labels(r.changed)]
+    return Outcome(
+        tuple(
+            {"pair": str(i), "original": o, "changed, before": b, "changed, after": a, "answered": a == o}
+            for i, (o, b, a) in enumerate(zip(original, before, after, strict=True), 1)
+        ), "images", texts=False,
+    )  # fmt: skip
+
+
+def report(outcome: Outcome, path: Path, edit: Edit, model: str, *, json: bool, strict: bool) -> None:
+    """Print what came of an edit. Raises typer.Exit with code 1 where ``strict`` and not all of it took."""
+    if json:
+        common.emit(outcome.document(path, edit))
+    else:
+        outcome.show(path, model)
+    if strict and outcome.missed:
+        raise typer.Exit(1)
+
+
+def _name(answer: dict[str, Any]) -> str:
+    return str(answer.get("id") or answer.get("number") or answer["pair"])
+
+
+def _verdict(answer: dict[str, Any]) -> Any:
+    return common.mark("as wanted", "green") if answer["answered"] else common.mark("not as wanted", "red")
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 3] + "..."

@@ -1,0 +1,134 @@
+"""Where verbs may write: what is there already is replaced with --force only, and that is settled before the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.edits import Edit
+    from errata.host.load import Host
+    from errata.types import Request
+
+SUFFIX = ".safetensors"
+"""Of edit files."""
+
+
+def check_edit_name(path: Path) -> None:
+    """Raise EditError where an edit cannot be written under this name."""
+    from errata.edits.format import check_writable
+    from errata.errors import EditError
+
+    if path.suffix.lower() != SUFFIX:
+        raise EditError(f"edits are {SUFFIX} files: expected -o {path.with_suffix(SUFFIX)}, found {path}")
+    check_writable(path)
+
+
+def check_new_edit(path: Path, *, force: bool) -> None:
+    """Raise EditError where an edit cannot be written, or without ``force`` would replace a file."""
+    check_edit_name(path)
+    if not force:
+        check_new(path)
+
+
+def check_new(path: Path) -> None:
+    """Raise EditError where a file is there already."""
+    if _is_there(path):
+        raise _replaces(path, "there already")
+
+
+def check_report_name(path: Path) -> None:
+    """Raise EditError where a report, which may be written again, would take the place of an edit."""
+    from errata.edits.format import check_writable
+    from errata.errors import EditError
+
+    if path.suffix.lower() == SUFFIX:
+        raise EditError(
+            f"{path} is a name for an edit; expected one for a report, {path.with_suffix('.json')}"
+        )
+    check_writable(path)
+
+
+def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
+    """Return the edit that is there, which only its own repetition may replace; None where nothing hinders.
+
+    ``repeatable``: whether the fit can be told to be that repetition. Raises EditError for any other file.
+    """
+    from errata.edits import Edit
+    from errata.errors import EditError
+
+    check_edit_name(path)
+    if force or not _is_there(path):
+        return None
+    if not repeatable:
+        raise _replaces(path, "there already")
+    try:
+        return Edit.load(path)
+    except EditError as error:
+        raise _replaces(path, "there already, and no edit that can be read") from error
+
+
+def check_repeat(
+    path: Path, earlier: Edit | None, host: Host, requests: Sequence[Request], *, method: str, config: Any,
+    options: Collection[str], seed: int,
+) -> None:  # fmt: skip
+    """Raise EditError unless a fit repeats the one that an earlier edit comes from: then nothing is lost.
+
+    ``config``: the settings of the fit; those not named in ``options`` may still be left open.
+    """
+    from errata.edits.edit import versions
+
+    if earlier is None:
+        return
+    old = earlier.provenance
+    settings, given = _plain(old.config), _plain(asdict(config))
+    differences = {
+        "method": old.method != method,
+        "requests": _plain([r.to_dict() for r in requests]) != _plain([_fields(r) for r in old.requests]),
+        "seed": old.seed != seed,
+        "model": old.host != host.fingerprint,
+        "versions": dict(old.versions) != versions(),
+        "settings": any(
+            value != settings.get(name)
+            for name, value in given.items()
+            if name in options or value is not None
+        ),
+    }
+    other = [name for name, differs in differences.items() if differs]
+    if other:
+        raise _replaces(path, f"an edit of other {' and '.join(other)} already")
+
+
+def save_edit(edit: Edit, path: Path, earlier: Edit | None) -> Path:
+    """Write an edit and return where: beside an earlier one that turns out to have other settings."""
+    if earlier is not None and _plain(earlier.provenance.config) != _plain(edit.provenance.config):
+        numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
+        free = next(each for each in numbers if not _is_there(each))
+        print(
+            f"warning: {path} is an edit of other settings and was left; written to {free}", file=sys.stderr
+        )
+        path = free
+    return edit.save(path)
+
+
+def _replaces(path: Path, what: str) -> Exception:
+    from errata.errors import EditError
+
+    return EditError(f"{path} is {what}; name another file, or replace it with --force")
+
+
+def _is_there(path: Path) -> bool:
+    return path.expanduser().exists() or path.expanduser().is_symlink()
+
+
+def _fields(request: Any) -> dict[str, Any]:
+    return request.to_dict() if hasattr(request, "to_dict") else asdict(request)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it is after it was written as JSON and read."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,38 @@
+"""Several edits that are in place together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from errata.edits.edit import Edit
+from errata.host.load import Host
+
+
+@dataclass(frozen=True)
+class EditGroup:
+    """Edits put in place one after the other and taken back the other way round."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def method(self) -> str:
+        """The methods that made them, in the order they are put in place."""
+        return " + ".join(edit.provenance.method for edit in self.edits)
+
+    @contextmanager
+    def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
+        """Have all of them in place inside the block only, or none; options as of :meth:`Edit.apply_`."""
+        with ExitStack() as stack:
+            for edit in self.edits:
+                stack.enter_context(edit.on(host, foreign=foreign, beside=beside))
+            yield host
+
+
+def group(edits: Edit | Sequence[Edit] | None) -> EditGroup | None:
+    """Return one or several edits as a group; None for none."""
+    if edits is None:
+        return None
+    given = tuple(edits) if isinstance(edits, Sequence) else (edits,)
+    return EditGroup(given) if given else None
