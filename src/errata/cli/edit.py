@@ -39,11 +39,10 @@ def command(
         str, typer.Option("--batch-size", help="Requests run at once: auto, or a number; halved when memory runs out.")
     ] = "auto",
     corpus: common.CorpusFile = None,
+    template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
+    thinking: common.Thinking = None, join: common.JoinName = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, fit and write nothing.")] = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    json: common.Json = False,
+    device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Fit an edit and write it to a file; the model itself is not changed."""
     from errata import api
@@ -60,6 +59,7 @@ def command(
     before = Edit.load(after) if after else None
     host = common.open_host(model, device, dtype)
     api.check_kind(entry, host)
+    host = common.put_prompts(host, template, system, thinking, join, chat=chat, after=before)
     requests = texts or [_pairs(what, host, subject, target)]
     api.check_requests(host, requests)
     if dry_run:

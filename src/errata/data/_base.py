@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ErrataError
-from errata.types import Case, Request, request_problems
+from errata.types import Case, Request, request_problems, subject_forms
 
 
 class Skip(ErrataError):
@@ -91,6 +91,7 @@ def request(
     """
     target, subject = target.strip(), subject.strip()
     if "{}" not in prompt and subject:
+        subject = next(iter(subject_forms(prompt, subject)), subject)
         words = rf"(?<!\w){re.escape(subject)}(?!\w)"
         found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
         subject = found.group() if found else subject
