@@ -87,8 +87,8 @@ def command(
         report = api.evaluate(
             host, table, method=method, edit=given, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
-            keep=keep, template=host.prompt_format.template, max_new_tokens=max_new_tokens, corpus=corpus, on_progress=tick,
-            **options,
+            keep=keep, template=host.prompt_format.template, max_new_tokens=max_new_tokens, corpus=corpus,
+            on_progress=tick, **options,
         )  # fmt: skip
     document = report.to_dict()
     if output is not None:
