@@ -22,6 +22,7 @@ from errata.files import parse_json
 from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
 from errata.host.load import load as open_host
+from errata.host.prompts import prompt_format, recorded_format
 from errata.host.seq2seq import Seq2SeqHost
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace
@@ -59,13 +60,18 @@ def load(
 def edit(
     host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *,
     method: str = "memit", seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
-    corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
+    corpus: str | os.PathLike[str] | Corpus | None = None, template: str | None = None, system: str | None = None,
+    thinking: bool | str | None = None, join: str | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Edit:  # fmt: skip
     """Fit an edit for some requests and return it; the host is left as it was.
 
     ``after``: an edit of the same method to go on from; the result stands for both, and it is the same
     whether or not the earlier one was saved and loaded in between. ``batch_size``: how many requests to run
     at once; auto takes what suits the device. Either way batches shrink when memory runs out.
+
+    ``template``, ``system``, ``thinking``, ``join``: how prompts are put and joined with their targets, see
+    :class:`errata.host.prompts.PromptFormat`; recorded in the edit. Left out, they are those of ``after``, else
+    the host's own (prompts as they stand).
 
     ``options`` are the method's settings, see ``errata methods NAME``. ``corpus``: a text file for
     statistics; by default the lab's own text, or text the host writes itself. Raises ConfigError for
@@ -76,12 +82,42 @@ def edit(
     entry = REGISTRY.get(method)
     config = settings.make(entry.config, options, method)
     check_kind(entry, host)
+    host = put(host, template=template, system=system, thinking=thinking, join=join, after=after)
     check_requests(host, wanted)
     if after is not None and not isinstance(after, WeightEdit):
         raise ConfigError(f"expected a weight edit to go on from, found one of kind {after.kind}")
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     work.batch_size = _batch_size(batch_size)
     return entry.run(host, wanted, config, work, after)
+
+
+def put(
+    host: Host, *, template: str | None = None, system: str | None = None, thinking: bool | str | None = None,
+    join: str | None = None, edits: Sequence[Edit] = (), after: Edit | None = None,
+) -> Host:  # fmt: skip
+    """Return the host with prompts put as asked for; what is left out is as the edits were made, if they agree.
+
+    ``edits``: those that are asked. ``after``: one to go on from. Raises ConfigError for a format that is none, and
+    for one that ``after`` was not made with.
+    """
+    given = {"template": template, "system": system, "thinking": thinking, "join": join}
+    if isinstance(host, ImageHost) and any(value is not None for value in given.values()):
+        raise ConfigError(
+            f"{host.name} is an image classifier: it takes no prompts, so leave {', '.join(given)} out"
+        )
+    base = host.prompt_format
+    recorded = {
+        recorded_format(one.provenance.prompt_format) for one in (*edits, *([after] if after else ()))
+    }
+    if base.is_default and len(recorded) == 1 and template is None:
+        (base,) = recorded
+    chosen = prompt_format(base, **given)
+    if after is not None and {chosen} != recorded:
+        raise ConfigError(
+            f"the edit to go on from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, asked is "
+            f"{chosen.to_dict()}; use the same, or leave template, system, thinking and join out"
+        )
+    return host.with_prompt_format(chosen)
 
 
 def _batch_size(given: int | str) -> int | None:
@@ -128,7 +164,8 @@ def evaluate(
     edit: Edit | Sequence[Edit] | None = None, seed: int = 0,
     schedule: str | Schedule = "single", at: str | Sequence[int] | None = None,
     probes: Sequence[str] | None = None, after: Edit | None = None,
-    keep: Callable[[Report, Edit], None] | None = None, template: str = "raw", max_new_tokens: int = 24,
+    keep: Callable[[Report, Edit], None] | None = None, template: str | None = None, max_new_tokens: int = 24,
+    system: str | None = None, thinking: bool | str | None = None, join: str | None = None,
     corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Measure a method on cases, or given edits on all of them. The host is left as it was.
@@ -140,8 +177,9 @@ def evaluate(
     perplexity of neutral text. ``after``: the edit of a sequence's first cases, to go on from; ``keep`` is
     handed the report so far and the edit at each of its checkpoints. ``probes``: kinds to ask, default
     all. ``template``: how a prompt is put: ``raw``, ``question`` (an answer cue behind questions), ``chat``
-    (the tokenizer's template) or ``auto``; ``max_new_tokens``: longest short answer. Raises ConfigError for
-    what does not belong together.
+    (the tokenizer's template) or ``auto``; with it ``system``, ``thinking`` and ``join``, see :func:`edit`.
+    Requests are edited as probes are asked, and a given edit is asked as it was made unless something else
+    is given. ``max_new_tokens``: longest short answer. Raises ConfigError for what does not belong together.
 
     Cases of the lab for edits that are in place together: ``lab.cases(n, together=True)``.
     """
@@ -152,6 +190,8 @@ def evaluate(
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
+    made = [edit] if edit is not None else []
+    host = put(host, template=template, system=system, thinking=thinking, join=join, edits=made, after=after)
     if method is not None and cases:
         check_kind(REGISTRY.get(method), host)
         check_requests(host, [request for case in cases for request in case.requests])
@@ -159,7 +199,7 @@ def evaluate(
         host, cases, method=method, edit=edit, work=work, options=options,
         schedule=Schedule.parse(schedule) if isinstance(schedule, str) else schedule, at=at, probes=probes,
         texts=lab.neutral_texts(200) if host.name == lab.NAME else None, after=after, keep=keep,
-        asking={"template": template, "max_new_tokens": max_new_tokens}, tick=on_progress,
+        asking={**host.prompt_format.asking(), "max_new_tokens": max_new_tokens}, tick=on_progress,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,9 +28,9 @@ class Request:
     prompt: str
     """A sentence up to the answer; ``{}`` marks the subject, or the subject stands there itself."""
     subject: str
-    """The entity the fact is about, spelled as in the prompt."""
+    """The entity the fact is about, spelled as in the prompt; kept in the prompt's own Unicode form."""
     target: str
-    """The answer the model is to give, without leading space."""
+    """The answer the model is to give; space and invisible marks around it are dropped."""
     target_old: str | None = None
     """The answer it gives now, where known."""
     id: str | None = None
@@ -40,6 +41,12 @@ class Request:
         if problems:
             name = f"request {shown(self.id)}: " if self.id else ""
             raise RequestError(name + "; ".join(problems))
+        object.__setattr__(self, "target", _trimmed(self.target))
+        if isinstance(self.target_old, str) and _trimmed(self.target_old):
+            object.__setattr__(self, "target_old", _trimmed(self.target_old))
+        if SLOT not in self.prompt:
+            (subject,) = subject_forms(self.prompt, self.subject)
+            object.__setattr__(self, "subject", subject)
 
     @property
     def text(self) -> str:
@@ -84,7 +91,7 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
     problems = [
         f"{name} is empty"
         for name, value in (("prompt", prompt), ("subject", subject), ("target", target))
-        if not value.strip()
+        if not _trimmed(value)
     ]
     if not problems and subject != subject.strip():
         problems.append(f"subject {shown(subject)} begins or ends with white space")
@@ -94,7 +101,7 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
     if slots > 1:
         problems.append(f"prompt {shown(prompt)} has {slots} slots '{{}}', expected at most one")
     elif slots == 0:
-        found = prompt.count(subject)
+        found = len(subject_forms(prompt, subject))
         if found == 0:
             problems.append(
                 f"subject {shown(subject)} does not stand in prompt {shown(prompt)}; "
@@ -106,6 +113,43 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
                 "mark the one that is meant with {}"
             )
     return problems
+
+
+def subject_forms(prompt: str, subject: str) -> list[str]:
+    """List the subject's occurrences in a prompt, each as it is written there.
+
+    Texts are compared in Unicode's composed form (NFC), so that an accent may be a letter's own or a combining
+    mark; a place that a combining accent follows is another word.
+    """
+    parts = prompt.split(subject)
+    exact = [subject for rest in parts[1:] if not _accented(rest)]
+    if exact or prompt.isascii():
+        return exact
+    composed = unicodedata.normalize("NFC", subject)
+    if composed not in unicodedata.normalize("NFC", prompt):
+        return []
+    found, at = [], 0
+    while at < len(prompt):
+        ends = range(at + 1, min(len(prompt), at + 4 * len(subject) + 4) + 1)
+        same = [end for end in ends if unicodedata.normalize("NFC", prompt[at:end]) == composed]
+        if same and not _accented(prompt[same[-1] :]):
+            found.append(prompt[at : same[-1]])
+            at = same[-1]
+        else:
+            at += 1
+    return found
+
+
+def _accented(rest: str) -> bool:
+    """Whether a text begins with an accent that belongs to the letter before it."""
+    return rest != "" and unicodedata.combining(rest[0]) >= 200
+
+
+def _trimmed(text: str) -> str:
+    """Take white space and invisible marks (direction marks, zero-width space) off both ends."""
+    from errata.writing import strip  # loads regex
+
+    return strip(text)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from errata.evaluation import score
 from errata.evaluation.metrics import perplexity
 from errata.evaluation.observe import logprobs, observe, unique
 from errata.host.load import Host
+from errata.host.prompts import PromptFormat
 from errata.locate.contexts import sampled_corpus
 from errata.methods import REGISTRY
 from errata.registry import unknown
@@ -388,7 +389,8 @@ class Engine:
         continued: Any = []
         if self.prompts:
             asked = list(self.prompts)
-            continued = self.host.generate(asked, max_new_tokens=OPEN_TOKENS, natural_stop=False)
+            plain = self.host.with_prompt_format(PromptFormat())
+            continued = plain.generate(asked, max_new_tokens=OPEN_TOKENS, natural_stop=False)
         return logprobs(self.host, self.texts), continued
 
     def _seen(

@@ -19,6 +19,10 @@ def command(
         bool, typer.Option("--beside", help="Leave the weights; add the edits to what their modules say.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
+    template: common.TemplateName = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    thinking: common.Thinking = None,
     foreign: common.Foreign = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -33,6 +37,7 @@ def command(
 
     edits = [Edit.load(path) for path in edit or []]
     host = common.open_host(model, device, dtype)
+    host = common.put_prompts(host, template, system, thinking, chat=chat, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)
     edited = None
     if edits:

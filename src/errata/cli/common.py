@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from errata.edits import Edit
     from errata.host.load import Host
     from errata.types import Case, Request
 
@@ -31,6 +32,26 @@ CorpusFile = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
+]
+
+TemplateName = Annotated[
+    str | None,
+    typer.Option(
+        "--template", help="How a prompt is put: raw, question, chat or auto; default: as the edit, or raw."
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Short for --template chat.")]
+System = Annotated[
+    str | None, typer.Option("--system", help="System prompt of a conversation.", metavar="TEXT")
+]
+Thinking = Annotated[
+    str | None, typer.Option("--thinking", help="Whether the template lets the model think: on or off.")
+]
+JoinName = Annotated[
+    str | None,
+    typer.Option(
+        "--join", help="Between prompt and answer: auto (as their writing requires), space or none."
+    ),
 ]
 
 Tick = Callable[[str, int, int], None]
@@ -52,6 +73,27 @@ def open_host(model: str, device: str, dtype: str) -> Host:
 
     quiet()
     return api.load(model, device=device, dtype=dtype)
+
+
+def put_prompts(
+    host: Host, template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
+    chat: bool = False, edits: Sequence[Edit] = (), after: Edit | None = None,
+) -> Host:  # fmt: skip
+    """Return the host with prompts put as the options say. Raises ConfigError for --chat beside another template."""
+    from errata import api
+    from errata.errors import ConfigError
+
+    if chat and template not in (None, "chat"):
+        raise ConfigError(f"--chat is --template chat, found --template {template} beside it; leave one out")
+    return api.put(
+        host,
+        template="chat" if chat else template,
+        system=system,
+        thinking=thinking,
+        join=join,
+        edits=edits,
+        after=after,
+    )
 
 
 def read_what(

@@ -52,14 +52,11 @@ def command(
     after: After = None,
     batch_size: BatchSize = "auto",
     corpus: common.CorpusFile = None,
-    force: common.Force = False,
-    strict: Strict = False,
-    dry_run: DryRun = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    json: common.Json = False,
-) -> None:
+    template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
+    thinking: common.Thinking = None, join: common.JoinName = None,
+    force: common.Force = False, strict: Strict = False, dry_run: DryRun = False,
+    device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
+) -> None:  # fmt: skip
     """Fit an edit and write it to a file; the model itself is not changed.
 
     Afterwards every request is put to the model with the edit in place, and those that it does not answer with
@@ -79,6 +76,7 @@ def command(
     before = Edit.load(after) if after else None
     host = common.open_host(model, device, dtype)
     api.check_kind(entry, host)
+    host = common.put_prompts(host, template, system, thinking, join, chat=chat, after=before)
     requests = texts or [_pairs(what, host, subject, target)]
     api.check_requests(host, requests)
     outputs.check_repeat(

@@ -49,7 +49,11 @@ def command(
     schedule: ScheduleName = "single",
     at: Looks = None,
     probes: Kinds = None,
-    template: Annotated[str, typer.Option(help="How a prompt is put: raw, question, chat or auto.")] = "raw",
+    template: common.TemplateName = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    thinking: common.Thinking = None,
+    join: common.JoinName = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None,
@@ -81,13 +85,15 @@ def command(
     earlier = Edit.load(after) if after else None
     table = common.read_cases(cases, seed, together=plan.together)
     host = common.open_host(model, device, dtype)
+    edits = [given] if given else []
+    host = common.put_prompts(host, template, system, thinking, join, chat=chat, edits=edits, after=earlier)
     keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
         report = api.evaluate(
             host, table, method=method, edit=given or None, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
-            keep=keep, template=template, max_new_tokens=max_new_tokens, corpus=corpus, on_progress=tick,
-            **options,
+            keep=keep, template=host.prompt_format.template, max_new_tokens=max_new_tokens, corpus=corpus,
+            on_progress=tick, **options,
         )  # fmt: skip
     document = report.to_dict()
     if output is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ErrataError, shown
-from errata.types import Case, Request, request_problems
+from errata.types import Case, Request, request_problems, subject_forms
 
 
 class Skip(ErrataError):
@@ -90,6 +90,8 @@ def request(
     that the subject is not there.
     """
     target, subject = target.strip(), subject.strip()
+    if "{}" not in prompt and subject:
+        subject = next(iter(subject_forms(prompt, subject)), subject)
     if "{}" not in prompt and subject and prompt.count(subject) != 1:  # at its one place it is clear
         words = rf"(?<!\w){re.escape(subject)}(?!\w)"
         found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)

@@ -41,6 +41,8 @@ class Provenance:
     """What the fit has to say: losses, norms, steps."""
     overrides: tuple[str, ...] = ()
     """Safety checks that were overruled, in words."""
+    prompt_format: Mapping[str, Any] = field(default_factory=dict)
+    """How prompts were put: template, system prompt, thinking, join; empty in files of earlier versions."""
 
     def __post_init__(self) -> None:
         kept = tuple(r.record if isinstance(r, ImageRequest) else r for r in self.requests)

@@ -307,6 +307,7 @@ class WeightEdit(Edit):
             "host_name": self.provenance.host_name,
             "seed": self.provenance.seed,
             "config": dict(self.provenance.config),
+            "prompt_format": dict(self.provenance.prompt_format),
             "requests": [request.to_dict() for request in self.provenance.requests],
             "versions": dict(self.provenance.versions),
             "notes": dict(self.provenance.notes),

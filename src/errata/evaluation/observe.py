@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from errata.errors import ConfigError
-from errata.host import tokens
+from errata.host import prompts, tokens
 from errata.host.load import Host, draw_rows, generate_rows
-from errata.registry import unknown
+from errata.host.prompts import Template
 from errata.types import Form, Observation, Probe
+from errata.writing import Join
 
 if TYPE_CHECKING:  # opens transformers
     from errata.host.continuing import Begun
     from errata.host.stopping import Stop
 
 Ids = tuple[int, ...]
-Template = Literal["raw", "question", "chat", "auto"]
-TEMPLATES = ("raw", "question", "chat", "auto")
 
 SCORE_TOKENS = 8192
 GENERATE_TOKENS = 8192
@@ -58,6 +56,8 @@ class _Saying:
     """New tokens; of a drawn text, all its tokens."""
     stop: Stop = "sentence"
     drawn: bool = False
+    block: str = ""
+    """A thinking block that the prompt leaves open: its first mark."""
 
 
 @dataclass(frozen=True)
@@ -81,58 +81,68 @@ class _Manner:
     """How probes are put to a host: the settings of :func:`observe` that shape prompts and answers."""
 
     host: Host
-    template: Template
+    """The host with the prompt format that is asked for."""
+    plain: Host
+    """The same host, prompts as they stand."""
     context: str
     generate: bool
     short: int
     thought: int
     long: int
 
-    @property
-    def chat(self) -> bool:
-        """Whether prompts are turns of a conversation."""
-        return self.template == "chat"
-
     def plan(self, probe: Probe) -> _Plan:
         """Tokenise what a probe asks."""
         text = f"{self.context.rstrip()}\n\n{probe.prompt}" if self.context.strip() else probe.prompt
-        saying = self._saying(probe.form)
-        raw = probe.form == "open" or not self.chat
-        base = text if raw else tokens.chat(self.host.tokenizer, text)
-        cued = self.template == "question" and probe.form in ("short", "long", "thought")
-        rows = [
-            self.host.encode_prompt(one, special=raw)
-            for one in (base, tokens.question(text) if cued else base)
-        ]
+        host = self.plain if self._uncued(probe.form) else self.host
+        framed = host.frame(text)
+        saying = self._saying(probe.form, framed)
         asked = probe.form != "open"
         scored = [
-            self._answer(base, given, raw, probe.form)
+            self._answer(host, text, given, probe.form)
             for given in (*probe.answers[: int(asked)], *probe.choices)
         ]
         first = scored.pop(0) if asked and probe.answers else None
-        rival = None if probe.rival is None or not asked else self._answer(base, probe.rival, raw, probe.form)
-        return _Plan(saying, rows[1], rows[0], first, rival, tuple(scored), probe.kind in KL_KINDS)
+        rival = (
+            None if probe.rival is None or not asked else self._answer(host, text, probe.rival, probe.form)
+        )
+        return _Plan(
+            saying, host.encode_framed(framed), host.encode_base(text), first, rival, tuple(scored),
+            probe.kind in KL_KINDS,
+        )  # fmt: skip
 
-    def _saying(self, form: Form) -> _Saying | None:
+    @property
+    def _template(self) -> Template:
+        """The template, ``auto`` settled."""
+        wanted = self.host.prompt_format.template
+        if wanted == "auto":
+            return "chat" if tokens.has_chat(self.host.tokenizer) else "question"
+        return wanted
+
+    def _uncued(self, form: Form) -> bool:
+        """Whether a form is put as it stands: running text always, choices and spans without an answer cue."""
+        return form == "open" or (self._template == "question" and form in ("choice", "span"))
+
+    def _saying(self, form: Form, framed: prompts.Framed) -> _Saying | None:
         if not self.generate or form not in SAID:
             return None
         if form == "open":
             return _Saying(OPEN_TOKENS, drawn=True)
         limit = {"short": self.short, "thought": self.thought, "long": self.long}[form]
-        if self.chat:
-            return _Saying(limit, "end")
+        if not framed.special:
+            thinks = framed.text != framed.scored
+            return _Saying(limit + self.thought * int(thinks), "end", block=framed.open_block)
         if form == "short":
-            return _Saying(limit, "sentence" if self.template == "raw" else "line")
+            return _Saying(limit, "sentence" if self._template == "raw" else "line")
         return _Saying(limit, "thought" if form == "thought" else "passage")
 
-    def _answer(self, prompt: str, answer: str, raw: bool, form: Form) -> tokens.Answer:
+    def _answer(self, host: Host, prompt: str, answer: str, form: Form) -> tokens.Answer:
         """Tokenise an answer after its prompt, with at least one token before it; a long one cut to fit."""
-        made = self.host.encode_answer(prompt, answer, special=raw)
+        made = host.encode_answer(prompt, answer)
         if not made.start:
-            begin = self.host.encode_prompt(prompt, special=raw)
+            begin = host.encode_base(prompt)
             made = tokens.Answer((*begin, *made.ids), len(begin))
-        if form == "long" and self.host.window is not None and made.start < self.host.window:
-            made = tokens.Answer(made.ids[: self.host.window], made.start)
+        if form == "long" and host.window is not None and made.start < host.window:
+            made = tokens.Answer(made.ids[: host.window], made.start)
         return made
 
 
@@ -143,7 +153,10 @@ def observe(
     max_new_tokens: int = MAX_NEW_TOKENS,
     thought_tokens: int = THOUGHT_TOKENS,
     long_tokens: int = LONG_TOKENS,
-    template: Template = "raw",
+    template: Template | None = None,
+    system: str | None = None,
+    thinking: bool | None = None,
+    join: Join | None = None,
     context: str = "",
     generate: bool = True,
     seed: int = 0,
@@ -156,18 +169,24 @@ def observe(
     probable tokens, each with a random state of its own made from ``seed``. ``max_new_tokens``,
     ``thought_tokens`` and ``long_tokens`` bound what is said to the forms short, thought and long.
 
-    ``template``: ``raw`` continues the prompt as it stands; ``question`` puts an answer cue after a prompt that
-    ends in a question mark, and a short answer then ends at a line break; ``chat`` makes it a user's turn, and
-    the answer ends where the model ends it; ``auto`` is chat for a tokenizer that has a chat template, else
-    question. Log-probabilities stand behind the raw prompt unless the template is chat. ``context``: an
-    unrelated text put before every prompt.
+    ``template``, ``system``, ``thinking``, ``join``: how prompts are put, see
+    :class:`errata.host.prompts.PromptFormat`; those left out are the host's own. Raw prompts are continued as
+    they stand; behind the cue of ``question`` a short answer ends at a line break; in a conversation the answer
+    ends where the model ends it, and a model that may think first gets ``thought_tokens`` more. Log-probabilities
+    stand behind the same text, with its thinking block closed. ``context``: an unrelated text put before every
+    prompt.
 
     Raises ConfigError for a template that is not known or not there, RequestError for a prompt or answer that
     does not fit the window.
     """
-    manner = _Manner(
-        host, _template(host, template), context, generate, max_new_tokens, thought_tokens, long_tokens
+    settings = prompts.prompt_format(
+        host.prompt_format, template=template, system=system, thinking=thinking, join=join
     )
+    plain = prompts.PromptFormat(join=settings.join)
+    manner = _Manner(
+        host.with_prompt_format(settings), host.with_prompt_format(plain), context, generate, max_new_tokens,
+        thought_tokens, long_tokens,
+    )  # fmt: skip
     plans = [manner.plan(probe) for probe in probes]
     after = _After(host, batch_tokens)
     for plan in plans:
@@ -181,15 +200,6 @@ def observe(
         against, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
         seen.append(Observation(text, said, top, against, spread, choices))
     return seen
-
-
-def _template(host: Host, wanted: str) -> Template:
-    """Settle how prompts are put. Raises ConfigError for a name that is none."""
-    if wanted not in TEMPLATES:
-        raise ConfigError(unknown(wanted, list(TEMPLATES), "template"))
-    if wanted == "auto":
-        return "chat" if tokens.has_chat(host.tokenizer) else "question"
-    return wanted  # type: ignore[return-value]
 
 
 def _run(
@@ -223,9 +233,8 @@ def _run(
 def _say(host: Host, begun: Begun, saying: _Saying, seed: int) -> list[str]:
     if saying.drawn:
         return draw_rows(host, begun, saying.limit, top_k=OPEN_TOP_K, seed=seed)
-    if saying.stop == "sentence":
-        return generate_rows(host, begun, saying.limit)
-    return generate_rows(host, begun, saying.limit, saying.stop)
+    texts = generate_rows(host, begun, saying.limit, saying.stop)
+    return [prompts.answer_of(text, saying.block) for text in texts]
 
 
 def _groups(rows: Sequence[Ids], saying: _Saying | None) -> Iterator[list[Ids]]:

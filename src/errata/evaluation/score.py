@@ -23,6 +23,7 @@ from errata.evaluation.metrics import (
 from errata.evaluation.metrics.ngrams import distinct, repetition
 from errata.evaluation.metrics.summary import legacy_scores, paired, ripple_scores, rome_scores, summarise
 from errata.types import Case, Observation, Probe, Row
+from errata.writing import joint
 
 __all__ = ["PROTOCOLS", "legacy_scores", "paired", "ripple_scores", "rome_scores", "rows", "summarise"]
 
@@ -245,7 +246,7 @@ def _open(one: _Asked, generated: bool) -> list[Row]:
 
 def _whole(probe: Probe, text: str) -> str:
     """Put a prompt before its text, as ROME's code scores them."""
-    return f"{probe.prompt.strip()} {text.strip()}"
+    return joint(probe.prompt.strip(), text)[0]
 
 
 _ROWS_OF = {"short": _short, "choice": _choice, "span": _span, "long": _long, "open": _open}

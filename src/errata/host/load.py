@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import os
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError, RequestError
-from errata.host import hooks, placement, tokens
+from errata.host import hooks, placement, prompts, tokens
 from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.registry import unknown
@@ -39,6 +40,7 @@ class Host:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
+        self.prompt_format = prompts.PromptFormat()
         self.model.eval()
         placement.keep_gradients_(self.model)
 
@@ -245,13 +247,23 @@ class Host:
     def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
         """Continue one prompt, or each of several, greedily; return the new text only.
 
-        Stops at the end token, and unless ``natural_stop`` is off also at a line break or shortly
-        after the first sentence.
+        Prompts are put as :attr:`prompt_format` says. Stops at the end token, and unless ``natural_stop`` is
+        off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
+        a conversation at its end token only. A thinking block that was closed is left out.
         """
         one = isinstance(prompt, str)
-        prompts = [prompt] if one else list(prompt)
-        rows = [self.encode_prompt(text) for text in prompts]
-        texts = generate_rows(self, rows, max_new_tokens, "sentence" if natural_stop else "end")
+        given = [prompt] if one else list(prompt)
+        framed = [self.frame(text) for text in given]
+        stops: dict[bool, list[int]] = {}
+        for i, form in enumerate(framed):
+            stops.setdefault(form.special, []).append(i)
+        texts = [""] * len(given)
+        for special, group in stops.items():
+            line: Stop = "line" if self.prompt_format.template in ("question", "auto") else "sentence"
+            stop: Stop = line if natural_stop and special else "end"
+            rows = [self.encode_framed(framed[i]) for i in group]
+            for i, text in zip(group, generate_rows(self, rows, max_new_tokens, stop), strict=True):
+                texts[i] = prompts.answer_of(text, framed[i].open_block)
         return texts[0] if one else texts
 
     def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
@@ -260,19 +272,65 @@ class Host:
 
     @cached_property
     def _remember(self) -> Callable[..., Any]:
-        return lru_cache(TEXTS_KEPT)(lambda make, *given: make(*given[:-1], special=given[-1]))
+        return lru_cache(TEXTS_KEPT)(lambda make, tokenizer, *given: make(tokenizer, *given))
+
+    def with_prompt_format(self, settings: prompts.PromptFormat) -> Host:
+        """Return this host with prompts put otherwise; model, tokenizer and what is in place are shared."""
+        if settings == self.prompt_format:
+            return self
+        view = copy.copy(self)
+        view.prompt_format = settings
+        return view
+
+    def frame(self, prompt: str, *, prefix: str = "", before: int | None = None) -> prompts.Framed:
+        """Put a prompt as :attr:`prompt_format` says; see :func:`errata.host.prompts.frame`."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        key = repr(template) if template else ""  # it may be changed on a live tokenizer
+        return self._remember(_frame, self.tokenizer, self.prompt_format, prompt, prefix, before, key)
+
+    def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
+        """Tokenise what is continued of a framed prompt; ids."""
+        return self._remember(_prompt_ids, self.tokenizer, framed.text, framed.special)
 
     def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
-        """Tokenise a prompt to be continued; ids."""
-        return self._remember(_prompt_ids, self.tokenizer, prompt, special)
+        """Tokenise a prompt to be continued; ids. ``special`` off: it is a conversation with its own tokens."""
+        return self.encode_framed(self.frame(prompt) if special else prompts.written(prompt))
 
-    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> tokens.Answer:
-        """Tokenise prompt and answer together."""
-        return self._remember(tokens.encode_answer, self.tokenizer, prompt, answer, special)
+    def encode_base(self, prompt: str) -> tuple[int, ...]:
+        """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids."""
+        framed = self.frame(prompt)
+        return self._remember(_prompt_ids, self.tokenizer, framed.scored, framed.special)
+
+    def encode_answer(
+        self, prompt: str, answer: str, *, prefix: str = "", before: int | None = None, special: bool = True
+    ) -> tokens.Answer:
+        """Tokenise prompt and answer together; ``prefix`` and ``before`` as in :meth:`frame`."""
+        framed = self.frame(prompt, prefix=prefix, before=before) if special else prompts.written(prompt)
+        return self._remember(
+            _answer_ids,
+            self.tokenizer,
+            framed.scored,
+            answer,
+            framed.special,
+            self.prompt_format.join,
+            framed.lead,
+        )
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool) -> tuple[int, ...]:
+def _frame(
+    tokenizer: Any, settings: prompts.PromptFormat, prompt: str, prefix: str, before: int | None, key: str
+) -> prompts.Framed:
+    return prompts.frame(tokenizer, settings, prompt, prefix, before)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, special: bool) -> tuple[int, ...]:
     return tokens.encode_prompt(tokenizer, prompt, special=special).ids
+
+
+def _answer_ids(
+    tokenizer: Any, prompt: str, answer: str, special: bool, join: Any, lead: str | None
+) -> tokens.Answer:
+    return tokens.encode_answer(tokenizer, prompt, answer, special=special, join=join, lead=lead)
 
 
 def generate_rows(
@@ -295,7 +353,8 @@ def generate_rows(
         stops = StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, batch.ids.shape[1], stop)])
         limit = min(_limits(host, rows, max_new_tokens))
         ids = _generate(host, batch, limit, do_sample=False, stopping_criteria=stops)
-    texts = host.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rows = [prompts.behind_thoughts(host.tokenizer, list(row)) for row in ids]
+    texts = host.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [stopping.cut(text, stop) for text in texts]
 
 

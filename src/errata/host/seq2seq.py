@@ -20,6 +20,8 @@ from errata.errors import HostError, RequestError
 from errata.host import tokens
 from errata.host.layout import Layout
 from errata.host.load import Host
+from errata.host.prompts import Framed, written
+from errata.writing import strip
 
 Ids = tuple[int, ...]
 
@@ -83,23 +85,31 @@ class Seq2SeqHost(Host):
         made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         return tokens.Encoded(text, tuple(made["input_ids"]), tuple(map(tuple, made["offset_mapping"])))
 
-    def encode_prompt(self, prompt: str, *, special: bool = True) -> Ids:
+    def encode_framed(self, framed: Framed) -> Ids:
         """Return the row up to where the answer begins."""
         lead, _ = self._frame
-        return (*self.encode(prompt, special=special).ids, BREAK, self.start_token, *lead)
+        return (*self.encode(framed.text, special=framed.special).ids, BREAK, self.start_token, *lead)
 
-    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> tokens.Answer:
+    def encode_base(self, prompt: str) -> Ids:
+        """Return the row that answers are scored behind: the decoder's side begins alike."""
+        return self.encode_prompt(prompt)
+
+    def encode_answer(
+        self, prompt: str, answer: str, *, prefix: str = "", before: int | None = None, special: bool = True
+    ) -> tokens.Answer:
         """Return the row with an answer, without the token that closes it.
 
         Raises RequestError when the answer yields no token.
         """
         lead, closing = self._frame
-        made = list(self.tokenizer(text_target=answer)["input_ids"])
-        said = made[len(lead) : len(made) - closing]
-        if not said or not answer.strip():
+        body = strip(answer)
+        ids = list(self.tokenizer(text_target=body)["input_ids"])
+        target = ids[len(lead) : len(ids) - closing]
+        if not target or not body:
             raise RequestError(f"target {answer!r} yields no token of its own")
-        before = self.encode_prompt(prompt, special=special)
-        return tokens.Answer((*before, *said), len(before))
+        framed = self.frame(prompt, prefix=prefix, before=before) if special else written(prompt)
+        row = self.encode_framed(framed)
+        return tokens.Answer((*row, *target), len(row))
 
     def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> Pairs:
         """Pad rows; the encoder's side always on the right, since its places may count from the left.

@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+import regex
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
+
+from errata.writing import TERMINAL, after_thoughts
 
 Stop = Literal["sentence", "line", "thought", "passage", "end"]
 """Where a continuation stops besides its end token: shortly after its first ``sentence`` or at a line break;
 at a ``line`` break; where a ``thought`` has come to its answer or a new question begins; where after a
 ``passage`` a new question begins; only at the ``end`` token."""
 
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s")
+SENTENCE_END = regex.compile(
+    rf"(?V1)[.!?][\"'\p{{Pe}}\p{{Pf}}\p{{Pi}}]*\s|(?P<other>[{TERMINAL}--[.!?．]])[\"'\p{{Pe}}\p{{Pf}}\p{{Pi}}]*(?=[^\"'\p{{Pe}}\p{{Pf}}\p{{Pi}}])"
+)
+"""The end of a sentence. Marks of other scripts (。！？।؟) need no space, only something, behind them."""
 GRACE = 12
 """Characters let through after a sentence's end: what a matcher reads as its first sentence may be longer."""
 _SHORTENED = re.compile(
@@ -25,18 +31,18 @@ _SHORTENED = re.compile(
 only has to be waited for: "Dr. Martin Luther King", "a U.S. citizen"."""
 
 CONCLUDED = re.compile(
-    r"\banswer\b(?: (?:to|of|for) [^.:?\n]{1,80}?)?[^\w\n]{0,4}(?:\bis\b|:)[\s:*]*[^\s:*][^\n]*\n",
+    r"\banswer\b(?: (?:to|of|for) [^.:?\n]{1,80}?)?[^\w\n]{0,4}(?:\bis\b|[:：])[\s:：*]*[^\s:：*][^\n]*\n",
     re.IGNORECASE,
 )
 """A line that gives an answer: "answer is" or "answer:" with words behind it, not "to answer this"."""
-NEW_QUESTION = re.compile(r"\n\s*(?:question|q)\s*:", re.IGNORECASE)
+NEW_QUESTION = re.compile(r"\n\s*(?:question|q)\s*[:：]", re.IGNORECASE)
 
 
 def done(text: str, stop: Stop) -> bool:
     """Whether a continuation has come to its natural stop."""
-    body = text.lstrip()
     if stop == "end":
         return False
+    body = after_thoughts(text).lstrip()
     if stop in ("thought", "passage"):
         concluded = stop == "thought" and CONCLUDED.search(body) is not None
         return concluded or NEW_QUESTION.search(body) is not None
@@ -45,7 +51,7 @@ def done(text: str, stop: Stop) -> bool:
     if stop == "line":
         return False
     return any(
-        len(body) - end.end() > GRACE and not _shortened(body[: end.end()])
+        end["other"] or (len(body) - end.end() > GRACE and not _shortened(body[: end.end()]))
         for end in SENTENCE_END.finditer(body)
     )
 
@@ -58,7 +64,7 @@ def _shortened(text: str) -> bool:
 
 def cut(text: str, stop: Stop) -> str:
     """Take off what the last token brought from beyond the stop; white space in front stays."""
-    body = text.lstrip()
+    body = after_thoughts(text).lstrip()
     lead = text[: len(text) - len(body)]
     if stop in ("thought", "passage"):
         found = NEW_QUESTION.search(body)

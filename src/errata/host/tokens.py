@@ -6,7 +6,6 @@ a target) are read off the offsets. So begin tokens, prefix spaces and merges ca
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from errata.errors import ConfigError, HostError, RequestError
+from errata.errors import HostError, RequestError
+from errata.host.prompts import chat, has_chat, question
+from errata.writing import Join, joint
 
 Side = Literal["left", "right"]
+Ids = tuple[int, ...]
+
+__all__ = [
+    "Answer", "Batch", "Encoded", "Ids", "Side", "by_length", "chat", "encode", "encode_answer", "encode_prompt",
+    "has_chat", "joint", "pad", "question",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,45 +84,52 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> Encoded:
     return Encoded(text, tuple(ids), tuple(spans))  # type: ignore[arg-type]
 
 
-def joint(prompt: str, answer: str) -> tuple[str, int]:
-    """Join prompt and answer as running text; return it and where the answer starts.
+def encode_answer(
+    tokenizer: Any,
+    prompt: str,
+    answer: str,
+    *,
+    special: bool = True,
+    join: Join = "auto",
+    lead: str | None = None,
+) -> Answer:
+    """Tokenise an answer as a continuation of its prompt; ``special`` as in :func:`encode`, the rest of
+    :func:`errata.writing.joint`.
 
-    A space comes between unless the prompt ends in a line break or an opening bracket or quote, the
-    answer starts with white space, or the answer starts with closing punctuation.
+    The prompt's tokens are those it has alone, which is what a model continues: a token that prompt and answer
+    would share in running text is not made. Raises RequestError when the answer yields no token of its own.
     """
-    stripped = prompt.rstrip(" \t")
-    body = answer.lstrip(" \t") if stripped != prompt else answer
-    if _glued(stripped, body):
-        return stripped + body, len(stripped)
-    return f"{stripped} {body}", len(stripped) + 1
-
-
-def _glued(prompt: str, answer: str) -> bool:
-    if not prompt or not answer or answer[0].isspace() or prompt[-1].isspace():
-        return True
-    opening = unicodedata.category(prompt[-1]) in ("Ps", "Pi")
-    closing = unicodedata.category(answer[0]) in ("Pe", "Pf") or answer[0] in ".,;:!?%"
-    return opening or closing
-
-
-def encode_answer(tokenizer: Any, prompt: str, answer: str, *, special: bool = True) -> Answer:
-    """Tokenise prompt and answer together and find the answer's tokens; ``special`` as in :func:`encode`.
-
-    Raises RequestError when the answer yields no token of its own.
-    """
-    text, at = joint(prompt, answer)
+    text, at = joint(prompt, answer, join, lead=lead)
     whole = encode(tokenizer, text, special=special)
     inside = [
         i for i, (a, b) in enumerate(whole.spans) if b > at and b > a and not text[max(a, at) : b].isspace()
     ]
     if not inside:
         raise RequestError(f"target {answer!r} yields no token after {prompt!r}")
-    return Answer(whole.ids, inside[0])
+    begun = encode(tokenizer, prompt.rstrip(" \t") if special else prompt, special=special).ids
+    if whole.ids[: len(begun)] == begun and len(begun) <= inside[0]:
+        return Answer(whole.ids, len(begun))
+    border = len(prompt.rstrip(" \t") if special else prompt)
+    behind = _behind(tokenizer, text[border:])
+    return Answer((*begun, *behind), len(begun)) if behind and begun else Answer(whole.ids, inside[0])
+
+
+def _behind(tokenizer: Any, text: str) -> Ids:
+    """Tokenise a text as it is inside a line, not at its beginning; nothing where no border can be had."""
+    for border in ("\n", "\n\n", "|", "\N{IDEOGRAPHIC FULL STOP}"):
+        made = encode(tokenizer, border + text, special=False)
+        at = len(border)
+        if made.ids and all(b <= at or a >= at for a, b in made.spans):
+            return tuple(i for i, (_, b) in zip(made.ids, made.spans, strict=True) if b > at)
+    return ()
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encoded:
-    """Tokenise a prompt to be continued; a trailing space goes, since answers bring their own."""
-    made = encode(tokenizer, prompt.rstrip(" \t"), special=special)
+    """Tokenise a prompt to be continued; a trailing space goes, since answers bring their own.
+
+    With ``special`` off it stays: a chat template knows what its model continues.
+    """
+    made = encode(tokenizer, prompt.rstrip(" \t") if special else prompt, special=special)
     if made.ids:
         return made
     begin = getattr(tokenizer, "bos_token_id", None)
@@ -124,35 +138,6 @@ def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encod
     if begin is None:
         raise RequestError("an empty prompt needs a tokenizer with a begin token")
     return Encoded(prompt, (int(begin),), ((0, 0),))
-
-
-def has_chat(tokenizer: Any) -> bool:
-    """Whether a tokenizer knows how a conversation is written."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def chat(tokenizer: Any, prompt: str) -> str:
-    """Write a prompt as a user's turn with an empty system prompt, up to where the assistant speaks.
-
-    The text holds its special tokens: tokenise it with ``special`` off. A template that knows no system
-    prompt gets none. Raises ConfigError for a tokenizer without a chat template.
-    """
-    from jinja2.exceptions import TemplateError
-
-    if not has_chat(tokenizer):
-        raise ConfigError("the tokenizer has no chat template; use template='question', 'raw' or 'auto'")
-    user = {"role": "user", "content": prompt}
-    try:
-        turns = [{"role": "system", "content": ""}, user]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-
-
-def question(prompt: str) -> str:
-    """Put an answer cue after a prompt that ends in a question mark; another prompt has its own cue."""
-    stripped = prompt.rstrip()
-    return f"{stripped}\nAnswer:" if stripped.endswith("?") else prompt
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import regex
+
 from errata.host.load import Host, sample_rows
 from errata.host.tokens import encode_prompt
 from errata.stats.collect import Corpus
+from errata.writing import TERMINAL, is_unspaced
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
@@ -57,7 +60,8 @@ def weigh(texts: Sequence[str], weighting: str) -> list[Context]:
 def _clean(text: str) -> str:
     """End the prefix as a sentence: no line breaks, no half characters, no double stops."""
     words = " ".join(text.replace("\N{REPLACEMENT CHARACTER}", "").split())
-    return words.rstrip(" .,;:!?") + ". "
+    body = regex.sub(rf"[\s,;:、，；：{TERMINAL}]+\Z", "", words)
+    return body + ("\N{IDEOGRAPHIC FULL STOP}" if is_unspaced(body[-1:]) else ". ")
 
 
 def sampled_corpus(host: Host, *, seed: int = 0, texts: int = 96, length: int = 160) -> Corpus:

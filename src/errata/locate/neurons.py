@@ -34,7 +34,6 @@ from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before
-from errata.host.tokens import encode_prompt
 from errata.locate.keys import BATCH_TOKENS, tokens_batches
 
 Rule = Literal["right", "left", "midpoint"]
@@ -68,7 +67,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
         made = host.encode_answer(prompt, answer)
         ids, start = made.ids, made.start
     else:
-        head = encode_prompt(host.tokenizer, prompt).ids
+        head = host.encode_base(prompt)
         ids, start = (*head, *answer), len(head)
     if start == 0 or start == len(ids):
         raise RequestError(
@@ -80,7 +79,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
 
 def said(host: Host, prompt: str, count: int) -> tuple[int, ...]:
     """Return the tokens, so many, with which the host goes on from a prompt by itself."""
-    ids = list(encode_prompt(host.tokenizer, prompt).ids)
+    ids = list(host.encode_base(prompt))
     with torch.no_grad():
         for _ in range(count):
             ids.append(int(host.forward(host.batch([ids]), keep=1)[0, -1].argmax()))

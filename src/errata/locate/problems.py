@@ -73,10 +73,13 @@ def place_of(
     host: Host, request: Request, prefix: str = "", *, span: Span = subject_span, token: Token = "last"
 ) -> tuple[tuple[int, ...], int]:
     """Return the ids of a prompt behind a prefix and the index of the edited token in it."""
-    start, stop = (bound + len(prefix) for bound in span(request))
-    encoded = host.encode(prefix + request.text)
+    start, stop = span(request)
+    framed = host.frame(request.text, prefix=prefix, before=start)
+    encoded = host.encode(framed.scored, special=framed.special)
+    if span is prompt_end and len(framed.scored) > len(request.text) + framed.shift:
+        return encoded.ids, len(encoded.ids) - 1  # a cue or template goes on behind the prompt's own end
     find = encoded.last_of if token == "last" else encoded.first_of
-    return encoded.ids, find(start, stop)
+    return encoded.ids, find(start + framed.shift, stop + framed.shift)
 
 
 def problems(
@@ -113,7 +116,9 @@ def _lines(
     weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
     lines = []
     for number, context in enumerate(contexts):
-        answer = host.encode_answer(context.prefix + request.text, request.target)
+        answer = host.encode_answer(
+            request.text, request.target, prefix=context.prefix, before=span(request)[0]
+        )
         _, place = place_of(host, request, context.prefix, span=span, token=token)
         if place >= answer.start:
             raise RequestError(f"the subject {request.subject!r} and the target share a token")

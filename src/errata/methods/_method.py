@@ -241,6 +241,7 @@ def provenance(
         seed=work.seed,
         versions=versions(),
         notes=notes,
+        prompt_format=host.prompt_format.to_dict(),
     )
 
 

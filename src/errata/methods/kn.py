@@ -36,6 +36,7 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host.layout import Site
 from errata.host.load import Host
+from errata.host.prompts import prefixed
 from errata.linalg.lowrank import LowRank
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
@@ -116,8 +117,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     chosen = []
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
+        prompts = [prefixed(host.tokenizer, request.text, one, request.span[0]) for one in prefixes]
         sets = coarse_sets(
-            host, [prefix + request.text for prefix in prefixes], answer, list(sites.values()),
+            host, prompts, answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
             on_layer=partial(work.on_progress, f"attribution {i + 1}/{len(requests)}"),
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from errata.data._base import Record, request
 from errata.data.sets._parts import has, kept, rival_to
 from errata.types import Probe, Request
+from errata.writing import statement
 
 
 def nested(value: Any) -> bool:
@@ -62,5 +63,5 @@ def neighbours(
 
 def distracting(wanted: Request, prompts: Iterable[str], answer: str | None = None) -> Iterator[Probe]:
     """Ask the neighbours' prompts with the edit stated before them: ``<edit> <new target>. <prompt>``."""
-    stated = (f"{wanted.text} {wanted.target}. {prompt}" for prompt in prompts)
+    stated = (f"{statement(wanted.text, wanted.target)} {prompt}" for prompt in prompts)
     return neighbours(wanted, stated, "distracting", answer)

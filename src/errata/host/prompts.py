@@ -1,0 +1,348 @@
+"""How a prompt is put to a model: as it stands, with an answer cue, or as a user's turn of a conversation.
+
+What a method edits, what is scored and what is generated all go through here, so they are one text: behind the
+same template, the same (closed) thinking block, with the same join of prompt and answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import regex
+
+from errata.errors import ConfigError
+from errata.registry import unknown
+from errata.writing import JOINS, Join, after_thoughts, closes_block, strip, unclosed_block
+
+Template = Literal["raw", "question", "chat", "auto"]
+TEMPLATES = ("raw", "question", "chat", "auto")
+
+_MARK = "\ue000prompt\ue001"
+"""Stands for a text while a template is looked at; private-use characters, which no template holds."""
+_SYSTEM = "\ue000system\ue001"
+_ANSWER = "\ue000answer\ue001"
+_QUESTION = regex.compile(r"[?？؟⸮՞፧;⁇⁈]\s*\Z")
+_EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts are put. Raises ConfigError for settings that are not known or do not belong together."""
+
+    template: Template = "raw"
+    """``raw``: as it stands. ``question``: an answer cue behind a prompt that ends in a question mark. ``chat``:
+    a user's turn by the tokenizer's chat template. ``auto``: chat where there is a template, else question."""
+    system: str | None = None
+    """System prompt of a conversation; None: an empty one where the template takes one."""
+    thinking: bool | None = None
+    """Whether the template lets the model think first (its ``enable_thinking``); None: a direct answer where the
+    template can ask for one. Answers are scored behind a closed block either way."""
+    join: Join = "auto"
+    """What comes between prompt and answer, see :func:`errata.writing.joint`."""
+
+    def __post_init__(self) -> None:
+        if self.template not in TEMPLATES:
+            raise ConfigError(unknown(str(self.template), list(TEMPLATES), "template"))
+        if self.join not in JOINS:
+            raise ConfigError(unknown(str(self.join), list(JOINS), "join"))
+        if self.thinking not in (None, True, False):
+            raise ConfigError(f"thinking must be on, off or left out, found {self.thinking!r:.40}")
+        if self.system is not None and not isinstance(self.system, str):
+            raise ConfigError(f"system must be a text, found {type(self.system).__name__}")
+        named = [name for name in ("system", "thinking") if getattr(self, name) is not None]
+        if named and self.template in ("raw", "question"):
+            raise ConfigError(
+                f"{' and '.join(named)} need template='chat' (or auto), found {self.template!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return asdict(self)
+
+    def asking(self) -> dict[str, Any]:
+        """Return the settings that say something as options of :func:`errata.evaluation.observe.observe`."""
+        plain = {"system": None, "thinking": None, "join": "auto"}
+        return {name: value for name, value in asdict(self).items() if value != plain.get(name, "")}
+
+    @property
+    def is_default(self) -> bool:
+        """Whether prompts stand as they are."""
+        return self == PromptFormat()
+
+
+def prompt_format(
+    base: PromptFormat, *, template: str | None = None, system: str | None = None,
+    thinking: bool | str | None = None, join: str | None = None,
+) -> PromptFormat:  # fmt: skip
+    """Return a format with the settings that are given in place of its own; thinking may be ``on`` or ``off``.
+
+    A system prompt or thinking without a template means ``chat``, where the base has none.
+    """
+    if isinstance(thinking, str):
+        if thinking not in ("on", "off"):
+            raise ConfigError(f"thinking must be on or off, found {thinking!r:.40}")
+        thinking = thinking == "on"
+    given = {"template": template, "system": system, "thinking": thinking, "join": join}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if (
+        template is None
+        and base.template in ("raw", "question")
+        and ("system" in changes or "thinking" in changes)
+    ):
+        changes["template"] = "chat"
+    if changes.get("template", "chat") in ("raw", "question"):
+        changes = {"system": None, "thinking": None, **changes}
+    return replace(base, **changes) if changes else base
+
+
+def recorded_format(record: Mapping[str, Any]) -> PromptFormat:
+    """Read a format from an edit's record; records of earlier versions hold none and mean ``raw``."""
+    names = PromptFormat.__dataclass_fields__
+    return PromptFormat(**{name: value for name, value in record.items() if name in names})
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A prompt as it is put to the model."""
+
+    text: str
+    """What is continued."""
+    scored: str
+    """What answers are scored behind: the same, a thinking block that stands open in it closed."""
+    shift: int
+    """How far the prompt's characters are moved inside the text."""
+    special: bool
+    """Whether the tokenizer adds its special tokens; a template brings its own."""
+    lead: str | None
+    """What stands between this text and an answer; None: what their writing requires."""
+
+    @property
+    def open_block(self) -> str:
+        """The mark of a thinking block that the text leaves open; empty where it leaves none."""
+        return "" if unclosed_block(self.text) is None else self.text.rstrip().rpartition("\n")[2]
+
+
+def frame(
+    tokenizer: Any, settings: PromptFormat, prompt: str, prefix: str = "", before: int | None = None
+) -> Framed:
+    """Put a prompt into its format, running text ``prefix`` inside the user's turn.
+
+    ``before``: a place in the prompt that the prefix must stand before, as the subject's. A prompt that is a
+    whole conversation already stays one: the prefix goes behind its begin token or the head of the user's turn
+    and is left out where no such place is known. Raises ConfigError for a template that is not there.
+    """
+    template = settings.template
+    if template == "auto":
+        template = "chat" if has_chat(tokenizer) else "question"
+    if template == "chat" and not _starts_special(tokenizer, prompt):
+        return _chat(tokenizer, settings, prompt, prefix)
+    lead = _lead_behind(tokenizer, prompt)
+    text = prefixed(tokenizer, prompt, prefix, before)
+    shift = len(text) - len(prompt)
+    if template == "question":
+        text = question(text)
+    return Framed(text, _closed(text), shift, True, lead)
+
+
+def prefixed(tokenizer: Any, prompt: str, prefix: str, before: int | None = None) -> str:
+    """Put running text before a prompt, or inside the user's turn of a whole conversation; see :func:`frame`."""
+    at = _opening(tokenizer, prompt, len(prompt) if before is None else before) if prefix else 0
+    return prompt if at is None else prompt[:at] + prefix + prompt[at:]
+
+
+def written(prompt: str) -> Framed:
+    """Take a text as a whole conversation that brings its special tokens."""
+    return Framed(prompt, prompt, 0, False, None)
+
+
+def behind_thoughts(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Cut a thinking block off generated ids where its end is a special token, which decoding would drop."""
+    ends = {
+        i
+        for i in getattr(tokenizer, "all_special_ids", ())
+        if closes_block(tokenizer.convert_ids_to_tokens(i))
+    }
+    last = max((place for place, token in enumerate(ids) if token in ends), default=-1)
+    return ids[last + 1 :]
+
+
+def answer_of(text: str, open_block: str = "") -> str:
+    """Return a continuation without its thinking block; thoughts that did not come to an end stay, marked so."""
+    rest = after_thoughts(text)
+    if open_block and rest == text:
+        return f"{open_block}{text}"
+    return rest or text
+
+
+def has_chat(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows how a conversation is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat(tokenizer: Any, prompt: str, *, system: str | None = None, thinking: bool | None = None) -> str:
+    """Write a prompt as a user's turn, up to where the assistant speaks; see :class:`PromptFormat`.
+
+    The text holds its special tokens: tokenise it with ``special`` off. Raises ConfigError for a tokenizer
+    without a chat template, and for a system prompt or thinking that the template does not know.
+    """
+    turns, options = _conversation(tokenizer, prompt, system, thinking)
+    return _render(tokenizer, turns, options)
+
+
+def question(prompt: str) -> str:
+    """Put an answer cue after a prompt that ends in a question mark; another prompt has its own cue."""
+    return f"{prompt.rstrip()}\nAnswer:" if _QUESTION.search(prompt) else prompt
+
+
+def _conversation(
+    tokenizer: Any, prompt: str, system: str | None, thinking: bool | None
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Settle the turns and options that a template takes."""
+    if not has_chat(tokenizer):
+        raise ConfigError("the tokenizer has no chat template; use template='question', 'raw' or 'auto'")
+    user = {"role": "user", "content": prompt}
+    turns = [{"role": "system", "content": system or ""}, user]
+    try:
+        text = _render(tokenizer, turns)
+    except ConfigError as error:
+        if system:
+            raise ConfigError(f"the chat template takes no system prompt; leave it out ({error})") from error
+        turns = [user]
+        text = _render(tokenizer, turns)
+    if system and strip(system) not in text:
+        raise ConfigError("the chat template leaves the system prompt out; put it into the prompt instead")
+    on, off = ({"enable_thinking": flag, "thinking": flag} for flag in (True, False))
+    knows = _render(tokenizer, turns, on) != _render(tokenizer, turns, off)
+    if thinking is not None and not knows:
+        word = "on" if thinking else "off"
+        raise ConfigError(
+            f"the chat template cannot turn thinking {word}: it has no enable_thinking; leave it out"
+        )
+    return turns, (on if thinking else off) if knows else {}
+
+
+def _render(
+    tokenizer: Any, turns: Sequence[dict[str, str]], options: Mapping[str, Any] | None = None, *,
+    answered: bool = False,
+) -> str:  # fmt: skip
+    """Apply the chat template. Raises ConfigError where it refuses."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=not answered, **(options or {})
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ConfigError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error
+
+
+def _chat(tokenizer: Any, settings: PromptFormat, prompt: str, prefix: str) -> Framed:
+    content = prefix + prompt
+    turns, options = _conversation(tokenizer, content, settings.system, settings.thinking)
+    text = _render(tokenizer, turns, options)
+    marked = _render(tokenizer, [*turns[:-1], {"role": "user", "content": _MARK}], options)
+    head, found, tail = marked.partition(_MARK)
+    inner = text[len(head) : len(text) - len(tail)]
+    if not found or not (text.startswith(head) and text.endswith(tail)) or inner.strip() != content.strip():
+        raise ConfigError(
+            f"the chat template changes the prompt {prompt!r:.80}; write the conversation out, raw"
+        )
+    cut = 0 if inner == content else len(content) - len(content.lstrip())
+    scored = _closed(text)
+    if settings.thinking and scored == text:
+        off = _render(tokenizer, turns, {"enable_thinking": False, "thinking": False})
+        scored = off if off.startswith(text) else text + _EMPTY_BLOCK
+    lead = _lead(tokenizer, turns, options, text, scored)
+    return Framed(text, scored, len(head) + len(prefix) - cut, False, lead)
+
+
+def _closed(text: str) -> str:
+    close = unclosed_block(text)
+    return text if close is None else text + close
+
+
+def _lead(
+    tokenizer: Any, turns: Sequence[dict[str, str]], options: Mapping[str, Any], text: str, scored: str
+) -> str:
+    """Return the white space that a template writes between its generation marker and an answer."""
+    try:
+        whole = _render(
+            tokenizer, [*turns, {"role": "assistant", "content": _ANSWER}], options, answered=True
+        )
+    except ConfigError:
+        return ""
+    written = whole.partition(_ANSWER)[0]
+    for base in (scored, text):
+        between = written[len(base) :]
+        if written.startswith(base) and not between.strip():
+            return between
+    return ""
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    """List the special tokens' texts."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    texts = [str(token) for token in added.values() if getattr(token, "special", False)]
+    return [text for text in {*texts, *map(str, getattr(tokenizer, "all_special_tokens", ()))} if text]
+
+
+def _starts_special(tokenizer: Any, prompt: str) -> bool:
+    return prompt.lstrip().startswith(tuple(_special_texts(tokenizer)) or ("\0",))
+
+
+def _lead_behind(tokenizer: Any, prompt: str) -> str | None:
+    """Return what stands between a conversation typed out in a prompt and its answer; None for running text."""
+    if prompt.endswith(tuple(_special_texts(tokenizer)) or ("\0",)):
+        return ""
+    if not has_chat(tokenizer):
+        return None
+    try:
+        turns, options = _conversation(tokenizer, _MARK, None, None)
+        text = _render(tokenizer, turns, options)
+    except ConfigError:
+        return None
+    marker = text.partition(_MARK)[2]
+    if marker.strip() and prompt.rstrip(" \t").endswith(marker.rstrip(" \t")):
+        return _lead(tokenizer, turns, options, text, text)
+    return None
+
+
+def _opening(tokenizer: Any, prompt: str, before: int) -> int | None:
+    """Return where running text may stand in front of a prompt's ``before``-th character; None: nowhere."""
+    specials = sorted(_special_texts(tokenizer), key=len, reverse=True)
+    at = 0
+    begin = str(getattr(tokenizer, "bos_token", None) or "")
+    while begin and prompt.startswith(begin, at):
+        at += len(begin)
+    heads = [
+        end for head in _heads(tokenizer) if (end := prompt.rfind(head, 0, before) + len(head)) >= len(head)
+    ]
+    if heads:
+        return max(heads)
+    return None if any(token in prompt[at:] for token in specials) else at
+
+
+def _heads(tokenizer: Any) -> list[str]:
+    """List what a chat template writes in front of a user's text: after another turn, after a system prompt."""
+    if not has_chat(tokenizer):
+        return []
+    found = []
+    try:
+        user, again = ({"role": "user", "content": text} for text in (_MARK, _ANSWER))
+        turns = [user, {"role": "assistant", "content": _SYSTEM}, again]
+        first, later = (part for part in (_render(tokenizer, [user]), _render(tokenizer, turns)))
+        one, two = first.partition(_MARK)[0], later.partition(_ANSWER)[0].rpartition(_SYSTEM)[2]
+        same = 0
+        while same < min(len(one), len(two)) and one[-1 - same] == two[-1 - same]:
+            same += 1
+        found.append(one[len(one) - same :])
+    except ConfigError:
+        pass
+    try:
+        turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _MARK}]
+        found.append(_render(tokenizer, turns).partition(_MARK)[0].partition(_SYSTEM)[2])
+    except ConfigError:
+        pass
+    return [head for head in found if head.strip()]

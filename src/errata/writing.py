@@ -1,0 +1,272 @@
+"""How texts are written: scripts, the space between prompt and answer, sentence ends, thinking blocks.
+
+All of it is read off Unicode's properties (UAX #14 line breaking, #24 scripts, #29 segmentation, #44), by the
+``regex`` library, so no list of languages is kept here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import regex
+
+Join = Literal["auto", "space", "none"]
+"""What comes between prompt and answer: what their writing requires, always a space, or never anything."""
+JOINS = ("auto", "space", "none")
+
+UNSPACED = (
+    r"\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AP}\p{Line_Break=AS}\p{Line_Break=VI}\p{Line_Break=VF}"
+    r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
+    "\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}"
+)
+"""Inside a character class: letters of scripts that put no space between words. Those that need a dictionary to
+be broken (Thai, Lao, Khmer, Burmese), the aksara scripts of South East Asia, and the East Asian ones."""
+TERMINAL = r"\p{Sentence_Terminal}"
+"""A mark that ends a sentence, in any script: . ! ? and their kin."""
+
+_UNSPACED = regex.compile(rf"[{UNSPACED}]")
+_WIDE = regex.compile(
+    r"(?V1)[[\p{East_Asian_Width=W}\p{East_Asian_Width=F}]&&[\p{P}\p{S}\p{N}\p{Latin}]--\p{Extended_Pictographic}]"
+)
+"""Full-width punctuation, signs, digits and Latin letters: their cell holds the space already."""
+_OUTSIDE = r"[\s\p{Bidi_Control}\u200B\u2060\uFEFF]+"
+_EDGES = regex.compile(rf"\A{_OUTSIDE}|{_OUTSIDE}\Z")
+_INVISIBLE = regex.compile(r"[\p{Bidi_Control}\u200B\u2060\uFEFF\p{Variation_Selector}]+\Z")
+_WORD = rf"(?V1)[[\p{{L}}\p{{N}}]--[{UNSPACED}]]"
+_MARKS = r"[^\w\s]*"
+_BORDER_SPACED = regex.compile(
+    rf"(?V1){_WORD}{_MARKS}[^\S\n]+{_MARKS}[{UNSPACED}]|[{UNSPACED}]{_MARKS}[^\S\n]+{_MARKS}{_WORD}"
+)
+_BORDER_GLUED = regex.compile(rf"(?V1){_WORD}{_MARKS}[{UNSPACED}]|[{UNSPACED}]{_MARKS}{_WORD}")
+
+_CLOSING = regex.compile(
+    rf"\p{{Pe}}|[{TERMINAL}\p{{Line_Break=CL}}\p{{Line_Break=CP}}\p{{Line_Break=EX}}\p{{Line_Break=IS}}](?![\p{{L}}\p{{N}}])"
+    r"|[\p{Pf}\p{Pi}\"](?![\p{L}\p{N}])|\p{M}|['’](?:s|re|ve|ll|d|m|t)\b"
+)
+"""Beginnings of an answer that belong to what stands before: closing punctuation, marks on the last letter."""
+_POSTFIX = regex.compile(r"\p{Line_Break=PO}")
+_OPENING = regex.compile(r"[\p{Ps}\p{Line_Break=OP}]")
+_ELIDED = regex.compile(r"(?<![\p{L}\p{M}'’])(\p{Latin}+)['’]\Z")
+_DROPPED = regex.compile(r"(?i)(?:qu|[^aeiouyàâäéèêëíîïóôöúùûü])\Z")
+_NUMBER = regex.compile(r"(?:(?<![\d.,])\d{1,3}[.,]|(?<![\d:])\d{1,2}:)\Z")
+_LABELS = regex.compile(r"(?m)^[^\n:：]{1,40}:(?=[ ]*[^\s/])([ ]?)")
+_CLAUSE = regex.compile(r"[.,:;!?…؟،؛।॥\p{Sentence_Terminal}]+\Z")
+_GROUP = regex.compile(r"[^\S\n]*(?:\([^()]*\)|\[[^\[\]]*\])\Z")
+
+_THOUGHTS = r"think|thinking|thought|thoughts|reasoning"
+_BLOCK_OPEN = regex.compile(rf"(?i)<({_THOUGHTS})>|\[(THINK)\]|◁(think)▷")
+_BLOCK_CLOSE = regex.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷")
+
+
+def strip(text: str) -> str:
+    """Take white space and invisible marks (direction marks, zero-width space) off both ends."""
+    return _EDGES.sub("", text)
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether a character belongs to a script without spaces between words."""
+    return bool(_UNSPACED.match(character))
+
+
+def joint(prompt: str, answer: str, join: Join = "auto", *, lead: str | None = None) -> tuple[str, int]:
+    """Join prompt and answer as running text; return it and where the answer starts.
+
+    The answer is stripped. ``join``: ``auto`` puts a space where the writing wants one, see :func:`spaced`;
+    ``space`` always puts one; ``none`` leaves the prompt as it is typed, its last space included. ``lead``: what a
+    chat template puts between the two, where ``join`` is auto.
+    """
+    body = strip(answer)
+    trimmed = prompt.rstrip(" \t")
+    if join == "none":
+        head = prompt
+    elif join == "space":
+        head = f"{trimmed} " if trimmed else trimmed
+    elif lead is not None:
+        head = prompt + lead
+    else:
+        head = trimmed + (" " if spaced(trimmed, body, typed=trimmed != prompt) else "")
+    return head + body, len(head)
+
+
+def statement(prompt: str, answer: str, join: Join = "auto") -> str:
+    """Join prompt and answer as a sentence that ends in the full stop of its script."""
+    text = joint(prompt, answer, join)[0]
+    if regex.search(rf"[{TERMINAL}][\p{{Pe}}\p{{Pf}}\"']*\Z", text):
+        return text
+    return text + _stop(text)
+
+
+def _stop(text: str) -> str:
+    """Return the full stop of a text's last letter; Thai and its kin have none."""
+    last = _last_letter(text)
+    if regex.match(r"\p{Script=Han}|\p{Script=Hiragana}|\p{Script=Katakana}|\p{Script=Bopomofo}", last):
+        return "\N{IDEOGRAPHIC FULL STOP}"
+    if regex.match(r"\p{Script=Devanagari}|\p{Script=Bengali}|\p{Script=Gurmukhi}|\p{Script=Oriya}", last):
+        return "\N{DEVANAGARI DANDA}"
+    return "" if regex.match(r"\p{Line_Break=SA}", last) else "."
+
+
+def spaced(prompt: str, answer: str, *, typed: bool = False) -> bool:
+    """Whether a space comes between a prompt and its answer, neither of which has one at the border.
+
+    None inside unspaced scripts, after what opens (brackets, quotes, l', $, /, -, @, #, _), before what closes.
+    Where two scripts meet, what the prompt itself does at such borders decides; without any, a prompt that ends
+    in an unspaced script takes no space and another one does. ``typed``: the prompt was typed with a space
+    behind it, which decides where a sign can be read both ways.
+    """
+    prompt = _INVISIBLE.sub("", prompt)
+    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
+        return False
+    if _CLOSING.match(answer) or (_POSTFIX.match(answer) and prompt[-1].isdigit()):
+        return False
+    for rule in (_after_opening, _after_apostrophe, _after_quote, _after_clause, _after_sign):
+        found = rule(prompt, answer, typed)
+        if found is not None:
+            return found
+    return _between_scripts(prompt, answer)
+
+
+def _between_scripts(prompt: str, answer: str) -> bool:
+    """Decide by the writing on both sides."""
+    if _WIDE.match(prompt[-1]):
+        return False
+    inner = _GROUP.sub("", prompt)  # behind "Tokyo (...)" it is Tokyo that counts
+    last = _last_letter(inner or prompt) or prompt[-1]
+    left, right = is_unspaced(last), is_unspaced(answer[0]) or bool(_WIDE.match(answer[0]))
+    if left == right:
+        return not left
+    space = len(_BORDER_SPACED.findall(prompt))
+    glue = len(_BORDER_GLUED.findall(prompt))
+    if space or glue:
+        return space > glue
+    return not left
+
+
+def _last_letter(text: str) -> str:
+    found = regex.search(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z", text)
+    return found[0][0] if found else ""
+
+
+def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
+    if _OPENING.match(prompt[-1]) or regex.match(r"\p{Pc}|[@\\]", prompt[-1]):
+        return False
+    return None
+
+
+def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
+    """After l', dell', qu', O' nothing; after a plural's apostrophe, a dropped g or a vowel (un po') a space."""
+    found = _ELIDED.search(prompt)
+    if found is None or regex.search(r"(?:^|[\s(])['‘]\p{L}", prompt):
+        return None
+    word = found[1]
+    if word in ("O", "o"):
+        return False
+    plural = len(word) > 1 and word[-1] in "sS"
+    clipped = len(word) > 3 and word.endswith("in")
+    return plural or clipped or _DROPPED.search(word) is None
+
+
+def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
+    """After an opening quote (or a markdown mark used like one) nothing."""
+    found = regex.search(r"(?:[\p{Pi}\p{Pf}\"']|`+|\*+)\Z", prompt)
+    if found is None:
+        return None
+    mark, before = found[0], prompt[: found.start()]
+    operator = mark == "*" and regex.search(r"[\d)]\s*\Z", before) is not None
+    if operator:
+        return before[-1].isspace() or typed
+    return None if _closes(mark, before) else False
+
+
+def _closes(mark: str, before: str) -> bool:
+    """Whether a quotation mark closes: by those that are open, then by what stands before it."""
+    free = not before or bool(regex.search(r"[\s\p{Ps}\p{Pi}\p{Pd}=:：]\Z", before))
+    if mark in "“‘":  # closes what German opens below the line
+        low = "„" if mark == "“" else "‚"
+        return before.count(low) > before.count(mark)
+    if mark in "”»’›":
+        openers = {"”": "“„", "»": "«", "’": "‘‚", "›": "‹"}[mark]
+        inside = sum(before.count(one) for one in openers) > before.count(mark)
+        return inside or not free
+    if regex.match(r"\p{Pi}", mark):
+        # » ... « as German and Danish have it
+        return before.count({"«": "»", "‹": "›"}.get(mark, "\0")) > before.count(mark)
+    odd = before.count(mark) % 2 == 1
+    if odd and not regex.match("[`*]", mark) and free:
+        return before.rstrip() != before  # " a "b" stands open again
+    return odd or not (free or is_unspaced(before[-1]))
+
+
+def _after_clause(prompt: str, answer: str, typed: bool) -> bool | None:
+    """After . , : ; ! ? a space, but none inside a number, nor in an unspaced script, nor if labels have none."""
+    found = _CLAUSE.search(prompt)
+    if found is None or _WIDE.match(prompt[-1]):
+        return None
+    if answer[0].isdigit() and _NUMBER.search(prompt):
+        return typed
+    before = prompt[: found.start()]
+    if found[0] == ":" and not typed:
+        *labels, _ = [*_LABELS.findall(prompt + "x")] or [""]
+        if labels:
+            return sum(map(len, labels)) * 2 > len(labels)
+    if before and is_unspaced(_last_letter(before) or " "):
+        return typed or (not is_unspaced(answer[0]) and _between_scripts(before, answer))
+    return True
+
+
+def _after_sign(prompt: str, answer: str, typed: bool) -> bool | None:
+    """After a sign that leads what follows ($ / - # ~) nothing; around an operator as on its other side."""
+    sign, before = prompt[-1], prompt[:-1]
+    apart = not before or before[-1].isspace()
+    outer = before.rstrip()[-1:]
+    if typed and regex.match(r"[\p{Sc}\p{Pd}\p{Sm}/#&~^]", sign):
+        return True
+    if sign == "#":
+        return bool(before) and before[-1].isalpha() and not is_unspaced(before[-1])
+    if sign == "/" or sign in "-\u2010\u2011\u2212~":
+        return False
+    if regex.match(r"\p{Pd}", sign):
+        return apart
+    if regex.match(r"\p{Sc}", sign):
+        return outer.isdigit() and not answer[0].isdigit()
+    if sign == "°":
+        return None if not regex.match(r"[CFKNSEW](?!\p{L})", answer) else False
+    if sign == "+":
+        if not apart:
+            return not (outer.isdigit() and answer[0].isdigit())
+        return bool(regex.match(r"[\p{N})]", outer))
+    if regex.match(r"\p{Line_Break=PR}", sign):
+        return False
+    if regex.match(r"[\p{Sm}^&|]", sign):
+        run = regex.search(r"[\p{Sm}\p{Pd}^&|]+\Z", prompt)
+        start = run.start() if run else len(prompt)
+        return start > 0 and prompt[start - 1].isspace()
+    return None
+
+
+def after_thoughts(text: str) -> str:
+    """Return what stands behind a text's thinking block; nothing where the block is not closed.
+
+    Of a block that the prompt opened, the text holds the end only. A text without a block is returned as it is.
+    """
+    closes = list(_BLOCK_CLOSE.finditer(text))
+    rest = text[closes[-1].end() :] if closes else text
+    opened = _BLOCK_OPEN.search(rest)
+    if opened and not rest[: opened.start()].strip():
+        return ""
+    return rest
+
+
+def closes_block(text: str) -> bool:
+    """Whether a text is the mark that ends a thinking block."""
+    return _BLOCK_CLOSE.fullmatch(text) is not None
+
+
+def unclosed_block(text: str) -> str | None:
+    """Return what closes the thinking block that a text ends in; None where it ends in none."""
+    opens = list(_BLOCK_OPEN.finditer(text))
+    if not opens or _BLOCK_CLOSE.search(text, opens[-1].end()) or text[opens[-1].end() :].strip():
+        return None
+    mark = opens[-1][0]
+    lines = "\n" if text.endswith("\n") else "\n\n"
+    return f"{lines}{mark[0]}/{mark[1:]}\n\n"
