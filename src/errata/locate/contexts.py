@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from errata.host.load import Host, sample_rows
 from errata.host.tokens import encode_prompt
 from errata.stats.collect import Corpus
+from errata.types import Request
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
@@ -47,6 +48,23 @@ def prefixes(
     if weighting == "flat" or not texts:
         return [Context("", 1 / total), *(Context(text, 1 / total) for text in texts)]
     return [Context("", 0.5), *(Context(text, 0.5 / len(texts)) for text in texts)]
+
+
+def shorten(host: Host, prefix: str, request: Request) -> str:
+    """Return a prefix, without its first words where it would not fit the window before a request's text.
+
+    The text behind it, with its target, is as long as it may be in the window; nothing is left of the prefix
+    where there is no room.
+    """
+    window = host.window
+    while prefix and window is not None:
+        over = len(host.encode_answer(prefix + request.text, request.target).ids) - window
+        if over <= 0:
+            break
+        words = prefix.split()
+        prefix = " ".join(words[max(1, over // 4) :])  # a word is seldom more than a few tokens
+        prefix = f"{prefix} " if prefix else ""
+    return prefix
 
 
 def _clean(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any, Literal
 
 from errata.edits.edit import Edit, Provenance, versions
 from errata.edits.weight import WeightEdit, active
-from errata.errors import ConfigError
+from errata.errors import ConfigError, DataError
+from errata.host import hooks
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.moments import Eigen
+from errata.linalg.moments import Eigen, Moments
 from errata.linalg.solve import Metric
 from errata.locate.contexts import Context, prefixes, sampled_corpus
 from errata.locate.values import ValueConfig
@@ -55,8 +57,15 @@ class Method:
     ) -> Edit:
         """Fit, alone or going on from an edit of the same method; the result then stands for both.
 
-        Raises ConfigError where the two do not belong together.
+        What the caller has set in PyTorch does not matter: a fit has gradients also inside ``no_grad`` or
+        ``inference_mode``. Raises ConfigError where the two do not belong together.
         """
+        with hooks.plain_torch(), hooks.evaluating(host.model):
+            return self._run(host, requests, config, work, after)
+
+    def _run(
+        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: WeightEdit | None
+    ) -> Edit:
         if after is None:
             return self.fit(host, requests, config, work)
         if not self.sequential:
@@ -112,7 +121,7 @@ class Workspace:
             name = f"C of {corpus.name}, {budget} tokens"
             for site, moments in found.items():
                 self._made[("moments", site, *state)] = moments
-                self._made[("metric", site, *state)] = Metric.of(moments.second, name=name)
+                self._made[("metric", site, *state)] = _factorised(moments, site, corpus, name)
         return {s: self._made[("metric", s, *state)] for s in sites}
 
     def spectra(self, host: Host, sites: Sequence[Site], tokens: int) -> dict[Site, tuple[Eigen, str]]:
@@ -152,6 +161,31 @@ class Workspace:
         return [digest for digest in active(host) if digest != mine]
 
 
+def _factorised(moments: Moments, site: Site, corpus: Corpus, name: str) -> Metric:
+    """Factorise a second moment; warn of one that has fewer tokens than entries.
+
+    Raises DataError where nothing can be solved with it.
+    """
+    missing = site.d_in - moments.count
+    short = (
+        f"{corpus.name} gives {moments.count} tokens of statistics for the {site.d_in} entries of {site.name}: "
+        f"{missing} tokens too few, at least"
+    )
+    try:
+        made = Metric.of(moments.second, name=name)
+    except ValueError as error:
+        why = short if missing > 0 else f"the statistics of {corpus.name} for {site.name} cannot be used"
+        raise DataError(f"{why}: {error}; give a longer corpus") from error
+    if missing > 0:
+        warnings.warn(
+            f"{short}; directions that no token showed count as free to change, so the edit may reach further "
+            "than it should; give a longer corpus",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return made
+
+
 @contextlib.contextmanager
 def without(after: WeightEdit | None, host: Host) -> Iterator[None]:
     """Have an edit that is in place off inside the block."""
@@ -177,7 +211,7 @@ def provenance(
         host_name=host.name,
         seed=work.seed,
         versions=versions(),
-        notes=notes,
+        notes={**notes, "dtype": str(host.dtype).removeprefix("torch.")},
     )
 
 

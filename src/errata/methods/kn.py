@@ -37,6 +37,7 @@ from errata.errors import ConfigError, HostError
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
+from errata.locate.contexts import shorten
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
 from errata.methods._method import Method, Workspace, provenance, resolve_layers, resolved
@@ -117,7 +118,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
         sets = coarse_sets(
-            host, [prefix + request.text for prefix in prefixes], answer, list(sites.values()),
+            host, [shorten(host, prefix, request) + request.text for prefix in prefixes], answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
             on_layer=partial(work.on_progress, f"attribution {i + 1}/{len(requests)}"),
         )  # fmt: skip

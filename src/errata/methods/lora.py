@@ -30,6 +30,7 @@ from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.host.layout import linear_modules
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.methods._method import Method, Workspace, notes, provenance, resolved
@@ -121,8 +122,8 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     every = [
         f"{host.layout.blocks[layer]}.{name}"
         for layer in layers
-        for name, module in host.model.get_submodule(host.layout.blocks[layer]).named_modules()
-        if name and _is_linear(module)
+        for name, _ in linear_modules(host.model.get_submodule(host.layout.blocks[layer]))
+        if name
     ]
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
     wanted = config.modules or tuple(usual if isinstance(usual, list) else ())
@@ -134,11 +135,6 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     chosen = set().union(*matched.values()) or set(every)
     modules = tuple(end for end in wanted if matched[end]) or tuple(there)
     return resolved(config, layers=layers, modules=modules), [name for name in every if name in chosen]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _settings(peft: Any, host: Host, names: list[str], config: Config, steps: int) -> Any:
