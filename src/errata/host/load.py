@@ -226,7 +226,7 @@ class Host:
         """Id used to fill rows; masked out everywhere."""
         for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
             value = getattr(self.tokenizer, key, None)
-            if value is not None:
+            if value is not None and int(value) not in self.beyond:
                 return int(value)
         return 0
 

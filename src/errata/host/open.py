@@ -199,7 +199,8 @@ def _open(
         # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
         both = bool(getattr(config, "is_encoder_decoder", False))
         model, report = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options
         )
         files.check_loaded(name, model, report)
     return _moved(model, place, None)

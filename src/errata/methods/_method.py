@@ -119,6 +119,7 @@ class Workspace:
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
+            _warn_of_few(found, corpus)
             for site, moments in found.items():
                 self._made[("moments", site, *state)] = moments
                 self._made[("metric", site, *state)] = _factorised(moments, site, corpus, name)
@@ -162,28 +163,28 @@ class Workspace:
 
 
 def _factorised(moments: Moments, site: Site, corpus: Corpus, name: str) -> Metric:
-    """Factorise a second moment; warn of one that has fewer tokens than entries.
-
-    Raises DataError where nothing can be solved with it.
-    """
-    missing = site.d_in - moments.count
-    short = (
-        f"{corpus.name} gives {moments.count} tokens of statistics for the {site.d_in} entries of {site.name}: "
-        f"{missing} tokens too few, at least"
-    )
+    """Factorise a second moment. Raises DataError where nothing can be solved with it."""
     try:
-        made = Metric.of(moments.second, name=name)
+        return Metric.of(moments.second, name=name)
     except ValueError as error:
-        why = short if missing > 0 else f"the statistics of {corpus.name} for {site.name} cannot be used"
-        raise DataError(f"{why}: {error}; give a longer corpus") from error
-    if missing > 0:
+        raise DataError(
+            f"the statistics of {corpus.name} for {site.name}, {moments.count} tokens for {site.d_in} entries, "
+            f"cannot be used: {error}; give a longer corpus, or edit another layer"
+        ) from error
+
+
+def _warn_of_few(found: Mapping[Site, Moments], corpus: Corpus) -> None:
+    """Say how many tokens are missing where there are fewer than a key has entries."""
+    short = {site: moments for site, moments in found.items() if moments.count < site.d_in}
+    if short:
+        site = max(short, key=lambda one: one.d_in)
         warnings.warn(
-            f"{short}; directions that no token showed count as free to change, so the edit may reach further "
-            "than it should; give a longer corpus",
+            f"{corpus.name} gives {short[site].count} tokens of statistics for the {site.d_in} entries of a key of "
+            f"{site.name}: {site.d_in - short[site].count} tokens too few, at least. Directions that no token "
+            "showed count as free to change, so the edit may reach further than it should; give a longer corpus",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return made
 
 
 @contextlib.contextmanager
