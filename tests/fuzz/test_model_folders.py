@@ -60,8 +60,12 @@ def truthful(place: Path, folder: Path) -> Callable[[Any], bool]:
             for name, tensor in stored.items()
         ) and set(held) <= {*stored, "lm_head.weight"}
         config = json.loads((place / "config.json").read_text())
-        sizes = [key for key in words if key.startswith(("num_", "hidden_size", "intermediate_size", "vocab_size"))]
-        settings = all(getattr(host.config, key) == config.get(key, getattr(host.config, key)) for key in sizes)
+        sizes = [
+            key for key in words if key.startswith(("num_", "hidden_size", "intermediate_size", "vocab_size"))
+        ]
+        settings = all(
+            getattr(host.config, key) == config.get(key, getattr(host.config, key)) for key in sizes
+        )
         model = json.loads((place / "tokenizer.json").read_text()).get("model")
         vocabulary = host.tokenizer.get_vocab()
         return weights and settings and all(vocabulary.get(t) == i for t, i in model["vocab"].items())
@@ -72,7 +76,9 @@ def truthful(place: Path, folder: Path) -> Callable[[Any], bool]:
 def variants(data: bytes, name: str, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     if name == WEIGHTS:
         header = 8 + int.from_bytes(data[:8], "little")
-        yield from ((what, one + data[header:]) for what, one in byte_variants(data[:header], count // 2, seed=seed))
+        yield from (
+            (what, one + data[header:]) for what, one in byte_variants(data[:header], count // 2, seed=seed)
+        )
         yield from byte_variants(data, count - count // 2, seed=seed)
         return
     documents = document_variants(json.loads(data), count // 2, seed=seed)

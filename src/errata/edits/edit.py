@@ -120,7 +120,6 @@ class Edit(ABC):
             )
         self.provenance = _with_override(self.provenance, found)
 
-
     def _cause(self, host: Host) -> str:
         """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
         made = str(self.provenance.notes.get("dtype", ""))

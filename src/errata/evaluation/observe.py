@@ -229,7 +229,9 @@ def _too_long(host: Host, plan: _Plan) -> str | None:
     if longest <= host.window:
         return None
     what = "prompt" if max(len(plan.prompt), len(plan.base)) > host.window else "prompt and answer"
-    return f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or leave the case out"
+    return (
+        f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or leave the case out"
+    )
 
 
 def _template(host: Host, wanted: str) -> Template:

@@ -24,7 +24,7 @@ LARGEST = 10**15
 DEPTHS = re.compile(r"(num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(en|de)coder_layers)$")
 """Settings that say how many blocks a model has; each block has a weight at least."""
 SIZES = re.compile(
-    r"(vocab_size|hidden_size|intermediate_size|_dim|head_dim|n_embd|n_inner|d_model|d_ff|d_kv|n_heads?|"
+    r"(vocab_size|hidden_size|intermediate_size|_dim|head_dim|n_\w+|d_model|d_ff|d_kv|"
     r"num_\w*heads|num_\w*experts|n_routed_experts|\w*_size)$"
 )
 """Settings that a model's memory grows with."""
@@ -138,7 +138,9 @@ def _check_number(folder: Path, key: str, value: int, tensors: int, bits: int) -
         bound, what = LARGEST, "no setting of a model is that large"
     if bound is not None:
         shown = str(value) if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"
-        raise HostError(f"{folder / 'config.json'} sets {key!r:.80} to {shown}, but {what}; the file is damaged")
+        raise HostError(
+            f"{folder / 'config.json'} sets {key!r:.80} to {shown}, but {what}; the file is damaged"
+        )
 
 
 def check_loaded(name: str, model: Any, report: Any) -> None:
@@ -149,10 +151,14 @@ def check_loaded(name: str, model: Any, report: Any) -> None:
     """
     found = report if isinstance(report, Mapping) else vars(report)
     missing = sorted(map(str, found.get("missing_keys") or ()))
-    odd = sorted(str(one[0] if isinstance(one, (tuple, list)) else one) for one in found.get("mismatched_keys") or ())
+    odd = sorted(
+        str(one[0] if isinstance(one, (tuple, list)) else one) for one in found.get("mismatched_keys") or ()
+    )
     unused = sorted(map(str, found.get("unexpected_keys") or ()))
     if missing or odd:
-        bad, what = (missing, "are missing from the files") if missing else (odd, "have another shape in the files")
+        bad, what = (
+            (missing, "are missing from the files") if missing else (odd, "have another shape in the files")
+        )
         raise HostError(
             f"cannot open model {name!r}: {len(bad)} weights, {bad[0]!r:.120} first, {what}; config.json "
             "describes another model than the weights are of"

@@ -316,7 +316,12 @@ def _nothing(
     """Say why a block has no candidate."""
     for module in block.modules():
         base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and _is_linear(base) and base not in trace.io and module in trace.calls:
+        if (
+            isinstance(base, nn.Module)
+            and _is_linear(base)
+            and base not in trace.io
+            and module in trace.calls
+        ):
             return (
                 f"{names[module]} computes with its adapter in place of the layer below it: merge the adapter "
                 "first (peft: model.merge_and_unload())"

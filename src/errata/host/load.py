@@ -393,10 +393,13 @@ def _generate(
         length = batch.ids.shape[1]
         if stops is not None:
             settings["stopping_criteria"] = stops(length)
-        with torch.no_grad(), hooks.evaluating(host.model):
-            out = host.model.generate(
-                **host.inputs(batch), max_new_tokens=new_tokens, pad_token_id=host.pad_id, **settings
-            )
+        out = generate_batch(host, batch, max_new_tokens=new_tokens, **settings)
         for i, ids in zip(group, out[:, length:].tolist(), strict=True):
             said[i] = ids
     return said
+
+
+def generate_batch(host: Host, batch: tokens.Batch, **options: Any) -> Any:
+    """Let transformers continue a batch; what its loop returns for the options."""
+    with torch.no_grad(), hooks.evaluating(host.model):
+        return host.model.generate(**host.inputs(batch), pad_token_id=host.pad_id, **options)

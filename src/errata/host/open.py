@@ -60,13 +60,24 @@ def load(
         if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
             raise HostError(f"expected a transformers language model, found {type(live).__name__}")
         placement.refuse_away(live)
+        made = next((n for n, p in live.named_parameters() if p.is_inference()), None)
+        if made is not None:
+            raise HostError(
+                f"weight {made} was made in inference mode, so it takes no change and passes no gradient on; "
+                "make the model outside torch.inference_mode()"
+            )
         _refuse_not_finite(live)
         if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = files.open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
-        host = _host(live, tokenizer, label)
-        if any(placement.is_packed(module) for module in live.modules()):
-            _settle(host)
-        trial.check(host)
+        training = [m for m in live.modules() if m.training] if isinstance(model, nn.Module) else []
+        try:
+            host = _host(live, tokenizer, label)
+            if any(placement.is_packed(module) for module in live.modules()):
+                _settle(host)
+            trial.check(host)
+        finally:
+            for module in training:
+                module.training = True
     return host
 
 
@@ -199,8 +210,12 @@ def _open(
         # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
         both = bool(getattr(config, "is_encoder_decoder", False))
         model, report = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options
+            source,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
         files.check_loaded(name, model, report)
     return _moved(model, place, None)

@@ -235,6 +235,8 @@ def adapters(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             off = bool(getattr(module, "disable_adapters", False))
-            active, merged = (list(getattr(module, key, ()) or ()) for key in ("active_adapters", "merged_adapters"))
+            active, merged = (
+                list(getattr(module, key, ()) or ()) for key in ("active_adapters", "merged_adapters")
+            )
             found[path] = f"{'off' if off else active} {merged}"
     return repr(sorted(found.items())) if found else ""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from errata.errors import ErrataError, HostError
-from errata.host import hooks, tokens
+from errata.host import tokens
 from errata.host.continuing import end_tokens
 from errata.host.files import first_line
 
@@ -175,11 +175,21 @@ def padding(host: Host) -> Padding:
     for manner, groups in manners.items():
         try:
             steps = [_steps(host, group, cached=manner != "uncached") for group in groups]
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ):
             continue  # it takes rows in another manner, or none
         first = torch.cat([logits[0] for _, logits in steps])  # [2, vocab]
         near = [_near(first[i], alone[i], loose) for i in range(len(rows))]
-        if all(near) and all(_follows(host, group, *found, loose) for group, found in zip(groups, steps, strict=True)):
+        if all(near) and all(
+            _follows(host, group, *found, loose) for group, found in zip(groups, steps, strict=True)
+        ):
             return manner
     raise HostError(
         f"{type(host.model).__name__} continues texts otherwise than its forward pass predicts; it cannot be measured"
@@ -194,13 +204,13 @@ def _steps(
     host: Host, rows: Sequence[tuple[int, ...]], *, cached: bool
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Generate a few tokens; the new ids, and the logits ``[rows, vocab]`` before each."""
+    from errata.host.load import generate_batch
+
     batch = tokens.pad(rows, side="left", fill=host.pad_id, device=host.device)
-    with hooks.evaluating(host.model):
-        made = host.model.generate(
-            **host.inputs(batch), max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1,
-            pad_token_id=host.pad_id, output_logits=True, return_dict_in_generate=True, use_cache=cached,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
+    made = generate_batch(
+        host, batch, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, temperature=None,
+        top_p=None, top_k=None, output_logits=True, return_dict_in_generate=True, use_cache=cached,
+    )  # fmt: skip
     new = made.sequences[:, batch.ids.shape[1] :].tolist()
     return new, [logits.float() for logits in made.logits]
 

@@ -59,7 +59,9 @@ class Moments:
         if not count:
             return
         if self.count < EXACT * self.total.shape[0]:
-            vectors = vectors.double()  # of low rank still: float32's rounding would make eigenvalues below zero
+            vectors = (
+                vectors.double()
+            )  # of low rank still: float32's rounding would make eigenvalues below zero
         self.count += count
         self.total += vectors.sum(0, dtype=torch.float64).to(self.total.device)
         with full_precision():

@@ -96,7 +96,9 @@ def subject_keys(
 ) -> Captured:
     """Average keys, values and hidden states over contexts by their shares; ``[n requests, ...]``."""
     places = [
-        subject_place(host, request, shorten(host, c.prefix, request)) for request in requests for c in contexts
+        subject_place(host, request, shorten(host, c.prefix, request))
+        for request in requests
+        for c in contexts
     ]
     found = capture(host, places, sites)
     weights = torch.tensor([c.weight for c in contexts])
