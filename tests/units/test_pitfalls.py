@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -195,7 +197,7 @@ def test_a_model_without_blocks_is_refused():
             return self.table
 
         def forward(self, input_ids, attention_mask=None, use_cache=False):
-            return self.head(self.table(input_ids))
+            return SimpleNamespace(logits=self.head(self.table(input_ids)))
 
     host = errata.load(Flat(), tokenizer())
     with pytest.raises(HostError, match="no editable site"):

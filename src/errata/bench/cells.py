@@ -20,6 +20,7 @@ from errata.bench.runner import Look, Seen, Tick, check_method, resumed
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
 from errata.evaluation import score
+from errata.evaluation.observe import check as check_probes
 from errata.types import Case, Row
 
 START = "start.json"
@@ -176,6 +177,10 @@ def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
     """
     host = room.host(cell)
     health.reset_peak(host)
+    try:
+        check_probes(host, room.cases(cell), **room.asking(cell))
+    except RequestError as error:
+        raise Refused(str(error)) from error
     if cell.method in BASELINES:
         sheet.begin(host.fingerprint, room.cases(cell))
         for record in _baseline(room, cell):

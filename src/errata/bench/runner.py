@@ -25,6 +25,7 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity
+from errata.evaluation.observe import check as check_probes
 from errata.evaluation.observe import logprobs, observe, unique
 from errata.host.load import Host
 from errata.host.prompts import PromptFormat
@@ -153,6 +154,7 @@ def evaluate(
             config=config, edit=given, asking=dict(asking or {}), tick=tick,
         ), dict(options or {}), after,
     )  # fmt: skip
+    check_probes(host, evaluation.engine.cases, **evaluation.engine.asking)
     start_hash = host.weights_hash()
     evaluation.observe_before(texts)
     with closing(evaluation.engine.events(marks, start, after)) as events:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from errata.edits import format as file_format
 from errata.errors import EditError
+from errata.host import placement
 from errata.host.load import Host
 from errata.types import ImageRecord, ImageRequest, Request
 
@@ -116,9 +117,25 @@ class Edit(ABC):
         found = f"edit made for host {self.provenance.host}, asked to change host {host.fingerprint}"
         if not foreign:
             raise EditError(
-                f"{found} ({host.name}); load the right model, or overrule with foreign=True / --foreign"
+                f"{found} ({host.name}); {self._cause(host)}load the right model, or overrule with "
+                "foreign=True / --foreign"
             )
         self.provenance = _with_override(self.provenance, found)
+
+    def _cause(self, host: Host) -> str:
+        """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
+        made = str(self.provenance.notes.get("dtype", ""))
+        now = sorted({str(p.dtype).removeprefix("torch.") for p in host.model.parameters()})
+        if "float16" in (made, *now) and made not in now:
+            return (
+                f"the edit was made in {made or 'another dtype'} and the model is open in {', '.join(now)}: in float16 "
+                "numbers too small for it are lost, so that one checkpoint has another fingerprint than in float32 or "
+                "bfloat16. If it is the same checkpoint, open it with the dtype the edit was made in, or apply with "
+                "foreign=True; else "
+            )
+        if placement.adapters(host.model):
+            return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
+        return ""
 
 
 def _with_override(provenance: Provenance, note: str) -> Provenance:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from errata.errors import RequestError
 from errata.host import prompts, tokens
 from errata.host.load import Host, draw_rows, generate_rows
 from errata.host.prompts import Template
-from errata.types import Form, Observation, Probe
+from errata.types import Case, Form, Observation, Probe
 from errata.writing import Join
 
 if TYPE_CHECKING:  # opens transformers
@@ -43,6 +44,9 @@ LOGITS = 2**27
 
 KL_KINDS = frozenset({"neighbourhood", "distracting"})
 """Kinds whose next-token distribution is kept."""
+
+SHOWN = 20
+"""Most cases that one complaint names."""
 
 SAID: frozenset[Form] = frozenset({"short", "long", "thought", "open"})
 """Forms that the host is to say something for; the others are scored alone."""
@@ -182,12 +186,13 @@ def observe(
     settings = prompts.prompt_format(
         host.prompt_format, template=template, system=system, thinking=thinking, join=join
     )
-    plain = prompts.PromptFormat(join=settings.join)
-    manner = _Manner(
-        host.with_prompt_format(settings), host.with_prompt_format(plain), context, generate, max_new_tokens,
-        thought_tokens, long_tokens,
-    )  # fmt: skip
+    manner = _manner(
+        host, settings, context, generate, short=max_new_tokens, thought=thought_tokens, long=long_tokens
+    )
     plans = [manner.plan(probe) for probe in probes]
+    for probe, plan in zip(probes, plans, strict=True):
+        if (complaint := _too_long(host, plan)) is not None:
+            raise RequestError(f"{probe.kind} probe {probe.prompt!r:.80}: {complaint}")
     after = _After(host, batch_tokens)
     for plan in plans:
         after.ask(plan)
@@ -200,6 +205,71 @@ def observe(
         against, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
         seen.append(Observation(text, said, top, against, spread, choices))
     return seen
+
+
+def check(
+    host: Host,
+    cases: Iterable[Case],
+    *,
+    template: Template | None = None,
+    system: str | None = None,
+    thinking: bool | None = None,
+    join: Join | None = None,
+    context: str = "",
+    generate: bool = True,
+    **_: object,
+) -> None:
+    """Raise RequestError naming every case with a probe that the host cannot be asked, before anything runs.
+
+    Options as of :func:`observe`: prompts count as they are put, answers behind them, in the model's window.
+    """
+    settings = prompts.prompt_format(
+        host.prompt_format, template=template, system=system, thinking=thinking, join=join
+    )
+    manner = _manner(host, settings, context, generate)
+    complaints = []
+    for case in cases:
+        for probe in case.probes:
+            try:
+                complaint = _too_long(host, manner.plan(probe))
+            except RequestError as error:
+                complaint = str(error)
+            if complaint is not None:
+                complaints.append(f"case {case.id}, {probe.kind} probe {probe.prompt!r:.60}: {complaint}")
+                break
+    if complaints:
+        more = f"\nand {len(complaints) - SHOWN} more cases" if len(complaints) > SHOWN else ""
+        raise RequestError("\n".join(complaints[:SHOWN]) + more)
+
+
+def _manner(
+    host: Host, settings: prompts.PromptFormat, context: str, generate: bool, *, short: int = MAX_NEW_TOKENS,
+    thought: int = THOUGHT_TOKENS, long: int = LONG_TOKENS,
+) -> _Manner:  # fmt: skip
+    plain = prompts.PromptFormat(join=settings.join)
+    return _Manner(
+        host.with_prompt_format(settings),
+        host.with_prompt_format(plain),
+        context,
+        generate,
+        short,
+        thought,
+        long,
+    )
+
+
+def _too_long(host: Host, plan: _Plan) -> str | None:
+    """Say what of a probe does not fit the window; an answer's last token need not be run."""
+    if host.window is None:
+        return None
+    answers = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
+    longest = max(len(plan.prompt), len(plan.base), *(len(answer.ids) for answer in answers), 0)
+    if longest <= host.window:
+        return None
+    what = "prompt" if max(len(plan.prompt), len(plan.base)) > host.window else "prompt and answer"
+    return (
+        f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or leave the case out"
+    )
 
 
 def _run(

@@ -20,7 +20,8 @@ from torch.nn import functional
 from errata.errors import HostError, RequestError
 from errata.host import hooks
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
-from errata.host.load import Host, _device, _dtype
+from errata.host.load import Host
+from errata.host.open import _device, _dtype
 
 BATCH = 32
 PROBE = 64

@@ -1,8 +1,11 @@
 """Find the sites of a model by structure: modules, shapes and one traced forward. No family names.
 
-* blocks: the longest list of like modules that carries most of the parameters;
+* blocks: the list of modules that carries most of the parameters; they need not be of one class;
 * within a block, a child *mixes* positions if changing one position's input changes another's
-  output: that is attention. What remains is position-wise: the feed-forward;
+  output: that is attention, recurrence or convolution. What remains is position-wise: the feed-forward;
+* experts are matrices stacked in one parameter, or siblings in a list; a dense part beside them, which
+  every token runs through, is a site like any other;
+* a layer with an adapter is the layer below the adapter;
 * a site is the last linear map of such a part that writes into the residual width, whatever it is
   called, wherever it sits; its orientation is read off numerically, so that square matrices and
   transposed storage need no special case;
@@ -21,7 +24,7 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks
-from errata.host.placement import is_packed, packed
+from errata.host.placement import is_packed, packed, sharing
 
 Part = Literal["mlp_out", "attn_out"]
 
@@ -101,6 +104,8 @@ def discover(model: nn.Module, probe: dict[str, Tensor]) -> Layout:
             mlp.append(feed)
             attn.append(mixing)
             reasons += [reason] if reason else []
+        for sites in (mlp, attn):
+            reasons += _drop_shared(model, sites)
         direct = _adds_directly(model, blocks, mlp, probe)
     return Layout(
         blocks=tuple(f"{path}.{i}" for i in range(len(blocks))),
@@ -118,8 +123,7 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
-        and len({type(child) for child in module}) == 1
-        and any(_is_linear(leaf) for leaf in module[0].modules())
+        and all(any(_is_linear(leaf) for leaf in child.modules()) for child in module)
     ]
     if not found:
         raise HostError("found no list of blocks in the model: it has no editable site")
@@ -129,7 +133,8 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    """Whether a module has a matrix of its own; one that is computed from others cannot be written."""
+    weight = module._parameters.get("weight")
     wide = isinstance(weight, Tensor) and weight.ndim == 2
     return (wide or is_packed(module)) and not isinstance(module, nn.Embedding)
 
@@ -183,6 +188,8 @@ class _Trace:
         self.calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.io: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.order: list[nn.Module] = []
+        self.positions = 0
+        """How many tokens were run."""
 
     def recording(self) -> Any:
         from contextlib import ExitStack
@@ -198,6 +205,7 @@ class _Trace:
     def _keep_input(self, layer: int) -> Any:
         def keep(hidden: Tensor) -> None:
             self.block_inputs[layer] = hidden
+            self.positions = hidden.shape[:-1].numel()
 
         return keep
 
@@ -211,25 +219,130 @@ class _Trace:
 def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | None, Site | None, str | None]:
     """Find a block's feed-forward and attention output projections, or say why there is none."""
     block: Any = trace.blocks[layer]
-    mixing = {child for _, child in block.named_children() if _mixes(child, trace)}
-    under_mixing = {leaf for child in mixing for leaf in child.modules()}
     names = {module: f"{path}.{name}" for name, module in block.named_modules()}
-    linear = [m for m in trace.order if m in names]
-    attn = [m for m in linear if m in under_mixing and _writes(m, trace, width)]
-    feed = [m for m in linear if m not in under_mixing and _writes(m, trace, width)]
-    stacked = [n for n, p in block.named_parameters() if p.ndim == 3 or (p.ndim > 3 and packed(p))]
+    added = _adapter_parts(block)
+    linear = [m for m in trace.order if m in names and m not in added and _writes(m, trace, width)]
+    under = _mixing(block, trace, skip=1)
+    if not any(m not in under for m in linear) and under:
+        # a feed-forward may look at the token before, as RWKV's does; attention looks further back
+        under = _mixing(block, trace, skip=2) or under
+    attn = [m for m in linear if m in under]
+    feed = [m for m in linear if m not in under]
     attn_site = _site(attn[-1], layer, "attn_out", names, trace) if attn else None
-    if stacked:
-        return None, attn_site, f"{path}.{stacked[0]} holds stacked experts, not one weight"
-    if len({id(m) for m in feed}) > 1 and _is_mixture(block, feed):
-        return None, attn_site, f"{path} routes between several experts, not one weight"
-    if not feed:
-        odd = _unreadable(block, names)
-        return None, attn_site, odd or f"{path} has no linear map into the residual width {width}"
-    site = _site(feed[-1], layer, "mlp_out", names, trace)
+    stacked = next((n for n, m, p in _stacks(block) if m not in under), None)
+    dense = _dense(block, feed, trace)
+    if not dense:
+        if stacked is not None:
+            return None, attn_site, f"{path}.{stacked} holds stacked experts, not one weight"
+        if feed:
+            return None, attn_site, f"{path} routes between several experts, not one weight"
+        return None, attn_site, _nothing(block, path, names, trace, width, bool(attn))
+    blocked = _rescaled(block, dense[-1], names)
+    site = None if blocked else _site(dense[-1], layer, "mlp_out", names, trace)
     if site is None:
-        return None, attn_site, f"{names[feed[-1]]} does not compute W x + b, or passes no gradient on"
+        odd = f"{names[dense[-1]]} does not compute W x + b, or passes no gradient on"
+        return None, attn_site, blocked or odd
     return site, attn_site, None
+
+
+def _mixing(block: nn.Module, trace: _Trace, skip: int) -> set[nn.Module]:
+    """Return what lies under the children whose output at a token depends on tokens ``skip`` or more before it."""
+    mixing = [child for _, child in block.named_children() if _mixes(child, trace, skip)]
+    return {leaf for child in mixing for leaf in child.modules()}
+
+
+def _stacks(block: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name parameters that stack several matrices; kernels of convolutions and mere vectors are none."""
+    for path, module in block.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = parameter.ndim == 3 and min(parameter.shape) > 1
+            if plain or (parameter.ndim > 3 and packed(parameter)):
+                yield f"{path}.{name}" if path else name, module, parameter
+
+
+def _dense(block: nn.Module, feed: list[Any], trace: _Trace) -> list[Any]:
+    """Leave the candidates that every token runs through: no siblings in a list, as experts are."""
+    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList)]
+    chosen = {
+        leaf
+        for group in lists
+        if len([1 for child in group if any(leaf in set(feed) for leaf in child.modules())]) > 1
+        for leaf in group.modules()
+    }
+    count = trace.positions
+    dense = [m for m in feed if m not in chosen and trace.io[m][0].shape[:-1].numel() == count]
+    # a square map that runs last may be a mere gate, as RWKV's; what narrows or widens is the projection
+    return [m for m in dense if trace.io[m][0].shape[-1] != trace.io[m][1].shape[-1]] or dense
+
+
+def linear_modules(block: nn.Module) -> list[tuple[str, Any]]:
+    """List the linear maps of a block that have a plain weight of their own, by path; no adapter's."""
+    added = _adapter_parts(block)
+    return [
+        (name, m) for name, m in block.named_modules()
+        if m not in added and m._parameters.get("weight") is not None and _is_linear(m)
+    ]  # fmt: skip
+
+
+def _adapter_parts(block: nn.Module) -> set[nn.Module]:
+    """Return the modules that adapters add to layers (PEFT): all but the layers themselves."""
+    wrapped = [m for m in block.modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
+    parts = {leaf for wrapper in wrapped for leaf in wrapper.modules()}
+    for wrapper in wrapped:
+        base: Any = wrapper.base_layer
+        if not isinstance(getattr(base, "base_layer", None), nn.Module):
+            parts -= set(base.modules())
+    return parts
+
+
+def _rescaled(block: nn.Module, module: nn.Module, names: dict[nn.Module, str]) -> str | None:
+    """Say why a layer below an adapter cannot be edited; None where it can, or has no adapter."""
+    for wrapper in block.modules():
+        inside = module is not wrapper and module in set(wrapper.modules())
+        if inside and len(getattr(wrapper, "lora_magnitude_vector", None) or ()):
+            return (
+                f"{names[wrapper]} carries a DoRA adapter, which rescales its layer by the norm of the weight, so "
+                "that a change of the weight does not act as it would alone: merge the adapter first "
+                "(peft: model.merge_and_unload()), or edit a layer without one"
+            )
+    return None
+
+
+def _nothing(
+    block: nn.Module, path: str, names: dict[nn.Module, str], trace: _Trace, width: int, mixes: bool
+) -> str:
+    """Say why a block has no candidate."""
+    for module in block.modules():
+        base = getattr(module, "base_layer", None)
+        if (
+            isinstance(base, nn.Module)
+            and _is_linear(base)
+            and base not in trace.io
+            and module in trace.calls
+        ):
+            return (
+                f"{names[module]} computes with its adapter in place of the layer below it: merge the adapter "
+                "first (peft: model.merge_and_unload())"
+            )
+        if "parametrizations" in module._modules:
+            return f"{names[module]} computes its weight from other tensors, so the weight cannot be written"
+    odd = _unreadable(block, names)
+    if odd is None and mixes:
+        return f"{path} has no feed-forward: all of it mixes tokens, as attention or a recurrence does"
+    return odd or f"{path} has no linear map into the residual width {width}"
+
+
+def _drop_shared(model: nn.Module, sites: list[Site | None]) -> list[str]:
+    """Take out sites whose weight is also another layer's, in place; return why."""
+    reasons = []
+    for site in [site for site in sites if site is not None and not site.packed]:
+        pair = sharing(model, [site.parameter])
+        if pair is not None:
+            sites[site.layer] = None
+            reasons.append(f"{pair[0]} is also {pair[1]}: an edit of one changes the other")
+    return reasons
 
 
 def _unreadable(block: nn.Module, names: dict[nn.Module, str]) -> str | None:
@@ -239,18 +352,12 @@ def _unreadable(block: nn.Module, names: dict[nn.Module, str]) -> str | None:
     return None
 
 
-def _is_mixture(block: nn.Module, feed: list[Any]) -> bool:
-    """Whether the candidates are siblings in a list, as experts are."""
-    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList)]
-    return any(sum(leaf in set(feed) for leaf in group.modules()) > 1 for group in lists)
-
-
 def _writes(module: Any, trace: _Trace, width: int) -> bool:
     return trace.io[module][1].shape[-1] == width
 
 
-def _mixes(child: nn.Module, trace: _Trace) -> bool:
-    """Whether changing the first position's input changes what a module says at the last."""
+def _mixes(child: nn.Module, trace: _Trace, skip: int) -> bool:
+    """Whether what a module says at the last token depends on tokens ``skip`` or more before it."""
     if child not in trace.calls or not any(_is_linear(leaf) for leaf in child.modules()):
         return False
     args, kwargs = trace.calls[child]
@@ -260,15 +367,18 @@ def _mixes(child: nn.Module, trace: _Trace) -> bool:
         return False
     changed = hidden.clone()
     # not a multiple of the old value: a norm in front would undo that
-    changed[..., 0, :] = changed[..., 0, :].flip(-1) + 1.0
+    changed[..., :-skip, :] = changed[..., :-skip, :].flip(-1) + 1.0
 
     def last(value: Tensor) -> Tensor:
         swap = [value if v is hidden else v for v in args]
         keyed = {k: value if v is hidden else v for k, v in kwargs.items()}
         out = hooks.first_tensor(child(*swap, **keyed))
-        return out.reshape(*hidden.shape[:-1], -1)[..., -1, :]
+        return out.reshape(*hidden.shape[:-1], -1)[..., -1, :].float()
 
-    return not torch.equal(last(hidden), last(changed))
+    before = last(hidden)
+    # tokens that are routed to experts together share a product, whose last bits depend on all of them
+    loose = max(1e-5, 4 * torch.finfo(hidden.dtype).eps) * float(before.abs().max())
+    return bool((last(changed) - before).abs().max() > loose)
 
 
 def _site(module: Any, layer: int, part: Part, names: dict[nn.Module, str], trace: _Trace) -> Site | None:
@@ -305,11 +415,18 @@ def _orientations(module: nn.Module) -> Iterator[bool]:
 def _adds_directly(
     model: nn.Module, blocks: nn.ModuleList, mlp: list[Site | None], probe: dict[str, Tensor]
 ) -> bool:
-    """Whether adding to the projection's output adds the same to the block's output."""
-    site = next((s for s in mlp if s is not None), None)
-    if site is None:
-        return False
-    block, seen = blocks[site.layer], []
+    """Whether adding to the projection's output adds the same to the block's output, in every kind of block."""
+    kinds: dict[Any, Site] = {}
+    for site in mlp:
+        if site is not None:
+            within = site.name.split(f".{site.layer}.", 1)[-1]
+            kinds.setdefault((type(blocks[site.layer]), within, site.d_in), site)
+    return bool(kinds) and all(_direct(model, blocks[s.layer], s, probe) for s in kinds.values())
+
+
+def _direct(model: nn.Module, block: nn.Module, site: Site, probe: dict[str, Tensor]) -> bool:
+    """Whether adding to one projection's output adds the same to its block's output."""
+    seen: list[Tensor] = []
     # as large as the stream, whose own rounding would drown a small shift in 16 bits
     shift = torch.linspace(-1, 1, site.d_out)
 

@@ -1,4 +1,4 @@
-"""Open a model: by name, by folder, or as a live object."""
+"""A model with its tokenizer and its layout; :mod:`errata.host.open` opens one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from errata.errors import ConfigError, HostError, RequestError
-from errata.host import hooks, placement, prompts, tokens
+from errata.errors import RequestError
+from errata.host import hooks, placement, prompts, tokens, trial
 from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
-from errata.registry import unknown
+from errata.host.open import DTYPES as DTYPES
+from errata.host.open import load as load
+from errata.host.open import quiet as quiet
 
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
 BRANCHES = "_errata_branches"
 TEXTS_KEPT = 2**17
 """Tokenised texts a host remembers: the same probes are asked before and after every edit."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Host:
@@ -82,19 +82,28 @@ class Host:
 
     @cached_property
     def window(self) -> int | None:
-        """Longest input in tokens; None if the configuration sets no bound."""
-        for key in ("max_position_embeddings", "n_positions", "seq_length", "n_ctx"):
-            bound = getattr(self.text_config, key, None)
-            if isinstance(bound, int) and bound > 0:
-                return bound
-        return None
+        """Longest input in tokens; None if neither the configuration nor a table of positions sets a bound."""
+        return trial.window(self)
 
     @cached_property
+    def beyond(self) -> Mapping[int, str]:
+        """Tokens of the tokenizer that the model has no embedding for, by their ids."""
+        return trial.beyond(self)
+
+    @property
     def layout(self) -> Layout:
-        """Sites found by structure. Raises HostError where there are none to find."""
-        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
-        probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return discover(self.model, probe)
+        """Sites found by structure, anew where layers were replaced since, as by an adapter.
+
+        Raises HostError where there are none to find.
+        """
+        known = self.__dict__.get("_layout")
+        modules = placement.identities(self.model)
+        if known is None or known[0] != modules:
+            with hooks.plain_torch():
+                ids = torch.arange(5, device=self.device)[None] % self.vocab_size
+                probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                known = self.__dict__["_layout"] = (modules, discover(self.model, probe))
+        return known[1]
 
     @cached_property
     def published(self) -> Published | None:
@@ -116,6 +125,7 @@ class Host:
         if self.tokenizer is not None:
             vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
             digest.update(repr(vocabulary).encode())
+        digest.update(placement.adapters(self.model).encode())
         return digest.hexdigest()[:16]
 
     def weights_hash(self) -> str:
@@ -199,6 +209,16 @@ class Host:
         return continuing.works(self)
 
     @cached_property
+    def padding(self) -> trial.Padding:
+        """How rows are generated from together so that none sees another's padding, tried out once."""
+        return "left" if self.continues or self.reads_by_encoder else trial.padding(self)
+
+    @property
+    def reads_by_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, so that a row holds what is said to it alone."""
+        return False
+
+    @cached_property
     def accepts(self) -> frozenset[str]:
         """Arguments of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
@@ -208,7 +228,7 @@ class Host:
         """Id used to fill rows; masked out everywhere."""
         for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
             value = getattr(self.tokenizer, key, None)
-            if value is not None:
+            if value is not None and int(value) not in self.beyond:
                 return int(value)
         return 0
 
@@ -232,7 +252,8 @@ class Host:
             inputs["position_ids"] = batch.positions
         if keep is not None and "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = keep
-        logits = self.model(**inputs).logits
+        with hooks.evaluating(self.model):
+            logits = self.model(**inputs).logits
         return logits if keep is None else logits[:, -keep:]
 
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
@@ -268,7 +289,20 @@ class Host:
 
     def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
         """Tokenise a text with character offsets; ``special`` as in :func:`tokens.encode`."""
-        return tokens.encode(self.tokenizer, text, special=special)
+        return self._embedded(tokens.encode(self.tokenizer, text, special=special))
+
+    def _embedded(self, made: Any) -> Any:
+        """Return ids or something that has them. Raises RequestError for a token without an embedding."""
+        if self.beyond:
+            ids = made if isinstance(made, tuple) else made.ids
+            wrong = [self.beyond[token] for token in ids if token in self.beyond]
+            if wrong:
+                raise RequestError(
+                    f"the model has no embedding for the token {wrong[0]!r:.80}: the tokenizer has more tokens "
+                    "than the model; resize the model (model.resize_token_embeddings(len(tokenizer))), or use "
+                    "the tokenizer it was trained with"
+                )
+        return made
 
     @cached_property
     def _remember(self) -> Callable[..., Any]:
@@ -290,7 +324,7 @@ class Host:
 
     def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
         """Tokenise what is continued of a framed prompt; ids."""
-        return self._remember(_prompt_ids, self.tokenizer, framed.text, framed.special)
+        return self._embedded(self._remember(_prompt_ids, self.tokenizer, framed.text, framed.special))
 
     def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
         """Tokenise a prompt to be continued; ids. ``special`` off: it is a conversation with its own tokens."""
@@ -299,22 +333,15 @@ class Host:
     def encode_base(self, prompt: str) -> tuple[int, ...]:
         """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids."""
         framed = self.frame(prompt)
-        return self._remember(_prompt_ids, self.tokenizer, framed.scored, framed.special)
+        return self._embedded(self._remember(_prompt_ids, self.tokenizer, framed.scored, framed.special))
 
     def encode_answer(
         self, prompt: str, answer: str, *, prefix: str = "", before: int | None = None, special: bool = True
     ) -> tokens.Answer:
         """Tokenise prompt and answer together; ``prefix`` and ``before`` as in :meth:`frame`."""
         framed = self.frame(prompt, prefix=prefix, before=before) if special else prompts.written(prompt)
-        return self._remember(
-            _answer_ids,
-            self.tokenizer,
-            framed.scored,
-            answer,
-            framed.special,
-            self.prompt_format.join,
-            framed.lead,
-        )
+        given = (framed.scored, answer, framed.special, self.prompt_format.join, framed.lead)
+        return self._embedded(self._remember(_answer_ids, self.tokenizer, *given))
 
 
 def _frame(
@@ -343,18 +370,19 @@ def generate_rows(
     """
     from errata.host import continuing, stopping
 
-    if host.continues and continuing.plain(host):
+    if (host.continues and continuing.plain(host)) or not hasattr(host.model, "generate"):
         begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
         ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
     else:
         from transformers import StoppingCriteriaList
 
-        batch = host.batch(rows, side="left")
-        stops = StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, batch.ids.shape[1], stop)])
+        def stops(length: int) -> Any:
+            return StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, length, stop)])
+
         limit = min(_limits(host, rows, max_new_tokens))
-        ids = _generate(host, batch, limit, do_sample=False, stopping_criteria=stops)
-    rows = [prompts.behind_thoughts(host.tokenizer, list(row)) for row in ids]
-    texts = host.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ids = _generate(host, rows, limit, stops, do_sample=False)
+    answers = [prompts.behind_thoughts(host.tokenizer, list(row)) for row in ids]
+    texts = host.tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [stopping.cut(text, stop) for text in texts]
 
 
@@ -393,190 +421,37 @@ def sample_rows(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         ids = _generate(
-            host, host.batch(rows, side="left"), new_tokens, do_sample=True, top_k=top_k or 0, top_p=1.0,
-            temperature=1.0, min_new_tokens=new_tokens,
+            host, rows, new_tokens, None, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=1.0,
+            min_new_tokens=new_tokens,
         )  # fmt: skip
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def _generate(host: Host, batch: tokens.Batch, new_tokens: int, **options: Any) -> Tensor:
-    settings = {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **options}
-    with torch.no_grad():
-        out = host.model.generate(
-            **host.inputs(batch),
-            max_new_tokens=new_tokens,
-            pad_token_id=host.pad_id,
-            **settings,
-        )
-    return out[:, batch.ids.shape[1] :]
+def _generate(
+    host: Host, rows: Sequence[Sequence[int]], new_tokens: int, stops: Callable[[int], Any] | None,
+    **options: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Let transformers continue rows, those together that do not disturb one another; the new ids of each.
 
-
-# --- opening --------------------------------------------------------------------------------
-
-
-def load(
-    model: str | os.PathLike[str] | nn.Module,
-    tokenizer: Any = None,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-) -> Host:
-    """Open a host.
-
-    ``model``: a hub name, a folder written by ``save_pretrained``, or a live model, which stays where
-    it is unless ``device`` or ``dtype`` say otherwise. ``tokenizer``: needed with a live model; else
-    the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
-
-    Raises HostError when the model cannot be opened, holds numbers that are not finite, or is not
-    fully in memory.
+    ``stops``: makes stopping criteria from the length of what is continued.
     """
-    wanted = _dtype(dtype)
-    place = _device(device)
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise HostError("a live model needs its tokenizer: errata.load(model, tokenizer=...)")
-        live = model
-        if device != "auto" or wanted is not None:
-            _refuse_unloaded(live)
-            live = _moved(live, None if device == "auto" else place, wanted)
-        label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-    else:
-        live = _open(str(model), place, wanted, revision, trust_remote_code)
-        label = name or str(model)
-    if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
-        raise HostError(f"expected a transformers language model, found {type(live).__name__}")
-    _refuse_unloaded(live)
-    _refuse_not_finite(live)
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
-    host = _host(live, tokenizer, label)
-    if any(placement.is_packed(module) for module in live.modules()):
-        _settle(host)
-    return host
+    settings = {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **options}
+    manner = host.padding
+    if manner == "uncached":
+        settings["use_cache"] = False
+    said: list[list[int]] = [[] for _ in rows]
+    for group in trial.groups(rows, manner):
+        batch = host.batch([rows[i] for i in group], side="left")
+        length = batch.ids.shape[1]
+        if stops is not None:
+            settings["stopping_criteria"] = stops(length)
+        out = generate_batch(host, batch, max_new_tokens=new_tokens, **settings)
+        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
+            said[i] = ids
+    return said
 
 
-def _host(model: Any, tokenizer: Any, name: str) -> Host:
-    """Make the host that suits a model. Raises HostError for an encoder-decoder that says nothing."""
-    from errata.host.seq2seq import Seq2SeqHost, is_encoder_decoder
-
-    if not is_encoder_decoder(model):
-        return Host(model, tokenizer, name=name)
-    if model.get_output_embeddings() is None:
-        raise HostError(
-            f"{type(model).__name__} is an encoder-decoder without a language modelling head; "
-            "open it as AutoModelForSeq2SeqLM does"
-        )
-    return Seq2SeqHost(model, tokenizer, name=name)
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype if isinstance(dtype, torch.dtype) else None
-    if dtype not in DTYPES:
-        raise ConfigError(unknown(dtype, ["auto", *DTYPES], "dtype"))
-    return DTYPES[dtype]
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} asked for, but no CUDA device is to be seen; use --device cpu")
-    return place
-
-
-def _open(
-    name: str, place: torch.device, dtype: torch.dtype | None, revision: str | None, trust: bool
-) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise HostError(f"{folder} holds no config.json; expected a folder written by save_pretrained")
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise HostError(f"{folder} holds no .safetensors weights; pickled weights are never opened")
-    if folder.is_file():
-        raise HostError(f"{folder} is a file; expected a folder written by save_pretrained, or a hub name")
-    options: Mapping[str, Any] = {
-        "dtype": dtype or "auto",
-        "revision": revision,
-        "trust_remote_code": trust,
-        "use_safetensors": True,
-    }
-    found = str(folder) if folder.is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(found, revision=revision, trust_remote_code=trust)
-        # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
-        both = bool(getattr(config, "is_encoder_decoder", False))
-        model = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(found, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HostError(f"cannot open model {name!r}: {first}") from error
-    except ImportError as error:
-        first = str(error).strip().splitlines()[0]
-        raise HostError(
-            f"cannot open model {name!r}: {first} (a quantised model needs: pip install 'errata[quantized]')"
-        ) from error
-    return _moved(model, place, None)
-
-
-def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
-    """Move a model, unless it is there already. Raises HostError where its kind forbids that."""
-    if dtype is not None and any(placement.is_packed(module) for module in model.modules()):
-        raise HostError("a quantised model keeps the dtype it was made with; open it with dtype='auto'")
-    if dtype is None and all(t.device == place for t in (*model.parameters(), *model.buffers())):
-        return model
-    try:
-        return model.to(device=place, dtype=dtype)
-    except (ValueError, RuntimeError) as error:
-        raise HostError(f"cannot move the model to {place or dtype}: {error}; load it there") from error
-
-
-def _settle(host: Host) -> None:
-    """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
-    ids = torch.arange(5, device=host.device)[None] % host.vocab_size
-    try:
-        with torch.no_grad():
-            host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except RuntimeError as error:
-        raise HostError(f"the quantised model does not run on {host.device}: {error}") from error
-
-
-def _open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HostError(f"cannot open the tokenizer of {name!r}: {first}") from error
-
-
-def _refuse_unloaded(model: nn.Module) -> None:
-    placement.refuse_away(model)
-
-
-def _refuse_not_finite(model: nn.Module) -> None:
-    tensors = placement.named_tensors(model, buffers=False)
-    bad = [n for n, t in tensors if t.is_floating_point() and not _finite(t)]
-    if bad:
-        raise HostError(f"weight {bad[0]} holds NaN or infinite numbers ({len(bad)} such weights); refused")
-
-
-def _finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.element_size() < 2 else tensor  # eight bits have no isfinite
-    return bool(torch.isfinite(wide).all())
-
-
-def quiet() -> None:
-    """Turn off the loader's own progress bars; for programs that show their own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+def generate_batch(host: Host, batch: tokens.Batch, **options: Any) -> Any:
+    """Let transformers continue a batch; what its loop returns for the options."""
+    with torch.no_grad(), hooks.evaluating(host.model):
+        return host.model.generate(**host.inputs(batch), pad_token_id=host.pad_id, **options)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from errata.errors import RequestError
 from errata.host import hooks
 from errata.host.load import Host
 
@@ -58,7 +59,11 @@ def align(
 
     ``offsets`` says how many tokens stand before each row elsewhere. With ``left`` off nothing stands
     before a row's first token, places keep their own columns and the column returned is the furthest.
+    Raises RequestError for a row that is longer than the model's window.
     """
+    longest = max((len(row) + offset for row, offset in zip(rows, offsets, strict=True)), default=0)
+    if host.window is not None and longest > host.window:
+        raise RequestError(f"a text of {longest} tokens is longer than the model's window of {host.window}")
     column = max(places, default=0)
     length = column + max((len(row) - at for row, at in zip(rows, places, strict=True)), default=0)
     ids = torch.full((len(rows), length), host.pad_id, dtype=torch.long)
@@ -205,8 +210,11 @@ class Partial:
                 stack.enter_context(hooks.on_output(self.blocks[block], _keeper(ran.states, block)))
             if stop is not None:
                 stack.enter_context(hooks.stop_after(stop))
+            stack.enter_context(hooks.evaluating(self.host.model))
+            # a model that keeps more than attention's keys and values takes no cache of ours, nor needs one here
+            needed = bool(past.length or remember or left)
             with contextlib.suppress(hooks.Stopped):
-                ran.logits = self._forward(tokens, past, layers, at)
+                ran.logits = self._forward(tokens, past, layers if needed else None, at)
         for block in remember:
             seen = layers[block].seen
             if seen is not None:
@@ -214,11 +222,11 @@ class Partial:
         return ran
 
     def _forward(
-        self, tokens: Tokens, past: Past, layers: list[_Layer], at: tuple[Tensor, Tensor] | None
+        self, tokens: Tokens, past: Past, layers: list[_Layer] | None, at: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
         inputs["attention_mask"] = torch.cat([past.masks(), tokens.mask], 1)
-        if "past_key_values" in self.host.accepts:
+        if layers is not None and "past_key_values" in self.host.accepts:
             inputs["past_key_values"] = Cache(layers=list(layers))
         if "position_ids" in self.host.accepts:
             inputs["position_ids"] = tokens.positions
@@ -236,6 +244,7 @@ class Partial:
             ids = torch.arange(3, device=self.host.device)[None] % self.host.vocab_size
             with (
                 torch.no_grad(),
+                hooks.evaluating(self.host.model),
                 hooks.on_answer(self.blocks[0], found.append),
                 hooks.stop_after(self.blocks[0]),
                 contextlib.suppress(hooks.Stopped),
@@ -276,7 +285,10 @@ def can_reuse(host: Host, longest: int) -> bool:
         return False
     known = host.__dict__.setdefault("_reuse", {})
     if "works" not in known:
-        known["works"] = _works(host)
+        try:
+            known["works"] = _works(host)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+            known["works"] = False  # it keeps something else than keys and values
     return known["works"]
 
 

@@ -219,3 +219,24 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int, int] | None:
 
 def _overlap(one: tuple[torch.device, int, int], two: tuple[torch.device, int, int]) -> bool:
     return one[0] == two[0] and one[1] < two[2] and two[1] < one[2]
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def identities(model: nn.Module) -> tuple[int, ...]:
+    """Name the modules that a model consists of at present."""
+    return tuple(id(module) for module in model.modules())
+
+
+def adapters(model: nn.Module) -> str:
+    """Word which PEFT adapters act in a model and how: active, merged or off; empty where there are none."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            off = bool(getattr(module, "disable_adapters", False))
+            active, merged = (
+                list(getattr(module, key, ()) or ()) for key in ("active_adapters", "merged_adapters")
+            )
+            found[path] = f"{'off' if off else active} {merged}"
+    return repr(sorted(found.items())) if found else ""

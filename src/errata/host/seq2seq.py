@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import HostError, RequestError
-from errata.host import tokens
+from errata.host import hooks, tokens
 from errata.host.layout import Layout
 from errata.host.load import Host
 from errata.host.prompts import Framed, written
@@ -55,6 +55,11 @@ class Seq2SeqHost(Host):
             f"{self.name} is an encoder-decoder ({self.family}): methods edit causal language models; "
             "it can be observed, and edits of its weights by name can be applied"
         )
+
+    @property
+    def reads_by_encoder(self) -> bool:
+        """True: a row's first part is the encoder's."""
+        return True
 
     @property
     def continues(self) -> bool:
@@ -140,7 +145,8 @@ class Seq2SeqHost(Host):
 
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]`` of the decoder, or of its last ``keep`` places."""
-        logits = self.model(**self.inputs(batch), use_cache=False).logits
+        with hooks.evaluating(self.model):
+            logits = self.model(**self.inputs(batch), use_cache=False).logits
         return logits if keep is None else logits[:, -keep:]
 
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 BLOCK = 256
 """Width of a block column of the second moment."""
+EXACT = 2
+"""Up to so many vectors for each entry products are made in float64 throughout."""
 CHUNK = 2048
 """Most vectors in one float32 product; longer sums are made in float64."""
 
@@ -19,6 +21,8 @@ CHUNK = 2048
 @dataclass
 class Moments:
     """Running sums over vectors of width ``m``; chunks are multiplied in float32 and summed in float64.
+
+    The first ``EXACT`` m vectors are multiplied in float64, too, so that few vectors give an exact moment.
 
     The sum of outer products is symmetric, so only the blocks on and below its diagonal are computed
     and held: about half of the work and of the memory.
@@ -54,6 +58,10 @@ class Moments:
         count = vectors.shape[0]
         if not count:
             return
+        if self.count < EXACT * self.total.shape[0]:
+            vectors = (
+                vectors.double()
+            )  # of low rank still: float32's rounding would make eigenvalues below zero
         self.count += count
         self.total += vectors.sum(0, dtype=torch.float64).to(self.total.device)
         with full_precision():

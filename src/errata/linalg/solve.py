@@ -21,6 +21,10 @@ RIDGE = 1e-5
 corpus had fewer tokens than the keys have entries."""
 
 
+MOST_RIDGE = 1e-2
+"""Largest relative ridge that is taken for a matrix whose rounding outweighs the usual one."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A symmetric positive definite M: a multiple of the identity, by Cholesky factor, or by eigenvectors.
@@ -53,11 +57,14 @@ class Metric:
 
     @staticmethod
     def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> Metric:
-        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``."""
-        matrix = matrix.double()
-        jitter = ridge * matrix.diagonal().mean()
-        shifted = matrix + jitter * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-        return Metric(weight, torch.linalg.cholesky(shifted), name=name)
+        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``.
+
+        The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
+        ValueError for a matrix that is zero, not finite or far from positive semidefinite.
+        """
+        factor, used = _factor(matrix.double(), ridge)
+        label = name if used == ridge else f"{name}, ridge {used:.0e}"
+        return Metric(weight, factor, name=label)
 
     @staticmethod
     def of_eigen(
@@ -95,7 +102,7 @@ class Metric:
         if self.factor is None:
             raise ValueError("only a metric held by its Cholesky factor can be cut to coordinates")
         rows = self.factor[columns]
-        part = torch.linalg.cholesky(rows @ rows.mT)
+        part, _ = _factor(rows @ rows.mT, 0.0)
         return Metric(self.scale, part, name=f"{self.name} among {len(columns)}")
 
     def solve(self, right: Tensor) -> Tensor:
@@ -121,6 +128,24 @@ class Metric:
         return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
 
 
+def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Return the Cholesky factor of a matrix plus a relative ridge, and that ridge: the least that does.
+
+    Raises ValueError as :meth:`Metric.of` does.
+    """
+    mean = float(matrix.diagonal().mean())
+    if not (mean > 0 and torch.isfinite(matrix).all()):
+        raise ValueError("the matrix is zero or not finite")
+    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    used = ridge
+    while used <= MOST_RIDGE:
+        factor, info = torch.linalg.cholesky_ex(matrix + used * mean * eye)
+        if int(info) == 0:
+            return factor, used
+        used = max(10 * used, 1e-12)
+    raise ValueError("the matrix has eigenvalues far below zero: it is no second moment")
+
+
 def update(keys: Tensor, residuals: Tensor, metric: Metric, *, gamma: float) -> LowRank:
     """Solve the formula in dual (n x n) coordinates.
 
@@ -139,7 +164,7 @@ def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) ->
     keys = history_keys.double()
     gram = keys.mT @ past
     gram = (gram + gram.mT) / 2 + torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return solved - past @ torch.cholesky_solve(keys.mT @ solved, torch.linalg.cholesky(gram))
+    return solved - past @ torch.cholesky_solve(keys.mT @ solved, _factor(gram, 0.0)[0])
 
 
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:

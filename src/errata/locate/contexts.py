@@ -11,6 +11,7 @@ import regex
 from errata.host.load import Host, sample_rows
 from errata.host.tokens import encode_prompt
 from errata.stats.collect import Corpus
+from errata.types import Request
 from errata.writing import TERMINAL, is_unspaced
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -55,6 +56,28 @@ def weigh(texts: Sequence[str], weighting: str) -> list[Context]:
     if weighting == "flat" or not texts:
         return [Context("", 1 / total), *(Context(text, 1 / total) for text in texts)]
     return [Context("", 0.5), *(Context(text, 0.5 / len(texts)) for text in texts)]
+
+
+def shorten(host: Host, prefix: str, request: Request) -> str:
+    """Return a prefix, without its first words where it would not fit the window before a request's text.
+
+    The text behind it, with its target, is as long as it may be in the window; nothing is left of the prefix
+    where there is no room.
+    """
+    window = host.window
+    while prefix and window is not None:
+        over = _length(host, prefix, request) - window
+        if over <= 0:
+            break
+        words = prefix.split()
+        prefix = " ".join(words[max(1, over // 4) :])  # a word is seldom more than a few tokens
+        prefix = f"{prefix} " if prefix else ""
+    return prefix
+
+
+def _length(host: Host, prefix: str, request: Request) -> int:
+    """Count the tokens of prefix, prompt and target."""
+    return len(host.encode_answer(request.text, request.target, prefix=prefix, before=request.span[0]).ids)
 
 
 def _clean(text: str) -> str:

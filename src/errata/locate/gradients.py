@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.host.layout import linear_modules
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.tokens import Answer
@@ -55,7 +56,7 @@ class Pairs:
 def linear_maps(host: Host, layer: int) -> list[str]:
     """List the linear maps of a block, by path inside the block."""
     block = host.model.get_submodule(host.layout.blocks[layer])
-    return [name for name, module in block.named_modules() if _is_linear(module)]
+    return [name for name, _ in linear_modules(block)]
 
 
 def feed_forward(host: Host, layer: int) -> tuple[list[str], str]:
@@ -66,12 +67,13 @@ def feed_forward(host: Host, layer: int) -> tuple[list[str], str]:
     """
     site = host.layout.site(layer)
     block = host.layout.blocks[layer]
-    parent = site.name.rpartition(".")[0]
+    parent = site.name.removesuffix(".base_layer").rpartition(".")[0]
     beside = [
         f"{parent}.{name}"
-        for name, module in host.model.get_submodule(parent).named_children()
-        if f"{parent}.{name}" != site.name and _is_linear(module) and _fills(module, site.d_in)
-    ]
+        for name, module in linear_modules(host.model.get_submodule(parent))
+        if name.removesuffix(".base_layer").count(".") == 0
+        and f"{parent}.{name}" != site.name and _fills(module, site.d_in)
+    ]  # fmt: skip
     inside = [name.removeprefix(f"{block}.") for name in (*beside, site.name)]
     return inside[:-1], inside[-1]
 
@@ -104,11 +106,6 @@ def own_layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[
         if found and found[-1] < depth:
             return found
     raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def _fills(module: Any, width: int) -> bool:

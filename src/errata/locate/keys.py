@@ -12,7 +12,7 @@ from torch import Tensor
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.locate.contexts import Context
+from errata.locate.contexts import Context, shorten
 from errata.locate.problems import place_of
 from errata.types import Request
 
@@ -95,7 +95,11 @@ def subject_keys(
     host: Host, requests: Sequence[Request], sites: Sequence[Site], contexts: Sequence[Context]
 ) -> Captured:
     """Average keys, values and hidden states over contexts by their shares; ``[n requests, ...]``."""
-    places = [subject_place(host, request, c.prefix) for request in requests for c in contexts]
+    places = [
+        subject_place(host, request, shorten(host, c.prefix, request))
+        for request in requests
+        for c in contexts
+    ]
     found = capture(host, places, sites)
     weights = torch.tensor([c.weight for c in contexts])
     weights /= weights.sum()  # also of some of the contexts, such as the bare prompt alone

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from errata.errors import RequestError
 from errata.host.load import Host
-from errata.locate.contexts import Context
+from errata.locate.contexts import Context, shorten
 from errata.types import Request
 
 Token = Literal["last", "first"]
@@ -116,10 +116,9 @@ def _lines(
     weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
     lines = []
     for number, context in enumerate(contexts):
-        answer = host.encode_answer(
-            request.text, request.target, prefix=context.prefix, before=span(request)[0]
-        )
-        _, place = place_of(host, request, context.prefix, span=span, token=token)
+        prefix = shorten(host, context.prefix, request)
+        answer = host.encode_answer(request.text, request.target, prefix=prefix, before=span(request)[0])
+        _, place = place_of(host, request, prefix, span=span, token=token)
         if place >= answer.start:
             raise RequestError(f"the subject {request.subject!r} and the target share a token")
         share = context.weight / total

@@ -29,7 +29,8 @@ LIKE_PROBLEMS = {"cpu": 2, "cuda": 64}
 class _Batch:
     rows: list[Line]
     tokens: Tokens
-    column: int
+    columns: Tensor
+    """Column of each row's place."""
     row: Tensor
     """Which beginning each row stands behind; the last is the empty one."""
     states: Tensor | None = None
@@ -47,7 +48,7 @@ class Walk:
         self.order = torch.tensor([i for group in groups for i in group])
         self.counts = [len(laid[i].places) for i in self.order.tolist()]
         rows = [line for problem in laid for line in problem.places]
-        reuse = can_reuse(host, max(len(row.ids) for row in rows))
+        self.reuse = reuse = can_reuse(host, max(len(row.ids) for row in rows))
         self.cut = beginnings(rows) if reuse else {row.context: 0 for row in rows}
         self.shared = {row.context: row.ids[: self.cut[row.context]] for row in rows if self.cut[row.context]}
         self._keys: tuple[Site, Tensor, Tensor] | None = None
@@ -74,9 +75,12 @@ class Walk:
             [row.ids[cut[row.context] :] for row in rows],
             [row.place - cut[row.context] for row in rows],
             [cut[row.context] for row in rows],
+            left=self.reuse,  # a model that may ignore the mask is padded behind the places only
         )
+        places = [column if self.reuse else row.place for row in rows]
+        columns = torch.tensor(places, device=self.host.device)
         row = torch.tensor([number.get(r.context, len(number)) for r in rows], device=self.host.device)
-        return _Batch(rows, tokens, column, row)
+        return _Batch(rows, tokens, columns, row)
 
     def keys(self, site: Site) -> Tensor:
         """Return each problem's key at the present layer, mean over contexts, ``[n, d_in]``.
@@ -104,10 +108,9 @@ class Walk:
             start = self._before(site.layer)
             for batch in self.batches:
                 seen: list[Tensor] = []
-                where = len(batch.rows), batch.column
                 with (
-                    hooks.on_input(module, _column(seen, *where)),
-                    hooks.on_output(module, _column(seen, *where)),
+                    hooks.on_input(module, _column(seen, batch.columns)),
+                    hooks.on_output(module, _column(seen, batch.columns)),
                 ):
                     self._run(batch, start, stop=module)
                 weights = seen[0].new_tensor([row.share for row in batch.rows])
@@ -130,7 +133,7 @@ class Walk:
                 bare = [i for i, row in enumerate(batch.rows) if row.context == 0]
                 part = _part(batch, bare)
                 seen: list[Tensor] = []
-                with hooks.on_output(module, _column(seen, len(bare), part.column)):
+                with hooks.on_output(module, _column(seen, part.columns)):
                     self._run(part, start, stop=self.partial.blocks[top])
                 found.append(seen[0].cpu())
         return self._ordered(torch.cat(found))
@@ -199,11 +202,14 @@ def _part(batch: _Batch, rows: Sequence[int]) -> _Batch:
     chosen = torch.tensor(rows, device=batch.row.device)
     states = None if batch.states is None else batch.states[chosen]
     lines = [batch.rows[i] for i in rows]
-    return _Batch(lines, batch.tokens.rows(chosen), batch.column, batch.row[chosen], states)
+    return _Batch(lines, batch.tokens.rows(chosen), batch.columns[chosen], batch.row[chosen], states)
 
 
-def _column(into: list[Tensor], rows: int, column: int) -> Callable[[Tensor], None]:
+def _column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
+    line = torch.arange(len(columns), device=columns.device)
+
     def keep(tensor: Tensor) -> None:
-        into.append(wide(tensor.detach().reshape(rows, -1, tensor.shape[-1])[:, column]))
+        flat = tensor.detach().reshape(len(columns), -1, tensor.shape[-1])
+        into.append(wide(flat[line.to(flat.device), columns.to(flat.device)]))
 
     return keep

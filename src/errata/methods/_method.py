@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from errata.edits.edit import Edit, Provenance, versions
 from errata.edits.weight import WeightEdit, active
-from errata.errors import ConfigError
+from errata.errors import ConfigError, DataError
+from errata.host import hooks
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.moments import Eigen, eigen
+from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, Metric
 from errata.locate.contexts import Context, prefixes, sampled_corpus, weigh
 from errata.locate.values import ValueConfig
@@ -56,8 +60,15 @@ class Method:
     ) -> Edit:
         """Fit, alone or going on from an edit of the same method; the result then stands for both.
 
-        Raises ConfigError where the two do not belong together.
+        What the caller has set in PyTorch does not matter: a fit has gradients also inside ``no_grad`` or
+        ``inference_mode``. Raises ConfigError where the two do not belong together.
         """
+        with hooks.plain_torch(), hooks.evaluating(host.model):
+            return self._run(host, requests, config, work, after)
+
+    def _run(
+        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: WeightEdit | None
+    ) -> Edit:
         if after is None:
             return self.fit(host, requests, config, work)
         if not self.sequential:
@@ -111,14 +122,20 @@ class Workspace:
             key = ("metric", site, ridge, *state)
             if key not in self._made:
                 moments, name = self._made[("moments", site, *state)]
-                self._made[key] = Metric.of(moments.second, ridge=ridge, name=name + note)
+                what = f"the statistics of {name} for {site.name}, {moments.count} tokens for {site.d_in} entries,"
+                self._made[key] = _factorised(moments.second, what, ridge=ridge, name=name + note)
         return {s: self._made[("metric", s, ridge, *state)] for s in sites}
 
     def _imported(self, source: str, site: Site, ridge: float) -> Metric:
         found, state = self._file(source, site)
         key = ("metric", site, ridge, *state)
         if key not in self._made:
-            self._made[key] = Metric.of(found.matrix, ridge=ridge, name=f"{found.name}, ridge {ridge:g}")
+            self._made[key] = _factorised(
+                found.matrix,
+                f"{found.name} for {site.name}",
+                ridge=ridge,
+                name=f"{found.name}, ridge {ridge:g}",
+            )
         return self._made[key]
 
     def _file(
@@ -158,6 +175,7 @@ class Workspace:
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
+            _warn_of_few(found, corpus)
             for site, moments in found.items():
                 self._made[("moments", site, *state)] = (moments, name)
         return corpus, budget, state
@@ -215,6 +233,30 @@ class Workspace:
         return [digest for digest in active(host) if digest != mine]
 
 
+def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> Metric:
+    """Factorise a second moment ``[d_in, d_in]``. Raises DataError where nothing can be solved with it."""
+    try:
+        return Metric.of(second, ridge=ridge, name=name)
+    except ValueError as error:
+        raise DataError(
+            f"{what} cannot be used: {error}; give a longer corpus, or edit another layer"
+        ) from error
+
+
+def _warn_of_few(found: Mapping[Site, Moments], corpus: Corpus) -> None:
+    """Say how many tokens are missing where there are fewer than a key has entries."""
+    short = {site: moments for site, moments in found.items() if moments.count < site.d_in}
+    if short:
+        site = max(short, key=lambda one: one.d_in)
+        warnings.warn(
+            f"{corpus.name} gives {short[site].count} tokens of statistics for the {site.d_in} entries of a key of "
+            f"{site.name}: {site.d_in - short[site].count} tokens too few, at least. Directions that no token "
+            "showed count as free to change, so the edit may reach further than it should; give a longer corpus",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 @contextlib.contextmanager
 def without(after: WeightEdit | None, host: Host) -> Iterator[None]:
     """Have an edit that is in place off inside the block."""
@@ -240,7 +282,7 @@ def provenance(
         host_name=host.name,
         seed=work.seed,
         versions=versions(),
-        notes=notes,
+        notes={**notes, "dtype": str(host.dtype).removeprefix("torch.")},
         prompt_format=host.prompt_format.to_dict(),
     )
 

@@ -38,6 +38,7 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.prompts import prefixed
 from errata.linalg.lowrank import LowRank
+from errata.locate.contexts import shorten
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
 from errata.methods._method import Method, Workspace, provenance, resolve_layers, resolved
@@ -117,7 +118,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     chosen = []
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
-        prompts = [prefixed(host.tokenizer, request.text, one, request.span[0]) for one in prefixes]
+        begins = (shorten(host, prefix, request) for prefix in prefixes)
+        prompts = [prefixed(host.tokenizer, request.text, begin, request.span[0]) for begin in begins]
         sets = coarse_sets(
             host, prompts, answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
