@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from errata.edits import format as file_format
-from errata.errors import EditError
+from errata.errors import EditError, ErrataError
 from errata.host.load import Host
 from errata.types import ImageRecord, ImageRequest, Request
+
+Outside = Literal["refuse", "discard", "leave"]
+"""What to do about a weight that something else has changed while an edit stood on it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,15 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def revert_(self, host: Host) -> None:
-        """Take the edit back; weights are then bit-identical to what they were without it."""
+    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+        """Take the edit back; weights are then bit-identical to what they were without it.
+
+        ``outside``: what to do about a weight that something else has changed meanwhile.
+        """
+
+    @abstractmethod
+    def in_place(self, host: Host) -> bool:
+        """Whether the edit, or part of it after an interrupt, is in place on a host."""
 
     @abstractmethod
     def _tensors(self) -> Mapping[str, Tensor]: ...
@@ -83,11 +93,17 @@ class Edit(ABC):
     @contextmanager
     def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
-        self.apply_(host, foreign=foreign, beside=beside)
+        mine = True
         try:
+            try:
+                self.apply_(host, foreign=foreign, beside=beside)
+            except ErrataError:
+                mine = False  # refused, with nothing changed; what is in place is another's
+                raise
             yield host
         finally:
-            self.revert_(host)
+            if mine and self.in_place(host):
+                self.revert_(host)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the edit to one ``.safetensors`` file and return its path."""

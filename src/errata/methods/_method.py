@@ -11,6 +11,7 @@ from typing import Any, Literal
 from errata.edits.edit import Edit, Provenance, versions
 from errata.edits.weight import WeightEdit, active
 from errata.errors import ConfigError
+from errata.host import locking
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
@@ -55,8 +56,15 @@ class Method:
     ) -> Edit:
         """Fit, alone or going on from an edit of the same method; the result then stands for both.
 
-        Raises ConfigError where the two do not belong together.
+        The model is held alone meanwhile: other threads that run or change it wait. Raises ConfigError where
+        the two do not belong together.
         """
+        with locking.of(host.model).exclusive:
+            return self._run(host, requests, config, work, after)
+
+    def _run(
+        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: WeightEdit | None
+    ) -> Edit:
         if after is None:
             return self.fit(host, requests, config, work)
         if not self.sequential:
