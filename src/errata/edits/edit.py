@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from errata.edits import format as file_format
+from errata.edits.header import provenance
 from errata.errors import EditError, ErrataError
 from errata.host.load import Host
 from errata.types import ImageRecord, ImageRequest, Request
@@ -115,13 +116,18 @@ class Edit(ABC):
         """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
         tensors, header = file_format.read(path)
         family = {kind.kind: kind for kind in Edit.__subclasses__()}
-        kind = family.get(str(header.get("kind")))
+        named = header.get("kind")
+        kind = family.get(named) if isinstance(named, str) else None
         if kind is None:
-            raise EditError(f"{path} holds an edit of kind {header.get('kind')!r}, known: {sorted(family)}")
+            found = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
+            raise EditError(f"{path} holds an edit of kind {found}, known: {', '.join(sorted(family))}")
         try:
-            return kind._restore(tensors, header, _provenance(header["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EditError(f"{path} is damaged: {error!r} while reading its header") from error
+            made_by = Provenance(**provenance(header.get("provenance")))
+            return kind._restore(tensors, header, made_by)
+        except Exception as error:  # whatever wrong fields make of what is built of them
+            raise EditError(
+                f"{path} is damaged: {file_format.reason(error)}, read from its header"
+            ) from error
 
     def check_host(self, host: Host, *, foreign: bool) -> None:
         """Raise EditError when the host is not the one the edit was made for."""
@@ -141,16 +147,6 @@ def _with_override(provenance: Provenance, note: str) -> Provenance:
     if note in provenance.overrides:
         return provenance
     return replace(provenance, overrides=(*provenance.overrides, note))
-
-
-def _provenance(stored: Mapping[str, Any]) -> Provenance:
-    known = {name: stored[name] for name in Provenance.__dataclass_fields__ if name in stored}
-    known["requests"] = tuple(
-        Request(**request) if "prompt" in request else ImageRecord(**request)
-        for request in stored["requests"]
-    )
-    known["overrides"] = tuple(stored.get("overrides", ()))
-    return Provenance(**known)
 
 
 def versions() -> dict[str, str]:

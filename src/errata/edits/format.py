@@ -113,7 +113,9 @@ def _check(
                 "changed after it was written"
             )
     elif HASH not in metadata or header.get("protection") != PROTECTION:
-        raise EditError(f"{source} is damaged: its hash was taken out; restore it from a copy, or fit it again")
+        raise EditError(
+            f"{source} is damaged: its hash was taken out; restore it from a copy, or fit it again"
+        )
     elif metadata[HASH] != checksum(metadata[KEY], tensors):
         raise EditError(
             f"{source} is damaged: its content does not match the recorded hash; restore it from a copy, or fit "

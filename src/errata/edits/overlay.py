@@ -92,9 +92,7 @@ class Overlay:
 
 
 @torch.no_grad()
-def composed(
-    base: Tensor, deltas: Mapping[str, Delta], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def composed(base: Tensor, deltas: Mapping[str, Delta], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Add deltas to a base in float32 or wider, in an order that depends on them alone, and cast once."""
     value = base.to(device)
     if deltas:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.edits import branch, overlay
+from errata.edits import header as fields
 from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Provenance
 from errata.edits.records import Record, laid_out
@@ -88,14 +89,16 @@ class WeightEdit(Edit):
         another shape, not where it can be edited or changed by something else while an edit stands on it, the
         edit is active already, or it would vanish in the weights' precision.
         """
-        with locking.of(host.model).exclusive:
-            self.check_host(host, foreign=foreign)
-            self._refuse_active(host)
-            try:
-                self._settle(host, *self._put(host, beside))
-            except BaseException:  # an interrupt, too, must leave nothing half done
-                self._remove(host)
-                raise
+        locking.alone(host, self._apply, host, foreign, beside)
+
+    def _apply(self, host: Host, foreign: bool, beside: bool | None) -> None:
+        self.check_host(host, foreign=foreign)
+        self._refuse_active(host)
+        try:
+            self._settle(host, *self._put(host, beside))
+        except BaseException:  # an interrupt, too, must leave nothing half done
+            self._remove(host)
+            raise
 
     def _settle(self, host: Host, lost: dict[str, float], moved: bool) -> None:
         """Keep what merging lost. Raises EditError where that is everything, warns where it is most."""
@@ -120,13 +123,15 @@ class WeightEdit(Edit):
         Packed weights do not appear: they are edited beside. Raises EditError as :meth:`apply_` does,
         but not for an edit that vanishes: its losses are 1.
         """
-        with locking.of(host.model).exclusive:
-            self.check_host(host, foreign=foreign)
-            self._refuse_active(host)
-            try:
-                return self._put(host, None)[0]
-            finally:
-                self._remove(host)
+        return locking.alone(host, self._trial, host, foreign)
+
+    def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
+        self.check_host(host, foreign=foreign)
+        self._refuse_active(host)
+        try:
+            return self._put(host, None)[0]
+        finally:
+            self._remove(host)
 
     def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
         """Take the deltas away again, also after a change or a revert that was interrupted half-way.
@@ -139,18 +144,20 @@ class WeightEdit(Edit):
 
         Raises EditError if the edit is not active, or a weight cannot be written; the original bits are kept.
         """
-        with locking.of(host.model).exclusive:
-            if not self.in_place(host):
-                raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
-            names = sorted(self._merged(host))
-            obstacles = {name: self._obstacle(host, name, outside) for name in names}
-            left = [name for name, problem in obstacles.items() if problem is not None]
-            if left and outside != "leave":
-                raise EditError(f"{obstacles[left[0]]}; nothing was taken back, and the original bits are kept")
-            for name in left:
-                for digest in list(host.overlays[name].deltas):
-                    overlay.forget(host.model, name, digest)
-            self._remove(host)
+        locking.alone(host, self._revert, host, outside)
+
+    def _revert(self, host: Host, outside: Outside) -> None:
+        if not self.in_place(host):
+            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+        names = sorted(self._merged(host))
+        obstacles = {name: self._obstacle(host, name, outside) for name in names}
+        left = [name for name, problem in obstacles.items() if problem is not None]
+        if left and outside != "leave":
+            raise EditError(f"{obstacles[left[0]]}; nothing was taken back, and the original bits are kept")
+        for name in left:
+            for digest in list(host.overlays[name].deltas):
+                overlay.forget(host.model, name, digest)
+        self._remove(host)
 
     def in_place(self, host: Host) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
@@ -352,14 +359,20 @@ class WeightEdit(Edit):
                 deltas[stem] = LowRank(tensors[name], tensors[f"{stem}.A"])
             elif part == "dense":
                 deltas[stem] = tensors[name]
-        records = {
-            name: Record.restored(facts, {p: tensors[f"{name}.record.{p}"] for p in Record.PARTS})
-            for name, facts in header.get("records", {}).items()
-        }
+        records = {}
+        for name, facts in fields.typed(header.get("records", {}), dict, "records").items():
+            where = f"records of {name[:80]!r}"
+            read = fields.record(facts, where, len(provenance.requests))
+            parts = {part: tensors[f"{name}.record.{part}"] for part in Record.PARTS}
+            fields.fits(parts, read, deltas[name], where)
+            records[name] = Record.restored(read, parts)
         state = {n.removesuffix(".state"): t for n, t in tensors.items() if n.endswith(".state")}
-        edit = cls(deltas, frozenset(header["transposed"]), provenance, records, state)
-        if edit.digest != header["digest"]:
-            raise ValueError(f"content {edit.digest} does not match the recorded {header['digest']}")
+        transposed = frozenset(fields.texts(header, "transposed", "the header"))
+        if not transposed <= deltas.keys():
+            raise ValueError(f"{min(transposed - deltas.keys())[:80]!r} is called transposed and not changed")
+        edit = cls(deltas, transposed, provenance, records, state)
+        if edit.digest != fields.take(header, "digest", str, "the header"):
+            raise ValueError(f"its content {edit.digest} does not match the recorded one")
         return edit
 
     def summary(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def fingerprint(host: Host) -> str:
         if known is not None and same and known.contents == contents:
             value = known.fingerprint
         else:
-            value = host._take_fingerprint()  # noqa: SLF001
+            value = host._take_fingerprint()
         host.__dict__["_fingerprint"] = _Known(contents, host.tokenizer, _size(host), lock.section, value)
         return value
 

@@ -119,7 +119,9 @@ class ModelLock:
 def of(owner: Any) -> ModelLock:
     """Return the lock of a model, or of a host's model."""
     held = (owner if isinstance(owner, nn.Module) else owner.model).__dict__
-    for count in itertools.count():  # a pickled model left None behind; setdefault is one step for all threads
+    for (
+        count
+    ) in itertools.count():  # a pickled model left None behind; setdefault is one step for all threads
         lock = held.get(f"{LOCK}{count}") or held.setdefault(f"{LOCK}{count}", ModelLock())
         if lock is not None:
             return lock
@@ -146,3 +148,9 @@ def exclusive(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenat
             return function(owner, *args, **kwargs)
 
     return run
+
+
+def alone(owner: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run any function while no other thread runs or changes the model of a host."""
+    with of(owner).exclusive:
+        return function(*args, **kwargs)
