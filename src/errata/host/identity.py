@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WIDTH = 4096
 """Numbers of eight bytes in a row of the table that is summed."""
+SMALL = 2**18
+"""Bytes up to which a tensor is hashed as it is."""
 
 
 @torch.no_grad()
@@ -31,7 +33,11 @@ def content(tensor: Tensor) -> bytes:
     A change goes unnoticed only if it leaves all sums of rows and of columns as they were, bits taken as
     whole numbers.
     """
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     flat = tensor.detach().contiguous().reshape(-1)
+    if flat.numel() * flat.element_size() <= SMALL:
+        digest.update(flat.cpu().view(torch.uint8).numpy().tobytes())
+        return digest.digest()
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()  # eight bytes at a time are read from places that eight divides
     raw = flat.view(torch.uint8)
@@ -41,7 +47,6 @@ def content(tensor: Tensor) -> bytes:
     table = words[: rows * WIDTH].view(rows, WIDTH)
     # the rest is shorter than a row and taken as it is
     parts = (table.sum(0), table.sum(1), words[rows * WIDTH :], raw[8 * whole :].to(torch.int64))
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     digest.update(torch.cat(parts).cpu().numpy().tobytes())
     return digest.digest()
 
