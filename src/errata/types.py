@@ -245,7 +245,9 @@ def image_problems(request: ImageRequest) -> list[str]:
         problems.append("mask has values outside 0 to 1")
     empty = [i for i in range(n) if not bool((request.mask[i] > 0).any())]
     if empty:
-        problems.append(f"the mask of pair {', '.join(map(str, empty))} (counted from 0) marks nothing")
+        problems.append(
+            f"the mask of pair {', '.join(str(i + 1) for i in empty)} (counted from 1) marks nothing"
+        )
     return problems
 
 

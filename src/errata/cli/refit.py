@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,25 +36,40 @@ def refit(
 def retract(
     edit: Annotated[Path, typer.Argument(metavar="EDIT", help="A file of a closed-form edit.")],
     request: Annotated[
-        list[str], typer.Option("--request", "-r", help="Id of a request, or its number from 0; repeatable.")
+        list[str],
+        typer.Option(
+            "--request",
+            "-r",
+            help="Id of a request, or its number as errata show counts, from 1; repeatable.",
+        ),
     ],
     output: Output,
     force: common.Force = False,
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Give the edit that would have resulted had some requests never been made; needs no model."""
+    """Give the edit that would have resulted had some requests never been made; needs no model.
+
+    Says which requests it took out. A text that is the id of one request and the number of another is
+    taken as the id, and that is told.
+    """
     from errata.edits import Edit
+    from errata.edits.algebra import numbered
     from errata.edits.algebra import retract as without
 
     outputs.check_new_edit(output, force=force)
     given = Edit.load(edit)
-    names = {r.id for r in given.provenance.requests}
-    asked = [int(item) if item.isdigit() and item not in names else item for item in request]
-    _finish(without(given, asked), output, dry_run, json)
+    found = [numbered(given, text) for text in request]
+    places = sorted({place for place, _ in found})
+    made = without(given, places)
+    retracted = [{"number": i + 1, **given.provenance.requests[i].to_dict()} for i in places]
+    _finish(made, output, dry_run, json, retracted, [note for _, note in found if note is not None])
 
 
-def _finish(made: WeightEdit, output: Path, dry_run: bool, json: bool) -> None:
+def _finish(
+    made: WeightEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
     from errata.edits.algebra import leverages
 
     shares = leverages(made)
@@ -61,10 +77,21 @@ def _finish(made: WeightEdit, output: Path, dry_run: bool, json: bool) -> None:
     path = None if dry_run else made.save(output)
     if json:
         table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
-        common.emit({"path": None if path is None else str(path), "requests": table, "digest": made.digest})
+        document = {"path": None if path is None else str(path), "requests": table, "digest": made.digest}
+        common.emit({**document, "retracted": retracted, "notes": notes} if retracted else document)
         return
+    for note in notes:
+        print(f"note: {note}")
+    for one in retracted:
+        what = (
+            f"{one['prompt']!r} ({one['subject']}) -> {one['target']!r}"
+            if "prompt" in one
+            else one["concept"]
+        )
+        name = f" ({one['id']})" if "id" in one else ""
+        print(f"took out request {one['number']}{name}: {what}")
     rows = []
-    for i, (request, share) in enumerate(zip(requests, shares, strict=True)):
+    for i, (request, share) in enumerate(zip(requests, shares, strict=True), 1):
         told = request.to_dict()
         rows.append((i, *(told.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
     common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))

@@ -55,14 +55,18 @@ def command(
 
 def _requests(asked: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Lay out what was asked for: columns and rows. Pairs of images are kept by name and content only."""
+    fields = ("prompt", "subject", "target_old", "target")
+    names = ("prompt", "subject", "old", "new")
     if any("prompt" not in r for r in asked):
-        columns = ("", "concept", "replacement", "pairs", "content")
-        rows = [(r.get("id", i + 1), *(r.get(n, "") for n in ("concept", "replacement", "pairs", "digest")))
-                for i, r in enumerate(asked)]  # fmt: skip
-        return columns, rows
-    rows = [(r.get("id", i + 1), r["prompt"], r["subject"], r.get("target_old", ""), r["target"])
-            for i, r in enumerate(asked)]  # fmt: skip
-    return ("", "prompt", "subject", "old", "new"), rows
+        fields, names = (
+            ("concept", "replacement", "pairs", "digest"),
+            ("concept", "replacement", "pairs", "content"),
+        )
+    if any("id" in r for r in asked):
+        fields, names = ("id", *fields), ("id", *names)
+    # the numbers that errata retract takes
+    rows = [(i, *(r.get(field, "") for field in fields)) for i, r in enumerate(asked, 1)]
+    return ("", *names), rows
 
 
 def _lost(edit: Edit, model: str | None, device: str, dtype: str, foreign: bool) -> dict[str, float] | None:

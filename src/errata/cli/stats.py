@@ -147,13 +147,17 @@ def _measure(
     from errata.stats.collect import eigen_of, second_moments
 
     places = {site: _place(host, site, corpus, tokens) for site in sites}
-    kept = {site for site, place in places.items() if place.exists()}
+    before = {site: _written(place) for site, place in places.items()}
     start = time.perf_counter()
     found = second_moments(
         host, sites, corpus, tokens=tokens, folder=cache_dir(),
         on_tokens=lambda done, total: tick("tokens", done, total),
     )  # fmt: skip
     seconds = time.perf_counter() - start
+    # a damaged file was there, and was made anew
+    kept = {
+        site for site, place in places.items() if before[site] is not None and _written(place) == before[site]
+    }
     rows = []
     for i, (site, moments) in enumerate(found.items()):
         tick("condition", i, len(found))
@@ -171,6 +175,11 @@ def _measure(
         )
     tick("condition", len(found), len(found))
     return rows
+
+
+def _written(place: Path) -> int | None:
+    """When a file was written, in nanoseconds; None where there is none."""
+    return place.stat().st_mtime_ns if place.exists() else None
 
 
 def _quality(moments: Moments, ratio: float) -> dict[str, Any]:

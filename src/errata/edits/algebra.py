@@ -45,13 +45,14 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
 def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
     """Return the edit as it would be had some of its requests never been made.
 
-    ``which``: request ids, or numbers counted from 0. Several may go, in any order. Raises EditError
+    ``which``: ids of requests as texts, or whole numbers that index ``edit.provenance.requests``, so that 0 is
+    the first; the command line and all messages count from 1. Several may go, in any order. Raises EditError
     when a request is not there, or when nothing would be left (then take the edit back whole).
     """
     known = _checked(edit)
     asked = [which] if isinstance(which, (str, int)) else list(which)
     requests = known.provenance.requests
-    gone = {_number(known, item) for item in asked}
+    gone = {place(known, item) for item in asked}
     left = [i for i in range(len(requests)) if i not in gone]
     if not left:
         raise EditError("no request would be left: take the edit back whole instead")
@@ -75,17 +76,56 @@ def leverages(edit: Edit) -> list[float]:
     return least
 
 
-def _number(edit: WeightEdit, item: str | int) -> int:
+def place(edit: Edit, item: str | int) -> int:
+    """Return a request's place in the edit's provenance, from 0, by its id or that place.
+
+    Raises EditError when there is no such request, or several.
+    """
     requests = edit.provenance.requests
-    if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < len(requests):
-        return item
+    if isinstance(item, int) and not isinstance(item, bool):
+        if 0 <= item < len(requests):
+            return item
+        raise EditError(
+            f"the edit has no request {item} counted from 0; it has {len(requests)}, the last is {len(requests) - 1}"
+        )
     found = [i for i, request in enumerate(requests) if request.id == item]
     if not found:
-        names = [request.id or str(i) for i, request in enumerate(requests)]
-        raise EditError(f"the edit has no request {item!r}; it has {', '.join(names[:20])}")
+        raise EditError(f"the edit has no request {item!r:.80}; it has {listed(edit)}")
     if len(found) > 1:
-        raise EditError(f"{len(found)} requests are called {item!r}; name one by its number, from 0")
+        numbers = ", ".join(str(i + 1) for i in found)
+        raise EditError(
+            f"{len(found)} requests are called {item!r:.80}: numbers {numbers} as the command line counts, from 1; "
+            "name the one that is meant by its number"
+        )
     return found[0]
+
+
+def numbered(edit: Edit, text: str) -> tuple[int, str | None]:
+    """Read what a person calls a request: its id, else its number from 1; its place from 0, and a remark.
+
+    The remark, or None, says where a text is both the id of one request and the number of another.
+    Raises EditError as :func:`place` does.
+    """
+    requests = edit.provenance.requests
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if any(request.id == text for request in requests):
+        found = place(edit, text)
+        if 1 <= number <= len(requests) and number != found + 1:
+            return found, f"{text!r} is taken as the id of request {found + 1}, not as number {number}"
+        return found, None
+    if 1 <= number <= len(requests):
+        return number - 1, None
+    raise EditError(
+        f"the edit has no request {text!r:.80}; it has {listed(edit)}: give an id, or a number from 1 to "
+        f"{len(requests)}"
+    )
+
+
+def listed(edit: Edit) -> str:
+    """Name the first requests of an edit, each by its number from 1 and its id."""
+    requests = edit.provenance.requests
+    names = [f"{i} ({one.id[:40]!r})" if one.id else str(i) for i, one in enumerate(requests[:20], 1)]
+    return ", ".join(names) + (" ..." if len(requests) > 20 else "")
 
 
 def _checked(edit: Edit, *, solved: bool = True) -> WeightEdit:

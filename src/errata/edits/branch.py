@@ -8,13 +8,15 @@ edited, and taking a branch away leaves the bits that were there all along.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from errata.edits import saving
 from errata.errors import EditError
 from errata.host import hooks, placement
 from errata.host.layout import linear_map
@@ -28,10 +30,10 @@ Delta = LowRank | Tensor
 class Branches:
     """What stands beside one linear map; also the hook that adds it."""
 
-    deltas: dict[str, Delta] = field(default_factory=dict)
-    """By edit digest, oriented ``[d_out, d_in]``."""
-    handle: Any = None
-    """Takes the hook off."""
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    """By edit digest, oriented ``[d_out, d_in]``; replaced, never changed, for another thread may be reading."""
+    stored: Mapping[str, Delta] = field(default_factory=dict)
+    """The same, oriented as the weight is stored."""
     ready: dict[str, Delta] = field(default_factory=dict)
     """The deltas on the device and in the precision of the last call."""
 
@@ -41,15 +43,15 @@ class Branches:
         with torch.autocast(said.device.type, enabled=False):
             key = given.to(said.device, wide)
             total = said.to(wide)
-            for digest in sorted(self.deltas):
-                total = total + _product(self._ready(digest, key), key)
+            for digest, delta in sorted(self.deltas.items()):
+                total = total + _product(self._ready(digest, delta, key), key)
         return total.to(said.dtype)
 
-    def _ready(self, digest: str, key: Tensor) -> Delta:
+    def _ready(self, digest: str, delta: Delta, key: Tensor) -> Delta:
         known = self.ready.get(digest)
         tensor = known.A if isinstance(known, LowRank) else known
         if known is None or tensor is None or (tensor.device, tensor.dtype) != (key.device, key.dtype):
-            known = self.ready[digest] = self.deltas[digest].to(device=key.device, dtype=key.dtype)
+            known = self.ready[digest] = delta.to(device=key.device, dtype=key.dtype)
         return known
 
 
@@ -67,25 +69,34 @@ def standing(model: nn.Module) -> dict[str, Branches]:
     return model.__dict__.get(BRANCHES, {})
 
 
-def attach(model: nn.Module, name: str, digest: str, delta: Delta) -> None:
-    """Let a delta ``[d_out, d_in]`` stand beside the weight ``name``."""
+def attach(model: nn.Module, name: str, digest: str, delta: Delta, stored: Delta) -> None:
+    """Let a delta ``[d_out, d_in]`` stand beside the weight ``name``; ``stored``: as that weight is stored.
+
+    It counts as standing from the first step on, so that :func:`detach` undoes whatever was done.
+    """
     branches: dict[str, Branches] = model.__dict__.setdefault(BRANCHES, {})
     branch = branches.setdefault(name, Branches())
-    branch.deltas[digest] = delta
-    if branch.handle is None:
-        branch.handle = hooks.standing(model.get_submodule(_path(name)), branch)
+    branch.stored = {**branch.stored, digest: stored}
+    branch.deltas = {**branch.deltas, digest: delta}
+    hooks.stand(model.get_submodule(_path(name)), branch)
+    saving.watch(model)
 
 
 def detach(model: nn.Module, name: str, digest: str) -> None:
-    """Take a delta away; the hook goes with the last one."""
+    """Take a delta away; the hook goes with the last one, and before it is forgotten."""
     branches: dict[str, Branches] = model.__dict__[BRANCHES]
     branch = branches[name]
-    del branch.deltas[digest]
-    branch.ready.pop(digest, None)
-    if not branch.deltas:
-        branch.handle.remove()
+    left = {key: delta for key, delta in branch.deltas.items() if key != digest}
+    if left:
+        branch.ready = {key: delta for key, delta in branch.ready.items() if key != digest}
+        branch.deltas = left
+        return
+    with contextlib.suppress(AttributeError):  # a module that is gone took its hook along
+        hooks.leave(model.get_submodule(_path(name)), branch)
+    if len(branches) > 1:
         del branches[name]
-    if not branches:
+    else:
+        saving.unwatch(model)
         del model.__dict__[BRANCHES]
 
 

@@ -9,15 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from errata.edits import format as file_format
-from errata.errors import EditError
+from errata.edits.header import provenance
+from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.load import Host
 from errata.types import ImageRecord, ImageRequest, Request
+
+Outside = Literal["refuse", "discard", "leave"]
+"""What to do about a weight that something else has changed while an edit stood on it."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,15 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def revert_(self, host: Host) -> None:
-        """Take the edit back; weights are then bit-identical to what they were without it."""
+    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+        """Take the edit back; weights are then bit-identical to what they were without it.
+
+        ``outside``: what to do about a weight that something else has changed meanwhile.
+        """
+
+    @abstractmethod
+    def in_place(self, host: Host) -> bool:
+        """Whether the edit, or part of it after an interrupt, is in place on a host."""
 
     @abstractmethod
     def _tensors(self) -> Mapping[str, Tensor]: ...
@@ -86,11 +97,17 @@ class Edit(ABC):
     @contextmanager
     def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
-        self.apply_(host, foreign=foreign, beside=beside)
+        mine = True
         try:
+            try:
+                self.apply_(host, foreign=foreign, beside=beside)
+            except ErrataError:
+                mine = False  # refused, with nothing changed; what is in place is another's
+                raise
             yield host
         finally:
-            self.revert_(host)
+            if mine and self.in_place(host):
+                self.revert_(host)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the edit to one ``.safetensors`` file and return its path."""
@@ -102,13 +119,18 @@ class Edit(ABC):
         """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
         tensors, header = file_format.read(path)
         family = {kind.kind: kind for kind in Edit.__subclasses__()}
-        kind = family.get(str(header.get("kind")))
+        named = header.get("kind")
+        kind = family.get(named) if isinstance(named, str) else None
         if kind is None:
-            raise EditError(f"{path} holds an edit of kind {header.get('kind')!r}, known: {sorted(family)}")
+            found = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
+            raise EditError(f"{path} holds an edit of kind {found}, known: {', '.join(sorted(family))}")
         try:
-            return kind._restore(tensors, header, _provenance(header["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EditError(f"{path} is damaged: {error!r} while reading its header") from error
+            made_by = Provenance(**provenance(header.get("provenance")))
+            return kind._restore(tensors, header, made_by)
+        except Exception as error:  # whatever wrong fields make of what is built of them
+            raise EditError(
+                f"{path} is damaged: {file_format.reason(error)}, read from its header"
+            ) from error
 
     def check_host(self, host: Host, *, foreign: bool) -> None:
         """Raise EditError when the host is not the one the edit was made for."""
@@ -144,16 +166,6 @@ def _with_override(provenance: Provenance, note: str) -> Provenance:
     if note in provenance.overrides:
         return provenance
     return replace(provenance, overrides=(*provenance.overrides, note))
-
-
-def _provenance(stored: Mapping[str, Any]) -> Provenance:
-    known = {name: stored[name] for name in Provenance.__dataclass_fields__ if name in stored}
-    known["requests"] = tuple(
-        Request(**request) if "prompt" in request else ImageRecord(**request)
-        for request in stored["requests"]
-    )
-    known["overrides"] = tuple(stored.get("overrides", ()))
-    return Provenance(**known)
 
 
 def versions() -> dict[str, str]:

@@ -8,33 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from errata import files
+from errata.checksum import checksum
 from errata.errors import EditError
-from errata.files import output
 
-VERSION = 1
+VERSION = 2
 KEY = "errata"
+HASH = "errata.sha256"
+PROTECTION = "sha256"
+"""What the header of version 2 says of how the file is protected; version 1 had no such field, and no hash."""
+FIRST_FIELDS = frozenset({"format", "kind", "provenance", "transposed", "digest", "records"})
+"""All that a header of version 1 may hold."""
+LONGEST_HEADER = 100_000_000
+"""Bytes, as safetensors bounds them."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Write a file whole or not at all. Raises EditError where the path cannot be written."""
-    target = check_writable(path)
-    data = save(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-        metadata={KEY: json.dumps({"format": VERSION, **header}, sort_keys=True)},
-    )
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(target)
-    except OSError as error:
-        raise EditError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
-    return target
+    """Write a file whole or not at all, with one hash over header and tensors.
+
+    Raises EditError where the path cannot be written.
+    """
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps({**header, "format": VERSION, "protection": PROTECTION}, sort_keys=True)
+    return files.write(path, save(whole, metadata={KEY: text, HASH: checksum(text, whole)}), EditError)
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -43,29 +43,81 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     Raises EditError now where :func:`write` would fail after the work is done, or would take the place of what is
     no regular file, as a device.
     """
-    return output(path, EditError)
+    return files.output(path, EditError)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and header. Raises EditError for anything that is not a whole edit file."""
+    """Read tensors and header. Raises EditError for anything that is not a whole edit file.
+
+    Files of version 1 have no hash and are told by their header, which then may hold nothing of version 2: a
+    file whose hash was taken out is not one of those.
+    """
     source = Path(path).expanduser()
+    try:
+        return _read(source)
+    except EditError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of the readers beneath
+        raise EditError(f"{source} is truncated or not an edit file ({reason(error)})") from error
+
+
+def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not source.is_file():
-        raise EditError(f"{source} does not exist" if not source.exists() else f"{source} is a folder")
+        raise EditError(f"{source} does not exist" if not source.exists() else f"{source} is no regular file")
     with source.open("rb") as stream:
         start = stream.read(9)
     # a safetensors file begins with eight bytes of length, which may look like anything, then a brace
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise EditError(f"{source} is a pickle, which could run code when opened; refused, as always")
-    try:
-        with safe_open(source, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            if text is None:
-                raise EditError(f"{source} is a safetensors file but not an edit: its header has no {KEY!r}")
-            header = json.loads(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EditError(f"{source} is truncated or not an edit file ({error})") from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if not isinstance(found, int) or found > VERSION:
-        raise EditError(f"{source} has format {found!r}, expected {VERSION} or older; update errata")
+    size, length = source.stat().st_size, int.from_bytes(start[:8], "little")
+    if len(start) < 9 or length > min(size - 8, LONGEST_HEADER):
+        raise EditError(
+            f"{source} is truncated or not an edit file: a header of {length:,} bytes in {size:,} bytes"
+        )
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata() or {}
+        text = metadata.get(KEY)
+        if text is None:
+            raise EditError(f"{source} is a safetensors file but not an edit: its header has no {KEY!r}")
+        header = json.loads(text)
+        found = header.get("format") if isinstance(header, dict) else None
+        if type(found) is not int or not 1 <= found <= VERSION:
+            raise EditError(
+                f"{source} has format {_cut(found)}, expected 1 to {VERSION}; it is damaged, or of a newer errata"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check(source, header, metadata, tensors)
     return tensors, header
+
+
+def _check(
+    source: Path, header: Mapping[str, Any], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise EditError unless the file is what was written: by its hash, or, before there was one, by its form."""
+    if header["format"] == 1:
+        strange = sorted((set(header) - FIRST_FIELDS) | (set(metadata) - {KEY, "format"}))
+        if strange:
+            raise EditError(
+                f"{source} is damaged: it calls itself format 1, which has no {_cut(strange[0])}; its header was "
+                "changed after it was written"
+            )
+    elif HASH not in metadata or header.get("protection") != PROTECTION:
+        raise EditError(
+            f"{source} is damaged: its hash was taken out; restore it from a copy, or fit it again"
+        )
+    elif metadata[HASH] != checksum(metadata[KEY], tensors):
+        raise EditError(
+            f"{source} is damaged: its content does not match the recorded hash; restore it from a copy, or fit "
+            "it again"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Word an exception for a message: one line, bounded, no control characters."""
+    return f"{type(error).__name__}: {_cut(str(error)[:200])}"
+
+
+def _cut(value: Any) -> str:
+    """Show at most 200 characters of a plain value."""
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

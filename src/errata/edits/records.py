@@ -101,9 +101,10 @@ class Record:
         for column, group in enumerate(self.requests):
             inside = [request for request in group if request in place]
             if inside and len(inside) < len(group):
+                numbers = ", ".join(str(request + 1) for request in group)
                 raise EditError(
-                    f"requests {', '.join(map(str, group))} (from 0) share one value, sought for all of them: "
-                    "they go together or stay together"
+                    f"requests {numbers} (counted from 1) share one value, sought for all of them: they go together "
+                    "or stay together"
                 )
             if inside:
                 columns.append(column)

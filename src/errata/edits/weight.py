@@ -1,9 +1,9 @@
 """Edits that change weights. The only place where a host's weight is written.
 
-A host keeps, per touched weight, a copy of the original bits and the deltas that are active. The
-weight is always base + sum of deltas, summed in float32 (in float64 for float64 weights) in an order
-that depends on the edits alone, and cast once. So edits can come and go in any order, and the last one
-to go leaves the original bits. After every write the weight is read back.
+A host keeps, per touched weight, a copy of the original bits and the deltas that are active, see
+:mod:`errata.edits.overlay`. The weight is always base + sum of deltas, summed in float32 (in float64 for
+float64 weights) in an order that depends on the edits alone, and cast once. So edits can come and go in any
+order, and the last one to go leaves the original bits. After every write the weight is read back.
 
 A delta may also stand beside its weight instead, see :mod:`errata.edits.branch`: exact in 16 bits, and
 the only way with packed weights.
@@ -22,27 +22,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from errata.edits import branch
+from errata.edits import branch, overlay
+from errata.edits import header as fields
 from errata.edits.branch import Delta
-from errata.edits.edit import Edit, Provenance
+from errata.edits.edit import Edit, Outside, Provenance
 from errata.edits.records import Record, laid_out
 from errata.errors import EditError
-from errata.host import placement
+from errata.host import locking, placement
+from errata.host.identity import content
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
 MOST = 0.5
 """Share of a change that rounding may eat before a warning is given."""
-
-
-@dataclass
-class Overlay:
-    """What stands on one weight of a model."""
-
-    base: Tensor
-    """The original bits."""
-    deltas: dict[str, Delta] = field(default_factory=dict)
-    """Active deltas by edit digest, oriented as the weight is stored."""
 
 
 @dataclass
@@ -90,16 +82,27 @@ class WeightEdit(Edit):
         Beside, the weights stay as they are and each module adds delta @ input to its output in float32;
         merged costs nothing at run time but is rounded to the weights' precision, see :attr:`lost`, with
         a warning where that eats most of the change. None merges, except that packed (quantised) weights,
-        which cannot be written, are edited beside; False insists on merging.
+        which cannot be written, are edited beside; False insists on merging. Other threads that run or change
+        the model wait meanwhile, or are waited for.
 
         Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
-        another shape or not where it can be edited, the edit is active already, or it would vanish in
-        the weights' precision.
+        another shape, not where it can be edited or changed by something else while an edit stands on it, the
+        edit is active already, or it would vanish in the weights' precision.
         """
+        locking.alone(host, self._apply, host, foreign, beside)
+
+    def _apply(self, host: Host, foreign: bool, beside: bool | None) -> None:
         self.check_host(host, foreign=foreign)
-        lost, moved = self._put(host, beside)
-        if not moved and self.norm() > 0:
+        self._refuse_active(host)
+        try:
+            self._settle(host, *self._put(host, beside))
+        except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
+            raise
+
+    def _settle(self, host: Host, lost: dict[str, float], moved: bool) -> None:
+        """Keep what merging lost. Raises EditError where that is everything, warns where it is most."""
+        if not moved and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
                 "use beside=True (--beside), or load the model in float32"
@@ -120,22 +123,83 @@ class WeightEdit(Edit):
         Packed weights do not appear: they are edited beside. Raises EditError as :meth:`apply_` does,
         but not for an edit that vanishes: its losses are 1.
         """
-        self.check_host(host, foreign=foreign)
-        lost, _ = self._put(host, None)
-        self._remove(host)
-        return lost
+        return locking.alone(host, self._trial, host, foreign)
 
-    def revert_(self, host: Host) -> None:
-        """Take the deltas away again; raises EditError if the edit is not active."""
-        names = self._merged(host) | self._aside(host)
-        if len(names) != len(self.deltas):
+    def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
+        self.check_host(host, foreign=foreign)
+        self._refuse_active(host)
+        try:
+            return self._put(host, None)[0]
+        finally:
+            self._remove(host)
+
+    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+        """Take the deltas away again, also after a change or a revert that was interrupted half-way.
+
+        A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
+        something else has changed meanwhile (a training step, a merged adapter, a loaded checkpoint) is not
+        written over: ``outside`` says what to do with it. ``refuse`` raises EditError and changes nothing;
+        ``discard`` restores the original bits; ``leave`` keeps such a weight as it is and forgets what
+        stood on it.
+
+        Raises EditError if the edit is not active, or a weight cannot be written; the original bits are kept.
+        """
+        locking.alone(host, self._revert, host, outside)
+
+    def _revert(self, host: Host, outside: Outside) -> None:
+        if not self.in_place(host):
             raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+        names = sorted(self._merged(host))
+        obstacles = {name: self._obstacle(host, name, outside) for name in names}
+        left = [name for name, problem in obstacles.items() if problem is not None]
+        if left and outside != "leave":
+            raise EditError(f"{obstacles[left[0]]}; nothing was taken back, and the original bits are kept")
+        for name in left:
+            for digest in list(host.overlays[name].deltas):
+                overlay.forget(host.model, name, digest)
         self._remove(host)
+
+    def in_place(self, host: Host) -> bool:
+        """Whether the edit, or part of it after an interrupt, is in place on a host."""
+        return bool(self._merged(host) or self._aside(host))
+
+    def _refuse_active(self, host: Host) -> None:
+        names = self._merged(host) | self._aside(host)
+        if names:
+            half = "" if len(names) == len(self.deltas) else ", in part, after an interrupt: revert it first"
+            raise EditError(f"edit {self.digest} is active on this host already{half}")
+
+    def _obstacle(self, host: Host, name: str, outside: Outside) -> str | None:
+        """Say why a weight on which this edit stands cannot be written now; None where it can."""
+        try:
+            weight = host.model.get_parameter(name)
+            reason = placement.obstacle(host.model, name)
+        except AttributeError:
+            return (
+                f"the model has no weight {name!r} any more, on which edit {self.digest} stands: undo what "
+                "replaced its module (an adapter, a parametrisation), or give outside='leave' to forget the edit"
+            )
+        stands: overlay.Overlay = host.overlays[name]
+        if reason is None and weight.shape != stands.base.shape:
+            reason = f"it is {list(weight.shape)} now, {list(stands.base.shape)} before"
+        if reason is not None:
+            return f"weight {name!r} cannot be written back: {reason}; or give outside='leave' to forget the edit"
+        if outside == "discard" or stands.written(weight) or self._is_restored(stands, weight):
+            return None
+        return (
+            f"weight {name!r} was changed by something else while edit {self.digest} stood on it (training, a "
+            "merged adapter, a loaded checkpoint), and taking the edit back would throw that change away: undo "
+            "it first, or give outside='discard' to restore the original bits, or outside='leave' to keep the "
+            "weight as it is and forget the edit"
+        )
+
+    def _is_restored(self, stands: overlay.Overlay, weight: Tensor) -> bool:
+        """Whether a weight holds already what taking this edit back would write."""
+        left = stands.without(self.digest)
+        return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
 
     def _put(self, host: Host, beside: bool | None) -> tuple[dict[str, float], bool]:
-        """Put all deltas in place or none; return what was lost by merged weight, and whether any moved."""
-        if self._merged(host) | self._aside(host):
-            raise EditError(f"edit {self.digest} is active on this host already")
+        """Put all deltas in place; return what was lost by merged weight, and whether any weight moved."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
                 raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
@@ -143,40 +207,37 @@ class WeightEdit(Edit):
         fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(besides)}
         weights = self._weights(host, [name for name in self.deltas if name not in besides])
         lost, moved = {}, bool(fits)
-        try:
-            for name, delta in fits.items():
-                branch.attach(host.model, name, self.digest, delta)
-            for name, weight in weights.items():
-                lost[name], changed = self._merge(host, name, weight)
-                moved = moved or changed
-        except BaseException:  # an interrupt, too, must leave nothing half done
-            self._remove(host)
-            raise
+        for name, delta in fits.items():
+            branch.attach(host.model, name, self.digest, delta, self._stored(name))
+        for name, weight in weights.items():
+            lost[name], changed = self._merge(host, name, weight)
+            moved = moved or changed
         return lost, moved
+
+    def _stored(self, name: str) -> Delta:
+        return stored(self.deltas[name], name in self.transposed)
 
     def _merge(self, host: Host, name: str, weight: nn.Parameter) -> tuple[float, bool]:
         """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
         before = weight.detach().clone()
-        overlays: dict[str, Overlay] = host.overlays
-        overlay = overlays.setdefault(name, Overlay(before))
-        delta = overlay.deltas[self.digest] = stored(self.deltas[name], name in self.transposed)
-        _write(weight, overlay, name)
+        delta = self._stored(name)
+        # active from here on, so that whatever happens next is undone by taking it back
+        stands = overlay.claim(host.model, name, weight, self.digest, delta)
+        _write(weight, stands, stands.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
     def _remove(self, host: Host) -> None:
-        for name in self._aside(host):
+        """Take away whatever of this edit is in place."""
+        for name in sorted(self._aside(host)):
             branch.detach(host.model, name, self.digest)
-        overlays: dict[str, Overlay] = host.overlays
-        for name in self._merged(host):
-            overlay = overlays[name]
-            del overlay.deltas[self.digest]
-            if not overlay.deltas:
-                del overlays[name]
-            _write(host.model.get_parameter(name), overlay, name)
+        for name in sorted(self._merged(host)):
+            stands: overlay.Overlay = host.overlays[name]
+            _write(host.model.get_parameter(name), stands, stands.without(self.digest), name)
+            overlay.forget(host.model, name, self.digest)  # last: until now the original bits are there
 
     def _merged(self, host: Host) -> set[str]:
-        overlays: dict[str, Overlay] = host.overlays
-        return {n for n in self.deltas if n in overlays and self.digest in overlays[n].deltas}
+        stands = host.overlays
+        return {n for n in self.deltas if n in stands and self.digest in stands[n].deltas}
 
     def _aside(self, host: Host) -> set[str]:
         stands = branch.standing(host.model)
@@ -200,6 +261,7 @@ class WeightEdit(Edit):
             if found_shape != shape:
                 raise EditError(f"weight {name!r} is {found_shape}, the edit expects {shape}")
             found[name] = weight
+            self._refuse_changed(host, name, weight)
         twins = placement.sharing(host.model, names)
         if twins is not None:
             raise EditError(
@@ -207,6 +269,16 @@ class WeightEdit(Edit):
                 "use beside=True, or untie them first"
             )
         return found
+
+    def _refuse_changed(self, host: Host, name: str, weight: Tensor) -> None:
+        """Raise EditError where something else has changed a weight on which other edits stand."""
+        stands: overlay.Overlay | None = host.overlays.get(name)
+        if stands is not None and not stands.written(weight):
+            raise EditError(
+                f"weight {name!r} was changed by something else while {', '.join(sorted(stands.deltas))} stood on "
+                "it (training, a merged adapter, a loaded checkpoint), and another edit would throw that change "
+                "away: take those edits back first, with outside='discard' or outside='leave'"
+            )
 
     def norm(self) -> float:
         """Frobenius norm over all deltas."""
@@ -231,10 +303,10 @@ class WeightEdit(Edit):
         return {name: 0.0 if name in aside else self._rounding(host, name) for name in self.deltas}
 
     def _rounding(self, host: Host, name: str) -> float:
-        overlay = host.overlays.get(name)
-        if overlay is None or set(overlay.deltas) != {self.digest}:
+        stands: overlay.Overlay | None = host.overlays.get(name)
+        if stands is None or set(stands.deltas) != {self.digest}:
             raise EditError("rounding is measured with this edit applied and no other on its weights")
-        return _share_lost(overlay.deltas[self.digest], host.model.get_parameter(name), overlay.base)
+        return _share_lost(stands.deltas[self.digest], host.model.get_parameter(name), stands.base)
 
     def _tensors(self) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -287,14 +359,20 @@ class WeightEdit(Edit):
                 deltas[stem] = LowRank(tensors[name], tensors[f"{stem}.A"])
             elif part == "dense":
                 deltas[stem] = tensors[name]
-        records = {
-            name: Record.restored(facts, {p: tensors[f"{name}.record.{p}"] for p in Record.PARTS})
-            for name, facts in header.get("records", {}).items()
-        }
+        records = {}
+        for name, facts in fields.typed(header.get("records", {}), dict, "records").items():
+            where = f"records of {name[:80]!r}"
+            read = fields.record(facts, where, len(provenance.requests))
+            parts = {part: tensors[f"{name}.record.{part}"] for part in Record.PARTS}
+            fields.fits(parts, read, deltas[name], where)
+            records[name] = Record.restored(read, parts)
         state = {n.removesuffix(".state"): t for n, t in tensors.items() if n.endswith(".state")}
-        edit = cls(deltas, frozenset(header["transposed"]), provenance, records, state)
-        if edit.digest != header["digest"]:
-            raise ValueError(f"content {edit.digest} does not match the recorded {header['digest']}")
+        transposed = frozenset(fields.texts(header, "transposed", "the header"))
+        if not transposed <= deltas.keys():
+            raise ValueError(f"{min(transposed - deltas.keys())[:80]!r} is called transposed and not changed")
+        edit = cls(deltas, transposed, provenance, records, state)
+        if edit.digest != fields.take(header, "digest", str, "the header"):
+            raise ValueError(f"its content {edit.digest} does not match the recorded one")
         return edit
 
     def summary(self) -> dict[str, Any]:
@@ -331,7 +409,7 @@ def _norm(delta: Delta) -> float:
 
 def active(host: Host) -> list[str]:
     """List the digests of the weight edits in place on a host, merged or beside."""
-    merged = {digest for overlay in host.overlays.values() for digest in overlay.deltas}
+    merged = {digest for stands in host.overlays.values() for digest in stands.deltas}
     return sorted(merged.union(*(b.deltas for b in branch.standing(host.model).values())))
 
 
@@ -375,33 +453,24 @@ def _is_packed(host: Host, name: str) -> bool:
 @torch.no_grad()
 def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
     """||(W' - W) - delta|| / ||delta||, with the delta as stored; 0 for a delta of zeros."""
-    wanted = _wide(delta, weight)
+    wanted = overlay.multiplied(delta, weight)
     total = float(wanted.norm())
     realised = weight.to(wanted.dtype) - before.to(weight.device, wanted.dtype)
     return float((realised - wanted).norm()) / total if total else 0.0
 
 
-def _wide(delta: Delta, weight: Tensor) -> Tensor:
-    """Multiply a delta out in the shape of its weight, float32 or wider."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    moved = delta.to(device=weight.device, dtype=wide)
-    return (moved.dense() if isinstance(moved, LowRank) else moved).reshape(weight.shape)
-
-
 @torch.no_grad()
-def _write(weight: nn.Parameter, overlay: Overlay, name: str) -> None:
-    """Set a weight to what its overlay says and read it back."""
-    value = overlay.base.to(weight.device)
-    if overlay.deltas:
-        total = value.to(torch.promote_types(weight.dtype, torch.float32))
-        for digest in sorted(overlay.deltas):
-            total = total + _wide(overlay.deltas[digest], weight)
-        value = total.to(weight.dtype)
-        if not torch.isfinite(value).all():
-            raise EditError(f"weight {name!r} would overflow {weight.dtype}; use beside=True or float32")
+def _write(weight: nn.Parameter, stands: overlay.Overlay, deltas: Mapping[str, Delta], name: str) -> None:
+    """Set a weight to its base with some deltas, and read it back."""
+    value = overlay.composed(stands.base, deltas, weight.dtype, weight.device)
+    if deltas and not torch.isfinite(value).all():
+        raise EditError(f"weight {name!r} would overflow {weight.dtype}; use beside=True or float32")
+    entry = overlay.Entry(deltas, content(value), value.dtype, value.device)
+    stands.journal = (*stands.journal, entry)  # before the write: an interrupt leaves one or the other
     weight.copy_(value)
     if not torch.equal(weight, value):
         raise EditError(f"weight {name!r} did not take the change: reading it back gave other numbers")
+    stands.journal = (entry,)
 
 
 def _outside() -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import RequestError
-from errata.host import hooks, tokens
+from errata.host import hooks, locking, tokens
 from errata.host.stopping import Stop, done
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Begun(Sequence[Ids]):
 
 
 @torch.no_grad()
+@locking.shared
 def begin(host: Host, rows: Sequence[Ids]) -> Begun:
     """Run rows together. Raises RequestError for a row longer than the model's window."""
     if host.continues:
@@ -92,6 +93,7 @@ def _begin(host: Host, rows: Sequence[Ids]) -> Begun:
 
 
 @torch.no_grad()
+@locking.shared
 def behind(host: Host, begun: Begun, rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor]) -> Tensor:
     """Run rows that go on from some begun: (which one, the tokens that follow).
 
@@ -142,6 +144,7 @@ def _seed(seed: int, row: Ids) -> int:
 
 
 @torch.no_grad()
+@locking.shared
 def _say(host: Host, begun: Begun, limits: Sequence[int], stop: Stop, choose: Choose) -> list[list[int]]:
     ends = end_tokens(host)
     said: list[list[int]] = [[] for _ in begun.rows]
@@ -242,6 +245,7 @@ def plain(host: Host) -> bool:
 
 
 @torch.no_grad()
+@locking.shared
 def works(host: Host) -> bool:
     """Try out whether a host's texts may be cut: two rows of different lengths, in one piece and in two.
 

@@ -1,14 +1,18 @@
-"""Look into a running model, change what flows through it, stop it early. Always undone on exit."""
+"""Look into a running model, change what flows through it, stop it early. Always undone on exit.
+
+What is hung into a model here acts on passes of the thread that hung it there: another thread may be
+generating from the same model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class Stopped(Exception):
@@ -35,7 +39,11 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]:
     """Show a module's hidden-state input to ``act``; positional or by keyword."""
 
+    owner = get_ident()
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != owner:
+            return
         if args:
             act(first_tensor(args))
         else:
@@ -52,8 +60,10 @@ def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]
 def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Show a module's output to ``act``; what it returns, unless None, takes the output's place."""
 
+    owner = get_ident()
+
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        changed = act(first_tensor(output))
+        changed = act(first_tensor(output)) if get_ident() == owner else None
         return None if changed is None else with_first(output, changed)
 
     handle = module.register_forward_hook(hook)
@@ -67,8 +77,11 @@ def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iter
 def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
     """Show all that a module returns to ``act``."""
 
+    owner = get_ident()
+
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        act(output)
+        if get_ident() == owner:
+            act(output)
 
     handle = module.register_forward_hook(hook)
     try:
@@ -77,13 +90,26 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def standing(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> RemovableHandle:
-    """Let ``act``, given a module's input and output, answer for it until the handle is removed.
+def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let ``act``, given a module's input and output, answer for it in every thread until :func:`leave`.
 
     Goes before all other hooks, also older ones, so that they see the module with its answer. A copy of
-    the model takes a copy of ``act``.
+    the model takes a copy of ``act``. Nothing happens where it stands there already.
     """
-    return module.register_forward_hook(_Answer(act), with_kwargs=True, prepend=True)
+    if not _places(module, act):
+        module.register_forward_hook(_Answer(act), with_kwargs=True, prepend=True)
+
+
+def leave(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Take away what :func:`stand` put there, if anything."""
+    for place in _places(module, act):
+        # found by what it does and not by a handle, which an interrupt may have kept from being stored
+        for held in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            held.pop(place, None)
+
+
+def _places(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> list[int]:
+    return [k for k, hook in module._forward_hooks.items() if isinstance(hook, _Answer) and hook.act is act]
 
 
 class _Answer:
@@ -104,7 +130,11 @@ def gathering(head: nn.Module, row: Tensor, at: Tensor) -> Iterator[None]:
     With a large vocabulary the head costs as much as many blocks, and few positions matter.
     """
 
+    owner = get_ident()
+
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if get_ident() != owner:
+            return args
         here = args[0].device  # with weights on several devices, not that of the inputs
         return (args[0][row.to(here), at.to(here)][None], *args[1:])
 
@@ -122,8 +152,11 @@ def stop_after(module: nn.Module) -> Iterator[None]:
     Wrap each forward in ``contextlib.suppress(Stopped)``.
     """
 
+    owner = get_ident()
+
     def hook(*_: Any) -> None:
-        raise Stopped
+        if get_ident() == owner:
+            raise Stopped
 
     handle = module.register_forward_hook(hook)
     try:
@@ -143,10 +176,12 @@ def answer_with(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 @contextmanager
 def _fixed(module: nn.Module, output: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")
+    own, owner = module.__dict__.get("forward"), get_ident()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return output
+        if get_ident() == owner:
+            return output
+        return own(*args, **kwargs) if own is not None else type(module).forward(module, *args, **kwargs)
 
     module.__dict__["forward"] = forward
     try:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errata.errors import HostError
-from errata.host import hooks
+from errata.host import hooks, locking
 
 Part = Literal["conv", "linear"]
 
@@ -145,6 +145,7 @@ class _Event:
     output: Tensor
 
 
+@locking.exclusive
 def discover(model: nn.Module, probe: Tensor) -> ImageLayout:
     """Find the layout of an image classifier by running one image ``[1, c, h, w]``.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errata.errors import HostError, RequestError
-from errata.host import hooks
+from errata.host import hooks, locking
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.load import Host
 from errata.host.open import _device, _dtype
@@ -84,10 +84,9 @@ class ImageHost(Host):
         probe = ramp.reshape(1, self.channels, height, width).to(self.device, self.dtype)
         return discover(self.model, probe)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identity of weights and running statistics, 16 hex digits; see :attr:`Host.fingerprint`."""
-        digest = hashlib.sha256(f"errata image host 1 {super().fingerprint}".encode())
+    def _take_fingerprint(self) -> str:
+        """Name weights and running statistics; see :attr:`Host.fingerprint`."""
+        digest = hashlib.sha256(f"errata image host 1 {super()._take_fingerprint()}".encode())
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
                 flat = buffer.detach().to(torch.bfloat16).contiguous().cpu().reshape(-1)
@@ -126,6 +125,7 @@ class ImageHost(Host):
         return [str(names.get(i, i)) for i in self.logits(images).argmax(-1).tolist()]
 
     @torch.no_grad()
+    @locking.exclusive
     def at(self, site: ImageSite, images: Tensor, *, batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
         """Return a site's inputs and outputs for images, as the module sees and says them."""
         module, seen, said = self.model.get_submodule(site.name), [], []
@@ -146,6 +146,7 @@ class ImageHost(Host):
             values = self.model.get_submodule(name)(values)
         return values
 
+    @locking.exclusive
     def through(
         self, name: str, images: Tensor, site: ImageSite | None = None, change: Tensor | None = None
     ) -> Tensor:
@@ -201,6 +202,7 @@ class ImageHost(Host):
             )
         return grid
 
+    @locking.exclusive
     def _run(self, images: Tensor) -> Any:
         """Run the model; batch norms in a model that is being trained are not to count what they see here."""
         values = self.prepare(images)

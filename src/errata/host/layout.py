@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errata.errors import HostError
-from errata.host import hooks
+from errata.host import hooks, locking
 from errata.host.placement import is_packed, packed, sharing
 
 Part = Literal["mlp_out", "attn_out"]
@@ -83,6 +83,7 @@ class Layout:
         return [site for site in (*self.mlp_out, *self.attn_out) if site is not None]
 
 
+@locking.exclusive
 def discover(model: nn.Module, probe: dict[str, Tensor]) -> Layout:
     """Find the layout of a model.
 

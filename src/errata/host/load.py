@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import RequestError
-from errata.host import hooks, placement, prompts, tokens, trial
+from errata.host import hooks, identity, locking, placement, prompts, tokens, trial
 from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
 
 BRANCHES = "_errata_branches"
+OVERLAYS = "_errata_overlays"
 TEXTS_KEPT = 2**17
 """Tokenised texts a host remembers: the same probes are asked before and after every edit."""
 
@@ -42,6 +43,7 @@ class Host:
         self.name = name
         self.prompt_format = prompts.PromptFormat()
         self.model.eval()
+        locking.of(self.model)  # made now, before there are threads
         placement.keep_gradients_(self.model)
 
     def __repr__(self) -> str:
@@ -110,15 +112,18 @@ class Host:
         """Layers and settings published for this very shape of model, if any."""
         return published(self.family, len(self.layout.blocks), self.layout.width)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Identity of weights and vocabulary, 16 hex digits.
+        """Identity of weights and vocabulary, 16 hex digits; see :mod:`errata.host.identity`.
 
         Weights count as rounded to bfloat16, so that one checkpoint opened in float32 and in bfloat16 is
         the same host; so it is in float16, unless it holds numbers too small for that. A quantised copy
-        is another host. Names the unedited model, also while edits are in place. Raises HostError for
-        weights that cannot be read.
+        is another host. Names the unedited model, also while edits are in place, and is taken anew once
+        something else has changed the weights. Raises HostError for weights that cannot be read.
         """
+        return identity.fingerprint(self)
+
+    def _take_fingerprint(self) -> str:
         digest = hashlib.sha256(b"errata host 1")
         for name, part in self._hashes(torch.bfloat16):
             digest.update(f"{name}:{part}\n".encode())
@@ -128,6 +133,7 @@ class Host:
         digest.update(placement.adapters(self.model).encode())
         return digest.hexdigest()[:16]
 
+    @locking.shared
     def weights_hash(self) -> str:
         """SHA-256 over the names, shapes and bytes of every parameter and buffer as they are now."""
         digest = hashlib.sha256()
@@ -138,7 +144,7 @@ class Host:
     def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
         named = list(placement.named_tensors(self.model, buffers=dtype is None))
         if dtype is not None:
-            named = [(n, self.overlays[n].base if n in self.overlays else p) for n, p in named]
+            named = [(n, self.overlays[n].unedited(p) if n in self.overlays else p) for n, p in named]
 
         def part(item: tuple[str, Tensor]) -> tuple[str, str]:
             name, tensor = item
@@ -156,6 +162,7 @@ class Host:
         return placement.runs_on(self.model.get_submodule(site.name))
 
     @torch.no_grad()
+    @locking.shared
     def weight(self, site: Site) -> Tensor:
         """Return a copy of a site's weight as it acts now, ``[d_out, d_in]``, float32 or wider.
 
@@ -192,12 +199,12 @@ class Host:
         return self.model.__dict__.get(BRANCHES, {})
 
     @property
-    def overlays(self) -> dict[str, Any]:
+    def overlays(self) -> Mapping[str, Any]:
         """What stands on each touched weight; kept on the model, so that two hosts of it agree.
 
         Written by the edits room alone; each entry has the original bits as ``base``.
         """
-        return self.model.__dict__.setdefault("_errata_overlays", {})
+        return self.model.__dict__.get(OVERLAYS, {})
 
     # --- running ---------------------------------------------------------------------------
 
@@ -245,6 +252,7 @@ class Host:
         """Return what the model takes of a batch wherever it is run or generates."""
         return {"input_ids": batch.ids, "attention_mask": batch.mask}
 
+    @locking.shared
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
         inputs: dict[str, Any] = {**self.inputs(batch), "use_cache": False}
@@ -256,6 +264,7 @@ class Host:
             logits = self.model(**inputs).logits
         return logits if keep is None else logits[:, -keep:]
 
+    @locking.shared
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
         """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only."""
         head = self.model.get_output_embeddings()
@@ -360,6 +369,7 @@ def _answer_ids(
     return tokens.encode_answer(tokenizer, prompt, answer, special=special, join=join, lead=lead)
 
 
+@locking.shared
 def generate_rows(
     host: Host, rows: Sequence[tuple[int, ...]], max_new_tokens: int, stop: Stop = "sentence"
 ) -> list[str]:
@@ -393,6 +403,7 @@ def _limits(host: Host, rows: Sequence[tuple[int, ...]], wanted: int) -> list[in
     return [max(1, min(wanted, host.window - len(row))) for row in rows]
 
 
+@locking.shared
 def draw_rows(
     host: Host, rows: Sequence[tuple[int, ...]], total: int, *, top_k: int = 5, seed: int = 0
 ) -> list[str]:
@@ -409,6 +420,7 @@ def draw_rows(
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
+@locking.exclusive
 def sample_rows(
     host: Host, rows: Sequence[Sequence[int]], new_tokens: int, *, top_k: int | None, seed: int
 ) -> list[str]:

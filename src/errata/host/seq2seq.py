@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import HostError, RequestError
-from errata.host import hooks, tokens
+from errata.host import hooks, locking, tokens
 from errata.host.layout import Layout
 from errata.host.load import Host
 from errata.host.prompts import Framed, written
@@ -143,12 +143,14 @@ class Seq2SeqHost(Host):
             "decoder_attention_mask": batch.mask,
         }
 
+    @locking.shared
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]`` of the decoder, or of its last ``keep`` places."""
         with hooks.evaluating(self.model):
             logits = self.model(**self.inputs(batch), use_cache=False).logits
         return logits if keep is None else logits[:, -keep:]
 
+    @locking.shared
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
         """Run a batch; logits ``[n, vocab]`` after the tokens at (row[i], at[i]), counted in whole rows."""
         logits = self.forward(batch)

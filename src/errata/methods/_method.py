@@ -14,7 +14,7 @@ from torch import Tensor
 from errata.edits.edit import Edit, Provenance, versions
 from errata.edits.weight import WeightEdit, active
 from errata.errors import ConfigError, DataError
-from errata.host import hooks
+from errata.host import hooks, locking
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
@@ -60,10 +60,11 @@ class Method:
     ) -> Edit:
         """Fit, alone or going on from an edit of the same method; the result then stands for both.
 
-        What the caller has set in PyTorch does not matter: a fit has gradients also inside ``no_grad`` or
-        ``inference_mode``. Raises ConfigError where the two do not belong together.
+        The model is held alone meanwhile: other threads that run or change it wait. What the caller has set in
+        PyTorch does not matter: a fit has gradients also inside ``no_grad`` or ``inference_mode``. Raises
+        ConfigError where the two do not belong together.
         """
-        with hooks.plain_torch(), hooks.evaluating(host.model):
+        with locking.of(host.model).exclusive, hooks.plain_torch(), hooks.evaluating(host.model):
             return self._run(host, requests, config, work, after)
 
     def _run(

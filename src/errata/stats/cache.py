@@ -1,7 +1,8 @@
 """Statistics on disk: safetensors files named by what they were made from.
 
 Three kinds: moments of a site, their eigendecomposition beside them, and the sums of an unfinished
-pass. A file appears whole or not at all; one that cannot be read is warned about and made anew.
+pass. A file appears whole or not at all, with one hash over all it says; one that cannot be read, or is
+not what was written, is warned about and made anew.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from errata.checksum import checksum
 from errata.errors import DataError
 from errata.linalg import moments as maths
 from errata.linalg.moments import Eigen, Moments
 
-FORMAT = "errata-moments-2"
+FORMAT = "errata-moments-3"
+HASH = "errata.sha256"
 T = TypeVar("T")
 
 
@@ -142,19 +145,29 @@ def _digest(moments: Moments) -> str:
 def _load(
     place: Path, facts: Mapping[str, Any], decode: Callable[[dict[str, Any], dict[str, Tensor]], T]
 ) -> T | None:
-    from safetensors import SafetensorError, safe_open
-
     if not place.exists():
         return None
     try:
-        with safe_open(place, "pt") as file:
-            header = json.loads((file.metadata() or {})["errata"])
-            if header["facts"] != dict(facts):
-                raise ValueError("its facts are not those of its name")
-            return decode(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        warnings.warn(f"{place} is not usable and is made anew: {error}", RuntimeWarning, stacklevel=3)
+        header, tensors = _verified(place)
+        if header["facts"] != dict(facts):
+            raise ValueError("its facts are not those of its name")
+        return decode(header, tensors)
+    except Exception as error:  # whatever damaged bytes make of the readers: a cache is made anew
+        told = f"{type(error).__name__}: {str(error)[:200]!r}"
+        warnings.warn(f"{place} is not usable and is made anew: {told}", RuntimeWarning, stacklevel=3)
         return None
+
+
+def _verified(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read header and tensors. Raises ValueError unless they are what was written."""
+    from safetensors import safe_open
+
+    with safe_open(place, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get(HASH) != checksum(metadata["errata"], tensors):
+        raise ValueError("its content does not match its hash")
+    return json.loads(metadata["errata"]), tensors
 
 
 def _save(
@@ -171,7 +184,7 @@ def _save(
         raise _unwritable(place, error) from error
     try:
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(whole, part, metadata={"errata": text})
+        save_file(whole, part, metadata={"errata": text, HASH: checksum(text, whole)})
         part.replace(place)
     except (OSError, SafetensorError) as error:
         raise _unwritable(place, error) from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError, DataError, HostError
-from errata.host import hooks
+from errata.host import hooks, locking
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
@@ -40,6 +40,7 @@ class Corpus:
     """Makes the texts anew, in the same order each time."""
 
 
+@locking.exclusive
 def second_moments(
     host: Host,
     sites: Sequence[Site],

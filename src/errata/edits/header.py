@@ -1,0 +1,105 @@
+"""Read the header of an edit file: every field of the type it is to have, or one complaint that names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from errata.types import ImageRecord, Request
+
+NAMES: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def take(holder: Any, name: str, kind: type, where: str) -> Any:
+    """Return a field of an object. Raises ValueError where it is missing or of another type."""
+    if not isinstance(holder, dict) or name not in holder:
+        raise ValueError(f"{where} has no {name}")
+    return typed(holder[name], kind, f"{where}: {name}")
+
+
+def typed(value: Any, kind: type, where: str) -> Any:
+    """Return a value if it is of a type; whole numbers are numbers, true and false are not."""
+    if kind is float:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    else:
+        fine = type(value) is kind
+    if not fine:
+        found = "no finite number" if isinstance(value, float) else NAMES.get(type(value), "nothing")
+        raise ValueError(f"{where}: expected {NAMES[kind]}, found {found}")
+    return float(value) if kind is float else value
+
+
+def texts(holder: Any, name: str, where: str) -> tuple[str, ...]:
+    """Return a field that is a list of texts."""
+    listed = take(holder, name, list, where)
+    return tuple(typed(item, str, f"{where}: {name}[{i}]") for i, item in enumerate(listed))
+
+
+def provenance(stored: Any) -> dict[str, Any]:
+    """Return the fields of a provenance. Raises ValueError for missing, unknown or mistyped ones."""
+    where = "provenance"
+    kinds = {
+        "method": str, "config": dict, "host": str, "host_name": str, "seed": int, "versions": dict,
+        "notes": dict,
+    }  # fmt: skip
+    optional = {"host_name", "seed", "versions", "notes", "overrides"}
+    typed(stored, dict, where)
+    unknown = sorted(set(stored) - {*kinds, "requests", "overrides"})
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
+    known = {n: take(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
+    for name, version in known.get("versions", {}).items():
+        typed(version, str, f"{where}: versions[{name[:80]!r}]")
+    requests = take(stored, "requests", list, where)
+    known["requests"] = tuple(_request(item, f"{where}: requests[{i}]") for i, item in enumerate(requests))
+    known["overrides"] = texts(stored, "overrides", where) if "overrides" in stored else ()
+    return known
+
+
+def _request(stored: Any, where: str) -> Request | ImageRecord:
+    typed(stored, dict, where)
+    text = "prompt" in stored
+    needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
+    optional = ("target_old", "id") if text else ("id",)
+    unknown = sorted(set(stored) - {*needed, *optional} - ({"pairs"} if not text else set()))
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
+    fields = {name: take(stored, name, str, where) for name in needed}
+    for name in optional:
+        if stored.get(name) is not None:
+            fields[name] = take(stored, name, str, where)
+    return Request(**fields) if text else ImageRecord(**fields, pairs=take(stored, "pairs", int, where))
+
+
+def record(facts: Any, where: str, requests: int) -> dict[str, Any]:
+    """Return the facts of a record. Raises ValueError for mistyped ones and for requests that are not there."""
+    groups = take(facts, "requests", list, where)
+    for group in groups:
+        for number in typed(group, list, f"{where}: requests"):
+            if not 0 <= typed(number, int, f"{where}: requests") < requests:
+                raise ValueError(f"{where}: serves request {number % 10**12}, and there are {requests}")
+    return {
+        "gamma": take(facts, "gamma", float, where),
+        "metric": take(facts, "metric", str, where),
+        "requests": groups,
+        "solves": take(facts, "solves", bool, where),
+        "price": take(facts, "price", float, where),
+    }
+
+
+def fits(parts: Mapping[str, Any], facts: Mapping[str, Any], delta: Any, where: str) -> None:
+    """Raise ValueError unless a record's tensors belong to its facts and to the delta ``[d_out, d_in]``."""
+    columns = len(facts["requests"])
+    out, into = (delta.shape[0], delta.shape[-1]) if len(delta.shape) == 2 else (None, None)
+    for part, rows in (("keys", into), ("wanted", out), ("solved", into)):
+        found = tuple(parts[part].shape)
+        if len(found) != 2 or found[1] != columns or rows not in (None, found[0]):
+            raise ValueError(f"{where}: {part} is {list(found)}, expected {[rows, columns]}")

@@ -1,0 +1,140 @@
+"""What is saved of a model while edits stand beside its weights: a warning, and the edits, where they can be.
+
+``save_pretrained`` writes weights, and an edit beside a weight is none. So that the saved model says what the
+live one says, such edits are merged in what is written, rounded as weights are; a warning says so, and also
+what could not be merged. ``state_dict`` stays what it is, for it may be loaded into this very model again,
+and warns.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.errors import EditError
+from errata.host import locking, placement
+from errata.host.load import BRANCHES
+
+SAVE = "save_pretrained"
+INSTEAD = "take it back and apply it again without beside to have it in the weights"
+
+
+class _Save:
+    """Stands in for a model's ``save_pretrained`` while edits stand beside its weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        with locking.of(model).shared:
+            if len(args) < 3 and kwargs.get("state_dict") is None:
+                values, missing = _merged(model)
+                _warn(values, missing)
+                state = dict(_Watch.plain(model))
+                kwargs["state_dict"] = {**state, **values}
+            else:
+                _warn({}, list(_standing(model)))
+            return type(model).save_pretrained(model, *args, **kwargs)
+
+
+class _Watch:
+    """Warns when a state dict is taken while edits stand beside weights; an object, so that copies have one."""
+
+    quiet = False
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        names = list(_standing(module))
+        if names and not self.quiet:
+            warnings.warn(
+                f"an edit stands beside {_listed(names)} and is not in this state dict: {INSTEAD}",
+                stacklevel=_caller(),
+            )
+
+    @staticmethod
+    def plain(model: nn.Module) -> Mapping[str, Tensor]:
+        """Return a model's state dict without the warning."""
+        watches = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, _Watch)]
+        for watch in watches:
+            watch.quiet = True
+        try:
+            return model.state_dict()
+        finally:
+            for watch in watches:
+                watch.quiet = False
+
+
+def watch(model: nn.Module) -> None:
+    """Have saving the model mind the edits beside its weights."""
+    if not any(isinstance(hook, _Watch) for hook in model._state_dict_pre_hooks.values()):
+        model.register_state_dict_pre_hook(_Watch())
+    if hasattr(type(model), SAVE) and SAVE not in model.__dict__:
+        model.__dict__[SAVE] = _Save(model)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Save the model as ever."""
+    if isinstance(model.__dict__.get(SAVE), _Save):
+        del model.__dict__[SAVE]
+    watches = [key for key, hook in model._state_dict_pre_hooks.items() if isinstance(hook, _Watch)]
+    for key in watches:
+        model._state_dict_pre_hooks.pop(key, None)
+
+
+def _standing(model: nn.Module) -> Mapping[str, Any]:
+    return model.__dict__.get(BRANCHES, {})
+
+
+@torch.no_grad()
+def _merged(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights with what stands beside them, and the names of those where that cannot be."""
+    from errata.edits.overlay import composed
+
+    values, missing = {}, []
+    for name, branch in _standing(model).items():
+        if placement.obstacle(model, name) is not None:
+            missing.append(name)
+            continue
+        weight = model.get_parameter(name)
+        value = composed(weight.detach(), branch.stored, weight.dtype, weight.device)
+        if not torch.isfinite(value).all():
+            raise EditError(f"the edit beside {name!r} would overflow {weight.dtype} in the saved model")
+        values[name] = value
+    return values, missing
+
+
+def _warn(values: Mapping[str, Tensor], missing: list[str]) -> None:
+    if values:
+        dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in values.values()}))
+        warnings.warn(
+            f"an edit stands beside {_listed(list(values))}; in the saved model it is merged, rounded to {dtypes}: "
+            "take it back first to save the model without it, and save the edit itself with edit.save(path)",
+            stacklevel=_caller(),
+        )
+    if missing:
+        warnings.warn(
+            f"an edit stands beside {_listed(missing)} and is not in the saved model, whose weight cannot be "
+            "written: save the edit itself with edit.save(path) and apply it again after loading",
+            stacklevel=_caller(),
+        )
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 1} other weights" if len(names) > 1 else ""
+    return f"{names[0]}{rest}"
+
+
+def _caller() -> int:
+    """Return how many frames up the first caller outside torch, transformers and errata is."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        level += 1
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("errata", "torch", "transformers"):
+            break
+        frame = frame.f_back
+    return level
