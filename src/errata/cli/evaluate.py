@@ -49,11 +49,8 @@ def command(
     schedule: ScheduleName = "single",
     at: Looks = None,
     probes: Kinds = None,
-    template: common.TemplateName = None,
-    chat: common.Chat = False,
-    system: common.System = None,
-    thinking: common.Thinking = None,
-    join: common.JoinName = None,
+    template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
+    thinking: common.Thinking = None, join: common.JoinName = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None,
@@ -61,10 +58,7 @@ def command(
     keep_edit: KeepEdit = None,
     after: After = None,
     force: common.Force = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    json: common.Json = False,
+    device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Measure a method on a schedule (edit, observe, take back), or saved edits, before and after."""
     from errata import api
