@@ -16,7 +16,7 @@ JOINS = ("auto", "space", "none")
 
 UNSPACED = (
     r"\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AP}\p{Line_Break=AS}\p{Line_Break=VI}\p{Line_Break=VF}"
-    r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
+    r"\p{Ideographic}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
     "\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}"
 )
 """Inside a character class: letters of scripts that put no space between words. Those that need a dictionary to
