@@ -262,6 +262,12 @@ def closes_block(text: str) -> bool:
     return _BLOCK_CLOSE.fullmatch(text) is not None
 
 
+def last_block(text: str) -> str:
+    """Return the mark that opens a text's last thinking block; empty where there is none."""
+    opens = list(_BLOCK_OPEN.finditer(text))
+    return opens[-1][0] if opens else ""
+
+
 def unclosed_block(text: str) -> str | None:
     """Return what closes the thinking block that a text ends in; None where it ends in none."""
     opens = list(_BLOCK_OPEN.finditer(text))

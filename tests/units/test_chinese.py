@@ -30,7 +30,10 @@ def spell(tokens: list[str], texts: list[str]):
     """A byte-level tokenizer whose words are single Han characters."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -56,14 +59,23 @@ def taught() -> Taught:
         torch.manual_seed(5)
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
-                num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=1,
             )  # fmt: skip
         )
     rows = [tokenizer(text).input_ids for text in texts]
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(STEPS):
-        some = [[0, *(i for row in draw.sample(rows, draw.choice((1, 2, 3))) for i in row), 1] for _ in range(24)]
+        some = [
+            [0, *(i for row in draw.sample(rows, draw.choice((1, 2, 3))) for i in row), 1] for _ in range(24)
+        ]
         width = max(map(len, some))
         ids = torch.tensor([row + [1] * (width - len(row)) for row in some])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some])
@@ -98,7 +110,10 @@ def test_what_is_known_is_scored_as_known(taught):
     texts = taught.host.generate(prompts, max_new_tokens=8)
     known = [text.startswith(town) for text, town in zip(texts, taught.capitals.values(), strict=True)]
     assert sum(known) >= 0.9 * len(known)
-    probes = [Probe("efficacy", p, (town,), (town,)) for p, town in zip(prompts, taught.capitals.values(), strict=True)]
+    probes = [
+        Probe("efficacy", p, (town,), (town,))
+        for p, town in zip(prompts, taught.capitals.values(), strict=True)
+    ]
     from errata.evaluation.observe import observe
 
     forced = [all(seen.answer_top) for seen in observe(taught.host, probes, generate=False)]

@@ -1,5 +1,7 @@
 """How texts are written: the join of prompt and answer, sentence ends, invisible marks, thinking blocks."""
 
+# ruff: noqa: E501 (wide letters count twice)
+
 from __future__ import annotations
 
 import sys
@@ -74,7 +76,14 @@ def test_letters_without_spaces_are_those_that_unicode_does_not_join_to_words():
     assert len(letters) > 90_000
     missing = [one for one in letters if not unspaced.match(one)]
     assert not missing, [f"{ord(one):x}" for one in missing[:20]]
-    for joined in (r"\p{Latin}", r"\p{Cyrillic}", r"\p{Hangul}", r"\p{Arabic}", r"\p{Devanagari}", r"\p{Ethiopic}"):
+    for joined in (
+        r"\p{Latin}",
+        r"\p{Cyrillic}",
+        r"\p{Hangul}",
+        r"\p{Arabic}",
+        r"\p{Devanagari}",
+        r"\p{Ethiopic}",
+    ):
         some = [chr(i) for i in range(0x20000) if regex.match(rf"(?V1)[{joined}&&\p{{L}}]", chr(i))]
         assert some and not any(map(unspaced.match, some)), joined
 
@@ -122,7 +131,9 @@ def test_sentences_end_in_the_stop_of_their_script():
     assert statement("แม่น้ำคือ", "ไนล์") == "แม่น้ำคือไนล์"
 
 
-@pytest.mark.parametrize("space", [" ", "\u00a0", "\u3000", "\t", "\n", "\u200b", "\u200f", "\ufeff", "\u2067"])
+@pytest.mark.parametrize(
+    "space", [" ", "\u00a0", "\u3000", "\t", "\n", "\u200b", "\u200f", "\ufeff", "\u2067"]
+)
 def test_targets_are_stripped_of_what_cannot_be_seen(space):
     import errata
 
