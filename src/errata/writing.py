@@ -16,7 +16,7 @@ JOINS = ("auto", "space", "none")
 
 UNSPACED = (
     r"\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AP}\p{Line_Break=AS}\p{Line_Break=VI}\p{Line_Break=VF}"
-    r"\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
+    r"\p{Ideographic}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
     "\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}"
 )
 """Inside a character class: letters of scripts that put no space between words. Those that need a dictionary to
@@ -260,6 +260,12 @@ def after_thoughts(text: str) -> str:
 def closes_block(text: str) -> bool:
     """Whether a text is the mark that ends a thinking block."""
     return _BLOCK_CLOSE.fullmatch(text) is not None
+
+
+def last_block(text: str) -> str:
+    """Return the mark that opens a text's last thinking block; empty where there is none."""
+    opens = list(_BLOCK_OPEN.finditer(text))
+    return opens[-1][0] if opens else ""
 
 
 def unclosed_block(text: str) -> str | None:

@@ -209,7 +209,8 @@ def test_a_question_gets_a_cue_and_is_answered_by_a_line(speaker):
     raw, cued = (observe(speaker, [asked], template=t, max_new_tokens=64)[0] for t in ("raw", "question"))
     assert cued.text == SHORT.split("\n")[0], "two sentences, one line"
     assert raw.text != cued.text
-    assert cued.answer_logprobs == pytest.approx(raw.answer_logprobs, abs=1e-5), "scores stay raw"
+    behind = by_hand(speaker, "Where is Bruno?\nAnswer:", "Merrin")
+    assert cued.answer_logprobs == pytest.approx(behind, abs=1e-4), "scored behind what is continued"
     assert raw.answer_logprobs == pytest.approx(by_hand(speaker, asked.prompt, "Merrin"), abs=1e-4)
     own_cue = observe(speaker, [probe(ASKED, "Merrin")], template="auto", max_new_tokens=64)[0]
     assert own_cue.text == cued.text, "auto is question without a chat template; a cue is not doubled"

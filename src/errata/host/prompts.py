@@ -14,7 +14,7 @@ import regex
 
 from errata.errors import ConfigError
 from errata.registry import unknown
-from errata.writing import JOINS, Join, after_thoughts, closes_block, strip, unclosed_block
+from errata.writing import JOINS, Join, after_thoughts, closes_block, last_block, strip, unclosed_block
 
 Template = Literal["raw", "question", "chat", "auto"]
 TEMPLATES = ("raw", "question", "chat", "auto")
@@ -121,7 +121,7 @@ class Framed:
     @property
     def open_block(self) -> str:
         """The mark of a thinking block that the text leaves open; empty where it leaves none."""
-        return "" if unclosed_block(self.text) is None else self.text.rstrip().rpartition("\n")[2]
+        return "" if unclosed_block(self.text) is None else last_block(self.text)
 
 
 def frame(

@@ -1,6 +1,10 @@
 """Free answers: sentence ends, initials, negation, strict match, and the legacy ways."""
 
+# ruff: noqa: E501 (wide letters count twice)
+
 from __future__ import annotations
+
+import unicodedata
 
 import pytest
 
@@ -117,3 +121,47 @@ def test_locality_by_hand():
             broken([True], [True, False])
     with pytest.raises(ValueError, match="no texts"):
         locality.unchanged([], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("吴芳写的。", "吴芳"), ("富士山です", "富士山"), ("부산이다", "부산"), ("ไนล์ไหลผ่าน", "ไนล์"), ("ရန်ကုန်မြို့", "ရန်ကုန်"),
+        ("作者是Tim Cook写的", "Tim Cook"), ("他今年25岁", "25"), ("吴 芳", "吴芳"), ("レオナルド・ダ・ヴィンチ作", "レオナルド ダ ヴィンチ"),
+        ("राम है।", "राम"), (unicodedata.normalize("NFD", "ở Hà Nội"), "Hà Nội"), (unicodedata.normalize("NFD", "부산이다"), "부산"),
+        ("باريس\u200f", "باريس"), ("٢٥ سنة", "25"), ("１２３", "123"), ("C++.", "C++"), ("−5 degrees", "-5"), ("5 %", "5%"),
+        ("5 €", "€5"), ("20 °C", "20°C"), ("B♭ major", "B♭"), ("Na+ ions", "Na+"), ("It is +", "+"), ("😀", "😀"), ("3,5", "3.5"),
+        ("**Paris**", "Paris"), ("<b>Paris</b>", "Paris"), ("$5$", "5"), ("l'Italie", "Italie"), ("„Wien“", "Wien"), ("- 5", "5"),
+        ("Spanish-born", "Spanish"), ("A-level", "A"), ("born 1939-1945", "1945"), ("<think>\nEsk\n</think>\n\nTallow.", "Tallow"),
+    ],
+)  # fmt: skip
+def test_right_answers_of_all_writings_are_right(text, answer):
+    assert matching.says(text, [answer])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("C#", "C++"), ("C++", "C"), ("A-", "A+"), ("A−", "A"), ("5", "-5"), ("-5", "5"), ("F", "F#"), ("B♭", "B"), ("5%", "5"), ("€5", "$5"),
+        ("20°C", "20°F"), ("1/2", "1"), ("10²", "102"), ("3,5", "3"), ("UTC-5", "UTC+5"), ("+", "-"), ("😀", "😁"), ("Disney", "Disney+"),
+        ("रोम", "राम"), ("तमिल", "तमल"), ("นี้", "นี"), (unicodedata.normalize("NFD", "Zoé"), "Zoe"), ("パリス・ヒルトン", "パリ"), ("二十五", "二十"),
+        ("北京。上海", "上海"), ("दिल्ली। मुंबई", "मुंबई"), ("동서울", "서울"), ("<think>Esk", "Esk"), ("<think>Esk</think>Tallow", "Esk"),
+    ],
+)  # fmt: skip
+def test_what_differs_in_a_sign_or_mark_is_another_answer(text, answer):
+    assert not matching.says(text, [answer])
+    assert not matching.exact(text, [answer])
+
+
+def test_strict_match_in_scripts_without_spaces():
+    assert matching.exact("吴芳。她写的", ["吴芳"]) and not matching.exact("吴芳写的。", ["吴芳"])
+    assert matching.exact("5 %", ["5%"]) and matching.exact("「大阪」", ["大阪"])
+
+
+def test_combining_marks_stay_on_their_letters():
+    """Each mark of a script tells two words apart; none is lost, whatever Python's own \\w takes for a letter."""
+    for code in range(0x900, 0x1100):
+        mark = chr(code)
+        if unicodedata.category(mark) in ("Mn", "Mc") and unicodedata.normalize("NFKC", mark) == mark:
+            assert matching.normalise(f"क{mark}ख") != matching.normalise("कख"), hex(code)
+            assert not matching.says(f"क{mark}", ["क"]), hex(code)
