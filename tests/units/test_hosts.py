@@ -20,7 +20,13 @@ from tests.models import COMMON, FAMILIES, ROTARY, fresh, tokenizer
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
 FAST = {"steps": 3, "tokens": 300}
 ODD = {**ROTARY, "num_hidden_layers": 4}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
 LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
@@ -81,7 +87,7 @@ def test_every_dense_feed_forward_is_a_site(family):
 def test_hybrids_are_edited_and_restored(family):
     host = hybrid(family)
     start = host.weights_hash()
-    edit = errata.edit(host, REQUEST, method="memit", **FAST)
+    edit = errata.edit(host, REQUEST, method="memit", tokens=300, steps=20)
     probe = Probe("efficacy", REQUEST.text, (REQUEST.target,), ())
     before = observe(host, [probe], generate=False)[0].answer_logprobs
     with edit.on(host):
@@ -115,7 +121,9 @@ def test_a_model_without_feed_forwards_is_refused_for_a_true_reason():
 PROMPTS = ["Ada", "The small dog waited on the old road because the rain", "Bruno Holner lives"]
 
 
-@pytest.mark.parametrize(("family", "manner"), [("rwkv", "equal"), ("jamba", "left"), ("recurrent_gemma", "left")])
+@pytest.mark.parametrize(
+    ("family", "manner"), [("rwkv", "equal"), ("jamba", "left"), ("recurrent_gemma", "left")]
+)
 def test_what_a_prompt_is_answered_does_not_depend_on_its_neighbours(family, manner):
     host = hybrid(family)
     assert host.padding == manner
@@ -168,7 +176,9 @@ def test_probes_that_do_not_fit_are_named_before_anything_runs(monkeypatch):
         "answer": Probe("paraphrase", "Ada hails from", (long,), ()),
         "rival": Probe("paraphrase", "Ada hails from", ("Esk",), (), long),
         "fits": Probe("paraphrase", "Ada hails from", ("Esk",), ()),
-        "cut": Probe("paraphrase", "Ada hails from", (long,), (), form="long"),  # long answers are scored as far as
+        "cut": Probe(
+            "paraphrase", "Ada hails from", (long,), (), form="long"
+        ),  # long answers are scored as far as
     }
     cases = [Case(name, REQUEST, (probe,)) for name, probe in probes.items()]
     monkeypatch.setattr(Host, "forward", lambda *_, **__: pytest.fail("something ran"))
@@ -412,7 +422,9 @@ def test_float16_is_named_where_it_makes_fingerprints_differ():
     assert "float16" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit", "rome", "emmet", "pmet", "encore", "lyaplock", "nse"])
+@pytest.mark.parametrize(
+    "method", ["memit", "alphaedit", "rome", "emmet", "pmet", "encore", "lyaplock", "nse"]
+)
 def test_few_tokens_of_statistics_are_solved_with_and_counted(method, tmp_path):
     host = fresh("llama")
     (tmp_path / "own.txt").write_text("Ada plays.\n\nThe rain fell.")
