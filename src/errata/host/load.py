@@ -39,6 +39,8 @@ class Host:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
+        self.position_tables: tuple[int, ...] = ()
+        """How many tokens its tables of positions have room for, as found when it was opened."""
         self.model.eval()
         placement.keep_gradients_(self.model)
 
