@@ -87,7 +87,7 @@ def test_every_dense_feed_forward_is_a_site(family):
 def test_hybrids_are_edited_and_restored(family):
     host = hybrid(family)
     start = host.weights_hash()
-    edit = errata.edit(host, REQUEST, method="memit", **FAST)
+    edit = errata.edit(host, REQUEST, method="memit", tokens=300, steps=20)
     probe = Probe("efficacy", REQUEST.text, (REQUEST.target,), ())
     before = observe(host, [probe], generate=False)[0].answer_logprobs
     with edit.on(host):

@@ -48,9 +48,9 @@ def provenance(stored: Any) -> dict[str, Any]:
     where = "provenance"
     kinds = {
         "method": str, "config": dict, "host": str, "host_name": str, "seed": int, "versions": dict,
-        "notes": dict,
+        "notes": dict, "prompt_format": dict,
     }  # fmt: skip
-    optional = {"host_name", "seed", "versions", "notes", "overrides"}
+    optional = {"host_name", "seed", "versions", "notes", "overrides", "prompt_format"}
     typed(stored, dict, where)
     unknown = sorted(set(stored) - {*kinds, "requests", "overrides"})
     if unknown:

@@ -42,6 +42,8 @@ class Host:
         self.tokenizer = tokenizer
         self.name = name
         self.prompt_format = prompts.PromptFormat()
+        self.position_tables: tuple[int, ...] = ()
+        """How many tokens its tables of positions have room for, as found when it was opened."""
         self.model.eval()
         locking.of(self.model)  # made now, before there are threads
         placement.keep_gradients_(self.model)

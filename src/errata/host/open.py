@@ -209,14 +209,11 @@ def _open(
         config = AutoConfig.from_pretrained(source, **options)
         # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
         both = bool(getattr(config, "is_encoder_decoder", False))
-        model, report = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(
-            source,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        kind: Any = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
+        model, report = kind.from_pretrained(
+            source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
         files.check_loaded(name, model, report)
     return _moved(model, place, None)
 

@@ -47,6 +47,7 @@ def check(host: Host) -> None:
     if host.reads_by_encoder:
         return
     try:
+        host.position_tables = tuple(_tables(host))  # here rather than later: a pass is seen by hooks
         with torch.no_grad():
             logits = host.forward(host.batch(_rows(host, (5, 5), last=1))).float()
     except ErrataError:
@@ -123,9 +124,7 @@ def window(host: Host) -> int | None:
     """Return the longest input in tokens: what the configuration says, and what tables of positions hold."""
     said = [getattr(host.text_config, name, None) for name in WINDOWS]
     bounds = [v for v in said if isinstance(v, int) and not isinstance(v, bool) and v > 0][:1]
-    if not host.reads_by_encoder:
-        bounds += _tables(host)
-    return min(bounds, default=None)
+    return min([*bounds, *host.position_tables], default=None)
 
 
 @torch.no_grad()

@@ -107,9 +107,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     """Return the edit of the columns of the requests' neurons."""
     if not requests:
         raise ConfigError("kn needs at least one request")
-    config = resolved(config, layers=resolve_layers(host, config.layers, lambda depth: tuple(range(depth))))
-    assert config.layers is not None
-    sites = {layer: host.layout.site(layer) for layer in config.layers}
+    layers = resolve_layers(host, config.layers, lambda depth: tuple(range(depth)))
+    config = resolved(config, layers=layers)
+    sites = {layer: host.layout.site(layer) for layer in layers}
     unknown = config.operation == "erase" and config.erase == "unknown"
     table = _Embeddings(host, unknown=unknown) if unknown or config.operation == "update" else None
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
@@ -118,8 +118,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     chosen = []
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
-        begins = (shorten(host, prefix, request) for prefix in prefixes)
-        prompts = [prefixed(host.tokenizer, request.text, begin, request.span[0]) for begin in begins]
+        text, start = request.text, request.span[0]
+        prompts = [prefixed(host.tokenizer, text, shorten(host, p, request), start) for p in prefixes]
         sets = coarse_sets(
             host, prompts, answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
