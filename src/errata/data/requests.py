@@ -236,7 +236,11 @@ def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | N
     why = str(record) if isinstance(record, Broken) else documents.fault(record)
     if why is not None:
         return None, [f"{where}: {why}"]
-    record = {key: value for key, value in record.items() if not _absent(value) or key in NEEDED}
+    record = {
+        key: value
+        for key, value in record.items()
+        if key in NEEDED or not (value in (None, "") or (key == "target_old" and value == []))
+    }
     wrong = [f"{where}: {_unknown(key, known)}" for key in record if key not in known]
     missing = [name for name in NEEDED if name not in record]
     if missing:
