@@ -124,6 +124,8 @@ def check_target(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
+    if not path.parent.is_dir():
+        raise RequestError(f"cannot write {path}: there is no folder {path.parent}")
     files.output(path, RequestError)
 
 
