@@ -298,7 +298,11 @@ def plainly(records):
     for record in records:
         if not isinstance(record, dict):
             return None
-        record = {k: v for k, v in record.items() if v not in (None, "", []) or k in ADA}
+        record = {
+            k: v
+            for k, v in record.items()
+            if k in ADA or not (v in (None, "") or (k == "target_old" and v == []))
+        }
         answers = record.get("target_old")
         if isinstance(answers, list) and answers and all(isinstance(a, str) and a.strip() for a in answers):
             record["target_old"] = answers[0]

@@ -124,6 +124,8 @@ def check_target(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
+    if not path.parent.is_dir():
+        raise RequestError(f"cannot write {path}: there is no folder {path.parent}")
     files.output(path, RequestError)
 
 
@@ -236,7 +238,11 @@ def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | N
     why = str(record) if isinstance(record, Broken) else documents.fault(record)
     if why is not None:
         return None, [f"{where}: {why}"]
-    record = {key: value for key, value in record.items() if not _absent(value) or key in NEEDED}
+    record = {
+        key: value
+        for key, value in record.items()
+        if key in NEEDED or not (value in (None, "") or (key == "target_old" and value == []))
+    }
     wrong = [f"{where}: {_unknown(key, known)}" for key in record if key not in known]
     missing = [name for name in NEEDED if name not in record]
     if missing:

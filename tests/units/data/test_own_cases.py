@@ -157,10 +157,13 @@ def test_chains_and_the_labs_cases_too(tmp_path):
 
 
 def test_odd_characters_stay(tmp_path):
-    text = 'line\u2028 "quoted" \\ \ud83d half, \U0001f600 whole\r\n\x85'
+    text = 'line\u2028 "quoted" \\ \U0001f600 whole\r\n\x85'
     case = Case("é", Request("{} is", "Ada", text), (Probe("efficacy", "Ada is", (text,), ()),))
     write_cases(tmp_path / "own.jsonl", [case])
     assert read_cases(tmp_path / "own.jsonl") == [case]
+    with pytest.raises(RequestError, match="half a surrogate pair"):  # no character, so no answer
+        write_cases(tmp_path / "half.jsonl", [replace(case, request=Request("{} is", "Ada", "\ud83d"))])
+    assert not (tmp_path / "half.jsonl").exists()
     plain = replace(case, request=Request("{} is", "Ada", "Zoë"), probes=())
     write_cases(tmp_path / "own.jsonl", [plain])
     assert "Zoë" in (tmp_path / "own.jsonl").read_text(encoding="utf-8")  # to be read by people
