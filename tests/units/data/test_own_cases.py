@@ -131,7 +131,12 @@ def test_faults_of_a_record_are_told_all_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
 def test_every_dataset_can_be_a_file_of_ones_own(tmp_path, name):
-    cases = read(FIXTURES / name).cases
+    loaded = read(FIXTURES / name)
+    cases = loaded.cases
+    if loaded.check.no_cases:  # a file of texts, prompts or questions for other cases
+        with pytest.raises(RequestError, match="no cases to write"):
+            write_cases(tmp_path / "own.jsonl", cases)
+        return
     assert write_cases(tmp_path / "own.jsonl", cases) == len(cases)
     assert read_cases(tmp_path / "own.jsonl") == cases
     assert read(tmp_path / "own.jsonl").cases == cases  # the file is known as cases

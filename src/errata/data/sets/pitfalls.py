@@ -8,7 +8,7 @@ and that are not edited. RoundEdit (``round``): a record has one ``edit`` of a f
 ``true_objects``, which is made and then taken back.
 
 Both are about edits one after the other, so a record gives two cases, ``NAME.1`` and ``NAME.2``, to be run under the
-schedule ``sequential(2)``; the questions stand with the second. ``conflict`` asks for its answer against the one that
+schedule ``sequential:2``; the questions stand with the second. ``conflict`` asks for its answer against the one that
 the first edit implies (the paper's conflict score); ``prerequisite`` must stay. After a round trip ``true_object`` asks
 for each of the other right answers, which must be likelier than the one that came and went (the paper's ignore rate).
 """
