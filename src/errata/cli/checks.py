@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,17 @@ class Outcome:
             "edit": edit.summary(),
         }
 
+    def counts(self) -> str:
+        """Say how many answers give their target."""
+        total = len(self.answers)
+        right = total - len(self.missed)
+        return f"with the edit the model answers {right} of {total} {self.noun} with their target"
+
     def show(self, path: Path, model: str) -> None:
         """Print the answers, what they come to, and how to go on."""
         self._table()
         print(f"edit written to {path} ({common.size(path)}); the model is unchanged")
-        missed, total = self.missed, len(self.answers)
-        counts = (
-            f"with the edit the model answers {total - len(missed)} of {total} {self.noun} with their target"
-        )
+        missed, counts = self.missed, self.counts()
         if missed:
             names = ", ".join(_name(answer) for answer in missed[:ROWS])
             more = f" and {len(missed) - ROWS} more" if len(missed) > ROWS else ""
@@ -123,6 +127,8 @@ def report(outcome: Outcome, path: Path, edit: Edit, model: str, *, json: bool, 
     """Print what came of an edit. Raises typer.Exit with code 1 where ``strict`` and not all of it took."""
     if json:
         common.emit(outcome.document(path, edit))
+        if outcome.missed:
+            print(f"warning: {outcome.counts()}", file=sys.stderr)
     else:
         outcome.show(path, model)
     if strict and outcome.missed:
