@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import regex
 
 from errata.host.load import Host, sample_rows
+from errata.host.prompts import prefixed
 from errata.host.tokens import encode_prompt
 from errata.stats.collect import Corpus
 from errata.types import Request
@@ -73,6 +74,11 @@ def shorten(host: Host, prefix: str, request: Request) -> str:
         prefix = " ".join(words[max(1, over // 4) :])  # a word is seldom more than a few tokens
         prefix = f"{prefix} " if prefix else ""
     return prefix
+
+
+def prompt_behind(host: Host, prefix: str, request: Request) -> str:
+    """Return a request's prompt behind as much of a context prefix as fits; in a conversation inside its turn."""
+    return prefixed(host.tokenizer, request.text, shorten(host, prefix, request), request.span[0])
 
 
 def _length(host: Host, prefix: str, request: Request) -> int:

@@ -36,9 +36,8 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.prompts import prefixed
 from errata.linalg.lowrank import LowRank
-from errata.locate.contexts import shorten
+from errata.locate.contexts import prompt_behind
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
 from errata.methods._method import Method, Workspace, provenance, resolve_layers, resolved
@@ -118,8 +117,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     chosen = []
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
-        text, start = request.text, request.span[0]
-        prompts = [prefixed(host.tokenizer, text, shorten(host, p, request), start) for p in prefixes]
+        prompts = [prompt_behind(host, prefix, request) for prefix in prefixes]
         sets = coarse_sets(
             host, prompts, answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
