@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import errata
 from errata.host.load import Host
+from errata.host.prompts import PromptFormat
 from errata.types import Case, Probe, Request
 
 STEPS = 300
@@ -146,5 +147,7 @@ def test_an_edit_pushes_to_the_text_that_is_said(taught):
     assert text.startswith(new) and not text.startswith(" ")
     spaced = errata.edit(taught.host, case.request, method="ft", seed=1, join="space")
     assert spaced.provenance.prompt_format["join"] == "space"
-    with spaced.on(taught.host):
-        assert taught.host.generate(case.request.text, max_new_tokens=8).startswith(f" {new}")
+    view = taught.host.with_prompt_format(PromptFormat(join="space"))
+    for host, between in ((taught.host, ""), (view, " ")):
+        made = host.encode_answer(case.request.text, new)
+        assert host.tokenizer.decode(made.ids, skip_special_tokens=True) == case.request.text + between + new
