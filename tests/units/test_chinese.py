@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import errata
 from errata.host.load import Host
+from errata.host.prompts import PromptFormat
 from errata.types import Case, Probe, Request
 
 STEPS = 300
@@ -68,7 +69,7 @@ def taught() -> Taught:
                 bos_token_id=0,
                 eos_token_id=1,
                 pad_token_id=1,
-            )  # fmt: skip
+            )
         )
     rows = [tokenizer(text).input_ids for text in texts]
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -127,8 +128,14 @@ def test_edits_of_chinese_facts_are_said_and_scored_alike(taught, method):
     score = {name: (entry["before"], entry["after"]) for name, entry in report.summary.items()}
     assert score["neighbourhood.generate"][0] == score["neighbourhood.teacher_forced"][0] == 1.0
     assert score["efficacy.generate"] == score["efficacy.teacher_forced"]
-    assert score["efficacy.generate"] == (0.0, 1.0)
-    assert abs(score["neighbourhood.generate"][1] - score["neighbourhood.teacher_forced"][1]) <= 1 / 6 + 1e-9
+    assert score["neighbourhood.generate"] == score["neighbourhood.teacher_forced"]
+    rows = {(row.protocol, row.kind, row.prompt): row for row in report.rows}
+    for (protocol, kind, prompt), row in rows.items():
+        if protocol == "generate":
+            forced = rows["teacher_forced", kind, prompt]
+            assert (row.before, row.after) == (forced.before, forced.after), (kind, prompt)
+    if method == "ft":
+        assert score["efficacy.generate"] == (0.0, 1.0)
 
 
 def test_an_edit_pushes_to_the_text_that_is_said(taught):
@@ -136,8 +143,11 @@ def test_an_edit_pushes_to_the_text_that_is_said(taught):
     edit = errata.edit(taught.host, case.request, method="ft", seed=1)
     with edit.on(taught.host):
         text = taught.host.generate(case.request.text, max_new_tokens=8)
-    assert text.startswith(NEW) and not text.startswith(" ")
+    new = case.request.target
+    assert text.startswith(new) and not text.startswith(" ")
     spaced = errata.edit(taught.host, case.request, method="ft", seed=1, join="space")
     assert spaced.provenance.prompt_format["join"] == "space"
-    with spaced.on(taught.host):
-        assert taught.host.generate(case.request.text, max_new_tokens=8).startswith(" " + NEW)
+    view = taught.host.with_prompt_format(PromptFormat(join="space"))
+    for host, between in ((taught.host, ""), (view, " ")):
+        made = host.encode_answer(case.request.text, new)
+        assert host.tokenizer.decode(made.ids, skip_special_tokens=True) == case.request.text + between + new
