@@ -38,7 +38,7 @@ def test_a_request_lists_all_that_is_wrong():
         ImageRequest(good.original, good.changed, good.mask[:, :16], "road", "snow")
     with pytest.raises(RequestError, match="outside 0 to 1"):
         ImageRequest(good.original, good.changed, good.mask * 255, "road", "snow")
-    with pytest.raises(RequestError, match="pair 1 .* marks nothing"):
+    with pytest.raises(RequestError, match="pair 2 .* marks nothing"):
         ImageRequest(
             good.original, good.changed, good.mask * torch.tensor([1.0, 0.0])[:, None, None], "a", "b"
         )
