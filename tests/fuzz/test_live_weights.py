@@ -193,9 +193,9 @@ def explore(sequences: int, steps: int) -> None:
 
 
 def test_no_order_of_events_loses_a_bit():
-    explore(60, 15)
+    explore(25, 12)
 
 
 @pytest.mark.slow
 def test_no_order_of_events_loses_a_bit_at_length():
-    explore(500, 25)
+    explore(500, 15)

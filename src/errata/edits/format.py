@@ -13,12 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from errata import files
-from errata.checksum import checksum
+from errata.checksum import FIELD, checksum
 from errata.errors import EditError
 
 VERSION = 2
 KEY = "errata"
-HASH = "errata.sha256"
 PROTECTION = "sha256"
 """What the header of version 2 says of how the file is protected; version 1 had no such field, and no hash."""
 FIRST_FIELDS = frozenset({"format", "kind", "provenance", "transposed", "digest", "records"})
@@ -33,8 +32,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     Raises EditError where the path cannot be written.
     """
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    text = json.dumps({**header, "format": VERSION, "protection": PROTECTION}, sort_keys=True)
-    return files.write(path, save(whole, metadata={KEY: text, HASH: checksum(text, whole)}), EditError)
+    content = {**header, "format": VERSION, "protection": PROTECTION}
+    content = json.loads(json.dumps(content))  # as it will be read: tuples are lists by then
+    text = json.dumps({**content, FIELD: checksum(content, whole)}, sort_keys=True)
+    return files.write(path, save(whole, metadata={KEY: text}), EditError)
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -86,26 +87,24 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{source} has format {_cut(found)}, expected 1 to {VERSION}; it is damaged, or of a newer errata"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check(source, header, metadata, tensors)
+    _check(source, header, tensors)
     return tensors, header
 
 
-def _check(
-    source: Path, header: Mapping[str, Any], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> None:
+def _check(source: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise EditError unless the file is what was written: by its hash, or, before there was one, by its form."""
     if header["format"] == 1:
-        strange = sorted((set(header) - FIRST_FIELDS) | (set(metadata) - {KEY, "format"}))
+        strange = sorted(set(header) - FIRST_FIELDS)
         if strange:
             raise EditError(
                 f"{source} is damaged: it calls itself format 1, which has no {_cut(strange[0])}; its header was "
                 "changed after it was written"
             )
-    elif HASH not in metadata or header.get("protection") != PROTECTION:
+    elif FIELD not in header or header.get("protection") != PROTECTION:
         raise EditError(
             f"{source} is damaged: its hash was taken out; restore it from a copy, or fit it again"
         )
-    elif metadata[HASH] != checksum(metadata[KEY], tensors):
+    elif header[FIELD] != checksum(header, tensors):
         raise EditError(
             f"{source} is damaged: its content does not match the recorded hash; restore it from a copy, or fit "
             "it again"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.host import locking
+
 
 class Stopped(Exception):
     """Raised inside a forward pass to end it; caught by :func:`stop_after`'s user."""
@@ -213,14 +215,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; a model that is being trained goes on as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
+    with locking.of(model).evaluating(model):
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _size(host: Host) -> int:
 
 
 def _contents(host: Host) -> bytes:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(placement.adapters(host.model).encode())
     if any(placement.sharded(weight) for weight in host.model.parameters()):
         raise HostError(f"weights are sharded over processes; {placement.GATHER}")
     for name, tensor in placement.named_tensors(host.model, buffers=True):

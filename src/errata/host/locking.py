@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -51,6 +52,8 @@ class ModelLock:
         self._waiting = 0
         self._upgrading: int | None = None
         self._section = 0
+        self._evaluations = 0
+        self._training: list[nn.Module] = []
         self.shared = _Side(self._acquire_shared, self._release_shared)
         """Run the model beside other threads that do."""
         self.exclusive = _Side(self._acquire_exclusive, self._release_exclusive)
@@ -67,6 +70,25 @@ class ModelLock:
     def section(self) -> int | None:
         """Number of the stretch for which this thread has been alone; None where it is not."""
         return self._section if self._owner == threading.get_ident() else None
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Have the model in evaluation mode inside the block; the last thread to leave puts training mode back."""
+        with self._changed:
+            if not self._evaluations:
+                self._training = [module for module in model.modules() if module.training]
+                for module in self._training:
+                    module.training = False
+            self._evaluations += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._evaluations -= 1
+                if not self._evaluations:
+                    for module in self._training:
+                        module.training = True
+                    self._training = []
 
     def _acquire_shared(self) -> None:
         me = threading.get_ident()
@@ -119,9 +141,8 @@ class ModelLock:
 def of(owner: Any) -> ModelLock:
     """Return the lock of a model, or of a host's model."""
     held = (owner if isinstance(owner, nn.Module) else owner.model).__dict__
-    for (
-        count
-    ) in itertools.count():  # a pickled model left None behind; setdefault is one step for all threads
+    # a pickled model left None behind; setdefault is one step for all threads
+    for count in itertools.count():
         lock = held.get(f"{LOCK}{count}") or held.setdefault(f"{LOCK}{count}", ModelLock())
         if lock is not None:
             return lock

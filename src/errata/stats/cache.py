@@ -19,13 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from errata.checksum import checksum
+from errata.checksum import FIELD, checksum
 from errata.errors import DataError
 from errata.linalg import moments as maths
 from errata.linalg.moments import Eigen, Moments
 
 FORMAT = "errata-moments-3"
-HASH = "errata.sha256"
 T = TypeVar("T")
 
 
@@ -165,9 +164,10 @@ def _verified(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(place, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata.get(HASH) != checksum(metadata["errata"], tensors):
+    header = json.loads(metadata["errata"])
+    if header[FIELD] != checksum(header, tensors):
         raise ValueError("its content does not match its hash")
-    return json.loads(metadata["errata"]), tensors
+    return header, tensors
 
 
 def _save(
@@ -177,14 +177,15 @@ def _save(
     from safetensors.torch import save_file
 
     part = place.with_suffix(f".{os.getpid()}.part")
-    text = json.dumps({"format": FORMAT, "facts": dict(facts), **header})
+    said = json.loads(json.dumps({"format": FORMAT, "facts": dict(facts), **header}))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(place, error) from error
     try:
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(whole, part, metadata={"errata": text, HASH: checksum(text, whole)})
+        text = json.dumps({**said, FIELD: checksum(said, whole)})
+        save_file(whole, part, metadata={"errata": text})
         part.replace(place)
     except (OSError, SafetensorError) as error:
         raise _unwritable(place, error) from error
