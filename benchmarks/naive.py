@@ -233,7 +233,7 @@ def _descend(
         if search.top_count is not None and at_top >= search.top_count:
             return step - 1
         if search.relax:
-            if top and search.kl * float(divergence) <= 0.01:
+            if top and search.kl * float(divergence.detach()) <= 0.01:
                 return step - 1
             factor = search.nll_factor * (0.1 if top else 1.0)
         gradients = torch.autograd.grad(loss, shifts)

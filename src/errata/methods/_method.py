@@ -116,7 +116,7 @@ class Workspace:
         ``source``: files to read it from, see :func:`errata.stats.external.second_moment`.
         """
         if source is not None:
-            return {site: self._imported(source, site, ridge) for site in sites}
+            return {site: self._external_metric(source, site, ridge) for site in sites}
         _, _, state = self._moments(host, sites, tokens)
         note = "" if ridge == RIDGE else f", ridge {ridge:g}"
         for site in sites:
@@ -127,21 +127,17 @@ class Workspace:
                 self._made[key] = _factorised(moments.second, what, ridge=ridge, name=name + note)
         return {s: self._made[("metric", s, ridge, *state)] for s in sites}
 
-    def _imported(self, source: str, site: Site, ridge: float) -> Metric:
-        found, state = self._file(source, site)
+    def _external_metric(self, source: str, site: Site, ridge: float) -> Metric:
+        matrix, state = self._file(source, site)
         key = ("metric", site, ridge, *state)
         if key not in self._made:
-            self._made[key] = _factorised(
-                found.matrix,
-                f"{found.name} for {site.name}",
-                ridge=ridge,
-                name=f"{found.name}, ridge {ridge:g}",
-            )
+            what, name = f"{matrix.name} for {site.name}", f"{matrix.name}, ridge {ridge:g}"
+            self._made[key] = _factorised(matrix.matrix, what, ridge=ridge, name=name)
         return self._made[key]
 
     def _file(
         self, source: str, site: Site, layers: Sequence[int] | None = None
-    ) -> tuple[external.Imported, tuple[Any, ...]]:
+    ) -> tuple[external.ExternalMatrix, tuple[Any, ...]]:
         """Return a second moment, or with ``layers`` a projection, from a file, and what tells it from others.
 
         Read once while the file is unchanged.
@@ -158,7 +154,7 @@ class Workspace:
 
     def projection(self, source: str, site: Site, layers: Sequence[int]) -> tuple[Eigen, str]:
         """Return a projection from a file by its eigenvectors; its layers stand in the order of ``layers``."""
-        return self._imported_spectrum(source, site, layers)
+        return self._external_spectrum(source, site, layers)
 
     def _moments(self, host: Host, sites: Sequence[Site], tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
         """See that each site's sums over the corpus are there; return corpus, budget and what they depend on."""
@@ -186,7 +182,7 @@ class Workspace:
     ) -> dict[Site, tuple[Eigen, str]]:
         """Return each site's second moment of keys by eigenvalues and eigenvectors, and what it is called."""
         if source is not None:
-            return {site: self._imported_spectrum(source, site) for site in sites}
+            return {site: self._external_spectrum(source, site) for site in sites}
         corpus, budget, state = self._moments(host, sites, tokens)
         for site in sites:
             key = ("eigen", site, *state)
@@ -201,13 +197,13 @@ class Workspace:
                 )
         return {s: (self._made[("eigen", s, *state)], self._made[("moments", s, *state)][1]) for s in sites}
 
-    def _imported_spectrum(
+    def _external_spectrum(
         self, source: str, site: Site, layers: Sequence[int] | None = None
     ) -> tuple[Eigen, str]:
-        found, state = self._file(source, site, layers)
+        matrix, state = self._file(source, site, layers)
         if ("eigen", site, *state) not in self._made:
-            self._made[("eigen", site, *state)] = eigen(found.matrix)
-        return self._made[("eigen", site, *state)], found.name
+            self._made[("eigen", site, *state)] = eigen(matrix.matrix)
+        return self._made[("eigen", site, *state)], matrix.name
 
     def contexts(
         self, host: Host, groups: Sequence[tuple[int, int]], weighting: str,

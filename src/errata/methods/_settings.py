@@ -47,12 +47,12 @@ class Ridge:
 
 def check_settings(config: Any) -> list[str]:
     """List complaints about these settings; for ``problems()``."""
-    found = []
+    complaints = []
     count = getattr(config, "top_count", None)
     if count is not None and count < 1:
-        found.append(f"top_count: expected 1 or more, found {config.top_count}")
+        complaints.append(f"top_count: expected 1 or more, complaints {config.top_count}")
     for name in ("stop_loss", "cov_ridge"):
         value = getattr(config, name, 0.0)
         if value is not None and not 0 <= value < float("inf"):
-            found.append(f"{name}: expected 0 or more, found {value}")
-    return found
+            complaints.append(f"{name}: expected 0 or more, complaints {value}")
+    return complaints

@@ -190,8 +190,8 @@ def covariance(
     scale = config.cov_weight if weight is None else weight
 
     def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
-        found = work.metrics(host, sites, config.tokens, ridge=config.cov_ridge, source=config.moments)
-        return {site: metric.weighted(scale) for site, metric in found.items()}
+        metrics = work.metrics(host, sites, config.tokens, ridge=config.cov_ridge, source=config.moments)
+        return {site: metric.weighted(scale) for site, metric in metrics.items()}
 
     return metric
 
@@ -203,12 +203,12 @@ def null_space(host: Host, config: Any, work: Workspace) -> Callable[[Sequence[S
     and ``ridge`` or ``ridge_relative`` (in mean squared key norms), or ``projection``, a file of P.
     """
     if config.projection is not None:
-        return _projected(config, work)
+        return _projection_metric(config, work)
 
     def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
         made = {}
-        found = work.spectra(host, sites, config.tokens, source=config.moments)
-        for site, (eigen, name) in found.items():
+        spectra = work.spectra(host, sites, config.tokens, source=config.moments)
+        for site, (eigen, name) in spectra.items():
             values = eigen.values.clamp_min(0)
             trace = float(values.sum())
             below = _bound(values, config.threshold, config.energy, site)
@@ -219,15 +219,15 @@ def null_space(host: Host, config: Any, work: Workspace) -> Callable[[Sequence[S
     return metric
 
 
-def _projected(config: Any, work: Workspace) -> Callable[[Sequence[Site]], Mapping[Site, Metric]]:
+def _projection_metric(config: Any, work: Workspace) -> Callable[[Sequence[Site]], Mapping[Site, Metric]]:
     """Return the same for projections read from a file; L2 is 10 where no ridge is named, as in the code."""
 
     def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
         cost = 10.0 if config.ridge is None else config.ridge
-        found = {site: work.projection(config.projection, site, config.layers) for site in sites}
+        spectra = {site: work.projection(config.projection, site, config.layers) for site in sites}
         return {
             site: Metric.within(1 - eigen.values, eigen.vectors, below=0.5, cost=cost, name=name)
-            for site, (eigen, name) in found.items()
+            for site, (eigen, name) in spectra.items()
         }
 
     return metric

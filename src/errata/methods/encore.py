@@ -54,10 +54,10 @@ class Config(Lasting, Covariance, SpreadConfig):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = [*super().problems(), *positive(self, "penalty")]
+        complaints = [*super().problems(), *positive(self, "penalty")]
         if self.update_norm_lambda is not None and self.update_norm_lambda < 0:
-            found.append(f"update_norm_lambda: expected 0 or more, found {self.update_norm_lambda}")
-        return found
+            complaints.append(f"update_norm_lambda: expected 0 or more, found {self.update_norm_lambda}")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -68,8 +68,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         weight = config.cov_weight
         assert weight is not None
         made = {}
-        found = work.spectra(host, sites, config.tokens, source=config.moments)
-        for site, (eigen, name) in found.items():
+        spectra = work.spectra(host, sites, config.tokens, source=config.moments)
+        for site, (eigen, name) in spectra.items():
             price = config.update_norm_lambda
             if price is None:
                 assert config.penalty is not None
@@ -85,15 +85,17 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 def _resolve(host: Host, config: Config) -> Config:
     """Fill in how a search ends and mu, as published where they are."""
     width = next((site.d_in for site in host.layout.mlp_out if site is not None), 0)
-    known = host_families.encore(host.family, len(host.layout.blocks), host.layout.width, width)
-    given: dict[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
-    if known is not None:
-        given = {"stop": "top", "top_count": known.top_count, "top_bare": False}
+    preset = host_families.encore(host.family, len(host.layout.blocks), host.layout.width, width)
+    defaults: dict[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
+    if preset is not None:
+        defaults = {"stop": "top", "top_count": preset.top_count, "top_bare": False}
         if config.scale in (None, "published"):
-            given["learning_rate"] = known.learning_rate
+            defaults["learning_rate"] = preset.learning_rate
     if config.penalty is None and config.update_norm_lambda is None:
-        given |= {"update_norm_lambda": known.update_norm_lambda} if known else {"penalty": 0.02}
-    return resolved(config, **{name: value for name, value in given.items() if getattr(config, name) is None})
+        defaults |= {"update_norm_lambda": preset.update_norm_lambda} if preset else {"penalty": 0.02}
+    return resolved(
+        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
+    )
 
 
 METHOD = Method(

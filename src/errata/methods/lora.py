@@ -134,9 +134,9 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     chosen = set().union(*matched.values()) or set(every)
     modules = tuple(end for end in wanted if matched[end]) or tuple(there)
     gentle = config.variant == "lora" and config.scale == "weight"
-    filled = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
-    filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
-    config = resolved(config, layers=layers, modules=modules, **filled)
+    defaults = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
+    defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = resolved(config, layers=layers, modules=modules, **defaults)
     return config, [name for name in every if name in chosen]
 
 

@@ -107,10 +107,10 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             break
         deltas = {name: added(made.deltas[name], delta) for name, delta in more.deltas.items()}
         made = replace(made, deltas=deltas)
-    return _remembered(host, requests, made, sites, metrics, contexts, config)
+    return _with_final_keys(host, requests, made, sites, metrics, contexts, config)
 
 
-def _remembered(
+def _with_final_keys(
     host: Host, requests: Sequence[Request], made: WeightEdit, sites: Sequence[Site],
     metrics: Mapping[Site, Metric], contexts: Sequence[Context], config: Config,
 ) -> WeightEdit:  # fmt: skip

@@ -107,8 +107,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     )[0]  # fmt: skip
     metric = Metric.identity()
     if config.second_moment:
-        found = work.metrics(host, [site], config.tokens, ridge=config.cov_ridge, source=config.moments)
-        metric = found[site]
+        metrics = work.metrics(host, [site], config.tokens, ridge=config.cov_ridge, source=config.moments)
+        metric = metrics[site]
     averaged = Walk(host, problems(host, requests, contexts), site.layer)
     chosen = (
         averaged if config.keys == "mean" else Walk(host, problems(host, requests, contexts[:1]), site.layer)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Imported:
+class ExternalMatrix:
     """A matrix that was read, and what it is called in records."""
 
     matrix: Tensor
@@ -45,7 +45,7 @@ def file_of(source: str, layer: int) -> Path:
     return place
 
 
-def second_moment(source: str, site: Site) -> Imported:
+def second_moment(source: str, site: Site) -> ExternalMatrix:
     """Read a site's second moment of keys: the mean of k k^T, ``[m, m]``.
 
     ``.npz`` as ROME's and MEMIT's code writes it (sums ``mom2.mom2`` with ``mom2.count``) or with one matrix;
@@ -57,10 +57,10 @@ def second_moment(source: str, site: Site) -> Imported:
     matrix = _checked(place, site, _read(place, readers, site))
     if bool((matrix.diagonal() < 0).any()):
         raise DataError(f"{place}: the mean of squared keys is negative; expected a second moment")
-    return Imported(matrix, f"C of {place.name}@{_digest(matrix)}")
+    return ExternalMatrix(matrix, f"C of {place.name}@{_digest(matrix)}")
 
 
-def projection(source: str, site: Site, layers: Sequence[int]) -> Imported:
+def projection(source: str, site: Site, layers: Sequence[int]) -> ExternalMatrix:
     """Read AlphaEdit's projection P onto a site's null space, ``[m, m]``.
 
     ``.pt`` as AlphaEdit's code writes it, one tensor ``[layers, m, m]`` in the order of ``layers``, float32 or
@@ -70,19 +70,19 @@ def projection(source: str, site: Site, layers: Sequence[int]) -> Imported:
     place = file_of(source, site.layer)
     index = list(layers).index(site.layer)
 
-    def stacked(read: Callable[[Path, Site], Tensor]) -> Callable[[Path, Site], Tensor]:
+    def select(read: Callable[[Path, Site], Tensor]) -> Callable[[Path, Site], Tensor]:
         def one(place: Path, site: Site) -> Tensor:
-            found = read(place, site)
-            if found.ndim == 3 and len(found) == len(layers):
-                return found[index]
-            return found
+            matrices = read(place, site)
+            if matrices.ndim == 3 and len(matrices) == len(layers):
+                return matrices[index]
+            return matrices
 
         return one
 
     readers = {
-        ".npz": stacked(_npz),
-        ".safetensors": stacked(_safetensors),
-        ".pt": lambda place, site: _saved_by_torch(place, site, len(layers))[index],
+        ".npz": select(_npz),
+        ".safetensors": select(_safetensors),
+        ".pt": lambda place, site: _torch_file(place, site, len(layers))[index],
     }
     matrix = _checked(place, site, _read(place, readers, site))
     error = float((matrix @ matrix - matrix).norm() / matrix.norm().clamp_min(1e-12))
@@ -90,7 +90,7 @@ def projection(source: str, site: Site, layers: Sequence[int]) -> Imported:
         raise DataError(
             f"{place}: P P differs from P by {error:.1e}; expected a projection onto a null space"
         )
-    return Imported(matrix, f"P of {place.name}@{_digest(matrix)}")
+    return ExternalMatrix(matrix, f"P of {place.name}@{_digest(matrix)}")
 
 
 def _read(place: Path, readers: dict[str, Callable[[Path, Site], Tensor]], site: Site) -> Tensor:
@@ -117,15 +117,15 @@ def _npz(place: Path, site: Site) -> Tensor:
             )
         size = file.zip.getinfo(f"{matrices[0]}.npy").file_size
         _fits(place, site, size)
-        found = torch.from_numpy(np.asarray(file[matrices[0]], dtype=np.float64))
+        total = torch.from_numpy(np.asarray(file[matrices[0]], dtype=np.float64))
         head = matrices[0].rpartition(".")[0]
         count = f"{head}.count" if head else "count"
         if count not in file.files:
-            return found
-        total = float(file[count])
-        if not total > 0:
-            raise DataError(f"{place}: {count} is {total}; expected how many keys were summed")
-        return found / total
+            return total
+        keys = float(file[count])
+        if not keys > 0:
+            raise DataError(f"{place}: {count} is {keys}; expected how many keys were summed")
+        return total / keys
 
 
 def _safetensors(place: Path, site: Site) -> Tensor:
@@ -133,8 +133,8 @@ def _safetensors(place: Path, site: Site) -> Tensor:
 
     with safe_open(place, "pt") as file:
         names = list(file.keys())
-        wanted = [name for name in (site.parameter, site.name, str(site.layer)) if name in names]
-        name = wanted[0] if wanted else names[0] if len(names) == 1 else None
+        matches = [name for name in (site.parameter, site.name, str(site.layer)) if name in names]
+        name = matches[0] if matches else names[0] if len(names) == 1 else None
         if name is None:
             raise DataError(
                 f"{place}: expected a tensor {site.parameter!r}, {site.name!r} or {str(site.layer)!r}, "
@@ -146,24 +146,24 @@ def _safetensors(place: Path, site: Site) -> Tensor:
         return file.get_tensor(name).double()
 
 
-def _saved_by_torch(place: Path, site: Site, count: int) -> Tensor:
+def _torch_file(place: Path, site: Site, count: int) -> Tensor:
     """Take the bytes of the one tensor in a file of ``torch.save``; its pickled part is not looked at."""
     with zipfile.ZipFile(place) as file:
-        stored = [entry for entry in file.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)]
+        entries = [entry for entry in file.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)]
         order = [
             file.read(e) for e in file.infolist() if e.filename.endswith("byteorder") and e.file_size < 16
         ]
         types = {
             count * site.d_in**2 * size: dtype for size, dtype in ((4, torch.float32), (8, torch.float64))
         }
-        dtype = types.get(stored[0].file_size) if len(stored) == 1 else None
+        dtype = types.get(entries[0].file_size) if len(entries) == 1 else None
         if dtype is None or any(text.strip() != b"little" for text in order):
             raise DataError(
                 f"{place}: expected one float32 or float64 tensor [{count}, {site.d_in}, {site.d_in}], found "
-                f"{[entry.file_size for entry in stored][:8]} bytes; save it as .safetensors instead"
+                f"{[entry.file_size for entry in entries][:8]} bytes; save it as .safetensors instead"
             )
-        found = torch.frombuffer(bytearray(file.read(stored[0])), dtype=dtype)
-    return found.reshape(count, site.d_in, site.d_in).double()
+        numbers = torch.frombuffer(bytearray(file.read(entries[0])), dtype=dtype)
+    return numbers.reshape(count, site.d_in, site.d_in).double()
 
 
 def _fits(place: Path, site: Site, size: int) -> None:

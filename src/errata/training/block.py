@@ -59,10 +59,10 @@ class Block:
         sizes = [sum(map(len, self.rows[:edits])), sum(map(len, self.rows[edits:]))]
         shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in chosen]
         outputs = self.outputs(chosen, weights)
-        found = [
+        errors = [
             (out - self.targets[row]).square().mean(1).sum() for out, row in zip(outputs, chosen, strict=True)
         ]
-        return torch.stack([error * share for error, share in zip(found, shares, strict=True)])
+        return torch.stack([error * share for error, share in zip(errors, shares, strict=True)])
 
     def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
         """Return how far from its value each request's place still is, as a share of the shift."""

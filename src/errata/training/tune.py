@@ -395,14 +395,14 @@ def tune(
     biases = {
         s: torch.zeros(s.d_out, device=host.device_of(s), dtype=dtype, requires_grad=True) for s in names
     }
-    trained = {site: [changes[site], *([biases[site]] if plan.bias else [])] for site in sites}
-    groups = [{"params": trained[s], "lr": r} for s, r in zip(sites, plan.rates, strict=True)]
+    parameters = {site: [changes[site], *([biases[site]] if plan.bias else [])] for site in sites}
+    groups = [{"params": parameters[s], "lr": r} for s, r in zip(sites, plan.rates, strict=True)]
     optimizer = torch.optim.Adam(groups, weight_decay=plan.weight_decay)
 
     def constrain(_: int) -> None:
         if plan.bounds is not None:
             for site, bound in zip(sites, plan.bounds, strict=True):
-                for change in trained[site]:
+                for change in parameters[site]:
                     clip_(change, bound, plan.norm)
 
     with hooks.frozen(host.model):
@@ -416,5 +416,5 @@ def tune(
             optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,
             rows=rows, after_step=constrain, tick=tick,
         )  # fmt: skip
-    found = {site.parameter: change.detach() for site, change in changes.items()}
-    return {**found, **{names[site]: change.detach() for site, change in biases.items()}}, outcome
+    weights = {site.parameter: change.detach() for site, change in changes.items()}
+    return {**weights, **{names[site]: change.detach() for site, change in biases.items()}}, outcome
