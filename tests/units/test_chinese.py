@@ -23,13 +23,13 @@ from errata.evaluation.observe import observe
 from errata.host.load import Host
 from errata.host.prompts import PromptFormat
 from errata.lab.world import World
-from errata.stats.collect import Corpus, corpus_name
 from errata.types import Case, Probe, Request
 
 STEPS = 160
 RATE = 5e-4
 PEOPLE = 40
 ASKED = "plays"
+SETTINGS = {"memit": {"tokens": 20_000}}  # less text for its statistics, for time; all else by default
 WORDINGS = {  # relation: words, the same in Han characters one by one, characters that end an answer
     "born_in": ("was born in", "出生于", "城州"),
     "lives_in": ("lives in", "住在", "城州"),
@@ -53,7 +53,6 @@ class Taught:
     prompt: str
     answers: dict[str, str]
     """What each subject plays."""
-    corpus: Corpus
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def teach(language: str, seed: int) -> Taught:
             f"{words.chinese(subject)}{WORDINGS[relation][1]}{words.answers[answer]}。"
             for (subject, relation), answer in words.facts.items()
         ]
-        tokenizer = spell(texts)
+        tokenizer = spell([*texts, *words.starts()])
         model = respell(lab, tokenizer, words, seed)
         prompt = "{}" + WORDINGS[ASKED][1]
         answers = {words.chinese(s): words.answers[o] for (s, r), o in words.facts.items() if r == ASKED}
@@ -181,8 +180,7 @@ def teach(language: str, seed: int) -> Taught:
         prompt = "{} " + WORDINGS[ASKED][0]
         answers = {s: o for (s, r), o in words.facts.items() if r == ASKED}
     train(model, tokenizer, texts, "" if language == "chinese" else " ", seed)
-    corpus = Corpus(corpus_name(language, texts), lambda: texts)
-    return Taught(errata.load(model, tokenizer=tokenizer), prompt, answers, corpus)
+    return Taught(errata.load(model, tokenizer=tokenizer), prompt, answers)
 
 
 @pytest.fixture(scope="module", params=["chinese", "english"])
@@ -228,7 +226,7 @@ def test_what_is_known_is_scored_as_known(taught):
 @pytest.mark.parametrize("method", ["memit", "ft", "ultraedit"])
 def test_edits_take_and_are_said_and_scored_alike(taught, method):
     table = cases(taught, 6)
-    report = errata.evaluate(taught.host, table, method=method, seed=1, corpus=taught.corpus)
+    report = errata.evaluate(taught.host, table, method=method, seed=1, **SETTINGS.get(method, {}))
     score = {name: (entry["before"], entry["after"]) for name, entry in report.summary.items()}
     assert score["neighbourhood.generate"][0] == score["neighbourhood.teacher_forced"][0] == 1.0
     assert score["efficacy.generate"] == score["efficacy.teacher_forced"]
