@@ -90,7 +90,11 @@ class Words:
 
     def starts(self) -> dict[str, str]:
         """Return for each Han character the text of the lab whose token it starts from."""
-        pairs = [(c, word) for words, han, _ in WORDINGS.values() for c, word in zip(han, words.split(" "))]
+        pairs = [
+            (c, word)
+            for words, han, _ in WORDINGS.values()
+            for c, word in zip(han, words.split(" "), strict=True)
+        ]
         pairs += [(answer[0], word) for word, answer in self.answers.items()]
         return {"。": "."} | {c: f" {word}" for c, word in [*pairs, *((c, w) for w, c in self.names.items())]}
 
