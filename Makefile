@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow lint lab clean
 
 demo: $(STAMP)
-	$(BIN)/errata demo examples/facts.jsonl --output errata-demo.safetensors
+	$(BIN)/errata demo examples/facts.jsonl
 
+# two processes of one thread each; a run does not depend on how many there are
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -382,8 +382,8 @@ def second_moment(host: Host, texts: Iterable[Sequence[int]], site: Site, *, jit
         counted = torch.tensor([token != begin for token in ids], device=host.device)
 
         def add(given: Tensor, _: Tensor, counted: Tensor = counted) -> None:
-            vectors = wide(given.reshape(-1, given.shape[-1])[counted])
-            total.add_((vectors.mT @ vectors).double())
+            vectors = given.reshape(-1, given.shape[-1])[counted].double()
+            total.add_(vectors.mT @ vectors)
 
         with seen(host.model.get_submodule(site.name), add):
             run(host, [ids])

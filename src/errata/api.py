@@ -190,8 +190,8 @@ def evaluate(
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
-    made = [edit] if edit is not None else []
-    host = put(host, template=template, system=system, thinking=thinking, join=join, edits=made, after=after)
+    edits: Sequence[Edit] = [edit] if isinstance(edit, Edit) else edit or []
+    host = put(host, template=template, system=system, thinking=thinking, join=join, edits=edits, after=after)
     if method is not None and cases:
         check_kind(REGISTRY.get(method), host)
         check_requests(host, [request for case in cases for request in case.requests])

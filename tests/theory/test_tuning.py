@@ -313,7 +313,8 @@ def found_values(host, config) -> list:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
 def test_unke_moves_the_question_s_last_token_to_its_value(family):
     host = wide(family)
-    edit = errata.edit(host, BOTH, method="unke", block_steps=250, block_rate=0.03, steps=6, **UNKE)
+    steps = 1500 if family == "gemma2" else 250  # its norm behind the feed-forward slows the descent
+    edit = errata.edit(host, BOTH, method="unke", block_steps=steps, block_rate=0.03, steps=6, **UNKE)
     values = found_values(host, edit.provenance.config)
     rows = [host.encode_answer(r.text, r.target).ids for r in BOTH]
     before = [block_output(host, 1, ids) for ids in rows]

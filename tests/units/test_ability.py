@@ -145,7 +145,7 @@ def test_a_change_that_changes_nothing_differs_by_nothing(facts, lab_host):
 
     class Nothing:
         @contextmanager
-        def on(self, host):
+        def on(self, host, **options):
             yield
 
     tasks = [str(folder / name) for name in ("free.jsonl", "choice.jsonl", "plain.txt")]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,12 +54,13 @@ def test_help_is_light():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    times = []
+    seconds = []  # of computing: what else runs on the machine does not count
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         assert run("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[0] < 0.5, times
+        end = os.times()
+        seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
+    assert min(seconds) < 0.5, seconds
 
 
 def test_import_is_light():
@@ -165,7 +165,7 @@ def test_bad_models_and_edits_are_refused(folder, edit_file, tmp_path):
     other.tokenizer.save_pretrained(tmp_path / "other")
     for words, message in (
         (("model", str(tmp_path / "empty")), "no config.json"),
-        (("ask", "--model", str(tmp_path / "nowhere/at/all"), "x"), "cannot open model"),
+        (("ask", "--model", str(tmp_path / "nowhere/at/all"), "x"), "no folder"),
         (("show", str(tmp_path / "bad.safetensors")), "truncated"),
         (("ask", "--model", str(folder), "--edit", str(tmp_path / "none"), "x"), "does not exist"),
         (("ask", "--model", str(tmp_path / "other"), "--edit", str(edit_file), "x"), "edit made for host"),

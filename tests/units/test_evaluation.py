@@ -213,9 +213,9 @@ def test_no_text_is_run_that_another_one_begins_with(monkeypatch):
         scored.extend(tuple(r[m.bool()].tolist()) for r, m in zip(batch.ids, batch.mask, strict=True))
         return forward_at(batch, row, at)
 
-    def continue_rows(model, rows, room):
+    def continue_rows(model, rows, room, *rest):
         continued.extend(rows)
-        return generate(model, rows, room)
+        return generate(model, rows, room, *rest)
 
     monkeypatch.setattr(host, "forward_at", score_rows)
     monkeypatch.setattr(observe, "generate_rows", continue_rows)

@@ -91,6 +91,11 @@ def test_hybrids_are_edited_and_restored(family):
     probe = Probe("efficacy", REQUEST.text, (REQUEST.target,), ())
     before = observe(host, [probe], generate=False)[0].answer_logprobs
     with edit.on(host):
+        assert observe(host, [probe], generate=False)[0].answer_logprobs != before
+    assert host.weights_hash() == start
+    # what is written at the subject hardly reaches the answer of a random model; the descent of all weights does
+    tuned = errata.edit(host, REQUEST, method="ft")
+    with tuned.on(host):
         assert sum(observe(host, [probe], generate=False)[0].answer_logprobs) > sum(before)
     assert host.weights_hash() == start
 

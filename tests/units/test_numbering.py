@@ -60,7 +60,7 @@ def test_the_number_that_is_shown_is_the_number_that_is_taken_out(tmp_path, ids,
     assert f"took out request {number}" in text and subject in text
     left = [request.subject for request in errata.Edit.load(out).provenance.requests]
     assert left == [s for _, s, _ in FACTS if s != subject]
-    document = json.loads(run("retract", str(path), "-r", number, "-o", str(out), "--json"))
+    document = json.loads(run("retract", str(path), "-r", number, "-o", str(out), "--force", "--json"))
     assert [(one["number"], one["subject"]) for one in document["retracted"]] == [(place + 1, subject)]
     # the table of what is left counts as show does from now on
     rows = [line.split()[0] for line in text.splitlines() if any(s.split()[0] in line for s in left)]
@@ -71,7 +71,9 @@ def test_an_id_goes_before_a_number_and_that_is_told(tmp_path):
     path, out = solved("3", None, "1").save(tmp_path / "e.safetensors"), tmp_path / "r.safetensors"
     text = run("retract", str(path), "-r", "3", "-o", str(out))
     assert "'3' is taken as the id of request 1, not as number 3" in text and "Ada Brenner" in text
-    document = json.loads(run("retract", str(path), "-r", "2", "-r", "1", "-o", str(out), "--json"))
+    document = json.loads(
+        run("retract", str(path), "-r", "2", "-r", "1", "-o", str(out), "--force", "--json")
+    )
     assert [one["subject"] for one in document["retracted"]] == ["Bruno Holner", "Nova Trading"]
     assert document["notes"] == ["'1' is taken as the id of request 3, not as number 1"]
     assert numbered(solved("1", "2", "3"), "2") == (1, None), "the same request either way"

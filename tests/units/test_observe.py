@@ -129,7 +129,7 @@ def test_a_long_neighbour_takes_no_room_from_a_short_prompt():
     assert seen[0].text == observe(host, asked[:1], max_new_tokens=20)[0].text
     said = continuing.greedy(host, continuing.begin(host, [row]), [40 - len(row)], "sentence")[0]
     assert seen[1].text == stopping.cut(host.tokenizer.decode(said, skip_special_tokens=True), "sentence")
-    with pytest.raises(RequestError, match="window of 40"):
+    with pytest.raises(RequestError, match="window is 40"):
         observe(host, [probe("Ada", "was born in " * 20)])
 
 

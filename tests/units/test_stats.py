@@ -389,7 +389,7 @@ def test_text_and_jsonl_files_give_the_same_texts(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "fine"}\n{"text": ', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "fine"}\n{"text": ', "line 2: not JSON"),
         ("a.jsonl", '{"text": "fine"}\n\n{"body": "x"}', "line 3: expected"),
         ("a.jsonl", '["text"]', "line 1: expected"),
         ("a.jsonl", '{"text": 3}', "line 1: expected"),

@@ -15,7 +15,7 @@ from errata.bench.runner import Engine, counted, held_out
 from errata.bench.unedited import Unedited
 from errata.errors import DataError
 from errata.evaluation.metrics import perplexity
-from errata.host.prompts import PromptFormat
+from errata.host.prompts import PromptFormat, prompt_format
 from errata.types import Case
 
 if TYPE_CHECKING:  # methods are reached through the registry only
@@ -70,7 +70,9 @@ class Room:
             self.close()
             spec = self.plan.model(cell.model)
             host = self.tools.open(spec.name, device=spec.device, dtype=spec.dtype)
-            self._host = host.with_prompt_format(PromptFormat(spec.template))  # fits and questions alike
+            self._host = host.with_prompt_format(
+                prompt_format(PromptFormat(), template=spec.template)
+            )  # fits and questions alike
             self._model, self._hash = cell.model, self._host.weights_hash()
         return self._host
 

@@ -79,8 +79,7 @@ def command(
     earlier = Edit.load(after) if after else None
     table = common.read_cases(cases, seed, together=plan.together)
     host = common.open_host(model, device, dtype)
-    edits = [given] if given else []
-    host = common.put_prompts(host, template, system, thinking, join, chat=chat, edits=edits, after=earlier)
+    host = common.put_prompts(host, template, system, thinking, join, chat=chat, edits=given, after=earlier)
     keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
     with common.progress(not json) as tick:
         report = api.evaluate(

@@ -233,9 +233,11 @@ def _listed(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
 
 
 def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | None, list[str]]:
-    if not isinstance(record, (Mapping, Broken)):
+    if isinstance(record, Broken):
+        return None, [f"{where}: {record}"]
+    if not isinstance(record, Mapping):
         return None, [f"{where}: expected a record of fields, found {type(record).__name__}"]
-    why = str(record) if isinstance(record, Broken) else documents.fault(record)
+    why = documents.fault(record)
     if why is not None:
         return None, [f"{where}: {why}"]
     record = {

@@ -114,7 +114,7 @@ def test_what_cannot_be_added_is_refused(files):
     two = [str(files / "lines.txt"), str(files / "more.txt")]
     for texts, kind, message in (
         ([str(files / "mello.txt")], DataError, "mello.txt: .*no demonstrations"),
-        ([str(files / "latin.txt")], DataError, "latin.txt are no UTF-8"),
+        ([str(files / "latin.txt")], DataError, "latin.txt, line 1: .* is not UTF-8"),
         ([str(files / "none.txt")], DataError, "cannot read demonstrations .*none.txt"),
         (two, ConfigError, "lines.txt and .*more.txt go before the same questions"),
         (two[:1] * 2, ConfigError, "go before the same questions"),

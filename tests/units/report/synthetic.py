@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sqlite3
 from pathlib import Path
 
@@ -202,7 +203,8 @@ def write_small(folder: Path, cells: list[dict], **document: object) -> Path:
     for i, given in enumerate(cells):
         method = given["method"]
         plan = {
-            "id": f"{method}-{i}", "model": "lab", "method": method, "label": method, "settings": {},
+            "id": re.sub(r"[^\w.-]", "_", f"{method}-{i}"),
+            "model": "lab", "method": method, "label": method, "settings": {},
             "dataset": "lab:2", "schedule": "single", "look": None, "seed": 0,
             "baseline": method in BASELINES, **given.get("plan", {}),
         }  # fmt: skip
