@@ -25,6 +25,8 @@ from errata.host.prompts import PromptFormat
 from errata.lab.world import World
 from errata.types import Case, Probe, Request
 
+pytestmark = pytest.mark.xdist_group("chinese")  # its models are taught once, in one process
+
 STEPS = 160
 RATE = 5e-4
 PEOPLE = 40

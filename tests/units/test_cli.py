@@ -12,12 +12,14 @@ import pytest
 
 import errata
 from tests.models import fresh
+from tests.program import errata as run
 
 
-def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", "from errata.cli.main import run; run()", *words],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
     )  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def edit_file(folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("edits") / "fix.safetensors"
-    done = run(
+    done = launch(
         "edit", "{} was born in", "--subject", "Ada Brenner", "--target", "Merrin", "--model", str(folder),
         "--method", "rome", "--set", "steps=3", "--set", "tokens=300", "-o", str(path), "--json",
     )  # fmt: skip
@@ -57,7 +59,7 @@ def test_help_is_light():
     seconds = []  # of computing: what else runs on the machine does not count
     for _ in range(5):
         start = os.times()
-        assert run("--help").returncode == 0
+        assert launch("--help").returncode == 0
         end = os.times()
         seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
     assert min(seconds) < 0.5, seconds

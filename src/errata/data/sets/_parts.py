@@ -11,6 +11,8 @@ from errata.types import Case, Probe, Request
 
 CARRIED = ("portability", "inverse question", "alternative_subject", "alter_subject_question")
 """Fields of EasyEdit's questions on what follows from an edit, put to rows of other sets."""
+FLAT, ZSRE = ("prompt", "subject", "target_new"), ("src", "subject", "alt")
+"""Fields of prompt, subject and target in EasyEdit's flat form and in zsRE's."""
 LOCAL = ("distracting_neighborhood_prompts", "unrelated_relation")
 """Fields of EasyEdit's questions on what must not follow, put to rows that may hold the former too."""
 
@@ -36,6 +38,17 @@ def name_of(record: Record, field: str = "id") -> str:
 def spellings(first: str, more: Iterable[str] = ()) -> tuple[str, ...]:
     """Return accepted answers, the canonical one first, each once, without empty ones or outer space."""
     return tuple(dict.fromkeys(text.strip() for text in (first, *more) if text.strip()))
+
+
+def read_request(
+    record: Record, fields: tuple[str, str, str], old: Sequence[str] = (), id: str | None = None
+) -> Request:
+    """Build a request from a record's fields of prompt, subject and target, such as FLAT.
+
+    ``old``: the answers before the edit, of which the first is the old target. Raises Skip or Malformed.
+    """
+    prompt, subject, target = (record.text(field) for field in fields)
+    return request(prompt, subject, target, old[0] if old else None, id)
 
 
 def whole(question: str, answer: str, old: str | None = None, id: str | None = None) -> Request:

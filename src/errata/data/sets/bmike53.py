@@ -23,8 +23,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, request
-from errata.data.sets._parts import has, kept, name_of, refuse_unchanged, rival_to, spellings
+from errata.data._base import Dataset, Malformed, Record
+from errata.data.sets._parts import (
+    ZSRE,
+    has,
+    kept,
+    name_of,
+    read_request,
+    refuse_unchanged,
+    rival_to,
+    spellings,
+)
 from errata.types import Case, Probe, Request
 
 CROSS, REVERSE, ENGLISH, OTHER = "cross", "reverse", "en", "other"
@@ -75,7 +84,7 @@ def _case(name: str, rows: Mapping[str, Record], language: str, others: Sequence
 def _request(row: Record, name: str) -> Request:
     old = row.texts("old")
     refuse_unchanged(row.text("alt"), old)
-    return request(row.text("src"), row.text("subject"), row.text("alt"), old[0] if old else None, id=name)
+    return read_request(row, ZSRE, old, name)
 
 
 def _asked(row: Record, prefix: str) -> Iterator[Probe]:

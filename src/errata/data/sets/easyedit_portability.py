@@ -9,9 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from errata.data._base import Dataset, Record, Skip, request
+from errata.data._base import Dataset, Record, Skip
 from errata.data.sets._counterfact import neighbours, nested, rewrite
-from errata.data.sets._parts import LOCAL, count, efficacy, has, name_of, refuse_unchanged, spellings
+from errata.data.sets._parts import (
+    LOCAL,
+    ZSRE,
+    count,
+    efficacy,
+    has,
+    name_of,
+    read_request,
+    refuse_unchanged,
+    spellings,
+)
 from errata.data.sets.zsre import unrelated
 from errata.types import Case, Probe, Request
 
@@ -59,7 +69,7 @@ def carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[P
 def _zsre_request(record: Record, name: str) -> Request:
     gold = record.texts("answers", needed=True)
     refuse_unchanged(record.text("alt"), gold)
-    return request(record.text("src"), record.text("subject"), record.text("alt"), gold[0], id=name)
+    return read_request(record, ZSRE, gold, name)
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

@@ -7,7 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import among, efficacy, has, kept, long_answer, name_of, spellings, whole
+from errata.data.sets._parts import (
+    FLAT,
+    among,
+    efficacy,
+    has,
+    kept,
+    long_answer,
+    name_of,
+    read_request,
+    spellings,
+    whole,
+)
 from errata.types import Case, Probe, Request
 
 HUB = "zjunlp/KnowEdit:benchmark"
@@ -46,13 +57,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
 def _fact(record: Record, name: str) -> tuple[Request, list[Probe]]:
     old = truths(record.get("ground_truth"))
-    wanted = request(
-        record.text("prompt"),
-        record.text("subject"),
-        record.text("target_new"),
-        old[0] if old else None,
-        id=name,
-    )
+    wanted = read_request(record, FLAT, old, name)
     asked = efficacy(wanted, before=old)
     phrasings = record.texts("rephrase_prompt") or record.texts("rephrase")
     again = [

@@ -15,8 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from errata.data._base import Dataset, Record, request
-from errata.data.sets._parts import efficacy, has, kept, long_answer, name_of, refuse_unchanged, rival_to
+from errata.data._base import Dataset, Record
+from errata.data.sets._parts import (
+    FLAT,
+    efficacy,
+    has,
+    kept,
+    long_answer,
+    name_of,
+    read_request,
+    refuse_unchanged,
+    rival_to,
+)
 from errata.types import Case, Probe
 
 FACTS, EXPLANATIONS = "medcf", "medfe"
@@ -29,13 +39,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     name = f"medcf:{name_of(record, 'case_id')}"
     old = record.texts("ground_truth")
     refuse_unchanged(record.text("target_new"), old)
-    wanted = request(
-        record.text("prompt"),
-        record.text("subject"),
-        record.text("target_new"),
-        old[0] if old else None,
-        id=name,
-    )
+    wanted = read_request(record, FLAT, old, name)
     texts = variant == EXPLANATIONS
     asked = long_answer("long", wanted.text, wanted.target) if texts else efficacy(wanted, before=old)
     again = "long_paraphrase" if texts else "paraphrase"

@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Record, Skip, request
-from errata.data.sets._parts import has, long_answer, name_of
+from errata.data._base import Dataset, Record, Skip
+from errata.data.sets._parts import FLAT, has, long_answer, name_of, read_request
 from errata.types import Case, Probe
 
 HALLUCINATION, TEMPORAL = "hallucination", "temporal"
@@ -27,7 +27,7 @@ HALLUCINATION, TEMPORAL = "hallucination", "temporal"
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case, by its shape; the variant only names the file. Raises Skip or Malformed."""
     name = f"wise:{name_of(record)}"
-    wanted = request(record.text("prompt"), record.text("subject"), record.text("target_new"), id=name)
+    wanted = read_request(record, FLAT, id=name)
     probes = [
         Probe("efficacy", wanted.text, (wanted.target,), (), form="span"),
         long_answer("long", wanted.text, wanted.target),
