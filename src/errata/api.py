@@ -15,7 +15,7 @@ from errata import lab
 from errata.bench.runner import Report
 from errata.bench.runner import evaluate as run
 from errata.bench.schedule import Schedule
-from errata.edits import Edit, WeightEdit
+from errata.edits import Edit
 from errata.errors import ConfigError, shown
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.files import parse_json
@@ -84,8 +84,6 @@ def edit(
     check_kind(entry, host)
     host = put(host, template=template, system=system, thinking=thinking, join=join, after=after)
     check_requests(host, wanted)
-    if after is not None and not isinstance(after, WeightEdit):
-        raise ConfigError(f"expected a weight edit to go on from, found one of kind {after.kind}")
     work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
     work.batch_size = _batch_size(batch_size)
     return entry.run(host, wanted, config, work, after)

@@ -13,7 +13,6 @@ import yaml
 
 import errata
 from errata import config as settings
-from errata.edits.weight import active
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
@@ -51,7 +50,7 @@ def fitted(request):
 
 
 def tensors(edit) -> dict[str, torch.Tensor]:
-    return dict(edit._tensors())
+    return dict(edit.parts())
 
 
 def same(a, b) -> bool:
@@ -190,11 +189,11 @@ def test_beside_equals_merged_and_revert_detaches(fitted):
     start, before = host.weights_hash(), logits(host)
     with edit.on(host):
         merged = logits(host)
-    edit.apply_(host, beside=True)
-    assert host.weights_hash() == start and active(host) == [edit.digest]
+    edit.apply_(host, merge=False)
+    assert host.weights_hash() == start and list(host.placed) == [edit.digest]
     torch.testing.assert_close(logits(host), merged, atol=1e-4, rtol=1e-4)
     edit.revert_(host)
-    assert torch.equal(logits(host), before) and host.weights_hash() == start and active(host) == []
+    assert torch.equal(logits(host), before) and host.weights_hash() == start and list(host.placed) == []
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.model.modules())
 
 

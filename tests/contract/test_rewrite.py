@@ -42,7 +42,7 @@ def fitted(request):
 
 
 def same(a, b) -> bool:
-    one, two = dict(a._tensors()), dict(b._tensors())
+    one, two = dict(a.parts()), dict(b.parts())
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -207,7 +207,7 @@ def test_sixteen_bit_hosts_get_float32_deltas(family, solve, dtype):
     host.model.to(dtype)
     start = host.weights_hash()
     edit = fit(host, solve=solve)
-    assert all(t.dtype == torch.float32 for t in edit._tensors().values())
+    assert all(t.dtype == torch.float32 for t in edit.parts().values())
     edit.apply_(host)
     assert host.dtype == dtype and 0 < edit.rounding(host) < 1
     edit.revert_(host)

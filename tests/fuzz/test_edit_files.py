@@ -17,7 +17,7 @@ import errata
 from errata.checksum import FIELD, checksum
 from errata.cli.show import _requests
 from errata.edits import Provenance, WeightEdit
-from errata.edits.format import KEY
+from errata.edits.format import KEY, _tensor_digest
 from errata.edits.records import Record
 from errata.errors import EditError
 from errata.linalg.lowrank import LowRank
@@ -39,7 +39,8 @@ def made() -> WeightEdit:
     )
     provenance = Provenance(
         "memit", requests, {"layers": [1, 2], "steps": 5, "kl": 0.0625, "history": True, "name": None},
-        "0123456789abcdef", "tiny", 3, {"errata": "0.1", "torch": "2"}, {"loss": [0.5, 0.25]}, ("foreign",),
+        "0123456789abcdef", "tiny", 3, {"errata": "0.1", "torch": "2"}, {"loss": [0.5, 0.25]},
+        parents=("fedcba9876543210",), created="2026-01-02T03:04:05+00:00",
     )  # fmt: skip
     keys = draw(6, 2)
     record = Record(keys, draw(4, 2), 2 * keys, 1.0, "C of a corpus", ((0,), (1,)))
@@ -58,7 +59,7 @@ def facts(edit: Any) -> Facts:
     _requests(summary["requests"])
     for name in edit.records:
         edit.records[name].kept(range(len(summary["requests"])))
-    tensors = tuple((n, t.numpy().tobytes()) for n, t in sorted(edit._tensors().items()))
+    tensors = tuple((n, t.numpy().tobytes()) for n, t in sorted(edit.parts().items()))
     return json.dumps(summary, sort_keys=True), repr(sorted(edit.transposed)), tensors
 
 
@@ -101,8 +102,10 @@ class Reader:
         return self.bytes(save(self.tensors, metadata={KEY: json.dumps(header)}))
 
 
-def first_header(header: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in header.items() if key not in ("protection", FIELD)}, "format": 1}
+def first_header(reader: Reader) -> dict[str, Any]:
+    """Return the header that version 1 would have written: no hash, and a digest of the tensors alone."""
+    known = {key: value for key, value in reader.header.items() if key not in ("protection", FIELD)}
+    return {**known, "format": 1, "digest": _tensor_digest(reader.tensors)}
 
 
 def damaged(reader: Reader, count: int, seed: int) -> Iterator[tuple[str, Callable[[], Facts], bool]]:
@@ -114,7 +117,7 @@ def damaged(reader: Reader, count: int, seed: int) -> Iterator[tuple[str, Callab
 
     in_header = ((w, v) for w, v in byte_variants(reader.data[: reader.start], 2 * share, seed=seed))
     tail = reader.data[reader.start :]
-    old = first_header(reader.header)
+    old = first_header(reader)
     yield from itertools.chain(
         way("header bytes", ((w, v + tail) for w, v in in_header), reader.bytes, True),
         way("bytes", byte_variants(reader.data, share, seed=seed + 1), reader.bytes, True),
@@ -160,11 +163,11 @@ def test_many_damaged_edit_files(tmp_path, seed):
 
 def test_the_undamaged_file_and_one_of_the_version_before_say_the_same(tmp_path):
     reader = Reader(tmp_path)
-    assert reader.signed(reader.header) == reader.first(first_header(reader.header)) == reader.right
+    assert reader.signed(reader.header) == reader.first(first_header(reader)) == reader.right
 
 
 @pytest.mark.parametrize("change", [
-    {"format": 1}, {"format": 3}, {"format": 0}, {"format": -1}, {"format": True}, {"format": "2"},
+    {"format": 1}, {"format": 4}, {"format": 0}, {"format": -1}, {"format": True}, {"format": "2"},
     {"format": 2.0}, {"protection": None}, {"protection": "none"},
 ])  # fmt: skip
 def test_a_file_cannot_be_passed_off_as_one_without_a_hash(tmp_path, change):

@@ -20,7 +20,6 @@ from hypothesis.stateful import (
 )
 
 import errata
-from errata.edits.weight import active
 from errata.errors import EditError
 from tests.models import fresh
 from tests.units.test_durability import Interrupt, bits, free, make
@@ -75,7 +74,7 @@ class LiveWeights(RuleBasedStateMachine):
         standing = {name: bool(self.on(name)) for name in edit.deltas}
         try:
             with nullcontext() if line is None else Interrupt(line):
-                edit.apply_(self.host, foreign=True, beside=beside)
+                edit.apply_(self.host, foreign=True, merge=not beside)
         except KeyboardInterrupt:
             return  # nothing happened, as the invariant sees
         except EditError as error:
@@ -167,7 +166,7 @@ class LiveWeights(RuleBasedStateMachine):
 
     @invariant()
     def what_is_in_place_is_known(self) -> None:
-        assert active(self.host) == sorted(self.edits[i].digest for i in self.merged | self.beside)
+        assert list(self.host.placed) == sorted(self.edits[i].digest for i in self.merged | self.beside)
         assert free(self.host)
         for name, weight in self.host.model.named_parameters():
             if name not in self.spoilt and not self.on(name):
@@ -179,7 +178,7 @@ class LiveWeights(RuleBasedStateMachine):
         for i in sorted(self.merged | self.beside):
             if self.edits[i].in_place(self.host):
                 self.edits[i].revert_(self.host, outside="discard")
-        assert active(self.host) == [] and not self.host.edited
+        assert not self.host.placed
         for name, weight in self.host.model.named_parameters():
             assert torch.equal(weight, self.base[name]), name
 

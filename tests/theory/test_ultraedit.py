@@ -355,7 +355,7 @@ def test_a_small_step_lowers_the_loss_as_its_gradient_says(host, modules):
 
 
 def same(one, other) -> bool:
-    a, b = one._tensors(), other._tensors()
+    a, b = one.parts(), other.parts()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -376,7 +376,7 @@ def test_saving_between_turns_changes_no_bit(tmp_path, dtype):
     assert same(straight, resumed) and straight.digest == resumed.digest
     assert straight.provenance.requests == tuple(ten)
     wide = torch.promote_types(dtype, torch.float32)
-    assert all(tensor.dtype == wide for tensor in straight._tensors().values())
+    assert all(tensor.dtype == wide for tensor in straight.parts().values())
     alone = turn(host, ten[5:])
     assert not same(straight, alone), "earlier turns count"
 

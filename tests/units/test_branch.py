@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import errata
 from errata.cli.main import app
 from errata.edits import Provenance, WeightEdit
-from errata.edits.weight import active
 from errata.errors import EditError
 from errata.host import hooks
 from errata.linalg.lowrank import LowRank
@@ -55,7 +54,7 @@ def logits(host) -> torch.Tensor:
 
 def untouched(host) -> bool:
     bare = not any(m._forward_hooks or m._forward_pre_hooks for m in host.model.modules())
-    return bare and "_errata_branches" not in host.model.__dict__ and active(host) == []
+    return bare and "_errata_branches" not in host.model.__dict__ and list(host.placed) == []
 
 
 @pytest.mark.parametrize("form", ["thin", "dense", "stored"])
@@ -68,9 +67,9 @@ def test_beside_is_merged_in_exact_arithmetic(family, part, form):
     start, plain = host.weights_hash(), logits(host)
     with edit.on(host):
         merged = logits(host)
-    with edit.on(host, beside=True):
+    with edit.on(host, merge=False):
         assert host.weights_hash() == start, "no weight is touched"
-        assert active(host) == [edit.digest] and edit.rounding(host) == 0
+        assert list(host.placed) == [edit.digest] and edit.rounding(host) == 0
         torch.testing.assert_close(logits(host), merged, atol=1e-12, rtol=1e-12)
     assert float((merged - plain).abs().max()) > 1e-2
     assert torch.equal(logits(host), plain) and untouched(host)
@@ -91,7 +90,7 @@ def test_sums_in_float32_and_casts_once(family, dtype):
         for edit in edits:
             (delta,) = edit.deltas.values()
             expected = expected + (x.float() @ delta.A.mT) @ delta.B.mT
-        with edits[1].on(host, beside=True), edits[0].on(host, beside=True):
+        with edits[1].on(host, merge=False), edits[0].on(host, merge=False):
             said = module(x)
     assert said.dtype == dtype and torch.equal(said, expected.to(dtype))
 
@@ -109,7 +108,7 @@ def test_thin_factors_are_never_multiplied_out():
                 made.add(tuple(out.shape))
             return out
 
-    with edit.on(host, beside=True), Shapes(), torch.no_grad():
+    with edit.on(host, merge=False), Shapes(), torch.no_grad():
         host.model.get_submodule(site.name)(torch.zeros(1, 7, site.d_in))
     assert not {(site.d_out, site.d_in), (site.d_in, site.d_out)} & made
     with Shapes():
@@ -125,8 +124,8 @@ def test_any_order_with_merged_edits_and_other_branches():
     seen = set()
     for order in itertools.permutations(range(4)):
         for i in order:
-            edits[i].apply_(host, beside=forms[i])
-        assert active(host) == sorted(e.digest for e in edits)
+            edits[i].apply_(host, merge=not forms[i])
+        assert list(host.placed) == sorted(e.digest for e in edits)
         seen.add(logits(host).numpy().tobytes())
         for i in order[2:] + order[:2]:
             edits[i].revert_(host)
@@ -140,10 +139,10 @@ def test_an_edit_is_active_once_in_whichever_form():
     twin = errata.Host(host.model, host.tokenizer, name="twin")
     edit = make(host)
     for first, second in ((True, False), (False, True), (True, True)):
-        edit.apply_(host, beside=first)
+        edit.apply_(host, merge=not first)
         with pytest.raises(EditError, match="active"):
-            make(host).apply_(twin, beside=second)
-        assert active(twin) == [edit.digest]
+            make(host).apply_(twin, merge=not second)
+        assert list(twin.placed) == [edit.digest]
         edit.revert_(twin)
         with pytest.raises(EditError, match="not active"):
             edit.revert_(host)
@@ -156,7 +155,7 @@ def test_older_hooks_see_the_module_with_its_branch():
     module = host.model.get_submodule(host.layout.site(1).name)
     edit, seen = make(host), []
     with hooks.on_output(module, lambda out: seen.append(out.clone())):
-        edit.apply_(host, beside=True)
+        edit.apply_(host, merge=False)
         logits(host)
     with hooks.on_output(module, lambda out: seen.append(out.clone())):
         logits(host)
@@ -172,7 +171,7 @@ def test_gradients_pass_through():
     for beside in (False, True):
         x = torch.randn(1, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         x.requires_grad_(True)
-        with edit.on(host, beside=beside), hooks.frozen(host.model):
+        with edit.on(host, merge=not beside), hooks.frozen(host.model):
             host.model(inputs_embeds=x).logits.square().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=1e-10)
@@ -193,7 +192,7 @@ def test_what_is_no_linear_maps_weight_is_refused_with_the_reason():
     for name, (delta, reason) in wrong.items():
         edit = WeightEdit({**good.deltas, name: delta}, good.transposed, good.provenance)
         with pytest.raises(EditError, match=reason):
-            edit.apply_(host, beside=True)
+            edit.apply_(host, merge=False)
     assert host.weights_hash() == start and untouched(host) and torch.equal(logits(host), plain)
 
     conv = nn.Module()
@@ -201,17 +200,17 @@ def test_what_is_no_linear_maps_weight_is_refused_with_the_reason():
     host.model.add_module("extra", conv)
     edit = WeightEdit({"extra.weight": torch.ones(4, 12)}, frozenset(), record(host))
     with pytest.raises(EditError, match="two axes"):
-        edit.apply_(host, foreign=True, beside=True)
+        edit.apply_(host, foreign=True, merge=False)
 
 
 def test_a_copy_of_the_model_takes_its_branches_along():
     host = fresh("llama")
     edit = make(host)
-    edit.apply_(host, beside=True)
+    edit.apply_(host, merge=False)
     held = logits(host)
     other = errata.Host(copy.deepcopy(host.model), host.tokenizer, name="copy")
     edit.revert_(host)
-    assert untouched(host) and active(other) == [edit.digest] and torch.equal(logits(other), held)
+    assert untouched(host) and list(other.placed) == [edit.digest] and torch.equal(logits(other), held)
     edit.revert_(other)
     assert untouched(other) and torch.equal(logits(other), logits(host))
 
@@ -245,7 +244,7 @@ def test_beside_is_closer_to_the_float32_models_edit_than_merging(family, dtype,
         for beside in (True, False):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what merging loses
-                with edit.on(half, beside=beside):
+                with edit.on(half, merge=not beside):
                     gaps[beside] = float((logits(half)[0, 3].float() - wanted).norm())
         moved = float((wanted - plain).norm())
         assert gaps[True] < gaps[False] and gaps[True] < 0.5 * moved, (gaps, moved)
@@ -276,10 +275,10 @@ def test_the_command_line_applies_beside_and_shows_what_merging_loses(tmp_path):
         assert table.exit_code == 0 and f"{shown['lost'][name]:.2%}" in table.output
         merged = run("ask", "Ada", *place, "--edit", path, "--dtype", dtype)
         assert low < merged["lost"][0][name] < high
-        aside = run("ask", "Ada", *place, "--edit", path, "--dtype", dtype, "--beside")
+        aside = run("ask", "Ada", *place, "--edit", path, "--dtype", dtype, "--no-merge")
         assert aside["lost"] == [{}]
         assert aside["answers"][0]["with"] != aside["answers"][0]["without"]
     said = CliRunner().invoke(app, ["ask", "Ada", *place, "--edit", path, "--dtype", "bfloat16"])
-    assert "rounding to bfloat16 lost" in said.output and "--beside" in said.output
+    assert "rounding to bfloat16 lost" in said.output and "--no-merge" in said.output
     assert "lost" not in CliRunner().invoke(app, ["ask", "Ada", *place, "--edit", path]).output
     assert "lost if merged" not in CliRunner().invoke(app, ["show", path]).output

@@ -17,7 +17,6 @@ from torch import nn
 
 import errata
 from errata.edits import Provenance, WeightEdit
-from errata.edits.weight import active
 from errata.errors import EditError
 from errata.host import locking
 from errata.linalg.lowrank import LowRank
@@ -52,7 +51,7 @@ def same(host, start: dict[str, torch.Tensor]) -> bool:
 
 def clean(host) -> bool:
     bare = not any(module._forward_hooks for module in host.model.modules())
-    return bare and not host.edited and active(host) == [] and "save_pretrained" not in host.model.__dict__
+    return bare and not host.placed and "save_pretrained" not in host.model.__dict__
 
 
 class Interrupt:
@@ -116,16 +115,16 @@ def test_an_interrupt_at_any_line_of_placing_leaves_nothing_or_can_be_taken_back
 ):
     edit, other = make(host), make(host, 1, layers=(2, 1))
     if others:
-        other.apply_(host, beside=beside)
+        other.apply_(host, merge=not beside)
     start = bits(host)
     for line in itertools.count(1, step):
-        hit = interrupted(lambda: edit.apply_(host, beside=beside), line, gap)
+        hit = interrupted(lambda: edit.apply_(host, merge=not beside), line, gap)
         if gap is None and hit:
             assert not edit.in_place(host) and same(host, start), f"line {line}"
         if edit.in_place(host):
             edit.revert_(host)
         assert same(host, start) and free(host), f"line {line}"
-        assert active(host) == ([other.digest] if others else []), f"line {line}"
+        assert list(host.placed) == ([other.digest] if others else []), f"line {line}"
         if not hit:
             break
     assert line > 40
@@ -141,10 +140,10 @@ def test_an_interrupt_at_any_line_of_taking_back_loses_no_bit(host, beside, othe
     edit, other = make(host), make(host, 1, layers=(2, 1))
     original = bits(host)
     if others:
-        other.apply_(host, beside=beside)
+        other.apply_(host, merge=not beside)
     start = bits(host)
     for line in itertools.count(1, step):
-        edit.apply_(host, beside=beside)
+        edit.apply_(host, merge=not beside)
         hit = interrupted(lambda: edit.revert_(host), line)
         for name, stands in host.overlays.items():
             assert torch.equal(stands.base, original[name]), f"line {line}: the original bits are gone"
@@ -164,7 +163,7 @@ def test_an_interrupt_inside_a_block_and_while_leaving_it(host):
 
     def block() -> None:
         with edit.on(host):
-            assert active(host)
+            assert list(host.placed)
 
     for line in itertools.count(1, 3):
         hit = interrupted(block, line)
@@ -193,7 +192,7 @@ def test_a_model_that_was_cast_meanwhile_gets_its_own_bits_cast_likewise(host, k
         assert torch.equal(live.model.get_parameter(name), start[name].to(kinds[-1])), name
     assert clean(live)
     with edit.on(live, foreign=True):
-        assert active(live) == [edit.digest]
+        assert list(live.placed) == [edit.digest]
 
 
 def test_edits_go_on_to_a_model_that_was_cast_while_others_stood_on_it(host):
@@ -283,7 +282,7 @@ def test_two_ways_out_of_a_change_by_something_else(host, change, outside):
     untouched = change is not loaded
     if untouched or outside == "discard":
         assert torch.equal(live.model.get_parameter(second), start[second].to(kind))
-    assert active(live) == [] and not live.edited
+    assert list(live.placed) == [] and not live.placed
 
 
 def test_a_weight_that_already_is_what_taking_back_would_write_is_no_obstacle(host):
@@ -363,7 +362,7 @@ def test_models_are_copied_pickled_and_saved_as_ever(host, tmp_path):
     live = errata.Host(copy.deepcopy(host.model), host.tokenizer, name="live")
     start, edit = bits(live), make(live)
     for beside in (False, True):
-        edit.apply_(live, beside=beside)
+        edit.apply_(live, merge=not beside)
         other = errata.Host(copy.deepcopy(live.model), host.tokenizer, name="copy")
         assert locking.of(other.model) is not locking.of(live.model)
         edit.revert_(other)
@@ -393,7 +392,7 @@ def test_a_model_saved_with_edits_beside_its_weights_has_them_merged_and_says_so
     edit.apply_(live)
     merged = bits(live)
     edit.revert_(live)
-    edit.apply_(live, beside=True)
+    edit.apply_(live, merge=False)
     held = bits(live)
     with pytest.warns(UserWarning, match="stands beside .* in the saved model it is merged") as caught:
         live.model.save_pretrained(tmp_path / "one")
@@ -403,7 +402,7 @@ def test_a_model_saved_with_edits_beside_its_weights_has_them_merged_and_says_so
     with pytest.warns(UserWarning, match="not in this state dict"):
         state = live.model.state_dict()
     assert all(torch.equal(state[name], held[name]) for name in edit.deltas)
-    with other.on(live, beside=True):
+    with other.on(live, merge=False):
         pass
     with pytest.warns(UserWarning, match="merged"):
         live.model.save_pretrained(tmp_path / "two")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import errata
+from errata.checksum import checksum
 from errata.edits import Provenance, WeightEdit
-from errata.edits.weight import active
+from errata.edits import format as file_format
 from errata.errors import EditError
 from errata.linalg.lowrank import LowRank
 from tests.models import fresh
@@ -46,7 +48,7 @@ def test_weight_is_base_plus_sum_whatever_the_order(host):
             edits[i].revert_(host)
         assert host.weights_hash() == start
     assert len(hashes) == 1
-    assert active(host) == []
+    assert list(host.placed) == []
 
 
 def test_two_hosts_of_one_model_agree(host):
@@ -77,11 +79,11 @@ def test_foreign_host_is_refused_with_both_names_and_can_be_overruled(host, tmp_
         edit.apply_(other)
     assert host.fingerprint in str(caught.value) and other.fingerprint in str(caught.value)
     assert other.weights_hash() == start
-    with edit.on(other, foreign=True):
+    before = edit.save(tmp_path / "before.safetensors").read_bytes()
+    with edit.on(other, foreign=True) as placement:
         assert other.weights_hash() != start
-    assert other.fingerprint in edit.summary()["overrides"][0]
-    again = errata.Edit.load(edit.save(tmp_path / "f.safetensors"))
-    assert again.provenance.overrides == edit.provenance.overrides
+    assert other.fingerprint in placement.overrides[0]
+    assert edit.save(tmp_path / "after.safetensors").read_bytes() == before, "being placed changes no edit"
 
 
 def test_fingerprint_is_of_the_unedited_model_and_of_its_content(host):
@@ -102,7 +104,7 @@ def test_an_edit_lost_to_rounding_is_refused_not_silent(host):
     start = host.weights_hash()
     with pytest.raises(EditError, match="rounding"):
         make(host, scale=1e-9).apply_(host)
-    assert host.weights_hash() == start and active(host) == []
+    assert host.weights_hash() == start and list(host.placed) == []
 
 
 def test_shape_and_name_are_checked_before_anything_changes(host):
@@ -213,16 +215,61 @@ def test_an_interrupt_while_applying_leaves_nothing_half_done(host, monkeypatch)
     monkeypatch.setattr(room, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         edit.apply_(host)
-    assert written[:2] == names and host.weights_hash() == start and active(host) == []
+    assert written[:2] == names and host.weights_hash() == start and list(host.placed) == []
 
 
-def test_losses_are_known_after_merging_only(host, tmp_path):
+def test_what_merging_lost_stands_in_the_receipt_and_never_in_the_edit(host, tmp_path):
     host.model.bfloat16()
     edit = make(host)
-    assert edit.summary()["lost"] == {}
-    digest = edit.digest
-    with edit.on(host):
-        (loss,) = edit.summary()["lost"].values()
-        assert 0 < loss < 0.5
+    digest, described = edit.digest, edit.summary()
+    with edit.on(host) as placement:
+        (loss,) = placement.lost.values()
+        assert 0 < loss < 0.5 and placement.digest == digest
     loaded = errata.Edit.load(edit.save(tmp_path / "e.safetensors"))
-    assert loaded.digest == digest and loaded.summary()["lost"] == {}, "a host's business, not the edit's"
+    assert loaded.digest == digest and edit.summary() == loaded.summary() == described
+
+
+def test_an_edit_is_frozen_and_its_digest_covers_all_that_it_says(host):
+    edit = make(host)
+    with pytest.raises(FrozenInstanceError):
+        edit.provenance = edit.provenance  # type: ignore[misc]
+    made = edit.provenance
+    for changed in (
+        replace(made, method="another"),
+        replace(made, seed=made.seed + 1),
+        replace(made, config={**made.config, "steps": 99}),
+        replace(made, host="0" * 16),
+        replace(made, requests=()),
+        replace(made, parents=("1" * 16,)),
+        replace(made, notes={"loss": 1.0}),
+    ):
+        assert replace(edit, provenance=changed).digest != edit.digest
+    assert replace(edit, transposed=frozenset()).digest != edit.digest or not edit.transposed
+    assert replace(edit, provenance=replace(made, created="2030-01-01T00:00:00+00:00")).digest == edit.digest
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_load(host, tmp_path, version):
+    """Their digest was of tensors alone, and their provenance recorded what they had been applied against."""
+    edit = make(host)
+    content = {
+        "kind": "weight",
+        "digest": file_format._tensor_digest(edit.parts()),
+        "provenance": {k: v for k, v in asdict(edit.provenance).items() if k not in ("parents", "created")}
+        | {"overrides": ["made for another host"]},
+        **edit.body(),
+        "format": version,
+    }
+    if version > 1:
+        content["protection"] = file_format.PROTECTION
+    content = json.loads(json.dumps(content))
+    if version > 1:
+        content["sha256"] = checksum(content, edit.parts())
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(save(dict(edit.parts()), metadata={file_format.KEY: json.dumps(content)}))
+    loaded = errata.Edit.load(path)
+    assert loaded.provenance.requests == edit.provenance.requests and not loaded.provenance.parents
+    assert loaded.provenance.notes["overrides"] == ["made for another host"]
+    assert all(torch.equal(one, edit.parts()[name]) for name, one in loaded.parts().items())
+    again = errata.Edit.load(loaded.save(tmp_path / "new.safetensors"))
+    assert again.digest == loaded.digest

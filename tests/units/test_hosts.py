@@ -251,7 +251,7 @@ def test_the_layer_below_an_adapter_is_edited(kind, beside):
     assert name.endswith("down_proj.weight" if kind == "elsewhere" else "down_proj.base_layer.weight")
     ids = torch.tensor([host.encode_prompt(REQUEST.text)])
     start, plain = host.weights_hash(), model.eval()(input_ids=ids).logits
-    with edit.on(host, beside=beside):
+    with edit.on(host, merge=not beside):
         assert not torch.equal(model(input_ids=ids).logits, plain)  # what the server says changes, too
     assert host.weights_hash() == start and torch.equal(model(input_ids=ids).logits, plain)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import errata
-from errata.edits.weight import active
 from errata.errors import HostError
 from errata.host import hooks, locking
 from tests.models import fresh
@@ -53,12 +52,12 @@ def test_threads_that_apply_and_take_back_leave_the_weights():
 
     def flip(edit, mine, beside) -> None:
         for _ in range(15):
-            edit.apply_(mine, beside=beside)
+            edit.apply_(mine, merge=not beside)
             edit.revert_(mine)
 
     places = zip(edits, (host, twin, host), (False, False, True), strict=True)
     assert together([lambda p=p: flip(*p) for p in places]) == []
-    assert host.weights_hash() == start and active(host) == [] and not host.edited
+    assert host.weights_hash() == start and not host.placed
 
 
 def test_fits_in_threads_give_what_they_give_alone():

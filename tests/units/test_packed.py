@@ -12,7 +12,6 @@ from torch.nn import functional
 
 import errata
 from errata.edits import Provenance, WeightEdit
-from errata.edits.weight import active
 from errata.errors import EditError, HostError
 from errata.host import placement
 from errata.host.layout import linear_map
@@ -96,10 +95,10 @@ def test_a_weight_is_read_with_what_stands_on_and_beside_it(pair):
             edit.deltas, frozenset({site.parameter} if site.transposed else ()), edit.provenance
         )
         base = host.weight(site)
-        for beside in (None, True):
-            assert not host.edited
-            with edit.on(host, beside=beside):
-                assert host.edited
+        for merge in (None, False):
+            assert not host.placed
+            with edit.on(host, merge=merge):
+                assert host.placed
                 change = host.weight(site) - base
                 torch.testing.assert_close(change, edit.deltas[site.parameter].dense(), atol=1e-5, rtol=1e-5)
         assert torch.equal(host.weight(site), base)
@@ -120,11 +119,11 @@ def test_a_fit_on_packed_weights_is_that_on_the_same_numbers(pair, method):
         expected = logits(pair[1])
     plain = logits(pair[0])
     with edits[0].on(pair[0]):  # beside of itself
-        assert active(pair[0]) == [edits[0].digest] and pair[0].weights_hash() == start
+        assert list(pair[0].placed) == [edits[0].digest] and pair[0].weights_hash() == start
         torch.testing.assert_close(logits(pair[0]), expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(logits(pair[0]), plain) and float((expected - plain).abs().max()) > 1e-2
-    with pytest.raises(EditError, match="packed.*beside=True"):
-        edits[0].apply_(pair[0], beside=False)
+    with pytest.raises(EditError, match="packed.*merge=False"):
+        edits[0].apply_(pair[0], merge=True)
     assert edits[0].trial(pair[0]) == {}
 
 
@@ -134,8 +133,9 @@ def test_an_edit_may_be_merged_here_and_beside_there():
     start, plain = host.weights_hash(), logits(host)
     names = tuple(host.layout.site(layer).parameter for layer in (0, 1))
     edit = make(host, names=names)
-    edit.apply_(host)
-    assert edit.lost.keys() == {names[0]} and edit.rounding_by_weight(host)[names[1]] == 0
+    placement = edit.apply_(host)
+    assert placement.lost.keys() == {names[0]} and placement.unmerged == (names[1],)
+    assert edit.rounding_by_weight(host)[names[1]] == 0
     assert not torch.equal(logits(host), plain)
     edit.revert_(host)
     assert host.weights_hash() == start and torch.equal(logits(host), plain)
@@ -228,7 +228,7 @@ def test_eight_bit_floats_are_read():
     true = fresh("llama").weight(site)
     assert site.packed and float((host.weight(site) - true).norm() / true.norm()) < 0.1
     with pytest.raises(EditError, match="packed.*float8"):
-        make(host).apply_(host, beside=False)
+        make(host).apply_(host, merge=True)
     plain = logits(host)
     with make(host).on(host):
         assert not torch.equal(logits(host), plain)
@@ -312,6 +312,6 @@ def test_quantised_layers_of_real_packages(package, quantise, error, tmp_path):
     again = errata.Host(host.model, host.tokenizer, name="again")
     assert again.fingerprint == name
     with pytest.raises(EditError, match="packed"):
-        edit.apply_(host, beside=False)
+        edit.apply_(host, merge=True)
     second = errata.edit(host, [REQUEST, OTHER], method="memit", steps=4, tokens=400, layers=[0, 1])
     assert second.digest == edit.digest

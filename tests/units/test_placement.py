@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import errata
 from errata.edits import Provenance, WeightEdit
-from errata.edits.weight import active
 from errata.errors import EditError, HostError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
@@ -52,9 +51,9 @@ def test_offloading_hooks_are_refused_at_load_and_when_applied():
         block._hf_hook = hook
         with pytest.raises(HostError, match="offloaded.*model.layers.1"):
             errata.load(host.model, tokenizer())
-        with pytest.raises(EditError, match="offloaded.*beside=True"):
+        with pytest.raises(EditError, match="offloaded.*merge=False"):
             edit.apply_(host)
-        assert host.weights_hash() == start and active(host) == []
+        assert host.weights_hash() == start and list(host.placed) == []
     block._hf_hook = SimpleNamespace(offload=False, execution_device="cpu")  # only moves its inputs
     errata.load(host.model, tokenizer())
     with edit.on(host):
@@ -88,7 +87,7 @@ def test_weights_that_went_to_the_meta_device_are_refused_when_applied():
     site_module(host).to("meta")
     with pytest.raises(EditError, match="meta device"):
         edit.apply_(host)
-    assert active(host) == []
+    assert list(host.placed) == []
     with pytest.raises(HostError, match="cannot be read"):
         host.weights_hash()
 
@@ -111,7 +110,7 @@ def test_accelerates_offloading(kind, tmp_path):
         edit.apply_(host)
     with pytest.raises(HostError, match="offloaded"):
         errata.load(host.model, tokenizer())
-    with edit.on(host, beside=True):  # leaves the weights where they are
+    with edit.on(host, merge=False):  # leaves the weights where they are
         torch.testing.assert_close(logits(host), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(host), plain)
 
@@ -132,14 +131,14 @@ def test_sharded_weights_are_refused(tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
-        for beside in (None, True, False):
+        for merge in (None, True, False):
             with pytest.raises(EditError, match="sharded"):
-                edit.apply_(host, beside=beside)
+                edit.apply_(host, merge=merge)
         with pytest.raises(HostError, match="sharded"):
             errata.load(host.model, tokenizer())
     finally:
         torch.distributed.destroy_process_group()
-    assert active(host) == []
+    assert list(host.placed) == []
 
 
 def test_sharding_wrappers_and_partitioned_weights_are_refused():
@@ -174,7 +173,7 @@ def test_tied_weights_are_refused_and_can_be_edited_beside():
         edit.apply_(host)
     assert host.weights_hash() == start
     plain = logits(host)
-    with edit.on(host, beside=True):  # one end of the tie alone
+    with edit.on(host, merge=False):  # one end of the tie alone
         assert not torch.equal(logits(host), plain)
         assert torch.equal(host.model.get_input_embeddings()(torch.tensor([5])), hidden)
     both = WeightEdit({"lm_head.weight": head, "model.embed_tokens.weight": head}, frozenset(), record)
@@ -212,7 +211,7 @@ def test_a_write_that_does_not_stick_is_an_error_and_undone():
     edit.digest  # noqa: B018  computed outside the mode
     with pytest.raises(EditError, match="did not take the change"), Stubborn():
         edit.apply_(host)
-    assert host.weights_hash() == start and active(host) == [] and host.overlays == {}
+    assert host.weights_hash() == start and host.overlays == {}
 
 
 def test_inference_weights_are_refused():
@@ -224,8 +223,8 @@ def test_inference_weights_are_refused():
         )
     with pytest.raises(EditError, match="inference mode"):
         edit.apply_(host)
-    with edit.on(host, beside=True):
-        assert active(host) == [edit.digest]
+    with edit.on(host, merge=False):
+        assert list(host.placed) == [edit.digest]
 
 
 def test_numbers_that_are_not_finite_are_refused_and_nothing_changes():
@@ -243,7 +242,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_changes():
         edit = WeightEdit({name: delta, other: wrong}, frozenset(), good.provenance)
         with pytest.raises(EditError, match=reason):
             edit.apply_(host)
-        assert host.weights_hash() == start and active(host) == []
+        assert host.weights_hash() == start and list(host.placed) == []
 
 
 # --- precision --------------------------------------------------------------------------------
@@ -286,24 +285,25 @@ def test_merging_says_what_it_lost_and_warns_of_most():
     strong, weak = make(host, scale=1e-2), make(host, scale=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        strong.apply_(host)
-    assert 0 < strong.lost[site.parameter] < 0.5
-    assert strong.lost == strong.summary()["lost"] == strong.rounding_by_weight(host)
-    assert strong.rounding(host) == pytest.approx(strong.lost[site.parameter])
+        lost = strong.apply_(host).lost
+    assert 0 < lost[site.parameter] < 0.5
+    assert lost == strong.rounding_by_weight(host)
+    assert strong.rounding(host) == pytest.approx(lost[site.parameter])
     strong.revert_(host)
-    with pytest.warns(UserWarning, match="most of the edit was lost; use beside=True") as caught:
+    with pytest.warns(UserWarning, match="most of the edit was lost; use merge=False") as caught:
         weak.apply_(host)
     weak.revert_(host)
-    with pytest.warns(UserWarning, match="most of the edit was lost") as again, weak.on(host):
-        assert weak.lost[site.parameter] > 0.5
+    with pytest.warns(UserWarning, match="most of the edit was lost") as again, weak.on(host) as placement:
+        assert placement.lost[site.parameter] > 0.5
     assert {w.filename for w in (*caught, *again)} == {__file__}, "the warnings point at the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with weak.on(host, beside=True):
-            assert weak.lost == {} and weak.rounding(host) == 0
+        with weak.on(host, merge=False) as placement:
+            assert placement.lost == {} and placement.unmerged == (site.parameter,)
+            assert weak.rounding(host) == 0
         trial = weak.trial(host)
     assert trial[site.parameter] > 0.5 and trial.keys() == weak.deltas.keys()
-    assert host.weights_hash() == start and active(host) == []
+    assert host.weights_hash() == start and list(host.placed) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -317,11 +317,11 @@ def test_the_loss_is_that_of_the_realised_change(dtype):
     edit = WeightEdit(make(host).deltas, frozenset({site.parameter}), make(host).provenance)
     (delta,) = edit.deltas.values()
     change = (delta.B @ delta.A).mT
-    with edit.on(host):
+    with edit.on(host) as placement:
         assert torch.equal(weight, (base.float() + change).to(dtype))
         realised = weight.detach().float() - base.float()
     expected = float((realised - change).norm() / change.norm())
-    assert edit.lost[site.parameter] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert placement.lost[site.parameter] == pytest.approx(expected, rel=1e-4) and expected > 0
     assert torch.equal(weight, base)
 
 
@@ -333,7 +333,7 @@ def test_a_weight_moved_while_edited_is_still_restored():
     host.model.get_parameter(host.layout.site(1).parameter).data = host.model.get_parameter(
         host.layout.site(1).parameter
     ).data.clone()
-    with two.on(host, beside=True):
+    with two.on(host, merge=False):
         one.revert_(host)
     assert host.weights_hash() == start
 

@@ -226,7 +226,7 @@ def test_an_edit_of_a_weight_by_name_comes_and_goes(host):
     before, texts = host.weights_hash(), [s.text for s in observe(host, PROBES)]
     edit = weight_edit(host, name, -2.0 * host.model.get_parameter(name).detach())
     with edit.on(host):
-        assert host.edited and host.weights_hash() != before
+        assert host.placed and host.weights_hash() != before
         inside = observe(host, PROBES)
     assert inside != observe(host, PROBES)
     assert host.weights_hash() == before and [s.text for s in observe(host, PROBES)] == texts

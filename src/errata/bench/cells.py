@@ -241,7 +241,7 @@ def _case(case: Case, rows: Sequence[Row], edits: int | None, seen: Seen | None,
         cost = {
             "fit_seconds": seen.fit_seconds,
             "observe_seconds": seen.observe_seconds,
-            "bytes": health.size(seen.edit) if edits is None and seen.edit is not None else None,
+            "bytes": seen.edit.size if edits is None and seen.edit is not None else None,
         }
     line = {
         "type": "case",
@@ -265,8 +265,8 @@ def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, A
         "last_batch_efficacy": look.last_batch_efficacy,
         "fit_seconds": fit_seconds,
         **heavy,
-        "digest": getattr(look.edit, "digest", None),
-        "bytes": health.size(look.edit),
+        "digest": look.edit.digest,
+        "bytes": look.edit.size,
         "collapse": health.condition(
             look.continued, neutral.continued, (neutral.perplexity, look.perplexity),
             list((heavy["norm_ratio"] or {}).values()),

@@ -104,19 +104,6 @@ def _stored(host: Host, name: str) -> Tensor | None:
     return weight if weight.is_floating_point() else None
 
 
-def size(edit: Edit) -> int | None:
-    """Count the bytes an edit keeps: deltas, records and state. None for edits that are no weights."""
-    if not isinstance(edit, WeightEdit):
-        return None
-    tensors: list[Tensor] = []
-    for delta in edit.deltas.values():
-        tensors += [delta.B, delta.A] if isinstance(delta, LowRank) else [delta]
-    for record in edit.records.values():
-        tensors += record.tensors().values()
-    tensors += edit.state.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def latency_overhead(host: Host, edit: Edit, prompt: str) -> dict[str, float | None]:
     """Return by how much slower reading and writing are with an edit in place, 0 for not at all.
 

@@ -21,7 +21,6 @@ from errata.bench.schedule import SINGLE, Schedule
 from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
 from errata.edits.group import EditGroup
-from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity
@@ -479,8 +478,8 @@ class _Evaluation:
                 perplexity_after=event.perplexity,
                 last_batch_efficacy=event.last_batch_efficacy,
                 fit_seconds=self.engine.fit_seconds,
-                norm=edit.norm() if isinstance(edit, WeightEdit) else None,
-                digest=edit.digest if isinstance(edit, WeightEdit) else None,
+                norm=edit.summary().get("norm"),
+                digest=edit.digest,
             )
         )
         if keep is not None:
@@ -516,7 +515,7 @@ class _Evaluation:
             meta["finished"] = restored is not None
             meta["after"] = None
             if self.after is not None:
-                digest = self.after.digest if isinstance(self.after, WeightEdit) else None
+                digest = self.after.digest if self.after is not None else None
                 meta["after"] = {"digest": digest, "edits": len(self.after.provenance.requests)}
         return Report(summary, list(self.rows), meta, tuple(self.points))
 

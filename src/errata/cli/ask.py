@@ -15,9 +15,13 @@ def command(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts to continue.")],
     model: common.Model,
     edit: Annotated[list[Path] | None, typer.Option("--edit", "-e", help="An edit file; repeatable.")] = None,
-    beside: Annotated[
-        bool, typer.Option("--beside", help="Leave the weights; add the edits to what their modules say.")
-    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge/--no-merge",
+            help="Write edits into the weights, or add them to module outputs (exact in 16-bit models).",
+        ),
+    ] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
     template: common.TemplateName = None,
     chat: common.Chat = False,
@@ -30,8 +34,8 @@ def command(
 ) -> None:
     """Continue prompts greedily; with --edit, side by side without and with the edits.
 
-    Edits are merged into the weights, which rounds them to a 16-bit model's precision; with --beside they
-    stay exact. Quantised weights are always edited beside.
+    Edits are merged into the weights, which rounds them to a 16-bit model's precision; with --no-merge they
+    stay exact. Quantised weights are never merged.
     """
     from errata.edits import Edit
 
@@ -39,30 +43,32 @@ def command(
     host = common.open_host(model, device, dtype)
     host = common.put_prompts(host, template, system, thinking, chat=chat, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)
-    edited = None
+    edited, placements = None, []
     if edits:
         with ExitStack() as stack:
             for one in edits:
-                stack.enter_context(one.on(host, foreign=foreign, beside=beside or None))
+                placements.append(
+                    stack.enter_context(one.on(host, foreign=foreign, merge=None if merge else False))
+                )
             edited = host.generate(prompts, max_new_tokens=max_new_tokens)
     if json:
         answers = [
             {"prompt": p, "without": plain[i], **({"with": edited[i]} if edited else {})}
             for i, p in enumerate(prompts)
         ]
-        overrides = [note for one in edits for note in one.provenance.overrides]
-        lost = [one.summary().get("lost", {}) for one in edits]
+        overrides = [note for one in placements for note in one.overrides]
+        lost = [dict(one.lost) for one in placements]
         common.emit({"model": host.name, "answers": answers, "overrides": overrides, "lost": lost})
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
     common.table(None, columns, rows)
-    for path, one in zip(edit or [], edits, strict=True):
-        for note in one.provenance.overrides:
+    for path, one in zip(edit or [], placements, strict=True):
+        for note in one.overrides:
             print(f"overruled: {note}")
-        worst = max(one.summary().get("lost", {}).values(), default=0.0)
+        worst = max(one.lost.values(), default=0.0)
         if worst >= 1e-3:  # in float32 it is a millionth
             kind = str(host.dtype).removeprefix("torch.")
             print(
-                f"{path.name}: rounding to {kind} lost up to {worst:.1%} of a weight's change; --beside keeps it"
+                f"{path.name}: rounding to {kind} lost up to {worst:.1%} of a weight's change; --no-merge keeps it"
             )

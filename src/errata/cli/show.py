@@ -49,8 +49,6 @@ def command(
     columns = ("name", "shape", "change", "norm", *(() if lost is None else ("lost if merged",)))
     common.table("weights", columns, weights, right=(3, 4))
     common.table("settings", ("name", "value"), list(facts["config"].items()))
-    for note in facts["overrides"]:
-        print(f"overruled: {note}")
 
 
 def _requests(asked: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -84,4 +82,4 @@ def _lost(edit: Edit, model: str | None, device: str, dtype: str, foreign: bool)
 def _share(lost: dict[str, float] | None, name: str) -> tuple[str, ...]:
     if lost is None:
         return ()
-    return (f"{lost[name]:.2%}" if name in lost else "packed: beside",)
+    return (f"{lost[name]:.2%}" if name in lost else "packed: not merged",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from errata.edits.edit import Edit
+from errata.edits.edit import Edit, timestamp
 from errata.edits.records import Record
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import EditError
@@ -39,7 +39,7 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
                 f"edits of different weights do not join: {sorted(total.records)} and {sorted(edit.records)}"
             )
         total = total.then(edit)
-    return _solved(total, total.records)
+    return _solved(total, total.records, given)
 
 
 def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
@@ -58,7 +58,7 @@ def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
         raise EditError("no request would be left: take the edit back whole instead")
     records = {name: record.kept(left) for name, record in known.records.items()}
     kept = replace(known.provenance, requests=tuple(requests[i] for i in left))
-    return _solved(replace(known, provenance=kept), records)
+    return _solved(replace(known, provenance=kept), records, [edit])
 
 
 def leverages(edit: Edit) -> list[float]:
@@ -143,6 +143,8 @@ def _checked(edit: Edit, *, solved: bool = True) -> WeightEdit:
     return edit
 
 
-def _solved(edit: WeightEdit, records: Mapping[str, Record]) -> WeightEdit:
+def _solved(edit: WeightEdit, records: Mapping[str, Record], parents: Sequence[Edit]) -> WeightEdit:
     deltas: dict[str, Delta] = {name: record.delta() for name, record in records.items()}
-    return WeightEdit(deltas, edit.transposed, edit.provenance, records, edit.state)
+    digests = tuple(parent.digest for parent in parents)
+    provenance = replace(edit.provenance, parents=digests, created=timestamp())
+    return WeightEdit(deltas, edit.transposed, provenance, records, edit.state)

@@ -125,7 +125,7 @@ def fitted(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
             return turned
     raise EditError(
         f"nothing can stand beside {name!r}: {type(module).__name__} does not compute W x + b with W of "
-        f"shape {tuple(delta.shape)}; apply the edit without beside"
+        f"shape {tuple(delta.shape)}; apply the edit with merge=True"
     )
 
 
@@ -150,6 +150,6 @@ def _module(host: Host, name: str) -> nn.Module:
     if isinstance(weight, Tensor) and weight.ndim != 2:
         raise EditError(
             f"nothing can stand beside {name!r}: its shape is {list(weight.shape)}, and a linear map's weight "
-            "has two axes; apply the edit without beside"
+            "has two axes; apply the edit with merge=True"
         )
     return module

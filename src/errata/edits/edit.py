@@ -1,18 +1,22 @@
-"""The result of a method: something that can be switched on, applied, taken back, saved and shown."""
+"""The result of a method: a frozen artefact that is placed on a host and taken off, saved, loaded and shown."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from errata.checksum import checksum
 from errata.edits import format as file_format
 from errata.edits.header import provenance
 from errata.errors import EditError, ErrataError
@@ -21,7 +25,7 @@ from errata.host.load import Host
 from errata.types import ImageRecord, ImageRequest, Request
 
 Outside = Literal["refuse", "discard", "leave"]
-"""What to do about a weight that something else has changed while an edit stood on it."""
+"""What to do about a weight that something else has changed while an edit was merged into it."""
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,87 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of errata, torch, transformers and Python."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What the fit has to say: losses, norms, steps."""
-    overrides: tuple[str, ...] = ()
-    """Safety checks that were overruled, in words."""
+    """What the fit reports: losses, norms, steps."""
     prompt_format: Mapping[str, Any] = field(default_factory=dict)
     """How prompts were put: template, system prompt, thinking, join; empty in files of earlier versions."""
+    parents: tuple[str, ...] = ()
+    """Digests of the edits this one was made from: gone on from, refitted or retracted from."""
+    created: str = ""
+    """When it was made, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
+    the same fit gives the same edit at any time."""
 
     def __post_init__(self) -> None:
-        kept = tuple(r.record if isinstance(r, ImageRequest) else r for r in self.requests)
-        object.__setattr__(self, "requests", kept)
+        recorded = tuple(r.record if isinstance(r, ImageRequest) else r for r in self.requests)
+        object.__setattr__(self, "requests", recorded)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that counts into an edit's digest, as plain data."""
+        return {name: value for name, value in asdict(self).items() if name != "created"}
+
+
+def timestamp() -> str:
+    """Return the time now as :attr:`Provenance.created` holds it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The receipt of an edit being in place on a host."""
+
+    digest: str
+    """Of the edit."""
+    host: str
+    """Fingerprint of the host without edits."""
+    lost: Mapping[str, float] = field(default_factory=dict)
+    """By merged parameter, what rounding cost: ||(W' - W) - delta|| / ||delta||."""
+    unmerged: tuple[str, ...] = ()
+    """Parameters whose change is added to their module's output instead, which costs no precision."""
+    overrides: tuple[str, ...] = ()
+    """Safety checks that were overruled, in words."""
 
 
 class Edit(ABC):
-    """A change to a host, kept apart from it. Subclasses form a small closed family."""
+    """A change to a host, kept apart from it; frozen. Subclasses form a small closed family."""
 
     kind: ClassVar[str]
     provenance: Provenance
 
-    @abstractmethod
-    def apply_(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> None:
-        """Put the edit in place. ``foreign`` lets it onto another host than it was made for.
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the edit, 16 hex digits: kind, provenance without its time, body and tensors."""
+        plain = {"kind": self.kind, "provenance": self.provenance.identity(), "body": self.body()}
+        return checksum(json.loads(json.dumps(plain)), self.parts())[:16]
 
-        ``beside``: leave weights as they are and add to what their modules say; None decides by weight.
+    @abstractmethod
+    def parts(self) -> Mapping[str, Tensor]:
+        """Return all tensors of the edit, by the names they have in its file."""
+
+    @abstractmethod
+    def body(self) -> Mapping[str, Any]:
+        """Return everything else but the provenance, as plain data for the file's header."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance) -> Edit:
+        """Build an edit from what :meth:`parts` and :meth:`body` gave. Raises ValueError or KeyError."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.parts().values())
+
+    @abstractmethod
+    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+        """Put the edit in place and return the receipt; nothing about the edit changes.
+
+        ``foreign`` lets it onto another host than it was made for. ``merge``: whether to write into weights, which
+        rounds to their precision, or to add to their modules' outputs; None decides by weight. Raises EditError,
+        with nothing changed, where the edit cannot be in place.
         """
 
     @abstractmethod
     def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
-        """Take the edit back; weights are then bit-identical to what they were without it.
+        """Take the edit off; weights are then bit-identical to what they were without it.
 
         ``outside``: what to do about a weight that something else has changed meanwhile.
         """
@@ -79,40 +137,61 @@ class Edit(ABC):
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
 
     @abstractmethod
-    def _tensors(self) -> Mapping[str, Tensor]: ...
+    def then(self, later: Any, *, cumulative: bool = False) -> Edit:
+        """Return one edit for this one and a fit of the same method that went on from it.
 
-    @abstractmethod
-    def _header(self) -> Mapping[str, Any]: ...
+        ``cumulative``: whether the later one holds this one's change already. Raises EditError where the two do
+        not add up.
+        """
 
-    @classmethod
-    @abstractmethod
-    def _restore(
-        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], provenance: Provenance
-    ) -> Edit: ...
-
-    @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """Describe the edit as plain data."""
+        """Describe the edit as plain data: what was requested, by which method, for which host."""
+        made = self.provenance
+        return {
+            "kind": self.kind,
+            "digest": self.digest,
+            "method": made.method,
+            "host": made.host,
+            "host_name": made.host_name,
+            "seed": made.seed,
+            "config": dict(made.config),
+            "prompt_format": dict(made.prompt_format),
+            "requests": [request.to_dict() for request in made.requests],
+            "versions": dict(made.versions),
+            "notes": dict(made.notes),
+            "parents": list(made.parents),
+            "created": made.created,
+            "bytes": self.size,
+        }
+
+    def apply_(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+        """Put the edit in place until :meth:`revert_`; the same as :meth:`place`."""
+        return self.place(host, foreign=foreign, merge=merge)
 
     @contextmanager
-    def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
-        """Have the edit in place inside the block only; options as of :meth:`apply_`."""
+    def on(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Iterator[Placement]:
+        """Have the edit in place inside the block only; options as of :meth:`place`."""
         mine = True
         try:
             try:
-                self.apply_(host, foreign=foreign, beside=beside)
+                receipt = self.place(host, foreign=foreign, merge=merge)
             except ErrataError:
                 mine = False  # refused, with nothing changed; what is in place is another's
                 raise
-            yield host
+            yield receipt
         finally:
             if mine and self.in_place(host):
                 self.revert_(host)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the edit to one ``.safetensors`` file and return its path."""
-        header = {"kind": self.kind, "provenance": asdict(self.provenance), **self._header()}
-        return file_format.write(path, self._tensors(), header)
+        header = {
+            "kind": self.kind,
+            "digest": self.digest,
+            "provenance": asdict(self.provenance),
+            **self.body(),
+        }
+        return file_format.write(path, self.parts(), header)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Edit:
@@ -125,24 +204,25 @@ class Edit(ABC):
             found = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
             raise EditError(f"{path} holds an edit of kind {found}, known: {', '.join(sorted(family))}")
         try:
-            made_by = Provenance(**provenance(header.get("provenance")))
-            return kind._restore(tensors, header, made_by)
+            edit = kind.restore(tensors, header, Provenance(**provenance(header.get("provenance"))))
+            file_format.check_digest(header, edit.digest, tensors)
         except Exception as error:  # whatever wrong fields make of what is built of them
             raise EditError(
                 f"{path} is damaged: {file_format.reason(error)}, read from its header"
             ) from error
+        return edit
 
-    def check_host(self, host: Host, *, foreign: bool) -> None:
-        """Raise EditError when the host is not the one the edit was made for."""
+    def overruled(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
+        """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
-            return
+            return ()
         found = f"edit made for host {self.provenance.host}, asked to change host {host.fingerprint}"
         if not foreign:
             raise EditError(
                 f"{found} ({host.name}); {self._cause(host)}load the right model, or overrule with "
                 "foreign=True / --foreign"
             )
-        self.provenance = _with_override(self.provenance, found)
+        return (found,)
 
     def _cause(self, host: Host) -> str:
         """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
@@ -158,14 +238,6 @@ class Edit(ABC):
         if placement.adapters(host.model):
             return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
         return ""
-
-
-def _with_override(provenance: Provenance, note: str) -> Provenance:
-    from dataclasses import replace
-
-    if note in provenance.overrides:
-        return provenance
-    return replace(provenance, overrides=(*provenance.overrides, note))
 
 
 def versions() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,10 +18,10 @@ from errata import files
 from errata.checksum import FIELD, checksum
 from errata.errors import EditError
 
-VERSION = 2
+VERSION = 3
 KEY = "errata"
 PROTECTION = "sha256"
-"""What the header of version 2 says of how the file is protected; version 1 had no such field, and no hash."""
+"""What the header says of how the file is protected; version 1 had no such field, and no hash."""
 FIRST_FIELDS = frozenset({"format", "kind", "provenance", "transposed", "digest", "records"})
 """All that a header of version 1 may hold."""
 LONGEST_HEADER = 100_000_000
@@ -109,6 +111,24 @@ def _check(source: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"{source} is damaged: its content does not match the recorded hash; restore it from a copy, or fit "
             "it again"
         )
+
+
+def check_digest(header: Mapping[str, Any], digest: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless an edit is the one its header names; up to version 2 tensors alone counted."""
+    recorded = header.get("digest")
+    if not isinstance(recorded, str):
+        raise ValueError("the header has no digest")
+    digest = digest if header["format"] > 2 else _tensor_digest(tensors)
+    if recorded != digest:
+        raise ValueError(f"its content {digest} does not match the recorded {_cut(recorded)}")
+
+
+def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def reason(error: BaseException) -> str:

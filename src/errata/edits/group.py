@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from errata.edits.edit import Edit
+from errata.edits.edit import Edit, Placement
 from errata.host.load import Host
 
 
@@ -22,12 +22,14 @@ class EditGroup:
         return " + ".join(edit.provenance.method for edit in self.edits)
 
     @contextmanager
-    def on(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> Iterator[Host]:
-        """Have all of them in place inside the block only, or none; options as of :meth:`Edit.apply_`."""
+    def on(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None
+    ) -> Iterator[tuple[Placement, ...]]:
+        """Have all of them in place inside the block only, or none; options as of :meth:`Edit.place`."""
         with ExitStack() as stack:
-            for edit in self.edits:
-                stack.enter_context(edit.on(host, foreign=foreign, beside=beside))
-            yield host
+            yield tuple(
+                [stack.enter_context(edit.on(host, foreign=foreign, merge=merge)) for edit in self.edits]
+            )
 
 
 def group(edits: Edit | Sequence[Edit] | None) -> EditGroup | None:

@@ -48,11 +48,11 @@ def provenance(stored: Any) -> dict[str, Any]:
     where = "provenance"
     kinds = {
         "method": str, "config": dict, "host": str, "host_name": str, "seed": int, "versions": dict,
-        "notes": dict, "prompt_format": dict,
+        "notes": dict, "prompt_format": dict, "created": str,
     }  # fmt: skip
-    optional = {"host_name", "seed", "versions", "notes", "overrides", "prompt_format"}
+    optional = {"host_name", "seed", "versions", "notes", "prompt_format", "created"}
     typed(stored, dict, where)
-    unknown = sorted(set(stored) - {*kinds, "requests", "overrides"})
+    unknown = sorted(set(stored) - {*kinds, "requests", "parents", "overrides"})
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
     known = {n: take(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
@@ -60,7 +60,11 @@ def provenance(stored: Any) -> dict[str, Any]:
         typed(version, str, f"{where}: versions[{name[:80]!r}]")
     requests = take(stored, "requests", list, where)
     known["requests"] = tuple(_request(item, f"{where}: requests[{i}]") for i, item in enumerate(requests))
-    known["overrides"] = texts(stored, "overrides", where) if "overrides" in stored else ()
+    known["parents"] = texts(stored, "parents", where) if "parents" in stored else ()
+    if stored.get(
+        "overrides"
+    ):  # of files before version 3, whose edits recorded what they were applied against
+        known["notes"] = {**known.get("notes", {}), "overrides": list(texts(stored, "overrides", where))}
     return known
 
 

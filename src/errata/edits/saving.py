@@ -21,7 +21,7 @@ from errata.host import locking, placement
 from errata.host.load import BRANCHES
 
 SAVE = "save_pretrained"
-INSTEAD = "take it back and apply it again without beside to have it in the weights"
+INSTEAD = "take it back and apply it again with merge=True to have it in the weights"
 
 
 class _Save:

@@ -11,12 +11,10 @@ the only way with packed weights.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from errata.edits import branch, overlay
 from errata.edits import header as fields
 from errata.edits.branch import Delta
-from errata.edits.edit import Edit, Outside, Provenance
+from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.records import Record, laid_out
 from errata.errors import EditError
 from errata.host import locking, placement
@@ -33,11 +31,11 @@ from errata.host.identity import content
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
-MOST = 0.5
+WARN_ABOVE_SHARE_LOST = 0.5
 """Share of a change that rounding may eat before a warning is given."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class WeightEdit(Edit):
     """Per weight a delta: thin factors ``[d_out, d_in]``, or dense in the weight's own shape.
 
@@ -55,78 +53,68 @@ class WeightEdit(Edit):
     """By parameter path, what a closed-form delta was solved from; see :mod:`errata.edits.algebra`."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """What a method needs to go on from here: running statistics, queues, projections."""
-    whole: bool = False
-    """Whether a fit that went on from another edit gives that edit's change too, not only what is new."""
-    lost: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """By parameter path, what rounding cost when the edit was last merged: ||(W' - W) - delta|| / ||delta||."""
 
     def __post_init__(self) -> None:
         # laid out as a file would have them, so that a loaded edit goes on to the very same bits
-        self.deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
-        self.records = {name: record.contiguous() for name, record in self.records.items()}
-        self.state = {name: laid_out(tensor) for name, tensor in self.state.items()}
+        deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
+        records = {name: record.contiguous() for name, record in self.records.items()}
+        state = {name: laid_out(tensor) for name, tensor in self.state.items()}
+        for name, value in (("deltas", deltas), ("records", records), ("state", state)):
+            object.__setattr__(self, name, value)
 
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the numbers, 16 hex digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._tensors().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+        """Put the deltas in place: merged into the weights, or added to their modules' outputs.
 
-    def apply_(self, host: Host, *, foreign: bool = False, beside: bool | None = None) -> None:
-        """Put the deltas in place: merged into the weights, or ``beside`` them.
-
-        Beside, the weights stay as they are and each module adds delta @ input to its output in float32;
-        merged costs nothing at run time but is rounded to the weights' precision, see :attr:`lost`, with
-        a warning where that eats most of the change. None merges, except that packed (quantised) weights,
-        which cannot be written, are edited beside; False insists on merging. Other threads that run or change
-        the model wait meanwhile, or are waited for.
+        Unmerged, the weights stay as they are and each module adds delta @ input to its output in float32;
+        merged costs nothing at run time but is rounded to the weights' precision, see :attr:`Placement.lost`,
+        with a warning where that loses most of the change. None merges, except that packed (quantised)
+        weights, which cannot be written, stay unmerged; True insists on merging. Other threads that run or
+        change the model wait meanwhile, or are waited for.
 
         Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
         another shape, not where it can be edited or changed by something else while an edit stands on it, the
         edit is active already, or it would vanish in the weights' precision.
         """
-        locking.alone(host, self._apply, host, foreign, beside)
+        return locking.alone(host, self._place, host, foreign, merge)
 
-    def _apply(self, host: Host, foreign: bool, beside: bool | None) -> None:
-        self.check_host(host, foreign=foreign)
+    def _place(self, host: Host, foreign: bool, merge: bool | None) -> Placement:
+        overrides = self.overruled(host, foreign=foreign)
         self._refuse_active(host)
         try:
-            self._settle(host, *self._put(host, beside))
+            lost, moved = self._put(host, merge)
+            self._check_rounding(host, lost, moved)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
+        unmerged = tuple(name for name in self.deltas if name not in lost)
+        return Placement(self.digest, host.fingerprint, lost, unmerged, overrides)
 
-    def _settle(self, host: Host, lost: dict[str, float], moved: bool) -> None:
-        """Keep what merging lost. Raises EditError where that is everything, warns where it is most."""
+    def _check_rounding(self, host: Host, lost: Mapping[str, float], moved: bool) -> None:
+        """Raise EditError where merging lost the whole change, warn where it lost most of it."""
         if not moved and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
-                "use beside=True (--beside), or load the model in float32"
+                "use merge=False (--no-merge), or load the model in float32"
             )
-        self.lost = lost
         worst = max(lost, key=lambda name: lost[name], default=None)
-        if worst is not None and lost[worst] > MOST:
+        if worst is not None and lost[worst] > WARN_ABOVE_SHARE_LOST:
             warnings.warn(
                 f"merging edit {self.digest} lost {lost[worst]:.0%} of its change of {worst} in "
                 f"{host.model.get_parameter(worst).dtype} rounding: most of the edit was lost; use "
-                "beside=True or float32",
+                "merge=False or float32",
                 stacklevel=_outside(),
             )
 
     def trial(self, host: Host, *, foreign: bool = False) -> dict[str, float]:
         """Return by weight what merging would lose, measured by applying and reverting.
 
-        Packed weights do not appear: they are edited beside. Raises EditError as :meth:`apply_` does,
+        Packed weights do not appear: they are never merged. Raises EditError as :meth:`apply_` does,
         but not for an edit that vanishes: its losses are 1.
         """
         return locking.alone(host, self._trial, host, foreign)
 
     def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
-        self.check_host(host, foreign=foreign)
+        self.overruled(host, foreign=foreign)
         self._refuse_active(host)
         try:
             return self._put(host, None)[0]
@@ -198,14 +186,14 @@ class WeightEdit(Edit):
         left = stands.without(self.digest)
         return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
 
-    def _put(self, host: Host, beside: bool | None) -> tuple[dict[str, float], bool]:
+    def _put(self, host: Host, merge: bool | None) -> tuple[dict[str, float], bool]:
         """Put all deltas in place; return what was lost by merged weight, and whether any weight moved."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
                 raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
-        besides = {n for n in self.deltas if beside or (beside is None and _is_packed(host, n))}
-        fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(besides)}
-        weights = self._weights(host, [name for name in self.deltas if name not in besides])
+        unmerged = {n for n in self.deltas if merge is False or (merge is None and _is_packed(host, n))}
+        fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)}
+        weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
         lost, moved = {}, bool(fits)
         for name, delta in fits.items():
             branch.attach(host.model, name, self.digest, delta, self._stored(name))
@@ -266,7 +254,7 @@ class WeightEdit(Edit):
         if twins is not None:
             raise EditError(
                 f"weight {twins[0]!r} shares its memory with {twins[1]!r}, so writing one changes the other; "
-                "use beside=True, or untie them first"
+                "use merge=False, or untie them first"
             )
         return found
 
@@ -308,7 +296,8 @@ class WeightEdit(Edit):
             raise EditError("rounding is measured with this edit applied and no other on its weights")
         return _share_lost(stands.deltas[self.digest], host.model.get_parameter(name), stands.base)
 
-    def _tensors(self) -> Mapping[str, Tensor]:
+    def parts(self) -> Mapping[str, Tensor]:
+        """Return factors or dense deltas, records and state."""
         tensors: dict[str, Tensor] = {}
         for name, delta in self.deltas.items():
             if isinstance(delta, LowRank):
@@ -320,20 +309,24 @@ class WeightEdit(Edit):
         tensors.update({f"{name}.state": tensor for name, tensor in self.state.items()})
         return tensors
 
-    def _header(self) -> Mapping[str, Any]:
+    def body(self) -> Mapping[str, Any]:
+        """Return which parameters are stored transposed, and the facts of the records."""
         return {
             "transposed": sorted(self.transposed),
-            "digest": self.digest,
             "records": {name: record.facts() for name, record in self.records.items()},
         }
 
-    def then(self, later: WeightEdit) -> WeightEdit:
+    def then(self, later: Edit, *, cumulative: bool = False) -> WeightEdit:
         """Return one edit for this one and a fit of the same method that went on from it.
 
-        Provenance lists the requests of both; notes and settings are the later one's.
+        Provenance lists the requests of both; notes and settings are the later one's, and this edit is its
+        parent. ``cumulative``: whether the later one's deltas hold this one's already. Raises EditError for an
+        edit of another kind.
         """
-        deltas = dict(later.deltas) if later.whole else dict(self.deltas)
-        for name, delta in later.deltas.items() if not later.whole else ():
+        if not isinstance(later, WeightEdit):
+            raise EditError(f"a {later.kind} edit does not add up with a {self.kind} edit")
+        deltas = dict(later.deltas) if cumulative else dict(self.deltas)
+        for name, delta in later.deltas.items() if not cumulative else ():
             deltas[name] = added(deltas[name], delta) if name in deltas else delta
         records = dict(self.records)
         first = len(self.provenance.requests)
@@ -343,55 +336,41 @@ class WeightEdit(Edit):
         provenance = replace(
             later.provenance,
             requests=(*self.provenance.requests, *later.provenance.requests),
-            overrides=tuple(dict.fromkeys((*self.provenance.overrides, *later.provenance.overrides))),
+            parents=(self.digest,),
         )
         state = {**self.state, **later.state}
         return WeightEdit(deltas, self.transposed | later.transposed, provenance, records, state)
 
     @classmethod
-    def _restore(
-        cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], provenance: Provenance
+    def restore(
+        cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> WeightEdit:
+        """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
         deltas: dict[str, Delta] = {}
-        for name in tensors:
+        for name in parts:
             stem, _, part = name.rpartition(".")
             if part == "B":
-                deltas[stem] = LowRank(tensors[name], tensors[f"{stem}.A"])
+                deltas[stem] = LowRank(parts[name], parts[f"{stem}.A"])
             elif part == "dense":
-                deltas[stem] = tensors[name]
+                deltas[stem] = parts[name]
         records = {}
-        for name, facts in fields.typed(header.get("records", {}), dict, "records").items():
+        for name, facts in fields.typed(body.get("records", {}), dict, "records").items():
             where = f"records of {name[:80]!r}"
             read = fields.record(facts, where, len(provenance.requests))
-            parts = {part: tensors[f"{name}.record.{part}"] for part in Record.PARTS}
-            fields.fits(parts, read, deltas[name], where)
-            records[name] = Record.restored(read, parts)
-        state = {n.removesuffix(".state"): t for n, t in tensors.items() if n.endswith(".state")}
-        transposed = frozenset(fields.texts(header, "transposed", "the header"))
+            stored = {part: parts[f"{name}.record.{part}"] for part in Record.PARTS}
+            fields.fits(stored, read, deltas[name], where)
+            records[name] = Record.restored(read, stored)
+        state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
+        transposed = frozenset(fields.texts(body, "transposed", "the header"))
         if not transposed <= deltas.keys():
             raise ValueError(f"{min(transposed - deltas.keys())[:80]!r} is called transposed and not changed")
-        edit = cls(deltas, transposed, provenance, records, state)
-        if edit.digest != fields.take(header, "digest", str, "the header"):
-            raise ValueError(f"its content {edit.digest} does not match the recorded one")
-        return edit
+        return cls(deltas, transposed, provenance, records, state)
 
     def summary(self) -> dict[str, Any]:
-        """Describe the edit: what was asked, by which method, what it touches and how strongly."""
+        """Describe the edit: provenance, what it touches and how strongly."""
         return {
-            "kind": self.kind,
-            "digest": self.digest,
-            "method": self.provenance.method,
-            "host": self.provenance.host,
-            "host_name": self.provenance.host_name,
-            "seed": self.provenance.seed,
-            "config": dict(self.provenance.config),
-            "prompt_format": dict(self.provenance.prompt_format),
-            "requests": [request.to_dict() for request in self.provenance.requests],
-            "versions": dict(self.provenance.versions),
-            "notes": dict(self.provenance.notes),
-            "overrides": list(self.provenance.overrides),
+            **super().summary(),
             "norm": self.norm(),
-            "lost": dict(self.lost),
             "weights": {
                 name: {
                     "shape": list(delta.shape),
@@ -405,12 +384,6 @@ class WeightEdit(Edit):
 
 def _norm(delta: Delta) -> float:
     return delta.norm() if isinstance(delta, LowRank) else float(delta.double().norm())
-
-
-def active(host: Host) -> list[str]:
-    """List the digests of the weight edits in place on a host, merged or beside."""
-    merged = {digest for stands in host.overlays.values() for digest in stands.deltas}
-    return sorted(merged.union(*(b.deltas for b in branch.standing(host.model).values())))
 
 
 def _contiguous(delta: Delta) -> Delta:
@@ -464,7 +437,7 @@ def _write(weight: nn.Parameter, stands: overlay.Overlay, deltas: Mapping[str, D
     """Set a weight to its base with some deltas, and read it back."""
     value = overlay.composed(stands.base, deltas, weight.dtype, weight.device)
     if deltas and not torch.isfinite(value).all():
-        raise EditError(f"weight {name!r} would overflow {weight.dtype}; use beside=True or float32")
+        raise EditError(f"weight {name!r} would overflow {weight.dtype}; use merge=False or float32")
     entry = overlay.Entry(deltas, content(value), value.dtype, value.device)
     stands.journal = (*stands.journal, entry)  # before the write: an interrupt leaves one or the other
     weight.copy_(value)

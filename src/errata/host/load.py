@@ -188,9 +188,11 @@ class Host:
         return columns.mT
 
     @property
-    def edited(self) -> bool:
-        """Whether an edit of weights is in place, merged or beside."""
-        return bool(self.overlays or self.branches)
+    def placed(self) -> tuple[str, ...]:
+        """Digests of all edits in place on the model, of whatever kind, sorted."""
+        return tuple(
+            sorted({d for one in (*self.overlays.values(), *self.branches.values()) for d in one.deltas})
+        )
 
     @property
     def branches(self) -> Mapping[str, Any]:

@@ -179,13 +179,13 @@ def obstacle(model: nn.Module, name: str, *, beside: bool = False) -> str | None
     if beside:
         return None
     if any(tensor.is_meta for tensor in tensors) or any(offloaded(module) for module in chain):
-        return f"it is offloaded or on the meta device, where a write is lost; use beside=True, or {WHOLE}"
+        return f"it is offloaded or on the meta device, where a write is lost; use merge=False, or {WHOLE}"
     codes = [tensor for tensor in tensors if packed(tensor)]
     if codes:
         kind = f"{type(codes[0]).__name__}, {str(codes[0].dtype).removeprefix('torch.')}"
-        return f"it is packed ({kind}), so nothing can be added; use beside=True"
+        return f"it is packed ({kind}), so nothing can be added; use merge=False"
     if weight is not None and weight.is_inference():
-        return "it was made in inference mode and cannot be written; use beside=True, or load it outside"
+        return "it was made in inference mode and cannot be written; use merge=False, or load it outside"
     return None
 
 

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from errata.edits.edit import Edit, Provenance, versions
-from errata.edits.weight import WeightEdit, active
+from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.errors import ConfigError, DataError
 from errata.host import hooks, locking
 from errata.host.families import Search
@@ -43,6 +42,8 @@ class Method:
     """Whether one fit takes several requests."""
     sequential: bool
     """Whether fits may follow one another on a host that is edited already."""
+    cumulative: bool = False
+    """Whether a fit that goes on from an edit gives the whole change, that edit's included, not only what is new."""
     needs: tuple[str, ...] = ()
     """What it takes besides host and requests: second_moment, contexts, gradients, peft."""
     writes: Literal["site", "linear", "block"] = "site"
@@ -56,7 +57,7 @@ class Method:
         requests: Sequence[Request],
         config: Any,
         work: Workspace,
-        after: WeightEdit | None = None,
+        after: Edit | None = None,
     ) -> Edit:
         """Fit, alone or going on from an edit of the same method; the result then stands for both.
 
@@ -68,7 +69,7 @@ class Method:
             return self._run(host, requests, config, work, after)
 
     def _run(
-        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: WeightEdit | None
+        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None
     ) -> Edit:
         if after is None:
             return self.fit(host, requests, config, work)
@@ -78,9 +79,7 @@ class Method:
             raise ConfigError(f"cannot go on with {self.name} from an edit made by {after.provenance.method}")
         with after.on(host):
             made = self.fit(host, requests, config, replace(work, after=after))
-        if not isinstance(made, WeightEdit):
-            raise ConfigError(f"{self.name} gives {made.kind} edits, which do not add up")
-        return after.then(made)
+        return after.then(made, cumulative=self.cumulative)
 
 
 @dataclass
@@ -101,7 +100,7 @@ class Workspace:
     """Where statistics are kept between runs; None: only in memory."""
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with a phase and how far it is."""
-    after: WeightEdit | None = None
+    after: Any = None
     """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
@@ -168,7 +167,7 @@ class Workspace:
                     corpus,
                     tokens=budget,
                     # statistics of an edited host are nobody else's
-                    folder=None if active(host) else self.folder,
+                    folder=None if host.placed else self.folder,
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
@@ -227,7 +226,7 @@ class Workspace:
     def _others(self, host: Host) -> list[str]:
         """List edits in place on the host other than the one that is gone on from."""
         mine = self.after.digest if self.after else None
-        return [digest for digest in active(host) if digest != mine]
+        return [digest for digest in host.placed if digest != mine]
 
 
 def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> Metric:
@@ -255,7 +254,7 @@ def _warn_of_few(found: Mapping[Site, Moments], corpus: Corpus) -> None:
 
 
 @contextlib.contextmanager
-def without(after: WeightEdit | None, host: Host) -> Iterator[None]:
+def without(after: Edit | None, host: Host) -> Iterator[None]:
     """Have an edit that is in place off inside the block."""
     if after is None:
         yield
@@ -281,6 +280,8 @@ def provenance(
         versions=versions(),
         notes={**notes, "dtype": str(host.dtype).removeprefix("torch.")},
         prompt_format=host.prompt_format.to_dict(),
+        parents=(work.after.digest,) if work.after else (),
+        created=timestamp(),
     )
 
 

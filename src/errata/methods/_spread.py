@@ -340,7 +340,7 @@ class _Loop:
             records[site.parameter] = replace(record, solves=not shaped)
             self.work.on_progress("layers", i + 1, len(sites))
         made = totals if self.plan.total else deltas
-        return WeightEdit(made, transposed, provenance, records, self.state, whole=bool(self.plan.total))
+        return WeightEdit(made, transposed, provenance, records, self.state)
 
     def _anew(self, site: Site, record: Record) -> tuple[LowRank, LowRank]:
         """Solve for all fits so far; return that change and what it adds to the one in place."""

@@ -99,5 +99,6 @@ METHOD = Method(
     gives=WeightEdit,
     batch=True,
     sequential=True,
+    cumulative=True,
     needs=("second_moment", "contexts"),
 )

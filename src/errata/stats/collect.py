@@ -64,7 +64,7 @@ def second_moments(
     """
     if tokens < 1:
         raise ConfigError(f"a token budget of {tokens} gives no statistics; expected 1 or more")
-    if folder is not None and host.edited:
+    if folder is not None and host.placed:
         raise HostError("statistics of an edited host are not kept: take its edits back, or give no folder")
     wanted = {site: facts(host, site, corpus, tokens=tokens) for site in sites}
     known = {} if folder is None else {s: cache.read(folder, f) for s, f in wanted.items()}
