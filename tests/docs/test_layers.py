@@ -99,9 +99,9 @@ def test_transformers_is_the_hosts_business():
     ("pattern", "home"),
     [
         (r"^\s*print\(", "cli/"),
-        (r"register_forward", ("host/hooks.py", "host/layout.py", "locate/values.py")),
+        (r"register_forward", ("host/hooks.py", "host/layout.py")),
         (r"torch\.linalg\.", "linalg/"),
-        (r"\.generate\(\s*$|model\.generate\(", "host/load.py"),
+        (r"\.generate\(\s*$|model\.generate\(", "host/passes.py"),
         (r"_NAMES_OF_FAMILIES|n_embd|\"llama\"", ("host/families.py", "lab/train.py")),
     ],
 )
@@ -113,6 +113,35 @@ def test_each_line_lives_in_its_room(pattern, home):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not re.search(pattern, line), f"{path}:{number} {line.strip()}"
+
+
+def _calls_a_model(node: ast.AST) -> bool:
+    """Whether a call runs a whole model: ``model(...)``, ``host.model(...)``, ``self.model.forward(...)``."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    if isinstance(called, ast.Attribute) and called.attr == "forward":
+        called = called.value
+    if isinstance(called, ast.Name):
+        return called.id == "model"
+    if not isinstance(called, ast.Attribute) or called.attr != "model":
+        return False
+    owner = called.value.attr if isinstance(called.value, ast.Attribute) else getattr(called.value, "id", "")
+    return owner in ("host", "self", "plain")
+
+
+def test_only_the_door_runs_a_model():
+    for path in files():
+        inside = path.relative_to(SOURCE).as_posix()
+        calls = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if _calls_a_model(node)
+        ]
+        if inside == "host/passes.py":
+            assert calls, "the door itself"
+        elif inside != "lab/train.py":  # trains a model of its own, before it is a host's
+            assert not calls, f"{path}:{calls} runs the model past Host.run"
 
 
 def test_sizes():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from errata.cli import common
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Placement
 
 
 def command(
@@ -43,7 +46,8 @@ def command(
     host = common.open_host(model, device, dtype)
     host = common.put_prompts(host, template, system, thinking, chat=chat, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)
-    edited, placements = None, []
+    edited = None
+    placements: list[Placement] = []
     if edits:
         with ExitStack() as stack:
             for one in edits:
@@ -63,12 +67,14 @@ def command(
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
     common.table(None, columns, rows)
-    for path, one in zip(edit or [], placements, strict=True):
-        for note in one.overrides:
-            print(f"overruled: {note}")
-        worst = max(one.lost.values(), default=0.0)
-        if worst >= 1e-3:  # in float32 it is a millionth
-            kind = str(host.dtype).removeprefix("torch.")
-            print(
-                f"{path.name}: rounding to {kind} lost up to {worst:.1%} of a weight's change; --no-merge keeps it"
-            )
+    for path, placement in zip(edit or [], placements, strict=True):
+        _print_notes(path.name, placement, str(host.dtype).removeprefix("torch."))
+
+
+def _print_notes(name: str, placement: Placement, dtype: str) -> None:
+    """Say what was overruled, and how much of an edit rounding lost."""
+    for note in placement.overrides:
+        print(f"overruled: {note}")
+    worst = max(placement.lost.values(), default=0.0)
+    if worst >= 1e-3:  # in float32 it is a millionth
+        print(f"{name}: rounding to {dtype} lost up to {worst:.1%} of a weight's change; --no-merge keeps it")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from errata.errors import RequestError
-from errata.host import hooks, locking, tokens
+from errata.host import locking, tokens
+from errata.host.passes import Pass
 from errata.host.stopping import Stop, done
 
 if TYPE_CHECKING:
@@ -202,20 +203,8 @@ def _run(
     host: Host, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, at: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Any]:
     """Run tokens behind a cache; logits ``[n, vocab]`` at (row, column), None the last column; and the cache."""
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    if cache is not None:
-        inputs["past_key_values"] = cache
-    if "position_ids" in host.accepts:
-        inputs["position_ids"] = positions
-    head = host.model.get_output_embeddings()
-    if at is None or head is None:
-        with hooks.evaluating(host.model):
-            out = host.model(**inputs)
-        line, column = at or (torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1))
-        return out.logits[line.to(out.logits.device), column.to(out.logits.device)], out.past_key_values
-    with hooks.evaluating(host.model), hooks.gathering(head, at[0].to(ids.device), at[1].to(ids.device)):
-        out = host.model(**inputs)
-    return out.logits[0], out.past_key_values
+    ran = host.run(Pass(ids, mask, positions, prefix=cache, use_cache=True, at=at))
+    return (ran.logits[:, -1] if at is None else ran.logits), ran.prefix
 
 
 def _selected(cache: Any, rows: Tensor | None) -> Any:

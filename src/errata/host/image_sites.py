@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks, locking
+from errata.host.passes import Pass, run
 
 Part = Literal["conv", "linear"]
 
@@ -203,7 +204,7 @@ def _trace(model: nn.Module, probe: Tensor) -> list[_Event]:
                 stack.enter_context(hooks.on_input(module, entering(name)))
                 stack.enter_context(hooks.on_output(module, leaving(name, module)))
         try:
-            model(pixel_values=probe)
+            run(model, Pass(pixels=probe))
         except TypeError as error:
             raise HostError(
                 f"{type(model).__name__} passes other things than tensors through its modules, so its layout "
@@ -296,7 +297,7 @@ def _tokens(
             hooks.stop_after(module),
             contextlib.suppress(hooks.Stopped),
         ):
-            model(pixel_values=image)
+            run(model, Pass(pixels=image))
     moved = [(other != seen[0]).any(-1)[0].nonzero().flatten().tolist() for other in seen[1:]]
     prefix = moved[0][0] if moved[0] else 0
     if moved != [[prefix], [prefix + math.prod(grid) - 1]]:

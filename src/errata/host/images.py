@@ -22,6 +22,7 @@ from errata.host import hooks, locking
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.load import Host
 from errata.host.open import _device, _dtype
+from errata.host.passes import Pass, Ran
 
 BATCH = 32
 PROBE = 64
@@ -203,12 +204,12 @@ class ImageHost(Host):
         return grid
 
     @locking.exclusive
-    def _run(self, images: Tensor) -> Any:
+    def _run(self, images: Tensor) -> Ran:
         """Run the model; batch norms in a model that is being trained are not to count what they see here."""
         values = self.prepare(images)
         try:
             with hooks.frozen(self.model):
-                return self.model(pixel_values=values)
+                return self.run(Pass(pixels=values))
         except ValueError as error:
             raise RequestError(f"{self.name} does not take images {list(images.shape)}: {error}") from error
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks, locking
+from errata.host.passes import Pass, run
 from errata.host.placement import is_packed, packed, sharing
 
 Part = Literal["mlp_out", "attn_out"]
@@ -84,16 +85,16 @@ class Layout:
 
 
 @locking.exclusive
-def discover(model: nn.Module, probe: dict[str, Tensor]) -> Layout:
+def discover(model: nn.Module, probe: Pass) -> Layout:
     """Find the layout of a model.
 
-    ``probe`` is a batch of at least three token positions to run once. Raises HostError when the
+    ``probe``: at least three token positions to run. Raises HostError when the
     model has no list of blocks.
     """
     path, blocks = _blocks(model)
     trace = _Trace(model, blocks)
     with torch.no_grad(), hooks.frozen(model), trace.recording():
-        model(**probe, use_cache=False)
+        run(model, probe)
     first = trace.block_inputs.get(0)
     if first is None:
         raise HostError("the model's blocks were not run by its forward pass; it has no known layout")
@@ -413,9 +414,7 @@ def _orientations(module: nn.Module) -> Iterator[bool]:
     yield not declared
 
 
-def _adds_directly(
-    model: nn.Module, blocks: nn.ModuleList, mlp: list[Site | None], probe: dict[str, Tensor]
-) -> bool:
+def _adds_directly(model: nn.Module, blocks: nn.ModuleList, mlp: list[Site | None], probe: Pass) -> bool:
     """Whether adding to the projection's output adds the same to the block's output, in every kind of block."""
     kinds: dict[Any, Site] = {}
     for site in mlp:
@@ -425,7 +424,7 @@ def _adds_directly(
     return bool(kinds) and all(_direct(model, blocks[s.layer], s, probe) for s in kinds.values())
 
 
-def _direct(model: nn.Module, block: nn.Module, site: Site, probe: dict[str, Tensor]) -> bool:
+def _direct(model: nn.Module, block: nn.Module, site: Site, probe: Pass) -> bool:
     """Whether adding to one projection's output adds the same to its block's output."""
     seen: list[Tensor] = []
     # as large as the stream, whose own rounding would drown a small shift in 16 bits
@@ -438,10 +437,10 @@ def _direct(model: nn.Module, block: nn.Module, site: Site, probe: dict[str, Ten
         return hidden + (shift * unit).to(hidden)
 
     with hooks.on_output(block, note):
-        model(**probe, use_cache=False)
+        run(model, probe)
         unit = float(seen[0].square().mean().sqrt())
         with hooks.on_output(model.get_submodule(site.name), push):
-            model(**probe, use_cache=False)
+            run(model, probe)
     moved = (seen[1] - seen[0]) / unit
     # the median: a few entries of the stream may be huge, and rounded accordingly
     return bool((moved - shift.to(moved)).abs().median() < 0.05)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import RequestError
-from errata.host import hooks, identity, locking, placement, prompts, tokens, trial
+from errata.host import hooks, identity, locking, passes, placement, prompts, tokens, trial
 from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
 from errata.host.open import quiet as quiet
+from errata.host.passes import Pass, Ran
 
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
@@ -105,8 +105,9 @@ class Host:
         if known is None or known[0] != modules:
             with hooks.plain_torch():
                 ids = torch.arange(5, device=self.device)[None] % self.vocab_size
-                probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                known = self.__dict__["_layout"] = (modules, discover(self.model, probe))
+                known = self.__dict__["_layout"] = (
+                    modules, discover(self.model, Pass(ids, torch.ones_like(ids)))
+                )  # fmt: skip
         return known[1]
 
     @cached_property
@@ -232,7 +233,7 @@ class Host:
     @cached_property
     def accepts(self) -> frozenset[str]:
         """Arguments of the model's forward."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
+        return passes.arguments(self.model)
 
     @property
     def pad_id(self) -> int:
@@ -257,26 +258,17 @@ class Host:
         return {"input_ids": batch.ids, "attention_mask": batch.mask}
 
     @locking.shared
+    def run(self, request: Pass) -> Ran:
+        """Run one forward pass, the only way that anything reaches the model; see :mod:`errata.host.passes`."""
+        return passes.run(self.model, request, self.accepts)
+
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
-        inputs: dict[str, Any] = {**self.inputs(batch), "use_cache": False}
-        if "position_ids" in self.accepts:
-            inputs["position_ids"] = batch.positions
-        if keep is not None and "logits_to_keep" in self.accepts:
-            inputs["logits_to_keep"] = keep
-        with hooks.evaluating(self.model):
-            logits = self.model(**inputs).logits
-        return logits if keep is None else logits[:, -keep:]
+        return self.run(Pass(batch.ids, batch.mask, batch.positions, last=keep)).logits
 
-    @locking.shared
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
         """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only."""
-        head = self.model.get_output_embeddings()
-        if head is None:
-            logits = self.forward(batch)
-            return logits[row.to(logits.device), at.to(logits.device)]
-        with hooks.gathering(head, row.to(batch.ids.device), at.to(batch.ids.device)):
-            return self.forward(batch)[0]
+        return self.run(Pass(batch.ids, batch.mask, batch.positions, at=(row, at))).logits
 
     def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
         """Continue one prompt, or each of several, greedily; return the new text only.
@@ -469,5 +461,5 @@ def _generate(
 
 def generate_batch(host: Host, batch: tokens.Batch, **options: Any) -> Any:
     """Let transformers continue a batch; what its loop returns for the options."""
-    with torch.no_grad(), hooks.evaluating(host.model):
-        return host.model.generate(**host.inputs(batch), pad_token_id=host.pad_id, **options)
+    with torch.no_grad():
+        return passes.generate(host.model, host.inputs(batch), pad_token_id=host.pad_id, **options)

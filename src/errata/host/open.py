@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError
 from errata.host import files, hooks, placement, trial
+from errata.host.passes import Pass
 from errata.registry import unknown
 
 if TYPE_CHECKING:  # the host's own file names this one
@@ -234,8 +235,8 @@ def _settle(host: Host) -> None:
     """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
     ids = torch.arange(5, device=host.device)[None] % host.vocab_size
     try:
-        with torch.no_grad(), hooks.evaluating(host.model):
-            host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        with torch.no_grad():
+            host.run(Pass(ids, torch.ones_like(ids)))
     except RuntimeError as error:
         raise HostError(f"the quantised model does not run on {host.device}: {error}") from error
 

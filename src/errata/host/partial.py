@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from errata.errors import RequestError
 from errata.host import hooks
 from errata.host.load import Host
+from errata.host.passes import Pass
 
 Pair = tuple[Tensor, Tensor]
 
@@ -210,7 +211,6 @@ class Partial:
                 stack.enter_context(hooks.on_output(self.blocks[block], _keeper(ran.states, block)))
             if stop is not None:
                 stack.enter_context(hooks.stop_after(stop))
-            stack.enter_context(hooks.evaluating(self.host.model))
             # a model that keeps more than attention's keys and values takes no cache of ours, nor needs one here
             needed = bool(past.length or remember or left)
             with contextlib.suppress(hooks.Stopped):
@@ -224,18 +224,9 @@ class Partial:
     def _forward(
         self, tokens: Tokens, past: Past, layers: list[_Layer] | None, at: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
-        inputs["attention_mask"] = torch.cat([past.masks(), tokens.mask], 1)
-        if layers is not None and "past_key_values" in self.host.accepts:
-            inputs["past_key_values"] = Cache(layers=list(layers))
-        if "position_ids" in self.host.accepts:
-            inputs["position_ids"] = tokens.positions
-        head = self.host.model.get_output_embeddings()
-        if at is None or head is None:
-            logits = self.host.model(**inputs).logits
-            return logits if at is None else logits[at]
-        with hooks.gathering(head, *at):
-            return self.host.model(**inputs).logits[0]
+        mask = torch.cat([past.masks(), tokens.mask], 1)
+        prefix = None if layers is None else Cache(layers=list(layers))
+        return self.host.run(Pass(tokens.ids, mask, tokens.positions, prefix=prefix, at=at)).logits
 
     def _answer(self) -> Any:
         """Return what a block's answer looks like: a tensor, or a tuple led by one."""
@@ -244,12 +235,11 @@ class Partial:
             ids = torch.arange(3, device=self.host.device)[None] % self.host.vocab_size
             with (
                 torch.no_grad(),
-                hooks.evaluating(self.host.model),
                 hooks.on_answer(self.blocks[0], found.append),
                 hooks.stop_after(self.blocks[0]),
                 contextlib.suppress(hooks.Stopped),
             ):
-                self.host.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                self.host.run(Pass(ids, torch.ones_like(ids)))
             self._shape = found[0]
         return self._shape
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import HostError, RequestError
-from errata.host import hooks, locking, tokens
+from errata.host import tokens
 from errata.host.layout import Layout
 from errata.host.load import Host
+from errata.host.passes import Pass
 from errata.host.prompts import Framed, written
 from errata.writing import strip
 
@@ -143,19 +144,19 @@ class Seq2SeqHost(Host):
             "decoder_attention_mask": batch.mask,
         }
 
-    @locking.shared
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]`` of the decoder, or of its last ``keep`` places."""
-        with hooks.evaluating(self.model):
-            logits = self.model(**self.inputs(batch), use_cache=False).logits
-        return logits if keep is None else logits[:, -keep:]
+        return self.run(self._pass(batch, last=keep)).logits
 
-    @locking.shared
+    def _pass(self, batch: tokens.Batch, **options: Any) -> Pass:
+        if not isinstance(batch, Pairs):
+            raise HostError("an encoder-decoder takes rows of its own batch()")
+        return Pass(batch.ids, batch.mask, source=(batch.source.ids, batch.source.mask), **options)
+
     def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
         """Run a batch; logits ``[n, vocab]`` after the tokens at (row[i], at[i]), counted in whole rows."""
-        logits = self.forward(batch)
         column = at - batch.begin[row] if isinstance(batch, Pairs) else at
-        return logits[row.to(logits.device), (column + batch.offset.cpu()[row]).to(logits.device)]
+        return self.run(self._pass(batch, at=(row, column + batch.offset.cpu()[row]))).logits
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
