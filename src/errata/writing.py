@@ -276,3 +276,20 @@ def unclosed_block(text: str) -> str | None:
     mark = opens[-1][0]
     lines = "\n" if text.endswith("\n") else "\n\n"
     return f"{lines}{mark[0]}/{mark[1:]}\n\n"
+
+
+def names(text: str, phrase: str) -> bool:
+    """Whether a text holds a phrase as whole words; in scripts without spaces, wherever it is written."""
+    at = text.find(phrase) if phrase else -1
+    while at >= 0:
+        before, behind = text[at - 1 : at], text[at + len(phrase) : at + len(phrase) + 1]
+        if not (_one_word(before, phrase[0]) or _one_word(phrase[-1], behind)):
+            return True
+        at = text.find(phrase, at + 1)
+    return False
+
+
+def _one_word(first: str, second: str) -> bool:
+    """Whether two neighbouring characters belong to one word."""
+    pair = [c for c in (first, second) if c and (c.isalnum() or c == "_")]
+    return len(pair) == 2 and not any(is_unspaced(c) for c in pair)

@@ -1,6 +1,7 @@
 """The result of a method. Importing the room makes every kind of edit known to ``Edit.load``."""
 
-from errata.edits.edit import Edit, Provenance
+from errata.edits.edit import Edit, Placement, Provenance
+from errata.edits.memory import MemoryEdit
 from errata.edits.weight import WeightEdit
 
-__all__ = ["Edit", "Provenance", "WeightEdit"]
+__all__ = ["Edit", "MemoryEdit", "Placement", "Provenance", "WeightEdit"]

@@ -89,17 +89,21 @@ def score(
     Answers that differ in their last token only, as lettered choices do, are read off one row. An answer
     without tokens has none of either.
     """
-    by_row: dict[Ids, list[int]] = {}
+    by_row: dict[
+        tuple[Ids, int], list[int]
+    ] = {}  # by tokens and where the context ends, at which routers decide
     for i, answer in enumerate(asked):
         if answer.target:
-            by_row.setdefault(answer.ids[:-1], []).append(i)
+            by_row.setdefault((answer.ids[:-1], answer.start), []).append(i)
     rows = list(by_row)
     positions = sum(len(answer.target) for answer in asked)
-    density = max(positions, 1) / max(1, sum(map(len, rows)))  # logits wanted for a token that is run
+    density = max(positions, 1) / max(
+        1, sum(len(ids) for ids, _ in rows)
+    )  # logits wanted for a token that is run
     budget = min(SCORE_TOKENS, int(LOGITS / host.vocab_size / density))
     found: list[Said] = [((), ())] * len(asked)
     done = 0
-    for group in tokens.by_length(rows, budget):
+    for group in tokens.by_length([ids for ids, _ in rows], budget):
         places = [(line, i) for line, row in enumerate(group) for i in by_row[rows[row]]]
         for i, said in zip(
             (i for _, i in places), _read(host, [rows[row] for row in group], places, asked), strict=True
@@ -112,13 +116,19 @@ def score(
 
 @torch.no_grad()
 def _read(
-    host: Host, rows: Sequence[Ids], places: Sequence[tuple[int, int]], asked: Sequence[tokens.Answer]
+    host: Host,
+    rows: Sequence[tuple[Ids, int]],
+    places: Sequence[tuple[int, int]],
+    asked: Sequence[tokens.Answer],
 ) -> list[Said]:
     """Run rows and read answers off them; ``places``: line and number of each answer."""
     spots = [(line, at, asked[i].ids[at + 1]) for line, i in places
              for at in range(asked[i].start - 1, len(asked[i].ids) - 1)]  # fmt: skip
     line, at, wanted = torch.tensor(spots).unbind(1)
-    logprobs = host.forward_at(host.batch(rows), line, at).float().log_softmax(-1)  # [spots, vocab]
+    ends = torch.tensor([start - 1 for _, start in rows])
+    logprobs = (
+        host.forward_at(host.batch([ids for ids, _ in rows]), line, at, ends=ends).float().log_softmax(-1)
+    )  # [spots, vocab]
     wanted = wanted.to(logprobs.device)
     said = logprobs.gather(1, wanted[:, None])[:, 0].tolist()
     first = (logprobs.argmax(-1) == wanted).tolist()

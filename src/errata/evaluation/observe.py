@@ -366,6 +366,8 @@ class _After:
             begins = (answer.ids[:length] for length in lengths if length <= answer.start)
             root = next((text for text in begins if text in roots), None)
             alone = root is None or (not self.host.continues and len(root) < len(answer.ids) - 1)
+            if root is not None and not self.host.shareable and len(root) != answer.start:
+                alone = True  # a router decided at the end of another prompt
             (self._loose if root is None or alone else self._behind[root]).append(answer)
 
     def of(self, answer: tokens.Answer | None) -> tuple[tuple[float, ...], tuple[bool, ...]]:
@@ -388,10 +390,13 @@ class _After:
 
     def finish(self) -> None:
         """Run the answers that no shared text begins."""
-        self._run(
-            [_Tail(0, 0, answer) for answer in self._loose],
-            lambda rows, at: self.host.forward_at(self.host.batch([row for _, row in rows]), *at),
-        )
+        for start, answers in _by_prompt(self._loose, shareable=self.host.shareable).items():
+
+            def run(rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor], start: int = start) -> Tensor:
+                ends = None if self.host.shareable else torch.full((len(rows),), start - 1)
+                return self.host.forward_at(self.host.batch([row for _, row in rows]), *at, ends=ends)
+
+            self._run([_Tail(0, 0, answer) for answer in answers], run)
         self._loose = []
 
     def _run(
@@ -442,6 +447,16 @@ class _After:
         for (_, answer, k), value in zip(reads, zip(said.tolist(), first.tolist(), strict=True), strict=True):
             found = self._found.setdefault(answer, [(0.0, False)] * len(answer.target))
             found[k] = value
+
+
+def _by_prompt(answers: Sequence[tokens.Answer], *, shareable: bool) -> dict[int, list[tokens.Answer]]:
+    """Group answers that may be read off one row: all of them, or those whose prompts are of one length."""
+    if shareable:
+        return {0: list(answers)} if answers else {}
+    groups: dict[int, list[tokens.Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.start, []).append(answer)
+    return groups
 
 
 def _carried(tails: Iterable[_Tail]) -> dict[Ids, list[_Tail]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -62,6 +62,8 @@ class Begun(Sequence[Ids]):
     cache: Any
     """The model's keys and values of these columns, copied where rows go on; None for a host whose texts
     cannot be cut (:attr:`Host.continues`): what goes on from a row is run with it."""
+    routes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What routers decided at the rows' ends, int64 ``[rows]`` by edit."""
 
     @overload
     def __getitem__(self, index: int) -> Ids: ...
@@ -82,15 +84,16 @@ def begin(host: Host, rows: Sequence[Ids]) -> Begun:
         return _begin(host, rows)
     batch = host.batch(rows)
     line, last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
-    return Begun(tuple(rows), host.forward_at(batch, line, last), batch.mask, None)
+    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, at=(line, last)))
+    return Begun(tuple(rows), ran.logits, batch.mask, None, ran.routes)
 
 
 def _begin(host: Host, rows: Sequence[Ids]) -> Begun:
     batch = host.batch(rows, side="left")
     line = torch.arange(len(rows))
     last = torch.full_like(line, batch.ids.shape[1] - 1)
-    logits, cache = _run(host, batch.ids, batch.mask, batch.positions, None, (line, last))
-    return Begun(tuple(rows), logits, batch.mask, cache)
+    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, use_cache=True, at=(line, last)))
+    return Begun(tuple(rows), ran.logits, batch.mask, ran.prefix, ran.routes)
 
 
 @torch.no_grad()
@@ -110,8 +113,13 @@ def behind(host: Host, begun: Begun, rows: Sequence[tuple[int, Ids]], at: tuple[
     last = torch.tensor([len(row) - 1 for _, row in rows], device=host.device)
     inside = torch.minimum(batch.positions, last[:, None])  # padding stays inside the window
     mask = torch.cat([begun.mask[which.to(begun.mask.device)], batch.mask], 1)
-    cache = _selected(begun.cache, which)
-    return _run(host, batch.ids, mask, before[:, None] + inside, cache, at)[0]
+    ends = torch.full((len(rows),), begun.mask.shape[1] - 1)  # rows are padded on the left
+    return host.run(
+        Pass(
+            batch.ids, mask, before[:, None] + inside, prefix=_selected(begun.cache, which), use_cache=True, at=at,
+            ends=ends, routes=_chosen(begun.routes, which),
+        )
+    ).logits  # fmt: skip
 
 
 def greedy(host: Host, begun: Begun, limits: Sequence[int], stop: Stop) -> list[list[int]]:
@@ -174,7 +182,10 @@ class _Front:
     def __init__(self, host: Host, begun: Begun, rows: Sequence[int]) -> None:
         self.host = host
         self.texts = [begun.rows[i] for i in rows]
-        self.mask, self.cache = begun.mask, begun.cache
+        self.length = begun.mask.shape[1]
+        """Columns of what was begun; rows end in the last one."""
+        self.mask, self.cache, self.routes = begun.mask, begun.cache, begun.routes
+        self.ends = torch.tensor([len(begun.rows[i]) - 1 for i in rows])
         self._keep(rows)
 
     def _keep(self, rows: Sequence[int]) -> None:
@@ -182,29 +193,28 @@ class _Front:
         if self.cache is not None and rows:
             kept = torch.tensor(rows, dtype=torch.long) if len(rows) < len(self.mask) else None
             self.cache = _selected(self.cache, kept)
-            self.mask = self.mask if kept is None else self.mask[kept.to(self.mask.device)]
+            if kept is not None:
+                self.mask = self.mask[kept.to(self.mask.device)]
+                self.routes = _chosen(self.routes, kept)
 
     def step(self, going: Sequence[int], chosen: Sequence[int]) -> Tensor:
         """Put a token behind each row that goes on; logits after it ``[rows going, vocab]``."""
         if len(going) < len(self.texts):
             self._keep(going)
+            self.ends = self.ends[torch.tensor(going)]
         self.texts = [(*self.texts[k], token) for k, token in zip(going, chosen, strict=True)]
         if self.cache is None:
             line, last = torch.arange(len(going)), torch.tensor([len(text) - 1 for text in self.texts])
-            return self.host.forward_at(self.host.batch(self.texts), line, last)
+            return self.host.forward_at(self.host.batch(self.texts), line, last, ends=self.ends)
         ids = torch.tensor(chosen, device=self.host.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(going), 1)], 1)
         position = self.mask.sum(1, keepdim=True) - 1
-        logits, self.cache = _run(self.host, ids, self.mask, position, self.cache, None)
-        return logits
-
-
-def _run(
-    host: Host, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, at: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Any]:
-    """Run tokens behind a cache; logits ``[n, vocab]`` at (row, column), None the last column; and the cache."""
-    ran = host.run(Pass(ids, mask, positions, prefix=cache, use_cache=True, at=at))
-    return (ran.logits[:, -1] if at is None else ran.logits), ran.prefix
+        ends = torch.full((len(going),), self.length - 1)
+        ran = self.host.run(
+            Pass(ids, self.mask, position, prefix=self.cache, use_cache=True, ends=ends, routes=self.routes)
+        )
+        self.cache = ran.prefix
+        return ran.logits[:, -1]
 
 
 def _selected(cache: Any, rows: Tensor | None) -> Any:
@@ -215,6 +225,11 @@ def _selected(cache: Any, rows: Tensor | None) -> Any:
         if rows is not None and layer.is_initialized:
             layer.batch_select_indices(rows.to(layer.keys.device))
     return made
+
+
+def _chosen(routes: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
+    """Return the decisions about some rows."""
+    return {digest: entry[rows.to(entry.device)] for digest, entry in routes.items()}
 
 
 def end_tokens(host: Host) -> frozenset[int]:

@@ -92,14 +92,19 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
     """Let ``act``, given a module's input and output, answer for it in every thread until :func:`leave`.
 
-    Goes before all other hooks, also older ones, so that they see the module with its answer. A copy of
-    the model takes a copy of ``act``. Nothing happens where it stands there already.
+    Goes before all other hooks, also older ones, so that they see the module with its answer; of several acts
+    those of a lower ``rank`` go first. A copy of the model takes a copy of ``act``. Nothing happens where it
+    stands there already.
     """
-    if not _places(module, act):
-        module.register_forward_hook(_Answer(act), with_kwargs=True, prepend=True)
+    if _places(module, act):
+        return
+    module.register_forward_hook(_Answer(act, rank), with_kwargs=True)
+    acting = [(hook.rank, key) for key, hook in module._forward_hooks.items() if isinstance(hook, _Answer)]
+    for _, key in sorted(acting, reverse=True):
+        module._forward_hooks.move_to_end(key, last=False)
 
 
 def leave(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -117,8 +122,8 @@ def _places(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> list[
 class _Answer:
     """A hook as an object, since copying a model does not copy what a function closes over."""
 
-    def __init__(self, act: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.act = act
+    def __init__(self, act: Callable[[Tensor, Tensor], Tensor], rank: int) -> None:
+        self.act, self.rank = act, rank
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import RequestError
-from errata.host import hooks, identity, locking, passes, placement, prompts, tokens, trial
+from errata.host import hooks, identity, locking, passes, placed, placement, prompts, tokens, trial
 from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
@@ -191,9 +191,13 @@ class Host:
     @property
     def placed(self) -> tuple[str, ...]:
         """Digests of all edits in place on the model, of whatever kind, sorted."""
-        return tuple(
-            sorted({d for one in (*self.overlays.values(), *self.branches.values()) for d in one.deltas})
-        )
+        weights = {d for one in (*self.overlays.values(), *self.branches.values()) for d in one.deltas}
+        return tuple(sorted(weights | placed.on(self.model).digests))
+
+    @property
+    def shareable(self) -> bool:
+        """Whether what follows a text depends on the text alone: not while routers decide at prompts' ends."""
+        return not placed.on(self.model).interventions
 
     @property
     def branches(self) -> Mapping[str, Any]:
@@ -266,9 +270,14 @@ class Host:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
         return self.run(Pass(batch.ids, batch.mask, batch.positions, last=keep)).logits
 
-    def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
-        """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only."""
-        return self.run(Pass(batch.ids, batch.mask, batch.positions, at=(row, at))).logits
+    def forward_at(
+        self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
+    ) -> Tensor:
+        """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only.
+
+        ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token.
+        """
+        return self.run(Pass(batch.ids, batch.mask, batch.positions, at=(row, at), ends=ends)).logits
 
     def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
         """Continue one prompt, or each of several, greedily; return the new text only.

@@ -7,10 +7,13 @@ hooks, caches and edits in place act on what is run here and nowhere else.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from errata.host import hooks
@@ -42,6 +45,12 @@ class Pass:
     last: int | None = None
     """Of how many last columns logits are wanted; None: of all."""
 
+    ends: Tensor | None = None
+    """int64 ``[rows]``: column, counted with the prefix, of each row's last prompt token, at which routers decide;
+    None: each row's last token."""
+    routes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What routers have decided about these rows already, see :class:`Routing`."""
+
     def inputs(self, accepts: frozenset[str]) -> dict[str, Any]:
         """Return arguments of a model's forward; ``accepts`` names those it takes."""
         if self.pixels is not None:
@@ -71,6 +80,105 @@ class Ran:
     """``[rows, length, vocab]``; ``[n, vocab]`` where places were named, ``[rows, classes]`` of images."""
     prefix: Any = None
     """Keys and values of all tokens so far, where they were wanted."""
+    routes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What routers have decided about the rows, to be handed on with the prefix."""
+
+
+class Routing:
+    """What routers decide about the rows of one text: once, at each row's last prompt token.
+
+    Later tokens of a row, also in later passes, keep the decision of its prompt.
+    """
+
+    def __init__(
+        self, ends: Tensor | None = None, mask: Tensor | None = None, *, prefix: int | None = 0,
+        ids: Tensor | None = None, decided: Mapping[str, Tensor] | None = None, past: bool = False,
+    ) -> None:  # fmt: skip
+        """Take each row's end, or the mask ``[rows, prefix + length]`` that it is read off when it is asked for.
+
+        ``past``: all prompts ended before this pass. ``prefix``: columns before it; None where that varies.
+        """
+        self._ends, self._mask, self._prefix, self._past = ends, mask, prefix, past
+        self._ids = ids
+        self.decided: dict[str, Tensor] = dict(decided or {})
+        """By edit digest, the entry that speaks for each row, int64 ``[rows]``; -1: none."""
+
+    def ends(self, rows: int, length: int) -> Tensor:
+        """Return each row's column of its last prompt token in a pass of this length; -1 where it lies before."""
+        if self._past:
+            return torch.full((rows,), -1)
+        if self._ends is None:
+            whole = length - 1 + (self._prefix or 0)
+            self._ends = torch.full((rows,), whole) if self._mask is None else last_tokens(self._mask)
+        if self._prefix is None:  # a loop that reads either whole rows or one token more
+            return torch.where(self._ends < length, self._ends, -1)
+        return (self._ends - self._prefix).clamp_min(-1)
+
+    def prompt(self, row: int, end: int) -> list[int]:
+        """Return the ids that a pass holds of a row up to a column, padding left out; none where they are not known."""
+        if self._ids is None:
+            return []
+        ids = self._ids[row, : end + 1]
+        if self._mask is None:
+            return ids.tolist()
+        own = self._mask[row, -self._ids.shape[1] :][: end + 1]
+        return ids[own.bool()].tolist()
+
+    def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
+        """Return what was decided for an edit, or decide now."""
+        if digest not in self.decided:
+            self.decided[digest] = decide()
+        return self.decided[digest]
+
+
+class _Running(local):
+    """The routing of the pass that each thread is in, and whether it came to the model past its host."""
+
+    routing: Routing | None = None
+    direct: bool = False
+
+
+_RUNNING = _Running()
+
+
+def routing() -> Routing | None:
+    """Return the routing of the pass that this thread runs; None outside of one."""
+    return _RUNNING.routing
+
+
+@contextmanager
+def routed(current: Routing | None) -> Iterator[None]:
+    """Have passes in the block decide by this routing."""
+    before, _RUNNING.routing = _RUNNING.routing, current
+    try:
+        yield
+    finally:
+        _RUNNING.routing = before
+
+
+def enter(current: Routing) -> None:
+    """Begin a pass that came to the model past its host."""
+    _RUNNING.routing, _RUNNING.direct = current, True
+
+
+def leave() -> Routing | None:
+    """End such a pass and return its routing; None where there is none."""
+    if not _RUNNING.direct:
+        return None
+    current, _RUNNING.routing, _RUNNING.direct = _RUNNING.routing, None, False
+    return current
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """Return the column of each row's last token, int64 ``[rows]``; ``mask`` ``[rows, length]`` is 1 for tokens."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+
+
+def _routing(request: Pass) -> Routing | None:
+    if request.ids is None or request.mask is None or request.source is not None:
+        return None
+    prefix = request.mask.shape[1] - request.ids.shape[1]
+    return Routing(request.ends, request.mask, prefix=prefix, ids=request.ids, decided=request.routes)
 
 
 def arguments(model: nn.Module) -> frozenset[str]:
@@ -87,15 +195,17 @@ def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) 
     inputs = request.inputs(arguments(model) if accepts is None else accepts)
     head = output_head(model) if request.at is not None and request.source is None else None
     reduce = nullcontext() if head is None or request.at is None else hooks.gathering(head, *request.at)
-    with hooks.evaluating(model), reduce:
+    current = _routing(request)
+    with hooks.evaluating(model), reduce, routed(current):
         out = model(**inputs)
     prefix = out.past_key_values if request.use_cache else None
+    routes = current.decided if current is not None else {}
     if request.at is None:
-        return Ran(out.logits if request.last is None else out.logits[:, -request.last :], prefix)
+        return Ran(out.logits if request.last is None else out.logits[:, -request.last :], prefix, routes)
     if head is not None:
-        return Ran(out.logits[0], prefix)
+        return Ran(out.logits[0], prefix, routes)
     row, column = (index.to(out.logits.device) for index in request.at)
-    return Ran(out.logits[row, column], prefix)
+    return Ran(out.logits[row, column], prefix, routes)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -105,6 +215,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
-    """Let transformers' own loop continue rows; what it returns for the options."""
-    with hooks.evaluating(model):
+    """Let transformers' own loop continue rows, padded on the left; what it returns for the options."""
+    rows, length = inputs["input_ids"].shape
+    ends = torch.full((rows * options.get("num_beams", 1),), length - 1)
+    with hooks.evaluating(model), routed(Routing(ends, prefix=None)):
         return model.generate(**inputs, **options)

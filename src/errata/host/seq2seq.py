@@ -153,7 +153,9 @@ class Seq2SeqHost(Host):
             raise HostError("an encoder-decoder takes rows of its own batch()")
         return Pass(batch.ids, batch.mask, source=(batch.source.ids, batch.source.mask), **options)
 
-    def forward_at(self, batch: tokens.Batch, row: Tensor, at: Tensor) -> Tensor:
+    def forward_at(
+        self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
+    ) -> Tensor:
         """Run a batch; logits ``[n, vocab]`` after the tokens at (row[i], at[i]), counted in whole rows."""
         column = at - batch.begin[row] if isinstance(batch, Pairs) else at
         return self.run(self._pass(batch, at=(row, column + batch.offset.cpu()[row]))).logits

@@ -1,0 +1,95 @@
+"""What all routers have in common: they decide once a row, at the end of its prompt."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.records import laid_out
+
+NONE = -1
+"""The decision that no entry speaks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a router may look at to decide about rows."""
+
+    inputs: Tensor
+    """The site's input at each row's last prompt token, float32 ``[rows, d_in]``."""
+    outputs: Tensor
+    """The site's output there, float32 ``[rows, d_out]``."""
+    texts: Callable[[], Sequence[str]]
+    """Returns the rows' prompts."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a threshold comes to on prompts in scope and out of it."""
+
+    threshold: float
+    accepted_in_scope: float
+    """Share of prompts in scope that the router takes."""
+    accepted_out_of_scope: float
+    """Share of prompts out of scope that it takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Router(ABC):
+    """Decides which entry of a memory speaks for a row. Frozen; tensors are fields, all else is plain data."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors().items():
+            object.__setattr__(self, name, laid_out(tensor))
+
+    @abstractmethod
+    def scores(self, question: Question) -> Tensor:
+        """Return how well each entry fits each row, float32 ``[rows, entries]``; above zero an entry may speak."""
+
+    def decide(self, question: Question) -> Tensor:
+        """Return the entry that speaks for each row, int64 ``[rows]``, :data:`NONE` where none does."""
+        scores = self.scores(question)
+        if not scores.shape[1]:
+            return torch.full((len(scores),), NONE, device=scores.device)
+        best, entry = scores.max(1)
+        return torch.where(best > 0, entry, NONE)
+
+    def calibrate(
+        self, in_scope: Question, out_of_scope: Question, *, most_false: float = 0.05
+    ) -> tuple[Router, Calibration]:
+        """Return the router with a threshold that takes at most a share of the prompts out of scope, and what it costs.
+
+        Raises ValueError for a router without a threshold.
+        """
+        names = {field.name for field in fields(self)}
+        if "threshold" not in names:
+            raise ValueError(f"a {self.name} router has no threshold to calibrate")
+        own = float(self.threshold)
+        inside = self.scores(in_scope).amax(1) + own
+        outside = self.scores(out_of_scope).amax(1) + own
+        allowed = int(most_false * len(outside))
+        bound = float(outside.sort(descending=True).values[min(allowed, len(outside) - 1)])
+        chosen = replace(self, threshold=bound)
+        share_in, share_out = float((inside > bound).float().mean()), float((outside > bound).float().mean())
+        return chosen, Calibration(bound, share_in, share_out)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors, by field."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything else, as plain data."""
+        return {f.name: v for f in fields(self) if not isinstance(v := getattr(self, f.name), Tensor)}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Router:
+        """Build a router from what :meth:`tensors` and :meth:`facts` gave. Raises TypeError or ValueError."""
+        values = {**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}}
+        return cls(**values)

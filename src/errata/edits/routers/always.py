@@ -1,0 +1,25 @@
+"""Every row is in scope: the first entry always speaks. Of edits that act on all prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.routers._router import Question, Router
+
+
+@dataclass(frozen=True, eq=False)
+class Always(Router):
+    """Takes every row."""
+
+    name: ClassVar[str] = "always"
+
+    def scores(self, question: Question) -> Tensor:
+        """Return 1 for the one entry there is ``[rows, 1]``."""
+        return torch.ones(len(question.inputs), 1, device=question.inputs.device)
+
+
+ROUTER = Always

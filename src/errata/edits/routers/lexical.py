@@ -1,0 +1,44 @@
+"""An entry speaks for prompts that name it: its subject, whole words, whatever their capitals."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.routers._router import Question, Router
+from errata.writing import names
+
+
+@dataclass(frozen=True, eq=False)
+class Lexical(Router):
+    """Takes rows whose prompt names an entry; of several the longest name, of equal ones the newest entry."""
+
+    name: ClassVar[str] = "lexical"
+    phrases: tuple[str, ...]
+    """By entry, the name that a prompt must hold."""
+
+    def scores(self, question: Question) -> Tensor:
+        """Return the length of the name where the prompt holds it, else 0, ``[rows, entries]``."""
+        texts = [_folded(text) for text in question.texts()]
+        newest = len(self.phrases) + 1
+        table = [
+            [
+                len(phrase) + (number + 1) / newest if names(text, _folded(phrase)) else 0.0
+                for number, phrase in enumerate(self.phrases)
+            ]
+            for text in texts
+        ]
+        return torch.tensor(table, dtype=torch.float32, device=question.inputs.device).reshape(
+            len(texts), len(self.phrases)
+        )
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+ROUTER = Lexical

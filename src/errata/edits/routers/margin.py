@@ -1,0 +1,35 @@
+"""A row is in scope where a side memory answers it far from how the weight itself does (WISE).
+
+Source     Wang et al., "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing", NeurIPS 2024,
+           arXiv 2405.14768, Eq. 2: the norm of (W' - W) a, for an input a, against a threshold
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.routers._router import Question, Router
+
+
+@dataclass(frozen=True, eq=False)
+class Margin(Router):
+    """Takes rows on which a side memory's change of the output is longer than the threshold."""
+
+    name: ClassVar[str] = "margin"
+    changes: Tensor
+    """W' - W of each entry, ``[entries, d_out, d_in]``."""
+    threshold: float = 0.0
+    """Least norm of the change, in the unit of the site's output."""
+
+    def scores(self, question: Question) -> Tensor:
+        """Return the change's norm less the threshold ``[rows, entries]``."""
+        inputs = question.inputs.float()
+        moved = torch.einsum("eoi,ri->reo", self.changes.to(inputs), inputs)  # [rows, entries, d_out]
+        return moved.norm(dim=2) - self.threshold
+
+
+ROUTER = Margin

@@ -1,0 +1,170 @@
+"""What is in place on a model besides changed weights: interventions at modules, and rewriters of prompts.
+
+Kept on the model itself, so that two hosts of it agree and a copy of the model has a copy. Written to by the edits
+room alone. Nothing is hung into a model on which nothing is in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from errata.host import hooks, passes
+
+PLACED = "_errata_placed"
+
+
+class Intervention(Protocol):
+    """What an edit does to a module's output while the model runs."""
+
+    digest: str
+    """Of the edit it belongs to."""
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: passes.Routing) -> Tensor:
+        """Return another output ``[rows, length, d_out]`` from inputs ``[rows, length, d_in]`` and output."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """What an edit makes of every prompt before it is put to the model."""
+
+    digest: str
+    rewrite: Callable[[str], str]
+
+
+@dataclass
+class Placed:
+    """Interventions by module path and rewriters, each in the order they were put in place."""
+
+    interventions: Mapping[str, tuple[Intervention, ...]] = field(default_factory=dict)
+    """Replaced, never changed, for another thread may be reading."""
+    rewriters: tuple[Rewriter, ...] = ()
+    acts: dict[str, _ModuleActs] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Edits that have anything in place here."""
+        acting = {one.digest for several in self.interventions.values() for one in several}
+        return frozenset(acting | {one.digest for one in self.rewriters})
+
+
+def on(model: nn.Module) -> Placed:
+    """Return what is in place on a model; not to be written to."""
+    return model.__dict__.get(PLACED) or Placed()
+
+
+def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
+    """Have an intervention act on a module's output in every thread, after changes of its weights."""
+    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
+    acts = placed.acts.setdefault(path, _ModuleActs())
+    several = (*placed.interventions.get(path, ()), intervention)
+    placed.interventions = {**placed.interventions, path: several}
+    acts.interventions = several
+    hooks.stand(model.get_submodule(path), acts, rank=1)
+    if not any(isinstance(hook, _Watch) for hook in model._forward_pre_hooks.values()):
+        watch = _Watch()
+        model.register_forward_pre_hook(watch, with_kwargs=True)
+        model.register_forward_hook(watch.after, with_kwargs=True, always_call=True)
+
+
+def add_rewriter(model: nn.Module, rewriter: Rewriter) -> None:
+    """Have prompts rewritten, after the rewriters that are there already."""
+    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
+    placed.rewriters = (*placed.rewriters, rewriter)
+
+
+def remove(model: nn.Module, digest: str) -> None:
+    """Take away all that an edit has in place here, if anything."""
+    placed: Placed | None = model.__dict__.get(PLACED)
+    if placed is None:
+        return
+    placed.rewriters = tuple(one for one in placed.rewriters if one.digest != digest)
+    left: dict[str, tuple[Intervention, ...]] = {}
+    for path, several in placed.interventions.items():
+        rest = tuple(one for one in several if one.digest != digest)
+        placed.acts[path].interventions = rest
+        if rest:
+            left[path] = rest
+        else:
+            _leave(model, path, placed.acts[path])
+    placed.interventions = left
+    placed.acts = {path: acts for path, acts in placed.acts.items() if path in left}
+    if not left:
+        _unwatch(model)
+    if not left and not placed.rewriters:
+        del model.__dict__[PLACED]
+
+
+def _leave(model: nn.Module, path: str, acts: _ModuleActs) -> None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:  # a module that is gone took its hook along
+        return
+    hooks.leave(module, acts)
+
+
+def _unwatch(model: nn.Module) -> None:
+    for held in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(held.items()):
+            if isinstance(hook, _Watch) or isinstance(getattr(hook, "__self__", None), _Watch):
+                held.pop(key)
+                for beside in (
+                    model._forward_pre_hooks_with_kwargs,
+                    model._forward_hooks_with_kwargs,
+                    model._forward_hooks_always_called,
+                ):
+                    beside.pop(key, None)
+
+
+class _ModuleActs:
+    """All interventions at one module; the hook itself."""
+
+    def __init__(self) -> None:
+        self.interventions: tuple[Intervention, ...] = ()
+
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        current = passes.routing() or passes.Routing()
+        for intervention in self.interventions:
+            output = intervention(inputs, output, current)
+        return output
+
+
+class _Watch:
+    """Gives a routing to passes that come to the model past its host, as from ``model.generate``.
+
+    A prompt's decision is kept by the cache that the tokens after it are read with.
+    """
+
+    def __init__(self) -> None:
+        self.known: WeakKeyDictionary[Any, passes.Routing] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return _Watch()
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a pass, unless a host has begun it."""
+        if passes.routing() is not None:
+            return
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else 0
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        known = self.known.get(cache) if cache is not None and length == 1 else None
+        if known is not None:  # one more token of a row whose prompt was read
+            passes.enter(passes.Routing(decided=known.decided, past=True))
+            return
+        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        prefix = 0 if plain is None else plain.shape[1] - length
+        tokens = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        passes.enter(passes.Routing(mask=plain, prefix=prefix, ids=tokens))
+
+    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """End the pass that was begun here; its cache keeps the decisions."""
+        current = passes.leave()
+        cache = getattr(output, "past_key_values", None)
+        if current is not None and cache is not None:
+            self.known[cache] = current
