@@ -12,6 +12,7 @@ from torch import nn
 
 from errata import config as settings
 from errata import lab
+from errata.bench import sources
 from errata.bench.runner import Report
 from errata.bench.runner import evaluate as run
 from errata.bench.schedule import Schedule
@@ -31,6 +32,9 @@ from errata.stats.collect import Corpus, corpus_name
 from errata.types import Case, ImageRequest, Request
 
 Tick = Callable[[str, int, int], None]
+
+EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
+"""How many of the lab's facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
 
 def load(
@@ -60,8 +64,9 @@ def load(
 def edit(
     host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *,
     method: str = "memit", seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
-    corpus: str | os.PathLike[str] | Corpus | None = None, template: str | None = None, system: str | None = None,
-    thinking: bool | str | None = None, join: str | None = None, on_progress: Tick = lambda *_: None, **options: Any,
+    corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
+    template: str | None = None, system: str | None = None, thinking: bool | str | None = None,
+    join: str | None = None, on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Edit:  # fmt: skip
     """Fit an edit for some requests and return it; the host is left as it was.
 
@@ -74,7 +79,9 @@ def edit(
     the host's own (prompts as they stand).
 
     ``options`` are the method's settings, see ``errata methods NAME``. ``corpus``: a text file for
-    statistics; by default the lab's own text, or text the host writes itself. Raises ConfigError for
+    statistics; by default the lab's own text, or text the host writes itself. ``examples``: other facts with
+    paraphrases and neighbours, for methods that need them (``ike``): cases, or a source as for
+    ``errata eval --cases``; by default the lab's own for the lab. Raises ConfigError for
     unknown methods or settings and for a method of another kind of model, RequestError for requests the
     host cannot take.
     """
@@ -84,7 +91,7 @@ def edit(
     check_kind(entry, host)
     host = put(host, template=template, system=system, thinking=thinking, join=join, after=after)
     check_requests(host, wanted)
-    work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
+    work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
     work.batch_size = _batch_size(batch_size)
     return entry.run(host, wanted, config, work, after)
 
@@ -164,7 +171,8 @@ def evaluate(
     probes: Sequence[str] | None = None, after: Edit | None = None,
     keep: Callable[[Report, Edit], None] | None = None, template: str | None = None, max_new_tokens: int = 24,
     system: str | None = None, thinking: bool | str | None = None, join: str | None = None,
-    corpus: str | os.PathLike[str] | Corpus | None = None, on_progress: Tick = lambda *_: None, **options: Any,
+    corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
+    on_progress: Tick = lambda *_: None, **options: Any,
 ) -> Report:  # fmt: skip
     """Measure a method on cases, or given edits on all of them. The host is left as it was.
 
@@ -185,7 +193,7 @@ def evaluate(
         raise ConfigError(
             f"cases are texts, and {host.name} is an image classifier: compare host.logits(images)"
         )
-    work = workspace(host, seed=seed, corpus=corpus, on_progress=on_progress)
+    work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
     edits: Sequence[Edit] = [edit] if isinstance(edit, Edit) else edit or []
@@ -203,14 +211,24 @@ def evaluate(
 
 def workspace(
     host: Host, *, seed: int, corpus: str | os.PathLike[str] | Corpus | None = None,
-    on_progress: Tick = lambda *_: None,
+    examples: str | Sequence[Case] | None = None, on_progress: Tick = lambda *_: None,
 ) -> Workspace:  # fmt: skip
-    """Build what a fit works with: seed, corpus, cache."""
+    """Build what a fit works with: seed, corpus, examples, cache."""
     if isinstance(corpus, (str, os.PathLike)):
         corpus = _file_corpus(Path(corpus))
     elif corpus is None and host.name == lab.NAME:
         corpus = lab.corpus()
-    return Workspace(seed=seed, corpus=corpus, folder=cache_dir(), on_progress=on_progress)
+    if isinstance(examples, str):
+        examples = sources.read(examples, seed=EXAMPLE_SEED)[0]
+    given = tuple(examples or ())
+    own = examples is None and host.name == lab.NAME
+
+    def drawn() -> Sequence[Case]:
+        return lab.cases(EXAMPLES, seed=EXAMPLE_SEED) if own else given
+
+    return Workspace(
+        seed=seed, corpus=corpus, load_examples=drawn, folder=cache_dir(), on_progress=on_progress
+    )
 
 
 def check_kind(method: Method, host: Host) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 import errata
 from errata import config as settings
+from errata.edits import WeightEdit
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
@@ -23,6 +24,17 @@ REQUESTS = [
     errata.Request("The capital of {} is", "Arvania", "Esk"),
 ]
 ALL = [name for name in REGISTRY if REGISTRY.get(name).host == "causal_lm"]
+EXAMPLES = [
+    errata.Case(
+        f"example {i}",
+        errata.Request("{} works in", name, town, "Esk"),
+        (
+            errata.Probe("paraphrase", f"The place where {name} works is", (town,), ("Esk",)),
+            errata.Probe("neighbourhood", "Ivo works in", ("Esk",), ("Esk",)),
+        ),
+    )
+    for i, (name, town) in enumerate((("Ivo Marn", "Tallow"), ("Lena Ost", "Merrin"), ("Pia Holt", "Esk")))
+]
 PAIRS = [(name, family) for name in ALL for family in ("llama", "gpt2", "gemma2")]
 
 
@@ -32,12 +44,24 @@ def options(name: str) -> dict:
     return {k: v for k, v in {"steps": 4, "tokens": 400}.items() if k in fields}
 
 
+def new(name: str, family: str, seed: int = 0):
+    """Build a host that a method's edit fits: in-context editing needs room for its texts."""
+    changes = {}
+    if "examples" in REGISTRY.get(name).needs:
+        changes = {"gpt2": {"n_positions": 512}, "gptj": {"n_positions": 512}}.get(
+            family, {"max_position_embeddings": 512}
+        )
+    return fresh(family, seed=seed, **changes)
+
+
 def fit(name: str, host, requests=None, **more):
+    if "examples" in REGISTRY.get(name).needs:
+        more["examples"] = EXAMPLES
     return errata.edit(host, requests or REQUESTS[:1], method=name, **{**options(name), **more})
 
 
 def logits(host) -> torch.Tensor:
-    rows = [host.encode(r.text).ids for r in REQUESTS] + [host.encode("Bruno Holner lives in").ids]
+    rows = [host.encode_prompt(r.text) for r in REQUESTS] + [host.encode_prompt("Bruno Holner lives in")]
     with torch.no_grad():
         return host.forward(host.batch(rows))
 
@@ -45,12 +69,21 @@ def logits(host) -> torch.Tensor:
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
 def fitted(request):
     name, family = request.param
-    host = fresh(family)
+    host = new(name, family)
     return name, host, fit(name, host)
 
 
 def tensors(edit) -> dict[str, torch.Tensor]:
     return dict(edit.parts())
+
+
+def changes_weights(name: str) -> bool:
+    return REGISTRY.get(name).gives is WeightEdit
+
+
+def seen(host) -> tuple[str, bytes]:
+    """What a host is and says: its weights and its logits, bit by bit."""
+    return host.weights_hash(), logits(host).numpy().tobytes()
 
 
 def same(a, b) -> bool:
@@ -101,11 +134,11 @@ def test_fit_leaves_the_host_alone(fitted, tmp_path, monkeypatch, capfd):
 
 def test_same_seed_same_edit_also_after_other_fits(fitted):
     name, host, edit = fitted
-    other = fresh("gptj", seed=3)
+    other = new(name, "gptj", seed=3)
     fit(name, other, REQUESTS[1:])
     fit(name, host, REQUESTS[1:])
     assert same(fit(name, host), edit)
-    assert same(fit(name, fresh(host.family)), edit)
+    assert same(fit(name, new(name, host.family)), edit)
 
 
 def test_on_changes_inside_and_nothing_outside(fitted):
@@ -121,20 +154,21 @@ def test_on_changes_inside_and_nothing_outside(fitted):
 
 def test_revert_is_bit_exact_in_any_order(fitted):
     name, host, edit = fitted
-    start = host.weights_hash()
+    start = seen(host)
     second = fit(name, host, REQUESTS[1:])
-    hashes = []
+    both = []
     for order in ((edit, second), (second, edit)):
         for one in order:
             one.apply_(host)
-        hashes.append(host.weights_hash())
+        assert host.placed == tuple(sorted(one.digest for one in order))
+        both.append(seen(host))
         order[0].revert_(host)
-        with_one = host.weights_hash()
+        with_one = seen(host)
         order[1].revert_(host)
-        assert host.weights_hash() == start
+        assert seen(host) == start
         with order[1].on(host):
-            assert host.weights_hash() == with_one
-    assert hashes[0] == hashes[1], "the order of edits must not matter"
+            assert seen(host) == with_one != start
+    assert both[0] == both[1] != start, "the order of edits must not matter"
     with pytest.raises(errata.ErrataError, match="not active"):
         edit.revert_(host)
 
@@ -152,6 +186,19 @@ def test_save_load_apply_gives_the_same_logits(fitted, tmp_path):
         assert torch.equal(logits(host), expected)
 
 
+def test_a_batch_half_in_scope_is_its_rows(fitted):
+    """Eight prompts, padded on the left, generated with a cache: every row as it is alone."""
+    _, host, edit = fitted
+    inside = [r.text for r in REQUESTS] + ["Ada Brenner was born in the", "Arvania"]
+    outside = ["Bruno Holner lives in", "The harp", "Esk is the town of", "Merrin"]
+    prompts = [text for pair in zip(inside, outside, strict=True) for text in pair]
+    plain = host.generate(prompts, max_new_tokens=6, natural_stop=False)
+    with edit.on(host):
+        together = host.generate(prompts, max_new_tokens=6, natural_stop=False)
+        assert together == [host.generate(p, max_new_tokens=6, natural_stop=False) for p in prompts]
+    assert host.generate(prompts, max_new_tokens=6, natural_stop=False) == plain
+
+
 def writable(host, name: str) -> set[str]:
     """Weights a method may change by its own declaration."""
     if REGISTRY.get(name).writes == "site":
@@ -166,11 +213,16 @@ def test_only_declared_sites_change(fitted):
     before = {n: p.detach().clone() for n, p in host.model.named_parameters()}
     with edit.on(host):
         changed = {n for n, p in host.model.named_parameters() if not torch.equal(p, before[n])}
+    if not changes_weights(name):
+        assert not changed
+        return
     assert changed == set(edit.deltas) <= writable(host, name)
 
 
 def test_the_change_read_back_is_the_delta(fitted):
-    _, host, edit = fitted
+    name, host, edit = fitted
+    if not changes_weights(name):
+        pytest.skip("declares that it changes no weights")
     before = {n: host.model.get_parameter(n).detach().clone() for n in edit.deltas}
     with edit.on(host):
         assert edit.rounding(host) < 1e-3
@@ -182,8 +234,10 @@ def test_the_change_read_back_is_the_delta(fitted):
             )
 
 
-def test_beside_equals_merged_and_revert_detaches(fitted):
+def test_unmerged_equals_merged_and_revert_detaches(fitted):
     name, host, edit = fitted
+    if not changes_weights(name):
+        pytest.skip("declares that it changes no weights")
     if REGISTRY.get(name).writes == "block":
         pytest.skip("declares that it writes norms and biases too, which are no linear maps")
     start, before = host.weights_hash(), logits(host)
@@ -199,7 +253,7 @@ def test_beside_equals_merged_and_revert_detaches(fitted):
 
 @pytest.mark.parametrize("name", ALL)
 def test_several_requests_iff_batch(name):
-    host = fresh("llama")
+    host = new(name, "llama")
     if REGISTRY.get(name).batch:
         edit = fit(name, host, REQUESTS)
         assert edit.provenance.requests == tuple(REQUESTS)
@@ -212,17 +266,17 @@ def test_several_requests_iff_batch(name):
 def test_fits_follow_one_another_iff_sequential(name):
     if not REGISTRY.get(name).sequential:
         pytest.skip("declared as not sequential")
-    host = fresh("llama")
-    start = host.weights_hash()
+    host = new(name, "llama")
+    start = seen(host)
     first = fit(name, host)
     first.apply_(host)
-    held = host.weights_hash()
+    with_first = seen(host)
     second = fit(name, host, REQUESTS[1:])
-    assert host.weights_hash() == held
+    assert seen(host) == with_first
     second.apply_(host)
     first.revert_(host)
     second.revert_(host)
-    assert host.weights_hash() == start
+    assert seen(host) == start
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -230,7 +284,7 @@ def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, tmp_path):
     if not REGISTRY.get(name).sequential:
         pytest.skip("declared as not sequential")
     third = errata.Request("Bruno Holner lives in", "Bruno Holner", "Esk")
-    host = fresh("llama")
+    host = new(name, "llama")
     start = host.weights_hash()
     edit = None
     for request in (*REQUESTS, third):
@@ -238,25 +292,28 @@ def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, tmp_path):
         assert host.weights_hash() == start
     first = fit(name, host, REQUESTS[:1])
     path = first.save(tmp_path / "first.safetensors")
-    second = fit(name, fresh("llama"), REQUESTS[1:], after=errata.Edit.load(path))
+    second = fit(name, new(name, "llama"), REQUESTS[1:], after=errata.Edit.load(path))
     path = second.save(tmp_path / "second.safetensors")
-    stopped = fit(name, fresh("llama"), [third], after=errata.Edit.load(path))
+    stopped = fit(name, new(name, "llama"), [third], after=errata.Edit.load(path))
     assert same(stopped, edit) and stopped.digest == edit.digest
     assert edit.provenance.requests == (*REQUESTS, third)
     alone = fit(name, host, [third])
-    assert same(alone, fit(name, fresh("llama"), [third])), "a sequence must leave nothing behind"
+    assert same(alone, fit(name, new(name, "llama"), [third])), "a sequence must leave nothing behind"
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_hosts_get_float32_deltas(name, dtype):
-    host = fresh("llama")
+    host = new(name, "llama")
     host.model.to(dtype)
     start = host.weights_hash()
     edit = fit(name, host)
-    assert all(t.dtype == torch.float32 for t in tensors(edit).values())
+    assert all(t.dtype == torch.float32 for t in tensors(edit).values() if t.is_floating_point())
+    before = logits(host)
     edit.apply_(host)
-    assert host.dtype == dtype and 0 < edit.rounding(host) < 1
+    assert host.dtype == dtype and not torch.equal(logits(host), before)
+    if changes_weights(name):
+        assert 0 < edit.rounding(host) < 1
     edit.revert_(host)
     assert host.weights_hash() == start
 
@@ -264,7 +321,7 @@ def test_sixteen_bit_hosts_get_float32_deltas(name, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("name", ALL)
 def test_on_cuda(name):
-    host = fresh("llama")
+    host = new(name, "llama")
     host.model.to("cuda")
     start = host.weights_hash()
     edit = fit(name, host)

@@ -29,6 +29,13 @@ Settings = Annotated[
 CorpusFile = Annotated[
     Path | None, typer.Option("--corpus", help="Text file for statistics; default: the host's own text.")
 ]
+Examples = Annotated[
+    str | None,
+    typer.Option(
+        "--examples",
+        help="Facts with paraphrases and neighbours for methods that need them (ike): as for --cases.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")

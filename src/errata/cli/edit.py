@@ -51,7 +51,7 @@ def command(
     settings: common.Settings = None,
     after: After = None,
     batch_size: BatchSize = "auto",
-    corpus: common.CorpusFile = None,
+    corpus: common.CorpusFile = None, examples: common.Examples = None,
     template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
     thinking: common.Thinking = None, join: common.JoinName = None,
     force: common.Force = False, strict: Strict = False, dry_run: DryRun = False,
@@ -88,7 +88,7 @@ def command(
     with common.progress(not json) as tick:
         made = api.edit(
             host, requests, method=method, seed=seed, after=before, batch_size=batch_size, corpus=corpus,
-            on_progress=tick, **options,
+            examples=examples, on_progress=tick, **options,
         )  # fmt: skip
         path = outputs.save_edit(made, output, earlier)
         outcome = checks.texts(host, made, tick) if texts else checks.images(host, made, requests)

@@ -53,7 +53,7 @@ def command(
     thinking: common.Thinking = None, join: common.JoinName = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
     settings: common.Settings = None,
-    corpus: common.CorpusFile = None,
+    corpus: common.CorpusFile = None, examples: common.Examples = None,
     output: Output = None,
     keep_edit: KeepEdit = None,
     after: After = None,
@@ -86,6 +86,7 @@ def command(
             host, table, method=method, edit=given or None, seed=seed, schedule=plan, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
             keep=keep, template=host.prompt_format.template, max_new_tokens=max_new_tokens, corpus=corpus,
+            examples=examples,
             on_progress=tick, **options,
         )  # fmt: skip
     document = report.to_dict()

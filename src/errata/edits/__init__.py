@@ -2,6 +2,7 @@
 
 from errata.edits.edit import Edit, Placement, Provenance
 from errata.edits.memory import MemoryEdit
+from errata.edits.prompt import PromptEdit
 from errata.edits.weight import WeightEdit
 
-__all__ = ["Edit", "MemoryEdit", "Placement", "Provenance", "WeightEdit"]
+__all__ = ["Edit", "MemoryEdit", "Placement", "PromptEdit", "Provenance", "WeightEdit"]

@@ -240,6 +240,7 @@ class _Act:
 
     def __init__(self, edit: MemoryEdit, number: int, host: Host) -> None:
         self.digest, self.router, self.first = edit.digest, edit.router, number == 0
+        self.order = (edit.provenance.created, edit.digest)
         self.intervention = edit.interventions[number]
         self.tokenizer = host.tokenizer
         self.ready: dict[str, Tensor] = {}

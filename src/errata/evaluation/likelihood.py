@@ -70,6 +70,7 @@ def continuation(host: Host, context: str, text: str) -> tokens.Answer:
     White space at the end of the context counts as the continuation's, and so does a token across the
     border. A row longer than the window loses its beginning.
     """
+    context = host.rewritten(context)
     made = host.encode(context + text)
     ids, border = made.ids, len(context.rstrip())
     start = next((i for i, (a, b) in enumerate(made.spans) if b > max(a, border)), len(ids))
@@ -148,7 +149,7 @@ def continued(
 
     A prompt that leaves no room in the window loses its beginning.
     """
-    rows = [tokens.encode_prompt(host.tokenizer, prompt).ids for prompt in prompts]
+    rows = [tokens.encode_prompt(host.tokenizer, host.rewritten(prompt)).ids for prompt in prompts]
     if host.window is not None:
         limit = min(limit, host.window - 1)
         rows = [row[-(host.window - limit) :] for row in rows]

@@ -103,7 +103,7 @@ class Host:
         known = self.__dict__.get("_layout")
         modules = placement.identities(self.model)
         if known is None or known[0] != modules:
-            with hooks.plain_torch():
+            with hooks.plain_torch(), passes.without_interventions():
                 ids = torch.arange(5, device=self.device)[None] % self.vocab_size
                 known = self.__dict__["_layout"] = (
                     modules, discover(self.model, Pass(ids, torch.ones_like(ids)))
@@ -222,12 +222,16 @@ class Host:
         """Whether texts may go on from one that was run before, tried out once; see ``continuing``."""
         from errata.host import continuing
 
-        return continuing.works(self)
+        with passes.without_interventions():
+            return continuing.works(self)
 
     @cached_property
     def padding(self) -> trial.Padding:
         """How rows are generated from together so that none sees another's padding, tried out once."""
-        return "left" if self.continues or self.reads_by_encoder else trial.padding(self)
+        if self.continues or self.reads_by_encoder:
+            return "left"
+        with passes.without_interventions():
+            return trial.padding(self)
 
     @property
     def reads_by_encoder(self) -> bool:
@@ -331,10 +335,23 @@ class Host:
         return view
 
     def frame(self, prompt: str, *, prefix: str = "", before: int | None = None) -> prompts.Framed:
-        """Put a prompt as :attr:`prompt_format` says; see :func:`errata.host.prompts.frame`."""
+        """Put a prompt as :attr:`prompt_format` says, after edits have rewritten it.
+
+        See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt as it is given.
+        """
+        rewritten = self.rewritten(prompt)
+        if before is not None and rewritten != prompt:
+            before += len(rewritten) - len(prompt)
+        prompt = rewritten
         template = getattr(self.tokenizer, "chat_template", None)
         key = repr(template) if template else ""  # it may be changed on a live tokenizer
         return self._remember(_frame, self.tokenizer, self.prompt_format, prompt, prefix, before, key)
+
+    def rewritten(self, prompt: str) -> str:
+        """Return a prompt as the edits in place make it, the oldest first."""
+        for rewriter in placed.on(self.model).rewriters:
+            prompt = rewriter.rewrite(prompt)
+        return prompt
 
     def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
         """Tokenise what is continued of a framed prompt; ids."""

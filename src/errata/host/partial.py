@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.errors import RequestError
-from errata.host import hooks
+from errata.host import hooks, passes
 from errata.host.load import Host
 from errata.host.passes import Pass
 
@@ -276,7 +276,8 @@ def can_reuse(host: Host, longest: int) -> bool:
     known = host.__dict__.setdefault("_reuse", {})
     if "works" not in known:
         try:
-            known["works"] = _works(host)
+            with passes.without_interventions():
+                known["works"] = _works(host)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
             known["works"] = False  # it keeps something else than keys and values
     return known["works"]

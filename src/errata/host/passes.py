@@ -132,10 +132,12 @@ class Routing:
 
 
 class _Running(local):
-    """The routing of the pass that each thread is in, and whether it came to the model past its host."""
+    """The routing of the pass that each thread is in, whether it came to the model past its host, and whether
+    interventions are to leave it alone."""
 
     routing: Routing | None = None
     direct: bool = False
+    plain: bool = False
 
 
 _RUNNING = _Running()
@@ -154,6 +156,21 @@ def routed(current: Routing | None) -> Iterator[None]:
         yield
     finally:
         _RUNNING.routing = before
+
+
+def is_plain() -> bool:
+    """Whether interventions leave the passes of this thread alone."""
+    return _RUNNING.plain
+
+
+@contextmanager
+def without_interventions() -> Iterator[None]:
+    """Have interventions leave passes in the block alone: what a model is like is found out without them."""
+    before, _RUNNING.plain = _RUNNING.plain, True
+    try:
+        yield
+    finally:
+        _RUNNING.plain = before
 
 
 def enter(current: Routing) -> None:

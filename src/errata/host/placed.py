@@ -23,6 +23,9 @@ class Intervention(Protocol):
 
     digest: str
     """Of the edit it belongs to."""
+    order: tuple[str, str]
+    """When its edit was made, and its digest: of several at one module the newest acts last, whatever was placed
+    first."""
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: passes.Routing) -> Tensor:
         """Return another output ``[rows, length, d_out]`` from inputs ``[rows, length, d_in]`` and output."""
@@ -34,12 +37,13 @@ class Rewriter:
     """What an edit makes of every prompt before it is put to the model."""
 
     digest: str
+    order: tuple[str, str]
     rewrite: Callable[[str], str]
 
 
 @dataclass
 class Placed:
-    """Interventions by module path and rewriters, each in the order they were put in place."""
+    """Interventions by module path, oldest edit first, and rewriters."""
 
     interventions: Mapping[str, tuple[Intervention, ...]] = field(default_factory=dict)
     """Replaced, never changed, for another thread may be reading."""
@@ -62,7 +66,7 @@ def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
     """Have an intervention act on a module's output in every thread, after changes of its weights."""
     placed: Placed = model.__dict__.setdefault(PLACED, Placed())
     acts = placed.acts.setdefault(path, _ModuleActs())
-    several = (*placed.interventions.get(path, ()), intervention)
+    several = tuple(sorted((*placed.interventions.get(path, ()), intervention), key=lambda one: one.order))
     placed.interventions = {**placed.interventions, path: several}
     acts.interventions = several
     hooks.stand(model.get_submodule(path), acts, rank=1)
@@ -73,9 +77,9 @@ def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
 
 
 def add_rewriter(model: nn.Module, rewriter: Rewriter) -> None:
-    """Have prompts rewritten, after the rewriters that are there already."""
+    """Have prompts rewritten, by the oldest edit first."""
     placed: Placed = model.__dict__.setdefault(PLACED, Placed())
-    placed.rewriters = (*placed.rewriters, rewriter)
+    placed.rewriters = tuple(sorted((*placed.rewriters, rewriter), key=lambda one: one.order))
 
 
 def remove(model: nn.Module, digest: str) -> None:
@@ -128,6 +132,8 @@ class _ModuleActs:
         self.interventions: tuple[Intervention, ...] = ()
 
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        if passes.is_plain():
+            return output
         current = passes.routing() or passes.Routing()
         for intervention in self.interventions:
             output = intervention(inputs, output, current)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from errata.edits.edit import Edit, Provenance, timestamp, versions
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
-from errata.host import hooks, locking
+from errata.host import hooks, locking, placed
 from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
@@ -23,7 +24,7 @@ from errata.locate.contexts import Context, prefixes, sampled_corpus, weigh
 from errata.locate.values import ValueConfig
 from errata.stats import external
 from errata.stats.collect import Corpus, eigen_of, second_moments
-from errata.types import Request
+from errata.types import Case, Request
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Method:
     def _run(
         self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None
     ) -> Edit:
+        self._refuse_routed(host, after)
         if after is None:
             return self.fit(host, requests, config, work)
         if not self.sequential:
@@ -80,6 +82,15 @@ class Method:
         with after.on(host):
             made = self.fit(host, requests, config, replace(work, after=after))
         return after.then(made, cumulative=self.cumulative)
+
+    def _refuse_routed(self, host: Host, after: Edit | None) -> None:
+        """Raise ConfigError where weights would be fitted around edits that act on some prompts only."""
+        acting = sorted(placed.on(host.model).digests - {after.digest if after else ""})
+        if acting and self.gives is WeightEdit:
+            raise ConfigError(
+                f"{self.name} changes weights, and edit {acting[0]}, which acts at run time, is in place: what "
+                "is fitted now would depend on it; take it off first"
+            )
 
 
 @dataclass
@@ -98,6 +109,8 @@ class Workspace:
     """Token budget that replaces a method's own, if set."""
     folder: Path | None = None
     """Where statistics are kept between runs; None: only in memory."""
+    load_examples: Callable[[], Sequence[Case]] = tuple
+    """Returns other facts with their probes, for methods that learn from examples; never those that measure."""
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with a phase and how far it is."""
     after: Any = None
@@ -105,6 +118,13 @@ class Workspace:
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def examples(self) -> Sequence[Case]:
+        """Other facts with their probes, read once."""
+        if ("examples",) not in self._made:
+            self._made[("examples",)] = self.load_examples()
+        return self._made[("examples",)]
 
     def metrics(
         self, host: Host, sites: Sequence[Site], tokens: int, *, ridge: float = RIDGE,

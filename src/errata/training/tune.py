@@ -144,7 +144,9 @@ class Losses:
         at = torch.tensor([at for line in lines for at in line.at])
         token = torch.tensor([t for line in lines for t in line.targets], device=self.host.device)
         with self.lower.given(chosen) as batch:
-            logits = self.host.forward_at(batch, row, at + batch.offset.cpu()[row])  # [t, vocab]
+            offset = batch.offset.cpu()
+            ends = torch.tensor([line.at[0] for line in lines]) + offset  # routers decide where prompts end
+            logits = self.host.forward_at(batch, row, at + offset[row], ends=ends)  # [t, vocab]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lost = functional.cross_entropy(wide, token.to(wide.device), reduction="none")
         share = torch.tensor([1 / len(line.targets) for line in lines], device=lost.device, dtype=lost.dtype)

@@ -1,0 +1,181 @@
+"""IKE: edit in context, by demonstrations of how a new fact changes what is asked and what it leaves alone.
+
+Paper      Zheng et al., "Can We Edit Factual Knowledge by In-Context Learning?", EMNLP 2023, arXiv 2305.12740
+Implements Sec. 3: demonstrations of three kinds - copy, update, retain - made from other facts, those most like
+           the new fact chosen by a sentence encoder and put nearest to it; then the new fact, then the prompt
+Departs    Where the window cannot hold all demonstrations, the least like ones are left out. Without ``encoder``
+           the model's own hidden states compare facts (paper: all-MiniLM-L6-v2). The paper edits one fact at a
+           time and has it before every prompt; with several, each prompt gets the fact whose subject it names, and
+           one that names none is put as it is (``scope``).
+Needs      Examples: other facts with paraphrases and neighbours
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from errata.config import positive
+from errata.edits.prompt import PromptEdit
+from errata.edits.routers._router import Router
+from errata.edits.routers.always import Always
+from errata.edits.routers.lexical import Lexical
+from errata.errors import ConfigError
+from errata.host.load import Host
+from errata.locate.embedding import embed
+from errata.methods._method import Method, Workspace, notes, provenance
+from errata.types import Case, Probe, Request
+from errata.writing import joint
+
+Kind = Literal["copy", "update", "retain"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of IKE."""
+
+    demonstrations: int = 32
+    """How many demonstrations (paper: 32)."""
+    copy: int = 1
+    """Share of demonstrations that repeat their fact, in parts (paper: 1 of 8)."""
+    update: int = 3
+    """Share that ask for their fact in other words, in parts (paper: 3 of 8)."""
+    retain: int = 4
+    """Share that ask for something else and keep its answer, in parts (paper: 4 of 8)."""
+    scope: Literal["always", "subject"] | None = None
+    """Prompts that get the fact: all, or those that name its subject. None: all for one request, as in the paper, by
+    subject for several."""
+    encoder: str | None = None
+    """Name or folder of the sentence encoder that finds like facts. None: the model's own hidden states (paper:
+    sentence-transformers/all-MiniLM-L6-v2)."""
+    room: int = 96
+    """Tokens of the window that are left for prompt and answer."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        found = positive(self, "room")
+        if min(self.demonstrations, self.copy, self.update, self.retain) < 0:
+            found.append("demonstrations, copy, update, retain: expected 0 or more")
+        if self.demonstrations and not self.copy + self.update + self.retain:
+            found.append("copy, update, retain: expected at least one above 0")
+        return found
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
+    """Return what is put before prompts: for each request, its demonstrations and the fact."""
+    earlier: PromptEdit | None = work.after
+    known = tuple(earlier.provenance.requests) if earlier else ()
+    alone = len(requests) + len(known) == 1
+    config = replace(config, scope=config.scope or ("always" if alone else "subject"))
+    if config.scope == "always" and not alone:
+        raise ConfigError("scope: always puts one fact before every prompt; several need scope: subject")
+    examples = _usable(work.examples, (*known, *requests)) if config.demonstrations else []
+    if config.demonstrations and not examples:
+        raise ConfigError(
+            "ike shows how facts change by examples, and there are none: give a dataset or a file of cases with "
+            "paraphrases and neighbours (examples=, --examples), or demonstrations: 0"
+        )
+    vectors = (
+        embed(host, [_fact(host, c.request) for c in examples], encoder=config.encoder) if examples else None
+    )
+    contexts = []
+    counts = []
+    for number, request in enumerate(requests):
+        near: list[Case] = []
+        if vectors is not None:
+            alike = vectors @ embed(host, [_fact(host, request)], encoder=config.encoder)[0]
+            order = alike.argsort(descending=True)[: config.demonstrations].tolist()
+            near = [examples[i] for i in order]
+        text, count = _context(host, request, near, config, f"{work.seed} {len(known) + number}")
+        contexts.append(text)
+        counts.append(count)
+        work.on_progress("demonstrations", number + 1, len(requests))
+    subjects = tuple(request.subject for request in (*known, *requests))
+    router: Router = Always() if config.scope == "always" else Lexical(subjects)
+    record = provenance("ike", host, requests, config, work, **notes({"demonstrations": min(counts)}))
+    return PromptEdit((*(earlier.contexts if earlier else ()), *contexts), router, record)
+
+
+def _usable(examples: Sequence[Case], requests: Sequence[Request]) -> list[Case]:
+    """Return the examples about other subjects that have a paraphrase and a neighbour with its answer."""
+    subjects = {request.subject.casefold() for request in requests}
+    return [
+        case
+        for case in examples
+        if case.request.subject.casefold() not in subjects
+        and _probe(case, "paraphrase") is not None
+        and _probe(case, "neighbourhood") is not None
+    ]
+
+
+def _probe(case: Case, kind: str) -> Probe | None:
+    found = (probe for probe in case.probes if probe.kind == kind)
+    return next((probe for probe in found if kind == "paraphrase" or probe.before), None)
+
+
+def _fact(host: Host, request: Request) -> str:
+    return f"New Fact: {joint(request.text, request.target, host.prompt_format.join)[0]}"
+
+
+def _context(
+    host: Host, request: Request, near: Sequence[Case], config: Config, seed: str
+) -> tuple[str, int]:
+    """Return what is put before a prompt, the most similar demonstrations last, and how many there are.
+
+    Raises ConfigError where the window does not even hold the fact.
+    """
+    kinds = _kinds(len(near), config)
+    random.Random(seed).shuffle(kinds)  # a state of its own; the global one is left alone
+    shown = [_demonstration(host, case, kind) for case, kind in zip(reversed(near), kinds, strict=True)]
+    fact = _fact(host, request)
+    own = joint(request.text, request.target, host.prompt_format.join)[0]
+    end = f"{fact}\nPrompt: {own}\n\n{fact}\nPrompt: "
+    limit = None if host.window is None else host.window - config.room
+    first = 0
+    while limit is not None and len(host.encode("".join(shown[first:]) + end).ids) > limit:
+        if first == len(shown):
+            raise ConfigError(
+                f"the fact itself takes more than the {limit} tokens that the window of {host.window} leaves it"
+            )
+        first += 1
+    return "".join(shown[first:]) + end, len(shown) - first
+
+
+def _kinds(count: int, config: Config) -> list[Kind]:
+    """Share demonstrations out between the kinds."""
+    parts: Mapping[Kind, int] = {"copy": config.copy, "update": config.update, "retain": config.retain}
+    whole = sum(parts.values())
+    kinds: list[Kind] = [kind for kind, part in parts.items() for _ in range(round(count * part / whole))]
+    rest: Kind = max(parts, key=lambda kind: parts[kind])
+    return [*kinds, *[rest] * (count - len(kinds))][:count]
+
+
+def _demonstration(host: Host, case: Case, kind: Kind) -> str:
+    request = case.request
+    prompt, answer = request.text, request.target
+    if kind == "update":
+        paraphrase = _probe(case, "paraphrase")
+        assert paraphrase is not None
+        prompt = paraphrase.prompt
+    elif kind == "retain":
+        neighbour = _probe(case, "neighbourhood")
+        assert neighbour is not None
+        prompt, answer = neighbour.prompt, neighbour.before[0]
+    text = joint(prompt, answer, host.prompt_format.join)[0]
+    return f"{_fact(host, request)}\nPrompt: {text}\n\n"
+
+
+METHOD = Method(
+    name="ike",
+    title="IKE",
+    paper="Can We Edit Factual Knowledge by In-Context Learning?, EMNLP 2023, arXiv 2305.12740",
+    config=Config,
+    fit=fit,
+    gives=PromptEdit,
+    batch=True,
+    sequential=True,
+    cumulative=True,
+    needs=("examples",),
+)
