@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from errata.edits import saving
 from errata.errors import EditError
-from errata.host import hooks, placement
+from errata.host import hooks, passes, placement
 from errata.host.layout import linear_map
 from errata.host.load import BRANCHES, Host
 from errata.linalg.lowrank import LowRank
@@ -34,6 +34,8 @@ class Branches:
     """By edit digest, oriented ``[d_out, d_in]``; replaced, never changed, for another thread may be reading."""
     stored: Mapping[str, Delta] = field(default_factory=dict)
     """The same, oriented as the weight is stored."""
+    numbers: Mapping[str, int | None] = field(default_factory=dict)
+    """Edit sets whose rows get each delta; None: all rows."""
     ready: dict[str, Delta] = field(default_factory=dict)
     """The deltas on the device and in the precision of the last call."""
 
@@ -44,8 +46,25 @@ class Branches:
             key = given.to(said.device, wide)
             total = said.to(wide)
             for digest, delta in sorted(self.deltas.items()):
-                total = total + _product(self._ready(digest, delta, key), key)
+                members = self._members(digest, key)
+                if members is None:
+                    total = total + _product(self._ready(digest, delta, key), key)
+                elif bool(members.any()):
+                    change = _product(self._ready(digest, delta, key), key)
+                    total = total + change * members.to(change)[:, None, None]
         return total.to(said.dtype)
+
+    def _members(self, digest: str, key: Tensor) -> Tensor | None:
+        number = self.numbers.get(digest)
+        if number is None:
+            return None
+        current = passes.routing() or passes.Routing()
+        if key.ndim != 3 and passes.routing() is not None:
+            raise EditError(
+                f"a module is handed {list(key.shape)}, not [rows, tokens, entries]: edits of one set cannot tell rows "
+                "apart there; place the edit for all rows"
+            )
+        return current.members(number, len(key))
 
     def _ready(self, digest: str, delta: Delta, key: Tensor) -> Delta:
         known = self.ready.get(digest)
@@ -69,14 +88,20 @@ def standing(model: nn.Module) -> dict[str, Branches]:
     return model.__dict__.get(BRANCHES, {})
 
 
-def attach(model: nn.Module, name: str, digest: str, delta: Delta, stored: Delta) -> None:
+def attach(
+    model: nn.Module, name: str, digest: str, delta: Delta, stored: Delta, number: int | None = None
+) -> None:
     """Let a delta ``[d_out, d_in]`` stand beside the weight ``name``; ``stored``: as that weight is stored.
+
+    ``number``: the edit set whose rows get it, None all rows.
 
     It counts as standing from the first step on, so that :func:`detach` undoes whatever was done.
     """
     branches: dict[str, Branches] = model.__dict__.setdefault(BRANCHES, {})
     branch = branches.setdefault(name, Branches())
-    branch.stored = {**branch.stored, digest: stored}
+    branch.numbers = {**branch.numbers, digest: number}
+    if number is None:  # what is of some rows only is no part of the weight
+        branch.stored = {**branch.stored, digest: stored}
     branch.deltas = {**branch.deltas, digest: delta}
     hooks.stand(model.get_submodule(_path(name)), branch)
     saving.watch(model)

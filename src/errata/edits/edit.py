@@ -84,6 +84,8 @@ class Placement:
     """Parameters whose change is added to their module's output instead, which costs no precision."""
     overrides: tuple[str, ...] = ()
     """Safety checks that were overruled, in words."""
+    rows: str | None = None
+    """The edit set on whose rows it acts; None: all rows."""
 
 
 class Edit(ABC):
@@ -117,12 +119,16 @@ class Edit(ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.parts().values())
 
     @abstractmethod
-    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+    def place(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Placement:
         """Put the edit in place and return the receipt; nothing about the edit changes.
 
         ``foreign`` lets it onto another host than it was made for. ``merge``: whether to write into weights, which
-        rounds to their precision, or to add to their modules' outputs; None decides by weight. Raises EditError,
-        with nothing changed, where the edit cannot be in place.
+        rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of an
+        edit set; the edit then acts only on rows of a batch that are said to belong to it, as by
+        ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, where the edit cannot be in
+        place.
         """
 
     @abstractmethod
@@ -164,17 +170,21 @@ class Edit(ABC):
             "bytes": self.size,
         }
 
-    def apply_(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+    def apply_(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Placement:
         """Put the edit in place until :meth:`revert_`; the same as :meth:`place`."""
-        return self.place(host, foreign=foreign, merge=merge)
+        return self.place(host, foreign=foreign, merge=merge, rows=rows)
 
     @contextmanager
-    def on(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Iterator[Placement]:
+    def on(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Iterator[Placement]:
         """Have the edit in place inside the block only; options as of :meth:`place`."""
         mine = True
         try:
             try:
-                receipt = self.place(host, foreign=foreign, merge=merge)
+                receipt = self.place(host, foreign=foreign, merge=merge, rows=rows)
             except ErrataError:
                 mine = False  # refused, with nothing changed; what is in place is another's
                 raise

@@ -154,29 +154,31 @@ class MemoryEdit(Edit):
         )
         return cls(tuple(interventions), router, provenance, state, log)
 
-    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+    def place(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Placement:
         """Put the interventions in place; weights stay as they are, so ``merge=True`` is refused.
 
         Raises EditError, with nothing changed, for another host, one that has no such module, an edit that is in
         place already or holds numbers that are not finite.
         """
-        return locking.alone(host, self._place, host, foreign, merge)
+        return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None) -> Placement:
+    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if merge:
             raise EditError(f"a {self.kind} edit acts while the model runs and cannot be merged into weights")
         overrides = self.overruled(host, foreign=foreign)
         if self.in_place(host):
             raise EditError(f"edit {self.digest} is active on this host already")
         self._check(host)
-        first = _Act(self, 0, host)
+        member = placed.set_number(host.model, rows)
         try:
             for number, one in enumerate(self.interventions):
-                placed.attach(host.model, one.module, first if not number else _Act(self, number, host))
+                placed.attach(host.model, one.module, _Act(self, number, host, member))
         except BaseException:  # an interrupt, too, must leave nothing half done
             placed.remove(host.model, self.digest)
             raise
-        return Placement(self.digest, host.fingerprint, overrides=overrides)
+        return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
 
     def _check(self, host: Host) -> None:
         for name, tensor in self.parts().items():
@@ -238,7 +240,8 @@ class MemoryEdit(Edit):
 class _Act:
     """An intervention of an edit that is in place; what the hook runs."""
 
-    def __init__(self, edit: MemoryEdit, number: int, host: Host) -> None:
+    def __init__(self, edit: MemoryEdit, number: int, host: Host, member: int | None) -> None:
+        self.number = member
         self.digest, self.router, self.first = edit.digest, edit.router, number == 0
         self.order = (edit.provenance.created, edit.digest)
         self.intervention = edit.interventions[number]
@@ -257,6 +260,9 @@ class _Act:
         entry = routing.decision(self.digest, lambda: self._decide(inputs, output, ends, routing))
         entry = entry.to(output.device)
         spoken = entry != NONE
+        members = routing.members(self.number, rows)
+        if members is not None:
+            spoken = spoken & members.to(spoken.device)
         acting = spoken[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output

@@ -74,15 +74,17 @@ class PromptEdit(Edit):
         router = kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
         return cls(fields.texts(body, "contexts", "the header"), router, provenance)
 
-    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+    def place(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Placement:
         """Have prompts rewritten; weights stay as they are, so ``merge=True`` is refused.
 
         Raises EditError, with nothing changed, for another host, one that reads no text, or an edit that is in
         place already.
         """
-        return locking.alone(host, self._place, host, foreign, merge)
+        return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None) -> Placement:
+    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if merge:
             raise EditError(f"a {self.kind} edit changes prompts and cannot be merged into weights")
         if host.tokenizer is None:
@@ -91,8 +93,9 @@ class PromptEdit(Edit):
         if self.in_place(host):
             raise EditError(f"edit {self.digest} is active on this host already")
         order = (self.provenance.created, self.digest)
-        placed.add_rewriter(host.model, placed.Rewriter(self.digest, order, self.rewrite))
-        return Placement(self.digest, host.fingerprint, overrides=overrides)
+        number = placed.set_number(host.model, rows)
+        placed.add_rewriter(host.model, placed.Rewriter(self.digest, order, self.rewrite, number))
+        return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
 
     def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
         """Have prompts put as they are again; ``outside`` does not matter, since no weight was changed.

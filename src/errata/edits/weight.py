@@ -26,7 +26,7 @@ from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.records import Record, laid_out
 from errata.errors import EditError
-from errata.host import locking, placement
+from errata.host import locking, placed, placement
 from errata.host.identity import content
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
@@ -62,32 +62,38 @@ class WeightEdit(Edit):
         for name, value in (("deltas", deltas), ("records", records), ("state", state)):
             object.__setattr__(self, name, value)
 
-    def place(self, host: Host, *, foreign: bool = False, merge: bool | None = None) -> Placement:
+    def place(
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+    ) -> Placement:
         """Put the deltas in place: merged into the weights, or added to their modules' outputs.
 
         Unmerged, the weights stay as they are and each module adds delta @ input to its output in float32;
         merged costs nothing at run time but is rounded to the weights' precision, see :attr:`Placement.lost`,
         with a warning where that loses most of the change. None merges, except that packed (quantised)
         weights, which cannot be written, stay unmerged; True insists on merging. Other threads that run or
-        change the model wait meanwhile, or are waited for.
+        change the model wait meanwhile, or are waited for. ``rows``: an edit set; the change is then unmerged
+        and acts on the rows that belong to the set.
 
         Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
         another shape, not where it can be edited or changed by something else while an edit stands on it, the
         edit is active already, or it would vanish in the weights' precision.
         """
-        return locking.alone(host, self._place, host, foreign, merge)
+        return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None) -> Placement:
+    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+        if rows is not None and merge:
+            raise EditError(f"a weight has no rows: an edit of the set {rows!r} cannot be merged")
         overrides = self.overruled(host, foreign=foreign)
         self._refuse_active(host)
         try:
-            lost, moved = self._put(host, merge)
+            number = placed.set_number(host.model, rows)
+            lost, moved = self._put(host, merge if rows is None else False, number)
             self._check_rounding(host, lost, moved)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
         unmerged = tuple(name for name in self.deltas if name not in lost)
-        return Placement(self.digest, host.fingerprint, lost, unmerged, overrides)
+        return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
 
     def _check_rounding(self, host: Host, lost: Mapping[str, float], moved: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
@@ -186,7 +192,9 @@ class WeightEdit(Edit):
         left = stands.without(self.digest)
         return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
 
-    def _put(self, host: Host, merge: bool | None) -> tuple[dict[str, float], bool]:
+    def _put(
+        self, host: Host, merge: bool | None, number: int | None = None
+    ) -> tuple[dict[str, float], bool]:
         """Put all deltas in place; return what was lost by merged weight, and whether any weight moved."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
@@ -196,7 +204,7 @@ class WeightEdit(Edit):
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
         lost, moved = {}, bool(fits)
         for name, delta in fits.items():
-            branch.attach(host.model, name, self.digest, delta, self._stored(name))
+            branch.attach(host.model, name, self.digest, delta, self._stored(name), number)
         for name, weight in weights.items():
             lost[name], changed = self._merge(host, name, weight)
             moved = moved or changed

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from errata.errors import RequestError
 from errata.host import locking, tokens
-from errata.host.passes import Pass
+from errata.host.passes import SETS, Pass
 from errata.host.stopping import Stop, done
 
 if TYPE_CHECKING:
@@ -78,21 +78,27 @@ class Begun(Sequence[Ids]):
 
 @torch.no_grad()
 @locking.shared
-def begin(host: Host, rows: Sequence[Ids]) -> Begun:
-    """Run rows together. Raises RequestError for a row longer than the model's window."""
+def begin(host: Host, rows: Sequence[Ids], sets: Tensor | None = None) -> Begun:
+    """Run rows together; ``sets``: number of each row's edit set, int64 ``[rows]``.
+
+    Raises RequestError for a row longer than the model's window.
+    """
+    routes = {} if sets is None else {SETS: sets}
     if host.continues:
-        return _begin(host, rows)
+        return _begin(host, rows, routes)
     batch = host.batch(rows)
     line, last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
-    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, at=(line, last)))
+    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, at=(line, last), routes=routes))
     return Begun(tuple(rows), ran.logits, batch.mask, None, ran.routes)
 
 
-def _begin(host: Host, rows: Sequence[Ids]) -> Begun:
+def _begin(host: Host, rows: Sequence[Ids], routes: Mapping[str, Tensor] | None = None) -> Begun:
     batch = host.batch(rows, side="left")
     line = torch.arange(len(rows))
     last = torch.full_like(line, batch.ids.shape[1] - 1)
-    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, use_cache=True, at=(line, last)))
+    ran = host.run(
+        Pass(batch.ids, batch.mask, batch.positions, use_cache=True, at=(line, last), routes=routes or {})
+    )
     return Begun(tuple(rows), ran.logits, batch.mask, ran.prefix, ran.routes)
 
 
@@ -190,6 +196,8 @@ class _Front:
 
     def _keep(self, rows: Sequence[int]) -> None:
         """Leave only some of the rows."""
+        if self.cache is None and rows:
+            self.routes = _chosen(self.routes, torch.tensor(rows, dtype=torch.long))
         if self.cache is not None and rows:
             kept = torch.tensor(rows, dtype=torch.long) if len(rows) < len(self.mask) else None
             self.cache = _selected(self.cache, kept)
@@ -205,7 +213,11 @@ class _Front:
         self.texts = [(*self.texts[k], token) for k, token in zip(going, chosen, strict=True)]
         if self.cache is None:
             line, last = torch.arange(len(going)), torch.tensor([len(text) - 1 for text in self.texts])
-            return self.host.forward_at(self.host.batch(self.texts), line, last, ends=self.ends)
+            batch = self.host.batch(self.texts)
+            own = {name: rows for name, rows in self.routes.items() if name == SETS}
+            return self.host.run(
+                Pass(batch.ids, batch.mask, batch.positions, at=(line, last), ends=self.ends, routes=own)
+            ).logits
         ids = torch.tensor(chosen, device=self.host.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(going), 1)], 1)
         position = self.mask.sum(1, keepdim=True) - 1

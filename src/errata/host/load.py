@@ -283,16 +283,25 @@ class Host:
         """
         return self.run(Pass(batch.ids, batch.mask, batch.positions, at=(row, at), ends=ends)).logits
 
-    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True):
+    def generate(
+        self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True,
+        sets: Sequence[str | None] | None = None,
+    ):  # fmt: skip
         """Continue one prompt, or each of several, greedily; return the new text only.
 
         Prompts are put as :attr:`prompt_format` says. Stops at the end token, and unless ``natural_stop`` is
         off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
-        a conversation at its end token only. A thinking block that was closed is left out.
+        a conversation at its end token only. A thinking block that was closed is left out. ``sets``: the edit
+        set of each prompt, None for the edits of all rows alone. Raises ConfigError for a set that no edit was
+        placed for.
         """
         one = isinstance(prompt, str)
         given = [prompt] if one else list(prompt)
-        framed = [self.frame(text) for text in given]
+        member = None if sets is None else placed.numbers(self.model, sets)
+        framed = [
+            self.frame(text, number=None if member is None else int(member[i]))
+            for i, text in enumerate(given)
+        ]
         stops: dict[bool, list[int]] = {}
         for i, form in enumerate(framed):
             stops.setdefault(form.special, []).append(i)
@@ -301,7 +310,8 @@ class Host:
             line: Stop = "line" if self.prompt_format.template in ("question", "auto") else "sentence"
             stop: Stop = line if natural_stop and special else "end"
             rows = [self.encode_framed(framed[i]) for i in group]
-            for i, text in zip(group, generate_rows(self, rows, max_new_tokens, stop), strict=True):
+            own = None if member is None else member[torch.tensor(group)]
+            for i, text in zip(group, generate_rows(self, rows, max_new_tokens, stop, own), strict=True):
                 texts[i] = prompts.answer_of(text, framed[i].open_block)
         return texts[0] if one else texts
 
@@ -334,12 +344,15 @@ class Host:
         view.prompt_format = settings
         return view
 
-    def frame(self, prompt: str, *, prefix: str = "", before: int | None = None) -> prompts.Framed:
+    def frame(
+        self, prompt: str, *, prefix: str = "", before: int | None = None, number: int | None = None
+    ) -> prompts.Framed:
         """Put a prompt as :attr:`prompt_format` says, after edits have rewritten it.
 
-        See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt as it is given.
+        See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt as it is given. ``number``: the
+        edit set that the prompt belongs to.
         """
-        rewritten = self.rewritten(prompt)
+        rewritten = self.rewritten(prompt, number)
         if before is not None and rewritten != prompt:
             before += len(rewritten) - len(prompt)
         prompt = rewritten
@@ -347,10 +360,11 @@ class Host:
         key = repr(template) if template else ""  # it may be changed on a live tokenizer
         return self._remember(_frame, self.tokenizer, self.prompt_format, prompt, prefix, before, key)
 
-    def rewritten(self, prompt: str) -> str:
-        """Return a prompt as the edits in place make it, the oldest first."""
+    def rewritten(self, prompt: str, number: int | None = None) -> str:
+        """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit set."""
         for rewriter in placed.on(self.model).rewriters:
-            prompt = rewriter.rewrite(prompt)
+            if rewriter.number in (None, number):
+                prompt = rewriter.rewrite(prompt)
         return prompt
 
     def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
@@ -393,17 +407,18 @@ def _answer_ids(
 
 @locking.shared
 def generate_rows(
-    host: Host, rows: Sequence[tuple[int, ...]], max_new_tokens: int, stop: Stop = "sentence"
-) -> list[str]:
+    host: Host, rows: Sequence[tuple[int, ...]], max_new_tokens: int, stop: Stop = "sentence",
+    sets: Tensor | None = None,
+) -> list[str]:  # fmt: skip
     """Continue rows of token ids greedily; the new text only, cut at its natural stop.
 
     Rows that were begun already (``continuing.Begun``) are gone on from. No row says more than the model's
-    window holds.
+    window holds. ``sets``: number of each row's edit set, int64 ``[rows]``.
     """
     from errata.host import continuing, stopping
 
     if (host.continues and continuing.plain(host)) or not hasattr(host.model, "generate"):
-        begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
+        begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows, sets)
         ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
     else:
         from transformers import StoppingCriteriaList
@@ -412,7 +427,7 @@ def generate_rows(
             return StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, length, stop)])
 
         limit = min(_limits(host, rows, max_new_tokens))
-        ids = _generate(host, rows, limit, stops, do_sample=False)
+        ids = _generate(host, rows, limit, stops, sets, do_sample=False)
     answers = [prompts.behind_thoughts(host.tokenizer, list(row)) for row in ids]
     texts = host.tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [stopping.cut(text, stop) for text in texts]
@@ -463,7 +478,7 @@ def sample_rows(
 
 def _generate(
     host: Host, rows: Sequence[Sequence[int]], new_tokens: int, stops: Callable[[int], Any] | None,
-    **options: Any,
+    sets: Tensor | None = None, **options: Any,
 ) -> list[list[int]]:  # fmt: skip
     """Let transformers continue rows, those together that do not disturb one another; the new ids of each.
 
@@ -479,13 +494,16 @@ def _generate(
         length = batch.ids.shape[1]
         if stops is not None:
             settings["stopping_criteria"] = stops(length)
-        out = generate_batch(host, batch, max_new_tokens=new_tokens, **settings)
+        own = {} if sets is None else {passes.SETS: sets[torch.tensor(group)]}
+        out = generate_batch(host, batch, own, max_new_tokens=new_tokens, **settings)
         for i, ids in zip(group, out[:, length:].tolist(), strict=True):
             said[i] = ids
     return said
 
 
-def generate_batch(host: Host, batch: tokens.Batch, **options: Any) -> Any:
+def generate_batch(
+    host: Host, batch: tokens.Batch, routes: Mapping[str, Tensor] | None = None, **options: Any
+) -> Any:
     """Let transformers continue a batch; what its loop returns for the options."""
     with torch.no_grad():
-        return passes.generate(host.model, host.inputs(batch), pad_token_id=host.pad_id, **options)
+        return passes.generate(host.model, host.inputs(batch), routes, pad_token_id=host.pad_id, **options)

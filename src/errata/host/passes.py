@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from errata.host import hooks
 
+SETS = "sets"
+"""Name under which routes hold the number of the edit set that each row belongs to; see :mod:`errata.host.placed`."""
 Places = tuple[Tensor, Tensor]
 """Row and column of tokens, int64 ``[n]`` each."""
 
@@ -123,6 +125,13 @@ class Routing:
             return ids.tolist()
         own = self._mask[row, -self._ids.shape[1] :][: end + 1]
         return ids[own.bool()].tolist()
+
+    def members(self, number: int | None, rows: int) -> Tensor | None:
+        """Return which rows belong to an edit set, bool ``[rows]``; None where an edit is for all rows."""
+        if number is None:
+            return None
+        sets = self.decided.get(SETS)
+        return torch.zeros(rows, dtype=torch.bool) if sets is None else sets == number
 
     def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
         """Return what was decided for an edit, or decide now."""
@@ -231,9 +240,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return None if named is None else named()
 
 
-def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+def generate(
+    model: Any, inputs: dict[str, Any], routes: Mapping[str, Tensor] | None = None, **options: Any
+) -> Any:
     """Let transformers' own loop continue rows, padded on the left; what it returns for the options."""
     rows, length = inputs["input_ids"].shape
     ends = torch.full((rows * options.get("num_beams", 1),), length - 1)
-    with hooks.evaluating(model), routed(Routing(ends, prefix=None)):
+    with hooks.evaluating(model), routed(Routing(ends, prefix=None, decided=routes)):
         return model.generate(**inputs, **options)

@@ -6,13 +6,15 @@ room alone. Nothing is hung into a model on which nothing is in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
+from errata.errors import ConfigError
 from errata.host import hooks, passes
 
 PLACED = "_errata_placed"
@@ -27,6 +29,9 @@ class Intervention(Protocol):
     """When its edit was made, and its digest: of several at one module the newest acts last, whatever was placed
     first."""
 
+    number: int | None
+    """Of the edit set whose rows it acts on; None: on all rows."""
+
     def __call__(self, inputs: Tensor, output: Tensor, routing: passes.Routing) -> Tensor:
         """Return another output ``[rows, length, d_out]`` from inputs ``[rows, length, d_in]`` and output."""
         ...
@@ -39,6 +44,8 @@ class Rewriter:
     digest: str
     order: tuple[str, str]
     rewrite: Callable[[str], str]
+    number: int | None = None
+    """Of the edit set whose prompts it rewrites; None: all prompts."""
 
 
 @dataclass
@@ -49,6 +56,8 @@ class Placed:
     """Replaced, never changed, for another thread may be reading."""
     rewriters: tuple[Rewriter, ...] = ()
     acts: dict[str, _ModuleActs] = field(default_factory=dict)
+    sets: dict[str, int] = field(default_factory=dict)
+    """Numbers of edit sets by name, in the order they were first named."""
 
     @property
     def digests(self) -> frozenset[str]:
@@ -60,6 +69,25 @@ class Placed:
 def on(model: nn.Module) -> Placed:
     """Return what is in place on a model; not to be written to."""
     return model.__dict__.get(PLACED) or Placed()
+
+
+def set_number(model: nn.Module, name: str | None) -> int | None:
+    """Return the number of an edit set, naming it if it is new; None for the edits of all rows."""
+    if name is None:
+        return None
+    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
+    return placed.sets.setdefault(name, len(placed.sets) + 1)
+
+
+def numbers(model: nn.Module, sets: Sequence[str | None]) -> Tensor:
+    """Return the number of each row's set, int64 ``[rows]``; 0 for none. Raises ConfigError for an unknown one."""
+    known = on(model).sets
+    strange = sorted({name for name in sets if name is not None and name not in known})
+    if strange:
+        raise ConfigError(
+            f"no edit was placed for the set {strange[0]!r}; known: {', '.join(sorted(known)) or 'none'}"
+        )
+    return torch.tensor([0 if name is None else known[name] for name in sets])
 
 
 def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
@@ -100,7 +128,7 @@ def remove(model: nn.Module, digest: str) -> None:
     placed.acts = {path: acts for path, acts in placed.acts.items() if path in left}
     if not left:
         _unwatch(model)
-    if not left and not placed.rewriters:
+    if not left and not placed.rewriters and not placed.sets:
         del model.__dict__[PLACED]
 
 
