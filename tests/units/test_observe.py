@@ -136,13 +136,13 @@ def test_a_long_neighbour_takes_no_room_from_a_short_prompt():
 def test_a_prompt_is_run_once_for_its_text_and_all_its_answers(monkeypatch):
     host = fresh("llama")
     shapes: list[tuple[int, ...]] = []
-    run = continuing._run
+    run = Host.run
 
-    def counted(host, ids, *rest):
-        shapes.append(tuple(ids.shape))
-        return run(host, ids, *rest)
+    def counted(host, request):
+        shapes.append(tuple(request.ids.shape))
+        return run(host, request)
 
-    monkeypatch.setattr(continuing, "_run", counted)
+    monkeypatch.setattr(Host, "run", counted)
     assert host.continues  # tried out before counting
     shapes.clear()
     probes = [
