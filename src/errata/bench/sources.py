@@ -11,7 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.types import Case, Probe
+from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
 """Kinds of probes on what no edit touches, whatever it is about: they may be put to cases of any dataset."""
@@ -64,7 +64,7 @@ def digest(cases: Sequence[Case]) -> str:
     """Hash cases with all that is in them, 64 hex digits."""
     found = hashlib.sha256()
     for case in cases:
-        found.update(json.dumps(asdict(case), sort_keys=True).encode() + b"\n")
+        found.update(json.dumps(plain_case(case), sort_keys=True).encode() + b"\n")
     return found.hexdigest()
 
 

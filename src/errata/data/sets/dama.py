@@ -34,7 +34,7 @@ def probes(path: Path, scores: Mapping[str, Score]) -> tuple[Probe, ...]:
             raise Malformed(
                 f"{record.where}: expected a sentence about a profession with scores, found {text!r:.60}"
             )
-        made.append(bias_probe(text, name, scores[name].said))
+        made.append(bias_probe(text, name, scores[name]))
     return tuple(made)
 
 
