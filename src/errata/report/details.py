@@ -14,6 +14,12 @@ LONGEST = 600
 """Characters of a text that are held; the rest is cut with a mark."""
 
 
+def marked() -> list[str]:
+    """List the protocols of a run that say right or wrong, the one that boards rank by first."""
+    judging = [metric for metric in REGISTRY.values() if metric.judges and not metric.by_judge]
+    return [metric.name for metric in sorted(judging, key=lambda metric: not metric.headline)]
+
+
 class _Numbered:
     """Numbers different things in the order of their first appearance."""
 
@@ -36,8 +42,7 @@ class Details:
 
     def __init__(self, cases: int) -> None:
         self.cases = cases
-        judging = [metric for metric in REGISTRY.values() if metric.judges and not metric.by_judge]
-        self._marked = [metric.name for metric in sorted(judging, key=lambda metric: not metric.headline)]
+        self._marked = marked()
         self._strings = _Numbered()
         self._probes = _Numbered()
         self._lists = _Numbered()
