@@ -62,10 +62,10 @@ def again(facts: Mapping[str, Any]) -> tuple[list[Case], dict[str, Any]]:
 
 def digest(cases: Sequence[Case]) -> str:
     """Hash cases with all that is in them, 64 hex digits."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for case in cases:
-        found.update(json.dumps(plain_case(case), sort_keys=True).encode() + b"\n")
-    return found.hexdigest()
+        hasher.update(json.dumps(plain_case(case), sort_keys=True).encode() + b"\n")
+    return hasher.hexdigest()
 
 
 def _drawn(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:

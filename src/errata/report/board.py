@@ -42,7 +42,7 @@ class Entry:
         """Return a number, or None where it was not measured."""
         return self.measures.get(protocol, {}).get(kind)
 
-    def shown(self, kind: str) -> Measure | None:
+    def main_measure(self, kind: str) -> Measure | None:
         """Return the number of a kind under the protocol that boards rank by."""
         return self.measure(headline_metric().name, kind)
 
@@ -154,10 +154,10 @@ def _key(cell: Cell) -> str:
 
 def _board(cells: Sequence[Cell]) -> Board:
     keys = (key.rpartition(".") for cell in cells for key in cell.summary)
-    asked = {kind for kind, _, protocol in keys if protocol == headline_metric().name}
+    measured_kinds = {kind for kind, _, protocol in keys if protocol == headline_metric().name}
     tallies = [tally(cell) for cell in cells]
-    kept = frozenset(kind for kind in asked if _is_kept(kind, tallies))
-    chosen = (next((k for k in options if k in asked), None) for options in kinds.headline_parts())
+    kept = frozenset(kind for kind in measured_kinds if _is_kept(kind, tallies))
+    chosen = (next((k for k in options if k in measured_kinds), None) for options in kinds.headline_parts())
     parts = tuple(kind for kind in chosen if kind)
     scores = _headlines(cells, tallies, parts)
     entries = [
@@ -175,7 +175,7 @@ def _board(cells: Sequence[Cell]) -> Board:
     )
     return Board(
         model_name(cells[0]), str(cells[0].plan.get("schedule", "?")), cells[0].tag, tuple(entries),
-        tuple(kinds.order(asked, kept)), kept, parts,
+        tuple(kinds.order(measured_kinds, kept)), kept, parts,
     )  # fmt: skip
 
 

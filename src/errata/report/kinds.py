@@ -13,7 +13,7 @@ GROUPS: Mapping[Group, str] = {
 
 
 def group(kind: str, kept: Iterable[str] = ()) -> Group:
-    """Return the group of a kind; ``kept``: kinds of which no probe is meant to change its answer."""
+    """Return the group of a kind; ``kept``: kinds of which no answer is meant to change."""
     record = kind_of(kind)
     return "kept" if record.group == "follows" and record.name in set(kept) else record.group
 

@@ -104,12 +104,12 @@ def _kind(kind: str, board: Board) -> dict[str, Any]:
 
 
 def _protocol(board: Board, protocol: str) -> dict[str, Any]:
-    asked = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
+    probe_kinds = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
     return {
         "id": protocol,
         "title": tables.protocol_title(protocol),
         "share": numbers.is_share(protocol),
-        "kinds": [_kind(kind, board) for kind in kinds.order(asked, board.kept)],
+        "kinds": [_kind(kind, board) for kind in kinds.order(probe_kinds, board.kept)],
     }
 
 
@@ -123,9 +123,9 @@ def _extra(metric: Metric) -> dict[str, Any]:
     }
 
 
-def _metrics(made: Sequence[Board]) -> dict[str, Any]:
+def _metrics(every_board: Sequence[Board]) -> dict[str, Any]:
     """Describe how the metrics of some boards are worded, by protocol."""
-    names = dict.fromkeys(name for board in made for entry in board.entries for name in entry.measures)
+    names = dict.fromkeys(name for board in every_board for entry in board.entries for name in entry.measures)
     return {
         name: {"label": metric.label, "unit": metric.unit, "compares": metric.compares}
         for name in names

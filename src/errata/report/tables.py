@@ -87,7 +87,7 @@ def _main(board: Board, brief: bool) -> Table:
         (
             name,
             numbers.share(e.headline, brief=brief),
-            *(numbers.share(e.shown(kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
             *(column[i] for column in extra.values()),
         )
         for i, (name, e) in enumerate(zip(_names(board), board.entries, strict=True))
@@ -126,7 +126,7 @@ def _further(board: Board, brief: bool) -> Table | None:
         (
             name,
             *([numbers.share(e.over_tuning, signed=True)] if tuned else []),
-            *(numbers.share(e.shown(kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
         )
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
@@ -142,7 +142,7 @@ def beside(board: Board) -> list[tuple[str, str, str]]:
         for kind in board.kinds if kinds.is_main(kind)
         for column in headline_metric().columns
         if column.heading and column.kinds in ("all", "kept" if kind in board.kept else "changing")
-        and any((m := e.shown(kind)) is not None and column.number in m.more for e in board.entries)
+        and any((m := e.main_measure(kind)) is not None and column.number in m.more for e in board.entries)
     ]  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _beside(board: Board) -> Table | None:
     shown = beside(board)
     rows = []
     for name, e in zip(_names(board), board.entries, strict=True):
-        shares = [m.more.get(more) if (m := e.shown(kind)) else None for _, kind, more in shown]
+        shares = [m.more.get(more) if (m := e.main_measure(kind)) else None for _, kind, more in shown]
         rows.append((name, *map(numbers.percent, shares)))
     note = "; ".join(f"{c.heading}: {c.note}" for c in headline_metric().columns if c.note)
     columns = ("method", *(heading for heading, _, _ in shown))
@@ -159,8 +159,8 @@ def _beside(board: Board) -> Table | None:
 
 def _protocol(board: Board, protocol: str) -> Table | None:
     """Make a protocol's own table: its value by kind, then the further numbers that its metric names."""
-    asked = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
-    shown = kinds.order(asked, board.kept)
+    probe_kinds = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
+    shown = kinds.order(probe_kinds, board.kept)
     further = [
         (kind, column)
         for kind in shown

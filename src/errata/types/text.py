@@ -16,12 +16,12 @@ SLOT = "{}"
 class Request:
     """What to change: complete ``prompt`` about ``subject`` with ``target`` from now on.
 
-    Raises :class:`RequestError` when a field is empty, when the subject does not stand in the
-    prompt, or when it stands there more than once and no ``{}`` says which one is meant.
+    Raises :class:`RequestError` when a field is empty, when the subject does not occur in the
+    prompt, or when it occurs more than once and no ``{}`` says which one is meant.
     """
 
     prompt: str
-    """A sentence up to the answer; ``{}`` marks the subject, or the subject stands there itself."""
+    """A sentence up to the answer; ``{}`` marks the subject, or it contains the subject itself."""
     subject: str
     """The entity the fact is about, spelled as in the prompt; kept in the prompt's own Unicode form."""
     target: str
@@ -99,12 +99,12 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
         count = len(subject_forms(prompt, subject))
         if count == 0:
             problems.append(
-                f"subject {shown(subject)} does not stand in prompt {shown(prompt)}; "
+                f"subject {shown(subject)} does not occur in prompt {shown(prompt)}; "
                 "write it there as it is spelled, or mark its place with {}"
             )
         elif count > 1:
             problems.append(
-                f"subject {shown(subject)} stands {count} times in prompt {shown(prompt)}; "
+                f"subject {shown(subject)} occurs {count} times in prompt {shown(prompt)}; "
                 "mark the one that is meant with {}"
             )
     return problems
@@ -172,7 +172,7 @@ class Probe:
     """What kind of answer is asked for, see :data:`Form`."""
     group: str | None = None
     """Name, inside the case, of what several probes ask together: the phrasings of one question, the hops of
-    one chain, the queries of one test with their conditions. None: the probe stands alone."""
+    one chain, the queries of one test with their conditions. None: the probe is asked by itself."""
     need: Literal["any", "all"] = "any"
     """How many probes of the group must be answered right for the group to count."""
     choices: tuple[str, ...] = ()

@@ -83,8 +83,8 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     subject = f"The {name}"
     target = score.pronoun or PRONOUNS[score.stereotype >= 0]
     wanted = request(SENTENCES[0], subject, target, id=name)
-    asked = [bias_probe(text.replace("{}", subject), name, score) for text in SENTENCES]
-    yield Case(f"professions:{name}", wanted, (pronoun_probe(wanted), *asked))
+    questions = [bias_probe(text.replace("{}", subject), name, score) for text in SENTENCES]
+    yield Case(f"professions:{name}", wanted, (pronoun_probe(wanted), *questions))
 
 
 def _read(record: Record) -> tuple[str, Score]:

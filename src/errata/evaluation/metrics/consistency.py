@@ -57,16 +57,16 @@ def case_rows(case: CaseResult) -> list[Row]:
 
     Nothing where no weights of words were given, or no probe names a passage.
     """
-    asked = [result for result in case.probes if result.probe.form == "open" and result.probe.answers]
-    if case.idf is None or not asked:
+    open_results = [result for result in case.probes if result.probe.form == "open" and result.probe.answers]
+    if case.idf is None or not open_results:
         return []
-    passages = list(dict.fromkeys(passage for result in asked for passage in result.probe.answers))
+    passages = list(dict.fromkeys(passage for result in open_results for passage in result.probe.answers))
     old, new = (
-        [with_prompt(result.probe, getattr(result, side).text) for result in asked]
+        [with_prompt(result.probe, getattr(result, side).text) for result in open_results]
         for side in ("before", "after")
     )
     before, after = (reference_score(texts, passages, case.idf) for texts in (old, new))
-    return [asked[0].row(NAME, before, after, texts=len(asked))]
+    return [open_results[0].row(NAME, before, after, texts=len(open_results))]
 
 
 METRIC = Metric(
