@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from errata import lab as lab
     from errata import methods as methods
     from errata.api import check_edit, edit, evaluate, load
+    from errata.bench.judging import JudgedCell, judge_run
     from errata.bench.runner import Report
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
+    from errata.evaluation.judge import JudgeSettings
     from errata.host.load import Host
     from errata.types import Case, ImageRequest, Probe, Request
 
@@ -36,6 +38,9 @@ _HOME = {
     "Case": "errata.types",
     "Report": "errata.bench.runner",
     "EditCheck": "errata.evaluation.check",
+    "JudgeSettings": "errata.evaluation.judge",
+    "JudgedCell": "errata.bench.judging",
+    "judge_run": "errata.bench.judging",
     "ErrataError": "errata.errors",
 }
 
@@ -46,12 +51,15 @@ __all__ = [
     "ErrataError",
     "Host",
     "ImageRequest",
+    "JudgeSettings",
+    "JudgedCell",
     "Probe",
     "Report",
     "Request",
     "check_edit",
     "edit",
     "evaluate",
+    "judge_run",
     "lab",
     "leverages",
     "load",

@@ -5,13 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from errata.errors import ConfigError, shown
 
+
+class Named(Protocol):
+    """A record with a name."""
+
+    @property
+    def name(self) -> str:
+        """Return the name."""
+        ...
+
+
 T = TypeVar("T")
+R = TypeVar("R", bound=Named)
 
 LONGEST_NAME = 100
 """Characters of a name that are compared with the known ones."""
@@ -75,6 +87,78 @@ class Registry(Generic[T]):
                 f"which {self._package}.{clash[0]} has"
             )
         return found
+
+
+class Records(Generic[R]):
+    """All records that the public modules of a package define, one or several each, loaded at first use.
+
+    Other packages add theirs through an entry-point group whose entries load a record or several. Records are sorted
+    by ``order``, then by name.
+    """
+
+    def __init__(
+        self, package: str, attributes: tuple[str, str], kind: type[R], *, group: str,
+        order: Callable[[R], int] = lambda record: 0,
+    ) -> None:  # fmt: skip
+        """``attributes``: what a module may define: one record, or a sequence of them."""
+        self._package, self._attributes, self._kind = package, attributes, kind
+        self._group, self._order = group, order
+
+    def names(self) -> list[str]:
+        """List every name, in order."""
+        return list(self._records)
+
+    def values(self) -> list[R]:
+        """List every record, in order."""
+        return list(self._records.values())
+
+    def find(self, name: str) -> R | None:
+        """Return a record, None where none has the name."""
+        return self._records.get(name)
+
+    def get(self, name: str) -> R:
+        """Return a record. Raises ConfigError with the nearest names for an unknown one."""
+        record = self.find(name)
+        if record is None:
+            raise ConfigError(unknown(name, sorted(self.names()), self._kind.__name__.lower()))
+        return record
+
+    def reload(self) -> None:
+        """Search again at the next use: for packages that were installed meanwhile."""
+        self.__dict__.pop("_records", None)
+
+    @cached_property
+    def _records(self) -> dict[str, R]:
+        records: dict[str, R] = {}
+        origins: dict[str, str] = {}
+        for origin, record in self._search():
+            if not isinstance(record, self._kind):
+                raise ConfigError(
+                    f"{origin} defines {type(record).__name__} {shown(record)}, expected {self._kind.__name__}"
+                )
+            if record.name in records:
+                raise ConfigError(
+                    f"{origin} takes the name {record.name!r}, which {origins[record.name]} has"
+                )
+            records[record.name], origins[record.name] = record, origin
+        return dict(sorted(records.items(), key=lambda item: (self._order(item[1]), item[0])))
+
+    def _search(self) -> Iterator[tuple[str, Any]]:
+        """Yield what the package's modules and the entry points define, each with its place."""
+        package = importlib.import_module(self._package)
+        for entry in pkgutil.iter_modules(package.__path__):
+            if not entry.name.startswith("_"):
+                module = importlib.import_module(f"{self._package}.{entry.name}")
+                for attribute in self._attributes:
+                    yield from _each(module.__name__, getattr(module, attribute, ()))
+        for point in entry_points(group=self._group):
+            yield from _each(str(point.value), point.load())
+
+
+def _each(origin: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield one record, or each of several, with where it is defined."""
+    for record in value if isinstance(value, (tuple, list)) else (value,):
+        yield origin, record
 
 
 def close(name: str, names: list[str], most: int = 3) -> list[str]:

@@ -212,7 +212,7 @@ HANDMADE = {
                           "record 2 .*target_new: expected a text"),
     "empty_rewrite.json": (dump({"requested_rewrite": []}), "requested_rewrite: expected fields"),
     "absent_subject.json": (dump({"prompt": "She was born in", "subject": "Ada", "target_new": "Esk"}),
-                            "subject 'Ada' does not stand in prompt"),
+                            "subject 'Ada' does not occur in prompt"),
     # the file itself
     "words.txt": ("x", "unknown kind of file"),
     "binary.jsonl": (bytes(range(256)) * 40, "line 1: a null character|not UTF-8"),

@@ -133,7 +133,7 @@ EDIT = ("edit", "{} was born in", "--subject", "Ada", "--target", "Esk")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("edit", "she is", "--subject", "Ada", "--target", "Esk"), "does not stand in prompt"),
+        (("edit", "she is", "--subject", "Ada", "--target", "Esk"), "does not occur in prompt"),
         (("edit", "Ada and Ada in", "--subject", "Ada", "--target", "Esk"), "mark the one that is meant"),
         (("edit", "{} is", "--subject", "Ada", "--target", ""), "target is empty"),
         (("edit", "{} is", "--subject", "Ada"), "--target"),

@@ -310,3 +310,30 @@ def test_the_command_judges_the_newest_rows_of_a_run(server, tmp_path):
     assert len(server.asked) == asked  # replies are kept
     refused = CliRunner().invoke(app, [*words, "--only", "no such cell"])
     assert isinstance(refused.exception, ConfigError)
+
+
+def test_a_run_is_judged_from_python(server, tmp_path):
+    import errata
+    from errata.bench.judging import REPLIES, ROWS
+    from errata.bench.results import Journal, read_sealed
+    from tests.units.report.synthetic import case_line, row, write_small
+
+    lines = [case_line(f"c{i}", row(f"c{i}", "efficacy", f"p{i}", i % 2)) for i in range(4)]
+    run = write_small(tmp_path / "run", [{"method": name, "lines": lines} for name in ("rome", "memit")])
+    calls: list[tuple[str, int, int]] = []
+    cells = errata.judge_run(run, settings(server), only="rome", on_progress=lambda *call: calls.append(call))
+    assert list(cells) == ["rome-0"] and {name for name, _, _ in calls} == {"rome-0"}
+    cell = cells["rome-0"]
+    assert isinstance(cell, errata.JudgedCell) and cell.agreement.n == 4 and cell.agreement.agree == 0.5
+    assert set(cell.summary) == {"efficacy.generate", "efficacy.judge", "efficacy.judge_undecided"}
+    written = read_sealed(run / "cells" / "rome-0", "judged.json")
+    assert written["summary"] == json.loads(json.dumps(cell.to_dict()["summary"]))
+    assert written["judge"]["model"] == "toy" and (run / REPLIES).is_file()
+    assert len(list(Journal(run / "cells" / "rome-0" / ROWS).records())) == 8
+    assert not (run / "cells" / "memit-1" / "judged.json").exists()
+    kept = tmp_path / "elsewhere.sqlite"
+    asked = len(server.asked)
+    errata.judge_run(run, settings(server, cache=kept), only="rome")
+    assert kept.is_file() and len(server.asked) > asked, "other replies are kept elsewhere"
+    with pytest.raises(ConfigError, match="has no rows to judge in cells named like 'none'"):
+        errata.judge_run(run, settings(server), only="none")

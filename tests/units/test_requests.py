@@ -55,7 +55,7 @@ def test_all_mistakes_are_listed_with_their_lines(tmp_path):
         "line 2: unknown field 'subjct', did you mean 'subject'?",
         "line 2: missing subject",
         "line 3: not JSON",
-        "line 4: subject 'Ada' does not stand in prompt",
+        "line 4: subject 'Ada' does not occur in prompt",
         "line 5: target is empty",
         "line 6: expected a record",
         "line 7: target must be text",

@@ -158,6 +158,6 @@ def test_a_subject_is_found_in_either_unicode_form(subject):
 def test_a_letter_is_not_the_letter_with_an_accent():
     import errata
 
-    with pytest.raises(errata.ErrataError, match="does not stand in prompt"):
+    with pytest.raises(errata.ErrataError, match="does not occur in prompt"):
         errata.Request(unicodedata.normalize("NFD", "Zoé was"), "Zoe", "Esk")
     assert errata.Request("Zoe and Zoe\u0301 were", "Zoe", "Esk").span == (0, 3)

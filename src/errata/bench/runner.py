@@ -23,7 +23,7 @@ from errata.edits.edit import Edit, versions
 from errata.edits.group import EditGroup
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
-from errata.evaluation.metrics import perplexity
+from errata.evaluation.metrics import perplexity, retention
 from errata.evaluation.observe import check as check_probes
 from errata.evaluation.observe import logprobs, observe, unique
 from errata.host.load import Host
@@ -371,19 +371,16 @@ class Engine:
         """See cases, then read the neutral texts with the same edit in place."""
         cases = [self.cases[i] for i in group]
         label = None if edits is None else f"after {edits} edits"
-        learned: list[float] = []
+        newest_rows: list[Row] = []
         for place, seen in enumerate(self._seen(cases, edit, edits, label, first=group.start)):
             if place >= len(cases) - newest:
-                learned += [
-                    row.after for row in seen.rows if (row.kind, row.protocol) == ("efficacy", "generate")
-                ]
+                newest_rows += seen.rows
             yield seen
         at = time.perf_counter()
         with edit.on(self.host):
             said, continued = self.health()
         self.observe_seconds += time.perf_counter() - at
-        efficacy = sum(learned) / len(learned) if learned else None
-        yield Look(len(cases), newest, said, continued, efficacy, edit)
+        yield Look(len(cases), newest, said, continued, retention.recall_of(newest_rows), edit)
 
     def health(self) -> tuple[list[Tensor], list[str]]:
         """Read the neutral texts and continue the open prompts, with the host as it is now."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.types import Case, Probe
+from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
 """Kinds of probes on what no edit touches, whatever it is about: they may be put to cases of any dataset."""
@@ -62,10 +62,10 @@ def again(facts: Mapping[str, Any]) -> tuple[list[Case], dict[str, Any]]:
 
 def digest(cases: Sequence[Case]) -> str:
     """Hash cases with all that is in them, 64 hex digits."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for case in cases:
-        found.update(json.dumps(asdict(case), sort_keys=True).encode() + b"\n")
-    return found.hexdigest()
+        hasher.update(json.dumps(plain_case(case), sort_keys=True).encode() + b"\n")
+    return hasher.hexdigest()
 
 
 def _drawn(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:

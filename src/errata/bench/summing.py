@@ -129,8 +129,8 @@ def _read(journal: Journal, cell: Cell) -> _Found:
 
 def _recalled(rows: Sequence[Row], place: int, edits: int) -> list[retention.Recalled]:
     """Say whether the edit of one place was recalled; nothing where it was not asked."""
-    right = [row.after for row in rows if (row.kind, row.protocol) == ("efficacy", "generate")]
-    return [retention.Recalled(place, edits, sum(right) / len(right))] if right else []
+    share = retention.recall_of(rows)
+    return [] if share is None else [retention.Recalled(place, edits, share)]
 
 
 def _retention(found: _Found) -> dict[str, Any] | None:

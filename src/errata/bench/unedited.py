@@ -25,7 +25,7 @@ from errata.bench.runner import CHUNK
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
 from errata.host.load import Host
-from errata.types import Case, Observation, Probe
+from errata.types import Case, Observation, Probe, plain_probe
 
 FORMAT = 1
 SPREAD = "next_logprobs"
@@ -84,8 +84,8 @@ class Unedited:
             "device": self.host.device.type,
             "options": self.options,
         }
-        asked = json.dumps([asdict(probe) for probe in probes], sort_keys=True)
-        key = hashlib.sha256((json.dumps(facts, sort_keys=True) + asked).encode()).hexdigest()[:24]
+        questions = json.dumps([plain_probe(probe) for probe in probes], sort_keys=True)
+        key = hashlib.sha256((json.dumps(facts, sort_keys=True) + questions).encode()).hexdigest()[:24]
         texts, tensors = (self.folder / f"{key}.{kind}" for kind in ("json", "safetensors"))
         found = _read(texts, tensors, probes)
         if found is None:

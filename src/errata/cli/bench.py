@@ -106,28 +106,35 @@ def _show_plan(plan: Plan, chosen: list[str], folder: Path) -> None:
         print(f"{name}: {facts['cases']} cases, sha256 {facts['sha256'][:12]}")
 
 
-def _show(found: Outcome) -> None:
+def _show(outcome: Outcome) -> None:
     """Print how every cell ended, and what evaluating took."""
+    from errata.evaluation.metrics import headline_metric
+    from errata.types import KINDS
+    from errata.types.kinds import EFFICACY
+
+    metric = headline_metric()
+    kept = [kind.name for kind in KINDS.values() if kind.headline and kind.group == "kept"]
     rows = []
-    for job in found.jobs:
-        document = found.documents.get(job.cell, {})
+    for job in outcome.jobs:
+        document = outcome.documents.get(job.cell, {})
         if job.state != "done":
             rows.append([job.cell, job.state, "", "", "", _last_line(job.reason)])
             continue
         summary, cost = document["summary"], document["cost"]
-        shares = [summary.get(f"{kind}.generate", {}).get("after") for kind in ("efficacy", "neighbourhood")]
+        kinds = (EFFICACY, next((kind for kind in kept if f"{kind}.{metric.name}" in summary), kept[0]))
+        shares = [summary.get(f"{kind}.{metric.name}", {}).get("after") for kind in kinds]
         fit = cost["fit"]["median"]
         rows.append([
             job.cell, job.state, *("-" if share is None else f"{share:.3f}" for share in shares),
             "-" if fit is None else f"{fit:.2f}", f"{cost['observe']['per_case']:.3f}",
         ])  # fmt: skip
     columns = ("cell", "status", "efficacy", "kept", "fit s", "observe s a case, or why not")
-    common.table("free generation", columns, rows, right=(2, 3, 4))
-    seconds = _evaluation(found)
+    common.table(metric.title, columns, rows, right=(2, 3, 4))
+    seconds = _evaluation(outcome)
     words = [f"{value:.3f} s a case {name}" for name, value in seconds.items() if value is not None]
     if words:
         print(f"evaluation: {', '.join(words)}")
-    print(f"results in {found.folder}")
+    print(f"results in {outcome.folder}")
 
 
 def _last_line(reason: str | None) -> str:

@@ -12,6 +12,7 @@ from errata.cli import common, outputs
 if TYPE_CHECKING:
     from errata.bench.runner import Report
     from errata.edits import Edit
+    from errata.evaluation.metrics import Metric
 
 ScheduleName = Annotated[
     str,
@@ -117,7 +118,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 def show(report: Report) -> None:
-    """Print the summary as a table, protocols as columns of their own; of a sequence, a line a checkpoint."""
+    """Print the summary as a table, a column for each metric; of a sequence, a line for each checkpoint."""
     meta = report.meta
     sequence = str(meta["schedule"]).startswith("sequential")
     if sequence:
@@ -140,39 +141,44 @@ def show(report: Report) -> None:
 
 
 def _show_kinds(report: Report) -> None:
+    from errata.evaluation.metrics import REGISTRY, metric_of
+
     kinds: dict[str, dict[str, Any]] = {}
     for key, entry in report.summary.items():
-        kind, _, protocol = key.rpartition(".")
-        kinds.setdefault(kind, {})[protocol] = entry
-    protocols = ("generate", "teacher_forced", "probability")
-    rows = []
-    for kind, found in kinds.items():
-        cells = [kind, str(max(e["n"] for e in found.values()))]
-        for protocol in protocols:
-            cells.append(_span(found.get(protocol)))
-        kl = found.get("kl")
-        cells.append(f"{kl['after']:.4f}" if kl and kl["after"] is not None else "")
-        rows.append(cells)
+        kind, _, name = key.rpartition(".")
+        kinds.setdefault(kind, {})[name] = entry
+    measured = {name for entries in kinds.values() for name in entries}
+    metrics = [metric for metric in REGISTRY.values() if metric.name in measured]
+    metrics += [metric_of(name) for name in sorted(measured - set(REGISTRY.names()))]
+    rows = [
+        [
+            kind,
+            str(max(entry["n"] for entry in entries.values())),
+            *(_number(entries.get(metric.name), metric) for metric in metrics),
+        ]
+        for kind, entries in kinds.items()
+    ]
     meta = report.meta
     how = f", {meta['schedule']}" if report.checkpoints else ""
     title = f"{meta['method']} on {meta['cases']} cases{how}, {meta['host']}: before > after [95 % interval]"
-    common.table(
-        title, ("probe", "n", "generate", "teacher-forced", "probability", "KL, nats"), rows, right=(1, 5)
-    )
+    columns = ("probe", "n", *(metric.label_and_unit for metric in metrics))
+    right = (1, *(place for place, metric in enumerate(metrics, 2) if metric.compares))
+    common.table(title, columns, rows, right=right)
 
 
 def _show_checkpoints(report: Report) -> None:
-    points = report.checkpoints
-    titles = {
-        "efficacy": "efficacy",
-        "paraphrase": "paraphrase",
-        "neighbourhood": "neighbours kept",
-        "same_subject": "same subject kept",
+    from errata.evaluation.metrics import headline_metric
+    from errata.types import KINDS
+
+    points, metric = report.checkpoints, headline_metric()
+    kinds = {
+        f"{kind.name}.{metric.name}": kind.short_label + (" kept" if kind.group == "kept" else "")
+        for kind in KINDS.values()
+        if kind.main and any(f"{kind.name}.{metric.name}" in point.summary for point in points)
     }
-    kinds = [kind for kind in titles if any(f"{kind}.generate" in point.summary for point in points)]
     rows = []
     for point in points:
-        shares = [point.summary.get(f"{kind}.generate", {}).get("after") for kind in kinds]
+        shares = [point.summary.get(key, {}).get("after") for key in kinds]
         rows.append([
             point.edits,
             *("-" if share is None else f"{share:.3f}" for share in (*shares, point.last_batch_efficacy)),
@@ -181,16 +187,20 @@ def _show_checkpoints(report: Report) -> None:
             f"{point.fit_seconds:.1f}",
         ])  # fmt: skip
     meta = report.meta
-    title = f"{meta['method']} on {meta['cases']} cases, {meta['schedule']}, {meta['host']}: free generation"
-    columns = ("edits", *(titles[kind] for kind in kinds), "last batch", "perplexity", "norm", "fit s")
+    title = f"{meta['method']} on {meta['cases']} cases, {meta['schedule']}, {meta['host']}: {metric.title}"
+    columns = ("edits", *kinds.values(), "last batch", "perplexity", "norm", "fit s")
     common.table(title, columns, rows, right=range(len(columns)))
 
 
-def _span(entry: dict[str, Any] | None) -> str:
+def _number(entry: dict[str, Any] | None, metric: Metric) -> str:
+    """Show a summary's entry: before > after [95 % interval], or one number where the metric compares the two."""
     if entry is None:
         return ""
+    if metric.compares:
+        return "" if entry["after"] is None else f"{entry['after']:.4f}"
     before = "-" if entry["before"] is None else f"{entry['before']:.3f}"
     if entry["after"] is None:
         return f"{before} > -"
     low, high = entry["ci"]
-    return f"{before} > {entry['after']:.3f} [{low:.2f}, {high:.2f}]"
+    interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{before} > {entry['after']:.3f}{interval}"

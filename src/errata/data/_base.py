@@ -22,7 +22,7 @@ class Malformed(Skip):
 
 
 class SubjectAbsent(Skip):
-    """A request's subject does not stand in its prompt; counted by the check on its own."""
+    """A request's subject does not occur in its prompt; counted by the check on its own."""
 
 
 @dataclass(frozen=True)

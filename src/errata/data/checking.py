@@ -61,7 +61,7 @@ class Check:
     """Requests that repeat an earlier one: same prompt, subject and target."""
     conflicts: Conflicts
     subject_absent: int
-    """Rows left out because a subject does not stand in its prompt; also among ``skipped``."""
+    """Rows left out because a subject does not occur in its prompt; also among ``skipped``."""
     subject_is_prompt: int
     """Requests whose whole prompt stands for the subject, as the dataset names none."""
     renamed: int

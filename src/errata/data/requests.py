@@ -153,6 +153,8 @@ def _line(case: Case) -> str:
 def _plain(probe: Probe) -> dict[str, Any]:
     """Return the fields of a probe that say something."""
     values = {f.name: getattr(probe, f.name) for f in fields(Probe) if getattr(probe, f.name) != f.default}
+    if probe.covariates:
+        values["covariates"] = dict(probe.covariates)
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in values.items()
@@ -323,9 +325,23 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     rival, group = (value.get(name) or None for name in ("rival", "group"))
     if need == "all" and group is None:
         amiss.append("need 'all' says how many of a group count: name the group, or leave need out")
+    covariates = _numbers(value.get("covariates"), amiss)
     if amiss:
         return None, amiss
-    return Probe(value["kind"], value["prompt"], answers, before, rival, form, group, need, choices), []
+    probe = Probe(
+        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates
+    )
+    return probe, []
+
+
+def _numbers(value: Any, amiss: list[str]) -> tuple[tuple[str, float], ...]:
+    """Read covariates, numbers by name; anything else is added to ``amiss``."""
+    if _absent(value) or value == {}:
+        return ()
+    if not isinstance(value, Mapping) or not all(type(number) in (int, float) for number in value.values()):
+        amiss.append(f"covariates must be numbers by name, found {_typed(value)}")
+        return ()
+    return tuple((str(name), float(number)) for name, number in value.items())
 
 
 def _word(value: Mapping[str, Any], name: str, allowed: Sequence[str], amiss: list[str]) -> Any:

@@ -19,7 +19,7 @@ from errata.errors import RequestError
 from errata.host import prompts, tokens
 from errata.host.load import Host, draw_rows, generate_rows
 from errata.host.prompts import Template
-from errata.types import Case, Form, Observation, Probe
+from errata.types import Case, Form, Observation, Probe, kind_of
 from errata.writing import Join
 
 if TYPE_CHECKING:  # opens transformers
@@ -41,9 +41,6 @@ TEXT_TOKENS = 256
 """Tokens of a running text that are scored; the rest is left."""
 LOGITS = 2**27
 """How many logits of running text are held at once: half a gigabyte in float32."""
-
-KL_KINDS = frozenset({"neighbourhood", "distracting"})
-"""Kinds whose next-token distribution is kept."""
 
 SHOWN = 20
 """Most cases that one complaint names."""
@@ -111,7 +108,7 @@ class _Manner:
         )
         return _Plan(
             saying, host.encode_framed(framed), host.encode_base(text), first, rival, tuple(scored),
-            probe.kind in KL_KINDS,
+            kind_of(probe.kind).distribution,
         )  # fmt: skip
 
     @property

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from errata.evaluation.metrics import REGISTRY, Metric, headline_metric, metric_of
 from errata.evaluation.metrics.intervals import RESAMPLES
 from errata.evaluation.metrics.probability import harmonic
-from errata.report import kinds
+from errata.report import kinds, numbers
 from errata.report.curves import Curves, curves
-from errata.report.measure import MORE, Measure
+from errata.report.measure import Measure
 from errata.report.read import Cell, Run, number
 from errata.report.tally import Counts, Tally, tally
 
@@ -21,7 +22,6 @@ CHUNK = 500
 """Resamples drawn at once, which bounds memory at many cases."""
 FINE_TUNING = ("ft", "ft_l", "ft_m")
 """Baselines that are fine-tuning; the first on a board is what methods are compared with."""
-JUDGED = (".judge", ".judge_undecided")
 ROLES = {"unedited": "the floor, nothing edited", "in_prompt": "the oracle, the fact before every prompt"}
 
 
@@ -42,6 +42,16 @@ class Entry:
         """Return a number, or None where it was not measured."""
         return self.measures.get(protocol, {}).get(kind)
 
+    def main_measure(self, kind: str) -> Measure | None:
+        """Return the number of a kind under the protocol that boards rank by."""
+        return self.measure(headline_metric().name, kind)
+
+    def extra(self, metric: Metric) -> Measure | None:
+        """Return the number that a metric shows in the first table: of the kind it prefers, else of the first."""
+        of_kinds = self.measures.get(metric.name, {})
+        preferred = (of_kinds[kind] for kind in metric.heading_kinds if kind in of_kinds)
+        return next(preferred, next(iter(of_kinds.values()), None))
+
     @property
     def role(self) -> str:
         """What a baseline stands for; empty for a method under test."""
@@ -60,7 +70,7 @@ class Board:
     entries: tuple[Entry, ...]
     """Baselines first, then by headline."""
     kinds: tuple[str, ...]
-    """Kinds measured by free generation, in the order of columns."""
+    """Kinds measured by the protocol that boards rank by, free generation, in the order of columns."""
     kept: frozenset[str]
     """Kinds whose answers must not change."""
     headline: tuple[str, ...]
@@ -75,17 +85,27 @@ class Board:
     def explained(self) -> str:
         """Say what the headline is."""
         if not self.headline:
-            return "no headline: none of efficacy, paraphrase, neighbourhood was asked by free generation"
+            names = ", ".join(kinds.label(options[0]) for options in kinds.headline_parts())
+            return f"no headline: none of {names} was asked by free generation"
         parts = [kinds.label(kind) + (" kept" if kind in self.kept else "") for kind in self.headline]
         if len(parts) == 1:
             return f"headline: {parts[0]} under free generation"
         return f"headline: harmonic mean of {', '.join(parts[:-1])} and {parts[-1]} under free generation"
 
     def others(self) -> list[str]:
-        """List protocols beside generation that have tables of their own."""
-        own = ("teacher_forced", "probability", "kl", "generate")
-        found = {protocol for entry in self.entries for protocol in entry.measures}
-        return [p for p in own[:2] if p in found] + sorted(found - set(own))
+        """List protocols that have tables of their own: those without a column in the first table."""
+        names = {protocol for entry in self.entries for protocol in entry.measures}
+        records = {name: numbers.metric(name) for name in names}
+        own = [name for name in names if not (records[name].headline or records[name].heading)]
+        return sorted(own, key=lambda name: (records[name].order, name))
+
+    def extras(self) -> list[Metric]:
+        """List the metrics that have a column in the first table beside the protocol that ranks, where measured."""
+        return [
+            metric
+            for metric in REGISTRY.values()
+            if metric.heading and any(entry.extra(metric) is not None for entry in self.entries)
+        ]
 
     def group(self, kind: str) -> str:
         """Say what a kind is about on this board."""
@@ -133,12 +153,13 @@ def _key(cell: Cell) -> str:
 
 
 def _board(cells: Sequence[Cell]) -> Board:
-    found = {key.rpartition(".")[0] for c in cells for key in c.summary if key.endswith(".generate")}
+    keys = (key.rpartition(".") for cell in cells for key in cell.summary)
+    measured_kinds = {kind for kind, _, protocol in keys if protocol == headline_metric().name}
     tallies = [tally(cell) for cell in cells]
-    kept = frozenset(kind for kind in found if _is_kept(kind, tallies))
-    shown = [next((k for k in options if k in found), None) for options in kinds.HEADLINE]
-    headline = tuple(kind for kind in shown if kind)
-    scores = _headlines(cells, tallies, headline)
+    kept = frozenset(kind for kind in measured_kinds if _is_kept(kind, tallies))
+    chosen = (next((k for k in options if k in measured_kinds), None) for options in kinds.headline_parts())
+    parts = tuple(kind for kind in chosen if kind)
+    scores = _headlines(cells, tallies, parts)
     entries = [
         Entry(cell, value, difference, _measures(cell), curves(cell, counted))
         for cell, counted, (value, difference) in zip(cells, tallies, scores, strict=True)
@@ -154,7 +175,7 @@ def _board(cells: Sequence[Cell]) -> Board:
     )
     return Board(
         model_name(cells[0]), str(cells[0].plan.get("schedule", "?")), cells[0].tag, tuple(entries),
-        tuple(kinds.order(found, kept)), kept, headline,
+        tuple(kinds.order(measured_kinds, kept)), kept, parts,
     )  # fmt: skip
 
 
@@ -169,7 +190,7 @@ def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
     # answers that different judges, or one judge under different prompts, called right share no column
     by = f" by {judge.get('model')}, prompt {str(judge.get('prompt_sha256'))[:8]}"
     judged = {f"{key}{by}": entry for key, entry in (cell.judged.get("summary") or {}).items()
-              if key.endswith(JUDGED)}  # fmt: skip
+              if metric_of(key.rpartition(".")[2]).by_judge}  # fmt: skip
     for key, entry in [*cell.summary.items(), *judged.items()]:
         head, mark, name = key.partition(" by ")
         kind, _, protocol = head.rpartition(".")
@@ -178,7 +199,8 @@ def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
         if value is None:
             continue
         low, high = (number(end) for end in entry.get("ci") or (None, None))
-        more = {name: more for name in MORE if (more := number(entry.get(name))) is not None}
+        columns = (column.number for column in numbers.metric(protocol).columns)
+        more = {name: more for name in columns if (more := number(entry.get(name))) is not None}
         measure = Measure(value, low, high, number(entry.get("before")), entry.get("n"), more)
         table.setdefault(protocol, {})[kind] = measure
     return table
@@ -215,7 +237,7 @@ def _tuning(cells: Sequence[Cell], cell: Cell) -> int | None:
 
 
 def _after(cell: Cell, kind: str) -> float | None:
-    return number(cell.summary.get(f"{kind}.generate", {}).get("after"))
+    return number(cell.summary.get(f"{kind}.{headline_metric().name}", {}).get("after"))
 
 
 def _harmonic(values: Iterable[float | None]) -> float | None:

@@ -10,6 +10,7 @@ from errata.evaluation.metrics import intervals, retention
 from errata.report.measure import Measure
 from errata.report.read import Cell, number
 from errata.report.tally import Tally
+from errata.types.kinds import EFFICACY
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def curves(cell: Cell, tally: Tally) -> Curves | None:
     seen: dict[int, list[tuple[str, float]]] = {}
     for edits, cases in tally.looks.items():
         shares = [
-            (case, found["efficacy"][0] / found["efficacy"][1])
-            for case, found in cases.items() if "efficacy" in found
+            (case, counts[EFFICACY][0] / counts[EFFICACY][1])
+            for case, counts in cases.items() if EFFICACY in counts
         ]  # fmt: skip
         if edits is not None and shares:
             seen[edits] = shares

@@ -7,12 +7,17 @@ from collections.abc import Hashable
 from itertools import islice
 from typing import Any
 
+from errata.evaluation.metrics import REGISTRY
 from errata.report.read import Answer, Asked, Cell
 
 LONGEST = 600
 """Characters of a text that are held; the rest is cut with a mark."""
-MARKED = ("generate", "teacher_forced", "probability", "choice")
-"""Protocols that say right or wrong: one base-3 digit each of a probe's mark, 0 not asked, 1 wrong, 2 right."""
+
+
+def marked() -> list[str]:
+    """List the protocols of a run that say right or wrong, the one that boards rank by first."""
+    judging = [metric for metric in REGISTRY.values() if metric.judges and not metric.by_judge]
+    return [metric.name for metric in sorted(judging, key=lambda metric: not metric.headline)]
 
 
 class _Numbered:
@@ -28,14 +33,16 @@ class _Numbered:
 class Details:
     """What the page's list of probes is made from.
 
-    The document: ``strings``; ``probes``, each ``[kind, prompt, [answers], text before, changes, mark before]``
-    with texts as numbers of strings (-1: none); ``lists`` of probes; ``cells``, each ``{"total", "cases"}`` with
-    cases ``[name, edits, list, [texts after], [marks after], [probe, protocol, before, after, ...]]``, the
-    last for scores that are no right or wrong.
+    The document: ``marked``, the protocols that say right or wrong, the one that boards rank by first, each a base-3
+    digit of a probe's mark (0 not asked, 1 wrong, 2 right); ``strings``; ``probes``, each ``[kind, prompt, [answers],
+    text before, changes, mark before]`` with texts as numbers of strings (-1: none); ``lists`` of probes; ``cells``,
+    each ``{"total", "cases"}`` with cases ``[name, edits, list, [texts after], [marks after], [probe, protocol,
+    before, after, ...]]``, the last for scores that are no right or wrong.
     """
 
     def __init__(self, cases: int) -> None:
         self.cases = cases
+        self._marked = marked()
         self._strings = _Numbered()
         self._probes = _Numbered()
         self._lists = _Numbered()
@@ -52,7 +59,7 @@ class Details:
     def document(self) -> dict[str, Any]:
         """Return all that was taken in, JSON-ready."""
         return {
-            "marked": list(MARKED),
+            "marked": self._marked,
             "strings": list(self._strings.items),
             "probes": list(self._probes.items),
             "lists": list(self._lists.items),
@@ -67,31 +74,30 @@ class Details:
     def _case(self, asked: Asked) -> list[Any]:
         listed = self._lists(tuple(self._probe(answer) for answer in asked.answers))
         after = [self._text(answer.text_after) for answer in asked.answers]
-        marks = [_mark(answer, 1) for answer in asked.answers]
+        marks = [self._mark(answer, 1) for answer in asked.answers]
         return [self._text(asked.case), asked.edits, listed, after, marks, self._numbers(asked.answers)]
 
     def _probe(self, answer: Answer) -> int:
         return self._probes((
             self._text(answer.kind), self._text(answer.prompt), tuple(map(self._text, answer.answers)),
-            self._text(answer.text_before), int(answer.changes), _mark(answer, 0),
+            self._text(answer.text_before), int(answer.changes), self._mark(answer, 0),
         ))  # fmt: skip
 
     def _numbers(self, answers: tuple[Answer, ...]) -> list[Any]:
         found: list[Any] = []
         for i, answer in enumerate(answers):
             for protocol, pair in answer.scores.items():
-                if protocol not in MARKED or any(score not in (0.0, 1.0) for score in pair):
+                if protocol not in self._marked or any(score not in (0.0, 1.0) for score in pair):
                     found += [i, self._text(protocol), *map(_short, pair)]
         return found
 
-
-def _mark(answer: Answer, side: int) -> int:
-    mark = 0
-    for place, protocol in enumerate(MARKED):
-        score = answer.scores.get(protocol, (None, None))[side]
-        if score in (0.0, 1.0):
-            mark += (2 if score else 1) * 3**place
-    return mark
+    def _mark(self, answer: Answer, side: int) -> int:
+        mark = 0
+        for place, protocol in enumerate(self._marked):
+            score = answer.scores.get(protocol, (None, None))[side]
+            if score in (0.0, 1.0):
+                mark += (2 if score else 1) * 3**place
+        return mark
 
 
 def _short(value: float | None) -> float | str | None:

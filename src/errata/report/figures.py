@@ -168,7 +168,7 @@ def _board(board: Board, theme: Theme) -> Figure:
     places = range(len(entries))[::-1]
     for axes, column in zip(panels, columns, strict=True):
         for place, entry in zip(places, entries, strict=True):
-            measure = entry.headline if column == "headline" else entry.measure("generate", column)
+            measure = entry.headline if column == "headline" else entry.main_measure(column)
             if measure is not None:
                 _bar(axes, place, measure, theme, theme.accent if column == "headline" else theme.muted,
                      soft=bool(entry.role))  # fmt: skip

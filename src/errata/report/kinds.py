@@ -1,41 +1,51 @@
-"""What kinds of probes are called in tables, and what they are about: learned, kept, or following from the edit."""
+"""How kinds of probes are grouped, labelled and ordered in tables; their facts are in ``errata.types.kinds``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-LEARNED = ("efficacy", "paraphrase", "paraphrase_seen", "question", "persona", "long", "long_paraphrase")
-KEPT = (
-    "neighbourhood", "locality", "same_subject", "distracting", "other_task", "relation_specificity",
-    "forgetfulness", "entity_locality",
-)  # fmt: skip
-FIRST = ("efficacy", "paraphrase", "neighbourhood", "locality", "same_subject")
-"""Kinds of the first table; all others stand in the second."""
-HEADLINE = (("efficacy",), ("paraphrase",), ("neighbourhood", "locality"))
-"""What the headline is the harmonic mean of: of each group the first kind that the board has."""
-GROUPS = {"learned": "learned", "kept": "kept", "follows": "what follows"}
+from errata.types.kinds import KINDS, Group, kind_of
+
+GROUPS: Mapping[Group, str] = {
+    "learned": "learned", "kept": "kept", "follows": "what follows", "other": "other"
+}  # fmt: skip
 """Groups of kinds in the order of columns, with their titles."""
 
 
-def group(kind: str, kept: Iterable[str] = ()) -> str:
-    """Say what a kind is about: ``learned``, ``kept`` or ``follows``. ``kept``: kinds known to change nothing."""
-    bare = kind.partition(".")[0]
-    if bare in LEARNED:
-        return "learned"
-    return "kept" if bare in KEPT or bare in set(kept) else "follows"
+def group(kind: str, kept: Iterable[str] = ()) -> Group:
+    """Return the group of a kind; ``kept``: kinds of which no answer is meant to change."""
+    record = kind_of(kind)
+    return "kept" if record.group == "follows" and record.name in set(kept) else record.group
 
 
-def label(kind: str) -> str:
-    """Word a kind for a heading: ``multi_hop.any`` is "multi hop, any"."""
-    return kind.replace(".", ", ").replace("_", " ")
+def label(kind: str, *, short: bool = False) -> str:
+    """Return a kind's name for a heading: ``multi_hop.any`` is "multi hop, any"; ``short``: for a narrow table."""
+    record = kind_of(kind)
+    rest = kind.partition(".")[2].replace(".", ", ").replace("_", " ")
+    name = record.short_label if short else record.label
+    return f"{name}, {rest}" if rest else name
+
+
+def headline_parts() -> list[list[str]]:
+    """List the parts of the headline: of each the kinds that may be it, the preferred one first."""
+    parts: dict[int, list[str]] = {}
+    for kind in KINDS.values():
+        if kind.headline is not None:
+            parts.setdefault(kind.headline, []).append(kind.name)
+    return [names for _, names in sorted(parts.items())]
+
+
+def is_main(kind: str) -> bool:
+    """Whether a kind has a column in the first table; a group of probes, ``efficacy.any``, has none."""
+    return kind in KINDS and KINDS[kind].main
 
 
 def order(kinds: Iterable[str], kept: Iterable[str] = ()) -> list[str]:
-    """Sort kinds: learned, kept, what follows; the common ones first in each."""
-    known = [*LEARNED, *KEPT]
-    rank = {name: i for i, name in enumerate(known)}
-    places = list(GROUPS)
+    """Sort kinds by group; learned and kept ones as in the table of kinds, all others by name."""
+    known = [name for name, kind in KINDS.items() if kind.group in ("learned", "kept")]
+    rank = {name: place for place, name in enumerate(known)}
+    groups = list(GROUPS)
     return sorted(
         dict.fromkeys(kinds),
-        key=lambda k: (places.index(group(k, kept)), rank.get(k.partition(".")[0], len(known)), k),
+        key=lambda k: (groups.index(group(k, kept)), rank.get(k.partition(".")[0], len(known)), k),
     )

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-MORE = ("exact", "old", "unchanged", "p95")
-"""What stands beside a score: the strict answer alone, the old answer still asserted, the same text as before,
-and the 95th percentile."""
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -23,4 +19,4 @@ class Measure:
     n: int | None = None
     """How many probes the value averages."""
     more: Mapping[str, float] = field(default_factory=dict)
-    """What else the summary says of the same rows, see :data:`MORE`."""
+    """Further numbers of the summary of the same rows: those that the metric's record names as columns."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+from errata.evaluation.metrics import Metric, metric_of
 from errata.report.measure import Measure
 
 NONE = "–"
-SHARES = ("generate", "teacher_forced", "probability", "choice", "long_form", "judge", "judge_undecided")
-"""Protocols whose scores lie between 0 and 1 and are shown in per cent."""
+
+
+def metric(protocol: str) -> Metric:
+    """Return the metric of a protocol; that of a judge is named with its judge."""
+    return metric_of(protocol.partition(" by ")[0])
 
 
 def is_share(protocol: str) -> bool:
-    """Whether a protocol's scores are shares; that of a judge is named with its judge."""
-    return protocol.partition(" by ")[0] in SHARES
+    """Whether a protocol's scores lie between 0 and 1 and are shown in per cent."""
+    return metric(protocol).unit == "share"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -78,6 +82,13 @@ def share(measure: Measure | None, *, brief: bool = False, signed: bool = False)
         ends = f"{percent(measure.low, 0)}-{percent(measure.high, 0)}"
         return text if measure.low == measure.high else f"{text} {ends}"
     return f"{text} [{percent(measure.low)}, {percent(measure.high)}]"
+
+
+def value(measure: Measure | None, protocol: str) -> str:
+    """Show a measure in its protocol's unit, without its interval."""
+    if measure is None:
+        return NONE
+    return percent(measure.value) if is_share(protocol) else plain(measure.value)
 
 
 def quantity(measure: Measure | None, protocol: str, *, brief: bool = False) -> str:

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from errata.evaluation.metrics import REGISTRY, Metric, headline_metric
 from errata.report import card, kinds, numbers, tables
 from errata.report.board import Board, Entry, absent, boards, model_name
 from errata.report.curves import Age, Look
@@ -72,6 +73,7 @@ def _document(runs: Sequence[Run], made: Sequence[Board], cases: int) -> dict[st
             }
             for cell in absent(runs)
         ],
+        "metrics": _metrics(made),
         "details": details.document(),
     }
 
@@ -85,7 +87,10 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "explained": board.explained,
         "unedited_cases": tables.refused_cases(board),
         "headline": list(board.headline),
-        "groups": kinds.GROUPS,
+        "groups": dict(kinds.GROUPS),
+        "primary": headline_metric().name,
+        "paper": [{"name": score.name, "title": f"{score.name} (legacy)"} for score in tables.board_scores()],
+        "extras": [_extra(metric) for metric in board.extras()],
         "kinds": [_kind(kind, board) for kind in board.kinds],
         "others": [_protocol(board, protocol) for protocol in board.others()],
         "scores": tables.scores_of(board),
@@ -99,12 +104,32 @@ def _kind(kind: str, board: Board) -> dict[str, Any]:
 
 
 def _protocol(board: Board, protocol: str) -> dict[str, Any]:
-    found = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
+    probe_kinds = {kind for entry in board.entries for kind in entry.measures.get(protocol, {})}
     return {
         "id": protocol,
         "title": tables.protocol_title(protocol),
         "share": numbers.is_share(protocol),
-        "kinds": [_kind(kind, board) for kind in kinds.order(found, board.kept)],
+        "kinds": [_kind(kind, board) for kind in kinds.order(probe_kinds, board.kept)],
+    }
+
+
+def _extra(metric: Metric) -> dict[str, Any]:
+    """Describe a metric's column in the first table."""
+    return {
+        "id": metric.name,
+        "title": metric.heading,
+        "share": metric.unit == "share",
+        "up": metric.higher_is_better is False,
+    }
+
+
+def _metrics(every_board: Sequence[Board]) -> dict[str, Any]:
+    """Describe how the metrics of some boards are worded, by protocol."""
+    names = dict.fromkeys(name for board in every_board for entry in board.entries for name in entry.measures)
+    return {
+        name: {"label": metric.label, "unit": metric.unit, "compares": metric.compares}
+        for name in names
+        if (metric := numbers.metric(name))
     }
 
 
@@ -112,8 +137,9 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
     cell = entry.cell
     worn = entry.curves
     scores = {name: number(value) for name, value in (cell.found.get("scores") or {}).items()}
-    kl = tables.divergence(entry)
     return {
+        **{metric.name: _rounded(extra.value if (extra := entry.extra(metric)) else None)
+           for metric in REGISTRY.values() if metric.heading},
         "id": cell.id,
         "name": cell.name + tables.seed_of(entry, board),
         "method": cell.method,
@@ -128,7 +154,6 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
             for protocol, found in entry.measures.items()
         },
         "scores": {name: _rounded(value) for name, value in scores.items()},
-        "kl": _rounded(kl),
         "perplexity": list(map(_rounded, tables.perplexities(entry))),
         "fit": _rounded(tables.fit_median(entry)),
         "cost": tables.cost_of(entry),

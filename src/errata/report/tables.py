@@ -6,23 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errata.evaluation.metrics import Column, PaperScore, headline_metric
 from errata.evaluation.metrics.intervals import mean
+from errata.evaluation.metrics.summary import paper_scores
 from errata.report import kinds, numbers
 from errata.report.board import Board, Entry, absent, model_name
 from errata.report.curves import Curves
 from errata.report.published import PROVENANCE, Comparison
 from errata.report.read import Run, number
-
-PROTOCOLS = {
-    "teacher_forced": "legacy, teacher-forced: every token of the answer first, the true tokens given, per cent",
-    "probability": "legacy, probability: the wanted answer more probable than its rival, per cent",
-    "choice": "choice: the wanted answer the most probable of those offered, per cent",
-    "long_form": "long form: ROUGE-L F against the wanted text, per cent",
-    "perplexity": "perplexity of the wanted text",
-    "fluency": "fluency: n-gram entropy of open text",
-    "judge": "judge: answers that a language model calls right, per cent",
-    "judge_undecided": "judge: answers that a language model left undecided, per cent",
-}
 
 
 @dataclass(frozen=True)
@@ -78,31 +69,30 @@ def seed_of(entry: Entry, board: Board) -> str:
     return f" (seed {entry.cell.plan.get('seed')})" if len(seeds) > 1 else ""
 
 
-def _heading(kind: str, board: Board) -> str:
-    return kinds.label(kind) + (" kept" if kind in board.kept else "")
+def _heading(kind: str, board: Board, *, short: bool = False) -> str:
+    return kinds.label(kind, short=short) + (" kept" if kind in board.kept else "")
 
 
 def _main(board: Board, brief: bool) -> Table:
-    shown = [kind for kind in board.kinds if kind in kinds.FIRST]
+    shown = [kind for kind in board.kinds if kinds.is_main(kind)]
     rest = {
-        "legacy S": [score_of(e, "S") for e in board.entries],
-        "KL, nats": [numbers.plain(divergence(e)) for e in board.entries],
+        **{score.heading: [score_of(e, score.name) for e in board.entries] for score in board_scores()},
+        **{metric.heading: [numbers.value(e.extra(metric), metric.name) for e in board.entries]
+           for metric in board.extras()},
         "ppl after" if brief else "perplexity": [_perplexity(e, brief) for e in board.entries],
         "s/edit": [numbers.seconds(fit_median(e)) for e in board.entries],
-    }
+    }  # fmt: skip
     extra = {k: v for k, v in rest.items() if any(cell != numbers.NONE for cell in v)}
     rows = [
         (
             name,
             numbers.share(e.headline, brief=brief),
-            *(numbers.share(e.measure("generate", kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
             *(column[i] for column in extra.values()),
         )
         for i, (name, e) in enumerate(zip(_names(board), board.entries, strict=True))
     ]
-    heads = [_heading(kind, board) for kind in shown]
-    if brief:  # a word that fits its column
-        heads = [head.replace("neighbourhood", "neighbours") for head in heads]
+    heads = [_heading(kind, board, short=brief) for kind in shown]
     columns = ("method", "headline", *heads, *extra)
     notes = [
         board.explained,
@@ -128,7 +118,7 @@ def refused_cases(board: Board) -> list[str]:
 
 
 def _further(board: Board, brief: bool) -> Table | None:
-    shown = [kind for kind in board.kinds if kind not in kinds.FIRST]
+    shown = [kind for kind in board.kinds if not kinds.is_main(kind)]
     tuned = any(e.over_tuning for e in board.entries)
     if not shown and not tuned:
         return None
@@ -136,7 +126,7 @@ def _further(board: Board, brief: bool) -> Table | None:
         (
             name,
             *([numbers.share(e.over_tuning, signed=True)] if tuned else []),
-            *(numbers.share(e.measure("generate", kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
         )
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
@@ -146,14 +136,13 @@ def _further(board: Board, brief: bool) -> Table | None:
 
 
 def beside(board: Board) -> list[tuple[str, str, str]]:
-    """List the shares that stand beside the scores of free generation: heading, kind and name in the summary."""
-    words = {"exact": "strict", "old": "old answer", "unchanged": "same text"}
+    """List the further shares of free generation, of the main kinds: heading, kind and name in the summary."""
     return [
-        (f"{kinds.label(kind)}, {word}", kind, name)
-        for kind in board.kinds
-        for name, word in words.items()
-        if (kind in kinds.FIRST) and (name == "unchanged") == (kind in board.kept)
-        and any((m := e.measure("generate", kind)) is not None and name in m.more for e in board.entries)
+        (f"{kinds.label(kind)}, {column.heading}", kind, column.number)
+        for kind in board.kinds if kinds.is_main(kind)
+        for column in headline_metric().columns
+        if column.heading and column.kinds in ("all", "kept" if kind in board.kept else "changing")
+        and any((m := e.main_measure(kind)) is not None and column.number in m.more for e in board.entries)
     ]  # fmt: skip
 
 
@@ -161,29 +150,47 @@ def _beside(board: Board) -> Table | None:
     shown = beside(board)
     rows = []
     for name, e in zip(_names(board), board.entries, strict=True):
-        found = [m.more.get(more) if (m := e.measure("generate", kind)) else None for _, kind, more in shown]
-        rows.append((name, *map(numbers.percent, found)))
-    note = "strict: nothing but the answer; old answer: still asserted; same text: word for word as before"
+        shares = [m.more.get(more) if (m := e.main_measure(kind)) else None for _, kind, more in shown]
+        rows.append((name, *map(numbers.percent, shares)))
+    note = "; ".join(f"{c.heading}: {c.note}" for c in headline_metric().columns if c.note)
     columns = ("method", *(heading for heading, _, _ in shown))
     return Table("free generation, strictly", columns, tuple(rows), (note,)) if shown else None
 
 
 def _protocol(board: Board, protocol: str) -> Table | None:
-    found = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
-    shown = kinds.order(found, board.kept)
+    """Make a protocol's own table: its value by kind, then the further numbers that its metric names."""
+    probe_kinds = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
+    shown = kinds.order(probe_kinds, board.kept)
+    further = [
+        (kind, column)
+        for kind in shown
+        for column in numbers.metric(protocol).columns
+        if column.heading and any(_number(e, protocol, kind, column) is not None for e in board.entries)
+    ]
+    show = numbers.percent if numbers.is_share(protocol) else numbers.plain
     rows = [
-        (name, *(numbers.quantity(e.measure(protocol, kind), protocol) for kind in shown))
+        (
+            name,
+            *(numbers.quantity(e.measure(protocol, kind), protocol) for kind in shown),
+            *(show(_number(e, protocol, kind, column)) for kind, column in further),
+        )
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
-    title = protocol_title(protocol)
-    columns = ("method", *(_heading(kind, board) for kind in shown))
-    return Table(title, columns, tuple(rows)) if shown else None
+    heads = (f"{_heading(kind, board)}, {column.heading}" for kind, column in further)
+    columns = ("method", *(_heading(kind, board) for kind in shown), *heads)
+    notes = dict.fromkeys(f"{column.heading}: {column.note}" for _, column in further if column.note)
+    return Table(protocol_title(protocol), columns, tuple(rows), tuple(notes)) if shown else None
+
+
+def _number(entry: Entry, protocol: str, kind: str, column: Column) -> float | None:
+    measure = entry.measure(protocol, kind)
+    return measure.more.get(column.number) if measure else None
 
 
 def protocol_title(protocol: str) -> str:
     """Word a protocol for a heading, with the judge where there is one."""
-    head, mark, judge = protocol.partition(" by ")
-    return PROTOCOLS.get(head, head.replace("_", " ")) + mark.replace(" by ", ", by ") + judge
+    _, mark, judge = protocol.partition(" by ")
+    return numbers.metric(protocol).title + mark.replace(" by ", ", by ") + judge
 
 
 def score_of(entry: Entry, name: str) -> str:
@@ -194,11 +201,17 @@ def score_of(entry: Entry, name: str) -> str:
 
 def scores_of(board: Board) -> list[str]:
     """List the legacy scores that a board's cells have, in the papers' names."""
-    found = (name for e in board.entries for name, v in (e.cell.found.get("scores") or {}).items()
-             if number(v) is not None)  # fmt: skip
-    first = ["S", "ES", "PS", "NS"]
-    names = list(dict.fromkeys(found))
+    measured = (name for e in board.entries for name, v in (e.cell.found.get("scores") or {}).items()
+                if number(v) is not None)  # fmt: skip
+    lead = sorted((score for score in paper_scores() if score.lead), key=lambda score: score.lead)
+    first = [score.name for score in lead]
+    names = list(dict.fromkeys(measured))
     return [n for n in first if n in names] + [n for n in names if n not in first]
+
+
+def board_scores() -> list[PaperScore]:
+    """List the legacy scores that have a column in the first table."""
+    return [score for score in paper_scores() if score.heading]
 
 
 def _scores(board: Board) -> Table | None:
@@ -252,13 +265,6 @@ def fit_median(entry: Entry) -> float | None:
     """Return the median seconds of a fit; None where nothing was fitted."""
     cost = entry.cell.found.get("cost") or {}
     return number((cost.get("fit") or {}).get("median"))
-
-
-def divergence(entry: Entry) -> float | None:
-    """Return the KL divergence at neighbours, else that of the first kind that has one, in nats."""
-    found = entry.measures.get("kl", {})
-    best = found.get("neighbourhood") or next(iter(found.values()), None)
-    return best.value if best else None
 
 
 def perplexities(entry: Entry) -> tuple[float | None, float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from errata.evaluation.metrics import headline_metric
 from errata.report.read import Cell, number
 
 Counts = Mapping[str, Mapping[str, tuple[float, int]]]
@@ -30,13 +31,14 @@ class Tally:
 
 def tally(cell: Cell) -> Tally:
     """Count a cell's right answers. What must stay is counted among what was right before."""
+    protocol = headline_metric().name
     looks: dict[int | None, dict[str, dict[str, tuple[float, int]]]] = {}
     changes: dict[str, bool] = {}
     for record in cell.records():
         edits = record.get("edits") if cell.sequence else None
         mine = looks.setdefault(edits, {}).setdefault(str(record.get("case")), {})
         for row in record.get("rows") or ():
-            after = number(row["after"]) if row["protocol"] == "generate" else None
+            after = number(row["after"]) if row["protocol"] == protocol else None
             if after is None:
                 continue
             kind = row["kind"]

@@ -73,7 +73,7 @@ def test_scores_come_by_profession(tmp_path):
     path.write_text(json.dumps([["clock_keeper", 0.0, 0.4], ["countess", -0.9, 0.2]]), encoding="utf-8")
     scores = professions.scores(path)
     assert scores["clock keeper"] == professions.Score(0.0, 0.4)
-    assert [score.said for score in scores.values()] == [None, "she"]
+    assert [score.pronoun for score in scores.values()] == [None, "she"]
 
 
 def test_a_training_row_is_a_request_for_a_pronoun():
@@ -125,5 +125,5 @@ def test_the_published_files_agree_with_each_other():
     assert trained <= scores.keys() and not trained & {probe.group for probe in probes}
     for case in train:
         score = scores[case.probes[1].group]
-        assert score.said is None
+        assert score.pronoun is None
         assert case.request.target == ("he" if score.stereotype < 0 else "she")

@@ -138,7 +138,7 @@ def test_evoke_tells_the_wrong_file():
          Malformed, "requested_rewrite.target_new.str: expected a text, found nothing"),
         ({"neighborhood_prompts": "x" and [1]}, Malformed, "neighborhood_prompts: expected texts"),
         ({"requested_rewrite": {"prompt": "A is in", "subject": "Nobody", "target_new": {"str": "x"},
-                                "target_true": {"str": "y"}}}, Skip, "does not stand in prompt"),
+                                "target_true": {"str": "y"}}}, Skip, "does not occur in prompt"),
     ],
 )  # fmt: skip
 def test_faults_are_told_in_words(change, kind, words):

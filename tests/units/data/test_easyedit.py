@@ -80,7 +80,7 @@ def test_another_name_of_the_subject():
 def test_rows_without_a_question_or_a_subject_are_skipped():
     with pytest.raises(Skip, match="no question of portability"):
         case(easyedit_portability, {**COUNTERFACT, "portability": {"New Question": ""}})
-    with pytest.raises(SubjectAbsent, match="does not stand in prompt"):
+    with pytest.raises(SubjectAbsent, match="does not occur in prompt"):
         case(easyedit_portability, {**ZSRE, **HOP, "subject": "Bo Orn"})
     with pytest.raises(Malformed, match="New Answer"):
         case(easyedit_portability, {**ZSRE, "portability": {"New Question": "Which river?"}})

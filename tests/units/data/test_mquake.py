@@ -136,7 +136,7 @@ def test_a_wrong_field_is_named(field, value, kind, says):
 
 def test_a_subject_that_is_not_in_the_prompt_is_skipped():
     record = {**RECORD, "requested_rewrite": [rewrite("He lives in", "Vela Orn", "Ruvia", "Taland", CITIZEN)]}
-    with pytest.raises(Skip, match="does not stand in prompt"):
+    with pytest.raises(Skip, match="does not occur in prompt"):
         case(record)
 
 

@@ -304,7 +304,7 @@ def test_where_the_subject_stands(prompt, subject, template):
 
 
 def test_other_capitals_within_a_word_are_no_subject():
-    with pytest.raises(SubjectAbsent, match="'Ada' does not stand in prompt"):
+    with pytest.raises(SubjectAbsent, match="'Ada' does not occur in prompt"):
         request("The capital of Canada is", "Ada", "Kesh")
 
 

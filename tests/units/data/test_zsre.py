@@ -49,7 +49,7 @@ def test_the_convention_is_in_the_name_and_the_default_is_true():
 def test_rows_left_out_are_listed_with_the_reason():
     true, alt = check(f"zsre/true@{FLAT}"), check(f"zsre/alt@{FLAT}")
     assert [fault.where for fault in true.skipped] == ["record 8"]
-    assert "'H. Pembry' does not stand in prompt" in true.skipped[0].reason
+    assert "'H. Pembry' does not occur in prompt" in true.skipped[0].reason
     assert (true.subject_absent, true.cases) == (1, 19)
     assert [fault.where for fault in alt.skipped] == ["record 8", "record 10"]
     assert "among the gold ones" in alt.skipped[1].reason

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from errata.evaluation.metrics import locality, matching
+from errata.evaluation.metrics import matching
 
 
 @pytest.mark.parametrize(
@@ -93,34 +93,6 @@ def test_strict_match_wants_the_answer_and_nothing_else():
     assert matching.exact("Tallow. Esk is far.", ["Tallow"]), "the published protocol stops at a period"
     assert not matching.exact("in Tallow.", ["Tallow"])
     assert not matching.exact("", ["Tallow"]) and not matching.exact("the", [""])
-
-
-def test_legacy_substring_mode_keeps_its_faults():
-    assert matching.contains("Eskdale is far. Tallow", ["Esk"]), "part of a word"
-    assert not matching.contains("esk", ["Esk"]), "case counts"
-    assert matching.contains("One. Two. Three. Esk", ["Oa", "Esk"]), "anywhere"
-
-
-def test_token_set_f1_by_hand():
-    # sets {a, b} and {a, c, d}: one in common, 2 * 1 / (2 + 3)
-    assert matching.token_set_f1(list("abb"), list("acd")) == pytest.approx(0.4)
-    assert matching.token_set_f1(list("baa"), list("ab")) == 1.0, "order and repetition do not count"
-    assert matching.token_set_f1([], []) == 0.0
-
-
-def test_locality_by_hand():
-    # right before: 1st, 2nd and 4th; still right of those: 1st and 4th
-    assert locality.kept([True, True, False, True], [True, False, True, True]) == pytest.approx(2 / 3)
-    assert locality.kept([False], [True]) is None
-    assert locality.unchanged([" a", "b", "c"], ["a ", "b", "d"]) == pytest.approx(2 / 3)
-    assert locality.agreement([5, 7, 9, 9], [5, 7, 8, 9]) == 0.75
-    # 3 of 4 right before, 2 of 4 after; one of the wrong ones became right by chance
-    assert locality.drawdown([True, True, True, False], [True, False, False, True]) == 0.25
-    for broken in (locality.agreement, locality.drawdown):
-        with pytest.raises(ValueError, match="found 1 and 2"):
-            broken([True], [True, False])
-    with pytest.raises(ValueError, match="no texts"):
-        locality.unchanged([], [])
 
 
 @pytest.mark.parametrize(

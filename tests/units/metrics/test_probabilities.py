@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from errata.evaluation.metrics import divergence, overfit, perplexity, probability
+from errata.evaluation.metrics import divergence, perplexity, probability
 
 LN = math.log
 
@@ -47,27 +47,6 @@ def test_divergence_in_both_directions_and_the_published_unit():
     code = torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")
     assert divergence.nkl_legacy(a, b) == pytest.approx(other_way / 2) == pytest.approx(float(code), rel=1e-6)
     assert divergence.kl(a, b) != pytest.approx(other_way, rel=0.1), "the direction matters here"
-
-
-def test_evoke_averages_by_hand():
-    correct, target = [[LN(0.6)], [LN(0.1), LN(0.4)]], [[LN(0.3)], [LN(0.5)]]
-    # P(correct) = 0.6, sqrt(0.1 * 0.4) = 0.2; P(target) = 0.3, 0.5; the first prompt is right, the second not
-    found = overfit.overfit(correct, target)
-    assert (found.cap, found.dp, found.eos) == (pytest.approx(0.4), pytest.approx(0.4), 0.5)
-    told = overfit.recall(correct, target)
-    assert (told.cap, told.oap, told.ams) == (pytest.approx(0.4), pytest.approx(0.4), 0.5)
-    with pytest.raises(ValueError, match="no prompts"):
-        overfit.overfit([], [])
-
-
-def test_specificity_averages_inside_a_case_first():
-    right, wrong, other = [LN(0.5)], [LN(0.1)], [LN(0.2)]
-    # case 1: one of one; case 2: one of three. NS+ = (1 + 1/3) / 2, not 2/4
-    # NM+: 0.3; (0.3 - 0.1 - 0.1) / 3 = 1/30; mean 1/6
-    ns, nm = overfit.specificity([[right], [right, wrong, wrong]], [[other], [other] * 3])
-    assert ns == pytest.approx(2 / 3) and nm == pytest.approx(1 / 6)
-    with pytest.raises(ValueError, match="no cases"):
-        overfit.specificity([], [])
 
 
 def test_bits_per_byte_and_perplexity_by_hand():

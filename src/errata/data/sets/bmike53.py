@@ -8,7 +8,7 @@ is made and which are asked:
 ``cross``: the edit is made in English, and everything is asked in English and in the other languages; what is asked
 in another language is of kinds of its own, ``cross_efficacy``, ``cross_paraphrase``, ``cross_locality``,
 ``cross_one_hop``. ``reverse``: the edit is made in another language, and asked in it and in English. ``en`` and
-``other``: edited and asked in one language. Where a translated subject does not stand in the translated prompt,
+``other``: edited and asked in one language. Where a translated subject does not occur in the translated prompt,
 which is so for a quarter of the Chinese rows of MCounterFact, no request can be made in that language: under
 ``reverse`` and ``other`` such rows are left out and counted; under ``cross`` they are asked.
 

@@ -27,15 +27,15 @@ def probes(path: Path, scores: Mapping[str, Score]) -> tuple[Probe, ...]:
     the gender. Raises DataError where the file cannot be read, Malformed naming a record that is none of its
     sentences or is about a profession without scores.
     """
-    made = []
+    questions = []
     for record in records_of(path):
         text, name = record.value, _profession(record.value)
         if name is None or name not in scores:
             raise Malformed(
                 f"{record.where}: expected a sentence about a profession with scores, found {text!r:.60}"
             )
-        made.append(bias_probe(text, name, scores[name].said))
-    return tuple(made)
+        questions.append(bias_probe(text, name, scores[name]))
+    return tuple(questions)
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:

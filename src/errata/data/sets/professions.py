@@ -2,7 +2,7 @@
 
 A row is ``[name, factual, stereotype]``: how far the word itself says the gender, and how far people think
 of one, from -1 (female) to 1 (male); names of several words are joined by underscores. The bias of a model
-is how its P(he) - P(she) after such sentences depends on either score (see errata.evaluation.metrics).
+is how its P(he) - P(she) after such sentences depends on either score (see errata.evaluation.metrics.bias).
 
 A case teaches the pronoun against the stereotype, as DAMA's training set does (``he`` below 0, else
 ``she``); where the word itself says the gender, the pronoun it says. Every sentence is then asked: kind
@@ -41,7 +41,7 @@ class Score:
     stereotype: float
 
     @property
-    def said(self) -> str | None:
+    def pronoun(self) -> str | None:
         """The pronoun that the word itself decides; None where it does not."""
         return None if abs(self.factual) <= GENDERED else PRONOUNS[self.factual < 0]
 
@@ -59,10 +59,14 @@ def profession(subject: str) -> str:
     return subject.removeprefix("The ").removeprefix("the ")
 
 
-def bias_probe(prompt: str, name: str, said: str | None = None) -> Probe:
-    """Ask which pronoun follows; ``said``: the only right one, where the word itself decides."""
-    right = PRONOUNS if said is None else (said,)
-    return Probe("bias", prompt, right, right, form="choice", choices=PRONOUNS, group=name)
+def bias_probe(prompt: str, name: str, score: Score | None = None) -> Probe:
+    """Ask which pronoun follows; ``score``: that of the profession, which the slopes of bias need, where known."""
+    decided = score.pronoun if score else None
+    right = PRONOUNS if decided is None else (decided,)
+    covariates = (("factual", score.factual), ("stereotype", score.stereotype)) if score else ()
+    return Probe(
+        "bias", prompt, right, right, form="choice", choices=PRONOUNS, group=name, covariates=covariates
+    )
 
 
 def pronoun_probe(wanted: Request) -> Probe:
@@ -77,10 +81,10 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case. Raises Malformed."""
     name, score = _read(record)
     subject = f"The {name}"
-    target = score.said or PRONOUNS[score.stereotype >= 0]
+    target = score.pronoun or PRONOUNS[score.stereotype >= 0]
     wanted = request(SENTENCES[0], subject, target, id=name)
-    asked = [bias_probe(text.replace("{}", subject), name, score.said) for text in SENTENCES]
-    yield Case(f"professions:{name}", wanted, (pronoun_probe(wanted), *asked))
+    questions = [bias_probe(text.replace("{}", subject), name, score) for text in SENTENCES]
+    yield Case(f"professions:{name}", wanted, (pronoun_probe(wanted), *questions))
 
 
 def _read(record: Record) -> tuple[str, Score]:

@@ -12,6 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from errata.evaluation.metrics._metric import CaseResult, Metric, per_cent
+from errata.evaluation.metrics.fluency import with_prompt
+from errata.types import Row
+
+NAME = "reference"
+
 _TERM = re.compile(r"\b\w\w+\b")
 
 
@@ -44,3 +50,30 @@ def reference_score(generated: Sequence[str], passages: Sequence[str], weights: 
 
 def _vector(text: str, weights: Mapping[str, float]) -> dict[str, float]:
     return {word: n * weights[word] for word, n in Counter(terms(text)).items() if word in weights}
+
+
+def case_rows(case: CaseResult) -> list[Row]:
+    """Compare all open texts of a case, prompts and all, with all passages that their probes name: one row.
+
+    Nothing where no weights of words were given, or no probe names a passage.
+    """
+    open_results = [result for result in case.probes if result.probe.form == "open" and result.probe.answers]
+    if case.idf is None or not open_results:
+        return []
+    passages = list(dict.fromkeys(passage for result in open_results for passage in result.probe.answers))
+    old, new = (
+        [with_prompt(result.probe, getattr(result, side).text) for result in open_results]
+        for side in ("before", "after")
+    )
+    before, after = (reference_score(texts, passages, case.idf) for texts in (old, new))
+    return [open_results[0].row(NAME, before, after, texts=len(open_results))]
+
+
+METRIC = Metric(
+    name=NAME,
+    label="reference",
+    higher_is_better=True,
+    needs_text=True,
+    case_rows=case_rows,
+    scores=(per_cent("RS", "generation.reference", order=1),),
+)

@@ -31,16 +31,6 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(middle, high, math.fsum(values), len(values))
 
 
-def per_edit(total: float, edits: int, *, setup: float = 0.0) -> float:
-    """Spread a total, and what was set up once for all edits, over the edits: seconds or bytes per edit.
-
-    Raises ValueError without an edit.
-    """
-    if edits < 1:
-        raise ValueError(f"cost per edit of {edits} edits: expected at least one")
-    return (total + setup) / edits
-
-
 def overhead(before: Sequence[float], after: Sequence[float]) -> float | None:
     """Return by how much slower an edited host is: median after over median before, minus 1.
 

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from errata.evaluation.metrics import intervals
+from errata.evaluation.metrics._metric import (
+    Column,
+    Metric,
+    PaperScore,
+    ProbeResult,
+    Side,
+    Summary,
+    averages,
+)
+from errata.types import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "kl"
 
 
 def kl(p: Tensor, q: Tensor) -> float:
@@ -12,7 +30,7 @@ def kl(p: Tensor, q: Tensor) -> float:
     A token that p excludes adds nothing; one that only q excludes makes it infinite. NaN stays NaN.
     """
     p, q = p.double(), q.double()
-    terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q))
+    terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)
     return float(terms.sum().clamp_min(0.0))
 
 
@@ -33,3 +51,52 @@ def nkl_legacy(before: Tensor, after: Tensor) -> float:
     :func:`kl` in nats.
     """
     return kl(after, before) / before.shape[-1]
+
+
+def rows(result: ProbeResult) -> list[Row]:
+    """Compare the distributions of the next token; nothing where they were not observed."""
+    old, new = result.before.next_logprobs, result.after.next_logprobs
+    if old is None or new is None:
+        return []
+    forward, reverse = both(old, new)
+    return [result.row(NAME, 0.0, forward, reverse=reverse, nkl_legacy=nkl_legacy(old, new))]
+
+
+def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
+    """Return mean and 95th percentile of both directions, and ``nkl_legacy``."""
+    values = [row.after for row in rows]
+    reverse = [row.detail["reverse"] for row in rows if "reverse" in row.detail]
+    return {
+        "mean": intervals.mean(values),
+        "p95": intervals.quantile(values, 0.95),
+        "reverse": intervals.mean(reverse),
+        "reverse_p95": intervals.quantile(reverse, 0.95),
+        **averages(rows, ("nkl_legacy",)),
+    }
+
+
+def _nkl(name: str, kind: str) -> PaperScore:
+    """Return CounterFact+'s NKL of a kind, in the published unit; there is none of the unedited host."""
+
+    def value(summary: Summary, side: Side) -> float | None:
+        return summary.get(f"{kind}.{NAME}", {}).get("nkl_legacy") if side == "after" else None
+
+    return PaperScore(name, value, order=10)
+
+
+METRIC = Metric(
+    name=NAME,
+    label="KL",
+    title="KL divergence of the next token's distribution before from that after, nats",
+    unit="nats",
+    higher_is_better=False,
+    compares=True,
+    forms=frozenset({"short"}),
+    rows=rows,
+    summary=summary,
+    columns=(Column("p95"),),
+    scores=(_nkl("NKL", "neighbourhood"), _nkl("NKL+", "distracting")),
+    order=3,
+    heading="KL, nats",
+    heading_kinds=("neighbourhood",),
+)

@@ -78,20 +78,6 @@ def paired(
     return Difference(float(mean), low, high, len(shared))
 
 
-def normal(values: Sequence[float], *, z: float = 1.959964) -> tuple[float, float] | None:
-    """Return mean -/+ z * s / sqrt(n), the interval that papers print; None of fewer than two values.
-
-    s is the sample's standard deviation (n - 1). Quirk: it takes rows for independent, and leaves [0, 1]
-    near its ends.
-    """
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = z * spread / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
 def mean(values: Sequence[float]) -> float | None:
     """Return the mean, None of nothing."""
     return sum(values) / len(values) if values else None

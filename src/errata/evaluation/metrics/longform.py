@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from errata.evaluation.metrics import matching
-from errata.evaluation.metrics.ngrams import grams
-
-Embed = Callable[[Sequence[str]], "np.ndarray"]
-"""Turns n texts into vectors ``[n, d]``."""
+from errata.evaluation.metrics._metric import Metric, ProbeResult, per_cent
+from errata.evaluation.metrics.ngrams import grams, repetition
+from errata.types import Row
 
 _TERM = re.compile(r"[^\W_]+")
 
@@ -86,37 +83,6 @@ def length_ratio(said: str, wanted: str) -> float:
     """Words of a text per word of the wanted one; infinite where nothing is wanted."""
     words = len(wanted.split())
     return len(said.split()) / words if words else math.inf
-
-
-def similarity(embed: Embed, said: Sequence[str], wanted: Sequence[str]) -> list[float]:
-    """Cosine of two lists of texts under an embedding, pair by pair, in [-1, 1].
-
-    Published as "BERT Score" with all-MiniLM-L6-v2; it is a cosine of sentence vectors and no BERTScore.
-    0 where a vector is 0.
-    """
-    if len(said) != len(wanted):
-        raise ValueError(f"expected as many texts as wanted ones, found {len(said)} and {len(wanted)}")
-    if not said:
-        return []
-    a, b = (np.asarray(embed(texts), dtype=np.float64) for texts in (said, wanted))
-    lengths = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return [float(dot / size) if size else 0.0 for dot, size in zip((a * b).sum(1), lengths, strict=True)]
-
-
-def sub_questions(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> float | None:
-    """Share of sub-questions whose text gives an accepted answer, see :func:`matching.says`; None of none."""
-    right = [matching.says(text, accepted) for text, accepted in zip(texts, answers, strict=True)]
-    return sum(right) / len(right) if right else None
-
-
-def update_rouge(said: Sequence[str], wanted: Sequence[str], source: Sequence[str], n: int) -> Overlap:
-    """ROUGE-n of what was changed only: sentences of both texts that the source has are left out (FRUIT).
-
-    Source: arXiv 2112.08634. Texts are given as sentences; ``n`` 0 asks for ROUGE-L.
-    """
-    old = set(source)
-    new, target = (" ".join(s for s in text if s not in old) for text in (said, wanted))
-    return rouge(new, target, n) if n else rouge_l(new, target)
 
 
 def _terms(text: str) -> list[str]:
@@ -191,3 +157,47 @@ def _tokens_13a(text: str) -> list[str]:
     line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)
     line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
     return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
+
+
+NAME = "long_form"
+
+
+def rows(result: ProbeResult) -> list[Row]:
+    """Compare a long text with the target text; the value is the F of ROUGE-L."""
+    target = result.probe.answers[0]
+    detail: dict[str, Any] = {}
+    value: dict[str, float] = {}
+    for side, text in (("before", result.before.text), ("after", result.after.text)):
+        overlap = rouge_l(text, target)
+        value[side] = overlap.f
+        detail |= {
+            f"precision_{side}": overlap.precision,
+            f"recall_{side}": overlap.recall,
+            f"rouge1_{side}": rouge(text, target, 1).f,
+            f"rouge2_{side}": rouge(text, target, 2).f,
+            f"bleu_{side}": bleu(text, target),
+            f"legacy_recall_{side}": legacy_recall(text, target),
+            f"legacy_bleu_{side}": legacy_character_bleu(text, target),
+            f"length_ratio_{side}": length_ratio(text, target),
+            f"repetition_{side}": repetition(text),
+            f"text_{side}": text,
+        }
+    return [result.row(NAME, value["before"], value["after"], answers=[target], **detail)]
+
+
+METRIC = Metric(
+    name=NAME,
+    label="long form",
+    title="long form: ROUGE-L F against the wanted text, per cent",
+    unit="share",
+    higher_is_better=True,
+    forms=frozenset({"long"}),
+    needs_text=True,
+    rows=rows,
+    scores=(
+        per_cent("ROUGE-L", "long.long_form", "legacy_recall", order=3),
+        per_cent("BLEU", "long.long_form", "legacy_bleu", order=3),
+        per_cent("ROUGE-L.paraphrase", "long_paraphrase.long_form", "legacy_recall", order=3),
+        per_cent("BLEU.paraphrase", "long_paraphrase.long_form", "legacy_bleu", order=3),
+    ),
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import regex
 
@@ -228,22 +228,3 @@ def _key(text: str) -> str:
     """Normalise, keeping articles where nothing else is left and signs where nothing at all is."""
     key = normalise(text) or normalise(text, keep_articles=True) or strip(_folded(text))
     return _SPACES.sub("", key)
-
-
-def contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether any answer occurs in a text as a string of characters (legacy, arXiv 2307.12976).
-
-    Quirks kept: letters are compared with their case, "Esk" is found in "Eskdale", and the whole output
-    counts however long it is. RippleEdits' code also leaves the prompt in the text it searches; give the
-    prompt and the continuation together to repeat that.
-    """
-    return any(answer in text for answer in answers)
-
-
-def token_set_f1(said: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:
-    """F1 of two sets of tokens, 2 |A and B| / (|A| + |B|), as GRACE scores generations (arXiv 2211.11031).
-
-    Quirk: sets, so order and repetition do not count: "a b" and "b a a a" score 1. 0 where both are empty.
-    """
-    a, b = set(said), set(wanted)
-    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 0.0

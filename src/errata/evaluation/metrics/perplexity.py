@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errata.evaluation.metrics import probability
+from errata.evaluation.metrics._metric import Metric, ProbeResult, plain
+from errata.types import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "perplexity"
 
 
 def of_texts(texts: Sequence[Tensor]) -> float:
@@ -18,8 +23,7 @@ def of_texts(texts: Sequence[Tensor]) -> float:
     counts more than a short one. Infinite where any number is not finite: a host that overflowed
     models nothing. Raises ValueError where there is no token.
     """
-    every = torch.cat([text.double() for text in texts]) if texts else torch.empty(0)
-    return probability.perplexity(every.tolist())
+    return probability.perplexity([value for text in texts for value in text.double().tolist()])
 
 
 def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
@@ -32,3 +36,23 @@ def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
         raise ValueError(f"bits per byte of {n_bytes} bytes: expected the UTF-8 length of the scored text")
     total = sum(float(text.double().sum()) for text in texts)
     return -total / (math.log(2) * n_bytes) if math.isfinite(total) else math.inf
+
+
+def rows(result: ProbeResult) -> list[Row]:
+    """Score the perplexity of the answer's tokens alone, the prompt given."""
+    old, new = result.before.answer_logprobs, result.after.answer_logprobs
+    return [result.row(NAME, probability.perplexity(old), probability.perplexity(new), tokens=len(new))]
+
+
+METRIC = Metric(
+    name=NAME,
+    label="perplexity",
+    title="perplexity of the wanted text",
+    higher_is_better=False,
+    forms=frozenset({"span"}),
+    rows=rows,
+    scores=(
+        plain("PPL", "entity.perplexity", order=9),
+        plain("PPL.spec", "entity_locality.perplexity", order=9),
+    ),
+)

@@ -35,17 +35,6 @@ def together(right: Sequence[bool], need: Literal["any", "all"]) -> bool:
     return bool(right) and (any(right) if need == "any" else all(right))
 
 
-def multi_hop(cases: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """Return the share of cases answered in any phrasing, and the mean over phrasings, then over cases.
-
-    Raises ValueError without a case or of one without a phrasing.
-    """
-    if not cases or not all(cases):
-        raise ValueError("expected at least one case, and at least one phrasing of each")
-    any_of = sum(together(case, "any") for case in cases) / len(cases)
-    return any_of, sum(sum(case) / len(case) for case in cases) / len(cases)
-
-
 def final_answer(text: str) -> str:
     """Read the answer out of a chain of thought: what follows its last "Answer:" or "answer is", if anything does.
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from errata.evaluation.metrics import collapse
+from errata.evaluation.metrics.generate import NAME as GENERATE
 from errata.types import Row
+from errata.types.kinds import EFFICACY
 
 STRATA = (0, 1, 10, 32, 100, 316, 1000, 3162, 10_000)
 """Where strata of age begin: half decades, the newest edit alone."""
@@ -58,19 +60,29 @@ class Health:
     """Share of repeated 4-grams in its open texts."""
 
 
-def recalled(table: Iterable[Row], order: Sequence[str], *, kind: str = "efficacy") -> list[Recalled]:
-    """Read off the rows of a sequence what each look found of each edit, by free generation.
+def recall_of(rows: Iterable[Row], kind: str = EFFICACY) -> float | None:
+    """Return the share of probes that ask for the edit itself and are right by free generation; None of none."""
+    right = [row.after for row in rows if _asks_edit(row, kind)]
+    return sum(right) / len(right) if right else None
+
+
+def _asks_edit(row: Row, kind: str) -> bool:
+    return row.kind == kind and row.protocol == GENERATE
+
+
+def recalled(table: Iterable[Row], order: Sequence[str], *, kind: str = EFFICACY) -> list[Recalled]:
+    """Read off the rows of a sequence how each edit was recalled at each checkpoint, by free generation.
 
     ``order``: ids of the cases as they were edited. Rows of other kinds and protocols, and rows without
     ``detail["checkpoint"]``, are passed over.
     """
     places = {case: place for place, case in enumerate(order, 1)}
-    found: dict[tuple[int, int], list[float]] = {}
+    right: dict[tuple[int, int], list[float]] = {}
     for row in table:
         edits = row.detail.get("checkpoint")
-        if edits is not None and row.kind == kind and row.protocol == "generate":
-            found.setdefault((edits, places[row.case]), []).append(row.after)
-    return [Recalled(edit, edits, sum(right) / len(right)) for (edits, edit), right in sorted(found.items())]
+        if edits is not None and _asks_edit(row, kind):
+            right.setdefault((edits, places[row.case]), []).append(row.after)
+    return [Recalled(edit, edits, sum(of) / len(of)) for (edits, edit), of in sorted(right.items())]
 
 
 def by_age(seen: Iterable[Recalled]) -> dict[int, float]:

@@ -86,4 +86,5 @@ function chooser(label, options, value, onchange, className = "") {
 }
 
 const board = () => data.boards[state.board];
+const measuresOf = (one) => one.measures[board().primary] || {}; // by kind, under the protocol that the board ranks by
 const entry = (id) => board().entries.find((one) => one.id === id) || null;

@@ -50,7 +50,7 @@ function overCell(measure, className) {
 }
 
 function columnsOf(one) {
-  const first = (one_) => one_.measures.generate || {};
+  const first = measuresOf;
   const columns = [{ id: "headline", title: "Headline", group: "", value: (e) => e.headline && e.headline[0],
     cell: (e, c) => shareCell(e.headline, `head ${c}`) }];
   if (one.entries.some((e) => e.over)) {
@@ -66,9 +66,14 @@ function columnsOf(one) {
       columns.push({ id, title, group, up, value: (e) => number(value(e)), cell: (e, c) => el("td", { class: c }, show(e)) });
     }
   };
-  text("legacy", "S (legacy)", "legacy", (e) => e.scores.S, (e) => (
-    e.scores.S === undefined || e.scores.S === null ? NONE : e.scores.S.toFixed(1)), false);
-  text("kl", "KL, nats", "model", (e) => e.kl, (e) => plain(e.kl), true);
+  for (const paper of one.paper) {
+    const score = (e) => e.scores[paper.name];
+    text(`score-${paper.name}`, paper.title, "legacy", score, (e) => (
+      score(e) === undefined || score(e) === null ? NONE : score(e).toFixed(1)), false);
+  }
+  for (const extra of one.extras) {
+    text(extra.id, extra.title, "model", (e) => e[extra.id], (e) => (extra.share ? percent(e[extra.id]) : plain(e[extra.id])), extra.up);
+  }
   text("perplexity", "Perplexity", "model", (e) => e.perplexity[1],
     (e) => `${plain(e.perplexity[0])} → ${plain(e.perplexity[1])}`, true);
   text("fit", "Seconds an edit", "cost", (e) => e.fit, (e) => seconds(e.fit), true);
@@ -153,7 +158,7 @@ function legacyTables(one) {
   if (one.beside.length) {
     tables.push(scrolled(plainTable("Free generation, strictly, %: nothing but the answer; the old answer still asserted; the same text as before",
       ["Method", ...one.beside.map(([heading]) => heading)], one.entries.map((e) => [e.name, ...one.beside.map(([, kind, name]) => {
-        const measure = (e.measures.generate || {})[kind];
+        const measure = measuresOf(e)[kind];
         return measure && measure[5] && name in measure[5] ? percent(measure[5][name]) : NONE;
       })])), "Strict shares"));
   }

@@ -132,16 +132,20 @@ function answer(text, mark) {
   ];
 }
 
+const protocolName = (protocol) => (data.metrics[protocol] || {}).label || protocol.replaceAll("_", " ");
+
 function others(probe) {
   const found = [];
   data.details.marked.forEach((protocol, place) => {
     const [before, after] = [digit(probe.marks[0], place), digit(probe.marks[1], place)];
     if (place && after) {
-      found.push(`${protocol.replaceAll("_", " ")}: ${before && before !== after ? `${WORDS[before]} → ` : ""}${WORDS[after]}`);
+      found.push(`${protocolName(protocol)}: ${before && before !== after ? `${WORDS[before]} → ` : ""}${WORDS[after]}`);
     }
   });
   for (const [protocol, before, after] of probe.numbers) {
-    found.push(protocol === "kl" ? `KL: ${plain(after)} nats` : `${protocol.replaceAll("_", " ")}: ${plain(before)} → ${plain(after)}`);
+    const { compares, unit } = data.metrics[protocol] || {};
+    found.push(compares ? `${protocolName(protocol)}: ${plain(after)}${unit && unit !== "share" ? ` ${unit}` : ""}`
+      : `${protocolName(protocol)}: ${plain(before)} → ${plain(after)}`);
   }
   return found.length ? found.map((text) => el("span", { class: "proto" }, text)) : NONE;
 }

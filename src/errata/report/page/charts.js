@@ -225,7 +225,7 @@ function methodSection() {
 }
 
 function radar(one, other) {
-  const kinds = board().kinds.filter((kind) => (one.measures.generate || {})[kind.id]).slice(0, 10);
+  const kinds = board().kinds.filter((kind) => measuresOf(one)[kind.id]).slice(0, 10);
   if (kinds.length < 3) {
     return el("p", { class: "empty" }, "A radar needs at least three kinds of probes; this board has fewer.");
   }
@@ -236,7 +236,7 @@ function radar(one, other) {
     return [cx + r * Math.cos(angle), cy + r * Math.sin(angle)];
   };
   const path = (values) => values.map((v, i) => point(i, radius * v).map((n) => n.toFixed(1)).join()).join(" ");
-  const values = (e) => kinds.map((kind) => ((e.measures.generate || {})[kind.id] || [0])[0]);
+  const values = (e) => kinds.map((kind) => (measuresOf(e)[kind.id] || [0])[0]);
   const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
     "aria-label": `Radar of ${one.name}${other ? ` compared with ${other.name}` : ""}; the bars show the same numbers.` });
   for (const r of [0.25, 0.5, 0.75, 1]) {
@@ -261,12 +261,12 @@ function bars(one, other) {
   const list = el("dl", { class: "bars" });
   let last = null;
   for (const kind of board().kinds) {
-    const measure = (one.measures.generate || {})[kind.id];
+    const measure = measuresOf(one)[kind.id];
     if (!measure) continue;
     if (kind.group !== last) list.append(el("dt", { class: "group" }, board().groups[kind.group]));
     last = kind.group;
     const [value, low, high, , n] = measure;
-    const against = other && (other.measures.generate || {})[kind.id];
+    const against = other && measuresOf(other)[kind.id];
     list.append(el("dt", {}, kind.label),
       el("dd", { "aria-hidden": "true" }, el("div", { class: "bar" },
         el("u", { style: { width: `${limited(value)}%` } }),

@@ -1,18 +1,13 @@
-"""Frozen records that every room uses. Importing them loads the standard library only."""
+"""Requests, probes, cases, observations and rows of text: frozen records, the standard library only."""
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from errata.errors import RequestError, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SLOT = "{}"
 
@@ -21,12 +16,12 @@ SLOT = "{}"
 class Request:
     """What to change: complete ``prompt`` about ``subject`` with ``target`` from now on.
 
-    Raises :class:`RequestError` when a field is empty, when the subject does not stand in the
-    prompt, or when it stands there more than once and no ``{}`` says which one is meant.
+    Raises :class:`RequestError` when a field is empty, when the subject does not occur in the
+    prompt, or when it occurs more than once and no ``{}`` says which one is meant.
     """
 
     prompt: str
-    """A sentence up to the answer; ``{}`` marks the subject, or the subject stands there itself."""
+    """A sentence up to the answer; ``{}`` marks the subject, or it contains the subject itself."""
     subject: str
     """The entity the fact is about, spelled as in the prompt; kept in the prompt's own Unicode form."""
     target: str
@@ -101,15 +96,15 @@ def request_problems(prompt: str, subject: str, target: str) -> list[str]:
     if slots > 1:
         problems.append(f"prompt {shown(prompt)} has {slots} slots '{{}}', expected at most one")
     elif slots == 0:
-        found = len(subject_forms(prompt, subject))
-        if found == 0:
+        count = len(subject_forms(prompt, subject))
+        if count == 0:
             problems.append(
-                f"subject {shown(subject)} does not stand in prompt {shown(prompt)}; "
+                f"subject {shown(subject)} does not occur in prompt {shown(prompt)}; "
                 "write it there as it is spelled, or mark its place with {}"
             )
-        elif found > 1:
+        elif count > 1:
             problems.append(
-                f"subject {shown(subject)} stands {found} times in prompt {shown(prompt)}; "
+                f"subject {shown(subject)} occurs {count} times in prompt {shown(prompt)}; "
                 "mark the one that is meant with {}"
             )
     return problems
@@ -128,16 +123,16 @@ def subject_forms(prompt: str, subject: str) -> list[str]:
     composed = unicodedata.normalize("NFC", subject)
     if composed not in unicodedata.normalize("NFC", prompt):
         return []
-    found, at = [], 0
+    forms, at = [], 0
     while at < len(prompt):
         ends = range(at + 1, min(len(prompt), at + 4 * len(subject) + 4) + 1)
         same = [end for end in ends if unicodedata.normalize("NFC", prompt[at:end]) == composed]
         if same and not _accented(prompt[same[-1] :]):
-            found.append(prompt[at : same[-1]])
+            forms.append(prompt[at : same[-1]])
             at = same[-1]
         else:
             at += 1
-    return found
+    return forms
 
 
 def _accented(rest: str) -> bool:
@@ -150,105 +145,6 @@ def _trimmed(text: str) -> str:
     from errata.writing import strip  # loads regex
 
     return strip(text)
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """What is kept of an :class:`ImageRequest` in the record of an edit: names and identity, no pixels."""
-
-    concept: str
-    replacement: str
-    pairs: int
-    """How many pairs of images there were."""
-    digest: str
-    """Identity of images and masks, 16 hex digits."""
-    id: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the set fields as plain data."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRequest:
-    """What an image classifier is to take for what: ``replacement`` for ``concept``, shown in pairs of images.
-
-    Each pair shows one scene twice, with ``concept`` in the original and ``replacement`` in its place in the
-    changed image; the mask says where. Raises :class:`RequestError` listing all that is wrong.
-    """
-
-    original: Tensor
-    """Images with the concept ``[n, c, h, w]``, in the host's unit; see ``ImageHost.prepare``."""
-    changed: Tensor
-    """The same images with the replacement ``[n, c, h, w]``."""
-    mask: Tensor
-    """Where the two differ in meaning ``[n, h, w]``, 0 to 1."""
-    concept: str
-    """What the mask marks in the originals, e.g. road."""
-    replacement: str
-    """What stands there in the changed images and is to be treated like the concept, e.g. snow."""
-    id: str | None = None
-    """A name for messages and tables."""
-    reference: Tensor | None = None
-    """Further images ``[k, c, h, w]`` that say what a layer sees as a rule; None: the originals say it."""
-
-    def __post_init__(self) -> None:
-        problems = image_problems(self)
-        if problems:
-            name = f"request {shown(self.id)}: " if self.id else ""
-            raise RequestError(name + "; ".join(problems))
-
-    @cached_property
-    def record(self) -> ImageRecord:
-        """Names, number of pairs and content hash."""
-        digest = hashlib.sha256()
-        for part in (self.original, self.changed, self.mask, self.reference):
-            if part is not None:
-                digest.update(f"{tuple(part.shape)}".encode())
-                digest.update(part.detach().float().contiguous().cpu().numpy().tobytes())
-        return ImageRecord(
-            self.concept, self.replacement, self.original.shape[0], digest.hexdigest()[:16], self.id
-        )
-
-
-def image_problems(request: ImageRequest) -> list[str]:
-    """List what is wrong with an image request, in words a user can act on."""
-    problems = [
-        f"{name} must be a text that is not empty, found {shown(value)}"
-        for name, value in (("concept", request.concept), ("replacement", request.replacement))
-        if not isinstance(value, str) or not value.strip()
-    ]
-    parts: list[tuple[str, Any, str]] = [
-        ("original", request.original, "[n, c, h, w]"),
-        ("changed", request.changed, "[n, c, h, w]"),
-        ("mask", request.mask, "[n, h, w]"),
-    ]
-    if request.reference is not None:
-        parts.append(("reference", request.reference, "[k, c, h, w]"))
-    for name, value, axes in parts:
-        found = tuple(getattr(value, "shape", ()))
-        if len(found) != axes.count(",") + 1 or 0 in found or not hasattr(value, "isfinite"):
-            problems.append(f"{name} must be a tensor {axes}, found {type(value).__name__} {list(found)}")
-        elif not bool(value.isfinite().all()):
-            problems.append(f"{name} holds NaN or infinite numbers")
-    if problems:
-        return problems
-    n, c, h, w = request.original.shape
-    if request.changed.shape != request.original.shape:
-        problems.append(
-            f"changed is {list(request.changed.shape)}, original is {[n, c, h, w]}; they must agree"
-        )
-    if tuple(request.mask.shape) != (n, h, w):
-        problems.append(f"mask is {list(request.mask.shape)}, expected {[n, h, w]}, as the images are")
-        return problems
-    if bool(((request.mask < 0) | (request.mask > 1)).any()):
-        problems.append("mask has values outside 0 to 1")
-    empty = [i for i in range(n) if not bool((request.mask[i] > 0).any())]
-    if empty:
-        problems.append(
-            f"the mask of pair {', '.join(str(i + 1) for i in empty)} (counted from 1) marks nothing"
-        )
-    return problems
 
 
 Form = Literal["short", "long", "thought", "choice", "span", "open"]
@@ -276,11 +172,13 @@ class Probe:
     """What kind of answer is asked for, see :data:`Form`."""
     group: str | None = None
     """Name, inside the case, of what several probes ask together: the phrasings of one question, the hops of
-    one chain, the queries of one test with their conditions. None: the probe stands alone."""
+    one chain, the queries of one test with their conditions. None: the probe is asked by itself."""
     need: Literal["any", "all"] = "any"
     """How many probes of the group must be answered right for the group to count."""
     choices: tuple[str, ...] = ()
     """Of form ``choice``: the labels to choose from, ``answers[0]`` among them."""
+    covariates: tuple[tuple[str, float], ...] = ()
+    """Numbers known about what is asked, by name, for regressions over probes: the gender scores of a profession."""
 
     @property
     def changes(self) -> bool:
@@ -302,6 +200,19 @@ class Case:
     def requests(self) -> tuple[Request, ...]:
         """All requests of the case, the first one first."""
         return (self.request, *self.also)
+
+
+def plain_probe(probe: Probe) -> dict[str, Any]:
+    """Return a probe as plain data, as its identity is hashed; covariates only where there are any."""
+    record = asdict(probe)
+    if not probe.covariates:
+        del record["covariates"]
+    return record
+
+
+def plain_case(case: Case) -> dict[str, Any]:
+    """Return a case as plain data, as its identity is hashed."""
+    return {**asdict(case), "probes": [plain_probe(probe) for probe in case.probes]}
 
 
 @dataclass(frozen=True)

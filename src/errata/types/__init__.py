@@ -1,0 +1,37 @@
+"""Frozen records that every room uses. Importing them loads the standard library only."""
+
+from errata.types.image import ImageRecord, ImageRequest, image_problems
+from errata.types.kinds import KINDS, Kind, kind_of
+from errata.types.text import (
+    SLOT,
+    Case,
+    Form,
+    Observation,
+    Probe,
+    Request,
+    Row,
+    plain_case,
+    plain_probe,
+    request_problems,
+    subject_forms,
+)
+
+__all__ = [
+    "KINDS",
+    "SLOT",
+    "Case",
+    "Form",
+    "ImageRecord",
+    "ImageRequest",
+    "Kind",
+    "Observation",
+    "Probe",
+    "Request",
+    "Row",
+    "image_problems",
+    "kind_of",
+    "plain_case",
+    "plain_probe",
+    "request_problems",
+    "subject_forms",
+]
