@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from errata.errors import RequestError
 from errata.host import hooks, identity, locking, placement, prompts, tokens, trial
-from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
@@ -108,11 +107,6 @@ class Host:
                 probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 known = self.__dict__["_layout"] = (modules, discover(self.model, probe))
         return known[1]
-
-    @cached_property
-    def published(self) -> Published | None:
-        """Layers and settings published for this very shape of model, if any."""
-        return published(self.family, len(self.layout.blocks), self.layout.width)
 
     @property
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ Needs      Gradients; context prefixes written by the model
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -40,7 +40,7 @@ from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_behind
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
-from errata.methods._method import Method, Workspace, provenance, resolve_layers, resolved
+from errata.methods._method import Method, Workspace, provenance, resolve_layers
 from errata.types import Request
 
 
@@ -107,7 +107,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if not requests:
         raise ConfigError("kn needs at least one request")
     layers = resolve_layers(host, config.layers, lambda depth: tuple(range(depth)))
-    config = resolved(config, layers=layers)
+    config = replace(config, layers=layers)
     sites = {layer: host.layout.site(layer) for layer in layers}
     unknown = config.operation == "erase" and config.erase == "unknown"
     table = _Embeddings(host, unknown=unknown) if unknown or config.operation == "update" else None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,8 +33,8 @@ from errata.host import hooks
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
-from errata.methods._method import Method, Workspace, notes, provenance, resolved
-from errata.methods._settings import check_settings
+from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._settings import at_least_zero
 from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
 from errata.types import Request
 
@@ -78,12 +78,12 @@ class Config:
     def problems(self) -> list[str]:
         """Check ranges."""
         names = ("rank", "alpha", "steps", "learning_rate", "per_step")
-        found = [*positive(self, *names), *check_settings(self)]
+        complaints = [*positive(self, *names), *at_least_zero(self, "stop_loss")]
         if not 0 <= self.dropout < 1:
-            found.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
+            complaints.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
         if self.variant == "adalora" and self.stop_loss:
-            found.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
-        return found
+            complaints.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -136,7 +136,7 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     gentle = config.variant == "lora" and config.scale == "weight"
     defaults = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = resolved(config, layers=layers, modules=modules, **defaults)
+    config = replace(config, layers=layers, modules=modules, **defaults)
     return config, [name for name in every if name in chosen]
 
 

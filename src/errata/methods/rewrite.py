@@ -36,7 +36,7 @@ from errata.host.load import Host
 from errata.linalg.directions import fair_share, least_squares, orthonormal, principal, shrunk
 from errata.linalg.moments import Moments
 from errata.linalg.solve import balanced
-from errata.methods._method import Method, Workspace, notes, provenance, resolved
+from errata.methods._method import Method, Workspace, notes, provenance
 from errata.types import ImageRequest, Request
 
 
@@ -88,7 +88,7 @@ def fit(
     """Return the edit of rank r at one layer that makes the changed images look like the originals to it."""
     classifier, request = _checked(host, requests)
     site = classifier.layout.named(config.layer) if config.layer else classifier.layout.default
-    config = resolved(config, layer=site.name)
+    config = replace(config, layer=site.name)
     with hooks.frozen(classifier.model):
         task = _Task(classifier, site, request, config)
         moments = task.moments()
@@ -99,7 +99,7 @@ def fit(
         with torch.no_grad():
             loss = float(task.loss(left @ basis))
     trace = {"loss_before": task.loss_before, "loss": loss, "places": int((task.weights > 0).sum())}
-    record = provenance("rewrite", host, (), resolved(config, shrinkage=share), work, **notes(trace))
+    record = provenance("rewrite", host, (), replace(config, shrinkage=share), work, **notes(trace))
     return WeightEdit(
         {site.parameter: balanced(left, basis)}, frozenset(), replace(record, requests=(request.record,))
     )
@@ -178,11 +178,11 @@ def _directions(task: _Task, moments: Moments, share: float) -> Tensor:
     """Orthonormal rows ``[r, d_in]`` that the change may use, float64; r x taps with channel keys."""
     config, (keys, weights) = task.config, task.masked()
     try:
-        metric = shrunk(moments, share)
+        cost = shrunk(moments, share)
         if config.direction == "mean":
-            basis = orthonormal(metric.solve(_mean(keys, weights)).mT)
+            basis = orthonormal(cost.solve(_mean(keys, weights)).mT)
         else:
-            basis = principal(keys, weights, metric, config.rank)
+            basis = principal(keys, weights, cost, config.rank)
     except ValueError as error:
         raise RequestError(f"{task.site.name} sees nothing to tell the masked places by: {error}") from error
     if config.keys == "channels" and task.site.taps > 1:
