@@ -326,6 +326,11 @@ class LayerStep:
     requests: tuple[tuple[int, ...], ...]
     """Per column, the requests it serves."""
 
+    @property
+    def even_share(self) -> Tensor:
+        """What is missing, over the layers left: MEMIT's residual R ``[d_out, n]``."""
+        return self.missing / self.layers_left
+
     def only(self, columns: Tensor) -> LayerStep:
         """Return the step for some columns only, ``[n]`` true or false."""
         requests = tuple(r for r, some in zip(self.requests, columns.tolist(), strict=True) if some)

@@ -47,8 +47,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     values = closed_form.find_target_values(task, sweep.problems)
     edit = closed_form.start_edit(task, values)
     for layer in closed_form.sweep_layers(task, sweep, values, edit):
-        residual = layer.missing / layer.layers_left  # R, shared with the layers above
-        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], residual, history=True))
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=True))
     return edit.build()
 
 

@@ -79,8 +79,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         with edit.in_place():
             others = all_keys(host, requests, layer.site, but=lambda i, at: (i, at) in edited).mT
         layer = layer.with_preserved(others)
-        share = layer.missing / layer.layers_left
-        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], share, history=alphaedit))
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=alphaedit))
     return edit.build()
 
 

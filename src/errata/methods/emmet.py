@@ -52,8 +52,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     values = closed_form.find_target_values(task, sweep.problems)
     edit = closed_form.start_edit(task, values)
     for layer in closed_form.sweep_layers(task, sweep, values, edit):
-        share = layer.missing / layer.layers_left
-        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], share, gamma=gamma))
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, gamma=gamma))
     return edit.build()
 
 

@@ -80,9 +80,7 @@ def _solve_anew(
     task: Task[Config], layer: LayerStep, cost: CostMatrix, price: float
 ) -> tuple[LowRank, LayerSolution]:
     """Solve for the requests of all fits so far; return their change and what it adds to the one in place."""
-    record = closed_form.make_record(
-        task, layer, cost, layer.missing / layer.layers_left, cost.solve(layer.keys)
-    )
+    record = closed_form.make_record(task, layer, cost, layer.even_share, cost.solve(layer.keys))
     earlier, before = task.earlier_record(layer.site), task.earlier_delta(layer.site)
     every = record if earlier is None else earlier.joined(record.shifted(len(task.requests)))
     # a dearer C is a smaller C^-1 K: nothing is factorised again

@@ -112,7 +112,7 @@ def _solve_neurons(task: Task[Config], layer: LayerStep, cost: CostMatrix) -> La
     """Solve among the main neurons only; the delta is zero at the others."""
     neurons = _main_neurons(layer.keys, task.config.share)
     keys, among = layer.keys[neurons], cost.only(neurons)
-    residual = layer.missing / layer.layers_left
+    residual = layer.even_share
     solved = among.solve(keys)
     past = task.earlier_record(layer.site)
     if past is not None:
