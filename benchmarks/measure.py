@@ -36,7 +36,7 @@ WARM_STEPS = 2
 Reader = Callable[[], float]
 
 PHASES: tuple[tuple[str, str, str], ...] = (
-    ("errata/locate/walk.py", "", "keys"),
+    ("errata/locate/sweep.py", "", "keys"),
     ("errata/locate/keys.py", "", "keys"),
     ("errata/locate/contexts.py", "", "contexts"),
     ("errata/locate/gradients.py", "", "gradients"),

@@ -17,6 +17,7 @@ from errata.edits import WeightEdit
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
+from errata.methods._method import Shape
 from tests.models import fresh
 
 REQUESTS = [
@@ -101,6 +102,17 @@ def test_facts_are_declared(name):
         assert f"\n{word} " in module.__doc__, word
     for field in settings.settings(method.config):
         assert field.meaning, f"{name}.{field.name} says nothing"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_published_are_settings(name):
+    """Each row says which shape of model it is for, and would be accepted from a user."""
+    method = REGISTRY.get(name)
+    for shape, row in method.published.items():
+        assert isinstance(shape, Shape) and shape.depth > 0 and shape.width > 0 and row
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        config = settings.make(method.config, given, name)
+        assert {key: getattr(config, key) for key in row} == dict(row)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -332,16 +344,15 @@ def test_on_cuda(name):
 
 
 @pytest.mark.parametrize(("name", "layers", "clamp"), [("rome", (2,), 4.0), ("memit", (0, 1), 0.75)])
-def test_known_models_get_their_published_settings(name, layers, clamp):
-    from errata.host.families import Published, Search
-
-    host = fresh("gpt2")
-    assert host.published is None
+def test_known_models_get_their_published_settings(name, layers, clamp, monkeypatch):
+    host, method = fresh("gpt2"), REGISTRY.get(name)
+    assert method.published_for(host) == {}
     plain = fit(name, host).provenance.config
     assert plain["scale"] == "stream" and plain["clamp"] == 1.5
-    host.__dict__["published"] = Published(
-        2, (0, 1), 20_000.0, Search(0.5, 4.0), Search(0.5, 0.75), "made up"
-    )
+    row = {"layers": layers, "scale": "published", "learning_rate": 0.5, "clamp": clamp}
+    if name == "memit":
+        row["cov_weight"] = 20_000.0
+    monkeypatch.setitem(method.published, Shape("gpt2", 3, 32), row)
     known = fit(name, host).provenance.config
     assert known["layers"] == layers and known["scale"] == "published" and known["clamp"] == clamp
     assert name == "rome" or known["cov_weight"] == 20_000.0

@@ -58,7 +58,7 @@ def facts(edit: Any) -> Facts:
     summary = {**edit.summary(), "records": {name: r.facts() for name, r in edit.records.items()}}
     _requests(summary["requests"])
     for name in edit.records:
-        edit.records[name].kept(range(len(summary["requests"])))
+        edit.records[name].select(range(len(summary["requests"])))
     tensors = tuple((n, t.numpy().tobytes()) for n, t in sorted(edit.parts().items()))
     return json.dumps(summary, sort_keys=True), repr(sorted(edit.transposed)), tensors
 

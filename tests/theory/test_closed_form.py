@@ -12,13 +12,13 @@ import errata
 from errata.api import workspace
 from errata.errors import CollidingRequests, EditError
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import Metric, alike
+from errata.linalg.solve import CostMatrix, similar_pairs
 from errata.locate import values
 from errata.locate.contexts import Context
 from errata.locate.keys import all_keys, subject_keys
-from errata.locate.problems import problems
-from errata.locate.walk import Walk
-from errata.methods import _method, memit_csk
+from errata.locate.problems import value_problems
+from errata.locate.sweep import LayerSweep
+from errata.methods import _settings, memit_csk
 from tests.models import FAMILIES, fresh
 
 FAST = {"steps": 4, "tokens": 2000}
@@ -57,7 +57,7 @@ def relative(one, other):
 
 def moment(host, site, tokens=FAST["tokens"]):
     """C with its ridge, from the factor that the workspace gives."""
-    factor = workspace(host, seed=0).metrics(host, [site], tokens)[site].factor
+    factor = workspace(host, seed=0).costs(host, [site], tokens)[site].factor
     return factor @ factor.mT
 
 
@@ -74,10 +74,10 @@ def test_emmet_with_weight_and_damping_is_memit_with_their_product(host):
 def test_emmet_for_one_request_is_exact(host):
     edit = fit(host, REQUESTS[:1], "emmet", layers=[1])
     record = edit.records[host.layout.site(1).parameter]
-    assert relative(edit.deltas[host.layout.site(1).parameter] @ record.keys, record.wanted) < 1e-9
+    assert relative(edit.deltas[host.layout.site(1).parameter] @ record.keys, record.target_changes) < 1e-9
     damped = fit(host, REQUESTS[:1], "emmet", layers=[1], damp_single=True)
     key = damped.records[host.layout.site(1).parameter]
-    assert relative(damped.deltas[host.layout.site(1).parameter] @ key.keys, key.wanted) > 1e-3
+    assert relative(damped.deltas[host.layout.site(1).parameter] @ key.keys, key.target_changes) > 1e-3
 
 
 def test_alphaedit_is_the_published_formula_and_leaves_preserved_keys_alone(host):
@@ -93,7 +93,7 @@ def test_alphaedit_is_the_published_formula_and_leaves_preserved_keys_alone(host
     u = eigen.vectors[:, small]
     projection = u @ u.mT
     past, keys = record.keys[:, :2], record.keys[:, 2:]
-    residual = record.wanted[:, 2:] - dense(first, site) @ keys
+    residual = record.target_changes[:, 2:] - dense(first, site) @ keys
     eye = torch.eye(len(small)).double()
     system = projection @ (keys @ keys.mT + past @ past.mT) + 3.0 * eye
     step = torch.linalg.solve(system, projection @ keys @ residual.mT).mT
@@ -108,10 +108,10 @@ def test_the_two_bases_of_a_null_space_agree(host):
     values_, vectors = torch.linalg.eigh(samples.mT @ samples / 40)
     keys = torch.randn(12, 3).double()
     for free in (3, 9):
-        metric = Metric.within(values_, vectors, below=float(values_[free]), cost=2.0)
-        assert metric.outside == (free > 6) and metric.basis.shape[1] == min(free, 12 - free)
+        cost = CostMatrix.within(values_, vectors, below=float(values_[free]), cost=2.0)
+        assert cost.outside == (free > 6) and cost.basis.shape[1] == min(free, 12 - free)
         u = vectors[:, :free]
-        torch.testing.assert_close(metric.solve(keys), u @ u.mT @ keys / 2.0)
+        torch.testing.assert_close(cost.solve(keys), u @ u.mT @ keys / 2.0)
 
 
 def test_encore_prices_the_norm(host):
@@ -121,22 +121,22 @@ def test_encore_prices_the_norm(host):
     eigen, _ = workspace(host, seed=0).spectra(host, [site], FAST["tokens"])[site]
     price = 0.5 * 5.0 * float(eigen.values.clamp_min(0).mean())
     system = 5.0 * moment(host, site) + price * torch.eye(site.d_in).double() + record.keys @ record.keys.mT
-    expected = torch.linalg.solve(system, record.keys @ record.wanted.mT).mT
+    expected = torch.linalg.solve(system, record.keys @ record.target_changes.mT).mT
     assert relative(dense(edit, site), expected) < 1e-9
 
 
 def test_pmet_gives_the_feed_forward_its_value(host):
-    """With a negligible lambda the written layer says what was found for it, attention's share left out."""
+    """With a negligible lambda the written layer says its target value, attention's share left out."""
     edit = fit(host, REQUESTS[:1], "pmet", layers=[1], cov_weight=1e-12)
     site = host.layout.site(1)
     record = edit.records[site.parameter]
-    assert relative(edit.deltas[site.parameter] @ record.keys, record.wanted) < 1e-6
+    assert relative(edit.deltas[site.parameter] @ record.keys, record.target_changes) < 1e-6
     work = workspace(host, seed=0)
     config = edit.provenance.config
     contexts = work.contexts(host, [(config["contexts"], config["context_tokens"])], "half_bare")
-    settings = _method.search(dataclasses.replace(_config("pmet"), **config), relax=True)
+    settings = _settings.search_config(dataclasses.replace(_config("pmet"), **config), relax=True)
     found = values.optimise(host, REQUESTS[:1], contexts, layer=1, where="attn_and_mlp", config=settings)[0]
-    assert relative(record.wanted[:, 0], found.shift) < 1e-6
+    assert relative(record.target_changes[:, 0], found.shift) < 1e-6
 
 
 def _config(name):
@@ -149,7 +149,7 @@ def test_a_residual_is_shared_by_the_layers_left(host):
         one = fit(host, method=name, layers=[1])
         two = fit(host, method=name, layers=[0, 1])
         first, last = (host.layout.site(i).parameter for i in (0, 1))
-        assert relative(two.records[first].wanted * share, one.records[last].wanted) < 1e-6
+        assert relative(two.records[first].target_changes * share, one.records[last].target_changes) < 1e-6
 
 
 def test_nse_writes_chosen_neurons_only(host):
@@ -168,7 +168,7 @@ def test_nse_writes_chosen_neurons_only(host):
     product = dense(edit, site)[:, chosen] @ (5.0 * c + k @ k.mT)
     residuals = torch.linalg.solve(k.mT @ k, k.mT @ product.mT).mT
     assert relative(residuals @ k.mT, product) < 1e-8
-    assert relative(dense(edit, site) @ record.keys, record.wanted) < 1e-8
+    assert relative(dense(edit, site) @ record.keys, record.target_changes) < 1e-8
     again = fit(host, method="nse", layers=[1], share=0.5, passes=2, cov_weight=5.0, off=1e-6)
     assert relative(dense(again, site), dense(edit, site)) > 1e-6  # a second pass over what is still off
 
@@ -180,10 +180,10 @@ def test_lyaplock_refits_everything_at_its_price(host):
     for request in REQUESTS:
         edit = fit(host, [request], "lyaplock", layers=[1], cov_weight=5.0, alpha=0.5, after=edit)
         record = edit.records[site.parameter]
-        system = 5.0 * record.price * moment(host, site) + record.keys @ record.keys.mT
-        expected = torch.linalg.solve(system, record.keys @ record.wanted.mT).mT
+        system = 5.0 * record.cost_scale * moment(host, site) + record.keys @ record.keys.mT
+        expected = torch.linalg.solve(system, record.keys @ record.target_changes.mT).mT
         assert relative(dense(edit, site), expected) < 1e-6
-    assert record.price > 1.0
+    assert record.cost_scale > 1.0
     assert edit.deltas[site.parameter].rank == len(REQUESTS)
     assert edit.provenance.requests == tuple(REQUESTS)
 
@@ -221,11 +221,11 @@ def test_a_history_is_one_refit_and_any_edit_can_be_retracted(method, options, d
         assert [r.id for r in left.provenance.requests] == [r.id for i, r in enumerate(REQUESTS) if i != gone]
         keep = [i for i in range(len(REQUESTS)) if i != gone]
         for name, record in edit.records.items():
-            never = dataclasses.replace(record.kept(keep))
-            gram = never.keys.double().mT @ (never.solved / never.price).double()
+            never = dataclasses.replace(record.select(keep))
+            gram = never.keys.double().mT @ (never.solved / never.cost_scale).double()
             eye = torch.eye(len(keep)).double()
-            expected = never.wanted.double() @ torch.linalg.solve(
-                (gram + gram.mT) / 2 + eye, (never.solved / never.price).double().mT
+            expected = never.target_changes.double() @ torch.linalg.solve(
+                (gram + gram.mT) / 2 + eye, (never.solved / never.cost_scale).double().mT
             )
             assert relative(left.deltas[name].dense().double(), expected) <= bound
 
@@ -262,7 +262,7 @@ def test_retraction_says_what_it_cannot_do(host, tmp_path):
         errata.retract(errata.edit(host, REQUESTS[:2], method="ft", steps=2), 0)
     with pytest.raises(EditError, match="reshaped"):
         errata.refit(fit(host, layers=[1], stabilise=["rect"]))
-    with pytest.raises(EditError, match="different metrics"):
+    with pytest.raises(EditError, match="different cost matrices"):
         errata.refit([edit, fit(host, layers=[1], cov_weight=3.0)])
     loaded = errata.Edit.load(edit.save(tmp_path / "e.safetensors"))
     site = host.layout.site(1)
@@ -274,9 +274,9 @@ def test_leverages_are_shares_of_ones_own_target(host):
     edit = fit(host, layers=[1])
     record = edit.records[host.layout.site(1).parameter]
     for i, share in enumerate(errata.leverages(edit)):
-        moved = record.wanted.clone()
+        moved = record.target_changes.clone()
         moved[:, i] += 1.0
-        shifted = dataclasses.replace(record, wanted=moved).delta() @ record.keys[:, i : i + 1]
+        shifted = dataclasses.replace(record, target_changes=moved).delta() @ record.keys[:, i : i + 1]
         effect = (shifted - record.delta() @ record.keys[:, i : i + 1]).mean()
         assert abs(float(effect) - share) < 1e-8 and 0 < share < 1
 
@@ -318,11 +318,11 @@ def test_conflicting_requests_are_warned_of_before_fitting(host):
         fit(host, REQUESTS, layers=[1])
 
 
-def test_whitened_keys_collide_only_where_the_metric_says_so():
+def test_whitened_keys_collide_only_where_the_cost_matrix_says_so():
     keys = torch.tensor([[1.0, 1.0], [0.0, 0.1]]).double()
-    assert alike(keys, keys, 0.98) == [(0, 1)]
-    metric = Metric.of(torch.diag(torch.tensor([1.0, 1e-4])).double(), ridge=0.0)
-    assert alike(keys, metric.solve(keys), 0.98) == []
+    assert similar_pairs(keys, keys, 0.98) == [(0, 1)]
+    cost = CostMatrix.of(torch.diag(torch.tensor([1.0, 1e-4])).double(), ridge=0.0)
+    assert similar_pairs(keys, cost.solve(keys), 0.98) == []
 
 
 # --- places, chunks -------------------------------------------------------------------------------
@@ -355,15 +355,15 @@ def test_anyedit_chunks_cover_the_answer_once(host):
     from errata.methods.anyedit import chunked
 
     answer = host.encode_answer(LONG.text, LONG.target)
-    laid, rounds = chunked(host, [LONG], 5, 0)
-    said = [token for problem in laid for token in problem.lines[0].targets]
-    assert said == list(answer.target) and len(rounds) == len(laid) == -(-len(answer.target) // 5)
-    for problem in laid:
-        line = problem.lines[0]
-        assert line.place == len(line.ids) - len(line.targets) or len(line.targets) == 1
-        assert line.ids[line.place + 1 :] == line.targets[:-1]
+    problems, rounds = chunked(host, [LONG], 5, 0)
+    tokens = [token for problem in problems for token in problem.rows[0].targets]
+    assert tokens == list(answer.target) and len(rounds) == len(problems) == -(-len(answer.target) // 5)
+    for problem in problems:
+        line = problem.rows[0]
+        assert line.position == len(line.ids) - len(line.targets) or len(line.targets) == 1
+        assert line.ids[line.position + 1 :] == line.targets[:-1]
     overlapping, _ = chunked(host, [LONG], 5, 2)
-    assert overlapping[1].lines[0].targets[:2] == laid[0].lines[0].targets[3:]
+    assert overlapping[1].rows[0].targets[:2] == problems[0].rows[0].targets[3:]
 
 
 def test_anyedit_seeks_chunks_with_earlier_shifts_in_place_and_keeps_other_keys(host):
@@ -374,7 +374,7 @@ def test_anyedit_seeks_chunks_with_earlier_shifts_in_place_and_keeps_other_keys(
     kept, chunks = record.keys[:, :-count], record.keys[:, -count:]
     every = all_keys(host, [LONG], site)
     assert kept.shape[1] + count == len(every)
-    assert float(record.wanted[:, :-count].abs().max()) == 0.0
+    assert float(record.target_changes[:, :-count].abs().max()) == 0.0
     delta = edit.deltas[site.parameter]
     moved, still = delta @ chunks, delta @ kept
     assert float(still.norm(dim=0).mean()) < 0.2 * float(moved.norm(dim=0).mean())
@@ -389,7 +389,7 @@ def test_anyedit_seeks_chunks_with_earlier_shifts_in_place_and_keeps_other_keys(
     assert loss(edit) < loss(one)
 
 
-# --- the search and the walk ------------------------------------------------------------------------
+# --- the search and the sweep ------------------------------------------------------------------------
 
 
 SEARCH = values.ValueConfig(8, 0.5, 1.5, 0.5, 0.0625)
@@ -430,17 +430,17 @@ def test_cached_search_equals_whole_rows(family, where, monkeypatch):
 @pytest.mark.parametrize("stop", ["loss", "top"])
 def test_batched_values_equal_serial_ones(sure, stop):
     settings = dataclasses.replace(SEARCH, stop=stop, steps=40, clamp=20.0, decay=0.0, stop_loss=1.0)
-    laid = problems(sure, ENDING, CONTEXTS)
-    together = values.solve(sure, laid, layer=1, where="block_out", config=settings, batch_size=4)
-    alone = values.solve(sure, laid, layer=1, where="block_out", config=settings, batch_size=1)
+    problems = value_problems(sure, ENDING, CONTEXTS)
+    together = values.find_values(sure, problems, layer=1, where="block_out", config=settings, batch_size=4)
+    alone = values.find_values(sure, problems, layer=1, where="block_out", config=settings, batch_size=1)
     assert len({v.steps for v in alone}) > 1, "requests must stop at different steps for this to mean much"
     for one, other in zip(together, alone, strict=True):
         assert one.steps == other.steps and relative(one.shift, other.shift) < 1e-4
 
 
 def test_batches_give_way_when_memory_runs_out(host):
-    laid = problems(host, REQUESTS, CONTEXTS)
-    plain = values.solve(host, laid, layer=1, where="block_out", config=SEARCH, batch_size=4)
+    problems = value_problems(host, REQUESTS, CONTEXTS)
+    plain = values.find_values(host, problems, layer=1, where="block_out", config=SEARCH, batch_size=4)
     seen = []
 
     def full(module, args):
@@ -451,7 +451,7 @@ def test_batches_give_way_when_memory_runs_out(host):
 
     handle = host.model.get_input_embeddings().register_forward_pre_hook(full)
     try:
-        small = values.solve(host, laid, layer=1, where="block_out", config=SEARCH, batch_size=4)
+        small = values.find_values(host, problems, layer=1, where="block_out", config=SEARCH, batch_size=4)
     finally:
         handle.remove()
     assert max(seen) > 2 * (len(CONTEXTS) + 1)
@@ -462,32 +462,32 @@ def test_batches_give_way_when_memory_runs_out(host):
     )
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            values.solve(host, laid, layer=1, where="block_out", config=SEARCH, batch_size=4)
+            values.find_values(host, problems, layer=1, where="block_out", config=SEARCH, batch_size=4)
     finally:
         handle.remove()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_walk_reads_the_keys_of_whole_passes_while_weights_change(family, monkeypatch):
+def test_the_sweep_reads_the_keys_of_whole_passes_while_weights_change(family, monkeypatch):
     # eager attention takes its softmax in float32, whose rounding depends on the length of the row
     softmax = torch.nn.functional.softmax
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
     host = fresh(family)
     host.model.double()
     sites = [host.layout.site(i) for i in range(3)]
-    walk = Walk(host, problems(host, REQUESTS, CONTEXTS), 0)
+    sweep = LayerSweep(host, value_problems(host, REQUESTS, CONTEXTS), 0)
     before = [p.detach().clone() for p in (host.model.get_parameter(s.parameter) for s in sites)]
     torch.manual_seed(1)
     for site in sites:
         full = subject_keys(host, REQUESTS, sites, CONTEXTS)
         bare = subject_keys(host, REQUESTS, sites, CONTEXTS[:1])
-        torch.testing.assert_close(walk.keys(site), full.keys[site], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(walk.hidden(2), bare.hidden[2], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sweep.keys(site), full.keys[site], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sweep.hidden(2), bare.hidden[2], rtol=1e-9, atol=1e-9)
         weight = host.model.get_parameter(site.parameter)
         with torch.no_grad():
             weight.add_(0.1 * torch.randn_like(weight))
         if site.layer < 2:
-            walk.advance()
+            sweep.advance()
     for site, old in zip(sites, before, strict=True):
         with torch.no_grad():
             host.model.get_parameter(site.parameter).copy_(old)
@@ -503,7 +503,7 @@ def test_a_search_that_stops_at_the_first_choice_takes_fewer_steps(sure):
 
 
 def test_rows_of_like_length_are_grouped_and_few_join_others():
-    from errata.locate.problems import alike as grouped
+    from errata.locate.problems import group_by_length as grouped
 
     for lengths in ([3, 5], [1], [], [4, 4, 4, 2, 2, 9], list(range(20)), [7] * 5 + [6]):
         for least in (1, 2, 3, 50):

@@ -79,8 +79,8 @@ def test_memit_single_layer_equals_brute_force_ridge(host):
     keys = subject_keys(host, OTHERS, [site], contexts).keys[site].mT
     now = subject_keys(host, OTHERS, [site], contexts[:1]).hidden[1]
     residual = (torch.stack([v.target for v in found]) - now).mT
-    metric = work.metrics(host, [site], config["tokens"])[site]
-    moment = metric.factor @ metric.factor.mT
+    cost = work.costs(host, [site], config["tokens"])[site]
+    moment = cost.factor @ cost.factor.mT
     expected = update_primal(keys, residual, 5.0 * moment, gamma=1.0)
     made = edit.deltas[site.parameter].dense().double()
     assert float((made - expected).norm() / expected.norm()) < 1e-5

@@ -10,7 +10,7 @@ import errata
 from errata.errors import ConfigError, HostError, RequestError
 from errata.linalg.directions import fair_share, least_squares, principal, shrunk
 from errata.linalg.moments import Moments
-from errata.linalg.solve import Metric, update
+from errata.linalg.solve import CostMatrix, update
 from tests.images import fresh_images, pairs
 
 SITES = {
@@ -200,7 +200,9 @@ def test_closed_form_is_romes_equation_at_mixtures_of_keys(host, rank):
     masked, residual, weights, second = captured(host, site_of(host, edit), pairs(4))
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(second), masked * weights, upper=False)
     mix = torch.linalg.svd(white, full_matrices=False).Vh[:rank].mT  # [N, r]
-    rome = update(masked * weights @ mix, residual * weights @ mix, Metric.of(second, ridge=1e-5), gamma=0.0)
+    rome = update(
+        masked * weights @ mix, residual * weights @ mix, CostMatrix.of(second, ridge=1e-5), gamma=0.0
+    )
     dense = delta_of(edit).dense()
     torch.testing.assert_close(dense, rome.dense(), atol=1e-3 * float(dense.abs().max()), rtol=1e-3)
 
@@ -211,7 +213,7 @@ def test_closed_form_with_the_mean_key_is_rome(host):
     key, wanted = masked @ weights / weights.sum(), residual @ weights / weights.sum()
     delta = delta_of(edit).dense()
     torch.testing.assert_close(delta @ key, wanted, atol=1e-9, rtol=1e-9)
-    rome = update(key[:, None], wanted[:, None], Metric.of(second, ridge=1e-5), gamma=0.0).dense()
+    rome = update(key[:, None], wanted[:, None], CostMatrix.of(second, ridge=1e-5), gamma=0.0).dense()
     torch.testing.assert_close(delta, rome, atol=1e-8, rtol=1e-6)
 
 
@@ -219,15 +221,15 @@ def test_principal_is_the_same_by_places_and_by_entries():
     """The smaller of the two Gram matrices is decomposed; both give one space."""
     generator = torch.Generator().manual_seed(2)
     root = torch.randn(7, 7, generator=generator).double()
-    metric = Metric.of(root @ root.mT)
+    cost = CostMatrix.of(root @ root.mT)
     few = torch.randn(7, 4, generator=generator).double()
     many = torch.cat([few / 2**0.5] * 4, 1)  # twice the energy at every key, and more places than entries
-    one, two = (principal(k, torch.ones(k.shape[1]), metric, 3) for k in (few, many))
+    one, two = (principal(k, torch.ones(k.shape[1]), cost, 3) for k in (few, many))
     same_span(one, two)
     torch.testing.assert_close(one @ one.mT, torch.eye(3).double())
-    assert principal(few[:, :1], torch.ones(1), metric, 3).shape == (1, 7)  # one key, one direction
+    assert principal(few[:, :1], torch.ones(1), cost, 3).shape == (1, 7)  # one key, one direction
     with pytest.raises(ValueError, match="zero"):
-        principal(few * 0, torch.ones(4), metric, 1)
+        principal(few * 0, torch.ones(4), cost, 1)
 
 
 def test_least_squares_is_the_smallest_where_there_are_many():

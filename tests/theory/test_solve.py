@@ -7,7 +7,7 @@ import torch
 
 from errata.linalg.lowrank import LowRank
 from errata.linalg.moments import Moments
-from errata.linalg.solve import Metric, leverage, update, update_primal
+from errata.linalg.solve import CostMatrix, leverage, update, update_primal
 
 D, M, N = 7, 12, 4
 
@@ -20,8 +20,8 @@ def problem(seed: int = 0, n: int = N):
     return keys, residuals, root @ root.mT / (3 * M)
 
 
-def exact(matrix: torch.Tensor, weight: float = 1.0) -> Metric:
-    return Metric.of(matrix, weight=weight, ridge=0.0)
+def exact(matrix: torch.Tensor, weight: float = 1.0) -> CostMatrix:
+    return CostMatrix.of(matrix, weight=weight, ridge=0.0)
 
 
 def test_one_key_without_slack_is_hit_exactly():
@@ -98,20 +98,20 @@ def test_dependent_keys_need_slack():
     keys = torch.cat([keys, keys[:, :1]], 1)
     residuals = torch.cat([residuals, residuals[:, :1]], 1)
     with pytest.raises(ValueError, match="gamma"):
-        update(keys, residuals, Metric.identity(), gamma=0.0)
+        update(keys, residuals, CostMatrix.identity(), gamma=0.0)
     update(keys, residuals, exact(moment), gamma=1.0)
 
 
 def test_weighting_a_metric_equals_making_it_weighted():
     keys, _, moment = problem()
     torch.testing.assert_close(exact(moment).weighted(7.0).solve(keys), exact(moment, 7.0).solve(keys))
-    torch.testing.assert_close(leverage(keys, Metric.identity()), keys.square().sum(0))
+    torch.testing.assert_close(leverage(keys, CostMatrix.identity()), keys.square().sum(0))
 
 
 def test_ridge_makes_a_rank_deficient_moment_usable():
     few = torch.randn(M, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    metric = Metric.of(few @ few.mT)
-    assert torch.isfinite(metric.solve(torch.eye(M, dtype=torch.float64))).all()
+    cost = CostMatrix.of(few @ few.mT)
+    assert torch.isfinite(cost.solve(torch.eye(M, dtype=torch.float64))).all()
 
 
 def test_streaming_moments_equal_batch_moments():

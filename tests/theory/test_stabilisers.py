@@ -141,10 +141,10 @@ def test_simie_of_one_key_shrinks_by_the_ridge():
     delta, _ = random_pair()
     key = torch.randn(10, 1).double()
     expected = delta @ key @ key.mT / (2.0 + float(key.square().sum()))
-    from errata.linalg.solve import Metric, from_solved
+    from errata.linalg.solve import CostMatrix, from_solved
 
-    metric = Metric.identity(2.0)
-    made = from_solved(key, metric.solve(key), delta @ key, gamma=1.0)
+    cost = CostMatrix.identity(2.0)
+    made = from_solved(key, cost.solve(key), delta @ key, gamma=1.0)
     torch.testing.assert_close(made.dense(), expected)
 
 
@@ -164,15 +164,15 @@ def test_nas_gives_every_value_the_norm_of_the_unedited_model(host):
     )
     assert float(later.state["nas.norm"]) == norm, "measured once, in the unedited model"
     from errata.locate.contexts import Context
-    from errata.locate.problems import problems
-    from errata.locate.walk import Walk
+    from errata.locate.problems import value_problems
+    from errata.locate.sweep import LayerSweep
 
-    laid = problems(host, REQUESTS[:2], [Context("", 1.0)])
-    before = Walk(host, laid, 0).hidden(1)
+    problems = value_problems(host, REQUESTS[:2], [Context("", 1.0)])
+    before = LayerSweep(host, problems, 0).hidden(1)
     assert abs(float(before.norm(dim=1).mean()) - norm) < 1e-6 * norm
     record = edit.records[host.layout.site(1).parameter]
-    wanted = before + record.wanted.mT
-    torch.testing.assert_close(wanted.norm(dim=1), torch.full((2,), norm).double(), rtol=1e-6, atol=0)
+    values = before + record.target_changes.mT
+    torch.testing.assert_close(values.norm(dim=1), torch.full((2,), norm).double(), rtol=1e-6, atol=0)
 
 
 def test_steps_compose_in_the_order_given(host):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 import errata
-from errata.host import families
-from errata.host.families import Encore, Published, Search
+from errata.methods import encore
+from errata.methods._closed_form import MEMIT_SETTINGS
+from errata.methods._method import Shape
 from errata.stats.collect import Corpus
 from tests.models import fresh
 
@@ -72,15 +73,21 @@ def test_encore_is_as_published_for_the_models_of_its_code(monkeypatch):
     plain = fit(host, "encore", [ADA]).provenance.config
     assert (plain["stop"], plain["top_count"], plain["top_bare"]) == ("loss", 1, True)
     assert plain["update_norm_lambda"] is None and plain["penalty"] == 0.02
-    host.__dict__["published"] = Published(
-        2, (0, 1), 20_000.0, Search(0.1, 4.0), Search(0.1, 0.75), "made up"
-    )
-    monkeypatch.setitem(families.ENCORE, ("gpt2", 3, 32, 80), Encore(10.0, 0.5, 4))
+    memit = {
+        "layers": (0, 1), "cov_weight": 20_000.0, "scale": "published", "learning_rate": 0.1, "clamp": 0.75,
+    }  # fmt: skip
+    own = {
+        "learning_rate": 0.5, "update_norm_lambda": 10.0, "stop": "top", "top_count": 4, "top_bare": False,
+    }  # fmt: skip
+    monkeypatch.setitem(MEMIT_SETTINGS, Shape("gpt2", 3, 32), memit)
+    monkeypatch.setitem(encore.METHOD.published, Shape("gpt2", 3, 32, 80), {**memit, **own})
     known = fit(host, "encore", [ADA]).provenance.config
     assert (known["stop"], known["top_count"], known["top_bare"]) == ("top", 4, False)
     assert (known["update_norm_lambda"], known["learning_rate"], known["clamp"]) == (10.0, 0.5, 0.75)
-    own = fit(host, "encore", [ADA], penalty=0.1, stop="loss").provenance.config
-    assert own["update_norm_lambda"] is None and own["penalty"] == 0.1 and own["stop"] == "loss"
+    given = fit(host, "encore", [ADA], penalty=0.1, stop="loss").provenance.config
+    assert given["update_norm_lambda"] is None and given["penalty"] == 0.1 and given["stop"] == "loss"
+    relative = fit(host, "encore", [ADA], scale="stream").provenance.config
+    assert relative["learning_rate"] == 0.1, "the rate of ENCORE's code is for its own unit"
 
 
 @pytest.mark.parametrize(
@@ -91,5 +98,5 @@ def test_encore_is_as_published_for_the_models_of_its_code(monkeypatch):
     ],
 )  # fmt: skip
 def test_the_numbers_of_encores_code(shape, expected):
-    found = families.encore(*shape)
-    assert (found and (found.update_norm_lambda, found.top_count)) == expected
+    row = encore.METHOD.published.get(Shape(*shape))
+    assert (row and (row["update_norm_lambda"], row["top_count"])) == expected

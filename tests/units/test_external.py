@@ -206,8 +206,8 @@ def texts() -> Corpus:
 @pytest.mark.parametrize("method", ["memit", "rome", "pmet", "emmet", "encore", "nse", "lyaplock", "anyedit"])
 def test_own_statistics_written_out_and_read_again_give_the_same_edit(host, site, tmp_path, method):
     work = workspace(host, seed=0, corpus=texts())
-    work.metrics(host, [site], 10_000)
-    ((moments, _),) = [made for key, made in work._made.items() if key[0] == "moments"]
+    work.costs(host, [site], 10_000)
+    ((moments, _),) = [made for key, made in work._cache.items() if key[0] == "moments"]
     save_file({site.parameter: moments.second.contiguous()}, tmp_path / "own.safetensors")
     options = {name: value for name, value in FAST.items() if method != "anyedit" or name != "prefixes"}
     own = errata.edit(host, REQUEST, method=method, corpus=texts(), tokens=10_000, **options)
@@ -225,7 +225,7 @@ def test_a_file_is_read_again_once_it_changed_and_its_records_do_not_join(host, 
     np.savez(place, C=second(seed=1).numpy())
     other = errata.edit(host, REQUEST, **options)
     assert other.digest != first.digest
-    with pytest.raises(EditError, match="different metrics"):
+    with pytest.raises(EditError, match="different cost matrices"):
         first.records[site.parameter].joined(other.records[site.parameter])
 
 
@@ -235,7 +235,7 @@ def test_the_ridge_on_c_is_part_of_what_records_are_under(host, site):
         for ridge in (1e-5, 1e-2)
     ]
     assert edits[0].digest != edits[1].digest
-    assert edits[0].records[site.parameter].metric != edits[1].records[site.parameter].metric
+    assert edits[0].records[site.parameter].cost != edits[1].records[site.parameter].cost
 
 
 # --- as settings -----------------------------------------------------------------------------

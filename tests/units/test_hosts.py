@@ -102,15 +102,15 @@ def test_hybrids_are_edited_and_restored(family):
 
 def test_keys_do_not_depend_on_neighbours_where_padding_is_seen():
     from errata.locate.contexts import Context
-    from errata.locate.problems import problems
-    from errata.locate.walk import Walk
+    from errata.locate.problems import value_problems
+    from errata.locate.sweep import LayerSweep
 
     host = hybrid("rwkv")
     requests = [REQUEST, errata.Request("The long road went to where {} was", "Bruno Holner", "Esk")]
     bare = [Context("", 1.0)]
     site = host.layout.site(2)
-    together = Walk(host, problems(host, requests, bare), 2).keys(site)
-    alone = torch.cat([Walk(host, problems(host, [one], bare), 2).keys(site) for one in requests])
+    together = LayerSweep(host, value_problems(host, requests, bare), 2).keys(site)
+    alone = torch.cat([LayerSweep(host, value_problems(host, [one], bare), 2).keys(site) for one in requests])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from errata.host import prompts, tokens
 from errata.host.load import Host
 from errata.host.prompts import PromptFormat
 from errata.locate.contexts import Context
-from errata.locate.problems import problems
+from errata.locate.problems import value_problems
 from errata.types import Case, Probe, Request
 from tests.models import fresh
 
@@ -129,23 +129,23 @@ def test_contexts_go_inside_the_turn(template, conversation, inside):
     begin, end = host.tokenizer.bos_token, host.tokenizer.eos_token
     spelled = [text.replace("<s>", begin).replace("</s>", end) for text in (conversation, inside)]
     request = Request(spelled[0], "Ada", "Esk")
-    (problem,) = problems(host, [request], [Context("", 0.5), Context("It rains. ", 0.5)])
-    bare, line = (read(host, line.ids) for line in problem.lines)
+    (problem,) = value_problems(host, [request], [Context("", 0.5), Context("It rains. ", 0.5)])
+    bare, line = (read(host, line.ids) for line in problem.rows)
     assert spelled[1] in line
     assert line.startswith(begin) and line.count(begin) == bare.count(begin) == conversation.count("<s>")
-    for row in problem.lines:
-        assert read(host, row.ids[: row.place + 1]).endswith("Ada")
+    for row in problem.rows:
+        assert read(host, row.ids[: row.position + 1]).endswith("Ada")
 
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMMED, THINKS, ALWAYS, NO_SYSTEM])
 def test_contexts_go_inside_the_turn_of_a_template(template):
     host = put(template)
-    (problem,) = problems(host, [REQUEST], [Context("", 0.5), Context("It rains. ", 0.5)])
-    for row, text in zip(problem.lines, ("Where was Ada", "It rains. Where was Ada"), strict=True):
-        before = read(host, row.ids[: row.place + 1])
+    (problem,) = value_problems(host, [REQUEST], [Context("", 0.5), Context("It rains. ", 0.5)])
+    for row, text in zip(problem.rows, ("Where was Ada", "It rains. Where was Ada"), strict=True):
+        before = read(host, row.ids[: row.position + 1])
         assert before.endswith(("<user>" if template != TRIMMED else "[INST] ") + text)
         assert before.startswith(host.tokenizer.bos_token) and before.count(host.tokenizer.bos_token) == 1
-        assert row.ids[row.place + 1 :], "the template goes on behind the subject"
+        assert row.ids[row.position + 1 :], "the template goes on behind the subject"
 
 
 def test_no_space_behind_a_generation_marker_that_is_typed_out():

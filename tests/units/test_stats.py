@@ -507,7 +507,7 @@ def test_what_the_command_keeps_is_what_an_edit_reads(saved, monkeypatch):
     host = api.load(saved / "model")
     monkeypatch.setattr(collect, "_collect", lambda *_: pytest.fail("collected again"))
     work = api.workspace(host, seed=0, corpus=saved / "texts.txt")
-    assert list(work.metrics(host, [host.layout.site(1)], 600)) == [host.layout.site(1)]
+    assert list(work.costs(host, [host.layout.site(1)], 600)) == [host.layout.site(1)]
 
 
 def test_a_dry_run_costs_nothing_and_says_what_it_would(saved):

@@ -1,7 +1,7 @@
 """Take edits together and apart: one ridge regression stands for any set of closed-form edits.
 
-Every such edit keeps, per weight, its keys, the absolute change wanted at them and the metric's answer to
-the keys (:mod:`errata.edits.records`). Solving all of them at once needs neither the model nor its
+Every such edit keeps, per weight, its keys, the absolute target changes at them and M^-1
+times the keys (:mod:`errata.edits.records`). Solving all of them at once needs neither the model nor its
 statistics, does not depend on their order, and leaves out exactly what is left out.
 """
 
@@ -22,7 +22,7 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
     The result does not depend on the edits' order beyond rounding. For a sequence whose method protects
     earlier keys (alphaedit, encore, memit with ``history``) it is what the sequence gave; for one that
     does not, it is what protecting them would have given. Raises EditError for edits that keep no records,
-    whose deltas were reshaped, that belong to different hosts, or that were solved under different metrics.
+    whose deltas were reshaped, that belong to different hosts, or that were solved under different cost matrices.
     """
     given = [edits] if isinstance(edits, Edit) else list(edits)
     if not given:
@@ -56,7 +56,7 @@ def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
     left = [i for i in range(len(requests)) if i not in gone]
     if not left:
         raise EditError("no request would be left: take the edit back whole instead")
-    records = {name: record.kept(left) for name, record in known.records.items()}
+    records = {name: record.select(left) for name, record in known.records.items()}
     kept = replace(known.provenance, requests=tuple(requests[i] for i in left))
     return _solved(replace(known, provenance=kept), records, [edit])
 
@@ -134,7 +134,7 @@ def _checked(edit: Edit, *, solved: bool = True) -> WeightEdit:
             f"the edit by {edit.provenance.method} keeps no keys and values to solve again from; "
             "closed-form weight edits do (rome, memit, alphaedit ...); take it back whole instead"
         )
-    reshaped = [name for name, record in edit.records.items() if not record.solves]
+    reshaped = [name for name, record in edit.records.items() if not record.is_exact_solution]
     if solved and reshaped:
         raise EditError(
             f"{reshaped[0]} was reshaped after it was solved (stabilise, or a choice of neurons), so solving "

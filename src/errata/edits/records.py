@@ -1,10 +1,10 @@
-"""What a closed-form delta was solved from, kept with it: enough to solve again without the host.
+"""What a closed-form delta was solved from, stored with it: enough to solve again without the host.
 
-With keys K, the change R wanted at them relative to the host without the edit, and Y = M^-1 K,
+With keys K, the target changes R of the outputs at them (relative to the host without the edit) and Y = M^-1 K,
 
     delta = R (K^T Y + gamma I)^-1 Y^T
 
-so a history of such fits under one metric M is one ridge regression: refitting all records at once,
+so a history of such fits under one cost matrix M is one ridge regression: refitting all records at once,
 or all but some, needs neither the model nor its statistics.
 """
 
@@ -24,74 +24,83 @@ from errata.linalg.solve import from_solved, influence
 
 @dataclass(frozen=True)
 class Record:
-    """Keys, what is wanted at them, and the metric's answer to them, one column a key."""
+    """Keys, the target changes of the outputs at them, and M^-1 times the keys; one column a key.
 
-    PARTS: ClassVar[tuple[str, ...]] = ("keys", "wanted", "solved")
+    In files the tensors are called keys, wanted and solved, and the facts metric, price and solves, as in the
+    first version of the format.
+    """
+
+    PARTS: ClassVar[Mapping[str, str]] = {"keys": "keys", "wanted": "target_changes", "solved": "solved"}
+    """Field of each tensor, by its name in files."""
 
     keys: Tensor
     """K ``[d_in, n]``."""
-    wanted: Tensor
-    """R ``[d_out, n]``, relative to the host without the edit: an absolute target."""
+    target_changes: Tensor
+    """R ``[d_out, n]``, relative to the host without the edit: absolute."""
     solved: Tensor
     """Y = M^-1 K ``[d_in, n]``."""
     gamma: float
     """Ridge in the dual; 0 fits exactly."""
-    metric: str
-    """Name of M: statistics, weight, subspace. Records under different metrics do not join."""
+    cost: str
+    """Name of M: statistics, weight, subspace. Records under different cost matrices do not join."""
     requests: tuple[tuple[int, ...], ...]
     """Per column, the requests it serves, as indices in the edit's provenance; several share one value."""
-    price: float = 1.0
+    cost_scale: float = 1.0
     """What M was multiplied by when the delta was solved (LyapLock's queue)."""
-    solves: bool = True
+    is_exact_solution: bool = True
     """Whether the delta is the formula's solution; not so once it was reshaped afterwards."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by part."""
-        return {part: getattr(self, part) for part in self.PARTS}
+        """Return the tensors by their names in files."""
+        return {name: getattr(self, part) for name, part in self.PARTS.items()}
 
     def facts(self) -> dict[str, Any]:
-        """Return all but the tensors, as plain data."""
+        """Return all but the tensors, as plain data for a file's header."""
         return {
             "gamma": self.gamma,
-            "metric": self.metric,
+            "metric": self.cost,
             "requests": [list(group) for group in self.requests],
-            "solves": self.solves,
-            "price": self.price,
+            "solves": self.is_exact_solution,
+            "price": self.cost_scale,
         }
 
     @staticmethod
     def restored(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
         """Build a record from what :meth:`facts` and :meth:`tensors` gave."""
         return Record(
-            **tensors,
+            **{Record.PARTS[name]: tensor for name, tensor in tensors.items()},
             gamma=facts["gamma"],
-            metric=facts["metric"],
+            cost=facts["metric"],
             requests=tuple(tuple(group) for group in facts["requests"]),
-            solves=facts["solves"],
-            price=facts["price"],
+            is_exact_solution=facts["solves"],
+            cost_scale=facts["price"],
         )
 
     def contiguous(self) -> Record:
-        """Return the record with its tensors laid out row by row."""
-        return replace(self, **{part: laid_out(getattr(self, part)) for part in self.PARTS})
+        """Return the record with its tensors stored row by row."""
+        return replace(self, **{part: contiguous_copy(getattr(self, part)) for part in self.PARTS.values()})
 
     def shifted(self, by: int) -> Record:
         """Return the record with its request indices moved."""
         return replace(self, requests=tuple(tuple(i + by for i in group) for group in self.requests))
 
     def joined(self, other: Record) -> Record:
-        """Put two records side by side, at the price of the other. Raises EditError when metrics differ."""
-        if (self.metric, self.gamma) != (other.metric, other.gamma):
+        """Put two records side by side, at the other's cost scale. Raises EditError when cost matrices differ."""
+        if (self.cost, self.gamma) != (other.cost, other.gamma):
             raise EditError(
-                f"records solved under different metrics do not join: {self.metric}, gamma {self.gamma} "
-                f"and {other.metric}, gamma {other.gamma}"
+                f"records solved under different cost matrices do not join: {self.cost}, gamma {self.gamma} "
+                f"and {other.cost}, gamma {other.gamma}"
             )
-        parts = {p: torch.cat([getattr(self, p), getattr(other, p)], 1) for p in self.PARTS}
-        both = (*self.requests, *other.requests)
-        solves = self.solves and other.solves
-        return replace(self, **parts, requests=both, solves=solves, price=other.price)
+        parts = {p: torch.cat([getattr(self, p), getattr(other, p)], 1) for p in self.PARTS.values()}
+        return replace(
+            self,
+            **parts,
+            requests=(*self.requests, *other.requests),
+            is_exact_solution=self.is_exact_solution and other.is_exact_solution,
+            cost_scale=other.cost_scale,
+        )
 
-    def kept(self, requests: Sequence[int]) -> Record:
+    def select(self, requests: Sequence[int]) -> Record:
         """Return the columns of some requests, renumbered in the order given.
 
         Raises EditError when a column serves requests both in and out of the selection.
@@ -108,14 +117,14 @@ class Record:
                 )
             if inside:
                 columns.append(column)
-        parts = {p: getattr(self, p)[:, columns].contiguous() for p in self.PARTS}
+        parts = {p: getattr(self, p)[:, columns].contiguous() for p in self.PARTS.values()}
         groups = tuple(tuple(place[request] for request in self.requests[c]) for c in columns)
         return replace(self, **parts, requests=groups)
 
     def delta(self) -> LowRank:
         """Solve for the delta of all columns together."""
-        solved = self.solved / self.price
-        return from_solved(self.keys, solved, self.wanted, gamma=self.gamma)
+        solved = self.solved / self.cost_scale
+        return from_solved(self.keys, solved, self.target_changes, gamma=self.gamma)
 
     def leverages(self) -> Tensor:
         """Return, per column, how much of its own target it decides, ``[n]`` in 0 to 1.
@@ -123,11 +132,11 @@ class Record:
         Diagonal of G (G + gamma I)^-1 with G = K^T M^-1 K; near 0 where other columns, or what is to
         be preserved, outweigh it.
         """
-        return influence(self.keys, self.solved / self.price, gamma=self.gamma)
+        return influence(self.keys, self.solved / self.cost_scale, gamma=self.gamma)
 
 
-def laid_out(tensor: Tensor) -> Tensor:
-    """Return a tensor with the strides a file would give it, axes of length one included.
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor with the strides a file would give it, axes of length one included.
 
     Products pick their kernel by strides, and kernels differ in the last bit.
     """

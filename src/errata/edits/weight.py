@@ -24,7 +24,7 @@ from errata.edits import branch, overlay
 from errata.edits import header as fields
 from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Placement, Provenance
-from errata.edits.records import Record, laid_out
+from errata.edits.records import Record, contiguous_copy
 from errata.errors import EditError
 from errata.host import locking, placed, placement
 from errata.host.identity import content
@@ -55,10 +55,10 @@ class WeightEdit(Edit):
     """What a method needs to go on from here: running statistics, queues, projections."""
 
     def __post_init__(self) -> None:
-        # laid out as a file would have them, so that a loaded edit goes on to the very same bits
+        # stored as a file would have them, so that a loaded edit goes on to the very same bits
         deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
         records = {name: record.contiguous() for name, record in self.records.items()}
-        state = {name: laid_out(tensor) for name, tensor in self.state.items()}
+        state = {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
         for name, value in (("deltas", deltas), ("records", records), ("state", state)):
             object.__setattr__(self, name, value)
 
@@ -396,8 +396,8 @@ def _norm(delta: Delta) -> float:
 
 def _contiguous(delta: Delta) -> Delta:
     if isinstance(delta, LowRank):
-        return LowRank(laid_out(delta.B), laid_out(delta.A))
-    return laid_out(delta)
+        return LowRank(contiguous_copy(delta.B), contiguous_copy(delta.A))
+    return contiguous_copy(delta)
 
 
 def added(one: Delta, other: Delta) -> Delta:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from errata.errors import RequestError
 from errata.host import hooks, identity, locking, passes, placed, placement, prompts, tokens, trial
-from errata.host.families import Published, published
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
@@ -109,11 +108,6 @@ class Host:
                     modules, discover(self.model, Pass(ids, torch.ones_like(ids)))
                 )  # fmt: skip
         return known[1]
-
-    @cached_property
-    def published(self) -> Published | None:
-        """Layers and settings published for this very shape of model, if any."""
-        return published(self.family, len(self.layout.blocks), self.layout.width)
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from errata.linalg.moments import Moments
-from errata.linalg.solve import Metric
+from errata.linalg.solve import CostMatrix
 
 NEGLIGIBLE = 1e-10
 """Principal parts of less than this share of the largest one's energy are rounding, not directions."""
@@ -21,7 +21,7 @@ def fair_share(moments: Moments) -> float:
     return width / (width + moments.count)
 
 
-def shrunk(moments: Moments, share: float) -> Metric:
+def shrunk(moments: Moments, share: float) -> CostMatrix:
     """Return the second moment with a share of it spread evenly over all directions, factorised.
 
     C <- (1 - share) C + share tr(C) / m I. Raises ValueError where all vectors were zero.
@@ -31,10 +31,10 @@ def shrunk(moments: Moments, share: float) -> Metric:
     if not float(spread) > 0:
         raise ValueError("all vectors are zero: they have no second moment to whiten by")
     eye = torch.eye(second.shape[0], dtype=second.dtype, device=second.device)
-    return Metric.of((1 - share) * second + share * spread * eye)
+    return CostMatrix.of((1 - share) * second + share * spread * eye)
 
 
-def principal(keys: Tensor, weights: Tensor, metric: Metric, rank: int) -> Tensor:
+def principal(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: int) -> Tensor:
     """Return an orthonormal basis ``[<= rank, m]`` of the directions that respond most to weighted keys.
 
     With X = M^-1/2 K diag(weights) = A S V^T, the rows span M^-1 K diag(weights) V_r = M^-1/2 A_r S_r. For
@@ -42,7 +42,7 @@ def principal(keys: Tensor, weights: Tensor, metric: Metric, rank: int) -> Tenso
     Raises ValueError where all weighted keys are zero.
     """
     weighted = keys.double() * weights.double()
-    white = weighted if metric.factor is None else _solve(metric.factor.to(keys.device), weighted)
+    white = weighted if cost.factor is None else _solve(cost.factor.to(keys.device), weighted)
     wide = white.shape[0] <= white.shape[1]
     values, vectors = torch.linalg.eigh(white @ white.mT if wide else white.mT @ white)  # ascending
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
@@ -50,8 +50,8 @@ def principal(keys: Tensor, weights: Tensor, metric: Metric, rank: int) -> Tenso
         raise ValueError("all keys are zero: they have no direction")
     left = vectors if wide else white @ vectors  # [m, r], columns as long as may be
     left = left[:, values > NEGLIGIBLE * values[0]]
-    if metric.factor is not None:
-        left = _solve(metric.factor.to(keys.device).mT, left, upper=True)
+    if cost.factor is not None:
+        left = _solve(cost.factor.to(keys.device).mT, left, upper=True)
     return orthonormal(left.mT)
 
 
@@ -60,13 +60,13 @@ def orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.double().mT).Q.mT.contiguous()
 
 
-def least_squares(features: Tensor, wanted: Tensor) -> Tensor:
-    """Return the smallest U ``[d, p]`` of those that minimise ``||U features - wanted||``.
+def least_squares(features: Tensor, targets: Tensor) -> Tensor:
+    """Return the smallest U ``[d, p]`` of those that minimise ``||U features - targets||``.
 
-    ``features`` ``[p, n]``, ``wanted`` ``[d, n]``; one p x p system, float64.
+    ``features`` ``[p, n]``, ``targets`` ``[d, n]``; one p x p system, float64.
     """
-    features, wanted = features.double(), wanted.double()
-    return wanted @ features.mT @ torch.linalg.pinv(features @ features.mT, hermitian=True)
+    features, targets = features.double(), targets.double()
+    return targets @ features.mT @ torch.linalg.pinv(features @ features.mT, hermitian=True)
 
 
 def _solve(factor: Tensor, right: Tensor, *, upper: bool = False) -> Tensor:

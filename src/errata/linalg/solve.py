@@ -26,7 +26,7 @@ MOST_RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Metric:
+class CostMatrix:
     """A symmetric positive definite M: a multiple of the identity, by Cholesky factor, or by eigenvectors.
 
     With a ``basis`` that does not span everything, M is infinite outside of it (or inside, with
@@ -51,12 +51,12 @@ class Metric:
         return f"{self.name} x {self.scale:.9g}"
 
     @staticmethod
-    def identity(scale: float = 1.0) -> Metric:
+    def identity(scale: float = 1.0) -> CostMatrix:
         """Cost every direction alike."""
-        return Metric(scale)
+        return CostMatrix(scale)
 
     @staticmethod
-    def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> Metric:
+    def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> CostMatrix:
         """Factorise ``weight * (matrix + ridge * mean diagonal * I)``.
 
         The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
@@ -64,25 +64,25 @@ class Metric:
         """
         factor, used = _factor(matrix.double(), ridge)
         label = name if used == ridge else f"{name}, ridge {used:.0e}"
-        return Metric(weight, factor, name=label)
+        return CostMatrix(weight, factor, name=label)
 
     @staticmethod
     def of_eigen(
         values: Tensor, vectors: Tensor, *, weight: float = 1.0, add: float = 0.0, ridge: float = RIDGE,
         name: str = "matrix",
-    ) -> Metric:  # fmt: skip
+    ) -> CostMatrix:  # fmt: skip
         """Return ``weight * (matrix + ridge * mean diagonal * I) + add * I`` from an eigendecomposition.
 
         ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column. Costs no factorisation.
         """
         values = values.double().clamp_min(0)
         spectrum = values + ridge * values.mean() + add / weight
-        return Metric(weight, basis=vectors, spectrum=spectrum, name=f"{name} + {add / weight:.9g}")
+        return CostMatrix(weight, basis=vectors, spectrum=spectrum, name=f"{name} + {add / weight:.9g}")
 
     @staticmethod
     def within(
         values: Tensor, vectors: Tensor, *, below: float, cost: float = 1.0, name: str = "matrix"
-    ) -> Metric:
+    ) -> CostMatrix:
         """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
 
         The smaller of the two complementary bases is kept.
@@ -90,20 +90,20 @@ class Metric:
         small = values < below
         label = f"{name} under {below:.9g}"
         if int(small.sum()) * 2 <= len(values):
-            return Metric(cost, basis=vectors[:, small], name=label)
-        return Metric(cost, basis=vectors[:, ~small], outside=True, name=label)
+            return CostMatrix(cost, basis=vectors[:, small], name=label)
+        return CostMatrix(cost, basis=vectors[:, ~small], outside=True, name=label)
 
-    def weighted(self, weight: float) -> Metric:
+    def weighted(self, weight: float) -> CostMatrix:
         """Return the same matrix times ``weight``, without factorising again."""
         return replace(self, scale=self.scale * weight)
 
-    def only(self, columns: Tensor) -> Metric:
-        """Return the metric among some coordinates, the others not to change; ``[n]`` indices."""
+    def only(self, columns: Tensor) -> CostMatrix:
+        """Return the cost among some coordinates, the others not to change; ``[n]`` indices."""
         if self.factor is None:
-            raise ValueError("only a metric held by its Cholesky factor can be cut to coordinates")
+            raise ValueError("only a cost matrix held by its Cholesky factor can be cut to coordinates")
         rows = self.factor[columns]
         part, _ = _factor(rows @ rows.mT, 0.0)
-        return Metric(self.scale, part, name=f"{self.name} among {len(columns)}")
+        return CostMatrix(self.scale, part, name=f"{self.name} among {len(columns)}")
 
     def solve(self, right: Tensor) -> Tensor:
         """Return M^-1 right, ``[m, n]`` float64."""
@@ -124,14 +124,14 @@ class Metric:
         if self.factor is not None:
             right = right @ self.factor.to(right.device)
         elif self.basis is not None:
-            raise ValueError("a metric held by eigenvectors tells no energy")
+            raise ValueError("a cost matrix held by eigenvectors tells no energy")
         return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
 
 
 def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     """Return the Cholesky factor of a matrix plus a relative ridge, and that ridge: the least that does.
 
-    Raises ValueError as :meth:`Metric.of` does.
+    Raises ValueError as :meth:`CostMatrix.of` does.
     """
     mean = float(matrix.diagonal().mean())
     if not (mean > 0 and torch.isfinite(matrix).all()):
@@ -146,13 +146,13 @@ def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     raise ValueError("the matrix has eigenvalues far below zero: it is no second moment")
 
 
-def update(keys: Tensor, residuals: Tensor, metric: Metric, *, gamma: float) -> LowRank:
+def update(keys: Tensor, residuals: Tensor, cost: CostMatrix, *, gamma: float) -> LowRank:
     """Solve the formula in dual (n x n) coordinates.
 
     ``keys`` ``[m, n]``, ``residuals`` ``[d, n]``; returns factors of rank n in float32, or float64 when
     the residuals are. Raises ValueError when gamma is 0 and the keys are linearly dependent.
     """
-    return from_solved(keys, metric.solve(keys), residuals, gamma=gamma)
+    return from_solved(keys, cost.solve(keys), residuals, gamma=gamma)
 
 
 def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) -> Tensor:
@@ -169,7 +169,6 @@ def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) ->
 
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
     """Solve the formula where ``solved`` = M^-1 K ``[m, n]`` is known already; see :func:`update`."""
-    wanted = residuals.dtype
     keys, solved = keys.double(), solved.double()
     gram = keys.mT @ solved  # [n, n]
     gram = (gram + gram.mT) / 2 + gamma * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -177,7 +176,7 @@ def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float
     if int(info) != 0 or not torch.isfinite(factor).all():
         raise ValueError("the keys are zero, not finite or linearly dependent; gamma > 0 is needed")
     left = torch.cholesky_solve(residuals.double().mT, factor).mT  # [d, n]
-    dtype = torch.float64 if wanted == torch.float64 else torch.float32
+    dtype = torch.float64 if residuals.dtype == torch.float64 else torch.float32
     return balanced(left, solved.mT).to(dtype)
 
 
@@ -191,12 +190,12 @@ def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: flo
     return torch.linalg.solve(system, keys @ residuals.mT).mT
 
 
-def leverage(keys: Tensor, metric: Metric) -> Tensor:
+def leverage(keys: Tensor, cost: CostMatrix) -> Tensor:
     """Return k^T M^-1 k for each key, ``[n]``: how cheaply a key can be told from all others."""
-    return (keys.double() * metric.solve(keys)).sum(0)
+    return (keys.double() * cost.solve(keys)).sum(0)
 
 
-def alike(keys: Tensor, solved: Tensor, above: float) -> list[tuple[int, int]]:
+def similar_pairs(keys: Tensor, solved: Tensor, above: float) -> list[tuple[int, int]]:
     """Return pairs (i, j), i < j, of keys whose whitened forms have a cosine above a bound.
 
     With Y = M^-1 K the cosine is k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.

@@ -13,7 +13,7 @@ from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.locate.contexts import Context, shorten
-from errata.locate.problems import place_of
+from errata.locate.problems import edited_token
 from errata.types import Request
 
 BATCH_TOKENS = 4096
@@ -34,7 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Captured:
-    """What stood at some places, one row a place, in float32 at least."""
+    """What sites read and gave at some places, one row a place, in float32 at least."""
 
     keys: dict[Site, Tensor]
     """Input of each site ``[n, d_in]``."""
@@ -46,7 +46,7 @@ class Captured:
 
 def subject_place(host: Host, request: Request, prefix: str = "") -> Place:
     """Find the subject's last token behind a prefix."""
-    ids, at = place_of(host, request, prefix)
+    ids, at = edited_token(host, request, prefix)
     return Place(ids[: at + 1])
 
 
@@ -100,7 +100,7 @@ def subject_keys(
         for request in requests
         for c in contexts
     ]
-    found = capture(host, places, sites)
+    captured = capture(host, places, sites)
     weights = torch.tensor([c.weight for c in contexts])
     weights /= weights.sum()  # also of some of the contexts, such as the bare prompt alone
 
@@ -109,9 +109,9 @@ def subject_keys(
         return torch.einsum("ncd,c->nd", shaped, weights.to(shaped.dtype))
 
     return Captured(
-        {s: mean(k) for s, k in found.keys.items()},
-        {s: mean(v) for s, v in found.values.items()},
-        {layer: mean(h) for layer, h in found.hidden.items()},
+        {s: mean(k) for s, k in captured.keys.items()},
+        {s: mean(v) for s, v in captured.values.items()},
+        {layer: mean(h) for layer, h in captured.hidden.items()},
     )
 
 
@@ -127,7 +127,7 @@ def all_keys(
     ``but`` says which positions of which request (by index) to leave out.
     """
     rows = [host.encode_answer(request.text, request.target).ids for request in requests]
-    found: list[tuple[int, Tensor]] = []
+    by_request: list[tuple[int, Tensor]] = []
     module = host.model.get_submodule(site.name)
     dtype = torch.promote_types(host.dtype, torch.float32)
     for group in tokens_batches(rows):
@@ -136,8 +136,8 @@ def all_keys(
         def keep(tensor: Tensor, group: list[int] = group) -> None:
             shaped = tensor.detach().reshape(len(group), -1, tensor.shape[-1]).to(dtype).cpu()
             for line, i in enumerate(group):
-                wanted = [at for at in range(len(rows[i])) if not but(i, at)]
-                found.append((i, shaped[line, wanted]))
+                positions = [at for at in range(len(rows[i])) if not but(i, at)]
+                by_request.append((i, shaped[line, positions]))
 
         with (
             torch.no_grad(),
@@ -146,4 +146,4 @@ def all_keys(
             contextlib.suppress(hooks.Stopped),
         ):
             host.forward(batch, keep=1)
-    return torch.cat([keys for _, keys in sorted(found, key=lambda item: item[0])])
+    return torch.cat([keys for _, keys in sorted(by_request, key=lambda item: item[0])])

@@ -1,4 +1,4 @@
-"""What a search for values has to solve, as data: texts, places, targets, weights."""
+"""What a search for values has to solve, as data: texts, positions, targets, weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from errata.types import Request
 
 Token = Literal["last", "first"]
 Span = Callable[[Request], tuple[int, int]]
-"""Where in a request's text the edited words stand, in characters."""
+"""Where in a request's text the edited words are, in characters."""
 
 
 def subject_span(request: Request) -> tuple[int, int]:
@@ -30,46 +30,46 @@ def prompt_end(request: Request) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row: a prompt in one context with its target, or the row that keeps the subject's essence."""
+class PromptRow:
+    """One row: a prompt in one context with its target, or the row that preserves the subject's essence."""
 
     ids: tuple[int, ...]
-    """The text up to the one before the last target token; up to the place for the essence."""
-    place: int
+    """The text up to the one before the last target token; up to the edited token for the essence."""
+    position: int
     """Index of the token where the vector is shifted."""
     targets: tuple[int, ...]
     """Target ids; empty for the essence."""
-    weight: float
+    loss_weight: float
     """How much it counts in the loss."""
     context: int
     """Rows of like context may begin alike; -1 for the essence."""
-    given: tuple[tuple[int, Tensor], ...] = ()
-    """Shifts that stand already, at earlier places of the row."""
-    share: float = 1.0
+    earlier_shifts: tuple[tuple[int, Tensor], ...] = ()
+    """Shifts already chosen for earlier positions of the row."""
+    key_weight: float = 1.0
     """How much it counts in the key."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One vector to find, for one request or for several that share all text up to the place."""
+class ValueProblem:
+    """One vector to find, for one request or for several that share all text up to the edited token."""
 
-    members: tuple[int, ...]
+    requests: tuple[int, ...]
     """Indices of the requests it serves."""
-    lines: tuple[Line, ...]
-    """Rows with targets; weights of each member's rows sum to one. The first is a bare prompt."""
-    essence: Line | None
-    """Row whose prediction at the place is to stay."""
+    rows: tuple[PromptRow, ...]
+    """Rows with targets; loss weights of each request's rows sum to one. The first is a bare prompt."""
+    essence: PromptRow | None
+    """Row whose prediction at the edited token should not change."""
 
     @property
-    def places(self) -> tuple[Line, ...]:
-        """One row a context, cut after the place: all that decides the key. Shares sum to one."""
-        found: dict[int, Line] = {}
-        for line in self.lines:
-            found.setdefault(line.context, line)
-        return tuple(replace(line, ids=line.ids[: line.place + 1], targets=()) for line in found.values())
+    def key_rows(self) -> tuple[PromptRow, ...]:
+        """One row a context, cut after the edited token: all that decides the key. Key weights sum to one."""
+        first: dict[int, PromptRow] = {}
+        for row in self.rows:
+            first.setdefault(row.context, row)
+        return tuple(replace(row, ids=row.ids[: row.position + 1], targets=()) for row in first.values())
 
 
-def place_of(
+def edited_token(
     host: Host, request: Request, prefix: str = "", *, span: Span = subject_span, token: Token = "last"
 ) -> tuple[tuple[int, ...], int]:
     """Return the ids of a prompt behind a prefix and the index of the edited token in it."""
@@ -82,7 +82,7 @@ def place_of(
     return encoded.ids, find(start + framed.shift, stop + framed.shift)
 
 
-def problems(
+def value_problems(
     host: Host,
     requests: Sequence[Request],
     contexts: Sequence[Context],
@@ -90,53 +90,53 @@ def problems(
     span: Span = subject_span,
     token: Token = "last",
     merge: bool = True,
-) -> list[Problem]:
-    """Lay out one problem a request, or one for all requests that share their text up to the place.
+) -> list[ValueProblem]:
+    """Return one problem a request, or one for all requests that share their text up to the edited token.
 
     Such requests have one key, which can hold one value only (MEMIT-Merge, arXiv 2502.07322).
     """
     groups: dict[object, list[int]] = {}
     for i, request in enumerate(requests):
-        ids, place = place_of(host, request, span=span, token=token)
-        groups.setdefault(ids[: place + 1] if merge else i, []).append(i)
-    made = []
+        ids, position = edited_token(host, request, span=span, token=token)
+        groups.setdefault(ids[: position + 1] if merge else i, []).append(i)
+    problems = []
     for members in groups.values():
-        lines = [
-            line for i in members for line in _lines(host, requests[i], contexts, span=span, token=token)
-        ]
+        rows = [row for i in members for row in _rows(host, requests[i], contexts, span=span, token=token)]
         essence = _essence(host, requests[members[0]], span, token)
-        made.append(Problem(tuple(members), tuple(lines), essence))
-    return made
+        problems.append(ValueProblem(tuple(members), tuple(rows), essence))
+    return problems
 
 
-def _lines(
+def _rows(
     host: Host, request: Request, contexts: Sequence[Context], *, span: Span, token: Token
-) -> list[Line]:
+) -> list[PromptRow]:
     total = sum(c.weight for c in contexts)
-    weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
-    lines = []
+    loss_weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
+    rows = []
     for number, context in enumerate(contexts):
         prefix = shorten(host, context.prefix, request)
         answer = host.encode_answer(request.text, request.target, prefix=prefix, before=span(request)[0])
-        _, place = place_of(host, request, prefix, span=span, token=token)
-        if place >= answer.start:
+        _, position = edited_token(host, request, prefix, span=span, token=token)
+        if position >= answer.start:
             raise RequestError(f"the subject {request.subject!r} and the target share a token")
-        share = context.weight / total
-        lines.append(Line(answer.ids[:-1], place, answer.target, weight, number, share=share))
-    return lines
+        key_weight = context.weight / total
+        rows.append(
+            PromptRow(answer.ids[:-1], position, answer.target, loss_weight, number, key_weight=key_weight)
+        )
+    return rows
 
 
-def _essence(host: Host, request: Request, span: Span, token: Token) -> Line:
+def _essence(host: Host, request: Request, span: Span, token: Token) -> PromptRow:
     start, stop = span(request)
     words = Request("{} is a", request.text[start:stop].strip(), request.target)
-    ids, place = place_of(host, words, token=token)
-    return Line(ids[: place + 1], place, (), 1.0, -1)
+    ids, position = edited_token(host, words, token=token)
+    return PromptRow(ids[: position + 1], position, (), 1.0, -1)
 
 
-def alike(lengths: Sequence[int], least: int) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], least: int) -> list[list[int]]:
     """Group indices by length, longest first; lengths with fewer than ``least`` rows share a group.
 
-    Rows of one length need no padding, but few rows at a time keep no machine busy.
+    Rows of one length need no padding, but few rows at a time leave a machine idle.
     """
     exact: dict[int, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -150,19 +150,19 @@ def alike(lengths: Sequence[int], least: int) -> list[list[int]]:
     return groups
 
 
-def beginnings(lines: Sequence[Line]) -> dict[int, int]:
-    """Return, per context, how many first tokens all its rows share before their places."""
+def shared_prefix_lengths(rows: Sequence[PromptRow]) -> dict[int, int]:
+    """Return, per context, how many first tokens all its rows share before their edited tokens."""
     shared: dict[int, tuple[int, ...]] = {}
-    for line in lines:
-        before = line.ids[: line.place]
-        if line.given:
-            before = before[: min(at for at, _ in line.given)]  # a shifted token is a row's own
-        known = shared.get(line.context)
+    for row in rows:
+        before = row.ids[: row.position]
+        if row.earlier_shifts:
+            before = before[: min(at for at, _ in row.earlier_shifts)]  # a shifted token is a row's own
+        known = shared.get(row.context)
         if known is None:
-            shared[line.context] = before
+            shared[row.context] = before
             continue
         same = 0
         while same < min(len(known), len(before)) and known[same] == before[same]:
             same += 1
-        shared[line.context] = known[:same]
+        shared[row.context] = known[:same]
     return {context: len(ids) for context, ids in shared.items()}

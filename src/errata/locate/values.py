@@ -1,9 +1,9 @@
-"""Find the value a place should give: gradient descent on a shift of one vector at one token.
+"""Find the target value of a site at a token: gradient descent on a shift of one vector.
 
 Every problem is its own; they share forward passes. Adam works entry by entry, so a batch of problems
 with one sum of losses, one clamp and one stop each is exactly as many separate runs. What the shift
 cannot reach is computed once: blocks below it, tokens before it (kept as attention keys and values, the
-beginnings that rows share only once), and the head only where a prediction counts.
+prefixes that rows share only once), and the head only where a prediction counts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,23 @@ from errata.host.load import Host
 from errata.host.memory import in_batches, share
 from errata.host.partial import Partial, Past, Tokens, align, can_reuse, longer, nothing_before, wide
 from errata.locate.contexts import Context
-from errata.locate.problems import Line, Problem, Span, alike, beginnings, problems, subject_span
+from errata.locate.problems import (
+    PromptRow,
+    Span,
+    ValueProblem,
+    group_by_length,
+    shared_prefix_lengths,
+    subject_span,
+    value_problems,
+)
 from errata.types import Request
 
 Where = Literal["mlp_out", "block_out", "attn_and_mlp"]
 Scale = Literal["stream", "site", "published"]
 Stop = Literal["loss", "top"]
 
-LIKE_ROWS = {"cpu": 8, "cuda": 256}
-"""Rows of one length that make a bundle of their own, by kind of device."""
+MIN_EQUAL_LENGTH_ROWS = {"cpu": 8, "cuda": 256}
+"""Rows of one length that make a group of their own, by kind of device."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class ValueConfig:
     top_count: int = 1
     """``stop: top``: in how many evaluations that must have been so, in a row or not."""
     top_bare: bool = True
-    """Whether the bare prompt is one of the contexts that must agree; where it stands alone it always is."""
+    """Whether the bare prompt is one of the contexts that must agree; where it is the only one it always is."""
     nll_loss_factor: float = 1.0
     """Weight of the targets' loss."""
     relax: bool = False
@@ -70,10 +78,10 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class Value:
-    """What was found for one problem."""
+    """The result for one problem."""
 
     start: Tensor
-    """The vector at the place in the bare prompt, ``[d]``."""
+    """The vector at the edited token in the bare prompt, ``[d]``."""
     shift: Tensor
     """What to add to it ``[d]``."""
     loss: float
@@ -81,7 +89,7 @@ class Value:
     steps: int
     """Steps taken."""
     stream: Tensor
-    """The residual stream above the layer at the place in the bare prompt, unshifted, ``[d]``."""
+    """The residual stream above the layer at the edited token in the bare prompt, unshifted, ``[d]``."""
 
     @property
     def target(self) -> Tensor:
@@ -103,13 +111,13 @@ def optimise(
 
     Raises RequestError for a target without tokens and for texts longer than the window.
     """
-    laid = problems(host, requests, contexts, span=span, merge=False)
-    return solve(host, laid, layer=layer, where=where, config=config)
+    problems = value_problems(host, requests, contexts, span=span, merge=False)
+    return find_values(host, problems, layer=layer, where=where, config=config)
 
 
-def solve(
+def find_values(
     host: Host,
-    laid: Sequence[Problem],
+    problems: Sequence[ValueProblem],
     *,
     layer: int,
     where: Where,
@@ -122,79 +130,78 @@ def solve(
     ``batch_size``: problems run at once; None takes as many as keep a device busy. Batches shrink when
     memory runs out. ``tick`` is told how many problems are done.
     """
-    order = sorted(range(len(laid)), key=lambda i: -_suffix(laid[i]))  # like lengths together
-    size = batch_size or _auto(host, laid, layer)
+    order = sorted(range(len(problems)), key=lambda i: -_suffix(problems[i]))  # like lengths together
+    size = batch_size or _auto(host, problems, layer)
     done = 0
 
     def run(batch: Sequence[int]) -> list[Value]:
         nonlocal done
-        chosen = [laid[i] for i in batch]
-        longest = max(len(line.ids) for problem in chosen for line in problem.lines)
+        chosen = [problems[i] for i in batch]
+        longest = max(len(row.ids) for problem in chosen for row in problem.rows)
         values = _Search(host, chosen, layer, where, config, can_reuse(host, longest)).run()
         done += len(batch)
-        tick(done, len(laid))
+        tick(done, len(problems))
         return values
 
     with hooks.frozen(host.model):
-        found = in_batches(order, size, run)
-    place = {problem: i for i, problem in enumerate(order)}
-    return [found[place[i]] for i in range(len(laid))]
+        values = dict(zip(order, in_batches(order, size, run), strict=True))
+    return [values[i] for i in range(len(problems))]
 
 
-def _suffix(problem: Problem) -> int:
-    return sum(len(line.ids) - line.place for line in problem.lines)
+def _suffix(problem: ValueProblem) -> int:
+    return sum(len(row.ids) - row.position for row in problem.rows)
 
 
-def _auto(host: Host, laid: Sequence[Problem], layer: int) -> int:
+def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
     """Return how many problems to run at once: what a backward pass keeps must fit the device's share."""
     blocks = max(1, len(host.layout.blocks) - layer - 1)
     inner = max((site.d_in for site in host.layout.mlp_out if site is not None), default=host.layout.width)
     size = torch.finfo(host.dtype).bits // 8
     token = blocks * (12 * host.layout.width + 4 * inner) * size  # bytes, of states and activations
-    largest = max((_suffix(problem) for problem in laid), default=1)
+    largest = max((_suffix(problem) for problem in problems), default=1)
     return max(1, share(host.device) // (token * max(1, largest)))
 
 
 @dataclass
-class _Bundle:
+class _RowGroup:
     """Rows that run together in every step, cut to the tokens the shift can reach."""
 
     tokens: Tokens
     past: Past
     state: Tensor | None
     """Output of the highest block the shift cannot reach ``[rows, length, d]``."""
-    group: Tensor
-    """Problem of each row."""
-    place: Tensor
+    problem: Tensor
+    """Index of each row's problem."""
+    column: Tensor
     """Column of the shift in each row."""
-    at_row: Tensor
-    at: Tensor
+    prediction_row: Tensor
+    prediction_column: Tensor
     """Row and column of each prediction that counts."""
     token: Tensor
     weight: Tensor
     decides: Tensor
     """Whether a prediction decides on the first choice, 1 or 0."""
-    before: Tensor | None = None
-    """Unshifted log-probabilities at the essence rows' places ``[rows, vocab]``."""
+    essence_logprobs: Tensor | None = None
+    """Unshifted log-probabilities at the essence rows' edited tokens ``[rows, vocab]``."""
 
-    def of(self, running: Tensor) -> _Bundle:
-        """Keep the rows of problems that still run."""
-        rows = running[self.group].nonzero()[:, 0]
-        new = torch.full_like(self.group, -1)
+    def select(self, running: Tensor) -> _RowGroup:
+        """Return the rows of problems that still run."""
+        rows = running[self.problem].nonzero()[:, 0]
+        new = torch.full_like(self.problem, -1)
         new[rows] = torch.arange(len(rows), device=rows.device)
-        counted = new[self.at_row] >= 0
-        return _Bundle(
+        counted = new[self.prediction_row] >= 0
+        return _RowGroup(
             self.tokens.rows(rows),
             self.past.of(rows),
             None if self.state is None else self.state[rows],
-            self.group[rows],
-            self.place[rows],
-            new[self.at_row[counted]],
-            self.at[counted],
+            self.problem[rows],
+            self.column[rows],
+            new[self.prediction_row[counted]],
+            self.prediction_column[counted],
             self.token[counted],
             self.weight[counted],
             self.decides[counted],
-            None if self.before is None else self.before[rows],
+            None if self.essence_logprobs is None else self.essence_logprobs[rows],
         )
 
 
@@ -204,7 +211,7 @@ class _Search:
     def __init__(
         self,
         host: Host,
-        laid: Sequence[Problem],
+        problems: Sequence[ValueProblem],
         layer: int,
         where: Where,
         config: ValueConfig,
@@ -212,12 +219,12 @@ class _Search:
     ) -> None:
         self.host, self.config, self.layer, self.reuse = host, config, layer, reuse
         self.partial = Partial(host)
-        self.count = len(laid)
-        self.members = torch.tensor([float(len(p.members)) for p in laid], device=host.device)
+        self.count = len(problems)
+        self.members = torch.tensor([float(len(p.requests)) for p in problems], device=host.device)
         self._choose_sites(where)
-        lines = [(g, line) for g, problem in enumerate(laid) for line in problem.lines]
-        essences = [(g, p.essence) for g, p in enumerate(laid) if p.essence is not None and config.kl]
-        self.bundles = self._prepare([*lines, *essences], len(lines))
+        rows = [(g, row) for g, problem in enumerate(problems) for row in problem.rows]
+        essences = [(g, p.essence) for g, p in enumerate(problems) if p.essence is not None and config.kl]
+        self.groups = self._prepare([*rows, *essences], len(rows))
 
     def _choose_sites(self, where: Where) -> None:
         """Decide which outputs are shifted and which block is the first to run in every step."""
@@ -236,59 +243,65 @@ class _Search:
 
     # --- once ------------------------------------------------------------------------------
 
-    def _prepare(self, lines: list[tuple[int, Line]], with_target: int) -> list[_Bundle]:
-        """Run everything once, unshifted; return the bundles of target rows and of essence rows."""
-        rows = [line for _, line in lines]
-        cut = beginnings(rows) if self.reuse else {line.context: 0 for line in rows}
-        past = self._beginnings(rows, cut)
+    def _prepare(self, numbered: list[tuple[int, PromptRow]], with_target: int) -> list[_RowGroup]:
+        """Run everything once, unshifted; return the groups of target rows and of essence rows.
+
+        ``numbered``: rows with the index of their problem, those with targets first.
+        """
+        rows = [row for _, row in numbered]
+        cut = shared_prefix_lengths(rows) if self.reuse else {row.context: 0 for row in rows}
+        past = self._run_prefixes(rows, cut)
         tokens, column = align(
             self.host,
-            [line.ids[cut[line.context] :] for line in rows],
-            [line.place - cut[line.context] for line in rows],
-            [cut[line.context] for line in rows],
+            [row.ids[cut[row.context] :] for row in rows],
+            [row.position - cut[row.context] for row in rows],
+            [cut[row.context] for row in rows],
             left=self.reuse,  # a query with nothing before it may compute NaN, which a gradient would meet
         )
         device = self.host.device
-        columns = torch.tensor([column if self.reuse else line.place for line in rows], device=device)
-        group = torch.tensor([g for g, _ in lines], device=device)
+        columns = torch.tensor([column if self.reuse else row.position for row in rows], device=device)
+        problem = torch.tensor([g for g, _ in numbered], device=device)
         essence = torch.arange(with_target, len(rows), device=device)
         at = (essence, columns[essence])
         keep = {self.layer, *([self.first - 1] if self.first else [])}
         above = range(self.first, len(self.partial.blocks))
         starts: list[Tensor] = []
         with contextlib.ExitStack() as stack, torch.no_grad():
-            self._give(stack, rows, columns.tolist())
+            self._add_earlier_shifts(stack, rows, columns.tolist())
             for module in self.modules:
                 stack.enter_context(hooks.on_output(module, _note(starts, columns)))
             ran = self.partial.run(tokens, past, at=at, keep=keep, remember=above if self.reuse else ())
         assert ran.logits is not None
-        first = [next(i for i, (g, _) in enumerate(lines) if g == p) for p in range(self.count)]
+        first = [next(i for i, (g, _) in enumerate(numbered) if g == p) for p in range(self.count)]
         self.start = [start[first] for start in starts]
         above_layer = ran.states[self.layer]
-        at_place = torch.arange(len(rows), device=above_layer.device), columns.to(above_layer.device)
-        self.stream = wide(above_layer[at_place])[first].to(device)
+        edited = torch.arange(len(rows), device=above_layer.device), columns.to(above_layer.device)
+        self.stream = wide(above_layer[edited])[first].to(device)
         state = ran.states[self.first - 1] if self.first else None
-        before = wide(ran.logits).log_softmax(-1)
+        logprobs = wide(ran.logits).log_softmax(-1)
         split: list[tuple[Tensor, Any, Tensor | None]] = []
-        alone = all(line.context == 0 for line in rows[:with_target])
-        least = LIKE_ROWS.get(device.type, LIKE_ROWS["cpu"])
-        for like in alike([len(line.ids) - line.place for line in rows[:with_target]], least):
-            mine = torch.tensor(like, device=device)
-            counted = _targets(
-                [rows[i] for i in like], columns[mine].tolist(), device, bare=self.config.top_bare or alone
+        alone = all(row.context == 0 for row in rows[:with_target])
+        least = MIN_EQUAL_LENGTH_ROWS.get(device.type, MIN_EQUAL_LENGTH_ROWS["cpu"])
+        lengths = [len(row.ids) - row.position for row in rows[:with_target]]
+        for equal in group_by_length(lengths, least):
+            mine = torch.tensor(equal, device=device)
+            counted = _target_predictions(
+                [rows[i] for i in equal], columns[mine].tolist(), device, bare=self.config.top_bare or alone
             )
             split.append((mine, counted, None))
         if len(essence):
-            split.append((essence, _places(columns[essence]), before))
+            split.append((essence, _essence_predictions(columns[essence]), logprobs))
         cutting = column if self.reuse else 0
         return [
-            self._bundle(tokens, past, ran.past, state, group, chosen, found, old, columns, cutting)
-            for chosen, found, old in split
+            self._row_group(
+                tokens, past, ran.past, state, problem, chosen, predictions, old, columns, cutting
+            )
+            for chosen, predictions, old in split
         ]
 
-    def _beginnings(self, rows: list[Line], cut: dict[int, int]) -> Past:
-        """Run the tokens that rows of one context share; return what stands before each row."""
-        shared = {line.context: line.ids[: cut[line.context]] for line in rows if cut[line.context]}
+    def _run_prefixes(self, rows: list[PromptRow], cut: dict[int, int]) -> Past:
+        """Run the tokens that rows of one context share; return the past of each row."""
+        shared = {row.context: row.ids[: cut[row.context]] for row in rows if cut[row.context]}
         if not shared:
             return nothing_before(self.host, len(rows))
         texts = list(shared.values())
@@ -300,21 +313,23 @@ class _Search:
             )
         # one empty row more, for rows that share nothing
         states = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
-        place = {context: i for i, context in enumerate(shared)}
-        row = torch.tensor([place.get(line.context, len(texts)) for line in rows], device=self.host.device)
-        return Past(states, longer(tokens.mask), row)
+        number = {context: i for i, context in enumerate(shared)}
+        prefix = torch.tensor([number.get(row.context, len(texts)) for row in rows], device=self.host.device)
+        return Past(states, longer(tokens.mask), prefix)
 
-    def _give(self, stack: contextlib.ExitStack, rows: list[Line], columns: list[int]) -> None:
-        """Put shifts in place that stand already."""
-        given = [
-            (i, columns[i] + at - line.place, shift)
-            for i, line in enumerate(rows)
-            for at, shift in line.given
+    def _add_earlier_shifts(
+        self, stack: contextlib.ExitStack, rows: list[PromptRow], columns: list[int]
+    ) -> None:
+        """Put in place the shifts that were chosen before for earlier tokens of the rows."""
+        earlier = [
+            (i, columns[i] + at - row.position, shift)
+            for i, row in enumerate(rows)
+            for at, shift in row.earlier_shifts
         ]
-        if not given:
+        if not earlier:
             return
-        row, at = (torch.tensor([g[i] for g in given], device=self.host.device) for i in (0, 1))
-        shifts = torch.stack([g[2] for g in given]).to(self.host.device)
+        row, at = (torch.tensor([e[i] for e in earlier], device=self.host.device) for i in (0, 1))
+        shifts = torch.stack([e[2] for e in earlier]).to(self.host.device)
 
         def push(hidden: Tensor) -> Tensor:
             where = (row.to(hidden.device), at.to(hidden.device))
@@ -322,61 +337,63 @@ class _Search:
 
         stack.enter_context(hooks.on_output(self.partial.blocks[self.layer], push))
 
-    def _bundle(
-        self, tokens: Tokens, past: Past, seen: dict[int, Any], state: Tensor | None, group: Tensor,
-        rows: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], before: Tensor | None,
-        columns: Tensor, cutting: int,
-    ) -> _Bundle:  # fmt: skip
+    def _row_group(
+        self, tokens: Tokens, past: Past, seen: dict[int, Any], state: Tensor | None, problem: Tensor,
+        rows: Tensor, predictions: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        essence_logprobs: Tensor | None, columns: Tensor, cutting: int,
+    ) -> _RowGroup:  # fmt: skip
         """Cut rows to what the shift reaches, with the rest of them in their past."""
         mine = tokens.rows(rows)
         length = int(mine.mask.sum(1).add(mine.start).max())
-        kept = {b: (k[rows], v[rows]) for b, (k, v) in seen.items()}
-        behind = past.of(rows).followed_by(kept, mine, cutting) if self.reuse else past.of(rows)
+        own = {b: (k[rows], v[rows]) for b, (k, v) in seen.items()}
+        behind = past.of(rows).followed_by(own, mine, cutting) if self.reuse else past.of(rows)
         cut = mine.columns(cutting)
         most = length - cutting
         cut = Tokens(cut.ids[:, :most], cut.mask[:, :most], cut.positions[:, :most], cut.start)
-        return _Bundle(
-            cut, behind, None if state is None else state[rows][:, cutting:length], group[rows],
-            columns[rows] - cutting, found[0], found[1] - cutting, *found[2:], before,
+        return _RowGroup(
+            cut, behind, None if state is None else state[rows][:, cutting:length], problem[rows],
+            columns[rows] - cutting, predictions[0], predictions[1] - cutting, *predictions[2:], essence_logprobs,
         )  # fmt: skip
 
     # --- every step ------------------------------------------------------------------------
 
-    def _forward(self, bundles: Sequence[_Bundle], shifts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(
+        self, groups: Sequence[_RowGroup], shifts: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return negative log-likelihood, divergence and whether all targets come first, by problem."""
         zero = torch.zeros(self.count, device=self.host.device, dtype=shifts[0].dtype)
         nll, divergence, missed = zero, zero, zero
-        for bundle in bundles:
-            if not len(bundle.group):
+        for group in groups:
+            if not len(group.problem):
                 continue
-            logits = self._logits(bundle, shifts)
-            group = bundle.group[bundle.at_row]
-            if bundle.before is None:
-                lost = functional.cross_entropy(logits, bundle.token, reduction="none")
-                nll = nll.index_add(0, group, lost * bundle.weight)
-                wrong = (logits.detach().argmax(-1) != bundle.token).to(zero.dtype)
-                missed = missed.index_add(0, group, wrong * bundle.decides)
+            logits = self._logits(group, shifts)
+            problem = group.problem[group.prediction_row]
+            if group.essence_logprobs is None:
+                loss = functional.cross_entropy(logits, group.token, reduction="none")
+                nll = nll.index_add(0, problem, loss * group.weight)
+                wrong = (logits.detach().argmax(-1) != group.token).to(zero.dtype)
+                missed = missed.index_add(0, problem, wrong * group.decides)
             else:
                 after = logits.log_softmax(-1)
                 # KL(edited || original), read at the subject, as the authors' code has it
-                gap = (after.exp() * (after - bundle.before)).sum(-1)
-                divergence = divergence.index_add(0, group, gap)
+                gap = (after.exp() * (after - group.essence_logprobs)).sum(-1)
+                divergence = divergence.index_add(0, problem, gap)
         return nll, divergence, missed == 0
 
-    def _logits(self, bundle: _Bundle, shifts: Sequence[Tensor]) -> Tensor:
-        count = len(bundle.group)
+    def _logits(self, group: _RowGroup, shifts: Sequence[Tensor]) -> Tensor:
+        count = len(group.problem)
         line = torch.arange(count, device=self.host.device)
 
         def push(shift: Tensor) -> Callable[[Tensor], Tensor]:
             def add(hidden: Tensor) -> Tensor:
                 flat = hidden.reshape(count, -1, hidden.shape[-1])
-                added = shift[bundle.group].to(flat)  # a layer may live on another device
-                at = (line.to(flat.device), bundle.place.to(flat.device))
+                added = shift[group.problem].to(flat)  # a layer may live on another device
+                at = (line.to(flat.device), group.column.to(flat.device))
                 return flat.index_put(at, added, accumulate=True).reshape(hidden.shape)
 
             return add
 
-        state = bundle.state
+        state = group.state
         with contextlib.ExitStack() as stack:
             if self.on_stream:
                 assert state is not None
@@ -385,7 +402,11 @@ class _Search:
                 for module, shift in zip(self.modules, shifts, strict=True):
                     stack.enter_context(hooks.on_output(module, push(shift)))
             ran = self.partial.run(
-                bundle.tokens, bundle.past, first=self.first, given=state, at=(bundle.at_row, bundle.at)
+                group.tokens,
+                group.past,
+                first=self.first,
+                given=state,
+                at=(group.prediction_row, group.prediction_column),
             )
         assert ran.logits is not None
         return wide(ran.logits)
@@ -414,9 +435,9 @@ class _Search:
         factor = torch.full((self.count,), config.nll_loss_factor, device=device)
         at_top = torch.zeros(self.count, dtype=torch.long, device=device)
         seen = torch.zeros(self.count, device=device)
-        bundles = self.bundles
+        groups = self.groups
         for step in range(1, config.steps + 1):
-            nll, divergence, top = self._forward(bundles, shifts)
+            nll, divergence, top = self._forward(groups, shifts)
             seen = torch.where(running, nll.detach(), seen)
             loss = factor * nll + config.kl * divergence + self._penalty(shifts)
             at_top += top
@@ -427,7 +448,7 @@ class _Search:
             if step == config.steps or not still.any():
                 break
             if not torch.equal(still, running):
-                bundles = [bundle.of(still) for bundle in self.bundles]
+                groups = [group.select(still) for group in self.groups]
             running = still
             gradients = torch.autograd.grad(loss[running].sum(), shifts)
             with torch.no_grad():
@@ -476,7 +497,7 @@ def _adam(
 
 
 def _note(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
-    """Keep what a module says in one column of each row ``[rows, d]``."""
+    """Read a module's output in one column of each row ``[rows, d]``."""
     line = torch.arange(len(columns), device=columns.device)
 
     def keep(hidden: Tensor) -> None:
@@ -487,22 +508,22 @@ def _note(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
     return keep
 
 
-def _targets(
-    rows: Sequence[Line], columns: Sequence[int], device: torch.device, *, bare: bool
+def _target_predictions(
+    rows: Sequence[PromptRow], columns: Sequence[int], device: torch.device, *, bare: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Index every target token: its row, the column that predicts it, its id, its weight, whether it decides.
 
     Without ``bare``, tokens behind the bare prompt do not decide on the first choice.
     """
     row, at, token, weight, decides = [], [], [], [], []
-    for i, (line, column) in enumerate(zip(rows, columns, strict=True)):
-        first = column + len(line.ids) - len(line.targets) - line.place
-        for j, target in enumerate(line.targets):
+    for i, (prompt, column) in enumerate(zip(rows, columns, strict=True)):
+        first = column + len(prompt.ids) - len(prompt.targets) - prompt.position
+        for j, target in enumerate(prompt.targets):
             row.append(i)
             at.append(first + j)
             token.append(target)
-            weight.append(line.weight / len(line.targets))
-            decides.append(float(bare or line.context != 0))
+            weight.append(prompt.loss_weight / len(prompt.targets))
+            decides.append(float(bare or prompt.context != 0))
     return (
         torch.tensor(row, device=device),
         torch.tensor(at, device=device),
@@ -512,7 +533,7 @@ def _targets(
     )
 
 
-def _places(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _essence_predictions(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Index the one prediction of each essence row."""
     row = torch.arange(len(columns), device=columns.device)
     none = torch.zeros(len(row), device=columns.device)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,16 +15,31 @@ from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
 from errata.host import hooks, locking, placed
-from errata.host.families import Search
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.moments import Eigen, Moments, eigen
-from errata.linalg.solve import RIDGE, Metric
+from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, prefixes, sampled_corpus, weigh
-from errata.locate.values import ValueConfig
 from errata.stats import external
 from errata.stats.collect import Corpus, eigen_of, second_moments
 from errata.types import Case, Request
+
+
+class Shape(NamedTuple):
+    """What tells one published model from another."""
+
+    family: str
+    """Its model type, as in the model's configuration."""
+    depth: int
+    """Number of blocks."""
+    width: int
+    """Of the residual stream."""
+    inner: int | None = None
+    """Width of the feed-forward's hidden layer, where models differ in that alone."""
+
+
+Published = Mapping[Shape, Mapping[str, Any]]
+"""Settings of a method's paper or its authors' code, by the shape of model they were used for."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,14 @@ class Method:
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
     host: Literal["causal_lm", "image_classifier"] = "causal_lm"
     """What kind of model it edits."""
+    published: Published = field(default_factory=dict)
+    """Settings of its paper or its authors' code, taken where the user leaves them open."""
+
+    def published_for(self, host: Host) -> Mapping[str, Any]:
+        """Return the settings published for a model of the host's shape; none: empty."""
+        inner = next((site.d_in for site in host.layout.mlp_out if site is not None), None)
+        shape = Shape(host.family, len(host.layout.blocks), host.layout.width, inner)
+        return self.published.get(shape, self.published.get(shape._replace(inner=None), {}))
 
     def run(
         self,
@@ -60,7 +83,7 @@ class Method:
         work: Workspace,
         after: Edit | None = None,
     ) -> Edit:
-        """Fit, alone or going on from an edit of the same method; the result then stands for both.
+        """Fit, alone or going on from an edit of the same method; the result is then one edit for both.
 
         The model is held alone meanwhile: other threads that run or change it wait. What the caller has set in
         PyTorch does not matter: a fit has gradients also inside ``no_grad`` or ``inference_mode``. Raises
@@ -80,8 +103,8 @@ class Method:
         if after.provenance.method != self.name:
             raise ConfigError(f"cannot go on with {self.name} from an edit made by {after.provenance.method}")
         with after.on(host):
-            made = self.fit(host, requests, config, replace(work, after=after))
-        return after.then(made, cumulative=self.cumulative)
+            later = self.fit(host, requests, config, replace(work, after=after))
+        return after.then(later, cumulative=self.cumulative)
 
     def _refuse_routed(self, host: Host, after: Edit | None) -> None:
         """Raise ConfigError where weights would be fitted around edits that act on some prompts only."""
@@ -117,42 +140,42 @@ class Workspace:
     """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
-    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def examples(self) -> Sequence[Case]:
         """Other facts with their probes, read once."""
-        if ("examples",) not in self._made:
-            self._made[("examples",)] = self.load_examples()
-        return self._made[("examples",)]
+        if ("examples",) not in self._cache:
+            self._cache[("examples",)] = self.load_examples()
+        return self._cache[("examples",)]
 
-    def metrics(
+    def costs(
         self, host: Host, sites: Sequence[Site], tokens: int, *, ridge: float = RIDGE,
         source: str | None = None,
-    ) -> dict[Site, Metric]:  # fmt: skip
+    ) -> dict[Site, CostMatrix]:  # fmt: skip
         """Return each site's second moment of keys, factorised with a relative ridge; the host's without ``after``.
 
         ``source``: files to read it from, see :func:`errata.stats.external.second_moment`.
         """
         if source is not None:
-            return {site: self._external_metric(source, site, ridge) for site in sites}
+            return {site: self._external_cost(source, site, ridge) for site in sites}
         _, _, state = self._moments(host, sites, tokens)
         note = "" if ridge == RIDGE else f", ridge {ridge:g}"
         for site in sites:
-            key = ("metric", site, ridge, *state)
-            if key not in self._made:
-                moments, name = self._made[("moments", site, *state)]
+            key = ("cost", site, ridge, *state)
+            if key not in self._cache:
+                moments, name = self._cache[("moments", site, *state)]
                 what = f"the statistics of {name} for {site.name}, {moments.count} tokens for {site.d_in} entries,"
-                self._made[key] = _factorised(moments.second, what, ridge=ridge, name=name + note)
-        return {s: self._made[("metric", s, ridge, *state)] for s in sites}
+                self._cache[key] = _factorised(moments.second, what, ridge=ridge, name=name + note)
+        return {s: self._cache[("cost", s, ridge, *state)] for s in sites}
 
-    def _external_metric(self, source: str, site: Site, ridge: float) -> Metric:
+    def _external_cost(self, source: str, site: Site, ridge: float) -> CostMatrix:
         matrix, state = self._file(source, site)
-        key = ("metric", site, ridge, *state)
-        if key not in self._made:
+        key = ("cost", site, ridge, *state)
+        if key not in self._cache:
             what, name = f"{matrix.name} for {site.name}", f"{matrix.name}, ridge {ridge:g}"
-            self._made[key] = _factorised(matrix.matrix, what, ridge=ridge, name=name)
-        return self._made[key]
+            self._cache[key] = _factorised(matrix.matrix, what, ridge=ridge, name=name)
+        return self._cache[key]
 
     def _file(
         self, source: str, site: Site, layers: Sequence[int] | None = None
@@ -164,24 +187,24 @@ class Workspace:
         place = external.file_of(source, site.layer)
         facts = place.stat()
         state = (str(place), facts.st_size, facts.st_mtime_ns, None if layers is None else tuple(layers))
-        if ("file", site, *state) not in self._made:
-            self._made[("file", site, *state)] = (
+        if ("file", site, *state) not in self._cache:
+            self._cache[("file", site, *state)] = (
                 external.second_moment(source, site) if layers is None
                 else external.projection(source, site, layers)
             )  # fmt: skip
-        return self._made[("file", site, *state)], state
+        return self._cache[("file", site, *state)], state
 
     def projection(self, source: str, site: Site, layers: Sequence[int]) -> tuple[Eigen, str]:
-        """Return a projection from a file by its eigenvectors; its layers stand in the order of ``layers``."""
+        """Return a projection from a file by its eigenvectors; its layers are in the order of ``layers``."""
         return self._external_spectrum(source, site, layers)
 
     def _moments(self, host: Host, sites: Sequence[Site], tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
         """See that each site's sums over the corpus are there; return corpus, budget and what they depend on."""
         corpus, budget, state = self._statistics(host, tokens)
-        missing = [s for s in sites if ("moments", s, *state) not in self._made]
+        missing = [s for s in sites if ("moments", s, *state) not in self._cache]
         if missing:
             with without(self.after, host):
-                found = second_moments(
+                taken = second_moments(
                     host,
                     missing,
                     corpus,
@@ -191,9 +214,9 @@ class Workspace:
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
-            _warn_of_few(found, corpus)
-            for site, moments in found.items():
-                self._made[("moments", site, *state)] = (moments, name)
+            _warn_of_few(taken, corpus)
+            for site, moments in taken.items():
+                self._cache[("moments", site, *state)] = (moments, name)
         return corpus, budget, state
 
     def spectra(
@@ -205,24 +228,24 @@ class Workspace:
         corpus, budget, state = self._moments(host, sites, tokens)
         for site in sites:
             key = ("eigen", site, *state)
-            if key not in self._made:
-                self._made[key] = eigen_of(
+            if key not in self._cache:
+                self._cache[key] = eigen_of(
                     host,
                     site,
                     corpus,
                     tokens=budget,
                     folder=None if self._others(host) else self.folder,
-                    moments=self._made[("moments", site, *state)][0],
+                    moments=self._cache[("moments", site, *state)][0],
                 )
-        return {s: (self._made[("eigen", s, *state)], self._made[("moments", s, *state)][1]) for s in sites}
+        return {s: (self._cache[("eigen", s, *state)], self._cache[("moments", s, *state)][1]) for s in sites}
 
     def _external_spectrum(
         self, source: str, site: Site, layers: Sequence[int] | None = None
     ) -> tuple[Eigen, str]:
         matrix, state = self._file(source, site, layers)
-        if ("eigen", site, *state) not in self._made:
-            self._made[("eigen", site, *state)] = eigen(matrix.matrix)
-        return self._made[("eigen", site, *state)], matrix.name
+        if ("eigen", site, *state) not in self._cache:
+            self._cache[("eigen", site, *state)] = eigen(matrix.matrix)
+        return self._cache[("eigen", site, *state)], matrix.name
 
     def contexts(
         self, host: Host, groups: Sequence[tuple[int, int]], weighting: str,
@@ -232,10 +255,10 @@ class Workspace:
         if texts is not None:
             return weigh(texts, weighting)
         key = ("contexts", host.fingerprint, *self._others(host), tuple(groups), weighting, self.seed)
-        if key not in self._made:
+        if key not in self._cache:
             with without(self.after, host):
-                self._made[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
-        return self._made[key]
+                self._cache[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+        return self._cache[key]
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
         """Return corpus, budget and what statistics depend on."""
@@ -249,19 +272,19 @@ class Workspace:
         return [digest for digest in host.placed if digest != mine]
 
 
-def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> Metric:
+def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMatrix:
     """Factorise a second moment ``[d_in, d_in]``. Raises DataError where nothing can be solved with it."""
     try:
-        return Metric.of(second, ridge=ridge, name=name)
+        return CostMatrix.of(second, ridge=ridge, name=name)
     except ValueError as error:
         raise DataError(
             f"{what} cannot be used: {error}; give a longer corpus, or edit another layer"
         ) from error
 
 
-def _warn_of_few(found: Mapping[Site, Moments], corpus: Corpus) -> None:
+def _warn_of_few(taken: Mapping[Site, Moments], corpus: Corpus) -> None:
     """Say how many tokens are missing where there are fewer than a key has entries."""
-    short = {site: moments for site, moments in found.items() if moments.count < site.d_in}
+    short = {site: moments for site, moments in taken.items() if moments.count < site.d_in}
     if short:
         site = max(short, key=lambda one: one.d_in)
         warnings.warn(
@@ -317,38 +340,14 @@ def resolve_layers(
     if not editable:
         host.layout.site(0)  # raises, with the reason
     if layers is None:
-        wanted = default(depth)
-        return tuple(sorted({min(editable, key=lambda i: (abs(i - w), i)) for w in wanted}))
+        nearest = (min(editable, key=lambda i: (abs(i - layer), i)) for layer in default(depth))
+        return tuple(sorted(set(nearest)))
     if not layers or len(set(layers)) != len(layers):
         raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
     layers = tuple(layer + depth if layer < 0 else layer for layer in layers)
     for layer in layers:
         host.layout.site(layer)
     return tuple(sorted(layers))
-
-
-def resolved(config: Any, **changes: Any) -> Any:
-    """Return settings with what was left open filled in."""
-    return replace(config, **changes)
-
-
-def open_search(config: Any, known: Search | None) -> dict[str, Any]:
-    """Fill in a value search's rate, clamp and unit where the settings leave them open."""
-    plain = (
-        {"scale": "published", "learning_rate": known.learning_rate, "clamp": known.clamp} if known else {}
-    )
-    given = {"scale": "stream", "learning_rate": 0.5, "clamp": 1.5, **plain}
-    return {name: value for name, value in given.items() if getattr(config, name) is None}
-
-
-def search(config: Any, *, relax: bool = False) -> ValueConfig:
-    """Read the settings of a value search off a method's settings."""
-    names = (
-        "steps", "learning_rate", "clamp", "decay", "kl", "scale", "stop", "stop_loss", "top_count", "top_bare",
-        "nll_loss_factor",
-    )  # fmt: skip
-    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return ValueConfig(**given, relax=relax)
 
 
 def notes(values: Mapping[str, Any]) -> dict[str, Any]:

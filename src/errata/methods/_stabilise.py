@@ -23,7 +23,7 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg import shape
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import Metric, from_solved
+from errata.linalg.solve import CostMatrix, from_solved
 from errata.locate.keys import all_keys
 from errata.methods._method import without
 from errata.registry import unknown
@@ -31,14 +31,14 @@ from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Around:
+class StepContext:
     """What a step may look at."""
 
     host: Host
     site: Site
     requests: Sequence[Request]
     after: WeightEdit | None
-    """The edit that is gone on from, in place on the host."""
+    """The edit that is continued, in place on the host."""
     state: dict[str, Tensor]
     """What the step keeps for the fits that follow; travels in the edit."""
 
@@ -59,11 +59,11 @@ class Step:
     name: ClassVar[str]
     on: ClassVar[str]
 
-    def values(self, wanted: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def values(self, targets: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Return other values to write; all ``[n, d]``."""
-        return wanted
+        return targets
 
-    def delta(self, around: Around, delta: Delta) -> Delta:
+    def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Return another change of a weight ``[d_out, d_in]``."""
         return delta
 
@@ -75,25 +75,25 @@ class Nas(Step):
     name: ClassVar[str] = "nas"
     on: ClassVar[str] = "values"
 
-    def values(self, wanted: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def values(self, targets: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Rescale; the norm is the mean over the first fit's vectors before they are shifted."""
         norm = state.setdefault("nas.norm", start.norm(dim=1).mean()[None])
-        return wanted * (norm / wanted.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        return targets * (norm / targets.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 @dataclass(frozen=True)
 class Rect(Step):
-    """Keep the entries that change most relative to the weight."""
+    """Leave only the entries that change most relative to the weight."""
 
     name: ClassVar[str] = "rect"
     on: ClassVar[str] = "delta"
     share: float = 0.4
     """Share of entries kept (paper: 0.4)."""
 
-    def delta(self, around: Around, delta: Delta) -> Delta:
+    def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Zero the other entries; the result is dense."""
         dense = delta.dense() if isinstance(delta, LowRank) else delta
-        return shape.largest_entries(dense, around.weight.to(dense.dtype), self.share)
+        return shape.largest_entries(dense, context.weight.to(dense.dtype), self.share)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Sphere(Step):
     strength: float = 0.5
     """How much of the change along them goes (authors' code: 0.5)."""
 
-    def delta(self, around: Around, delta: Delta) -> Delta:
+    def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Multiply by I - strength V V^T on the input side, whichever way the weight is stored."""
-        return shape.damped(delta, shape.leading_inputs(around.weight, self.energy), self.strength)
+        return shape.damped(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ class Prune(Step):
     base: float = 1.2
     """Base of the logarithm beyond the bound (authors' code: 1.2)."""
 
-    def delta(self, around: Around, delta: Delta) -> Delta:
+    def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Add what brings the accumulated change down."""
-        before = around.before
-        original, total = around.weight, delta
+        before = context.before
+        original, total = context.weight, delta
         if before is not None:
             original = original - (before.dense() if isinstance(before, LowRank) else before)
             total = added(before, delta)
@@ -140,20 +140,20 @@ class Simie(Step):
     weight: float = 0.1
     """lambda, in mean squared norms of the first fit's keys (authors' code: 1e4, plain)."""
 
-    def delta(self, around: Around, delta: Delta) -> Delta:
+    def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Return delta K K^T P^-1 with P = lambda I + the sum of K K^T over all fits."""
-        site, state = around.site, around.state
-        with without(around.after, around.host):
-            keys = all_keys(around.host, around.requests, site).mT  # [m, tokens]
+        site, state = context.site, context.state
+        with without(context.after, context.host):
+            keys = all_keys(context.host, context.requests, site).mT  # [m, tokens]
         size = state.setdefault(f"{site.parameter}.simie.size", keys.square().sum(0).mean()[None])
         past = state.get(f"{site.parameter}.simie.keys")
         seen = keys if past is None else torch.cat([past, keys], 1)
         state[f"{site.parameter}.simie.keys"] = shape.condensed(seen)
-        ridge = Metric.identity(self.weight * float(size))
-        wanted = torch.zeros(site.d_out, seen.shape[1], dtype=keys.dtype)
-        wanted[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys
-        made = from_solved(seen, ridge.solve(seen), wanted, gamma=1.0)
-        return made if made.rank * sum(made.shape) < made.shape[0] * made.shape[1] else made.dense()
+        ridge = CostMatrix.identity(self.weight * float(size))
+        changes = torch.zeros(site.d_out, seen.shape[1], dtype=keys.dtype)
+        changes[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys
+        thin = from_solved(seen, ridge.solve(seen), changes, gamma=1.0)
+        return thin if thin.rank * sum(thin.shape) < thin.shape[0] * thin.shape[1] else thin.dense()
 
 
 STEPS: dict[str, type[Any]] = {step.name: step for step in (Nas, Rect, Sphere, Prune, Simie)}
@@ -178,7 +178,7 @@ def parse(item: str) -> Any:
     return kind(**values)
 
 
-def check(items: Sequence[str]) -> list[str]:
+def check_steps(items: Sequence[str]) -> list[str]:
     """List what is wrong with a ``stabilise`` setting."""
     complaints = []
     for item in items:

@@ -23,43 +23,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Lasting, Plan, SpreadConfig, null_space, settle, spread
+from errata.methods._settings import NullSpaceConfig, SequentialDefaults
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Lasting, SpreadConfig):
+class Config(SequentialDefaults, NullSpaceConfig):
     """Settings of AlphaEdit."""
-
-    energy: float = 0.99
-    """Share of the second moment's trace that must stay untouched; what is left is the null space."""
-    threshold: float | None = None
-    """Eigenvalues of C below this span the null space, instead of ``energy`` (code: 2e-2; paper: 1e-2)."""
-    ridge_relative: float = 0.003
-    """L2 in mean squared norms of the corpus's keys, where ``ridge`` is open (chosen on the lab)."""
-    ridge: float | None = None
-    """L2, plain (code: 10; EasyEdit: 1 for Llama 3 and Qwen). None: ``ridge_relative``, or 10 with ``projection``."""
-    projection: str | None = None
-    """File of the projection P onto the null space, used instead of ``energy`` and ``threshold``: .pt as the authors'
-    code writes it (null_space_project.pt, its layers in the order of ``layers``), .npz or .safetensors."""
-
-    def problems(self) -> list[str]:
-        """Check ranges."""
-        found = [*super().problems(), *positive(self, "threshold", "ridge", "ridge_relative", "energy")]
-        if self.energy >= 1:
-            found.append(f"energy: expected a share below 1, found {self.energy}")
-        return found
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit in the null space of preserved keys."""
-    config = settle(host, config, requests, work)
-    plan = Plan("alphaedit", null_space(host, config, work), history=True)
-    return spread(host, requests, config, plan, work)
+    clamp = closed_form.sequential_clamp(requests, work)
+    config = closed_form.resolve_config(host, config, METHOD.published_for(host), clamp=clamp)
+    task = closed_form.start_task("alphaedit", host, requests, config, work)
+    costs = closed_form.null_space_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    values = closed_form.find_target_values(task, sweep.problems)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=True))
+    return edit.build()
 
 
 METHOD = Method(
@@ -72,4 +61,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "eigenvectors", "contexts"),
+    published=MEMIT_SETTINGS,
 )

@@ -15,25 +15,26 @@ Needs      Second moment of keys at each layer, with eigenvectors for ``base: al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.host.layout import Site
 from errata.host.load import Host
 from errata.locate.keys import all_keys
-from errata.locate.problems import Line, Problem
-from errata.locate.values import Value, ValueConfig, solve
+from errata.locate.problems import PromptRow, ValueProblem
+from errata.locate.values import Value
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS, Task
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, null_space, settle, spread
+from errata.methods._settings import CovarianceConfig, NullSpaceConfig
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Covariance, SpreadConfig):
+class Config(CovarianceConfig, NullSpaceConfig):
     """Settings of AnyEdit."""
 
     base: Literal["memit", "alphaedit"] = "memit"
@@ -50,56 +51,43 @@ class Config(Covariance, SpreadConfig):
     """Value search: stop below this loss (authors' code: 1e-2)."""
     contexts: int = 0
     """No context prefixes (authors' code: none)."""
-    energy: float = 0.99
-    """For ``base: alphaedit``, see there."""
-    threshold: float | None = None
-    """For ``base: alphaedit``, see there."""
-    ridge_relative: float = 0.003
-    """For ``base: alphaedit``, see there."""
-    ridge: float | None = None
-    """For ``base: alphaedit``, see there."""
-    projection: str | None = None
-    """For ``base: alphaedit``, see there."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = [*super().problems(), *positive(self, "chunk", "threshold", "ridge", "ridge_relative")]
+        complaints = [*super().problems(), *positive(self, "chunk")]
         if not 0 <= self.overlap < self.chunk:
-            found.append(f"overlap: expected 0 to chunk - 1, found {self.overlap}")
+            complaints.append(f"overlap: expected 0 to chunk - 1, found {self.overlap}")
         if self.contexts or self.kl:
-            found.append(
+            complaints.append(
                 "contexts and kl: expected 0, a chunk's place is the token before it in its own text"
             )
-        return found
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
-    """Return the edit that makes the host say every target, however long."""
-    config = settle(host, config, requests, work)
-    layer = max(config.layers or ())
-    laid, rounds = chunked(host, requests, config.chunk, config.overlap)
-    places = {(p.members[0], p.lines[0].place) for p in laid}
-
-    def sought(_: list[Problem], settings: ValueConfig) -> list[Value]:
-        return _in_turn(host, laid, rounds, layer, settings, work)
-
-    def kept(site: Site) -> Tensor:
-        return all_keys(host, requests, site, but=lambda i, at: (i, at) in places).mT
-
-    alpha = config.base == "alphaedit"
-    metric = (null_space if alpha else covariance)(host, config, work)
-    plan = Plan(
-        "anyedit", metric, history=alpha, sought=sought, laid=lambda _: laid, kept=kept,
-        extra={"chunks": len(laid)},
-    )  # fmt: skip
-    return spread(host, requests, config, plan, work)
+    """Return the edit that makes the host give every target, however long."""
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
+    alphaedit = config.base == "alphaedit"
+    task = closed_form.start_task("anyedit", host, requests, config, work)
+    problems, rounds = chunked(host, requests, config.chunk, config.overlap)
+    edited = {(problem.requests[0], problem.rows[0].position) for problem in problems}
+    costs = closed_form.null_space_costs(task) if alphaedit else closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, problems, costs)
+    values = _find_in_turn(task, problems, rounds)
+    edit = closed_form.start_edit(task, values, chunks=len(problems))
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        with edit.in_place():
+            others = all_keys(host, requests, layer.site, but=lambda i, at: (i, at) in edited).mT
+        layer = layer.with_preserved(others)
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=alphaedit))
+    return edit.build()
 
 
 def chunked(
     host: Host, requests: Sequence[Request], chunk: int, overlap: int
-) -> tuple[list[Problem], list[list[int]]]:
-    """Lay out one problem a chunk; return them and, per round, the indices of those that come together."""
-    laid: list[Problem] = []
+) -> tuple[list[ValueProblem], list[list[int]]]:
+    """Return one problem a chunk and, per round, the indices of those that are searched together."""
+    problems: list[ValueProblem] = []
     rounds: list[list[int]] = []
     for i, request in enumerate(requests):
         answer = host.encode_answer(request.text, request.target)
@@ -107,42 +95,30 @@ def chunked(
             stop = min(start + chunk, len(answer.ids))
             if j and stop - start <= overlap:
                 break  # nothing new in it
-            line = Line(answer.ids[: stop - 1], start - 1, answer.ids[start:stop], 1.0, 0)
+            row = PromptRow(answer.ids[: stop - 1], start - 1, answer.ids[start:stop], 1.0, 0)
             if j == len(rounds):
                 rounds.append([])
-            rounds[j].append(len(laid))
-            laid.append(Problem((i,), (line,), None))
-    return laid, rounds
+            rounds[j].append(len(problems))
+            problems.append(ValueProblem((i,), (row,), None))
+    return problems, rounds
 
 
-def _in_turn(
-    host: Host,
-    laid: list[Problem],
-    rounds: list[list[int]],
-    layer: int,
-    settings: ValueConfig,
-    work: Workspace,
+def _find_in_turn(
+    task: Task[Config], problems: Sequence[ValueProblem], rounds: Sequence[Sequence[int]]
 ) -> list[Value]:
-    """Seek the values of first chunks, then of second ones with the first in place, and so on."""
-    found: dict[int, Value] = {}
-    given: dict[int, tuple[tuple[int, Tensor], ...]] = {}
-    where = "block_out" if host.layout.adds_directly else "mlp_out"
+    """Find the values of first chunks, then of second ones with the first in place, and so on."""
+    values: dict[int, Value] = {}
+    shifts: dict[int, tuple[tuple[int, Tensor], ...]] = {}
     for number, group in enumerate(rounds):
-        posed = []
-        for k in group:
-            line, member = laid[k].lines[0], laid[k].members[0]
-            posed.append(Problem((member,), (_with(line, given.get(member, ())),), None))
-        values = solve(host, posed, layer=layer, where=where, config=settings, batch_size=work.batch_size)
-        for k, value in zip(group, values, strict=True):
-            found[k] = value
-            member = laid[k].members[0]
-            given[member] = (*given.get(member, ()), (laid[k].lines[0].place, value.shift))
-        work.on_progress("chunks", number + 1, len(rounds))
-    return [found[k] for k in range(len(laid))]
-
-
-def _with(line: Line, given: tuple[tuple[int, Tensor], ...]) -> Line:
-    return Line(line.ids, line.place, line.targets, line.weight, line.context, given)
+        rows = [(problems[k].requests[0], problems[k].rows[0]) for k in group]
+        posed = [
+            ValueProblem((i,), (replace(row, earlier_shifts=shifts.get(i, ())),), None) for i, row in rows
+        ]
+        for k, (i, row), value in zip(group, rows, closed_form.find_target_values(task, posed), strict=True):
+            values[k] = value
+            shifts[i] = (*shifts.get(i, ()), (row.position, value.shift))
+        task.work.on_progress("chunks", number + 1, len(rounds))
+    return [values[k] for k in range(len(problems))]
 
 
 METHOD = Method(
@@ -154,5 +130,6 @@ METHOD = Method(
     gives=WeightEdit,
     batch=True,
     sequential=True,
-    needs=("second_moment", "contexts"),
+    needs=("second_moment", "eigenvectors"),
+    published=MEMIT_SETTINGS,
 )

@@ -13,18 +13,20 @@ Needs      Second moment of keys at the layer; context prefixes written by the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
-from errata.methods._method import Method, Workspace, resolve_layers, resolved
-from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS
+from errata.methods._method import Method, Published, Workspace
+from errata.methods._settings import CovarianceConfig
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Covariance, SpreadConfig):
+class Config(CovarianceConfig):
     """Settings of EMMET."""
 
     damping: float = 0.1
@@ -42,18 +44,35 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that gives every request its value, up to the damping."""
-    known = host.published if host.layout.adds_directly else None
-    one = config.layers or ((known.rome,) if known else None)
-    layers = resolve_layers(host, one, lambda depth: (depth // 5,))
-    own = config.cov_weight is not None
-    config = settle(host, resolved(config, layers=layers), requests, work)
-    assert config.cov_weight is not None
-    if not own:
-        config = resolved(config, cov_weight=config.cov_weight / config.damping)
-    damped = len(requests) > 1 or config.damp_single
-    gamma = config.damping if damped else 0.0
-    plan = Plan("emmet", covariance(host, config, work), gamma=gamma)
-    return spread(host, requests, config, plan, work)
+    config = _resolve(host, config)
+    gamma = config.damping if len(requests) > 1 or config.damp_single else 0.0
+    task = closed_form.start_task("emmet", host, requests, config, work)
+    costs = closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    values = closed_form.find_target_values(task, sweep.problems)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, gamma=gamma))
+    return edit.build()
+
+
+def _resolve(host: Host, config: Config) -> Config:
+    """Fill in what is open: one layer, and MEMIT's lambda over the damping."""
+    known = METHOD.published_for(host)
+    resolved = closed_form.resolve_covariance_config(
+        host, config, known, default_layers=closed_form.one_fifth
+    )
+    assert resolved.cov_weight is not None
+    if config.cov_weight is not None:
+        return resolved
+    return replace(resolved, cov_weight=resolved.cov_weight / config.damping)
+
+
+ROME_LAYERS = {"gpt2": 17, "gptj": 5, "gpt_neox": 15, "llama": 5}
+PUBLISHED: Published = {
+    shape: {**settings, "layers": (ROME_LAYERS[shape.family],)} for shape, settings in MEMIT_SETTINGS.items()
+}
+"""MEMIT's settings at ROME's layers."""
 
 
 METHOD = Method(
@@ -66,4 +85,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=PUBLISHED,
 )

@@ -8,7 +8,7 @@ Departs    Solved in the dual, M from one eigendecomposition for any mu. mu is a
            eigenvalue, a unit that carries over between models, but for GPT-2 XL, Llama 2 7B and Llama 3 8B,
            where it is the code's ``update_norm_lambda``: 10, 10 and 20, plain. There a search also ends as
            in the code: after the target was the first choice behind all prefixes in 4, 3 and 2
-           evaluations, whatever stands behind the bare prompt. The code counts tokens, and so never ends
+           evaluations, whatever comes after the bare prompt. The code counts tokens, and so never ends
            early for targets of several; here every token of a target must come first.
            Elsewhere a search ends by its loss: that the target just leads is too little for small
            models (measured on the lab; the paper's rule is ``stop: top``).
@@ -18,22 +18,23 @@ Needs      Second moment of keys at each layer with its eigenvectors; context pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.host import families as host_families
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import Metric
-from errata.methods._method import Method, Workspace, resolved
-from errata.methods._spread import Covariance, Lasting, Plan, SpreadConfig, settle, spread
+from errata.linalg.solve import CostMatrix
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS, Task
+from errata.methods._method import Method, Published, Shape, Workspace
+from errata.methods._settings import CovarianceConfig, SequentialDefaults
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Lasting, Covariance, SpreadConfig):
+class Config(SequentialDefaults, CovarianceConfig):
     """Settings of ENCORE."""
 
     stop: Literal["loss", "top"] | None = None
@@ -62,41 +63,70 @@ class Config(Lasting, Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit under a price on its norm."""
-    config = settle(host, _resolve(host, config), requests, work)
-
-    def metric(sites: Sequence[Site]) -> Mapping[Site, Metric]:
-        weight = config.cov_weight
-        assert weight is not None
-        made = {}
-        spectra = work.spectra(host, sites, config.tokens, source=config.moments)
-        for site, (eigen, name) in spectra.items():
-            price = config.update_norm_lambda
-            if price is None:
-                assert config.penalty is not None
-                price = config.penalty * weight * float(eigen.values.clamp_min(0).mean())
-            made[site] = Metric.of_eigen(
-                eigen.values, eigen.vectors, weight=weight, add=price, ridge=config.cov_ridge, name=name
-            )
-        return made
-
-    return spread(host, requests, config, Plan("encore", metric, history=True), work)
+    config = _resolve(host, config, clamp=closed_form.sequential_clamp(requests, work))
+    task = closed_form.start_task("encore", host, requests, config, work)
+    costs = _penalised_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    values = closed_form.find_target_values(task, sweep.problems)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=True))
+    return edit.build()
 
 
-def _resolve(host: Host, config: Config) -> Config:
-    """Fill in how a search ends and mu, as published where they are."""
-    width = next((site.d_in for site in host.layout.mlp_out if site is not None), 0)
-    preset = host_families.encore(host.family, len(host.layout.blocks), host.layout.width, width)
-    defaults: dict[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
-    if preset is not None:
-        defaults = {"stop": "top", "top_count": preset.top_count, "top_bare": False}
-        if config.scale in (None, "published"):
-            defaults["learning_rate"] = preset.learning_rate
+def _penalised_costs(task: Task[Config]) -> dict[Site, CostMatrix]:
+    """Return M = lambda C + mu I at each site."""
+    config = task.config
+    weight, costs = config.cov_weight, {}
+    assert weight is not None
+    spectra = task.work.spectra(task.host, task.sites, config.tokens, source=config.moments)
+    for site, (eigen, name) in spectra.items():
+        price = config.update_norm_lambda
+        if price is None:
+            assert config.penalty is not None
+            price = config.penalty * weight * float(eigen.values.clamp_min(0).mean())
+        costs[site] = CostMatrix.of_eigen(
+            eigen.values, eigen.vectors, weight=weight, add=price, ridge=config.cov_ridge, name=name
+        )
+    return costs
+
+
+def _resolve(host: Host, config: Config, *, clamp: float) -> Config:
+    """Fill in what is open: how a search ends and mu, as published where they are."""
+    known = dict(METHOD.published_for(host))
+    if config.scale not in (None, "published"):  # the code's rate is plain; in other units MEMIT's counts
+        memit = MEMIT_SETTINGS.get(Shape(host.family, len(host.layout.blocks), host.layout.width), {})
+        known |= {name: memit[name] for name in ("learning_rate",) if name in memit}
+    defaults = {name: known.get(name, value) for name, value in SEARCH_ENDS.items()}
     if config.penalty is None and config.update_norm_lambda is None:
-        defaults |= {"update_norm_lambda": preset.update_norm_lambda} if preset else {"penalty": 0.02}
-    return resolved(
-        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
-    )
+        mu = known.get("update_norm_lambda")
+        defaults |= {"penalty": 0.02} if mu is None else {"update_norm_lambda": mu}
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return closed_form.resolve_covariance_config(host, replace(config, **missing), known, clamp=clamp)
 
+
+SEARCH_ENDS: Mapping[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
+"""How a search ends where nothing is published."""
+
+
+def _code(shape: Shape, mu: float, top_count: int) -> Mapping[str, Any]:
+    """Return the settings of ENCORE's code beside MEMIT's for the same model."""
+    own = {
+        "update_norm_lambda": mu,
+        "learning_rate": 0.5,
+        "stop": "top",
+        "top_count": top_count,
+        "top_bare": False,
+    }
+    return {**MEMIT_SETTINGS[shape], **own}
+
+
+PUBLISHED: Published = {
+    **MEMIT_SETTINGS,
+    Shape("gpt2", 48, 1600, 6400): _code(Shape("gpt2", 48, 1600), 10.0, 4),
+    Shape("llama", 32, 4096, 11008): _code(Shape("llama", 32, 4096), 10.0, 3),  # Llama 2 7B
+    Shape("llama", 32, 4096, 14336): _code(Shape("llama", 32, 4096), 20.0, 2),  # Llama 3 8B
+}
 
 METHOD = Method(
     name="encore",
@@ -108,4 +138,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "eigenvectors", "contexts"),
+    published=PUBLISHED,
 )

@@ -14,86 +14,55 @@ Needs      Gradients of the weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError
 from errata.host.load import Host
-from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved
-from errata.training.tune import Plan, Stop, rms, tune
+from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._method import Method, Workspace
+from errata.training.tune import Stop, rms
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(FineTuneConfig):
     """Settings of FT."""
 
     layers: tuple[int, ...] | None = None
     """Layers whose feed-forward output projection is trained. None: one, at a fifth of the depth."""
-    objective: Literal["target", "prompt_last"] = "target"
-    """Loss: autoregressive on the target tokens, or all of them from the prompt's last token."""
     norm: Literal["inf", "2"] = "inf"
     """Norm p of the constraint: every entry, or the whole change."""
     epsilon: float | None = 1.0
     """Bound on the change, relative to the weight's root mean square (p = inf) or norm (p = 2); None: free."""
-    steps: int = 25
-    """Adam steps at most (ROME's baseline: 25)."""
     learning_rate: float | None = None
     """Adam's rate. None: 0.06 in root mean squares, chosen on the lab; 5e-4 in plain numbers (ROME's baseline)."""
     scale: Literal["weight", "published"] = "weight"
     """Unit of the rate: the weight's root mean square, or plain numbers."""
     weight_decay: float = 0.0
     """Adam's L2 penalty, on the change (MEMIT's baseline FT-W: 5e-4 at 10,000 requests)."""
-    stop_loss: float = 1e-2
-    """Stop once the loss is below this (baseline code: 1e-2)."""
     stop: Literal["mean", "each"] = "mean"
     """Whose loss that is: the mean over requests (baseline code), or every request's own."""
-    bias: bool = False
-    """Whether the bias beside the weight is trained too, at its rate and within its bound (paper: not; ROME's code,
-    which trains every parameter whose name holds the layer's, does so in GPT-2 and GPT-J)."""
-    per_step: int | None = None
-    """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
-
-    def problems(self) -> list[str]:
-        """Check ranges."""
-        return positive(self, "steps", "learning_rate", "epsilon", "per_step")
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the box."""
-    if not requests:
-        raise ConfigError("ft needs at least one request")
-    layers = resolve_layers(host, config.layers, lambda depth: (depth // 5,))
+    layers = editable_layers("ft", host, requests, config, lambda depth: (depth // 5,))
     plain = config.scale == "published"
     rate = (5e-4 if plain else 0.06) if config.learning_rate is None else config.learning_rate
-    config = resolved(config, layers=layers, learning_rate=rate)
+    config = replace(config, layers=layers, learning_rate=rate)
     sites = [host.layout.site(layer) for layer in layers]
     weights = [host.weight(site) for site in sites]
     bounds = None
     if config.epsilon is not None:
-        counted = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]
-        bounds = tuple(config.epsilon * rms(w) * n for w, n in zip(weights, counted, strict=True))
-    plan = Plan(
-        objective=config.objective,
-        steps=config.steps,
-        rates=tuple(rate if plain else rate * rms(weight) for weight in weights),
-        stop=Stop(config.stop_loss, config.stop),
-        bounds=bounds,
-        norm=config.norm,
+        entries = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]
+        bounds = [config.epsilon * rms(w) * n for w, n in zip(weights, entries, strict=True)]
+    return fine_tune(
+        "ft", host, requests, config, work, sites=sites,
+        rates=[rate if plain else rate * rms(weight) for weight in weights],
+        bounds=bounds, stop=Stop(config.stop_loss, config.stop), norm=config.norm,
         weight_decay=config.weight_decay,
-        per_step=config.per_step,
-        bias=config.bias,
-    )
-    changes, outcome = tune(
-        host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress("ft", *at)
-    )
-    return WeightEdit(
-        dict(changes),
-        frozenset(site.parameter for site in sites if site.transposed),
-        provenance("ft", host, requests, config, work, **notes(outcome.facts())),
-    )
+    )  # fmt: skip
 
 
 METHOD = Method(

@@ -24,7 +24,7 @@ Needs      Gradients; context prefixes written by the model
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -40,7 +40,7 @@ from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_behind
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
-from errata.methods._method import Method, Workspace, provenance, resolve_layers, resolved
+from errata.methods._method import Method, Workspace, provenance, resolve_layers
 from errata.types import Request
 
 
@@ -88,18 +88,18 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = positive(self, "steps", "context_tokens", "fewest", "most", "shared")
+        complaints = positive(self, "steps", "context_tokens", "fewest", "most", "shared")
         for name in ("threshold", "share"):
             if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
+                complaints.append(f"{name}: expected a share from 0 to below 1, found {getattr(self, name)}")
         for name in ("contexts", "lambda_old", "lambda_new", "factor"):
             if getattr(self, name) < 0:
-                found.append(f"{name}: expected 0 or more, found {getattr(self, name)}")
+                complaints.append(f"{name}: expected 0 or more, found {getattr(self, name)}")
         if self.factor == 1 or self.lambda_old == self.lambda_new == 0:
-            found.append("factor: 1, or lambda_old and lambda_new both 0, would change nothing")
+            complaints.append("factor: 1, or lambda_old and lambda_new both 0, would change nothing")
         if self.fewest is not None and self.most is not None and self.fewest > self.most:
-            found.append(f"fewest: {self.fewest} is more than most, {self.most}")
-        return found
+            complaints.append(f"fewest: {self.fewest} is more than most, {self.most}")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -107,7 +107,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if not requests:
         raise ConfigError("kn needs at least one request")
     layers = resolve_layers(host, config.layers, lambda depth: tuple(range(depth)))
-    config = resolved(config, layers=layers)
+    config = replace(config, layers=layers)
     sites = {layer: host.layout.site(layer) for layer in layers}
     unknown = config.operation == "erase" and config.erase == "unknown"
     table = _Embeddings(host, unknown=unknown) if unknown or config.operation == "update" else None
@@ -200,7 +200,7 @@ def _update(
     going, coming = (questions(host, request.text, answer) for answer in (before, request.target))
     tokens = slice(1) if config.answer == "first" else slice(None)
     relative = config.scale == "column"
-    minus, plus = (table.sum([q.token for q in asked][tokens], unit=relative) for asked in (going, coming))
+    minus, plus = (table.sum([q.token for q in answer][tokens], unit=relative) for answer in (going, coming))
     change = config.lambda_new * plus - config.lambda_old * minus
     touched = [sites[layer] for layer in {neuron.layer for neuron in neurons}]
     keys = capture(host, [Place(going[0].ids)], touched).keys

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,8 +33,8 @@ from errata.host import hooks
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
-from errata.methods._method import Method, Workspace, notes, provenance, resolved
-from errata.methods._settings import check_settings
+from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._settings import at_least_zero
 from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
 from errata.types import Request
 
@@ -78,12 +78,12 @@ class Config:
     def problems(self) -> list[str]:
         """Check ranges."""
         names = ("rank", "alpha", "steps", "learning_rate", "per_step")
-        found = [*positive(self, *names), *check_settings(self)]
+        complaints = [*positive(self, *names), *at_least_zero(self, "stop_loss")]
         if not 0 <= self.dropout < 1:
-            found.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
+            complaints.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
         if self.variant == "adalora" and self.stop_loss:
-            found.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
-        return found
+            complaints.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -99,10 +99,10 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         with _adapters(host, names, _settings(peft, host, names, config, steps), peft) as tuner:
             layers = {name: host.model.get_submodule(name) for name in names}
             outcome = _train(losses, tuner, layers, config, work)
-            found = {f"{name}.weight": _delta(layer) for name, layer in layers.items()}
+            factors = {f"{name}.weight": _delta(layer) for name, layer in layers.items()}
             across = frozenset(f"{name}.weight" for name, layer in layers.items() if layer.fan_in_fan_out)
-    deltas: dict[str, Delta] = {name: delta for name, delta in found.items() if delta.rank}
-    facts = {**outcome.facts(), "rank": max(delta.rank for delta in found.values())}
+    deltas: dict[str, Delta] = {name: delta for name, delta in factors.items() if delta.rank}
+    facts = {**outcome.facts(), "rank": max(delta.rank for delta in factors.values())}
     record = provenance("lora", host, requests, config, work, **notes(facts))
     return WeightEdit(deltas, across & deltas.keys(), record)
 
@@ -125,18 +125,18 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
         raise ConfigError(f"layers {list(config.layers or ())}: expected some of 0 to {depth - 1}")
     every = [f"{host.layout.blocks[layer]}.{name}" for layer in layers for name in linear_maps(host, layer)]
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
-    wanted = config.modules or tuple(usual if isinstance(usual, list) else ())
-    matched = {end: {name for name in every if name.endswith(f".{end}")} for end in wanted}
+    endings = config.modules or tuple(usual if isinstance(usual, list) else ())
+    matched = {end: {name for name in every if name.endswith(f".{end}")} for end in endings}
     there = sorted({name.rpartition(".")[2] for name in every})
-    missing = [end for end, found in matched.items() if not found]
+    missing = [end for end, names in matched.items() if not names]
     if config.modules and missing:
         raise ConfigError(f"no linear map of these layers is called {missing}; they have: {', '.join(there)}")
     chosen = set().union(*matched.values()) or set(every)
-    modules = tuple(end for end in wanted if matched[end]) or tuple(there)
+    modules = tuple(end for end in endings if matched[end]) or tuple(there)
     gentle = config.variant == "lora" and config.scale == "weight"
     defaults = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = resolved(config, layers=layers, modules=modules, **defaults)
+    config = replace(config, layers=layers, modules=modules, **defaults)
     return config, [name for name in every if name in chosen]
 
 
@@ -217,12 +217,12 @@ def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, w
 
 def _skew(layers: dict[str, Any]) -> Any:
     """Return how far AdaLoRA's factors are from orthogonal, mean over factors."""
-    found = []
+    skews = []
     for layer in layers.values():
         for factor in (layer.lora_A[NAME], layer.lora_B[NAME].mT):  # [r, d]
             gram = factor @ factor.mT
-            found.append((gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm())
-    return sum(skew.to(found[0].device) for skew in found) / len(found)
+            skews.append((gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm())
+    return sum(skew.to(skews[0].device) for skew in skews) / len(skews)
 
 
 def _delta(layer: Any) -> LowRank:
@@ -231,9 +231,9 @@ def _delta(layer: Any) -> LowRank:
     if not hasattr(layer, "lora_E"):
         return LowRank(left.weight.detach() * factor, right.weight.detach())
     middle = layer.lora_E[NAME].detach()  # [r, 1]
-    kept = middle[:, 0] != 0
+    active = middle[:, 0] != 0
     factor = factor / (layer.ranknum[NAME].detach().to(middle.dtype) + 1e-5)  # as peft's layer has it
-    return LowRank(left.detach()[:, kept] * factor, (right.detach() * middle)[kept])
+    return LowRank(left.detach()[:, active] * factor, (right.detach() * middle)[active])
 
 
 METHOD = Method(

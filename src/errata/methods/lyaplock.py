@@ -16,27 +16,28 @@ Needs      Second moment of keys at each layer; context prefixes written by the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from errata.config import positive
-from errata.edits.records import Record
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
+from errata.linalg.solve import CostMatrix
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS, LayerSolution, LayerStep, Task
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Covariance, Lasting, Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._settings import CovarianceConfig, SequentialDefaults
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Lasting, Covariance, SpreadConfig):
+class Config(SequentialDefaults, CovarianceConfig):
     """Settings of LyapLock."""
 
     cov_weight: float | None = None
@@ -56,38 +57,58 @@ class Config(Lasting, Covariance, SpreadConfig):
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
-    """Return the edit for these requests and all before them; it replaces the one it goes on from."""
-    config = settle(host, config, requests, work)
+    """Return the edit for these requests and all before them; it replaces the one it continues."""
+    clamp = closed_form.sequential_clamp(requests, work)
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host), clamp=clamp)
     if config.stabilise:
         raise ConfigError("lyaplock solves for all edits anew at each step; stabilise does not apply to it")
-    sites = [host.layout.site(layer) for layer in config.layers or ()]
-    metrics = covariance(host, config, work)(sites)
-    state: dict[str, Tensor] = dict(work.after.state) if work.after else {}
+    task = closed_form.start_task("lyaplock", host, requests, config, work)
+    costs = closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    values = closed_form.find_target_values(task, sweep.problems)
+    edit = closed_form.start_edit(task, values)
+    prices = {site: float(task.state.get(f"{site.parameter}.price", torch.ones(1))) for site in task.sites}
+    totals: dict[str, LowRank] = {}
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        total, added = _solve_anew(task, layer, costs[layer.site], prices[layer.site])
+        totals[layer.site.parameter] = total
+        edit.add(added)
+    return _with_prices(task, replace(edit.build(), deltas=totals), costs, prices)
 
-    prices = {
-        s: float(state.get(f"{s.parameter}.price", torch.ones(1)))
-        for s in sites  # a Z of the paper
-    }
 
-    def total(site: Site, record: Record) -> LowRank:
-        # a dearer C is a smaller C^-1 K: nothing is factorised again
-        return replace(record, price=prices[site]).delta()
+def _solve_anew(
+    task: Task[Config], layer: LayerStep, cost: CostMatrix, price: float
+) -> tuple[LowRank, LayerSolution]:
+    """Solve for the requests of all fits so far; return their change and what it adds to the one in place."""
+    record = closed_form.make_record(task, layer, cost, layer.even_share, cost.solve(layer.keys))
+    earlier, before = task.earlier_record(layer.site), task.earlier_delta(layer.site)
+    every = record if earlier is None else earlier.joined(record.shifted(len(task.requests)))
+    # a dearer C is a smaller C^-1 K: nothing is factorised again
+    total = replace(every, cost_scale=price).delta()
+    if before is None:
+        return total, LayerSolution(layer.site, total, record)
+    thin = before if isinstance(before, LowRank) else LowRank(before, torch.eye(before.shape[1]))
+    return total, LayerSolution(layer.site, total + (-1.0) * thin.to(total.B.dtype), record)
 
-    made = spread(host, requests, config, Plan("lyaplock", lambda _: metrics, total=total), work)
-    records: dict[str, Record] = {}
-    for site in sites:
-        delta = made.deltas[site.parameter]
-        assert isinstance(delta, LowRank)
-        record = replace(made.records[site.parameter], price=prices[site])
-        if config.remember == "achieved":  # no longer what the delta was solved for
-            record = replace(record, wanted=delta.to(record.keys.dtype) @ record.keys, solves=False)
+
+def _with_prices(
+    task: Task[Config], edit: WeightEdit, costs: Mapping[Site, CostMatrix], prices: Mapping[Site, float]
+) -> WeightEdit:
+    """Return the edit with what later steps hold these requests to, and with the prices (a Z) of the next one."""
+    records, state = {}, dict(task.state)
+    for site, price in prices.items():
+        total = edit.deltas[site.parameter]
+        assert isinstance(total, LowRank)
+        record = replace(edit.records[site.parameter], cost_scale=price)
+        if task.config.remember == "achieved":  # no longer what the delta was solved for
+            achieved = total.to(record.keys.dtype) @ record.keys
+            record = replace(record, target_changes=achieved, is_exact_solution=False)
         records[site.parameter] = record
-        loss = metrics[site].energy(delta)
-        budget = state.setdefault(f"{site.parameter}.budget", torch.tensor([config.alpha * loss]))
+        loss = costs[site].energy(total)
+        budget = state.setdefault(f"{site.parameter}.budget", torch.tensor([task.config.alpha * loss]))
         # with a = 1 / sqrt(D): a Z(t+1) = max(a Z + (PL - D) / D, 1)
-        price = prices[site] + loss / float(budget) - 1
-        state[f"{site.parameter}.price"] = torch.tensor([max(price, 1.0)])
-    return replace(made, records=records, state=state)
+        state[f"{site.parameter}.price"] = torch.tensor([max(price + loss / float(budget) - 1, 1.0)])
+    return replace(edit, records=records, state=state)
 
 
 METHOD = Method(
@@ -101,4 +122,5 @@ METHOD = Method(
     sequential=True,
     cumulative=True,
     needs=("second_moment", "contexts"),
+    published=MEMIT_SETTINGS,
 )

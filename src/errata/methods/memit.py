@@ -10,7 +10,7 @@ Departs    Solved in the dual: rank of each delta <= number of requests, no m x 
            values are used where known. So it is with rate and clamp.
            Fits that follow one another forget the keys of those before, as published; ``history``
            counts them into the second moment (the sequential variant of the AlphaEdit code).
-           Where a norm stands between the feed-forward and the residual stream, a residual cannot be
+           Where a norm comes between the feed-forward and the residual stream, a residual cannot be
            spread linearly; such hosts are edited at one layer, with the value at that layer's site.
 Needs      Second moment of keys at each layer; context prefixes written by the model
 """
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._settings import CovarianceConfig
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Covariance, SpreadConfig):
+class Config(CovarianceConfig):
     """Settings of MEMIT."""
 
     history: bool = False
@@ -37,9 +39,16 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that makes the host complete every request with its target."""
-    config = settle(host, config, requests, work)
-    plan = Plan("memit", covariance(host, config, work), history=config.history)
-    return spread(host, requests, config, plan, work)
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
+    task = closed_form.start_task("memit", host, requests, config, work)
+    costs = closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    values = closed_form.find_target_values(task, sweep.problems)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        cost = costs[layer.site]
+        edit.add(closed_form.solve_layer(task, layer, cost, layer.even_share, history=config.history))
+    return edit.build()
 
 
 METHOD = Method(
@@ -52,4 +61,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=MEMIT_SETTINGS,
 )

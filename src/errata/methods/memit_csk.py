@@ -20,15 +20,17 @@ from typing import Literal
 from errata.edits.weight import WeightEdit
 from errata.errors import RequestError
 from errata.host.load import Host
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._settings import CovarianceConfig
 from errata.types import Request
 
 Place = Literal["subject_last", "subject_first", "verb_last", "verb_first", "object_last", "object_first"]
 
 
 @dataclass(frozen=True)
-class Config(Covariance, SpreadConfig):
+class Config(CovarianceConfig):
     """Settings of MEMIT_CSK."""
 
     place: Place = "subject_last"
@@ -37,19 +39,25 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit at the chosen words. Raises RequestError where a prompt has no such words."""
-    config = settle(host, config, requests, work)
-    part, _, token = config.place.partition("_")
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
+    part, _, end = config.place.partition("_")
     for request in requests:
         part_span(request, part)
-    plan = Plan(
-        "memit_csk", covariance(host, config, work),
-        span=lambda request: part_span(request, part), token="first" if token == "first" else "last",
-    )  # fmt: skip
-    return spread(host, requests, config, plan, work)
+    task = closed_form.start_task("memit_csk", host, requests, config, work)
+    problems = closed_form.make_problems(
+        task, span=lambda request: part_span(request, part), token="first" if end == "first" else "last"
+    )
+    costs = closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, problems, costs)
+    values = closed_form.find_target_values(task, problems)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share))
+    return edit.build()
 
 
 def part_span(request: Request, part: str) -> tuple[int, int]:
-    """Return where subject, verb or object stand in a request's text, in characters."""
+    """Return where subject, verb or object are in a request's text, in characters."""
     if part == "subject":
         return request.span
     after = request.span[1]
@@ -78,4 +86,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=MEMIT_SETTINGS,
 )

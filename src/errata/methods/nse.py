@@ -23,30 +23,24 @@ import torch
 from torch import Tensor
 
 from errata.config import positive
+from errata.edits.records import Record
 from errata.edits.weight import WeightEdit, added
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import Metric
-from errata.locate.contexts import Context
-from errata.locate.problems import Problem, problems
-from errata.locate.values import Value, ValueConfig, solve
-from errata.locate.walk import Walk
+from errata.linalg.lowrank import LowRank
+from errata.linalg.solve import CostMatrix, conditioned, from_solved
+from errata.locate.problems import ValueProblem
+from errata.locate.sweep import LayerSweep
+from errata.locate.values import Value
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS, LayerSolution, LayerStep, Task
 from errata.methods._method import Method, Workspace, without
-from errata.methods._spread import (
-    Covariance,
-    Lasting,
-    Plan,
-    SpreadConfig,
-    covariance,
-    prefixes_of,
-    settle,
-    spread,
-)
+from errata.methods._settings import CovarianceConfig, SequentialDefaults
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Lasting, Covariance, SpreadConfig):
+class Config(SequentialDefaults, CovarianceConfig):
     """Settings of NSE."""
 
     share: float = 0.8
@@ -64,75 +58,94 @@ class Config(Lasting, Covariance, SpreadConfig):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = [*super().problems(), *positive(self, "share", "passes", "off", "lost")]
+        complaints = [*super().problems(), *positive(self, "share", "passes", "off", "lost")]
         if self.share > 1:
-            found.append(f"share: expected at most 1, found {self.share}")
-        return found
+            complaints.append(f"share: expected at most 1, found {self.share}")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit on chosen neurons, in one or more passes."""
-    config = settle(host, config, requests, work)
-    sites = [host.layout.site(layer) for layer in config.layers or ()]
-    metrics = covariance(host, config, work)(sites)
-    contexts = prefixes_of(host, config, work)
-    known: list[Value] = []
-
-    def sought(laid: list[Problem], settings: ValueConfig) -> list[Value]:
-        if not known:
-            direct = host.layout.adds_directly
-            with without(work.after, host):
-                known.extend(
-                    solve(host, laid, layer=sites[-1].layer, where="block_out" if direct else "mlp_out",
-                          config=settings, batch_size=work.batch_size)
-                )  # fmt: skip
-        return known
-
-    def off(wanted: Tensor, now: Tensor) -> Tensor:
-        distance = (wanted - now).norm(dim=1)
-        size = torch.ones_like(distance)
-        if config.bounds == "stream":
-            size = torch.stack([v.stream for v in known]).norm(dim=1)
-        return (distance > config.off * size) & (distance < config.lost * size)
-
-    first = Plan(
-        "nse", lambda _: metrics, history=True, sought=sought, contexts=contexts,
-        chosen=lambda site, keys: _chosen(keys, config.share), live=off,
-    )  # fmt: skip
-    made = spread(host, requests, config, first, work)
+    clamp = closed_form.sequential_clamp(requests, work)
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host), clamp=clamp)
+    task = closed_form.start_task("nse", host, requests, config, work)
+    costs, problems = closed_form.covariance_costs(task), closed_form.make_problems(task)
+    sweep = closed_form.start_sweep(task, problems, costs)
+    with without(work.after, host):
+        values = closed_form.find_target_values(task, problems)
+    edit = _one_pass(task, sweep, values, costs)
     for _ in range(config.passes - 1):
-        with made.on(host):
-            more = spread(host, requests, config, first, work)
-        if not more.deltas or more.norm() == 0:
+        with edit.on(host):
+            again = LayerSweep(host, problems, task.sites[0].layer)
+            more = _one_pass(task.restarted(), again, values, costs)
+        if more.norm() == 0:
             break
-        deltas = {name: added(made.deltas[name], delta) for name, delta in more.deltas.items()}
-        made = replace(made, deltas=deltas)
-    return _with_final_keys(host, requests, made, sites, metrics, contexts, config)
+        deltas = {name: added(edit.deltas[name], delta) for name, delta in more.deltas.items()}
+        edit = replace(edit, deltas=deltas)
+    return _with_final_keys(task, edit, costs, problems)
+
+
+def _one_pass(
+    task: Task[Config], sweep: LayerSweep, values: Sequence[Value], costs: Mapping[Site, CostMatrix]
+) -> WeightEdit:
+    """Return the edit that writes the requests that are off their values now, on neurons chosen for them."""
+    edit = closed_form.start_edit(task, values)
+    active: Tensor | None = None
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        if active is None:
+            active = _off(layer.missing, values, task.config)
+        layer = layer.only(active)
+        edit.add(_solve_neurons(task, layer, costs[layer.site]))
+    return edit.build()
+
+
+def _off(missing: Tensor, values: Sequence[Value], config: Config) -> Tensor:
+    """Tell which requests are off their values, and not by so much that they are given up ``[n]``."""
+    distance = missing.mT.norm(dim=1)
+    size = torch.ones_like(distance)
+    if config.bounds == "stream":
+        size = torch.stack([value.stream for value in values]).norm(dim=1)
+    return (distance > config.off * size) & (distance < config.lost * size)
+
+
+def _solve_neurons(task: Task[Config], layer: LayerStep, cost: CostMatrix) -> LayerSolution:
+    """Solve among the main neurons only; the delta is zero at the others."""
+    neurons = _main_neurons(layer.keys, task.config.share)
+    keys, among = layer.keys[neurons], cost.only(neurons)
+    residual = layer.even_share
+    solved = among.solve(keys)
+    past = task.earlier_record(layer.site)
+    if past is not None:
+        solved = conditioned(solved, past.keys[neurons], among.solve(past.keys[neurons]))
+    narrow = from_solved(keys, solved, residual, gamma=1.0)
+    wide = narrow.A.new_zeros(narrow.rank, layer.site.d_in)
+    wide[:, neurons] = narrow.A
+    record = closed_form.make_record(task, layer, cost, residual, cost.solve(layer.keys))
+    record = replace(record, is_exact_solution=False)
+    return closed_form.stabilise_solution(task, LayerSolution(layer.site, LowRank(narrow.B, wide), record))
 
 
 def _with_final_keys(
-    host: Host, requests: Sequence[Request], made: WeightEdit, sites: Sequence[Site],
-    metrics: Mapping[Site, Metric], contexts: Sequence[Context], config: Config,
-) -> WeightEdit:  # fmt: skip
+    task: Task[Config], edit: WeightEdit, costs: Mapping[Site, CostMatrix], problems: Sequence[ValueProblem]
+) -> WeightEdit:
     """Return the edit with the keys that later fits protect: those of all requests on the final weights."""
-    laid = problems(host, requests, contexts, merge=config.merge)
-    records = dict(made.records)
-    with made.on(host):
-        walk = Walk(host, laid, sites[0].layer)
-        for site in sites:
-            while walk.layer < site.layer:
-                walk.advance()
-            keys = walk.keys(site).mT
-            achieved = made.deltas[site.parameter].to(keys.dtype) @ keys
-            solved = metrics[site].solve(keys).to(keys.dtype)
+    records: dict[str, Record] = {}
+    with edit.on(task.host):
+        sweep = LayerSweep(task.host, problems, task.sites[0].layer)
+        for site in task.sites:
+            while sweep.layer < site.layer:
+                sweep.advance()
+            keys = sweep.keys(site).mT
+            achieved = edit.deltas[site.parameter].to(keys.dtype) @ keys
             records[site.parameter] = replace(
-                records[site.parameter], keys=keys, wanted=achieved, solved=solved,
-                requests=tuple(p.members for p in laid), solves=False,
+                edit.records[site.parameter], keys=keys, target_changes=achieved,
+                solved=costs[site].solve(keys).to(keys.dtype),
+                requests=tuple(problem.requests for problem in problems), is_exact_solution=False,
             )  # fmt: skip
-    return replace(made, records=records)
+    return replace(edit, records=records)
 
 
-def _chosen(keys: Tensor, share: float) -> Tensor:
+def _main_neurons(keys: Tensor, share: float) -> Tensor:
     """Return the neurons with the largest summed activation that together hold no more than a share, sorted.
 
     One at least. The sum of all may differ from the last partial sum by rounding: a share of 1 takes all.
@@ -154,4 +167,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=MEMIT_SETTINGS,
 )

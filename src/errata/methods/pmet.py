@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace
-from errata.methods._spread import Covariance, Plan, SpreadConfig, covariance, settle, spread
+from errata.methods._settings import CovarianceConfig, search_config
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Covariance, SpreadConfig):
+class Config(CovarianceConfig):
     """Settings of PMET."""
 
     steps: int = 30
@@ -44,9 +46,17 @@ class Config(Covariance, SpreadConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that writes the feed-forward's part of values found for both parts."""
-    config = settle(host, config, requests, work)
-    plan = Plan("pmet", covariance(host, config, work), where="attn_and_mlp", share=math.sqrt, relax=True)
-    return spread(host, requests, config, plan, work)
+    config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
+    task = closed_form.start_task("pmet", host, requests, config, work, place="attn_and_mlp")
+    costs = closed_form.covariance_costs(task)
+    sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
+    search = search_config(config, nll_loss_factor=config.nll_loss_factor, relax=True)
+    values = closed_form.find_target_values(task, sweep.problems, search=search)
+    edit = closed_form.start_edit(task, values)
+    for layer in closed_form.sweep_layers(task, sweep, values, edit):
+        share = layer.missing / math.sqrt(layer.layers_left)
+        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], share))
+    return edit.build()
 
 
 METHOD = Method(
@@ -59,4 +69,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=MEMIT_SETTINGS,
 )

@@ -36,7 +36,7 @@ from errata.host.load import Host
 from errata.linalg.directions import fair_share, least_squares, orthonormal, principal, shrunk
 from errata.linalg.moments import Moments
 from errata.linalg.solve import balanced
-from errata.methods._method import Method, Workspace, notes, provenance, resolved
+from errata.methods._method import Method, Workspace, notes, provenance
 from errata.types import ImageRequest, Request
 
 
@@ -72,14 +72,14 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges and what does not go together."""
-        found = positive(self, "rank", "learning_rate", "steps", "project_every")
+        complaints = positive(self, "rank", "learning_rate", "steps", "project_every")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
-            found.append(f"shrinkage: expected a share from 0 to 1, found {self.shrinkage}")
+            complaints.append(f"shrinkage: expected a share from 0 to 1, found {self.shrinkage}")
         if self.direction == "mean" and self.rank != 1:
-            found.append(f"rank: direction mean is one direction, found rank {self.rank}")
+            complaints.append(f"rank: direction mean is one direction, found rank {self.rank}")
         if self.solve == "closed" and self.output is not None:
-            found.append("output: solve closed fits the layer's own output; leave output out")
-        return found
+            complaints.append("output: solve closed fits the layer's own output; leave output out")
+        return complaints
 
 
 def fit(
@@ -88,7 +88,7 @@ def fit(
     """Return the edit of rank r at one layer that makes the changed images look like the originals to it."""
     classifier, request = _checked(host, requests)
     site = classifier.layout.named(config.layer) if config.layer else classifier.layout.default
-    config = resolved(config, layer=site.name)
+    config = replace(config, layer=site.name)
     with hooks.frozen(classifier.model):
         task = _Task(classifier, site, request, config)
         moments = task.moments()
@@ -99,7 +99,7 @@ def fit(
         with torch.no_grad():
             loss = float(task.loss(left @ basis))
     trace = {"loss_before": task.loss_before, "loss": loss, "places": int((task.weights > 0).sum())}
-    record = provenance("rewrite", host, (), resolved(config, shrinkage=share), work, **notes(trace))
+    record = provenance("rewrite", host, (), replace(config, shrinkage=share), work, **notes(trace))
     return WeightEdit(
         {site.parameter: balanced(left, basis)}, frozenset(), replace(record, requests=(request.record,))
     )
@@ -121,9 +121,9 @@ class _Task:
 
     def __init__(self, host: ImageHost, site: ImageSite, request: ImageRequest, config: Config) -> None:
         self.host, self.site, self.request, self.config = host, site, request, config
-        self.inputs, self.said = host.at(site, request.changed)
-        self.wanted = host.at(site, request.original)[1]
-        self.weights = host.mask_at(request.mask, self.said, site.part)  # [n, places of the output]
+        self.inputs, self.outputs = host.at(site, request.changed)
+        self.goal_outputs = host.at(site, request.original)[1]
+        self.weights = host.mask_at(request.mask, self.outputs, site.part)  # [n, places of the output]
         wide = torch.promote_types(host.dtype, torch.float32)
         self.start = torch.zeros(site.d_out, site.d_in, dtype=wide, device=host.device)
         with torch.no_grad():
@@ -143,14 +143,14 @@ class _Task:
             images = self.request.original if change is None else self.request.changed
             return self.host.through(self.config.output, images, self.site, change)
         if change is None:
-            return self.host.follow(self.site, self.wanted)
+            return self.host.follow(self.site, self.goal_outputs)
         more = self.site.product(self.inputs, change)
-        return self.host.follow(self.site, self.said + more.to(self.said.dtype))
+        return self.host.follow(self.site, self.outputs + more.to(self.outputs.dtype))
 
     def loss(self, change: Tensor) -> Tensor:
         """|| sqrt(mask) (f(k'; W0 + change) - f(k; W0)) ||_1 / n."""
-        found = by_place(self._answers(change), self.site.part).to(self.goal.dtype)
-        return (self.root * (found - self.goal).abs()).sum() / len(found)
+        answers = by_place(self._answers(change), self.site.part).to(self.goal.dtype)
+        return (self.root * (answers - self.goal).abs()).sum() / len(answers)
 
     def _keys(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.start.dtype)
@@ -178,11 +178,11 @@ def _directions(task: _Task, moments: Moments, share: float) -> Tensor:
     """Orthonormal rows ``[r, d_in]`` that the change may use, float64; r x taps with channel keys."""
     config, (keys, weights) = task.config, task.masked()
     try:
-        metric = shrunk(moments, share)
+        cost = shrunk(moments, share)
         if config.direction == "mean":
-            basis = orthonormal(metric.solve(_mean(keys, weights)).mT)
+            basis = orthonormal(cost.solve(_mean(keys, weights)).mT)
         else:
-            basis = principal(keys, weights, metric, config.rank)
+            basis = principal(keys, weights, cost, config.rank)
     except ValueError as error:
         raise RequestError(f"{task.site.name} sees nothing to tell the masked places by: {error}") from error
     if config.keys == "channels" and task.site.taps > 1:
@@ -199,7 +199,7 @@ def _closed(task: _Task, basis: Tensor) -> Tensor:
     inside = task.weights > 0
     weights = task.weights[inside].double()
     keys = task.site.keys(task.inputs.to(task.start.dtype))[inside].mT.double()
-    residual = by_place(task.wanted.double() - task.said.double(), task.site.part)[inside].mT
+    residual = by_place(task.goal_outputs.double() - task.outputs.double(), task.site.part)[inside].mT
     if task.config.direction == "mean":
         keys, residual, weights = _mean(keys, weights), _mean(residual, weights), weights.new_ones(1)
     return least_squares(basis @ (keys * weights), residual * weights).to(task.start.dtype)
@@ -229,8 +229,8 @@ def _projected(task: _Task, basis: Tensor, work: Workspace) -> Tensor:
             loss.backward()
             optimizer.step()
     if best is None:
-        found = f"no step lowered the loss from {task.loss_before:.4g} at rate {config.learning_rate}"
-        raise ConfigError(f"rewrite: {found}; try another learning_rate, project_every: 1, or solve: closed")
+        reason = f"no step lowered the loss from {task.loss_before:.4g} at rate {config.learning_rate}"
+        raise ConfigError(f"rewrite: {reason}; try another learning_rate, project_every: 1, or solve: closed")
     return best @ rows.mT
 
 

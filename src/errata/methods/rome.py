@@ -9,40 +9,31 @@ Departs    One key everywhere by default (``keys: mean``, r-ROME). The published
            ``keys: mixed``. The weight-decay and divergence terms follow the authors' code, not the
            paper's text (norm over squared norm; divergence read at the subject). Where a model has
            no published settings, rate and clamp are measured in the residual stream: beside it a
-           feed-forward's output may be small, and the published unit too short an arm.
+           feed-forward's output may be small, and the published unit too short.
 Needs      Second moment of keys at the layer; context prefixes written by the model
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from errata.config import positive
-from errata.edits.records import Record
-from errata.edits.weight import Delta, WeightEdit
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import Metric, balanced, from_solved, leverage
-from errata.locate.problems import problems
-from errata.locate.values import optimise
-from errata.locate.walk import Walk
-from errata.methods._method import (
-    Method,
-    Workspace,
-    notes,
-    open_search,
-    provenance,
-    resolve_layers,
-    resolved,
-    search,
-)
-from errata.methods._settings import Inputs, Ridge, Stopping, check_settings
-from errata.methods._stabilise import Around, check, delta_steps
+from errata.linalg.solve import CostMatrix, balanced, leverage
+from errata.locate.problems import value_problems
+from errata.locate.sweep import LayerSweep
+from errata.methods import _closed_form as closed_form
+from errata.methods._closed_form import LayerSolution, LayerStep
+from errata.methods._method import Method, Published, Shape, Workspace, resolve_layers
+from errata.methods._settings import Inputs, Ridge, Stopping, at_least_zero, fill_search_defaults
+from errata.methods._stabilise import check_steps
 from errata.types import Request
 
 
@@ -82,78 +73,70 @@ class Config(Inputs, Ridge, Stopping):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = positive(self, "steps", "learning_rate", "clamp", "tokens")
+        complaints = positive(self, "steps", "learning_rate", "clamp", "tokens", "top_count")
         if self.layers is not None and len(self.layers) != 1:
-            found.append(f"layers: expected one layer, found {list(self.layers)}")
+            complaints.append(f"layers: expected one layer, found {list(self.layers)}")
         if len(self.contexts) != len(self.context_tokens):
-            found.append("contexts: expected as many counts as context_tokens has lengths")
-        return [*found, *check_settings(self), *check(self.stabilise)]
+            complaints.append("contexts: expected as many counts as context_tokens has lengths")
+        return [*complaints, *at_least_zero(self, "stop_loss", "cov_ridge"), *check_steps(self.stabilise)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the rank-one edit that makes the host complete the request with its target."""
     if len(requests) != 1:
         raise ConfigError(f"rome writes one request a fit, found {len(requests)}; memit takes many")
-    known = (host.published.rome,) if host.published else None
-    known_search = host.published.rome_search if host.published else None
-    layers = resolve_layers(host, config.layers or known, lambda depth: (depth // 5,))
-    config = resolved(config, layers=layers, **open_search(config, known_search))
-    site = host.layout.site(layers[0])
+    config = _resolve(host, config)
+    task = closed_form.start_task("rome", host, requests, config, work, place="mlp_out")
+    (site,) = task.sites
     groups = tuple(zip(config.contexts, config.context_tokens, strict=True))
     contexts = work.contexts(host, groups, "flat", config.prefixes)
-    value = optimise(
-        host, requests, contexts, layer=site.layer, where="mlp_out",
-        config=search(config),
-    )[0]  # fmt: skip
-    metric = Metric.identity()
+    problems = value_problems(host, requests, contexts)
+    values = closed_form.find_target_values(task, problems)
+    cost = CostMatrix.identity()
     if config.second_moment:
-        metrics = work.metrics(host, [site], config.tokens, ridge=config.cov_ridge, source=config.moments)
-        metric = metrics[site]
-    averaged = Walk(host, problems(host, requests, contexts), site.layer)
-    chosen = (
-        averaged if config.keys == "mean" else Walk(host, problems(host, requests, contexts[:1]), site.layer)
-    )
-    mean_key = averaged.keys(site).mT  # [m, 1]
-    target = value.target[:, None]  # [d, 1]
-    records: dict[str, Record] = {}
+        cost = work.costs(host, [site], config.tokens, ridge=config.cov_ridge, source=config.moments)[site]
+    sweep = LayerSweep(host, problems, site.layer)
+    mean_key = sweep.keys(site).mT  # [m, 1]
+    if config.keys != "mean":
+        sweep = LayerSweep(host, value_problems(host, requests, contexts[:1]), site.layer)
+    residual = values[0].target[:, None] - sweep.outputs(site).mT  # [d, 1]
+    edit = closed_form.start_edit(task, values, leverage=float(leverage(mean_key, cost)))
     if config.keys == "mixed":
-        delta = _mixed(mean_key, chosen.keys(site).mT, target - chosen.outputs(site).mT, metric)
+        delta = _mixed(mean_key, sweep.keys(site).mT, residual, cost)
+        edit.add(closed_form.stabilise_solution(task, LayerSolution(site, delta, None)))
     else:
-        key, residual = chosen.keys(site).mT.contiguous(), target - chosen.outputs(site).mT
-        solved = metric.solve(key)
-        delta = from_solved(key, solved, residual, gamma=0.0)
-        before = work.after.deltas.get(site.parameter) if work.after else None
-        absolute = residual if before is None else residual + before.to(key.dtype) @ key
-        records[site.parameter] = Record(key, absolute, solved.to(key.dtype), 0.0, metric.label, ((0,),))
-    shaped: Delta = delta
-    state = dict(work.after.state) if work.after else {}
-    around = Around(host, site, requests, work.after, state)
-    for step in delta_steps(config.stabilise):
-        shaped = step.delta(around, shaped)
-        records = {name: replace(record, solves=False) for name, record in records.items()}
-    trace = {
-        "loss": value.loss,
-        "steps": value.steps,
-        "shift": float(value.shift.norm() / value.start.norm()),
-        "leverage": float(leverage(mean_key, metric)),
-    }
-    return WeightEdit(
-        {site.parameter: shaped},
-        frozenset({site.parameter} if site.transposed else ()),
-        provenance("rome", host, requests, config, work, **notes(trace)),
-        records,
-        state,
-    )
+        layer = LayerStep(site, 1, sweep.keys(site).mT.contiguous(), residual, ((0,),))
+        edit.add(closed_form.solve_layer(task, layer, cost, residual, gamma=0.0))
+    return edit.build()
 
 
-def _mixed(mean_key: Tensor, bare_key: Tensor, residual: Tensor, metric: Metric) -> LowRank:
+def _resolve(host: Host, config: Config) -> Config:
+    """Fill in the layer and the value search's units where the settings leave them open."""
+    known = METHOD.published_for(host)
+    layers = resolve_layers(host, config.layers or known.get("layers"), closed_form.one_fifth)
+    return fill_search_defaults(replace(config, layers=layers), closed_form.search_defaults(known))
+
+
+def _mixed(mean_key: Tensor, bare_key: Tensor, residual: Tensor, cost: CostMatrix) -> LowRank:
     """Published ROME: averaged key on the left, bare key in residual and denominator."""
-    u = metric.solve(mean_key)  # [m, 1]
+    u = cost.solve(mean_key)  # [m, 1]
     scale = float((u.mT @ bare_key.double())[0, 0])
     if scale == 0.0:
         raise ConfigError("keys: mixed has a vanishing denominator for this request; use keys: mean")
     return balanced(residual.double() / scale, u.mT).to(residual.dtype)
 
+
+def _code(layer: int) -> Mapping[str, Any]:
+    """Return the settings of the authors' code at a layer."""
+    return {"layers": (layer,), "scale": "published", "learning_rate": 0.5, "clamp": 4.0}
+
+
+PUBLISHED: Published = {
+    Shape("gpt2", 48, 1600): _code(17),  # GPT-2 XL
+    Shape("gptj", 28, 4096): _code(5),  # GPT-J 6B
+    Shape("gpt_neox", 44, 6144): _code(15),  # GPT-NeoX 20B
+    Shape("llama", 32, 4096): _code(5),  # Llama 3 8B, AlphaEdit's code
+}
 
 METHOD = Method(
     name="rome",
@@ -165,4 +148,5 @@ METHOD = Method(
     batch=False,
     sequential=True,
     needs=("second_moment", "contexts"),
+    published=PUBLISHED,
 )

@@ -35,12 +35,11 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
-from errata.host.families import ultraedit_modules
 from errata.host.load import Host
 from errata.linalg.running import RESOLUTION, Running
-from errata.linalg.solve import Metric, update, update_primal
+from errata.linalg.solve import CostMatrix, update, update_primal
 from errata.locate.gradients import Pairs, collect, named_maps, own_layers
-from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers, resolved
+from errata.methods._method import Method, Shape, Workspace, notes, provenance, resolve_layers
 from errata.types import Request
 
 
@@ -81,8 +80,10 @@ class Config:
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = positive(self, "eta", "ridge", "micro_batch", "normaliser_batch")
-        return found if self.modules != () else [*found, "modules: expected at least one, found none"]
+        complaints = positive(self, "eta", "ridge", "micro_batch", "normaliser_batch")
+        if self.modules == ():
+            complaints.append("modules: expected at least one, found none")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -109,13 +110,11 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         for name, pair in pairs.items()
     }
     some = next(iter(pairs.values()))
-    seen = max(r.count for r in running.values())
+    facts = {"tokens": len(some.inputs), "seen": max(r.count for r in running.values())}
     return WeightEdit(
         deltas,
         frozenset(f"{name}.weight" for name, pair in pairs.items() if pair.transposed),
-        provenance(
-            "ultraedit", host, requests, config, work, **notes({"tokens": len(some.inputs), "seen": seen})
-        ),
+        provenance("ultraedit", host, requests, config, work, **notes(facts)),
         state={
             f"{shape}.{part}": tensor
             for shape, statistics in running.items()
@@ -131,7 +130,7 @@ def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]
     """Fill in what was left open; return also the paths of the modules, each once."""
     eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.7 if alone else 0.4, 0.03)
     layers = config.layers
-    modules = config.modules or ultraedit_modules(host.family, len(host.layout.blocks), host.layout.width)
+    modules = config.modules or METHOD.published_for(host).get("modules", ("mlp_out",))
     if any("@" not in entry for entry in modules):
         layers = resolve_layers(host, layers, lambda depth: tuple(range(depth // 2, depth)))
     names = {
@@ -140,7 +139,7 @@ def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]
         for layer in own_layers(host, entry, layers)
         for inside in named_maps(host, layer, entry.partition("@")[0])
     }
-    filled = resolved(
+    filled = replace(
         config,
         modules=modules,
         layers=layers,
@@ -216,7 +215,7 @@ def _solve(pair: Pairs, running: Running, gain: float, config: Config) -> Delta:
     if rows >= width:
         penalty = ridge * torch.eye(width, dtype=torch.float64)
         return update_primal(pair.inputs.mT, values.mT, penalty, gamma=1.0).to(values.dtype)
-    thin = update(pair.inputs.mT, values.mT, Metric.identity(ridge), gamma=1.0)
+    thin = update(pair.inputs.mT, values.mT, CostMatrix.identity(ridge), gamma=1.0)
     out = values.shape[1]
     return thin if rows * (width + out) < width * out else thin.dense()
 
@@ -242,4 +241,10 @@ METHOD = Method(
     sequential=True,
     needs=("gradients",),
     writes="linear",
+    published={
+        Shape("gptj", 28, 4096): {"modules": ("mlp_out@18-26",)},
+        Shape("llama", 32, 4096): {"modules": ("gate_proj@11-15", "up_proj@18-24")},
+        Shape("mistral", 32, 4096): {"modules": ("mlp_out@29-30",)},
+        Shape("qwen2", 28, 3584): {"modules": ("gate_proj@18-26", "up_proj@18-26")},
+    },
 )

@@ -4,7 +4,7 @@ Paper      Deng et al., "Everything is Editable: Extend Knowledge Editing to Uns
            Language Models", ICLR 2025, arXiv 2405.15349
 Implements Stage 1: a shift of the block's output at the question's last token under which the whole
            answer is likely, z = h + shift. Stage 2: all parameters of that block by AdamW, so that it
-           says z there and what it said before at every other token of question and answer, and at
+           gives z there and what it gave before at every other token of question and answer, and at
            every token of some kept texts: the sum of two mean squared errors
 Departs    The block runs inside the model's own forward pass, with its inputs kept from one pass; the
            authors' code calls it with a hand-made mask. Padding counts nowhere; it does in their
@@ -20,7 +20,7 @@ Needs      Gradients; texts to keep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
@@ -31,12 +31,12 @@ from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
-from errata.host.families import Search
 from errata.host.load import Host
 from errata.locate.contexts import Context, sampled_corpus
-from errata.locate.problems import place_of, prompt_end
+from errata.locate.problems import edited_token, prompt_end
 from errata.locate.values import ValueConfig, optimise
-from errata.methods._method import Method, Workspace, notes, open_search, provenance, resolved
+from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._settings import SearchDefaults, fill_search_defaults
 from errata.training.block import Block
 from errata.training.tune import Outcome, Stop, descend, rms
 from errata.types import Request
@@ -102,12 +102,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     )  # fmt: skip
     with hooks.frozen(host.model):
         rows = [host.encode_answer(request.text, request.target).ids for request in requests]
-        places = [place_of(host, request, span=prompt_end)[1] for request in requests]
+        places = [edited_token(host, request, span=prompt_end)[1] for request in requests]
         if config.keep_tokens == "question":
             rows = [host.encode(request.text).ids for request in requests]
-        kept = _kept(host, config, work)
+        others = _other_texts(host, config, work)
         plain = config.block_scale == "published"
-        task = Block(host, config.layer, [*rows, *kept], places, values, plain=plain)
+        task = Block(host, config.layer, [*rows, *others], places, values, plain=plain)
         outcome, trained = _train(task, config, work)
         missed = task.missed(trained)
     base = {name: host.model.get_parameter(name).detach() for name in trained}
@@ -136,21 +136,22 @@ def _resolve(host: Host, config: Config) -> Config:
     if packed:
         raise HostError(f"layer {layer} holds packed weights, {packed[0]} first; load the model unquantised")
     rate = config.block_rate or (2e-4 if config.block_scale == "published" else 0.01)
-    plain = Search(0.5, 4.0) if config.scale == "published" else None
-    return resolved(config, layer=layer, block_rate=rate, **open_search(config, plain))
+    plain = config.scale == "published"
+    defaults = SearchDefaults(clamp=4.0, scale="published") if plain else SearchDefaults()
+    return fill_search_defaults(replace(config, layer=layer, block_rate=rate), defaults)
 
 
-def _kept(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
+def _other_texts(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
     """Return the token rows of the texts on which nothing is to change."""
     length = max(2, (work.tokens or config.tokens) // config.kept)
     if host.window is not None:
         length = min(length, host.window)
     corpus = work.corpus or sampled_corpus(host, seed=work.seed, texts=config.kept, length=length)
     rows = (host.encode(text).ids[:length] for text in corpus.texts())
-    kept = list(islice((row for row in rows if row), config.kept))
-    if not kept:
+    texts = list(islice((row for row in rows if row), config.kept))
+    if not texts:
         raise ConfigError(f"corpus {corpus.name!r} holds no text to keep; name another one")
-    return kept
+    return texts
 
 
 def _train(task: Block, config: Config, work: Workspace) -> tuple[Outcome, dict[str, Tensor]]:

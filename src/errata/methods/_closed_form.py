@@ -1,0 +1,489 @@
+"""The steps of closed-form editing, as functions that a method's ``fit`` calls in the order of its paper.
+
+Settle the settings, lay out problems, find target values, then layer by layer upwards: read the keys and what
+is still missing, solve, and have the solution in place while the next layer is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from errata.edits.records import Record, contiguous_copy
+from errata.edits.weight import Delta, WeightEdit
+from errata.errors import CollidingRequests, ConfigError
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.linalg.solve import CostMatrix, conditioned, from_solved, similar_pairs
+from errata.locate.contexts import Context
+from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
+from errata.locate.sweep import LayerSweep
+from errata.locate.values import Value, ValueConfig, Where, find_values
+from errata.methods._method import Published, Shape, Workspace, notes, provenance, resolve_layers
+from errata.methods._settings import (
+    ClosedFormConfig,
+    CovarianceConfig,
+    NullSpaceConfig,
+    SearchDefaults,
+    SearchSettings,
+    fill_search_defaults,
+    search_config,
+)
+from errata.methods._stabilise import StepContext, delta_steps, value_steps
+from errata.types import Request
+
+SHORT = 0.75
+"""Longest shift of methods built for sequences where edits add up, in norms of the stream (MEMIT's code)."""
+COLLIDING = 0.98
+"""Cosine of two whitened keys from which on they count as one."""
+
+MEMIT_SETTINGS: Published = {
+    # MEMIT's code: GPT-2 XL, GPT-J 6B, GPT-NeoX 20B
+    Shape("gpt2", 48, 1600): {
+        "layers": (13, 14, 15, 16, 17), "cov_weight": 20_000.0, "scale": "published", "learning_rate": 0.5,
+        "clamp": 0.75,
+    },
+    Shape("gptj", 28, 4096): {
+        "layers": (3, 4, 5, 6, 7, 8), "cov_weight": 15_000.0, "scale": "published", "learning_rate": 0.5,
+        "clamp": 0.75,
+    },
+    Shape("gpt_neox", 44, 6144): {
+        "layers": (6, 7, 8, 9, 10), "cov_weight": 20_000.0, "scale": "published", "learning_rate": 0.5,
+        "clamp": 0.3,
+    },
+    # AlphaEdit's code: Llama 3 8B
+    Shape("llama", 32, 4096): {
+        "layers": (4, 5, 6, 7, 8), "cov_weight": 15_000.0, "scale": "published", "learning_rate": 0.1,
+        "clamp": 0.75,
+    },
+}  # fmt: skip
+"""MEMIT's layers and settings by shape of model, which its relatives take over."""
+
+
+# --- settings -------------------------------------------------------------------------------
+
+C = TypeVar("C", bound=ClosedFormConfig)
+V = TypeVar("V", bound=CovarianceConfig)
+
+
+def resolve_config(
+    host: Host,
+    config: C,
+    published: Mapping[str, Any],
+    *,
+    default_layers: Callable[[int], tuple[int, ...]] | None = None,
+    clamp: float = 1.5,
+) -> C:
+    """Fill in layers and the value search's units where the settings leave them open.
+
+    ``published``: settings for a model of this shape. ``default_layers``: from the depth, where nothing is
+    published; None: :func:`band`. ``clamp``: likewise, for the value search. Raises ConfigError for several
+    layers where a residual cannot be shared between them.
+    """
+    known = published if host.layout.adds_directly else {}
+    rule = (default_layers or band) if host.layout.adds_directly else one_fifth
+    layers = resolve_layers(host, config.layers or known.get("layers"), rule)
+    if not host.layout.adds_directly and len(layers) > 1:
+        raise ConfigError(
+            "this model normalises what the feed-forward writes, so a residual cannot be shared "
+            f"between layers {list(layers)}; name one layer"
+        )
+    return fill_search_defaults(replace(config, layers=layers), search_defaults(known, clamp=clamp))
+
+
+def resolve_covariance_config(
+    host: Host,
+    config: V,
+    published: Mapping[str, Any],
+    *,
+    default_layers: Callable[[int], tuple[int, ...]] | None = None,
+    clamp: float = 1.5,
+) -> V:
+    """Do as :func:`resolve_config`, and fill in lambda: as published, else a multiple of the key width."""
+    config = resolve_config(host, config, published, default_layers=default_layers, clamp=clamp)
+    if config.cov_weight is not None:
+        return config
+    known = published if host.layout.adds_directly else {}
+    rule = config.cov_relative * host.layout.site(min(config.layers or ())).d_in
+    return replace(config, cov_weight=known.get("cov_weight", rule))
+
+
+def search_defaults(published: Mapping[str, Any], *, clamp: float = 1.5) -> SearchDefaults:
+    """Return rate, clamp and unit as published, else in the unit of the residual stream."""
+    names = ("learning_rate", "clamp", "scale")
+    known = {name: published[name] for name in names if name in published}
+    return SearchDefaults(**{"clamp": clamp, **known})
+
+
+def sequential_clamp(requests: Sequence[Request], work: Workspace) -> float:
+    """Return the longest shift of methods for long sequences: short unless one request is edited alone."""
+    return 1.5 if len(requests) == 1 and work.after is None else SHORT
+
+
+def band(depth: int) -> tuple[int, ...]:
+    """Return layers from an eighth to three tenths of the depth, as the papers' bands are."""
+    first, last = depth // 8, max(depth // 8, round(0.3 * depth))
+    return tuple(range(first, min(last, depth - 1) + 1))
+
+
+def one_fifth(depth: int) -> tuple[int, ...]:
+    """Return the one layer at a fifth of the depth."""
+    return (depth // 5,)
+
+
+# --- one fit --------------------------------------------------------------------------------
+
+
+class TaskSettings(SearchSettings, Protocol):
+    """Settings that every closed-form fit reads."""
+
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def stabilise(self) -> tuple[str, ...]: ...
+
+
+T = TypeVar("T", bound=TaskSettings, covariant=True)
+
+
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """What the steps of one fit have in common."""
+
+    method: str
+    host: Host
+    requests: Sequence[Request]
+    config: T
+    """Settings, resolved."""
+    work: Workspace
+    place: Where
+    """What the value search shifts at the last layer, and what a sweep measures there."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors for the fits that follow; they travel in the edit."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites to write, from the lowest layer."""
+        return [self.host.layout.site(layer) for layer in self.config.layers or ()]
+
+    def restarted(self) -> Task[T]:
+        """Return the task with the state that it began with."""
+        return replace(self, state=_state_of(self.work))
+
+    def earlier_delta(self, site: Site) -> Delta | None:
+        """Return the change of a site by the edit that is continued."""
+        return self.work.after.deltas.get(site.parameter) if self.work.after else None
+
+    def earlier_record(self, site: Site) -> Record | None:
+        """Return what the edit that is continued keeps of a site's keys."""
+        return self.work.after.records.get(site.parameter) if self.work.after else None
+
+
+def start_task(
+    method: str, host: Host, requests: Sequence[Request], config: T, work: Workspace,
+    *, place: Where = "block_out",
+) -> Task[T]:  # fmt: skip
+    """Begin a fit with the state of the edit that is continued.
+
+    Where the feed-forward does not add straight to the residual stream, values are sought at its output instead
+    of the block's.
+    """
+    if place == "block_out" and not host.layout.adds_directly:
+        place = "mlp_out"
+    return Task(method, host, requests, config, work, place, _state_of(work))
+
+
+def _state_of(work: Workspace) -> dict[str, Tensor]:
+    return dict(work.after.state) if work.after else {}
+
+
+def make_contexts(task: Task[ClosedFormConfig]) -> list[Context]:
+    """Return the context prefixes that the settings ask for, the bare prompt first."""
+    config = task.config
+    groups = [(config.contexts, config.context_tokens)] if config.contexts else []
+    return task.work.contexts(task.host, groups, "half_bare", config.prefixes)
+
+
+def make_problems(
+    task: Task[ClosedFormConfig], *, span: Span = subject_span, token: Token = "last"
+) -> list[ValueProblem]:
+    """Return one problem a request, or with ``merge`` one for requests with the same key."""
+    contexts = make_contexts(task)
+    return value_problems(task.host, task.requests, contexts, span=span, token=token, merge=task.config.merge)
+
+
+# --- what a change costs --------------------------------------------------------------------
+
+
+def covariance_costs(task: Task[CovarianceConfig]) -> dict[Site, CostMatrix]:
+    """Return M = lambda C at each site."""
+    config = task.config
+    assert config.cov_weight is not None
+    costs = task.work.costs(
+        task.host, task.sites, config.tokens, ridge=config.cov_ridge, source=config.moments
+    )
+    return {site: cost.weighted(config.cov_weight) for site, cost in costs.items()}
+
+
+def null_space_costs(task: Task[NullSpaceConfig]) -> dict[Site, CostMatrix]:
+    """Return AlphaEdit's M at each site: no change but where keys hardly reach, at a flat cost there."""
+    config = task.config
+    if config.projection is not None:
+        return projection_costs(task, config.projection)
+    costs = {}
+    spectra = task.work.spectra(task.host, task.sites, config.tokens, source=config.moments)
+    for site, (eigen, name) in spectra.items():
+        values = eigen.values.clamp_min(0)
+        trace = float(values.sum())
+        below = _bound(values, config.threshold, config.energy, site)
+        cost = config.ridge if config.ridge is not None else config.ridge_relative * trace
+        costs[site] = CostMatrix.within(values, eigen.vectors, below=below, cost=cost, name=name)
+    return costs
+
+
+def projection_costs(task: Task[NullSpaceConfig], path: str) -> dict[Site, CostMatrix]:
+    """Return the same for projections read from a file; L2 is 10 where no ridge is named, as in the code."""
+    cost = 10.0 if task.config.ridge is None else task.config.ridge
+    layers = task.config.layers or ()
+    spectra = {site: task.work.projection(path, site, layers) for site in task.sites}
+    return {
+        site: CostMatrix.within(1 - eigen.values, eigen.vectors, below=0.5, cost=cost, name=name)
+        for site, (eigen, name) in spectra.items()
+    }
+
+
+def _bound(values: Tensor, threshold: float | None, energy: float, site: Site) -> float:
+    """Return the eigenvalue under which directions are free to change; ``values`` ascend."""
+    if threshold is not None:
+        if not bool((values < threshold).any()):
+            raise ConfigError(
+                f"threshold {threshold} leaves no direction at {site.name}: the smallest eigenvalue is "
+                f"{float(values[0]):.3g}; eigenvalues scale with keys, so use energy instead"
+            )
+        return threshold
+    # the smallest eigenvalues that together hold no more than the rest of the trace
+    free = int((values.cumsum(0) <= (1 - energy) * values.sum()).sum())
+    if not 0 < free < len(values):
+        raise ConfigError(
+            f"energy {energy} leaves {free} of {len(values)} directions at {site.name}; take another energy, "
+            "or more tokens"
+        )
+    return float(values[free])
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+def find_target_values(
+    task: Task[TaskSettings], problems: Sequence[ValueProblem], *, search: ValueConfig | None = None
+) -> list[Value]:
+    """Find a value per problem at the last layer; ``search``: settings other than the task's own."""
+    return find_values(
+        task.host, problems, layer=task.sites[-1].layer, where=task.place,
+        config=search or search_config(task.config), batch_size=task.work.batch_size,
+        tick=lambda done, total: task.work.on_progress("values", done, total),
+    )  # fmt: skip
+
+
+def stabilise_values(task: Task[TaskSettings], values: Sequence[Value]) -> Tensor:
+    """Return the values to write ``[n, d]``, after the stabilisers that act on values."""
+    targets = torch.stack([value.target for value in values])
+    for step in value_steps(task.config.stabilise):
+        targets = step.values(targets, torch.stack([value.start for value in values]), task.state)
+    return targets
+
+
+# --- the sweep over layers ------------------------------------------------------------------
+
+
+def start_sweep(
+    task: Task[TaskSettings], problems: Sequence[ValueProblem], costs: Mapping[Site, CostMatrix]
+) -> LayerSweep:
+    """Begin at the lowest layer; warn of requests whose keys are the same there, so that not both can be met."""
+    first = task.sites[0]
+    sweep = LayerSweep(task.host, problems, first.layer)
+    _warn_of_collisions(task.requests, problems, sweep.keys(first).mT, costs[first])
+    return sweep
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one layer's solution is made of."""
+
+    site: Site
+    layers_left: int
+    """How many layers are still to be written, this one included."""
+    keys: Tensor
+    """``[d_in, n]``."""
+    missing: Tensor
+    """What the last layer's values still lack, with the layers below as they are edited ``[d_out, n]``."""
+    requests: tuple[tuple[int, ...], ...]
+    """Per column, the requests it serves."""
+
+    @property
+    def even_share(self) -> Tensor:
+        """What is missing, over the layers left: MEMIT's residual R ``[d_out, n]``."""
+        return self.missing / self.layers_left
+
+    def only(self, columns: Tensor) -> LayerStep:
+        """Return the step for some columns only, ``[n]`` true or false."""
+        requests = tuple(r for r, some in zip(self.requests, columns.tolist(), strict=True) if some)
+        return replace(self, keys=self.keys[:, columns], missing=self.missing[:, columns], requests=requests)
+
+    def with_preserved(self, keys: Tensor) -> LayerStep:
+        """Return the step with further keys ``[d_in, p]`` before its own, at which nothing is to change."""
+        zeros = self.missing.new_zeros(self.missing.shape[0], keys.shape[1])
+        requests = (*[self.requests[0]] * keys.shape[1], *self.requests)
+        return replace(
+            self, keys=torch.cat([keys, self.keys], 1), missing=torch.cat([zeros, self.missing], 1),
+            requests=requests,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """The change of one site's weight."""
+
+    site: Site
+    delta: Delta
+    record: Record | None
+    """What it was solved from; None where it cannot be solved again."""
+
+
+class EditDraft:
+    """An edit in the making: the solutions of the layers so far."""
+
+    def __init__(self, task: Task[TaskSettings], facts: Mapping[str, Any]) -> None:
+        """Begin without solutions; ``facts`` go into the provenance's notes."""
+        self.task = task
+        self.provenance = provenance(
+            task.method, task.host, task.requests, task.config, task.work, **notes(facts)
+        )
+        self.solutions: list[LayerSolution] = []
+
+    def add(self, solution: LayerSolution) -> None:
+        """Add the solution of the next layer."""
+        self.solutions.append(solution)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Have the solutions so far in place inside the block."""
+        if not self.solutions:
+            yield
+            return
+        with WeightEdit(self._deltas(), self._transposed(), self.provenance).on(self.task.host):
+            yield
+
+    def build(self) -> WeightEdit:
+        """Return the edit."""
+        records = {s.site.parameter: s.record for s in self.solutions if s.record is not None}
+        return WeightEdit(self._deltas(), self._transposed(), self.provenance, records, self.task.state)
+
+    def _deltas(self) -> dict[str, Delta]:
+        return {solution.site.parameter: solution.delta for solution in self.solutions}
+
+    def _transposed(self) -> frozenset[str]:
+        return frozenset(site.parameter for site in self.task.sites if site.transposed)
+
+
+def start_edit(task: Task[TaskSettings], values: Sequence[Value], **facts: Any) -> EditDraft:
+    """Begin an edit; how the search for values went is recorded, and further ``facts``."""
+    search = {
+        "loss": max(v.loss for v in values),
+        "steps": max(v.steps for v in values),
+        "shift": max(float(v.shift.norm() / v.start.norm()) for v in values),
+    }
+    return EditDraft(task, {**search, **facts})
+
+
+def sweep_layers(
+    task: Task[TaskSettings], sweep: LayerSweep, values: Sequence[Value], draft: EditDraft
+) -> Iterator[LayerStep]:
+    """Stabilise the values, then yield each layer's keys and what its values lack, upwards.
+
+    The caller adds each layer's solution to ``draft``, which is in place while the next layer is read.
+    """
+    targets = stabilise_values(task, values)
+    sites = task.sites
+    top = sites[-1]
+    name = top.name if task.place != "block_out" else task.host.layout.blocks[top.layer]
+    module = task.host.model.get_submodule(name)
+    requests = tuple(problem.requests for problem in sweep.problems)
+    for i, site in enumerate(sites):
+        with draft.in_place():
+            while sweep.layer < site.layer:
+                sweep.advance()
+            keys = contiguous_copy(sweep.keys(site).mT)
+            missing = contiguous_copy((targets - sweep.values(top.layer, module)).mT)
+        yield LayerStep(site, len(sites) - i, keys, missing, requests)
+        task.work.on_progress("layers", i + 1, len(sites))
+
+
+def solve_layer(
+    task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor,
+    *, gamma: float = 1.0, history: bool = False,
+) -> LayerSolution:  # fmt: skip
+    """Return delta = R (K^T M^-1 K + gamma I)^-1 K^T M^-1 for a layer, stabilised, with its record.
+
+    ``residual`` R ``[d_out, n]``: what this layer is to add at its keys. ``history``: whether the keys of earlier
+    edits count into M, so that their values stay.
+    """
+    solved = cost.solve(layer.keys)
+    past = task.earlier_record(layer.site) if history else None
+    against = solved if past is None else conditioned(solved, past.keys, past.solved)
+    delta = from_solved(layer.keys, against, residual, gamma=gamma)
+    record = make_record(task, layer, cost, residual, solved, gamma=gamma)
+    return stabilise_solution(task, LayerSolution(layer.site, delta, record))
+
+
+def make_record(
+    task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor, solved: Tensor,
+    *, gamma: float = 1.0,
+) -> Record:  # fmt: skip
+    """Record what a layer is solved from, with changes relative to the host without any edit of ours."""
+    keys, before = layer.keys, task.earlier_delta(layer.site)
+    absolute = residual if before is None else residual + before.to(keys.dtype) @ keys
+    return Record(keys, absolute, solved.to(keys.dtype), gamma, cost.label, layer.requests)
+
+
+def stabilise_solution(task: Task[TaskSettings], solution: LayerSolution) -> LayerSolution:
+    """Return a solution after the stabilisers that act on deltas."""
+    steps = delta_steps(task.config.stabilise)
+    context = StepContext(task.host, solution.site, task.requests, task.work.after, task.state)
+    delta, record = solution.delta, solution.record
+    for step in steps:
+        delta = step.delta(context, delta)
+    if steps and record is not None:
+        record = replace(record, is_exact_solution=False)
+    return replace(solution, delta=delta, record=record)
+
+
+def _warn_of_collisions(
+    requests: Sequence[Request], problems: Sequence[ValueProblem], keys: Tensor, cost: CostMatrix
+) -> None:
+    """Warn before anything is fitted when two requests cannot both be had."""
+    collisions = []
+    for problem in problems:
+        first_with: dict[str, int] = {}
+        for i in problem.requests:
+            first = first_with.setdefault(requests[i].text, i)
+            if requests[first].target != requests[i].target:
+                collisions.append((first, i))
+    for one, other in similar_pairs(keys, cost.solve(keys), COLLIDING):
+        i, j = problems[one].requests[0], problems[other].requests[0]
+        if requests[i].target != requests[j].target:
+            collisions.append((i, j))
+    for i, j in collisions[:8]:
+        warnings.warn(
+            f"requests {requests[i].id or i + 1} and {requests[j].id or j + 1} have nearly the same key "
+            f"({requests[i].text!r} > {requests[i].target!r}, {requests[j].text!r} > {requests[j].target!r}): "
+            "one weight cannot hold both; drop one, or edit them with a method that needs no key",
+            CollidingRequests,
+            stacklevel=2,
+        )
