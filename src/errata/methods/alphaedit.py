@@ -27,7 +27,7 @@ from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS
-from errata.methods._method import Method, Workspace
+from errata.methods._method import Method, Published, Workspace
 from errata.methods._settings import NullSpaceConfig, SequentialDefaults
 from errata.types import Request
 
@@ -51,6 +51,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     return edit.build()
 
 
+PUBLISHED: Published = {
+    shape: {name: value for name, value in row.items() if name != "cov_weight"}
+    for shape, row in MEMIT_SETTINGS.items()
+}
+"""MEMIT's layers and value search; there is no lambda."""
+
 METHOD = Method(
     name="alphaedit",
     title="AlphaEdit",
@@ -61,5 +67,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("second_moment", "eigenvectors", "contexts"),
-    published=MEMIT_SETTINGS,
+    published=PUBLISHED,
 )
