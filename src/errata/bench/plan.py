@@ -16,7 +16,8 @@ from typing import Any
 from errata import config as settings
 from errata.bench import published, sources
 from errata.bench import recipe as recipes
-from errata.bench.recipe import BASELINES, TUNED, DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.recipe import DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.recipe_document import BASELINES, TUNED
 from errata.bench.results import SCHEMA, finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
@@ -227,7 +228,7 @@ def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]
 
 def _config(cell: Cell) -> dict[str, Any]:
     """Return a method's settings with its defaults filled in."""
-    return asdict(settings.make(REGISTRY.get(cell.method).config, cell.settings, cell.method))
+    return settings.plain(settings.make(REGISTRY.get(cell.method).config, cell.settings, cell.method))
 
 
 def _file_hash(path: str | None) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from errata import config as settings
 from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.errors import ConfigError, DataError
 from errata.host import hooks, locking
@@ -50,6 +51,9 @@ class Method:
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
     host: Literal["causal_lm", "image_classifier"] = "causal_lm"
     """What kind of model it edits."""
+
+    def __post_init__(self) -> None:
+        settings.check_names(self.config, self.name)
 
     def run(
         self,
@@ -273,7 +277,7 @@ def provenance(
     return Provenance(
         method=method,
         requests=tuple(requests),
-        config=asdict(config),
+        config=settings.plain(config),
         host=host.fingerprint,
         host_name=host.name,
         seed=work.seed,
