@@ -5,16 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
-import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from errata import config as settings
-from errata.bench import published, sources
+from errata.bench import machine, published, sources
 from errata.bench import recipe as recipes
 from errata.bench.recipe import DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
 from errata.bench.recipe_document import BASELINES, TUNED
@@ -88,7 +86,7 @@ class Plan:
             "recipe_sha256": self.recipe.sha256,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
-            "hardware": hardware(),
+            "hardware": machine.hardware(),
             "threads": self.recipe.threads,
             "datasets": {name: dict(facts) for name, facts in self.datasets.items()},
             "published": [dict(table) for table in self.published],
@@ -233,26 +231,3 @@ def _config(cell: Cell) -> dict[str, Any]:
 
 def _file_hash(path: str | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def hardware() -> dict[str, Any]:
-    """Describe the machine: processor, cores, memory, accelerators."""
-    import torch
-
-    pages: Callable[[str], int] = os.sysconf
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _cpu() -> str:
-    """Name the processor, by the kernel's list where there is one."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
