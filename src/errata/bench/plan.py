@@ -20,6 +20,7 @@ from errata.bench.results import SCHEMA, finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
 from errata.errors import ConfigError, DataError, ErrataError, brief, shown
+from errata.evaluation import score
 from errata.methods import REGISTRY
 from errata.types import Case
 
@@ -104,6 +105,7 @@ def make(recipe: Recipe) -> Plan:
             try:
                 name, (cases, facts) = _read(spec, run.schedule, read)
                 look = _looks(run, len(cases))
+                score.check_packages(cases)
             except ErrataError as error:
                 complaints.append(f"runs[{i}], {spec.name}: {error}")
                 continue

@@ -152,6 +152,7 @@ def evaluate(
             config=config, edit=given, asking=dict(asking or {}), tick=tick,
         ), dict(options or {}), after,
     )  # fmt: skip
+    score.check_packages(evaluation.engine.cases)
     check_probes(host, evaluation.engine.cases, **evaluation.engine.asking)
     start_hash = host.weights_hash()
     evaluation.observe_before(texts)

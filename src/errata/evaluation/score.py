@@ -5,7 +5,7 @@ Averages of rows are made by :mod:`errata.evaluation.metrics.summary`, whose fun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,29 +202,35 @@ def _span(one: _Asked, generated: bool) -> list[Row]:
     return [one.row("perplexity", probability.perplexity(old), probability.perplexity(new), tokens=len(new))]
 
 
+def check_packages(cases: Iterable[Case]) -> None:
+    """Raise ConfigError, naming the extra, where some probe asks for a long answer that nothing here could score."""
+    if any(probe.form == "long" for case in cases for probe in case.probes):
+        longform.check_packages()
+
+
 def _long(one: _Asked, generated: bool) -> list[Row]:
-    """Compare a long text with the wanted one; the value is the F of ROUGE-L."""
+    """Compare a long text with the reference; the value is the F of ROUGE-L."""
     if not generated:
         return []
-    wanted = one.probe.answers[0]
+    reference = one.probe.answers[0]
     detail: dict[str, Any] = {}
     value: dict[str, float] = {}
     for side, text in (("before", one.old.text), ("after", one.new.text)):
-        overlap = longform.rouge_l(text, wanted)
+        overlap = longform.rouge_l(text, reference)
         value[side] = overlap.f
         detail |= {
             f"precision_{side}": overlap.precision,
             f"recall_{side}": overlap.recall,
-            f"rouge1_{side}": longform.rouge(text, wanted, 1).f,
-            f"rouge2_{side}": longform.rouge(text, wanted, 2).f,
-            f"bleu_{side}": longform.bleu(text, wanted),
-            f"legacy_recall_{side}": longform.legacy_recall(text, wanted),
-            f"legacy_bleu_{side}": longform.legacy_character_bleu(text, wanted),
-            f"length_ratio_{side}": longform.length_ratio(text, wanted),
+            f"rouge1_{side}": longform.rouge(text, reference, 1).f,
+            f"rouge2_{side}": longform.rouge(text, reference, 2).f,
+            f"bleu_{side}": longform.bleu(text, reference),
+            f"legacy_recall_{side}": longform.legacy_recall(text, reference),
+            f"legacy_bleu_{side}": longform.legacy_character_bleu(text, reference),
+            f"length_ratio_{side}": longform.length_ratio(text, reference),
             f"repetition_{side}": repetition(text),
             f"text_{side}": text,
         }
-    return [one.row("long_form", value["before"], value["after"], answers=[wanted], **detail)]
+    return [one.row("long_form", value["before"], value["after"], answers=[reference], **detail)]
 
 
 def _open(one: _Asked, generated: bool) -> list[Row]:
