@@ -98,17 +98,17 @@ def read(name: str) -> PublishedTable:
     return parse(document, path.stem)
 
 
-def documents(wanted: Sequence[str]) -> list[dict[str, Any]]:
+def documents(names_or_files: Sequence[str]) -> list[dict[str, Any]]:
     """Return tables as plain data for a run's record. Raises ConfigError for all that cannot be read."""
-    found, complaints = [], []
-    for name in wanted:
+    tables, complaints = [], []
+    for name in names_or_files:
         try:
-            found.append(read(name).to_dict())
+            tables.append(read(name).to_dict())
         except ConfigError as error:
             complaints.append(str(error))
     if complaints:
         raise ConfigError("\n".join(complaints))
-    return found
+    return tables
 
 
 def _text(value: Any) -> str:

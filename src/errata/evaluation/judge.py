@@ -90,31 +90,31 @@ class JudgeSettings:
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings."""
-        found = []
+        problems = []
         if not re.match(r"https?://", self.base_url):
-            found.append(f"base_url: expected http:// or https://, found {self.base_url!r}")
+            problems.append(f"base_url: expected http:// or https://, found {self.base_url!r}")
         if not self.model.strip():
-            found.append("model: is empty")
-        found += [
+            problems.append("model: is empty")
+        problems += [
             f"prompt: {{{name}}} is missing; the judge must see prompt, answers and candidate"
             for name in ("prompt", "answers", "candidate")
             if f"{{{name}}}" not in self.prompt
         ]
-        found += [
+        problems += [
             f"{name}: expected a number above zero, found {value}"
             for name, value in (
                 ("timeout", self.timeout), ("parallel", self.parallel), ("max_tokens", self.max_tokens)
             )
             if value <= 0
         ]  # fmt: skip
-        found += [
+        problems += [
             f"{name}: expected zero or more, found {value}"
             for name, value in (("retries", self.retries), ("pause", self.pause))
             if value < 0
         ]
         if self.key_variable is not None and not os.environ.get(self.key_variable):
-            found.append(f"key_variable: the environment has no {self.key_variable}; set it to the key")
-        return found
+            problems.append(f"key_variable: the environment has no {self.key_variable}; set it to the key")
+        return problems
 
     @property
     def record(self) -> dict[str, Any]:
@@ -140,10 +140,10 @@ class Reply:
     @property
     def verdict(self) -> Verdict:
         """Read the reply strictly: one of the two words and nothing else."""
-        found = _REPLY.fullmatch(self.text)
-        if found is None:
+        match = _REPLY.fullmatch(self.text)
+        if match is None:
             return "undecided"
-        return "right" if found["word"].upper() == "CORRECT" else "wrong"
+        return "right" if match["word"].upper() == "CORRECT" else "wrong"
 
 
 def judge(
@@ -172,10 +172,10 @@ def judge(
             raise DataError(f"row {row.case} {row.kind!r} has no {', '.join(missing)} in its detail to judge")
     sides = [(question(row, "before", settings), question(row, "after", settings)) for row in taken]
     replies = _replies(list(dict.fromkeys(q for pair in sides for q in pair)), settings, on_progress)
-    made: list[Row] = []
+    judged: list[Row] = []
     for row, (before, after) in zip(taken, sides, strict=True):
-        made += _judged(row, replies[before], replies[after], settings)
-    return made
+        judged += _judged(row, replies[before], replies[after], settings)
+    return judged
 
 
 def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings) -> str:
@@ -185,7 +185,7 @@ def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings
         "answers": " | ".join(row.detail["answers"]),
         "candidate": row.detail[f"text_{side}"],
     }
-    return _FIELD.sub(lambda found: values[found[1]], settings.prompt)
+    return _FIELD.sub(lambda field: values[field[1]], settings.prompt)
 
 
 def _judged(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> Iterator[Row]:
@@ -286,9 +286,9 @@ def _replies(
 ) -> dict[str, Reply]:
     """Answer questions from the cache, and ask the server the others, a bounded number at once."""
     with contextlib.closing(_Cache(settings)) as cache, contextlib.closing(_client(settings)) as client:
-        found = {q: reply for q in questions if (reply := cache.get(q)) is not None}
-        left = iter([q for q in questions if q not in found])
-        tick(len(found), len(questions))
+        replies = {q: reply for q in questions if (reply := cache.get(q)) is not None}
+        left = iter([q for q in questions if q not in replies])
+        tick(len(replies), len(questions))
         stop = threading.Event()
         with ThreadPoolExecutor(settings.parallel) as pool:
             running: dict[Future[Reply], str] = {}
@@ -299,12 +299,12 @@ def _replies(
                         if len(running) >= settings.parallel:
                             break
                     if not running:
-                        return found
+                        return replies
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         q = running.pop(future)
-                        found[q] = future.result()
-                        cache.put(q, found[q])
-                        tick(len(found), len(questions))
+                        replies[q] = future.result()
+                        cache.put(q, replies[q])
+                        tick(len(replies), len(questions))
             finally:
                 stop.set()  # what still waits for its turn gives up; answered ones are kept below
                 for future, q in running.items():
@@ -439,11 +439,13 @@ def _seconds(header: str | None) -> float:
 def _parsed(document: bytes, settings: JudgeSettings) -> Reply:
     """Read a completion; one that is not of the protocol may pass, as gateways send pages when they fail."""
     try:
-        found = json.loads(document)
-        text = found["choices"][0]["message"]["content"]
+        completion = json.loads(document)
+        text = completion["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         raise _Again(f"not a chat completion: {document[:80]!r}") from error
     served = " ".join(
-        str(found[name]) for name in ("model", "system_fingerprint") if isinstance(found.get(name), str)
+        str(completion[name])
+        for name in ("model", "system_fingerprint")
+        if isinstance(completion.get(name), str)
     )
     return Reply(text if isinstance(text, str) else "", served or settings.model)
