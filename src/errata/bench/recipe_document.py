@@ -84,6 +84,12 @@ def _mapping(value: Any) -> Any:
     raise settings.expected("fields")
 
 
+def _file(path: str) -> str:
+    if Path(path).expanduser().is_file():
+        return path
+    raise settings.problem(f"there is no file {path}")
+
+
 Text = Annotated[str, BeforeValidator(_text)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, BeforeValidator(_count)]
@@ -165,16 +171,8 @@ class DatasetDocument(_Document):
     EXPECTED: ClassVar[str] = "the name of a dataset, or fields with a source"
 
     source: Text
-    demonstrations: Annotated[tuple[Text, ...], Items] = ()
+    demonstrations: Annotated[tuple[Annotated[Text, AfterValidator(_file)], ...], Items] = ()
     beside: Annotated[tuple[Text, ...], Items] = ()
-
-    @field_validator("demonstrations")
-    @classmethod
-    def _there(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        missing = [f"there is no file {path}" for path in paths if not Path(path).expanduser().is_file()]
-        if missing:
-            raise settings.problem("\n".join(missing))
-        return paths
 
 
 def _methods(value: Any) -> Any:
