@@ -166,7 +166,8 @@ def _adapter(config: type) -> TypeAdapter[dict[str, Any]]:
         )
         if field.init and optional:
             hints[field.name] = NotRequired[hints[field.name]]
-    checked: Any = TypedDict(config.__name__, hints)
+    make_type: Any = TypedDict  # of fields that are known at run time only
+    checked = make_type(config.__name__, hints)
     checked.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return TypeAdapter(checked)
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
+import pytest
+
+from errata.bench import jobs, machine
 from tests.models import fresh
 
 HIDE = (
@@ -66,3 +71,31 @@ def test_fit_apply_and_evaluate(tmp_path):
     assert "edited" in run(
         EDIT, str(tmp_path / "model"), str(tmp_path), str(tmp_path / "corpus.txt"), before=PRELOAD
     )
+
+
+def test_peak_memory_is_known_without_linux_files(tmp_path, monkeypatch):
+    linux = machine.peak_memory_mb()
+    monkeypatch.setattr(machine, "LINUX_STATUS", tmp_path / "none")
+    present = psutil.Process().memory_info().rss / 2**20
+    if os.name == "posix":
+        assert machine.peak_memory_mb() == pytest.approx(linux, rel=0.2), "the kernel's count since the start"
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert machine.peak_memory_mb() == pytest.approx(present, rel=0.05), "what is held now"
+    windows = SimpleNamespace(rss=2**20, peak_wset=7 * 2**20)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: windows)
+    assert machine.peak_memory_mb() == 7.0
+
+
+def test_the_machine_is_described(tmp_path, monkeypatch):
+    facts = machine.hardware()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["memory_gb"] > 0.5
+    monkeypatch.setattr(machine, "LINUX_PROCESSORS", tmp_path / "none")
+    assert machine.processor()
+
+
+def test_who_lives_is_asked_without_a_signal():
+    """On Windows os.kill ends the process, whatever the signal."""
+    assert machine.lives(os.getpid()) and jobs._lives(jobs.new_owner())
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert not machine.lives(ended.pid)

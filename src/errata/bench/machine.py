@@ -66,7 +66,7 @@ def peak_memory_mb() -> float:
         peak = re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE)
         if peak:
             return int(peak[1]) / 1024
-    memory = psutil.Process().memory_info()
+    memory: Any = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return memory.peak_wset / MIB
     try:
