@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from benchmarks import floors, naive, scene
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import errata
+from errata.bench import machine
 from errata.errors import ErrataError
 from errata.host.load import Host
 from errata.methods import REGISTRY
@@ -202,8 +202,7 @@ def peak_bytes(device: str) -> int:
     """Return the most memory held so far: the process's, or what was allocated on the GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(machine.peak_memory_mb() * 2**20)
 
 
 # --- workloads ------------------------------------------------------------------------------

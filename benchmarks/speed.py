@@ -144,14 +144,12 @@ def write_block(path: Path, text: str) -> None:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """Describe the machine and the run."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [row for row in info.read_text().splitlines() if row.startswith("model name")]
-        name = named[0].partition(":")[2].strip() if named else name
+    from errata.bench import machine
+
     seconds = "CPU seconds" if args.device == "cpu" else "wall seconds of the synchronised device"
     return {
-        "processor": name, "threads": args.threads, "device": args.device, "python": platform.python_version(),
+        "processor": machine.processor(), "threads": args.threads, "device": args.device,
+        "python": platform.python_version(),
         "seconds": seconds, "quick": args.quick,
     }  # fmt: skip
 

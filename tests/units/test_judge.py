@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ class Server:
     asked: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     most: int = 0
     """Most calls under way at once."""
     now: int = 0
@@ -55,6 +57,7 @@ def server() -> Iterator[Server]:
                 state.asked.append(text)
                 state.bodies.append(body)
                 state.keys.append(self.headers.get("Authorization"))
+                state.headers.append(dict(self.headers))
                 state.now += 1
                 state.most = max(state.most, state.now)
             found = state.answer(text, call)
@@ -225,6 +228,23 @@ def test_what_the_server_refuses_is_not_repeated(server, monkeypatch):
         judge([row("a", "Tallow", "Tallow")], settings(server, base_url=server.url + "/elsewhere"))
     made = judge([row("a", "Tallow", "Tallow")], settings(server, key_variable="TOY_KEY"))
     assert "s3cret" not in json.dumps([dict(r.detail) for r in made])
+
+
+def test_no_account_of_the_environment_is_sent(server, monkeypatch):
+    """The client reads OPENAI_API_KEY, OPENAI_ORG_ID and others; a server elsewhere must not get them."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/s3cret")
+    made = judge([row("a", "Tallow", "Tallow")], settings(server))
+    assert made[0].after == 1.0 and server.keys == [None]
+    assert not any("s3cret" in value for headers in server.headers for value in headers.values())
+
+
+@pytest.mark.parametrize("package", ["openai", "tenacity"])
+def test_without_its_packages_nothing_is_asked(server, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"judging needs {package}: pip install 'errata\[judge\]'"):
+        judge([row("a", "Tallow", "Tallow")], settings(server, cache=tmp_path / "replies.sqlite"))
+    assert not server.asked and not list(tmp_path.iterdir())
 
 
 def test_nobody_there():

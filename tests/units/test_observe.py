@@ -78,6 +78,22 @@ def test_settings_that_change_greedy_text_are_left_to_transformers():
     assert host.generate(PROMPTS[0], max_new_tokens=12, natural_stop=False) == text != usual[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "plain"),
+    [
+        ("temperature", 0.2, True), ("top_k", 3, True), ("num_beams", 4, True), ("max_length", 7, True),
+        ("no_repeat_ngram_size", 0, True), ("bad_words_ids", [], True), ("min_new_tokens", 0, True),
+        ("repetition_penalty", 1.0, True), ("no_repeat_ngram_size", 2, False), ("bad_words_ids", [[5]], False),
+        ("min_length", 3, False), ("token_healing", True, False), ("guidance_scale", 1.5, False),
+        ("forced_eos_token_id", 2, False), ("encoder_repetition_penalty", 1.2, False), ("dola_layers", "low", False),
+    ],
+)  # fmt: skip
+def test_settings_are_told_apart_by_transformers_own_defaults(name, value, plain):
+    host = fresh("llama")
+    setattr(host.model.generation_config, name, value)
+    assert continuing.plain(host) is plain
+
+
 def test_a_model_without_attention_is_run_whole_and_scored_alike():
     from errata.host.build import new_model
 

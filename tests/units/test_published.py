@@ -142,7 +142,7 @@ def test_every_mistake_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         published.parse(bad, "toy")
     for part in ("title", "provenance", "tolerance", "schedule", "did you mean 'note'", "name: 'other'", "rows[2]",
-                 "scores.ES", "'extra'", "rows[3]: method", "errata_method", "rows[4]"):  # fmt: skip
+                 "scores['ES']", "'extra'", "rows[3].method", "errata_method", "rows[4]"):  # fmt: skip
         assert part in str(caught.value), part
     twice = copy.deepcopy(GOOD)
     twice["rows"].append(twice["rows"][0])

@@ -13,7 +13,7 @@ from errata import config as settings
 from errata.bench import health, summing
 from errata.bench.baselines import told
 from errata.bench.plan import Cell
-from errata.bench.recipe import BASELINES, IN_PROMPT
+from errata.bench.recipe_document import BASELINES, IN_PROMPT
 from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
 from errata.bench.rooms import Room
 from errata.bench.runner import Look, Seen, Tick, check_method, resumed

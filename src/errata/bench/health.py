@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from errata.bench.runner import peak_memory_mb
+from errata.bench import machine
 from errata.edits.edit import Edit
 from errata.edits.weight import WeightEdit
 from errata.evaluation.metrics import collapse, cost
@@ -142,17 +139,14 @@ def reset_peak(host: Host) -> None:
     if host.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(host.device)
         return
-    with suppress(OSError):  # another system, or not allowed: the peak is then that since the process began
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    machine.reset_peak_memory()
 
 
 def peak_mb(host: Host) -> float:
     """Return the accelerator memory reserved at most since the count began, else the process's peak, in MB."""
     if host.device.type == "cuda":
         return torch.cuda.max_memory_reserved(host.device) / 2**20
-    status = Path("/proc/self/status")  # getrusage may remember more than this knows since it was reset
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
-    return int(found[1]) / 1024 if found else peak_memory_mb()
+    return machine.peak_memory_mb()
 
 
 def times(seconds: Sequence[float]) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from errata.bench import machine
 from errata.bench.results import JOB_STATES, job_seal
 from errata.errors import DataError, shown
 
@@ -201,16 +202,10 @@ class Jobs:
 
 def _lives(owner: str | None) -> bool:
     """Whether a worker may live: it runs on this machine, or elsewhere, where only its lease can tell."""
-    machine, _, rest = (owner or "").rpartition(":")[0].partition(":")
-    if machine != socket.gethostname() or not rest.isdecimal():
+    name, _, process = (owner or "").rpartition(":")[0].partition(":")
+    if name != socket.gethostname() or not process.isdecimal():
         return bool(owner)
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's process
-    return True
+    return machine.lives(int(process))
 
 
 class Lease:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
-import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from errata import config as settings
-from errata.bench import published, sources
+from errata.bench import machine, published, sources
 from errata.bench import recipe as recipes
-from errata.bench.recipe import BASELINES, TUNED, DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.recipe import DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
+from errata.bench.recipe_document import BASELINES, TUNED
 from errata.bench.results import SCHEMA, finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
 from errata.errors import ConfigError, DataError, ErrataError, brief, shown
+from errata.evaluation import score
 from errata.methods import REGISTRY
 from errata.types import Case
 
@@ -87,7 +87,7 @@ class Plan:
             "recipe_sha256": self.recipe.sha256,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
-            "hardware": hardware(),
+            "hardware": machine.hardware(),
             "threads": self.recipe.threads,
             "datasets": {name: dict(facts) for name, facts in self.datasets.items()},
             "published": [dict(table) for table in self.published],
@@ -105,6 +105,7 @@ def make(recipe: Recipe) -> Plan:
             try:
                 name, (cases, facts) = _read(spec, run.schedule, read)
                 look = _looks(run, len(cases))
+                score.check_packages(cases)
             except ErrataError as error:
                 complaints.append(f"runs[{i}], {spec.name}: {error}")
                 continue
@@ -227,31 +228,8 @@ def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]
 
 def _config(cell: Cell) -> dict[str, Any]:
     """Return a method's settings with its defaults filled in."""
-    return asdict(settings.make(REGISTRY.get(cell.method).config, cell.settings, cell.method))
+    return settings.plain(settings.make(REGISTRY.get(cell.method).config, cell.settings, cell.method))
 
 
 def _file_hash(path: str | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def hardware() -> dict[str, Any]:
-    """Describe the machine: processor, cores, memory, accelerators."""
-    import torch
-
-    pages: Callable[[str], int] = os.sysconf
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _cpu() -> str:
-    """Name the processor, by the kernel's list where there is one."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()

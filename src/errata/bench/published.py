@@ -11,8 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from errata import config as settings
 from errata import files
 from errata.bench.schedule import Schedule
 from errata.errors import ConfigError, listing, shown
@@ -22,11 +33,8 @@ Provenance = Literal["confirmed", "secondary", "memory"]
 """``confirmed``: read in the primary source. ``secondary``: quoted by another source, not checked digit by
 digit. ``memory``: neither; never to be shown as published."""
 
-TEXTS = ("name", "title", "source", "arxiv", "model", "dataset", "schedule", "metric_convention")
-FIELDS = (*TEXTS, "provenance", "note", "tolerance", "rows")
 LARGEST = 1e300
 """Numbers from here on are no scores."""
-ROW_FIELDS = ("method", "errata_method", "scores", "provenance")
 
 
 @dataclass(frozen=True)
@@ -90,111 +98,144 @@ def read(name: str) -> PublishedTable:
     return parse(document, path.stem)
 
 
-def documents(wanted: Sequence[str]) -> list[dict[str, Any]]:
+def documents(names_or_files: Sequence[str]) -> list[dict[str, Any]]:
     """Return tables as plain data for a run's record. Raises ConfigError for all that cannot be read."""
-    found, complaints = [], []
-    for name in wanted:
+    tables, complaints = [], []
+    for name in names_or_files:
         try:
-            found.append(read(name).to_dict())
+            tables.append(read(name).to_dict())
         except ConfigError as error:
             complaints.append(str(error))
     if complaints:
         raise ConfigError("\n".join(complaints))
-    return found
+    return tables
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise settings.expected("a text")
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    raise settings.expected("a text")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST:
+        return float(value)
+    raise settings.expected("a number")
+
+
+def _above_zero(value: float) -> float:
+    if value > 0:
+        return value
+    raise settings.expected("a number above zero")
+
+
+def _registered(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise settings.expected("a registered name, or null where there is none")
+
+
+def _scores(value: Any) -> Any:
+    if isinstance(value, Mapping) and value:
+        return value
+    raise settings.expected("names with numbers")
+
+
+def _rows(value: Any) -> Any:
+    if isinstance(value, list) and value:
+        return value
+    raise settings.expected("a list with at least one row")
+
+
+def _schedule(value: str) -> str:
+    try:
+        Schedule.parse(value)
+    except ConfigError as error:
+        raise settings.problem(str(error)) from error
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Note = Annotated[str, BeforeValidator(_note)]
+Score = Annotated[float, BeforeValidator(_number)]
+
+
+class _Row(BaseModel):
+    """One row of a table's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Text
+    errata_method: Annotated[str | None, BeforeValidator(_registered)]
+    scores: Annotated[dict[str, Score], BeforeValidator(_scores)]
+    provenance: Provenance = "memory"
+    """Where it is left out, the table's."""
+
+
+class _Table(BaseModel):
+    """A table's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Text
+    title: Text
+    source: Text
+    arxiv: Text
+    provenance: Provenance
+    note: Note = ""
+    model: Text
+    dataset: Text
+    schedule: Annotated[Text, AfterValidator(_schedule)]
+    metric_convention: Text
+    tolerance: Annotated[Score, AfterValidator(_above_zero)]
+    rows: Annotated[tuple[_Row, ...], BeforeValidator(_rows)]
+
+    @field_validator("name")
+    @classmethod
+    def _agrees(cls, name: str, info: ValidationInfo) -> str:
+        if name != info.context:
+            raise settings.problem(f"{name!r} in a file called {info.context}; they must agree")
+        return name
 
 
 def parse(document: Any, name: str) -> PublishedTable:
     """Build a table from plain data. Raises ConfigError listing everything that is wrong with it."""
     if not isinstance(document, Mapping):
         raise ConfigError(f"published table {name}: expected fields, found {type(document).__name__}")
-    complaints = [unknown(str(key), list(FIELDS), "field") for key in document if key not in FIELDS]
-    complaints += [
-        f"{key}: expected a text, found {shown(document.get(key), 60)}"
-        for key in TEXTS
-        if not _is_text(document.get(key))
-    ]
-    provenance: Any = document.get("provenance")
-    complaints += _provenance_problems(provenance)
-    complaints += _table_problems(document, name)
-    rows = document.get("rows")
-    if not isinstance(rows, list) or not rows:
-        complaints.append(f"rows: expected a list with at least one row, found {shown(rows, 60)}")
-        rows = []
-    complaints += [f"rows[{i}]: {what}" for i, row in enumerate(rows) for what in _row_problems(row)]
-    if not complaints:
-        methods = [row["method"] for row in rows]
-        complaints += [
-            f"rows: {shown(m)} stands there twice" for m in sorted(set(methods)) if methods.count(m) > 1
-        ]
-    if complaints:
+    table, complaints = None, []
+    try:
+        table = _Table.model_validate(document, context=name)
+    except ValidationError as error:
+        complaints = settings.explain(error, _Table, document)
+    complaints += _repeated(document.get("rows"))
+    if table is None or complaints:
         raise ConfigError(f"published table {name}: {len(complaints):,} mistakes\n" + listing(complaints))
-    made = tuple(_row(row, provenance) for row in rows)
-    note = str(document.get("note") or "").strip()
-    texts = {key: document[key].strip() for key in TEXTS}
-    return PublishedTable(
-        **texts, provenance=provenance, note=note, tolerance=float(document["tolerance"]), rows=made
+    facts = {field: getattr(table, field) for field in _Table.model_fields if field != "rows"}
+    rows = tuple(
+        PublishedRow(
+            row.method,
+            row.errata_method,
+            row.scores,
+            provenance=row.provenance if "provenance" in row.model_fields_set else table.provenance,
+        )
+        for row in table.rows
     )
+    return PublishedTable(**facts, rows=rows)
 
 
-def _table_problems(document: Mapping[str, Any], name: str) -> list[str]:
-    found = []
-    if document.get("name") not in (None, name):
-        found.append(f"name: {shown(document['name'])} in a file called {name}; they must agree")
-    tolerance: Any = document.get("tolerance")
-    if not _is_number(tolerance) or tolerance <= 0:
-        found.append(f"tolerance: expected a number above zero, found {shown(tolerance)}")
-    if not isinstance(document.get("note", ""), str):
-        found.append(f"note: expected a text, found {shown(document['note'], 60)}")
-    if _is_text(document.get("schedule")):
-        try:
-            Schedule.parse(document["schedule"])
-        except ConfigError as error:
-            found.append(f"schedule: {error}")
-    return found
-
-
-def _row_problems(row: Any) -> list[str]:
-    if not isinstance(row, Mapping):
-        return [f"expected fields, found {shown(row, 60)}"]
-    found = [unknown(str(key), list(ROW_FIELDS), "field") for key in row if key not in ROW_FIELDS]
-    if not _is_text(row.get("method")):
-        found.append(f"method: expected a text, found {shown(row.get('method'), 60)}")
-    if "errata_method" not in row or not (row["errata_method"] is None or _is_text(row["errata_method"])):
-        found.append("errata_method: expected a registered name, or null where there is none")
-    scores = row.get("scores")
-    if not isinstance(scores, Mapping) or not scores:
-        found.append(f"scores: expected names with numbers, found {shown(scores, 60)}")
-    else:
-        found += [
-            f"scores.{key}: expected a number, found {shown(value, 60)}"
-            for key, value in scores.items()
-            if not isinstance(key, str) or not _is_number(value)
-        ]
-    if "provenance" in row:
-        found += _provenance_problems(row["provenance"])
-    return found
-
-
-def _provenance_problems(value: Any) -> list[str]:
-    known = get_args(Provenance)
-    if value in known:
-        return []
-    return [
-        f"provenance: {unknown(value if isinstance(value, str) else shown(value), list(known), 'provenance')}"
-    ]
-
-
-def _row(row: Mapping[str, Any], provenance: Any) -> PublishedRow:
-    scores = {key: float(value) for key, value in row["scores"].items()}
-    return PublishedRow(row["method"], row["errata_method"], scores, row.get("provenance", provenance))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+def _repeated(rows: Any) -> list[str]:
+    """List methods that have several rows, also where other fields are wrong."""
+    methods = (
+        [row.get("method") for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    )
+    methods = [method for method in methods if isinstance(method, str)]
+    return [f"rows: {shown(m)} occurs twice" for m in sorted(set(methods)) if methods.count(m) > 1]
 
 
 def _folder() -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from errata import config as settings
+from errata.bench import machine
 from errata.bench.results import finite
 from errata.bench.schedule import SINGLE, Schedule
 from errata.edits import group as groups
@@ -153,6 +152,7 @@ def evaluate(
             config=config, edit=given, asking=dict(asking or {}), tick=tick,
         ), dict(options or {}), after,
     )  # fmt: skip
+    score.check_packages(evaluation.engine.cases)
     check_probes(host, evaluation.engine.cases, **evaluation.engine.asking)
     start_hash = host.weights_hash()
     evaluation.observe_before(texts)
@@ -498,7 +498,7 @@ class _Evaluation:
             "cpu_seconds": time.process_time() - self.cpu,
             "fit_seconds_per_case": engine.fit_seconds / max(1, engine.fitted),
             "observe_seconds_per_case": engine.observe_seconds / max(1, engine.looked),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": machine.peak_memory_mb(),
             "versions": versions(),
             "seed": engine.work.seed,
             "host": engine.host.name,
@@ -531,9 +531,3 @@ def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:
             "give a longer corpus"
         )
     return tokens
-
-
-def peak_memory_mb() -> float:
-    """Largest memory of this process so far, in megabytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -7,7 +7,6 @@ is read when it is needed, so that memory stays bounded whatever the vocabulary.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from errata.bench import results
@@ -175,6 +175,5 @@ def _part(path: Path) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a file's lock inside the block; it falls with the process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(path):
         yield

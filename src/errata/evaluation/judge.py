@@ -4,30 +4,32 @@ Any server that speaks the chat completions protocol (``POST {base_url}/chat/com
 and settings are recorded in every row; replies are kept on disk under the hash of all that decides them, so
 a run that was cut off goes on where it stopped and a repeated one asks nothing. A reply that is not exactly
 one of the two words is ``undecided``: counted, and neither right nor wrong.
+Needs openai and tenacity: ``pip install 'errata[judge]'``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import re
 import sqlite3
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from errata import extras
 from errata.errors import ConfigError, DataError
 from errata.types import Row
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 PROTOCOL = "judge"
 UNDECIDED = "judge_undecided"
@@ -88,31 +90,31 @@ class JudgeSettings:
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings."""
-        found = []
+        problems = []
         if not re.match(r"https?://", self.base_url):
-            found.append(f"base_url: expected http:// or https://, found {self.base_url!r}")
+            problems.append(f"base_url: expected http:// or https://, found {self.base_url!r}")
         if not self.model.strip():
-            found.append("model: is empty")
-        found += [
+            problems.append("model: is empty")
+        problems += [
             f"prompt: {{{name}}} is missing; the judge must see prompt, answers and candidate"
             for name in ("prompt", "answers", "candidate")
             if f"{{{name}}}" not in self.prompt
         ]
-        found += [
+        problems += [
             f"{name}: expected a number above zero, found {value}"
             for name, value in (
                 ("timeout", self.timeout), ("parallel", self.parallel), ("max_tokens", self.max_tokens)
             )
             if value <= 0
         ]  # fmt: skip
-        found += [
+        problems += [
             f"{name}: expected zero or more, found {value}"
             for name, value in (("retries", self.retries), ("pause", self.pause))
             if value < 0
         ]
         if self.key_variable is not None and not os.environ.get(self.key_variable):
-            found.append(f"key_variable: the environment has no {self.key_variable}; set it to the key")
-        return found
+            problems.append(f"key_variable: the environment has no {self.key_variable}; set it to the key")
+        return problems
 
     @property
     def record(self) -> dict[str, Any]:
@@ -138,10 +140,10 @@ class Reply:
     @property
     def verdict(self) -> Verdict:
         """Read the reply strictly: one of the two words and nothing else."""
-        found = _REPLY.fullmatch(self.text)
-        if found is None:
+        match = _REPLY.fullmatch(self.text)
+        if match is None:
             return "undecided"
-        return "right" if found["word"].upper() == "CORRECT" else "wrong"
+        return "right" if match["word"].upper() == "CORRECT" else "wrong"
 
 
 def judge(
@@ -156,9 +158,10 @@ def judge(
     Details carry texts, ``verdicts`` and ``replies`` of both sides, and under ``judge`` its settings and its
     name as served. Like questions are asked once.
 
-    Raises ConfigError for settings that cannot work and for what the server refuses, DataError where it
-    cannot be reached; replies got so far are in the cache, so run again.
+    Raises ConfigError for settings that cannot work, for packages that are missing and for what the server
+    refuses, DataError where it cannot be reached; replies got so far are in the cache, so run again.
     """
+    extras.need("judging", "judge", "openai", "tenacity")
     problems = settings.problems()
     if problems:
         raise ConfigError("\n".join(f"judge.{problem}" for problem in problems))
@@ -169,10 +172,10 @@ def judge(
             raise DataError(f"row {row.case} {row.kind!r} has no {', '.join(missing)} in its detail to judge")
     sides = [(question(row, "before", settings), question(row, "after", settings)) for row in taken]
     replies = _replies(list(dict.fromkeys(q for pair in sides for q in pair)), settings, on_progress)
-    made: list[Row] = []
+    judged: list[Row] = []
     for row, (before, after) in zip(taken, sides, strict=True):
-        made += _judged(row, replies[before], replies[after], settings)
-    return made
+        judged += _judged(row, replies[before], replies[after], settings)
+    return judged
 
 
 def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings) -> str:
@@ -182,7 +185,7 @@ def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings
         "answers": " | ".join(row.detail["answers"]),
         "candidate": row.detail[f"text_{side}"],
     }
-    return _FIELD.sub(lambda found: values[found[1]], settings.prompt)
+    return _FIELD.sub(lambda field: values[field[1]], settings.prompt)
 
 
 def _judged(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> Iterator[Row]:
@@ -282,26 +285,26 @@ def _replies(
     questions: Sequence[str], settings: JudgeSettings, tick: Callable[[int, int], None]
 ) -> dict[str, Reply]:
     """Answer questions from the cache, and ask the server the others, a bounded number at once."""
-    with contextlib.closing(_Cache(settings)) as cache:
-        found = {q: reply for q in questions if (reply := cache.get(q)) is not None}
-        left = iter([q for q in questions if q not in found])
-        tick(len(found), len(questions))
+    with contextlib.closing(_Cache(settings)) as cache, contextlib.closing(_client(settings)) as client:
+        replies = {q: reply for q in questions if (reply := cache.get(q)) is not None}
+        left = iter([q for q in questions if q not in replies])
+        tick(len(replies), len(questions))
         stop = threading.Event()
         with ThreadPoolExecutor(settings.parallel) as pool:
             running: dict[Future[Reply], str] = {}
             try:
                 while True:
                     for q in left:
-                        running[pool.submit(_ask, q, settings, stop)] = q
+                        running[pool.submit(_ask, client, q, settings, stop)] = q
                         if len(running) >= settings.parallel:
                             break
                     if not running:
-                        return found
+                        return replies
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         q = running.pop(future)
-                        found[q] = future.result()
-                        cache.put(q, found[q])
-                        tick(len(found), len(questions))
+                        replies[q] = future.result()
+                        cache.put(q, replies[q])
+                        tick(len(replies), len(questions))
             finally:
                 stop.set()  # what still waits for its turn gives up; answered ones are kept below
                 for future, q in running.items():
@@ -354,53 +357,78 @@ class _Again(Exception):
     def __init__(self, why: str, after: float = 0.0) -> None:
         super().__init__(why)
         self.after = after
+        """Seconds that the server asks to wait."""
 
 
-def _ask(text: str, settings: JudgeSettings, stop: threading.Event) -> Reply:
-    """Ask once, and again after failures that may pass, with growing pauses."""
-    why = ""
-    for attempt in range(settings.retries + 1):
-        try:
-            return _call(text, settings)
-        except _Again as failure:
-            why = str(failure)
-            pause = min(max(settings.pause * 2**attempt, failure.after), settings.longest_pause)
-        if attempt == settings.retries or stop.wait(pause):
-            break
-    raise DataError(
-        f"the judge at {settings.base_url} gave no reply: {why} ({settings.retries} repetitions allowed); "
-        "replies so far are kept where a cache was given, so run again to go on"
-    )
+def _client(settings: JudgeSettings) -> OpenAI:
+    from openai import OpenAI
+
+    key = settings.key_variable and os.environ[settings.key_variable]
+    return OpenAI(api_key=key or "none", base_url=settings.base_url, timeout=settings.timeout, max_retries=0)
 
 
-def _call(text: str, settings: JudgeSettings) -> Reply:
-    body = {
-        "model": settings.model,
-        "messages": [{"role": "user", "content": text}],
-        "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
-        "seed": settings.seed,
-    }
-    headers = {"Content-Type": "application/json"}
-    if settings.key_variable is not None:
-        headers["Authorization"] = f"Bearer {os.environ[settings.key_variable]}"
-    request = urllib.request.Request(
-        settings.base_url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-    )
+def _omitted(settings: JudgeSettings) -> dict[str, Any]:
+    """Return headers that the client would take from its own environment variables, left out."""
+    from openai import Omit
+
+    names = ["OpenAI-Organization", "OpenAI-Project"]
+    if settings.key_variable is None:
+        names.append("Authorization")
+    return {name: Omit() for name in names}
+
+
+def _ask(client: OpenAI, text: str, settings: JudgeSettings, stop: threading.Event) -> Reply:
+    """Ask once, and again after failures that may pass, with growing pauses, until ``stop`` is set."""
+    import tenacity
+
+    growing = tenacity.wait_exponential(multiplier=settings.pause, max=settings.longest_pause)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        failure = state.outcome and state.outcome.exception()
+        after = failure.after if isinstance(failure, _Again) else 0.0
+        return max(growing(state), min(after, settings.longest_pause))
+
+    def sleep(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise _Again("another call failed")
+
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(_Again), stop=tenacity.stop_after_attempt(settings.retries + 1),
+        wait=pause, sleep=sleep, reraise=True,
+    )  # fmt: skip
     try:
-        with urllib.request.urlopen(request, timeout=settings.timeout) as answer:
-            document = answer.read()
-    except urllib.error.HTTPError as error:
-        said = error.read(300).decode(errors="replace").strip()
-        if error.code == HTTPStatus.TOO_MANY_REQUESTS or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise _Again(f"status {error.code} {said}", _seconds(error.headers.get("Retry-After"))) from error
+        return again(_call, client, text, settings)
+    except _Again as failure:
+        raise DataError(
+            f"the judge at {settings.base_url} gave no reply: {failure} ({settings.retries} repetitions allowed); "
+            "replies so far are kept where a cache was given, so run again to go on"
+        ) from failure
+
+
+def _call(client: OpenAI, text: str, settings: JudgeSettings) -> Reply:
+    import openai
+
+    try:
+        # the bytes as they came: servers differ in the type they declare, and gateways send pages when they fail
+        answer = client.chat.completions.with_raw_response.create(
+            model=settings.model, messages=[{"role": "user", "content": text}],
+            temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed,
+            extra_headers=_omitted(settings),
+        )  # fmt: skip
+    except openai.APIStatusError as error:
+        reason = error.response.text[:300].strip()
+        status = f"status {error.status_code} {reason}"
+        if (
+            error.status_code == HTTPStatus.TOO_MANY_REQUESTS
+            or error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        ):
+            raise _Again(status, _seconds(error.response.headers.get("Retry-After"))) from error
         raise ConfigError(
-            f"the judge at {settings.base_url} refused: status {error.code} {said}; check address, key and "
-            f"model {settings.model!r}"
+            f"the judge at {settings.base_url} refused: {status}; check address, key and model {settings.model!r}"
         ) from error
-    except (OSError, http.client.HTTPException) as error:  # time-outs, refused, lost and broken connections
-        raise _Again(str(getattr(error, "reason", error)) or type(error).__name__) from error
-    return _parsed(document, settings)
+    except openai.APIConnectionError as error:  # time-outs, refused, lost and broken connections
+        raise _Again(str(error.__cause__ or error) or type(error).__name__) from error
+    return _parsed(answer.content, settings)
 
 
 def _seconds(header: str | None) -> float:
@@ -411,11 +439,13 @@ def _seconds(header: str | None) -> float:
 def _parsed(document: bytes, settings: JudgeSettings) -> Reply:
     """Read a completion; one that is not of the protocol may pass, as gateways send pages when they fail."""
     try:
-        found = json.loads(document)
-        text = found["choices"][0]["message"]["content"]
+        completion = json.loads(document)
+        text = completion["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         raise _Again(f"not a chat completion: {document[:80]!r}") from error
     served = " ".join(
-        str(found[name]) for name in ("model", "system_fingerprint") if isinstance(found.get(name), str)
+        str(completion[name])
+        for name in ("model", "system_fingerprint")
+        if isinstance(completion.get(name), str)
     )
     return Reply(text if isinstance(text, str) else "", served or settings.model)

@@ -5,7 +5,7 @@ Averages of rows are made by :mod:`errata.evaluation.metrics.summary`, whose fun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from errata.errors import DataError
 from errata.evaluation.metrics import REGISTRY, CaseResult, ProbeResult
@@ -65,3 +65,11 @@ def _check_answers(case: Case) -> None:
             f"case {case.id}, prompt {nameless[0].prompt!r}: a probe of form {nameless[0].form} needs at least "
             f"one accepted answer ({len(nameless)} such probes)"
         )
+
+
+def check_packages(cases: Iterable[Case]) -> None:
+    """Raise ConfigError, naming the extra, where some probe has a form that nothing installed here can score."""
+    forms = {probe.form for case in cases for probe in case.probes}
+    for metric in REGISTRY.values():
+        if metric.check is not None and metric.forms & forms:
+            metric.check()

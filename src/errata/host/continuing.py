@@ -11,6 +11,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -28,26 +29,43 @@ Ids = tuple[int, ...]
 Choose = Callable[[Tensor, Sequence[int]], list[int]]
 """Chooses the next token of some rows: logits ``[n, vocab]`` and which rows they are of, to ids."""
 
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "guidance_scale": (1.0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "watermarking_config": (),
-    "stop_strings": (),
-    "penalty_alpha": (),
-}
-"""Settings of a model's generation that change greedy text, with the values that do not; None never does."""
+HARMLESS = frozenset(
+    (
+        # sampling
+        "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+        # beams, of which there is one
+        "num_beams", "num_beam_groups", "early_stopping", "length_penalty", "diversity_penalty",
+        "num_return_sequences",
+        # lengths and ends, which callers give
+        "max_length", "max_new_tokens", "max_time", "pad_token_id", "bos_token_id", "eos_token_id",
+        "decoder_start_token_id",
+        # caches, compiling and drafts: how the same text is computed
+        "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+        "continuous_batching_config", "prefill_chunk_size", "low_memory", "use_mtp", "is_assistant",
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+        "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+        # what is returned
+        "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+        "renormalize_logits", "transformers_version",
+    )
+)  # fmt: skip
+"""Settings of generation that leave greedy text as it is. Any other field of transformers' GenerationConfig may change
+it where it is not at its default, also one that a later version adds."""
+
+
+@lru_cache(maxsize=1)
+def plain_values() -> dict[str, Any]:
+    """Return transformers' defaults of the settings of generation that may change greedy text."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig()
+    # a new config leaves its fields open; what they then mean is told apart
+    meant = getattr(config, "_get_default_generation_params", dict)()
+    fields = {**vars(config), **meant}
+    return {
+        name: value for name, value in fields.items() if name not in HARMLESS and not name.startswith("_")
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,10 +272,14 @@ def end_tokens(host: Host) -> frozenset[int]:
 
 def plain(host: Host) -> bool:
     """Whether the model's generation settings leave greedy text as it is: each time the most probable token."""
-    given = getattr(host.model, "generation_config", None)
-    return all(
-        getattr(given, name, None) is None or getattr(given, name) in values for name, values in PLAIN.items()
-    )
+    config = getattr(host.model, "generation_config", None)
+    for name, default in plain_values().items():
+        value = getattr(config, name, None)
+        if (
+            value is not None and value != default and (value or default)
+        ):  # 0, False and [] are off where None is
+            return False
+    return True
 
 
 @torch.no_grad()

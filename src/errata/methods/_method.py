@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from errata import config as settings
 from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
@@ -74,6 +75,9 @@ class Method:
         inner = next((site.d_in for site in host.layout.mlp_out if site is not None), None)
         shape = Shape(host.family, len(host.layout.blocks), host.layout.width, inner)
         return self.published.get(shape, self.published.get(shape._replace(inner=None), {}))
+
+    def __post_init__(self) -> None:
+        settings.check_names(self.config, self.name)
 
     def run(
         self,
@@ -316,7 +320,7 @@ def provenance(
     return Provenance(
         method=method,
         requests=tuple(requests),
-        config=asdict(config),
+        config=settings.plain(config),
         host=host.fingerprint,
         host_name=host.name,
         seed=work.seed,

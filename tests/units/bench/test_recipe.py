@@ -38,10 +38,10 @@ def test_every_mistake_is_told_at_once():
         recipe.parse(bad)
     text = str(caught.value)
     for piece in (
-        "unknown field 'nmae': did you mean 'name'", "models: lab stands there twice", "'float8'", "'colour'",
+        "unknown field 'nmae': did you mean 'name'", "models: 'lab' occurs twice", "'float8'", "'colour'",
         "threads: expected a whole number from 1, found 0", "seeds[0]", "did you mean 'rome'",
         "did you mean 'steps'", "unedited is a baseline", "runs[0].datasets: is empty",
-        "runs[1].methods: 'rome' stands there twice", "runs[1].schedule", "runs[1].look: belongs to a sequence",
+        "runs[1].methods: 'rome' occurs twice", "runs[1].schedule", "runs[1].look: belongs to a sequence",
         "runs[2].look: checkpoints 'evry:2'", "runs[3].datasets: is missing",
         "runs[4].methods[0].label: ft names a baseline",
     ):  # fmt: skip

@@ -157,7 +157,7 @@ def test_mistakes_in_a_recipe_are_told_with_the_others(files):
     text = str(caught.value)
     for part in (
         "runs[0].datasets[0].source: is missing", "runs[0].datasets[0].demonstrations[1]: expected a text, found 3",
-        "runs[0].datasets[0].demonstrations: there is no file none.txt",
+        "runs[0].datasets[0].demonstrations[0]: there is no file none.txt",
         "runs[0].datasets[1]: unknown field 'demos'", "runs[0].datasets[2].source: expected a text, found ''",
         "runs[0].datasets[2].beside[0]: expected a text", "runs[0].datasets[3]: expected the name of a dataset",
     ):  # fmt: skip

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from errata.errors import ConfigError
+from errata.evaluation import score
 from errata.evaluation.metrics import collapse, consistency, longform, ngrams, propagation
+from errata.types import Case, Probe, Request
 
 HEALTHY = (
     "She was born in Tallow, the old harbour town, and moved to Esk when she was nine. Her father kept bees; "
@@ -118,6 +121,32 @@ def test_rouge_by_hand():
     assert longform.rouge_l("", wanted).f == 0.0 == longform.rouge_l(said, "...").f
     same = longform.rouge_l(wanted, wanted)
     assert (same.precision, same.recall, same.f) == (1.0, 1.0, 1.0)
+
+
+def test_letters_of_scripts_without_spaces_are_terms():
+    # "巴黎 是 法 国 的 首 都" letter by letter: 8 letters, all in common, in another order
+    text, reference = "巴黎是法国的首都。", "法国的首都是巴黎。"
+    assert longform.rouge(text, reference, 1).f == 1.0
+    assert longform.rouge(text, reference, 2).f == pytest.approx(5 / 7)  # 巴黎 法国 国的 的首 首都
+    assert longform.rouge_l(text, reference).f == pytest.approx(5 / 8)  # 法国的首都
+    assert longform.rouge_l("Paris, 法国", "paris 法 国").f == 1.0
+    assert 0.0 < longform.bleu(text, reference) < 1.0 == pytest.approx(longform.bleu(text, text))
+    assert longform.rouge("Übung für Ärzte", "übung FÜR ärzte", 2).f == 1.0, "letters beyond a to z are kept"
+
+
+@pytest.mark.parametrize("package", ["rouge_score", "sacrebleu"])
+def test_long_answers_are_refused_before_anything_runs_without_their_packages(monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    request = Request("{} is", "Ada", "a harpist")
+    long, short = (
+        Case("a", request, (Probe("efficacy", "Ada is", ("a harpist",), (), form=form),))
+        for form in ("long", "short")
+    )
+    score.check_packages([short])
+    with pytest.raises(ConfigError, match=rf"long answers needs {package}: pip install 'errata\[text\]'"):
+        score.check_packages([short, long])
 
 
 def test_legacy_recall_by_hand():

@@ -120,6 +120,8 @@ class Metric:
     """Forms of probes that it scores."""
     needs_text: bool = False
     """Whether it reads generated texts, so that it has no rows where none were asked for."""
+    check: Callable[[], None] | None = None
+    """Raises ConfigError, before anything is run, where packages that it needs are not installed."""
     rows: Rows | None = None
     """Makes the rows of one probe; none where it does not apply."""
     case_rows: CaseRows | None = None

@@ -1,23 +1,33 @@
 """How near a long answer comes to the one that was taught: UnKE, AKEW, EditEverything, FRUIT.
 
 The published code of these sets (arXiv 2405.15349, 2502.05628) prints recall as "ROUGE-L" and a BLEU of
-characters; both stand here as ``legacy_*`` beside the usual definitions.
+characters; both are here as ``legacy_*`` beside the usual definitions, which are those of rouge-score and
+sacreBLEU (``pip install 'errata[text]'``).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
+import regex
+
+from errata import extras
 from errata.evaluation.metrics._metric import Metric, ProbeResult, per_cent
 from errata.evaluation.metrics.ngrams import grams, repetition
 from errata.types import Row
+from errata.writing import UNSPACED
 
-_TERM = re.compile(r"[^\W_]+")
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+_TERM = regex.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\W_])+")
+_HAN = regex.compile(r"\p{Script=Han}")
 
 
 @dataclass(frozen=True)
@@ -30,70 +40,100 @@ class Overlap:
     """Harmonic mean of the two."""
 
 
-def rouge(said: str, wanted: str, n: int) -> Overlap:
-    """ROUGE-n: n-grams in common, each as often as both have it (Lin 2004).
+def check_packages() -> None:
+    """Raise ConfigError, naming the extra, where the packages that score long answers are not installed."""
+    extras.need("scoring long answers", "text", "rouge_score.rouge_scorer", "sacrebleu.metrics.bleu")
 
-    Terms are runs of letters and digits, case folded, without stemming. 0 where either text has none.
+
+def rouge(text: str, reference: str, n: int) -> Overlap:
+    """Return ROUGE-n: n-grams in common, each as often as both have it (Lin 2004), as rouge-score computes it.
+
+    Terms are runs of letters and digits, case folded, without stemming; letters of scripts without spaces, as
+    Chinese, are a term each. 0 where either text has none.
     """
-    a, b = Counter(grams(_terms(said), n)), Counter(grams(_terms(wanted), n))
-    return _overlap((a & b).total(), a.total(), b.total())
+    return _rouge(f"rouge{n}", text, reference)
 
 
-def rouge_l(said: str, wanted: str) -> Overlap:
-    """ROUGE-L: the longest common subsequence of terms over each text's length (Lin 2004)."""
-    a, b = _terms(said), _terms(wanted)
-    return _overlap(_lengths(a, b)[-1][-1] if a and b else 0, len(a), len(b))
+def rouge_l(text: str, reference: str) -> Overlap:
+    """Return ROUGE-L: the longest common subsequence of terms over each text's length, as rouge-score has it."""
+    return _rouge("rougeL", text, reference)
 
 
-def legacy_recall(said: str, wanted: str) -> float:
+def legacy_recall(text: str, reference: str) -> float:
     """Return what the UnKE and AnyEdit code prints as ROUGE-L: recall, of the ``rouge`` package's definition.
 
     Quirks kept: sentences are cut at every period; of each pair of sentences one longest common subsequence
     is taken, its words are put into one set for all pairs, and the set's size is divided by the number of
-    different words of the wanted text. Case and punctuation count, and a blank after the last period is a
+    different words of the reference. Case and punctuation count, and a blank after the last period is a
     word. 0 where either text has no sentence.
     """
-    hypothesis, reference = _sentences(said), _sentences(wanted)
-    vocabulary = {word for sentence in reference for word in sentence}
-    found = {word for ref in reference for hyp in hypothesis for word in _common(ref, hyp)}
-    return len(found) / len(vocabulary) if vocabulary else 0.0
+    sentences, references = _sentences(text), _sentences(reference)
+    vocabulary = {word for sentence in references for word in sentence}
+    common = {word for one in references for other in sentences for word in _common(one, other)}
+    return len(common) / len(vocabulary) if vocabulary else 0.0
 
 
-def bleu(said: str, wanted: str) -> float:
-    """Word BLEU of one text against one reference, in [0, 1], as sacreBLEU scores a sentence (arXiv 1804.08771).
+def bleu(text: str, reference: str) -> float:
+    """Return word BLEU of one text against one reference, in [0, 1], as sacreBLEU scores a sentence (arXiv 1804.08771).
 
     BP * exp(mean of log p_n) for n = 1 to 4, as far as the text has n-grams; the i-th n without a match
     counts as 1 / (2^i * number of n-grams); BP = exp(1 - r / c) for a text of c tokens shorter than its
-    reference of r. Tokens are those of mteval 13a.
+    reference of r. Tokens are those of mteval 13a, or of sacreBLEU's ``zh`` where the reference has Chinese letters.
     """
-    return _bleu(_tokens_13a(said), _tokens_13a(wanted), smooth=True)
+    tokens = "zh" if _HAN.search(reference) else "13a"
+    return _bleu(tokens).sentence_score(text, [reference]).score / 100
 
 
-def legacy_character_bleu(said: str, wanted: str) -> float:
+def legacy_character_bleu(text: str, reference: str) -> float:
     """BLEU of single characters, in [0, 1], as the UnKE and AnyEdit code has it.
 
     Quirk kept: NLTK's ``sentence_bleu`` is handed strings where it expects rows of words, so letters and
     spaces are its tokens and any two texts of one language look alike. No smoothing: 0 where some n has no
     match (NLTK prints a number below 1e-70).
     """
-    return _bleu(list(said), list(wanted), smooth=False)
+    logs = []
+    for n in range(1, 5):
+        a, b = Counter(grams(text, n)), Counter(grams(reference, n))
+        matches = (a & b).total()
+        if not matches:
+            return 0.0
+        logs.append(math.log(matches / a.total()))
+    brevity = min(1.0, math.exp(1 - len(reference) / len(text)))
+    return brevity * math.exp(sum(logs) / len(logs))
 
 
-def length_ratio(said: str, wanted: str) -> float:
-    """Words of a text per word of the wanted one; infinite where nothing is wanted."""
-    words = len(wanted.split())
-    return len(said.split()) / words if words else math.inf
+def length_ratio(text: str, reference: str) -> float:
+    """Words of a text per word of the reference; infinite where the reference has none."""
+    words = len(reference.split())
+    return len(text.split()) / words if words else math.inf
 
 
-def _terms(text: str) -> list[str]:
-    return _TERM.findall(text.casefold())
+class _Terms:
+    """The terms of a text, for rouge-score, whose own tokenizer drops all letters but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a text into terms."""
+        return _TERM.findall(text.casefold())
 
 
-def _overlap(common: int, said: int, wanted: int) -> Overlap:
-    if not common:
-        return Overlap(0.0, 0.0, 0.0)
-    precision, recall = common / said, common / wanted
-    return Overlap(precision, recall, 2 * precision * recall / (precision + recall))
+@lru_cache(maxsize=4)
+def _scorer(kind: str) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    terms: Any = _Terms()
+    return RougeScorer([kind], tokenizer=terms)
+
+
+@lru_cache(maxsize=2)
+def _bleu(tokens: str) -> BLEU:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(tokenize=tokens, effective_order=True)
+
+
+def _rouge(kind: str, text: str, reference: str) -> Overlap:
+    score = _scorer(kind).score(reference, text)[kind]
+    return Overlap(float(score.precision), float(score.recall), float(score.fmeasure))
 
 
 def _lengths(a: Sequence[str], b: Sequence[str]) -> list[list[int]]:
@@ -125,38 +165,6 @@ def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
 
 def _sentences(text: str) -> list[list[str]]:
     return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
-
-
-def _bleu(said: Sequence[Hashable], wanted: Sequence[Hashable], *, smooth: bool) -> float:
-    logs: list[float] = []
-    misses = 0
-    for n in range(1, 5):
-        a, b = Counter(grams(said, n)), Counter(grams(wanted, n))
-        total, matches = a.total(), (a & b).total()
-        if smooth and (not total or (n == 1 and not matches)):
-            break
-        if matches:
-            logs.append(math.log(matches / total))
-        elif smooth:
-            misses += 1
-            logs.append(-math.log(2**misses * total))
-        else:
-            return 0.0
-    if not logs:
-        return 0.0
-    brevity = min(1.0, math.exp(1 - len(wanted) / len(said)))
-    return brevity * math.exp(sum(logs) / len(logs))
-
-
-def _tokens_13a(text: str) -> list[str]:
-    """Cut as mteval 13a: marks stand alone, but periods and commas inside numbers and hyphens inside words do not."""
-    line = f" {text} ".replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for name, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        line = line.replace(name, sign)
-    line = re.sub(r"([!-&(-+/:-@\[-`{-~])", r" \1 ", line)
-    line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)
-    line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
 
 
 NAME = "long_form"
@@ -193,6 +201,7 @@ METRIC = Metric(
     higher_is_better=True,
     forms=frozenset({"long"}),
     needs_text=True,
+    check=check_packages,
     rows=rows,
     scores=(
         per_cent("ROUGE-L", "long.long_form", "legacy_recall", order=3),

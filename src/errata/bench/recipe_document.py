@@ -1,0 +1,278 @@
+"""What a recipe file may hold: each of its fields with what is accepted there, checked all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from errata import config as settings
+from errata.bench.schedule import SINGLE, Schedule, check_looks
+from errata.errors import ConfigError
+from errata.methods import REGISTRY
+
+ALL = "all"
+IN_PROMPT = "in_prompt"
+BASELINES = ("unedited", IN_PROMPT)
+"""Cells that no method makes: the host as it is, and the host with each case's facts in the prompt."""
+TUNED = "ft"
+"""The method that every board has to be read against."""
+
+
+def check(document: Any) -> tuple[RecipeDocument | None, list[str]]:
+    """Read a recipe's plain data; None where there are complaints, which name each place that is wrong."""
+    complaints: list[str] = []
+    read = None
+    try:
+        read = RecipeDocument.model_validate(document)
+    except ValidationError as error:
+        complaints = settings.explain(error, RecipeDocument, document)
+    complaints += _repeated(document)
+    return (None if complaints else read), complaints
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    raise settings.expected("a text")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is int:
+        return value
+    raise settings.expected("a whole number")
+
+
+def _count(value: Any) -> int:
+    if type(value) is int and value >= 1:
+        return value
+    raise settings.expected("a whole number from 1")
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise settings.expected("true or false")
+
+
+def _items(value: Any) -> list[Any]:
+    """Read a list, or one value that stands for a list of one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _some(value: Sequence[Any] | None) -> Sequence[Any] | None:
+    if value is not None and not value:
+        raise settings.problem("is empty")
+    return value
+
+
+def _mapping(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value
+    raise settings.expected("fields")
+
+
+def _file(path: str) -> str:
+    if Path(path).expanduser().is_file():
+        return path
+    raise settings.problem(f"there is no file {path}")
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_count)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Items = BeforeValidator(_items)
+Some = AfterValidator(_some)
+
+
+class _Document(BaseModel):
+    """Fields of which none is unknown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    SHORT: ClassVar[str] = ""
+    """The field that a text alone stands for."""
+
+
+def _long(kind: type[_Document]) -> BeforeValidator:
+    """Read a text as the one field that it stands for."""
+    return BeforeValidator(lambda value: {kind.SHORT: value} if isinstance(value, str) else value)
+
+
+class ModelDocument(_Document):
+    """A model to edit."""
+
+    SHORT = "name"
+    EXPECTED: ClassVar[str] = "the name of a model, or fields with a name"
+
+    name: Text
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: Text = "auto"
+    label: Text | None = None
+    template: Literal["raw", "question", "chat", "auto"] = "raw"
+
+
+class MethodDocument(_Document):
+    """A method with settings of its own."""
+
+    SHORT = "name"
+    EXPECTED: ClassVar[str] = "the name of a method, or fields with a name"
+
+    name: Text
+    settings: Annotated[dict[str, Any], BeforeValidator(_mapping)] = {}
+    label: Text | None = None
+
+    @property
+    def title(self) -> str:
+        """What tables call it: its label, else its name and what differs from its defaults."""
+        return self.label or _title(self.name, self.settings)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in BASELINES:
+            raise settings.problem(f"{name} is a baseline and always there; leave it out")
+        _reported(REGISTRY.get, name)
+        return name
+
+    @field_validator("settings")
+    @classmethod
+    def _accepted(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        if name is not None:
+            _reported(settings.make, REGISTRY.get(name).config, values, name)
+        return values
+
+    @field_validator("label")
+    @classmethod
+    def _free(cls, label: str | None, info: ValidationInfo) -> str | None:
+        tuned = label == TUNED and (info.data.get("name", TUNED) != TUNED or info.data.get("settings"))
+        if label in BASELINES or tuned:
+            raise settings.problem(f"{label} names a baseline; give another")
+        return label
+
+
+class DatasetDocument(_Document):
+    """Cases to edit and ask, and what is put before and beside their questions."""
+
+    SHORT = "source"
+    EXPECTED: ClassVar[str] = "the name of a dataset, or fields with a source"
+
+    source: Text
+    demonstrations: Annotated[tuple[Annotated[Text, AfterValidator(_file)], ...], Items] = ()
+    beside: Annotated[tuple[Text, ...], Items] = ()
+
+
+def _methods(value: Any) -> Any:
+    return None if value == ALL else _items(value)
+
+
+class RunDocument(_Document):
+    """Methods crossed with datasets under one schedule."""
+
+    methods: Annotated[
+        tuple[Annotated[MethodDocument, _long(MethodDocument)], ...] | None, BeforeValidator(_methods), Some
+    ]
+    """None: all of them."""
+    datasets: Annotated[tuple[Annotated[DatasetDocument, _long(DatasetDocument)], ...], Items, Some]
+    schedule: Annotated[Schedule, BeforeValidator(lambda value: _reported(Schedule.parse, str(value)))] = (
+        SINGLE
+    )
+    look: Any = None
+
+    @field_validator("look")
+    @classmethod
+    def _looks(cls, look: Any, info: ValidationInfo) -> str | tuple[int, ...] | None:
+        schedule = info.data.get("schedule", SINGLE)
+        if look is None:
+            return None
+        if schedule.kind != "sequential":
+            raise settings.problem(f"belongs to a sequence; the schedule is {schedule}")
+        numbers = [look] if type(look) is int else look
+        if isinstance(numbers, list) and numbers and all(type(n) is int and n > 0 for n in numbers):
+            return tuple(numbers)
+        if isinstance(look, str):
+            _reported(check_looks, look)
+            return look
+        raise settings.expected("numbers of edits, each, every:K, decades or end")
+
+
+class RecipeDocument(_Document):
+    """All that a run is to do."""
+
+    name: Text = "run"
+    models: Annotated[tuple[Annotated[ModelDocument, _long(ModelDocument)], ...], Items, Some]
+    runs: Annotated[tuple[RunDocument, ...], Items, Some]
+    seeds: Annotated[tuple[Whole, ...], Items] = (0,)
+    threads: Count = 1
+    max_new_tokens: Count = 24
+    corpus: Text | None = None
+    keep_edits: Flag = False
+    published: Annotated[tuple[Text, ...], Items] = ()
+
+    @field_validator("corpus")
+    @classmethod
+    def _there(cls, corpus: str | None) -> str | None:
+        if corpus is not None and not Path(corpus).is_file():
+            raise settings.problem(f"there is no file {corpus}")
+        return corpus
+
+
+def _reported(read: Any, *arguments: Any) -> Any:
+    """Call a reader, with what it complains about as a complaint about the field."""
+    try:
+        return read(*arguments)
+    except ConfigError as error:
+        raise settings.problem(str(error)) from error
+
+
+# --- what stands twice ----------------------------------------------------------------------
+
+
+def _repeated(document: Any) -> list[str]:
+    """List names that occur twice, also where other fields are wrong."""
+    if not isinstance(document, Mapping):
+        return []
+    lists = [
+        ("models", [_label(item, lambda name, _: name) for item in _items(document.get("models"))]),
+        ("seeds", [str(seed) for seed in _items(document.get("seeds"))]),
+    ]
+    for number, run in enumerate(_items(document.get("runs"))):
+        if isinstance(run, Mapping):
+            labels = [_label(item, _title) for item in _items(run.get("methods"))]
+            lists.append((f"runs[{number}].methods", labels))
+    return [
+        f"{place}: {name!r} occurs twice; leave one out, or give labels"
+        for place, names in lists
+        for name in sorted({name for name in names if name is not None and names.count(name) > 1})
+    ]
+
+
+def _label(item: Any, title: Any) -> str | None:
+    """Return what tables would call an item of a recipe; None for what is no item."""
+    if isinstance(item, str):
+        return title(item, {})
+    if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
+        return None
+    label, options = item.get("label"), item.get("settings")
+    return (
+        label
+        if isinstance(label, str)
+        else title(item["name"], options if isinstance(options, Mapping) else {})
+    )
+
+
+def _title(name: str, options: Mapping[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={options[key]}" for key in sorted(options, key=str))])
