@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 RESERVED = frozenset(
     (
-        "after", "at", "batch_size", "cases", "corpus", "edit", "host", "join", "keep", "max_new_tokens", "method",
+        "after", "at", "batch_size", "cases", "corpus", "edit", "examples", "host", "join", "keep", "max_new_tokens", "method",
         "on_progress", "probes", "requests", "schedule", "seed", "system", "template", "thinking",
     )
 )  # fmt: skip

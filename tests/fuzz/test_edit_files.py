@@ -17,7 +17,7 @@ import errata
 from errata.checksum import FIELD, checksum
 from errata.cli.show import _requests
 from errata.edits import Provenance, WeightEdit
-from errata.edits.format import KEY, _tensor_digest
+from errata.edits.format import KEY, tensor_digest
 from errata.edits.records import Record
 from errata.errors import EditError
 from errata.linalg.lowrank import LowRank
@@ -105,7 +105,7 @@ class Reader:
 def first_header(reader: Reader) -> dict[str, Any]:
     """Return the header that version 1 would have written: no hash, and a digest of the tensors alone."""
     known = {key: value for key, value in reader.header.items() if key not in ("protection", FIELD)}
-    return {**known, "format": 1, "digest": _tensor_digest(reader.tensors)}
+    return {**known, "format": 1, "digest": tensor_digest(reader.tensors)}
 
 
 def damaged(reader: Reader, count: int, seed: int) -> Iterator[tuple[str, Callable[[], Facts], bool]]:

@@ -254,7 +254,7 @@ def test_files_of_earlier_versions_load(host, tmp_path, version):
     edit = make(host)
     content = {
         "kind": "weight",
-        "digest": file_format._tensor_digest(edit.parts()),
+        "digest": file_format.tensor_digest(edit.parts()),
         "provenance": {k: v for k, v in asdict(edit.provenance).items() if k not in ("parents", "created")}
         | {"overrides": ["made for another host"]},
         **edit.body(),

@@ -104,7 +104,12 @@ def check_repeat(
 
 
 def save_edit(edit: Edit, path: Path, earlier: Edit | None) -> Path:
-    """Write an edit and return where: beside an earlier one that turns out to have other settings."""
+    """Write an edit and return where: beside an earlier one that turns out to have other settings.
+
+    An earlier one that is the same edit stays as it is.
+    """
+    if earlier is not None and earlier.digest == edit.digest:
+        return path
     if earlier is not None and _plain(earlier.provenance.config) != _plain(edit.provenance.config):
         numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
         free = next(each for each in numbers if not _is_there(each))

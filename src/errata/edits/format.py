@@ -118,16 +118,17 @@ def check_digest(header: Mapping[str, Any], digest: str, tensors: Mapping[str, T
     recorded = header.get("digest")
     if not isinstance(recorded, str):
         raise ValueError("the header has no digest")
-    digest = digest if header["format"] > 2 else _tensor_digest(tensors)
+    digest = digest if header["format"] > 2 else tensor_digest(tensors)
     if recorded != digest:
         raise ValueError(f"its content {digest} does not match the recorded {_cut(recorded)}")
 
 
-def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Name tensors by their names, shapes, dtypes and bytes, 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from errata.edits import header as fields
 from errata.edits.edit import Edit, Outside, Placement, Provenance
-from errata.edits.records import laid_out
+from errata.edits.records import contiguous_copy
 from errata.edits.routers import ROUTERS
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import ConfigError, EditError
@@ -72,7 +72,7 @@ class Intervention:
             raise EditError(
                 f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
             )
-        payload = {name: laid_out(tensor) for name, tensor in self.payload.items()}
+        payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
         object.__setattr__(self, "payload", payload)
 
     @property
@@ -102,7 +102,9 @@ class MemoryEdit(Edit):
         counts = {one.entries for one in self.interventions}
         if len(counts) > 1:
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
-        object.__setattr__(self, "state", {name: laid_out(tensor) for name, tensor in self.state.items()})
+        object.__setattr__(
+            self, "state", {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
+        )
 
     @property
     def entries(self) -> int:

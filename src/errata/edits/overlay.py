@@ -91,6 +91,16 @@ class Overlay:
         return self.base_mark
 
 
+def key_of(numbers: str, digest: str) -> str:
+    """Return the name of an edit among the changes of a weight: what orders it, and its digest."""
+    return f"{numbers}.{digest}"
+
+
+def digest_of(key: str) -> str:
+    """Return the digest in a name that :func:`key_of` made."""
+    return key.rpartition(".")[2]
+
+
 @torch.no_grad()
 def composed(base: Tensor, deltas: Mapping[str, Delta], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Add deltas to a base in float32 or wider, in an order that depends on them alone, and cast once."""

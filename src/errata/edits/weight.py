@@ -15,12 +15,14 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from errata.edits import branch, overlay
+from errata.edits import format as file_format
 from errata.edits import header as fields
 from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Placement, Provenance
@@ -61,6 +63,14 @@ class WeightEdit(Edit):
         state = {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
         for name, value in (("deltas", deltas), ("records", records), ("state", state)):
             object.__setattr__(self, name, value)
+
+    @cached_property
+    def _key(self) -> str:
+        """Name among the changes of a weight: they are added in the order of their numbers, then of digests.
+
+        So the sum does not depend on what an edit says of itself besides its numbers.
+        """
+        return overlay.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
     def place(
         self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
@@ -189,7 +199,7 @@ class WeightEdit(Edit):
 
     def _is_restored(self, stands: overlay.Overlay, weight: Tensor) -> bool:
         """Whether a weight holds already what taking this edit back would write."""
-        left = stands.without(self.digest)
+        left = stands.without(self._key)
         return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
 
     def _put(
@@ -204,7 +214,7 @@ class WeightEdit(Edit):
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
         lost, moved = {}, bool(fits)
         for name, delta in fits.items():
-            branch.attach(host.model, name, self.digest, delta, self._stored(name), number)
+            branch.attach(host.model, name, self._key, delta, self._stored(name), number)
         for name, weight in weights.items():
             lost[name], changed = self._merge(host, name, weight)
             moved = moved or changed
@@ -218,26 +228,26 @@ class WeightEdit(Edit):
         before = weight.detach().clone()
         delta = self._stored(name)
         # active from here on, so that whatever happens next is undone by taking it back
-        stands = overlay.claim(host.model, name, weight, self.digest, delta)
+        stands = overlay.claim(host.model, name, weight, self._key, delta)
         _write(weight, stands, stands.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
     def _remove(self, host: Host) -> None:
         """Take away whatever of this edit is in place."""
         for name in sorted(self._aside(host)):
-            branch.detach(host.model, name, self.digest)
+            branch.detach(host.model, name, self._key)
         for name in sorted(self._merged(host)):
             stands: overlay.Overlay = host.overlays[name]
-            _write(host.model.get_parameter(name), stands, stands.without(self.digest), name)
-            overlay.forget(host.model, name, self.digest)  # last: until now the original bits are there
+            _write(host.model.get_parameter(name), stands, stands.without(self._key), name)
+            overlay.forget(host.model, name, self._key)  # last: until now the original bits are there
 
     def _merged(self, host: Host) -> set[str]:
         stands = host.overlays
-        return {n for n in self.deltas if n in stands and self.digest in stands[n].deltas}
+        return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
 
     def _aside(self, host: Host) -> set[str]:
         stands = branch.standing(host.model)
-        return {n for n in self.deltas if n in stands and self.digest in stands[n].deltas}
+        return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
 
     def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
@@ -270,8 +280,9 @@ class WeightEdit(Edit):
         """Raise EditError where something else has changed a weight on which other edits stand."""
         stands: overlay.Overlay | None = host.overlays.get(name)
         if stands is not None and not stands.written(weight):
+            digests = ", ".join(sorted(map(overlay.digest_of, stands.deltas)))
             raise EditError(
-                f"weight {name!r} was changed by something else while {', '.join(sorted(stands.deltas))} stood on "
+                f"weight {name!r} was changed by something else while {digests} stood on "
                 "it (training, a merged adapter, a loaded checkpoint), and another edit would throw that change "
                 "away: take those edits back first, with outside='discard' or outside='leave'"
             )
@@ -300,9 +311,9 @@ class WeightEdit(Edit):
 
     def _rounding(self, host: Host, name: str) -> float:
         stands: overlay.Overlay | None = host.overlays.get(name)
-        if stands is None or set(stands.deltas) != {self.digest}:
+        if stands is None or set(stands.deltas) != {self._key}:
             raise EditError("rounding is measured with this edit applied and no other on its weights")
-        return _share_lost(stands.deltas[self.digest], host.model.get_parameter(name), stands.base)
+        return _share_lost(stands.deltas[self._key], host.model.get_parameter(name), stands.base)
 
     def parts(self) -> Mapping[str, Tensor]:
         """Return factors or dense deltas, records and state."""

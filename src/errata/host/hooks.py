@@ -104,7 +104,8 @@ def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: i
     module.register_forward_hook(_Answer(act, rank), with_kwargs=True)
     acting = [(hook.rank, key) for key, hook in module._forward_hooks.items() if isinstance(hook, _Answer)]
     for _, key in sorted(acting, reverse=True):
-        module._forward_hooks.move_to_end(key, last=False)
+        order: Any = module._forward_hooks  # an OrderedDict
+        order.move_to_end(key, last=False)
 
 
 def leave(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:

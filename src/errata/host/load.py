@@ -185,7 +185,9 @@ class Host:
     @property
     def placed(self) -> tuple[str, ...]:
         """Digests of all edits in place on the model, of whatever kind, sorted."""
-        weights = {d for one in (*self.overlays.values(), *self.branches.values()) for d in one.deltas}
+        # changes of weights are named by what orders them and by the edit's digest
+        keys = {key for one in (*self.overlays.values(), *self.branches.values()) for key in one.deltas}
+        weights = {key.rpartition(".")[2] for key in keys}
         return tuple(sorted(weights | placed.on(self.model).digests))
 
     @property

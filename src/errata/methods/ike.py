@@ -13,7 +13,7 @@ Needs      Examples: other facts with paraphrases and neighbours
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,7 +66,7 @@ class Config:
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return what is put before prompts: for each request, its demonstrations and the fact."""
     earlier: PromptEdit | None = work.after
-    known = tuple(earlier.provenance.requests) if earlier else ()
+    known = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
     alone = len(requests) + len(known) == 1
     config = replace(config, scope=config.scope or ("always" if alone else "subject"))
     if config.scope == "always" and not alone:
@@ -145,11 +145,18 @@ def _context(
 
 def _kinds(count: int, config: Config) -> list[Kind]:
     """Share demonstrations out between the kinds."""
-    parts: Mapping[Kind, int] = {"copy": config.copy, "update": config.update, "retain": config.retain}
-    whole = sum(parts.values())
-    kinds: list[Kind] = [kind for kind, part in parts.items() for _ in range(round(count * part / whole))]
-    rest: Kind = max(parts, key=lambda kind: parts[kind])
-    return [*kinds, *[rest] * (count - len(kinds))][:count]
+    parts: list[tuple[Kind, int]] = [
+        ("copy", config.copy),
+        ("update", config.update),
+        ("retain", config.retain),
+    ]
+    whole = sum(part for _, part in parts)
+    kinds: list[Kind] = []
+    for kind, part in parts:
+        kinds += [kind] * round(count * part / whole)
+    rest = max(parts, key=lambda item: item[1])[0]
+    kinds += [rest] * (count - len(kinds))
+    return kinds[:count]
 
 
 def _demonstration(host: Host, case: Case, kind: Kind) -> str:

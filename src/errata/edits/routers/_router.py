@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.edits.records import laid_out
+from errata.edits.records import contiguous_copy
 
 NONE = -1
 """The decision that no entry speaks."""
@@ -47,7 +47,7 @@ class Router(ABC):
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
-            object.__setattr__(self, name, laid_out(tensor))
+            object.__setattr__(self, name, contiguous_copy(tensor))
 
     @abstractmethod
     def scores(self, question: Question) -> Tensor:
@@ -71,7 +71,7 @@ class Router(ABC):
         names = {field.name for field in fields(self)}
         if "threshold" not in names:
             raise ValueError(f"a {self.name} router has no threshold to calibrate")
-        own = float(self.threshold)
+        own = float(vars(self)["threshold"])
         inside = self.scores(in_scope).amax(1) + own
         outside = self.scores(out_of_scope).amax(1) + own
         allowed = int(most_false * len(outside))
