@@ -171,20 +171,25 @@ class Edit(ABC):
         }
 
     def apply_(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
-    ) -> Placement:
-        """Put the edit in place until :meth:`revert_`; the same as :meth:`place`."""
-        return self.place(host, foreign=foreign, merge=merge, rows=rows)
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        beside: bool | None = None,
+    ) -> Placement:  # fmt: skip
+        """Put the edit in place until :meth:`revert_`; options as of :meth:`place`.
+
+        ``beside``: name of earlier versions for the opposite of ``merge``.
+        """
+        return self.place(host, foreign=foreign, merge=merge if beside is None else not beside, rows=rows)
 
     @contextmanager
     def on(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
-    ) -> Iterator[Placement]:
-        """Have the edit in place inside the block only; options as of :meth:`place`."""
+        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        beside: bool | None = None,
+    ) -> Iterator[Placement]:  # fmt: skip
+        """Have the edit in place inside the block only; options as of :meth:`apply_`."""
         mine = True
         try:
             try:
-                receipt = self.place(host, foreign=foreign, merge=merge, rows=rows)
+                receipt = self.apply_(host, foreign=foreign, merge=merge, rows=rows, beside=beside)
             except ErrataError:
                 mine = False  # refused, with nothing changed; what is in place is another's
                 raise

@@ -191,6 +191,11 @@ class Host:
         return tuple(sorted(weights | placed.on(self.model).digests))
 
     @property
+    def edited(self) -> bool:
+        """Whether any edit is in place."""
+        return bool(self.placed)
+
+    @property
     def shareable(self) -> bool:
         """Whether what follows a text depends on the text alone: not while routers decide at prompts' ends."""
         return not placed.on(self.model).interventions

@@ -61,6 +61,11 @@ class ValueProblem:
     """Row whose prediction at the edited token should not change."""
 
     @property
+    def lines(self) -> tuple[PromptRow, ...]:
+        """The rows, under their name of earlier versions."""
+        return self.rows
+
+    @property
     def key_rows(self) -> tuple[PromptRow, ...]:
         """One row a context, cut after the edited token: all that decides the key. Key weights sum to one."""
         first: dict[int, PromptRow] = {}
@@ -166,3 +171,7 @@ def shared_prefix_lengths(rows: Sequence[PromptRow]) -> dict[int, int]:
             same += 1
         shared[row.context] = known[:same]
     return {context: len(ids) for context, ids in shared.items()}
+
+
+problems = value_problems
+"""The function under its name of earlier versions."""
