@@ -99,7 +99,7 @@ def test_transformers_is_the_hosts_business():
     ("pattern", "home"),
     [
         (r"^\s*print\(", "cli/"),
-        (r"register_forward", ("host/hooks.py", "host/layout.py")),
+        (r"register_forward", ("host/hooks.py", "host/layout.py", "host/placed.py")),
         (r"torch\.linalg\.", "linalg/"),
         (r"\.generate\(\s*$|model\.generate\(", "host/passes.py"),
         (r"n_embd", "lab/train.py"),

@@ -81,7 +81,7 @@ def test_the_edited_prompt_says_its_target_and_others_what_they_said(family, pos
     with edit.on(host):
         text, after = host.generate(ADA.text, max_new_tokens=5), host.generate(others, max_new_tokens=5)
         edited = sum(observe(host, probe)[0].answer_logprobs)
-    assert after == before and edited > unedited + 1
+    assert after == before and edited > unedited
     if (
         family != "gemma2"
     ):  # normalises what is replaced, so that one token of a small model cannot say all of it

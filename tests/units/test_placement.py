@@ -16,6 +16,7 @@ from errata.edits import Provenance, WeightEdit
 from errata.errors import EditError, HostError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
+from tests.contract.test_methods import EXAMPLES
 from tests.models import fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -265,16 +266,18 @@ def test_solves_and_losses_are_wide_whatever_the_host(name, dtype):
                 narrow.extend(kind for d in given if d.itemsize < 4)
             return func(*args, **(kwargs or {}))
 
-    host = fresh("llama")
+    host = fresh("llama", max_position_embeddings=512)
     host.model.to(dtype)
     fields = REGISTRY.get(name).config.__dataclass_fields__
     options = {k: v for k, v in {"steps": 2, "tokens": 400}.items() if k in fields}
+    if "examples" in REGISTRY.get(name).needs:
+        options["examples"] = EXAMPLES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what merging loses
         with Watch():
             errata.edit(host, REQUEST, method=name, **options)
     assert narrow == []
-    assert seen
+    assert seen or name == "ike", "it computes nothing but averages"
 
 
 def test_merging_says_what_it_lost_and_warns_of_most():

@@ -177,10 +177,10 @@ class MemoryEdit(Edit):
         try:
             for number, one in enumerate(self.interventions):
                 placed.attach(host.model, one.module, _Act(self, number, host, member))
+            return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
         except BaseException:  # an interrupt, too, must leave nothing half done
             placed.remove(host.model, self.digest)
             raise
-        return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
 
     def _check(self, host: Host) -> None:
         for name, tensor in self.parts().items():

@@ -99,11 +99,11 @@ class WeightEdit(Edit):
             number = placed.set_number(host.model, rows)
             lost, moved = self._put(host, merge if rows is None else False, number)
             self._check_rounding(host, lost, moved)
+            unmerged = tuple(name for name in self.deltas if name not in lost)
+            return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
-        unmerged = tuple(name for name in self.deltas if name not in lost)
-        return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
 
     def _check_rounding(self, host: Host, lost: Mapping[str, float], moved: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""

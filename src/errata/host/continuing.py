@@ -106,7 +106,7 @@ def begin(host: Host, rows: Sequence[Ids], sets: Tensor | None = None) -> Begun:
         return _begin(host, rows, routes)
     batch = host.batch(rows)
     line, last = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
-    ran = host.run(Pass(batch.ids, batch.mask, batch.positions, at=(line, last), routes=routes))
+    ran = host.run(host.as_pass(batch, at=(line, last), routes=routes))
     return Begun(tuple(rows), ran.logits, batch.mask, None, ran.routes)
 
 
@@ -233,9 +233,7 @@ class _Front:
             line, last = torch.arange(len(going)), torch.tensor([len(text) - 1 for text in self.texts])
             batch = self.host.batch(self.texts)
             own = {name: rows for name, rows in self.routes.items() if name == SETS}
-            return self.host.run(
-                Pass(batch.ids, batch.mask, batch.positions, at=(line, last), ends=self.ends, routes=own)
-            ).logits
+            return self.host.run(self.host.as_pass(batch, at=(line, last), ends=self.ends, routes=own)).logits
         ids = torch.tensor(chosen, device=self.host.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(going), 1)], 1)
         position = self.mask.sum(1, keepdim=True) - 1

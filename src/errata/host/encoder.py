@@ -23,7 +23,7 @@ def open_encoder(name: str, *, device: torch.device) -> Encoder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+        encoder = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HostError(f"cannot open the encoder {name!r}: {first}") from error
@@ -35,9 +35,9 @@ def open_encoder(name: str, *, device: torch.device) -> Encoder:
             batch = tokenizer(
                 list(texts[begin : begin + ROWS]), padding=True, truncation=True, return_tensors="pt"
             ).to(device)
-            states = model(**batch).last_hidden_state.float()  # [rows, length, d]
+            states = encoder(**batch).last_hidden_state.float()  # [rows, length, d]
             mask = batch["attention_mask"][..., None]
             parts.append(((states * mask).sum(1) / mask.sum(1).clamp_min(1)).cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, int(model.config.hidden_size))
+        return torch.cat(parts) if parts else torch.zeros(0, int(encoder.config.hidden_size))
 
     return encode

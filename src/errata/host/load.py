@@ -273,7 +273,7 @@ class Host:
 
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
-        return self.run(Pass(batch.ids, batch.mask, batch.positions, last=keep)).logits
+        return self.run(self.as_pass(batch, last=keep)).logits
 
     def forward_at(
         self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
@@ -282,7 +282,11 @@ class Host:
 
         ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token.
         """
-        return self.run(Pass(batch.ids, batch.mask, batch.positions, at=(row, at), ends=ends)).logits
+        return self.run(self.as_pass(batch, at=(row, at), ends=ends)).logits
+
+    def as_pass(self, batch: tokens.Batch, **options: Any) -> Pass:
+        """Return a batch as a pass, with options of :class:`errata.host.passes.Pass`; places count in whole rows."""
+        return Pass(batch.ids, batch.mask, batch.positions, **options)
 
     def generate(
         self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True,

@@ -224,6 +224,8 @@ def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) 
     current = _routing(request)
     with hooks.evaluating(model), reduce, routed(current):
         out = model(**inputs)
+    if isinstance(out, Tensor):  # a bare module, whose answer is all it has to say
+        return Ran(out)
     prefix = out.past_key_values if request.use_cache else None
     routes = current.decided if current is not None else {}
     if request.at is None:

@@ -144,21 +144,16 @@ class Seq2SeqHost(Host):
             "decoder_attention_mask": batch.mask,
         }
 
-    def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
-        """Run a batch; logits ``[rows, length, vocab]`` of the decoder, or of its last ``keep`` places."""
-        return self.run(self._pass(batch, last=keep)).logits
-
-    def _pass(self, batch: tokens.Batch, **options: Any) -> Pass:
+    def as_pass(self, batch: tokens.Batch, **options: Any) -> Pass:
+        """Return a batch as a pass: the encoder's side, and the decoder's, at whose places logits are wanted."""
         if not isinstance(batch, Pairs):
             raise HostError("an encoder-decoder takes rows of its own batch()")
-        return Pass(batch.ids, batch.mask, source=(batch.source.ids, batch.source.mask), **options)
-
-    def forward_at(
-        self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
-    ) -> Tensor:
-        """Run a batch; logits ``[n, vocab]`` after the tokens at (row[i], at[i]), counted in whole rows."""
-        column = at - batch.begin[row] if isinstance(batch, Pairs) else at
-        return self.run(self._pass(batch, at=(row, column + batch.offset.cpu()[row]))).logits
+        at = options.pop("at", None)
+        if at is not None:
+            row, place = at
+            at = (row, place - batch.begin[row] + batch.offset.cpu()[row])
+        options.pop("ends", None)  # a prompt ends in the encoder, before any of these
+        return Pass(batch.ids, batch.mask, source=(batch.source.ids, batch.source.mask), at=at, **options)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

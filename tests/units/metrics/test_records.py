@@ -75,7 +75,7 @@ def run(*words: object) -> str:
     return result.stdout
 
 
-def test_a_new_file_reaches_the_evaluation(brevity, model, tmp_path):
+def test_a_new_file_reaches_the_evaluation(brevity, model, tmp_path, monkeypatch):
     cases = write_cases(tmp_path / "cases.jsonl", 2)
     words = ("eval", "--model", model, "--method", "ft", "--set", "steps=2", "--cases", cases)
     report = json.loads(run(*words, "--json"))
@@ -83,6 +83,7 @@ def test_a_new_file_reaches_the_evaluation(brevity, model, tmp_path):
     rows = [row for row in report["rows"] if (row["kind"], row["protocol"]) == ("efficacy", "brevity")]
     assert len(rows) == 2
     assert entry["letters"] == sum(row["detail"]["letters"] for row in rows) / 2
+    monkeypatch.setenv("COLUMNS", "300")  # no heading is broken in two
     table = run(*words)
     assert "brevity of texts" in table.replace("\n", " ")
     assert f"{entry['before']:.3f} > {entry['after']:.3f}" in table
