@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Literal
 
 from errata.config import positive
@@ -145,17 +146,14 @@ def _context(
 
 def _kinds(count: int, config: Config) -> list[Kind]:
     """Share demonstrations out between the kinds."""
-    parts: list[tuple[Kind, int]] = [
-        ("copy", config.copy),
-        ("update", config.update),
-        ("retain", config.retain),
-    ]
-    whole = sum(part for _, part in parts)
+    whole = config.copy + config.update + config.retain
+    shares: dict[Kind, int] = {"copy": config.copy, "update": config.update, "retain": config.retain}
     kinds: list[Kind] = []
-    for kind, part in parts:
-        kinds += [kind] * round(count * part / whole)
-    rest = max(parts, key=lambda item: item[1])[0]
-    kinds += [rest] * (count - len(kinds))
+    most: Kind = "copy"
+    for kind, part in shares.items():
+        kinds.extend(repeat(kind, round(count * part / whole)))
+        most = kind if part > shares[most] else most
+    kinds.extend(repeat(most, count - len(kinds)))
     return kinds[:count]
 
 
