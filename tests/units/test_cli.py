@@ -57,7 +57,9 @@ def test_help_is_light():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     seconds = []  # of computing: what else runs on the machine does not count
-    for _ in range(5):
+    for _ in range(12):
+        if seconds and min(seconds) < 0.5:  # a busy machine makes a process dearer, never cheaper
+            break
         start = os.times()
         assert launch("--help").returncode == 0
         end = os.times()
