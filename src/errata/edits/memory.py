@@ -17,7 +17,7 @@ from torch.nn import functional
 from errata.edits import header as fields
 from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.records import contiguous_copy
-from errata.edits.routers import ROUTERS
+from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import ConfigError, EditError
 from errata.host import locking, placed
@@ -118,7 +118,7 @@ class MemoryEdit(Edit):
             for number, one in enumerate(self.interventions)
             for name, tensor in one.payload.items()
         }
-        tensors.update({f"router.{name}": tensor for name, tensor in self.router.tensors().items()})
+        tensors.update(_stored.parts_of(self.router))
         tensors.update({f"{name}.state": tensor for name, tensor in self.state.items()})
         return tensors
 
@@ -129,7 +129,7 @@ class MemoryEdit(Edit):
                 {"module": one.module, "operation": one.operation, "positions": one.positions}
                 for one in self.interventions
             ],
-            "router": {"name": self.router.name, "facts": self.router.facts()},
+            "router": _stored.body_of(self.router),
             "log": [dict(entry) for entry in self.log],
         }
 
@@ -146,10 +146,7 @@ class MemoryEdit(Edit):
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}  # type: ignore[arg-type]
             interventions.append(Intervention(module, operation, payload, positions))  # type: ignore[arg-type]
-        stored = fields.take(body, "router", dict, "the header")
-        kind = ROUTERS.get(fields.take(stored, "name", str, "router"))
-        tensors = {n.removeprefix("router."): t for n, t in parts.items() if n.startswith("router.")}
-        router = kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
+        router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
             fields.typed(entry, dict, "log") for entry in fields.take(body, "log", list, "the header")

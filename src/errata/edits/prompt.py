@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errata.edits import header as fields
 from errata.edits.edit import Edit, Outside, Placement, Provenance
-from errata.edits.routers import ROUTERS
+from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import EditError
 from errata.host import locking, placed
@@ -49,13 +49,13 @@ class PromptEdit(Edit):
 
     def parts(self) -> Mapping[str, Tensor]:
         """Return the router's tensors."""
-        return {f"router.{name}": tensor for name, tensor in self.router.tensors().items()}
+        return _stored.parts_of(self.router)
 
     def body(self) -> Mapping[str, Any]:
         """Return the texts and the router's settings."""
         return {
             "contexts": list(self.contexts),
-            "router": {"name": self.router.name, "facts": self.router.facts()},
+            "router": _stored.body_of(self.router),
         }
 
     @property
@@ -68,10 +68,7 @@ class PromptEdit(Edit):
         cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> PromptEdit:
         """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
-        stored = fields.take(body, "router", dict, "the header")
-        kind = ROUTERS.get(fields.take(stored, "name", str, "router"))
-        tensors = {n.removeprefix("router."): t for n, t in parts.items() if n.startswith("router.")}
-        router = kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
+        router = _stored.restore(parts, body)
         return cls(fields.texts(body, "contexts", "the header"), router, provenance)
 
     def place(

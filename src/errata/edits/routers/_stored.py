@@ -1,0 +1,32 @@
+"""A router as an edit's file holds it: its tensors under ``router.``, its name and settings in the header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from errata.edits import header as fields
+from errata.edits.routers import ROUTERS
+from errata.edits.routers._router import Router
+
+PREFIX = "router."
+
+
+def parts_of(router: Router) -> dict[str, Tensor]:
+    """Return a router's tensors by the names they have in a file."""
+    return {f"{PREFIX}{name}": tensor for name, tensor in router.tensors().items()}
+
+
+def body_of(router: Router) -> dict[str, Any]:
+    """Return everything else of a router, as plain data."""
+    return {"name": router.name, "facts": router.facts()}
+
+
+def restore(parts: Mapping[str, Tensor], body: Mapping[str, Any]) -> Router:
+    """Build the router of an edit from its file's tensors and header. Raises ValueError or KeyError."""
+    stored = fields.take(body, "router", dict, "the header")
+    kind = ROUTERS.get(fields.take(stored, "name", str, "router"))
+    tensors = {n.removeprefix(PREFIX): t for n, t in parts.items() if n.startswith(PREFIX)}
+    return kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
