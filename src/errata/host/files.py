@@ -164,7 +164,9 @@ def check_loaded(name: str, model: Any, report: Any) -> None:
             "describes another model than the weights are of"
         )
     known = {_pattern(key) for key, _ in model.named_parameters(remove_duplicate=False)}
-    alike = [key for key in unused if _pattern(key) in known]
+    owners = {key.rpartition(".")[0] for key in known}
+    # of a further block, or of a layer that the model has, as a bias that the settings switch off
+    alike = [key for key in unused if _pattern(key) in known or _pattern(key).rpartition(".")[0] in owners]
     if alike:
         raise HostError(
             f"cannot open model {name!r}: the files hold {len(alike)} weights, {alike[0]!r:.120} first, that "

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from errata.errors import HostError, RequestError
-from errata.host import hooks, locking
+from errata.errors import HostError, RequestError, shown
+from errata.host import files, hooks, locking
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.load import Host
 from errata.host.open import _device, _dtype
@@ -27,6 +27,10 @@ from errata.host.passes import Pass, Ran
 BATCH = 32
 PROBE = 64
 """Side of the image a layout is found with where the model names none, pixels."""
+
+
+LARGEST_SIDE = 2**14
+"""Most pixels that a side of an image may have."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class ImageHost(Host):
     def size(self) -> tuple[int, int] | None:
         """Height and width of images the model was made for; None if any will do or it is not said."""
         named = getattr(self.config, "image_size", None)
-        return self.pixels.size or _pair(named)
+        return self.pixels.size or _pair("config.json", named)
 
     @property
     def channels(self) -> int:
@@ -264,8 +268,8 @@ def is_image_classifier(model: str | os.PathLike[str] | nn.Module) -> bool:
     """Whether a live model, or the model in a folder, classifies images; opens no weights."""
     if isinstance(model, nn.Module):
         return getattr(model, "main_input_name", None) == "pixel_values"
-    names = _read(Path(model).expanduser() / "config.json").get("architectures") or []
-    return any(str(name).endswith("ForImageClassification") for name in names)
+    names = _read(Path(model).expanduser() / "config.json").get("architectures")
+    return isinstance(names, list) and any(str(one).endswith("ForImageClassification") for one in names)
 
 
 def load_images(
@@ -292,7 +296,7 @@ def load_images(
     else:
         folder = Path(model).expanduser()
         live = _open(folder, wanted, trust_remote_code).to(place)
-        label, pixels = name or str(model), _pixels(_read(folder / "preprocessor_config.json"))
+        label, pixels = name or str(model), _pixels(folder)
     _refuse_unusable(live)
     return ImageHost(live, name=label, pixels=pixels)
 
@@ -300,15 +304,14 @@ def load_images(
 def _open(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     from transformers import AutoModelForImageClassification
 
-    if not list(folder.glob("*.safetensors")):
-        raise HostError(f"{folder} holds no .safetensors weights; pickled weights are never opened")
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            str(folder), dtype=dtype or "auto", trust_remote_code=trust, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HostError(f"cannot open model {str(folder)!r}: {first}") from error
+    files.check_folder(folder)
+    with files.reading(f"model {str(folder)!r}"):
+        model, report = AutoModelForImageClassification.from_pretrained(
+            str(folder), dtype=dtype or "auto", trust_remote_code=trust, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        files.check_loaded(str(folder), model, report)
+    return model
 
 
 def _refuse_unusable(model: nn.Module) -> None:
@@ -329,24 +332,53 @@ def _read(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _pixels(settings: Mapping[str, Any]) -> Pixels:
-    """Read how images are normalised from an image processor's settings."""
-    if not settings:
+def _pixels(folder: Path) -> Pixels:
+    """Read how images are normalised from a folder's image processor. Raises HostError for damaged settings."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
         return Pixels()
-    scale = (
-        255.0 * float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 255.0
-    )
-    mean, std = (0.0,), (1.0,)
-    if settings.get("do_normalize", True) and "image_mean" in settings and "image_std" in settings:
-        mean, std = tuple(map(float, settings["image_mean"])), tuple(map(float, settings["image_std"]))
-    return Pixels(scale, mean, std, _pair(settings.get("size")))
+    with files.reading(f"model {str(folder)!r}"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise HostError(f"{path} holds {type(settings).__name__}, expected an object of settings")
+        scale = 255.0
+        if settings.get("do_rescale", True):
+            scale *= float(settings.get("rescale_factor", 1 / 255))
+        mean, std = (0.0,), (1.0,)
+        if settings.get("do_normalize", True) and "image_mean" in settings and "image_std" in settings:
+            mean, std = _channels(path, settings, "image_mean"), _channels(path, settings, "image_std")
+        if not math.isfinite(scale) or scale == 0.0 or 0.0 in std or len(mean) != len(std):
+            raise HostError(
+                f"{path} normalises by factor {scale:g}, mean {mean} and deviation {std}: expected finite "
+                "numbers, as many means as deviations, none of them or of the factor 0"
+            )
+        return Pixels(scale, mean, std, _pair(path, settings.get("size")))
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    """Read a height and width given as one number, two, or by name."""
+def _channels(path: Path, settings: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """Read one number for each colour channel, or one for all."""
+    value = settings[key]
+    numbers = tuple(map(float, value)) if isinstance(value, list) else (float(value),)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise HostError(f"{path} sets {key} to {shown(value, 80)}, expected a number for each channel")
+    return numbers
+
+
+def _pair(source: Path | str, value: Any) -> tuple[int, int] | None:
+    """Read a height and width given as one number, two, or by name. Raises HostError where they are no sizes."""
     if isinstance(value, Mapping):
         side = value.get("shortest_edge")
-        value = (value["height"], value["width"]) if "height" in value and "width" in value else side
-    if isinstance(value, int):
-        return value, value
-    return (int(value[0]), int(value[1])) if value is not None and len(value) == 2 else None
+        value = [value["height"], value["width"]] if "height" in value and "width" in value else side
+    sides = [value, value] if isinstance(value, int) else list(value) if isinstance(value, tuple) else value
+    if sides is None:
+        return None
+    if not (
+        isinstance(sides, list)
+        and len(sides) == 2
+        and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+    ):
+        raise HostError(
+            f"{source} sets the image size to {shown(value, 80)}, expected a height and a width from 1 to "
+            f"{LARGEST_SIDE}"
+        )
+    return sides[0], sides[1]
