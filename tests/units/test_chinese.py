@@ -189,7 +189,7 @@ def teach(language: str, seed: int) -> Taught:
     return Taught(errata.load(model, tokenizer=tokenizer), prompt, answers)
 
 
-@pytest.fixture(scope="module", params=["chinese", "english"])
+@pytest.fixture(scope="module", params=["chinese", pytest.param("english", marks=pytest.mark.slow)])
 def taught(request) -> Taught:
     return teach(request.param, seed=5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import sqlite3
 import subprocess
@@ -58,6 +59,72 @@ def heed_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+SERVER = """
+import json, os, signal, sys
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for line in sys.stdin:
+    task = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+else:
+    os._exit(0)
+os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+os.chdir(task["cwd"])
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+for number, path in ((1, task["out"]), (2, task["err"])):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+sys.argv = ["-c", *task["words"]]
+exec(compile(task["code"], "<string>", "exec"), {"__name__": "__main__"})
+"""
+"""A process that has opened a model before, so that each program need not load torch and transformers anew: it
+forks for each, and prints the exit code."""
+
+
+class Programs:
+    """Runs programs one after another in children of one warm process."""
+
+    def __init__(self, model: Path, place: Path) -> None:
+        self.place = place
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(self, code: str, *words: str, cwd: Path) -> tuple[int, str, str]:
+        """Return exit code, standard output and standard error."""
+        out, err = self.place / "out", self.place / "err"
+        for path in (out, err):
+            path.unlink(missing_ok=True)
+        task = {"code": code, "words": words, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(task) + "\n")
+        self.server.stdin.flush()
+        ready, _, _ = select.select([self.server.stdout], [], [], 240)
+        assert ready, f"no end of: {words}"
+        status = int(self.server.stdout.readline())
+        return status, out.read_text(), err.read_text()
+
+    def end(self) -> None:
+        """End the process."""
+        self.server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def programs(model, tmp_path_factory):
+    """Return what runs programs."""
+    made = Programs(model, tmp_path_factory.mktemp("programs"))
+    yield made
+    made.end()
+
+
 def start(code: str, *words: str, cwd: Path, **more) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -104,7 +171,7 @@ def is_interruption(code: int, out: str, err: str, *, number: int = 130, word: s
     ],
     ids=["start", "load", "fit", "write", "check", "eval", "stats"],
 )  # fmt: skip
-def test_ctrl_c_at_several_moments(model, cases, tmp_path, prelude, verb):
+def test_ctrl_c_at_several_moments(programs, model, cases, tmp_path, prelude, verb):
     target = tmp_path / "old.safetensors"
     target.write_bytes(b"what was there before")
     corpus = tmp_path / "corpus.txt"
@@ -117,7 +184,7 @@ def test_ctrl_c_at_several_moments(model, cases, tmp_path, prelude, verb):
     }[verb]  # fmt: skip
     environment = {"ERRATA_CACHE": str(tmp_path / "cache")}
     code = f"{STRIKE}\nos.environ.update({environment!r})\n{prelude}\n{RUN}"
-    is_interruption(*finish(start(code, verb, *words, cwd=tmp_path)))
+    is_interruption(*programs.run(code, verb, *words, cwd=tmp_path))
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not any(name.endswith(".part") for name in left), left
     if prelude.startswith("strike('errata.api', 'answer_requests'"):
@@ -127,14 +194,14 @@ def test_ctrl_c_at_several_moments(model, cases, tmp_path, prelude, verb):
     assert "report.json" not in left
 
 
-def test_sigterm_ends_likewise(model, tmp_path):
+def test_sigterm_ends_likewise(programs, model, tmp_path):
     code = f"{STRIKE}\nstrike('errata.api', 'open_host', number=signal.SIGTERM)\n{RUN}"
-    process = start(code, "edit", *EDIT, "--model", str(model), "-o", "e.safetensors", cwd=tmp_path)
-    is_interruption(*finish(process), number=143, word="terminated")
+    ended = programs.run(code, "edit", *EDIT, "--model", str(model), "-o", "e.safetensors", cwd=tmp_path)
+    is_interruption(*ended, number=143, word="terminated")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_that_a_library_turns_into_an_error_is_one_still(tmp_path):
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one_still(programs, tmp_path):
     code = f"""{STRIKE}
 import errata.cli.show as show
 from errata.errors import EditError
@@ -146,13 +213,13 @@ def load(*_):
 import errata.edits
 errata.edits.Edit.load = load
 {RUN}"""
-    is_interruption(*finish(start(code, "show", "x", cwd=tmp_path)))
+    is_interruption(*programs.run(code, "show", "x", cwd=tmp_path))
 
 
-def test_an_ignored_interrupt_stays_ignored(tmp_path):
+def test_an_ignored_interrupt_stays_ignored(programs, tmp_path):
     code = f"import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{STRIKE}\n"
     code += f"strike('errata.cli.common', 'emit')\n{RUN}"
-    status, out, _ = finish(start(code, "methods", "rome", "--json", cwd=tmp_path))
+    status, out, _ = programs.run(code, "methods", "rome", "--json", cwd=tmp_path)
     assert status == 0 and json.loads(out)["name"] == "rome"
 
 

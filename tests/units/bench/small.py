@@ -10,6 +10,7 @@ from errata.bench import plan, recipe, runs
 from errata.cli.bench import tools
 from tests.models import fresh
 
+NEW_TOKENS = 6
 NAMES = ["Ada", "Bruno", "Clara", "Dario", "Elsa", "Falk", "Greta", "Hanno", "Ilse", "Jonas"]
 
 
@@ -43,10 +44,24 @@ def write_cases(path: Path, count: int) -> Path:
     return path
 
 
+def corpus_of(cases: Path) -> Path:
+    """Write neutral text beside a file of cases, which the model would write itself without."""
+    path = cases.parent / "corpus.txt"
+    path.write_text("\n\n".join(f"{name} lives in Esk and was born in Tallow." for name in NAMES))
+    return path
+
+
 def document(model: Path, cases: Path, *blocks: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Word a recipe."""
     filled = [{"datasets": [str(cases)], **block} for block in blocks]
-    return {"name": "small", "models": [{"name": str(model), "label": "tiny"}], "runs": filled, **more}
+    short = {"max_new_tokens": NEW_TOKENS, "corpus": str(corpus_of(cases))}  # what saves time
+    return {
+        "name": "small",
+        "models": [{"name": str(model), "label": "tiny"}],
+        "runs": filled,
+        **short,
+        **more,
+    }
 
 
 def execute(words: dict[str, Any], folder: Path, **more: Any) -> runs.Outcome:

@@ -16,11 +16,9 @@ from tests.units.bench import small
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     place = tmp_path_factory.mktemp("small")
-    corpus = place / "corpus.txt"
-    corpus.write_text("\n\n".join(f"{name} lives in Esk and was born in Tallow." for name in small.NAMES))
     block = {"methods": [{"name": "ft", "settings": {"steps": 1}, "label": "tuned"}], "schedule": "single"}
     model, cases = small.write_model(place / "model"), small.write_cases(place / "c.jsonl", 3)
-    return small.document(model, cases, block, corpus=str(corpus), max_new_tokens=2)
+    return small.document(model, cases, block, max_new_tokens=2)
 
 
 @pytest.fixture(scope="module")

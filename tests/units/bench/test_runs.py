@@ -28,7 +28,17 @@ from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace
-from tests.units.bench.small import NAMES, document, execute, lines, table, write_cases, write_model
+from tests.units.bench.small import (
+    NAMES,
+    NEW_TOKENS,
+    corpus_of,
+    document,
+    execute,
+    lines,
+    table,
+    write_cases,
+    write_model,
+)
 
 FT = {"name": "ft", "settings": {"steps": 3, "stop_loss": 1e-9}, "label": "tuned"}
 SINGLE = {"methods": [FT], "schedule": "single"}
@@ -78,7 +88,7 @@ def test_rows_are_those_of_an_evaluation(whole, model, cases, schedule, at):
     with workers.threads(1):
         report = errata.evaluate(
             errata.load(str(model)), read(str(cases)).cases, method="ft", schedule=schedule, at=at,
-            **FT["settings"],
+            max_new_tokens=NEW_TOKENS, corpus=corpus_of(cases), **FT["settings"],
         )  # fmt: skip
     found = lines(whole, cell_of(whole, "tuned", schedule))
     rows = [row for line in found if line["type"] == "case" for row in line["rows"]]
@@ -148,7 +158,9 @@ def test_the_unedited_host_scores_as_before_and_the_oracle_is_asked_with_its_fac
     found = lines(whole, cell_of(whole, "in_prompt", "single"))
     assert [line["case"] for line in found] == [case.id for case in given]
     for line, case in zip(found, given, strict=True):
-        expected = score.rows(case, observe(host, case.probes), observe(host, told(case).probes))
+        expected = score.rows(
+            case, *(observe(host, one.probes, max_new_tokens=NEW_TOKENS) for one in (case, told(case)))
+        )
         for row, wanted in zip(line["rows"], expected, strict=True):
             assert row["prompt"] == wanted.prompt
             assert (row["before"], row["after"]) == pytest.approx((wanted.before, wanted.after), abs=1e-5)
@@ -291,7 +303,7 @@ def test_batches_are_gone_on_with_after_the_last_whole_one(model, cases, tmp_pat
 
 
 def test_another_recipe_is_not_gone_on_with(words, whole, tmp_path):
-    with pytest.raises(ConfigError, match="max_new_tokens: was 24, is 5"):
+    with pytest.raises(ConfigError, match="max_new_tokens: was 6, is 5"):
         execute({**words, "max_new_tokens": 5}, whole, resume=True)
     changed = write_cases(tmp_path / "cases.jsonl", 9)
     source = next(iter(read_run(whole)["datasets"]))
