@@ -77,7 +77,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     edit = closed_form.start_edit(task, values, chunks=len(problems))
     for layer in closed_form.sweep_layers(task, sweep, values, edit):
         with edit.in_place():
-            others = all_keys(host, requests, layer.site, but=lambda i, at: (i, at) in edited).mT
+            others = all_keys(host, requests, layer.site, skip=lambda i, at: (i, at) in edited).mT
         layer = layer.with_preserved(others)
         edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=alphaedit))
     return edit.build()
