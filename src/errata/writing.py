@@ -53,6 +53,29 @@ _LABELS = regex.compile(r"(?m)^[^\n:：]{1,40}:(?=[ ]*[^\s/])([ ]?)")
 _CLAUSE = regex.compile(r"[.,:;!?…؟،؛।॥\p{Sentence_Terminal}]+\Z")
 _GROUP = regex.compile(r"[^\S\n]*(?:\([^()]*\)|\[[^\[\]]*\])\Z")
 
+_LAST_LETTER = regex.compile(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z")
+_ENDED = regex.compile(rf"[{TERMINAL}][\p{{Pe}}\p{{Pf}}\"']*\Z")
+_IDEOGRAPHIC_STOP = regex.compile(
+    r"\p{Script=Han}|\p{Script=Hiragana}|\p{Script=Katakana}|\p{Script=Bopomofo}"
+)
+_DANDA = regex.compile(r"\p{Script=Devanagari}|\p{Script=Bengali}|\p{Script=Gurmukhi}|\p{Script=Oriya}")
+_DICTIONARY = regex.compile(r"\p{Line_Break=SA}")
+_CONNECTOR = regex.compile(r"\p{Pc}|[@\\]")
+_APOSTROPHE_OPENS = regex.compile(r"(?:^|[\s(])['‘]\p{L}")
+_QUOTE = regex.compile(r"(?:[\p{Pi}\p{Pf}\"']|`+|\*+)\Z")
+_FACTOR = regex.compile(r"[\d)]\s*\Z")
+_FREE = regex.compile(r"[\s\p{Ps}\p{Pi}\p{Pd}=:：]\Z")
+_INITIAL_QUOTE = regex.compile(r"\p{Pi}")
+_LEADING_SIGN = regex.compile(r"[\p{Sc}\p{Pd}\p{Sm}/#&~^]")
+_DASH = regex.compile(r"\p{Pd}")
+_CURRENCY = regex.compile(r"\p{Sc}")
+_DEGREE_UNIT = regex.compile(r"[CFKNSEW](?!\p{L})")
+_OPERAND = regex.compile(r"[\p{N})]")
+_PREFIX_SIGN = regex.compile(r"\p{Line_Break=PR}")
+_OPERATOR = regex.compile(r"[\p{Sm}^&|]")
+_CODE_OR_STAR = regex.compile("[`*]")
+_OPERATORS = regex.compile(r"[\p{Sm}\p{Pd}^&|]+\Z")
+
 _THOUGHTS = r"think|thinking|thought|thoughts|reasoning"
 _BLOCK_OPEN = regex.compile(rf"(?i)<({_THOUGHTS})>|\[(THINK)\]|◁(think)▷")
 _BLOCK_CLOSE = regex.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷")
@@ -91,7 +114,7 @@ def joint(prompt: str, answer: str, join: Join = "auto", *, lead: str | None = N
 def statement(prompt: str, answer: str, join: Join = "auto") -> str:
     """Join prompt and answer as a sentence that ends in the full stop of its script."""
     text = joint(prompt, answer, join)[0]
-    if regex.search(rf"[{TERMINAL}][\p{{Pe}}\p{{Pf}}\"']*\Z", text):
+    if _ENDED.search(text):
         return text
     return text + _stop(text)
 
@@ -99,11 +122,11 @@ def statement(prompt: str, answer: str, join: Join = "auto") -> str:
 def _stop(text: str) -> str:
     """Return the full stop of a text's last letter; Thai and its kin have none."""
     last = _last_letter(text)
-    if regex.match(r"\p{Script=Han}|\p{Script=Hiragana}|\p{Script=Katakana}|\p{Script=Bopomofo}", last):
+    if _IDEOGRAPHIC_STOP.match(last):
         return "\N{IDEOGRAPHIC FULL STOP}"
-    if regex.match(r"\p{Script=Devanagari}|\p{Script=Bengali}|\p{Script=Gurmukhi}|\p{Script=Oriya}", last):
+    if _DANDA.match(last):
         return "\N{DEVANAGARI DANDA}"
-    return "" if regex.match(r"\p{Line_Break=SA}", last) else "."
+    return "" if _DICTIONARY.match(last) else "."
 
 
 def spaced(prompt: str, answer: str, *, typed: bool = False) -> bool:
@@ -143,12 +166,12 @@ def _between_scripts(prompt: str, answer: str) -> bool:
 
 
 def _last_letter(text: str) -> str:
-    found = regex.search(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z", text)
+    found = _LAST_LETTER.search(text)
     return found[0][0] if found else ""
 
 
 def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
-    if _OPENING.match(prompt[-1]) or regex.match(r"\p{Pc}|[@\\]", prompt[-1]):
+    if _OPENING.match(prompt[-1]) or _CONNECTOR.match(prompt[-1]):
         return False
     return None
 
@@ -156,7 +179,7 @@ def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
 def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
     """After l', dell', qu', O' nothing; after a plural's apostrophe, a dropped g or a vowel (un po') a space."""
     found = _ELIDED.search(prompt)
-    if found is None or regex.search(r"(?:^|[\s(])['‘]\p{L}", prompt):
+    if found is None or _APOSTROPHE_OPENS.search(prompt):
         return None
     word = found[1]
     if word in ("O", "o"):
@@ -168,11 +191,11 @@ def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
     """After an opening quote (or a markdown mark used like one) nothing."""
-    found = regex.search(r"(?:[\p{Pi}\p{Pf}\"']|`+|\*+)\Z", prompt)
+    found = _QUOTE.search(prompt)
     if found is None:
         return None
     mark, before = found[0], prompt[: found.start()]
-    operator = mark == "*" and regex.search(r"[\d)]\s*\Z", before) is not None
+    operator = mark == "*" and _FACTOR.search(before) is not None
     if operator:
         return before[-1].isspace() or typed
     return None if _closes(mark, before) else False
@@ -180,7 +203,7 @@ def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _closes(mark: str, before: str) -> bool:
     """Whether a quotation mark closes: by those that are open, then by what stands before it."""
-    free = not before or bool(regex.search(r"[\s\p{Ps}\p{Pi}\p{Pd}=:：]\Z", before))
+    free = not before or bool(_FREE.search(before))
     if mark in "“‘":  # closes what German opens below the line
         low = "„" if mark == "“" else "‚"
         return before.count(low) > before.count(mark)
@@ -188,11 +211,11 @@ def _closes(mark: str, before: str) -> bool:
         openers = {"”": "“„", "»": "«", "’": "‘‚", "›": "‹"}[mark]
         inside = sum(before.count(one) for one in openers) > before.count(mark)
         return inside or not free
-    if regex.match(r"\p{Pi}", mark):
+    if _INITIAL_QUOTE.match(mark):
         # » ... « as German and Danish have it
         return before.count({"«": "»", "‹": "›"}.get(mark, "\0")) > before.count(mark)
     odd = before.count(mark) % 2 == 1
-    if odd and not regex.match("[`*]", mark) and free:
+    if odd and not _CODE_OR_STAR.match(mark) and free:
         return before.rstrip() != before  # " a "b" stands open again
     return odd or not (free or is_unspaced(before[-1]))
 
@@ -219,26 +242,26 @@ def _after_sign(prompt: str, answer: str, typed: bool) -> bool | None:
     sign, before = prompt[-1], prompt[:-1]
     apart = not before or before[-1].isspace()
     outer = before.rstrip()[-1:]
-    if typed and regex.match(r"[\p{Sc}\p{Pd}\p{Sm}/#&~^]", sign):
+    if typed and _LEADING_SIGN.match(sign):
         return True
     if sign == "#":
         return bool(before) and before[-1].isalpha() and not is_unspaced(before[-1])
     if sign == "/" or sign in "-\u2010\u2011\u2212~":
         return False
-    if regex.match(r"\p{Pd}", sign):
+    if _DASH.match(sign):
         return apart
-    if regex.match(r"\p{Sc}", sign):
+    if _CURRENCY.match(sign):
         return outer.isdigit() and not answer[0].isdigit()
     if sign == "°":
-        return None if not regex.match(r"[CFKNSEW](?!\p{L})", answer) else False
+        return None if not _DEGREE_UNIT.match(answer) else False
     if sign == "+":
         if not apart:
             return not (outer.isdigit() and answer[0].isdigit())
-        return bool(regex.match(r"[\p{N})]", outer))
-    if regex.match(r"\p{Line_Break=PR}", sign):
+        return bool(_OPERAND.match(outer))
+    if _PREFIX_SIGN.match(sign):
         return False
-    if regex.match(r"[\p{Sm}^&|]", sign):
-        run = regex.search(r"[\p{Sm}\p{Pd}^&|]+\Z", prompt)
+    if _OPERATOR.match(sign):
+        run = _OPERATORS.search(prompt)
         start = run.start() if run else len(prompt)
         return start > 0 and prompt[start - 1].isspace()
     return None

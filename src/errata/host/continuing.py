@@ -20,6 +20,7 @@ from torch import Tensor
 from errata.errors import RequestError
 from errata.host import locking, tokens
 from errata.host.passes import SETS, Pass
+from errata.host.prefixes import TRIAL_ERRORS, agree, keeps_attention_only
 from errata.host.stopping import Stop, done
 
 if TYPE_CHECKING:
@@ -287,14 +288,9 @@ def works(host: Host) -> bool:
 
     False for models that keep more than attention's keys and values.
     """
-    kinds = set(getattr(host.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if (
-        "past_key_values" not in host.accepts
-        or getattr(host.model, "_is_stateful", False)
-        or not kinds <= {"full_attention", "sliding_attention"}
-    ):
+    if not keeps_attention_only(host):
         return False
-    count = host.config.get_text_config(decoder=True).vocab_size
+    count = host.vocab_size
     rows = [tuple((7 * i + 3 + k) % count for i in range(5 + 2 * k)) for k in range(2)]
     line, column = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6])
     whole = host.forward_at(host.batch(rows), line, column)
@@ -304,7 +300,6 @@ def works(host: Host) -> bool:
         if not all(hasattr(layer, "batch_select_indices") for layer in layers):
             return False
         cut = behind(host, begun, [(0, rows[0][-2:]), (1, rows[1][-2:])], (line, torch.tensor([0, 1, 0, 1])))
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        return False  # it keeps something else than keys and values, or takes no padding
-    loose = 5e-2 if host.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return bool((whole - cut).abs().max() <= loose * whole.abs().max())
+    except TRIAL_ERRORS:
+        return False
+    return agree(whole, cut, host.dtype)

@@ -20,9 +20,9 @@ from errata.host import locking, placement
 if TYPE_CHECKING:
     from errata.host.load import Host
 
-WIDTH = 4096
-"""Numbers of eight bytes in a row of the table that is summed."""
-SMALL = 2**18
+MOST_COLUMNS = 4096
+"""Of the table of eight-byte numbers that is summed; a smaller tensor makes a square one."""
+SMALL = 2**13
 """Bytes up to which a tensor is hashed as it is."""
 
 
@@ -42,11 +42,12 @@ def content(tensor: Tensor) -> bytes:
         flat = flat.clone()  # eight bytes at a time are read from places that eight divides
     raw = flat.view(torch.uint8)
     whole = len(raw) // 8
-    rows = whole // WIDTH
+    width = min(MOST_COLUMNS, 1 << (whole.bit_length() // 2))
+    rows = whole // width
     words = raw[: 8 * whole].view(torch.int64)
-    table = words[: rows * WIDTH].view(rows, WIDTH)
+    table = words[: rows * width].view(rows, width)
     # the rest is shorter than a row and taken as it is
-    parts = (table.sum(0), table.sum(1), words[rows * WIDTH :], raw[8 * whole :].to(torch.int64))
+    parts = (table.sum(0), table.sum(1), words[rows * width :], raw[8 * whole :].to(torch.int64))
     digest.update(torch.cat(parts).cpu().numpy().tobytes())
     return digest.digest()
 

@@ -374,7 +374,7 @@ class Host:
 
     def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
         """Tokenise what is continued of a framed prompt; ids."""
-        return self._embedded(self._remember(_prompt_ids, self.tokenizer, framed.text, framed.special))
+        return self._embedded(self._prompt_ids(framed.text, framed.special))
 
     def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
         """Tokenise a prompt to be continued; ids. ``special`` off: it is a conversation with its own tokens."""
@@ -383,14 +383,19 @@ class Host:
     def encode_base(self, prompt: str) -> tuple[int, ...]:
         """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids."""
         framed = self.frame(prompt)
-        return self._embedded(self._remember(_prompt_ids, self.tokenizer, framed.scored, framed.special))
+        return self._embedded(self._prompt_ids(framed.scored, framed.special))
+
+    def _prompt_ids(self, text: str, special: bool) -> tuple[int, ...]:
+        ids = self._remember(_stripped_ids, self.tokenizer, text, special)
+        return ids or (tokens.begin_id(self.tokenizer),)
 
     def encode_answer(
         self, prompt: str, answer: str, *, prefix: str = "", before: int | None = None, special: bool = True
     ) -> tokens.Answer:
         """Tokenise prompt and answer together; ``prefix`` and ``before`` as in :meth:`frame`."""
         framed = self.frame(prompt, prefix=prefix, before=before) if special else prompts.written(prompt)
-        given = (framed.scored, answer, framed.special, self.prompt_format.join, framed.lead)
+        before = self._remember(_stripped_ids, self.tokenizer, framed.scored, framed.special)
+        given = (framed.scored, answer, framed.special, self.prompt_format.join, framed.lead, before)
         return self._embedded(self._remember(_answer_ids, self.tokenizer, *given))
 
 
@@ -400,14 +405,17 @@ def _frame(
     return prompts.frame(tokenizer, settings, prompt, prefix, before)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, special: bool) -> tuple[int, ...]:
-    return tokens.encode_prompt(tokenizer, prompt, special=special).ids
+def _stripped_ids(tokenizer: Any, prompt: str, special: bool) -> tuple[int, ...]:
+    return tokens.encode_stripped(tokenizer, prompt, special=special).ids
 
 
 def _answer_ids(
-    tokenizer: Any, prompt: str, answer: str, special: bool, join: Any, lead: str | None
-) -> tokens.Answer:
-    return tokens.encode_answer(tokenizer, prompt, answer, special=special, join=join, lead=lead)
+    tokenizer: Any, prompt: str, answer: str, special: bool, join: Any, lead: str | None,
+    before: tuple[int, ...],
+) -> tokens.Answer:  # fmt: skip
+    return tokens.encode_answer(
+        tokenizer, prompt, answer, special=special, join=join, lead=lead, prompt_ids=before
+    )
 
 
 @locking.shared

@@ -21,6 +21,7 @@ from errata.errors import RequestError
 from errata.host import hooks, passes
 from errata.host.load import Host
 from errata.host.passes import Pass
+from errata.host.prefixes import TRIAL_ERRORS, agree, keeps_attention_only
 
 Pair = tuple[Tensor, Tensor]
 
@@ -268,18 +269,15 @@ def can_reuse(host: Host, longest: int) -> bool:
     """
     window = getattr(host.text_config, "sliding_window", None)
     short = isinstance(window, int) and 0 < window <= longest
-    kinds = set(getattr(host.text_config, "layer_types", None) or ())
-    plain = kinds <= {"full_attention", "sliding_attention"}
-    stateful = bool(getattr(host.model, "_is_stateful", False))
-    if "past_key_values" not in host.accepts or not plain or stateful or short:
+    if short or not keeps_attention_only(host):
         return False
     known = host.__dict__.setdefault("_reuse", {})
     if "works" not in known:
         try:
             with passes.without_interventions():
                 known["works"] = _works(host)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-            known["works"] = False  # it keeps something else than keys and values
+        except TRIAL_ERRORS:
+            known["works"] = False
     return known["works"]
 
 
@@ -303,5 +301,4 @@ def _works(host: Host) -> bool:
     whole_row, cut_row = whole.states[top][0, column - 2 : column + 2], part.states[top][0, :2]
     pairs = [(seen[0][0], whole_row), (seen[0][0, 2:], cut_row)]
     pairs.append((whole.states[top][1, column:], part.states[top][1]))
-    loose = 5e-2 if host.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return all(bool((a - b).abs().max() <= loose * a.abs().max()) for a, b in pairs)
+    return all(agree(a, b, host.dtype) for a, b in pairs)

@@ -52,19 +52,34 @@ def named_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Ten
 
     ``buffers``: also those of modules that are not packed. Raises HostError for weights that are away.
     """
+    plain: list[tuple[str, Tensor]] = []
     inside: set[str] = set()
-    for path, module in model.named_modules():
+    others: list[tuple[str, Tensor]] = []
+    for path, module in model.named_modules():  # one walk for all, since a large model has many modules
+        prefix = f"{path}." if path else ""
+        own = [(prefix + name, p) for name, p in module._parameters.items() if p is not None]
+        beside = [(prefix + name, b) for name, b in module._buffers.items() if b is not None]
+        plain += own
+        others += beside
         if is_packed(module):
-            prefix = f"{path}." if path else ""
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            inside.update(prefix + name for name, _ in own)
-            for name, tensor in sorted({**dict(own), **_saved(module)}.items()):
-                yield from _parts(prefix + name, tensor)
-    for name, tensor in (*model.named_parameters(), *(model.named_buffers() if buffers else ())):
+            inside.update(name for name, _ in (*own, *beside))
+            saved = {prefix + name: tensor for name, tensor in _saved(module).items()}
+            for name, tensor in sorted({**dict(own), **dict(beside), **saved}.items()):
+                yield from _parts(name, tensor)
+    for name, tensor in (*_once(plain), *(_once(others) if buffers else ())):
         if tensor.is_meta:
             raise HostError(f"weight {name} is on the meta device or offloaded and cannot be read; {WHOLE}")
         if name not in inside:
             yield name, tensor.detach()
+
+
+def _once(named: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Leave out tensors that an earlier name has named, as of tied weights."""
+    seen: set[int] = set()
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
 
 
 def _saved(module: nn.Module) -> dict[str, Tensor]:

@@ -92,9 +92,11 @@ def encode_answer(
     special: bool = True,
     join: Join = "auto",
     lead: str | None = None,
+    prompt_ids: Ids | None = None,
 ) -> Answer:
-    """Tokenise an answer as a continuation of its prompt; ``special`` as in :func:`encode`, the rest of
-    :func:`errata.writing.joint`.
+    """Tokenise an answer as a continuation of its prompt; ``special`` as in :func:`encode`, ``join`` and ``lead``
+    as in :func:`errata.writing.joint`. ``prompt_ids``: the prompt's tokens where they are known, see
+    :func:`encode_stripped`.
 
     The prompt's tokens are those it has alone, which is what a model continues: a token that prompt and answer
     would share in running text is not made. Raises RequestError when the answer yields no token of its own.
@@ -106,12 +108,12 @@ def encode_answer(
     ]
     if not inside:
         raise RequestError(f"target {answer!r} yields no token after {prompt!r}")
-    begun = encode(tokenizer, prompt.rstrip(" \t") if special else prompt, special=special).ids
-    if whole.ids[: len(begun)] == begun and len(begun) <= inside[0]:
-        return Answer(whole.ids, len(begun))
+    before = encode_stripped(tokenizer, prompt, special=special).ids if prompt_ids is None else prompt_ids
+    if whole.ids[: len(before)] == before and len(before) <= inside[0]:
+        return Answer(whole.ids, len(before))
     border = len(prompt.rstrip(" \t") if special else prompt)
     behind = _behind(tokenizer, text[border:])
-    return Answer((*begun, *behind), len(begun)) if behind and begun else Answer(whole.ids, inside[0])
+    return Answer((*before, *behind), len(before)) if behind and before else Answer(whole.ids, inside[0])
 
 
 def _behind(tokenizer: Any, text: str) -> Ids:
@@ -124,20 +126,28 @@ def _behind(tokenizer: Any, text: str) -> Ids:
     return ()
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encoded:
-    """Tokenise a prompt to be continued; a trailing space goes, since answers bring their own.
+def encode_stripped(tokenizer: Any, prompt: str, *, special: bool = True) -> Encoded:
+    """Tokenise a prompt without a trailing space, since answers bring their own.
 
     With ``special`` off it stays: a chat template knows what its model continues.
     """
-    made = encode(tokenizer, prompt.rstrip(" \t") if special else prompt, special=special)
-    if made.ids:
-        return made
+    return encode(tokenizer, prompt.rstrip(" \t") if special else prompt, special=special)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encoded:
+    """Tokenise a prompt to be continued, as :func:`encode_stripped` does; an empty one as a begin token."""
+    encoded = encode_stripped(tokenizer, prompt, special=special)
+    return encoded if encoded.ids else Encoded(prompt, (begin_id(tokenizer),), ((0, 0),))
+
+
+def begin_id(tokenizer: Any) -> int:
+    """Return the id that stands for an empty prompt. Raises RequestError where the tokenizer names none."""
     begin = getattr(tokenizer, "bos_token_id", None)
     if begin is None:
         begin = getattr(tokenizer, "eos_token_id", None)
     if begin is None:
         raise RequestError("an empty prompt needs a tokenizer with a begin token")
-    return Encoded(prompt, (int(begin),), ((0, 0),))
+    return int(begin)
 
 
 @dataclass(frozen=True)
