@@ -120,9 +120,9 @@ def spaced(prompt: str, answer: str, *, typed: bool = False) -> bool:
     if _CLOSING.match(answer) or (_POSTFIX.match(answer) and prompt[-1].isdigit()):
         return False
     for rule in (_after_opening, _after_apostrophe, _after_quote, _after_clause, _after_sign):
-        found = rule(prompt, answer, typed)
-        if found is not None:
-            return found
+        separator = rule(prompt, answer, typed)
+        if separator is not None:
+            return separator
     return _between_scripts(prompt, answer)
 
 
@@ -143,8 +143,8 @@ def _between_scripts(prompt: str, answer: str) -> bool:
 
 
 def _last_letter(text: str) -> str:
-    found = regex.search(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z", text)
-    return found[0][0] if found else ""
+    match = regex.search(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z", text)
+    return match[0][0] if match else ""
 
 
 def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
@@ -155,10 +155,10 @@ def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
     """After l', dell', qu', O' nothing; after a plural's apostrophe, a dropped g or a vowel (un po') a space."""
-    found = _ELIDED.search(prompt)
-    if found is None or regex.search(r"(?:^|[\s(])['‘]\p{L}", prompt):
+    match = _ELIDED.search(prompt)
+    if match is None or regex.search(r"(?:^|[\s(])['‘]\p{L}", prompt):
         return None
-    word = found[1]
+    word = match[1]
     if word in ("O", "o"):
         return False
     plural = len(word) > 1 and word[-1] in "sS"
@@ -168,10 +168,10 @@ def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
     """After an opening quote (or a markdown mark used like one) nothing."""
-    found = regex.search(r"(?:[\p{Pi}\p{Pf}\"']|`+|\*+)\Z", prompt)
-    if found is None:
+    match = regex.search(r"(?:[\p{Pi}\p{Pf}\"']|`+|\*+)\Z", prompt)
+    if match is None:
         return None
-    mark, before = found[0], prompt[: found.start()]
+    mark, before = match[0], prompt[: match.start()]
     operator = mark == "*" and regex.search(r"[\d)]\s*\Z", before) is not None
     if operator:
         return before[-1].isspace() or typed
@@ -199,13 +199,13 @@ def _closes(mark: str, before: str) -> bool:
 
 def _after_clause(prompt: str, answer: str, typed: bool) -> bool | None:
     """After . , : ; ! ? a space, but none inside a number, nor in an unspaced script, nor if labels have none."""
-    found = _CLAUSE.search(prompt)
-    if found is None or _WIDE.match(prompt[-1]):
+    match = _CLAUSE.search(prompt)
+    if match is None or _WIDE.match(prompt[-1]):
         return None
     if answer[0].isdigit() and _NUMBER.search(prompt):
         return typed
-    before = prompt[: found.start()]
-    if found[0] == ":" and not typed:
+    before = prompt[: match.start()]
+    if match[0] == ":" and not typed:
         *labels, _ = [*_LABELS.findall(prompt + "x")] or [""]
         if labels:
             return sum(map(len, labels)) * 2 > len(labels)
