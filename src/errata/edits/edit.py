@@ -246,9 +246,9 @@ class Edit(ABC):
         if "float16" in (fitted_dtype, *now) and fitted_dtype not in now:
             return (
                 f"the edit was made in {fitted_dtype or 'another dtype'} and the model is open in {', '.join(now)}: "
-                "in float16 numbers too small for it are lost, so that one checkpoint has another fingerprint than in "
-                "float32 or bfloat16. If it is the same checkpoint, open it with the dtype the edit was made in, or apply with "
-                "foreign=True; else "
+                "in float16 numbers too small for it are lost, so that one checkpoint has another fingerprint "
+                "than in float32 or bfloat16. If it is the same checkpoint, open it with the "
+                "dtype the edit was made in, or apply with foreign=True; else "
             )
         if placement.adapters(host.model):
             return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
