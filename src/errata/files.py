@@ -45,13 +45,13 @@ def read_bytes(path: Path, error: type[ErrataError], *, most: int = LARGEST, wha
     """
     name = f"{what} {path}".strip()
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise error(f"cannot read {name}: it is {kind}")
-        if found.st_size > most:
+        if status.st_size > most:
             raise error(
-                f"{name} has {found.st_size / MIB:,.0f} MiB, at most {most / MIB:,.0f} MiB are read; split it"
+                f"{name} has {status.st_size / MIB:,.0f} MiB, at most {most / MIB:,.0f} MiB are read; split it"
                 + (", or write it as JSON lines" if path.suffix.lower() in (".yaml", ".yml") else "")
             )
         with path.open("rb") as file:
@@ -103,11 +103,11 @@ class LongNumber:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    mapping = dict(pairs)
+    if len(mapping) == len(pairs):
+        return mapping
     names = [name for name, _ in pairs]
-    twice = Duplicates(found)
+    twice = Duplicates(mapping)
     twice.names = tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
     return twice
 

@@ -166,8 +166,8 @@ def _between_scripts(prompt: str, answer: str) -> bool:
 
 
 def _last_letter(text: str) -> str:
-    found = _LAST_LETTER.search(text)
-    return found[0][0] if found else ""
+    match = _LAST_LETTER.search(text)
+    return match[0][0] if match else ""
 
 
 def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
@@ -178,10 +178,10 @@ def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
     """After l', dell', qu', O' nothing; after a plural's apostrophe, a dropped g or a vowel (un po') a space."""
-    found = _ELIDED.search(prompt)
-    if found is None or _APOSTROPHE_OPENS.search(prompt):
+    match = _ELIDED.search(prompt)
+    if match is None or _APOSTROPHE_OPENS.search(prompt):
         return None
-    word = found[1]
+    word = match[1]
     if word in ("O", "o"):
         return False
     plural = len(word) > 1 and word[-1] in "sS"
@@ -191,10 +191,10 @@ def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
 
 def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
     """After an opening quote (or a markdown mark used like one) nothing."""
-    found = _QUOTE.search(prompt)
-    if found is None:
+    match = _QUOTE.search(prompt)
+    if match is None:
         return None
-    mark, before = found[0], prompt[: found.start()]
+    mark, before = match[0], prompt[: match.start()]
     operator = mark == "*" and _FACTOR.search(before) is not None
     if operator:
         return before[-1].isspace() or typed

@@ -88,16 +88,16 @@ def place(edit: Edit, item: str | int) -> int:
         raise EditError(
             f"the edit has no request {item} counted from 0; it has {len(requests)}, the last is {len(requests) - 1}"
         )
-    found = [i for i, request in enumerate(requests) if request.id == item]
-    if not found:
+    matches = [i for i, request in enumerate(requests) if request.id == item]
+    if not matches:
         raise EditError(f"the edit has no request {item!r:.80}; it has {listed(edit)}")
-    if len(found) > 1:
-        numbers = ", ".join(str(i + 1) for i in found)
+    if len(matches) > 1:
+        numbers = ", ".join(str(i + 1) for i in matches)
         raise EditError(
-            f"{len(found)} requests are called {item!r:.80}: numbers {numbers} as the command line counts, from 1; "
+            f"{len(matches)} requests are called {item!r:.80}: numbers {numbers} as the command line counts, from 1; "
             "name the one that is meant by its number"
         )
-    return found[0]
+    return matches[0]
 
 
 def numbered(edit: Edit, text: str) -> tuple[int, str | None]:
@@ -109,10 +109,10 @@ def numbered(edit: Edit, text: str) -> tuple[int, str | None]:
     requests = edit.provenance.requests
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if any(request.id == text for request in requests):
-        found = place(edit, text)
-        if 1 <= number <= len(requests) and number != found + 1:
-            return found, f"{text!r} is taken as the id of request {found + 1}, not as number {number}"
-        return found, None
+        index = place(edit, text)
+        if 1 <= number <= len(requests) and number != index + 1:
+            return index, f"{text!r} is taken as the id of request {index + 1}, not as number {number}"
+        return index, None
     if 1 <= number <= len(requests):
         return number - 1, None
     raise EditError(

@@ -145,8 +145,8 @@ def fitted(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
     for stored in (False,) if either else (False, True):
         turned = delta.mT if stored and isinstance(delta, Tensor) else delta
         d_out, d_in = turned.shape
-        found = (d_out, False) if _plain(module, d_out, d_in) else linear_map(module, d_in, like)
-        if found is not None and found[0] == d_out and (either or found[1] == stored):
+        linear = (d_out, False) if _plain(module, d_out, d_in) else linear_map(module, d_in, like)
+        if linear is not None and linear[0] == d_out and (either or linear[1] == stored):
             return turned
     raise EditError(
         f"nothing can stand beside {name!r}: {type(module).__name__} does not compute W x + b with W of "

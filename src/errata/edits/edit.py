@@ -152,21 +152,21 @@ class Edit(ABC):
 
     def summary(self) -> dict[str, Any]:
         """Describe the edit as plain data: what was requested, by which method, for which host."""
-        made = self.provenance
+        provenance = self.provenance
         return {
             "kind": self.kind,
             "digest": self.digest,
-            "method": made.method,
-            "host": made.host,
-            "host_name": made.host_name,
-            "seed": made.seed,
-            "config": dict(made.config),
-            "prompt_format": dict(made.prompt_format),
-            "requests": [request.to_dict() for request in made.requests],
-            "versions": dict(made.versions),
-            "notes": dict(made.notes),
-            "parents": list(made.parents),
-            "created": made.created,
+            "method": provenance.method,
+            "host": provenance.host,
+            "host_name": provenance.host_name,
+            "seed": provenance.seed,
+            "config": dict(provenance.config),
+            "prompt_format": dict(provenance.prompt_format),
+            "requests": [request.to_dict() for request in provenance.requests],
+            "versions": dict(provenance.versions),
+            "notes": dict(provenance.notes),
+            "parents": list(provenance.parents),
+            "created": provenance.created,
             "bytes": self.size,
         }
 
@@ -216,8 +216,8 @@ class Edit(ABC):
         named = header.get("kind")
         kind = family.get(named) if isinstance(named, str) else None
         if kind is None:
-            found = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
-            raise EditError(f"{path} holds an edit of kind {found}, known: {', '.join(sorted(family))}")
+            label = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
+            raise EditError(f"{path} holds an edit of kind {label}, known: {', '.join(sorted(family))}")
         try:
             edit = kind.restore(tensors, header, Provenance(**provenance(header.get("provenance"))))
             file_format.check_digest(header, edit.digest, tensors)
@@ -231,24 +231,24 @@ class Edit(ABC):
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
             return ()
-        found = f"edit made for host {self.provenance.host}, asked to change host {host.fingerprint}"
+        mismatch = f"edit made for host {self.provenance.host}, asked to change host {host.fingerprint}"
         if not foreign:
             raise EditError(
-                f"{found} ({host.name}); {self._cause(host)}load the right model, or overrule with "
+                f"{mismatch} ({host.name}); {self._cause(host)}load the right model, or overrule with "
                 "foreign=True / --foreign"
             )
-        return (found,)
+        return (mismatch,)
 
     def _cause(self, host: Host) -> str:
         """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
-        made = str(self.provenance.notes.get("dtype", ""))
+        fitted_dtype = str(self.provenance.notes.get("dtype", ""))
         now = sorted({str(p.dtype).removeprefix("torch.") for p in host.model.parameters()})
-        if "float16" in (made, *now) and made not in now:
+        if "float16" in (fitted_dtype, *now) and fitted_dtype not in now:
             return (
-                f"the edit was made in {made or 'another dtype'} and the model is open in {', '.join(now)}: in float16 "
-                "numbers too small for it are lost, so that one checkpoint has another fingerprint than in float32 or "
-                "bfloat16. If it is the same checkpoint, open it with the dtype the edit was made in, or apply with "
-                "foreign=True; else "
+                f"the edit was made in {fitted_dtype or 'another dtype'} and the model is open in {', '.join(now)}: "
+                "in float16 numbers too small for it are lost, so that one checkpoint has another fingerprint "
+                "than in float32 or bfloat16. If it is the same checkpoint, open it with the "
+                "dtype the edit was made in, or apply with foreign=True; else "
             )
         if placement.adapters(host.model):
             return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "

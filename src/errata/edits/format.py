@@ -83,10 +83,10 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if text is None:
             raise EditError(f"{source} is a safetensors file but not an edit: its header has no {KEY!r}")
         header = json.loads(text)
-        found = header.get("format") if isinstance(header, dict) else None
-        if type(found) is not int or not 1 <= found <= VERSION:
+        version = header.get("format") if isinstance(header, dict) else None
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise EditError(
-                f"{source} has format {_cut(found)}, expected 1 to {VERSION}; it is damaged, or of a newer errata"
+                f"{source} has format {_cut(version)}, expected 1 to {VERSION}; it is damaged, or of a newer errata"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check(source, header, tensors)

@@ -32,8 +32,8 @@ def typed(value: Any, kind: type, where: str) -> Any:
     else:
         fine = type(value) is kind
     if not fine:
-        found = "no finite number" if isinstance(value, float) else NAMES.get(type(value), "nothing")
-        raise ValueError(f"{where}: expected {NAMES[kind]}, found {found}")
+        actual = "no finite number" if isinstance(value, float) else NAMES.get(type(value), "nothing")
+        raise ValueError(f"{where}: expected {NAMES[kind]}, found {actual}")
     return float(value) if kind is float else value
 
 
@@ -104,6 +104,6 @@ def fits(parts: Mapping[str, Any], facts: Mapping[str, Any], delta: Any, where: 
     columns = len(facts["requests"])
     out, into = (delta.shape[0], delta.shape[-1]) if len(delta.shape) == 2 else (None, None)
     for part, rows in (("keys", into), ("wanted", out), ("solved", into)):
-        found = tuple(parts[part].shape)
-        if len(found) != 2 or found[1] != columns or rows not in (None, found[0]):
-            raise ValueError(f"{where}: {part} is {list(found)}, expected {[rows, columns]}")
+        shape = tuple(parts[part].shape)
+        if len(shape) != 2 or shape[1] != columns or rows not in (None, shape[0]):
+            raise ValueError(f"{where}: {part} is {list(shape)}, expected {[rows, columns]}")

@@ -194,9 +194,9 @@ def _bar(axes: Axes, place: int, measure: Measure, theme: Theme, colour: str, *,
 def _retention(board: Board, theme: Theme) -> Figure:
     """Draw success over the age of an edit."""
     figure, (axes,) = _figure(board, theme, 4.6, "Retention: still answered with the target, per cent", 1)
-    _lines(axes, board, theme, lambda worn: [
+    _lines(axes, board, theme, lambda curves: [
         ((a.first + a.last) / 2, 100 * a.success.value, _times(a.success.low), _times(a.success.high))
-        for a in worn.retention
+        for a in curves.retention
     ])  # fmt: skip
     axes.set_ylim(-2, 102)
     axes.set_xlabel("how many edits were made after it", fontsize=9, color=theme.muted)
@@ -207,15 +207,15 @@ def _retention(board: Board, theme: Theme) -> Figure:
 def _collapse(board: Board, theme: Theme) -> Figure:
     """Draw efficacy over all edits so far, and perplexity of neutral text, over the number of edits."""
     figure, (left, right) = _figure(board, theme, 4.6, "What is left as edits add up", 2)
-    _lines(left, board, theme, lambda worn: [
+    _lines(left, board, theme, lambda curves: [
         (look.edits, 100 * look.efficacy.value, _times(look.efficacy.low), _times(look.efficacy.high))
-        for look in worn.looks if look.efficacy
+        for look in curves.looks if look.efficacy
     ])  # fmt: skip
     left.set_ylim(-2, 102)
     left.set_title("efficacy over all edits so far, per cent", fontsize=9.5, color=theme.ink, loc="left")
-    _lines(right, board, theme, lambda worn: [
+    _lines(right, board, theme, lambda curves: [
         (look.edits, look.perplexity, None, None)
-        for look in worn.looks if look.perplexity is not None and math.isfinite(look.perplexity)
+        for look in curves.looks if look.perplexity is not None and math.isfinite(look.perplexity)
     ])  # fmt: skip
     title = "perplexity of neutral text"
     low, high = right.dataLim.intervaly
@@ -237,12 +237,12 @@ def _name(entry: Entry, board: Board) -> str:
     return entry.cell.name + seed_of(entry, board)
 
 
-def _unedited(worn: Curves) -> list[float]:
-    return [look.perplexity_before for look in worn.looks if look.perplexity_before]
+def _unedited(curves: Curves) -> list[float]:
+    return [look.perplexity_before for look in curves.looks if look.perplexity_before]
 
 
-def _overflows(worn: Curves) -> bool:
-    return any(look.perplexity is not None and math.isinf(look.perplexity) for look in worn.looks)
+def _overflows(curves: Curves) -> bool:
+    return any(look.perplexity is not None and math.isinf(look.perplexity) for look in curves.looks)
 
 
 def _times(share: float | None) -> float | None:
@@ -251,9 +251,9 @@ def _times(share: float | None) -> float | None:
 
 def _chosen(board: Board) -> list[Entry]:
     """Pick the methods that get a colour: the best ones, and fine-tuning."""
-    worn = [entry for entry in board.entries if entry.curves]
-    tuning = [entry for entry in worn if entry.role == "fine-tuning"][:1]
-    return [entry for entry in worn if not entry.role][: SHOWN - len(tuning)] + tuning
+    sequential = [entry for entry in board.entries if entry.curves]
+    tuning = [entry for entry in sequential if entry.role == "fine-tuning"][:1]
+    return [entry for entry in sequential if not entry.role][: SHOWN - len(tuning)] + tuning
 
 
 def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Points]) -> None:

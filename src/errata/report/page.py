@@ -135,7 +135,7 @@ def _metrics(every_board: Sequence[Board]) -> dict[str, Any]:
 
 def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
     cell = entry.cell
-    worn = entry.curves
+    curves = entry.curves
     scores = {name: number(value) for name, value in (cell.found.get("scores") or {}).items()}
     return {
         **{metric.name: _rounded(extra.value if (extra := entry.extra(metric)) else None)
@@ -157,8 +157,8 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
         "perplexity": list(map(_rounded, tables.perplexities(entry))),
         "fit": _rounded(tables.fit_median(entry)),
         "cost": tables.cost_of(entry),
-        "retention": [_age(age) for age in worn.retention] if worn else [],
-        "looks": [_look(look) for look in worn.looks] if worn else [],
+        "retention": [_age(age) for age in curves.retention] if curves else [],
+        "looks": [_look(look) for look in curves.looks] if curves else [],
         "details": details.add(cell),
     }  # fmt: skip
 

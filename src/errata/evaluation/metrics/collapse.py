@@ -147,15 +147,15 @@ def alarm(
     is therefore taken as a share of the bound at 100 words (500 of 662) and held against :func:`evenness`.
     """
     bounds = limits or Limits()
-    found = fluency(texts)
+    scores = fluency(texts)
     reasons = [] if finite else ["its numbers are not finite"]
     share = bounds.entropy / (100 * _bound(LEGACY_WORDS))
-    if found.evenness is not None and found.evenness < share:
+    if scores.evenness is not None and scores.evenness < share:
         reasons.append(
-            f"its texts' n-gram entropy is {found.evenness:.0%} of what their length allows, limit {share:.0%}"
+            f"its texts' n-gram entropy is {scores.evenness:.0%} of what their length allows, limit {share:.0%}"
         )
-    if found.repetition is not None and found.repetition > bounds.repetition:
-        reasons.append(f"{found.repetition:.0%} of its 4-grams are repeated, limit {bounds.repetition:.0%}")
+    if scores.repetition is not None and scores.repetition > bounds.repetition:
+        reasons.append(f"{scores.repetition:.0%} of its 4-grams are repeated, limit {bounds.repetition:.0%}")
     silent = sum(not words(text) for text in texts)
     if silent > bounds.silence * len(texts):
         reasons.append(f"{silent} of its {len(texts)} texts are empty, limit {bounds.silence:.0%}")

@@ -28,12 +28,12 @@ def terms(text: str) -> list[str]:
 
 def idf(corpus: Iterable[str]) -> dict[str, float]:
     """Return each word's smoothed inverse document frequency, ln((1 + n) / (1 + df)) + 1 over n documents."""
-    found: Counter[str] = Counter()
+    document_counts: Counter[str] = Counter()
     n = 0
     for document in corpus:
         n += 1
-        found.update(set(terms(document)))
-    return {word: math.log((1 + n) / (1 + df)) + 1 for word, df in found.items()}
+        document_counts.update(set(terms(document)))
+    return {word: math.log((1 + n) / (1 + df)) + 1 for word, df in document_counts.items()}
 
 
 def reference_score(generated: Sequence[str], passages: Sequence[str], weights: Mapping[str, float]) -> float:

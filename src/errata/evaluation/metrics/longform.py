@@ -151,16 +151,16 @@ def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
     """One longest common subsequence, read from the end; of two equal ways the one that shortens b."""
     table = _lengths(a, b)
     i, j = len(a), len(b)
-    found = []
+    common = []
     while i and j:
         if a[i - 1] == b[j - 1]:
-            found.append(a[i - 1])
+            common.append(a[i - 1])
             i, j = i - 1, j - 1
         elif table[i - 1][j] > table[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found[::-1]
+    return common[::-1]
 
 
 def _sentences(text: str) -> list[list[str]]:

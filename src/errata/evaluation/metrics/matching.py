@@ -69,15 +69,15 @@ def normalise(text: str, *, keep_articles: bool = False) -> str:
     ``"3.5"`` ``"3_5"``, in which no 3 is found. ``"C++"``, ``"A-"``, ``"-5"`` and ``"5 %"`` keep their signs,
     letters their combining marks.
     """
-    joined = _INITIALS.sub(lambda found: re.sub(r"[.\s]", "", found[0]) + " ", _folded(text))
-    joined = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), joined)
-    joined = _DECIMAL.sub(lambda found: f"{found[1] or found[3]}_{found[2] or found[4]}", joined)
+    joined = _INITIALS.sub(lambda match: re.sub(r"[.\s]", "", match[0]) + " ", _folded(text))
+    joined = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), joined)
+    joined = _DECIMAL.sub(lambda match: f"{match[1] or match[3]}_{match[2] or match[4]}", joined)
     joined = _BACK_MONEY.sub(r"\2\1", joined)
     parts, end = [], 0
-    for found in _TOKEN.finditer(joined):
-        sign = "-" if found["minus"] else _SAME_SIGN.get(found[0], found[0])
-        parts += [" " * (found.start() > end), sign]
-        end = found.end()
+    for match in _TOKEN.finditer(joined):
+        sign = "-" if match["minus"] else _SAME_SIGN.get(match[0], match[0])
+        parts += [" " * (match.start() > end), sign]
+        end = match.end()
     bare = _ATTACHED.sub("", "".join(parts))
     return " ".join(word for word in bare.split() if keep_articles or word not in _ARTICLES)
 
@@ -87,12 +87,12 @@ _SAME_SIGN = {"♯": "#", "\u2044": "/"}
 
 def _folded(text: str) -> str:
     """Fold case, forms and digits of a text, and take out what only formats it."""
-    marked = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), _TAG.sub(" ", text))
-    marked = _POWER.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]), marked)
+    marked = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), _TAG.sub(" ", text))
+    marked = _POWER.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), marked)
     marked = _FORMULA.sub(r" \1 ", marked)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", marked).casefold())
     folded = _DROPPED.sub("", folded).replace("٫", ".").replace("٬", ",")
-    return regex.sub(r"[^\P{Nd}0-9]", lambda found: str(unicodedata.decimal(found[0])), folded)
+    return regex.sub(r"[^\P{Nd}0-9]", lambda match: str(unicodedata.decimal(match[0])), folded)
 
 
 def first_answer(text: str) -> str:
@@ -140,33 +140,33 @@ def says(text: str, answers: Sequence[str]) -> bool:
     line = first_answer(text)
     sentence = first_sentence(line)
     for answer in answers:
-        wanted = normalise(answer)
-        articles = not wanted  # "A" as a mark or a blood group: without articles nothing would be left
+        expected = normalise(answer)
+        articles = not expected  # "A" as a mark or a blood group: without articles nothing would be left
         if articles:
-            wanted = normalise(answer, keep_articles=True)
-        if not wanted:
+            expected = normalise(answer, keep_articles=True)
+        if not expected:
             if _says_symbol(line, sentence, answer):
                 return True
             continue
         forms = [normalise(one, keep_articles=articles) for one in (line, sentence)]
-        if _asserted(wanted, *forms):
+        if _asserted(expected, *forms):
             return True
-        close = [_SPACES.sub("", one) for one in (wanted, *forms)]
-        if close != [wanted, *forms] and _asserted(close[0], close[1], close[2]):
+        close = [_SPACES.sub("", one) for one in (expected, *forms)]
+        if close != [expected, *forms] and _asserted(close[0], close[1], close[2]):
             return True
     return False
 
 
-def _asserted(wanted: str, whole: str, sentence: str) -> bool:
+def _asserted(expected: str, whole: str, sentence: str) -> bool:
     """Whether a normalised answer stands in a normalised text, not denied, beginning within its first sentence."""
     last = max(0, len(sentence) - 1)
-    at = whole.find(wanted)
+    at = whole.find(expected)
     while 0 <= at <= last:
-        end = at + len(wanted)
-        apart = not _goes_together(whole, at, wanted) and not _goes_together(whole, end, wanted)
+        end = at + len(expected)
+        apart = not _goes_together(whole, at, expected) and not _goes_together(whole, end, expected)
         if apart and not _NEGATED.search(whole[:at]):
             return True
-        at = whole.find(wanted, at + 1)
+        at = whole.find(expected, at + 1)
     return False
 
 
@@ -192,8 +192,8 @@ def _goes_together(text: str, border: int, answer: str) -> bool:
 
 def _says_symbol(line: str, sentence: str, answer: str) -> bool:
     """Whether an answer of signs alone stands in a text by itself."""
-    wanted = strip(answer)
-    at = _folded(line).find(_folded(wanted)) if wanted else -1
+    expected = strip(answer)
+    at = _folded(line).find(_folded(expected)) if expected else -1
     return 0 <= at < max(1, len(_folded(sentence)))
 
 

@@ -17,8 +17,8 @@ def words(text: str) -> list[str]:
 
     Chinese and Japanese letters stand alone, and so do those of a "word" longer than ``LONGEST``.
     """
-    found = _WORD.findall(text)
-    return [part for word in found for part in (word if len(word) > LONGEST else [word])]
+    pieces = _WORD.findall(text)
+    return [part for word in pieces for part in (word if len(word) > LONGEST else [word])]
 
 
 def grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
@@ -28,8 +28,8 @@ def grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 
 def distinct(text: str, n: int = 2) -> float:
     """Share of a text's n-grams that differ from one another, distinct-n; 1 where there is none."""
-    found = grams(words(text), n)
-    return len(set(found)) / len(found) if found else 1.0
+    sequences = grams(words(text), n)
+    return len(set(sequences)) / len(sequences) if sequences else 1.0
 
 
 def repetition(text: str, n: int = 4) -> float:

@@ -41,7 +41,7 @@ def final_answer(text: str) -> str:
     A question that the host asks itself next is cut off first. Without such words it is the last line that
     holds text, the conclusion.
     """
-    own = text[: found.start()] if (found := _NEXT_QUESTION.search(text)) else text
+    own = text[: match.start()] if (match := _NEXT_QUESTION.search(text)) else text
     for cue in reversed(list(_CUE.finditer(own))):
         if (rest := own[cue.end() :]).strip():
             return next(line for line in rest.splitlines() if line.strip()).strip()
@@ -61,11 +61,11 @@ def criteria(examples: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, floa
     criteria found, as the tables' last column; empty where nothing counts.
     """
     names = dict.fromkeys(name for example in examples for name in example)
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for name in names:
         shares = [sum(tests) / len(tests) for example in examples if (tests := example.get(name))]
         if shares:
-            found[name] = sum(shares) / len(shares)
-    if found:
-        found["mean"] = sum(found.values()) / len(found)
-    return found
+            scores[name] = sum(shares) / len(shares)
+    if scores:
+        scores["mean"] = sum(scores.values()) / len(scores)
+    return scores

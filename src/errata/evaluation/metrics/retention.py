@@ -90,7 +90,7 @@ def by_age(seen: Iterable[Recalled]) -> dict[int, float]:
     ages: dict[int, list[float]] = {}
     for one in seen:
         ages.setdefault(one.age, []).append(one.right)
-    return {age: sum(found) / len(found) for age, found in sorted(ages.items())}
+    return {age: sum(successes) / len(successes) for age, successes in sorted(ages.items())}
 
 
 def strata(seen: Iterable[Recalled], starts: Sequence[int] = STRATA) -> list[Stratum]:
@@ -113,7 +113,7 @@ def past(seen: Iterable[Recalled]) -> dict[int, float]:
     looks: dict[int, list[float]] = {}
     for one in seen:
         looks.setdefault(one.edits, []).append(one.right)
-    return {edits: sum(found) / len(found) for edits, found in sorted(looks.items())}
+    return {edits: sum(successes) / len(successes) for edits, successes in sorted(looks.items())}
 
 
 def area(curve: Iterable[tuple[float, float]]) -> float:
