@@ -67,7 +67,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
         made = host.encode_answer(prompt, answer)
         ids, start = made.ids, made.start
     else:
-        head = host.encode_base(prompt)
+        head = host.encode_base(prompt, slots=len(answer))
         ids, start = (*head, *answer), len(head)
     if start == 0 or start == len(ids):
         raise RequestError(
@@ -79,7 +79,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
 
 def said(host: Host, prompt: str, count: int) -> tuple[int, ...]:
     """Return the tokens, so many, with which the host goes on from a prompt by itself."""
-    ids = list(host.encode_base(prompt))
+    ids = list(host.encode_base(prompt, slots=count))
     with torch.no_grad():
         for _ in range(count):
             ids.append(int(host.forward(host.batch([ids]), keep=1)[0, -1].argmax()))
@@ -146,9 +146,10 @@ class _State:
 def _freeze(host: Host, asked: Sequence[Question], sites: Sequence[Site]) -> _State:
     """Run texts once up to the highest site and keep the states on the way."""
     count = len(asked)
-    places = [len(q.ids) - 1 for q in asked]
-    reuse = can_reuse(host, max(places) + 1)
-    tokens, column = align(host, [q.ids for q in asked], places, [0] * count, left=reuse)
+    inputs = [host.reading(q.ids) for q in asked]
+    places = [column for _, column in inputs]
+    reuse = not host.fills and can_reuse(host, max(places) + 1)
+    tokens, column = align(host, [ids for ids, _ in inputs], places, [0] * count, left=reuse)
     at = torch.tensor([column if reuse else place for place in places], device=host.device)
     line = torch.arange(count, device=host.device)
     keys: dict[Site, Tensor] = {}
