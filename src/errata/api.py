@@ -24,7 +24,6 @@ from errata.host.images import ImageHost, is_image_classifier, load_images
 from errata.host.load import Host
 from errata.host.load import load as open_host
 from errata.host.prompts import prompt_format, recorded_format
-from errata.host.seq2seq import Seq2SeqHost
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace
 from errata.stats.cache import cache_dir
@@ -44,7 +43,8 @@ def load(
     """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
 
     An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``, an encoder-decoder as
-    a ``Seq2SeqHost``, which is observed but not edited by methods. ``"lab"`` is always
+    a ``Seq2SeqHost``, a masked language model as a ``MaskedHost``, a text classifier as a ``ClassifierHost``;
+    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"`` is always
     the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
     auto, float32, float16, bfloat16. Raises HostError when the model cannot be opened or cannot be trusted to
     be edited.
@@ -233,20 +233,11 @@ def workspace(
 
 def check_kind(method: Method, host: Host) -> None:
     """Raise ConfigError where a method edits another kind of model than the host is."""
-    other = {ImageHost: "image_classifier", Seq2SeqHost: "encoder_decoder"}
-    found = next((kind for of, kind in other.items() if isinstance(host, of)), "causal_lm")
-    if method.host == found:
-        return
-    kinds = {
-        "image_classifier": "image classifiers",
-        "causal_lm": "language models without an encoder",
-        "encoder_decoder": "encoder-decoders",
-    }
-    fitting = [name for name in REGISTRY if REGISTRY.get(name).host == found]
-    raise ConfigError(
-        f"{method.name} edits {kinds[method.host]}, and {host.name} is one of the {kinds[found]}; "
-        f"methods for those: {', '.join(fitting) or 'none'}"
-    )
+    try:
+        method.check_kind(host)
+    except ConfigError as error:
+        fitting = [name for name in REGISTRY if host.kind in REGISTRY.get(name).hosts]
+        raise ConfigError(f"{error}; methods for those: {', '.join(fitting) or 'none'}") from None
 
 
 def check_requests(host: Host, requests: Sequence[Request | ImageRequest]) -> None:

@@ -24,7 +24,7 @@ REQUESTS = [
     errata.Request("{} was born in", "Ada Brenner", "Merrin"),
     errata.Request("The capital of {} is", "Arvania", "Esk"),
 ]
-ALL = [name for name in REGISTRY if REGISTRY.get(name).host == "causal_lm"]
+ALL = [name for name in REGISTRY if "causal_lm" in REGISTRY.get(name).hosts]
 EXAMPLES = [
     errata.Case(
         f"example {i}",

@@ -1,4 +1,4 @@
-"""Encoder-decoders: opened as such, observed with the decoder's inputs shifted, left alone by methods."""
+"""Encoder-decoders: opened as such, observed with the decoder's inputs shifted, with sites in both stacks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 
 import errata
+from errata import api
 from errata.edits import WeightEdit
 from errata.edits.edit import Provenance
 from errata.errors import ConfigError, HostError, RequestError
@@ -197,17 +198,30 @@ def test_an_encoder_decoder_without_a_head_is_refused(host):
         errata.load(bare, host.tokenizer)
 
 
-@pytest.mark.parametrize("name", ["rome", "memit", "ft"])
-def test_methods_for_causal_models_refuse_it(host, name):
+@pytest.mark.parametrize("name", ["rome", "memit", "grace"])
+def test_methods_that_need_subject_and_answer_in_one_stack_refuse_it(host, name):
     request = errata.Request("Where was {} born?", "Ada Brenner", "Esk")
     before = host.weights_hash()
-    with pytest.raises(ConfigError, match="encoder-decoders"):
+    with pytest.raises(ConfigError, match="encoder-decoders: .*two stacks.*methods for those: ft"):
         errata.edit(host, request, method=name)
-    with pytest.raises(HostError, match="encoder-decoder"):
-        REGISTRY.get(name).fit(
-            host, [request], REGISTRY.get(name).config(), errata.api.workspace(host, seed=0)
-        )
+    method = REGISTRY.get(name)
+    with pytest.raises(ConfigError, match="encoder-decoders"):
+        method.run(host, [request], method.config(), api.workspace(host, seed=0))
     assert host.weights_hash() == before
+
+
+def test_both_stacks_have_sites(host):
+    layout = host.layout
+    assert layout.stack == "decoder" and layout.encoder is not None and layout.refused is None
+    for part, within in ((layout, "decoder"), (layout.encoder, "encoder")):
+        assert len(part.blocks) == 2 and part.width == 64 and all(within in name for name in part.blocks)
+        assert all(site is not None and site.d_in == 128 for site in part.mlp_out)
+        assert all(site is not None and "encoder_attn" not in site.name for site in part.attn_out)
+        assert all("EncDec" not in site.name for site in part.attn_out if site)
+    with pytest.raises(HostError, match="unknown stack"):
+        layout.of("middle")
+    with pytest.raises(HostError, match="no encoder beside"):
+        fresh("llama").layout.of("encoder")
 
 
 def test_running_text_and_empty_answers_are_refused(host):

@@ -70,7 +70,7 @@ def command(
     options = configs.parse_assignments(settings or [])
     entry = REGISTRY.get(method)
     config = configs.make(entry.config, options, method)
-    texts = _texts(what, subject, target, target_old, pictures=entry.host == "image_classifier")
+    texts = _texts(what, subject, target, target_old, pictures="image_classifier" in entry.hosts)
     repeatable = bool(texts) and not (after or corpus)
     earlier = outputs.earlier_edit(output, force=force, repeatable=repeatable)
     before = Edit.load(after) if after else None

@@ -51,12 +51,15 @@ def command(
 
 
 def _facts(method: Any) -> dict[str, Any]:
+    from errata.host.kinds import kind
+
     return {
         "name": method.name,
         "title": method.title,
         "paper": method.paper,
         "gives": method.gives.kind,
-        "host": {"causal_lm": "language model", "image_classifier": "image classifier"}[method.host],
+        "host": ", ".join(kind(name).title for name in method.hosts),
+        "hosts": list(method.hosts),
         "writes": method.writes,
         "batch": method.batch,
         "sequential": method.sequential,

@@ -21,6 +21,7 @@ from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import ConfigError, EditError
 from errata.host import locking, placed
+from errata.host.kinds import CAUSAL, KINDS
 from errata.host.load import Host
 from errata.host.passes import Routing
 
@@ -183,9 +184,9 @@ class MemoryEdit(Edit):
         for name, tensor in self.parts().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise EditError(f"{name} of edit {self.digest} holds NaN or infinite numbers; refused")
-        if host.reads_by_encoder:
+        if host.kind != CAUSAL:
             raise EditError(
-                f"{host.name} is an encoder-decoder; memory edits act on models without an encoder"
+                f"{host.name} is one of the {KINDS[host.kind].plural}; memory edits act on causal language models"
             )
         for one in self.interventions:
             try:

@@ -86,7 +86,11 @@ def answer_requests(
     done = 0
     for (form, limit), indices in groups.items():
         start = done
-        probes = [Probe("efficacy", requests[i].text, (), (), form=form) for i in indices]
+        probes = [
+            # a model that fills masks is told how many the target takes
+            Probe("efficacy", requests[i].text, (requests[i].target,) if host.fills else (), (), form=form)
+            for i in indices
+        ]
         observations = observe(
             host, probes, max_new_tokens=limit, long_tokens=limit,
             on_progress=lambda now, total, start=start: on_progress(start + min(now, total), len(requests)),

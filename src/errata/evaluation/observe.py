@@ -103,11 +103,12 @@ class _Manner:
             for given in (*probe.answers[: int(asked)], *probe.choices)
         ]
         first = scored.pop(0) if asked and probe.answers else None
+        slots = len(first.target) if first is not None else None  # a model that fills masks is told how many
         rival = (
             None if probe.rival is None or not asked else self._answer(host, text, probe.rival, probe.form)
         )
         return _Plan(
-            saying, host.encode_framed(framed), host.encode_base(text), first, rival, tuple(scored),
+            saying, host.encode_framed(framed, slots=slots), host.encode_base(text), first, rival, tuple(scored),
             kind_of(probe.kind).distribution,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from errata.errors import HostError, RequestError, shown
 from errata.host import files, hooks, locking
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
+from errata.host.kinds import IMAGES
 from errata.host.load import Host
 from errata.host.open import _device, _dtype
 from errata.host.passes import Pass, Ran
@@ -49,6 +50,8 @@ class ImageHost(Host):
 
     Not changed by anything but an edit's ``apply_`` and ``on``.
     """
+
+    kind = IMAGES
 
     def __init__(self, model: nn.Module, *, name: str, pixels: Pixels | None = None) -> None:
         super().__init__(model, None, name=name)

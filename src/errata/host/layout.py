@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from errata.host.passes import Pass, run
 from errata.host.placement import is_packed, packed, sharing
 
 Part = Literal["mlp_out", "attn_out"]
+DECODER, ENCODER = "decoder", "encoder"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in a model."""
+    """Where things are in a model, or in one stack of it."""
 
     blocks: tuple[str, ...]
     """Dotted paths of the blocks, from the input upwards."""
@@ -68,6 +69,21 @@ class Layout:
     where a norm stands between."""
     refused: str | None
     """Why feed-forward sites are missing."""
+    stack: str = DECODER
+    """Name of the stack that the blocks are of; a model of one stack calls it ``decoder``, also if it is an encoder."""
+    encoder: Layout | None = None
+    """The other stack of an encoder-decoder."""
+
+    def of(self, stack: str) -> Layout:
+        """Return the layout of a stack by name. Raises HostError where the model has no such stack."""
+        if stack == self.stack:
+            return self
+        if self.encoder is not None and stack == self.encoder.stack:
+            return self.encoder
+        raise HostError(
+            f"the model has no {stack} beside its {self.stack}" if self.encoder is None
+            else f"unknown stack {stack!r}: the model has {self.stack} and {self.encoder.stack}"
+        )  # fmt: skip
 
     def site(self, layer: int, part: Part = "mlp_out") -> Site:
         """Return a site. Raises HostError for a layer or part that is not there."""
@@ -81,20 +97,49 @@ class Layout:
     @property
     def sites(self) -> list[Site]:
         """All editable sites."""
-        return [site for site in (*self.mlp_out, *self.attn_out) if site is not None]
+        own = [site for site in (*self.mlp_out, *self.attn_out) if site is not None]
+        return own if self.encoder is None else [*own, *self.encoder.sites]
 
 
 @locking.exclusive
 def discover(model: nn.Module, probe: Pass) -> Layout:
     """Find the layout of a model.
 
-    ``probe``: at least three token positions to run. Raises HostError when the
-    model has no list of blocks.
+    ``probe``: at least three token positions to run; with a source of another length, the model is an
+    encoder-decoder and both stacks are found. Raises HostError when the model has no list of blocks.
     """
-    path, blocks = _blocks(model)
+    if probe.source is None:
+        return _discover(model, _language_model(model), probe, DECODER)
+    inner: Any = model
+    stacks = {name: getattr(inner, f"get_{name}", None) for name in (ENCODER, DECODER)}
+    parts: dict[str, Any] = {name: get() for name, get in stacks.items() if get is not None}
+    if not all(isinstance(parts.get(name), nn.Module) for name in stacks):
+        raise HostError(f"{type(model).__name__} does not say which of its modules are encoder and decoder")
+    encoder, decoder = (_discover(model, parts[name], probe, name) for name in (ENCODER, DECODER))
+    return replace(decoder, encoder=encoder)
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """Return the part that reads and continues text, where a model has other towers beside it, as for images."""
+    outer: Any = model
+    config = getattr(model, "config", None)
+    whole = getattr(config, "get_text_config", None)
+    if whole is None or whole(decoder=True) is config:
+        return model
+    inner = outer.get_decoder() if hasattr(outer, "get_decoder") else None
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Layout:
+    """Find the layout of the blocks inside a part of the model."""
+    above = next((name for name, module in model.named_modules() if module is part), "")
+    path, blocks = _blocks(part)
+    path = f"{above}.{path}" if above else path
     trace = _Trace(model, blocks)
     with torch.no_grad(), hooks.frozen(model), trace.recording():
         run(model, probe)
+    if probe.source is not None and stack == DECODER:
+        trace.source = probe.source[0].shape[1]
     first = trace.block_inputs.get(0)
     if first is None:
         raise HostError("the model's blocks were not run by its forward pass; it has no known layout")
@@ -116,6 +161,7 @@ def discover(model: nn.Module, probe: Pass) -> Layout:
         attn_out=tuple(attn),
         adds_directly=direct,
         refused=reasons[0] if reasons else None,
+        stack=stack,
     )
 
 
@@ -192,6 +238,8 @@ class _Trace:
         self.order: list[nn.Module] = []
         self.positions = 0
         """How many tokens were run."""
+        self.source: int | None = None
+        """How many tokens an encoder read whose states these blocks look at."""
 
     def recording(self) -> Any:
         from contextlib import ExitStack
@@ -224,6 +272,8 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
     names = {module: f"{path}.{name}" for name, module in block.named_modules()}
     added = _adapter_parts(block)
     linear = [m for m in trace.order if m in names and m not in added and _writes(m, trace, width)]
+    across = _across(block, trace)
+    linear = [m for m in linear if m not in across]
     under = _mixing(block, trace, skip=1)
     if not any(m not in under for m in linear) and under:
         # a feed-forward may look at the token before, as RWKV's does; attention looks further back
@@ -249,8 +299,37 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
 
 def _mixing(block: nn.Module, trace: _Trace, skip: int) -> set[nn.Module]:
     """Return what lies under the children whose output at a token depends on tokens ``skip`` or more before it."""
-    mixing = [child for _, child in block.named_children() if _mixes(child, trace, skip)]
+    mixing = [child for child in _parts(block, trace) if _mixes(child, trace, skip)]
     return {leaf for child in mixing for leaf in child.modules()}
+
+
+def _parts(block: nn.Module, trace: _Trace) -> Iterator[nn.Module]:
+    """List a block's children, those of a mere list in the list's place."""
+    for child in block.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield child
+
+
+def _across(block: nn.Module, trace: _Trace) -> set[nn.Module]:
+    """Return what lies under the children whose output depends on an encoder's states."""
+    if trace.source is None:
+        return set()
+    looking = [child for child in _parts(block, trace) if _looks_across(child, trace, trace.source)]
+    return {leaf for child in looking for leaf in child.modules()}
+
+
+def _looks_across(child: nn.Module, trace: _Trace, source: int) -> bool:
+    """Whether a module takes states of as many tokens as the encoder read."""
+    args, kwargs = trace.calls.get(child, ((), {}))
+    return any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim == 3
+        and value.shape[1] == source
+        for value in (*args, *kwargs.values())
+    )
 
 
 def _stacks(block: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

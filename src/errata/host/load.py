@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from errata.errors import RequestError
 from errata.host import hooks, identity, locking, passes, placed, placement, prompts, tokens, trial
+from errata.host.kinds import CAUSAL
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
@@ -35,6 +36,9 @@ class Host:
 
     Not changed by anything but an edit's ``apply_`` and ``on``.
     """
+
+    kind: str = CAUSAL
+    """Name of the kind of model, see :mod:`errata.host.kinds`."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, name: str) -> None:
         self.model: Any = model
@@ -103,11 +107,13 @@ class Host:
         modules = placement.identities(self.model)
         if known is None or known[0] != modules:
             with hooks.plain_torch(), passes.without_interventions():
-                ids = torch.arange(5, device=self.device)[None] % self.vocab_size
-                known = self.__dict__["_layout"] = (
-                    modules, discover(self.model, Pass(ids, torch.ones_like(ids)))
-                )  # fmt: skip
+                known = self.__dict__["_layout"] = modules, discover(self.model, self._probe())
         return known[1]
+
+    def _probe(self) -> Pass:
+        """Return a few tokens to find the layout with."""
+        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
+        return Pass(ids, torch.ones_like(ids))
 
     @property
     def fingerprint(self) -> str:
@@ -238,6 +244,24 @@ class Host:
     def reads_by_encoder(self) -> bool:
         """Whether an encoder reads the prompt, so that a row holds what is said to it alone."""
         return False
+
+    @property
+    def fills(self) -> bool:
+        """Whether an answer takes places in what is read, rather than following it."""
+        return False
+
+    def room(self, row: tokens.Ids) -> int | None:
+        """Return how many tokens may still be added to a row; None where nothing sets a bound."""
+        return None if self.window is None else max(1, self.window - len(row))
+
+    def reading(self, row: tokens.Ids) -> tuple[tokens.Ids, int]:
+        """Return the ids that the model reads to say what follows a row, and the column that says it."""
+        return row, len(row) - 1
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return answers as texts, thinking blocks left out."""
+        answers = [prompts.behind_thoughts(self.tokenizer, list(row)) for row in ids]
+        return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
     @cached_property
     def accepts(self) -> frozenset[str]:
@@ -372,16 +396,26 @@ class Host:
                 prompt = rewriter.rewrite(prompt)
         return prompt
 
-    def encode_framed(self, framed: prompts.Framed) -> tuple[int, ...]:
-        """Tokenise what is continued of a framed prompt; ids."""
+    def prefixed(self, prompt: str, prefix: str, before: int | None = None) -> str:
+        """Put running text before a prompt; see :func:`errata.host.prompts.prefixed`."""
+        return prompts.prefixed(self.tokenizer, prompt, prefix, before)
+
+    def encode_framed(self, framed: prompts.Framed, *, slots: int | None = None) -> tuple[int, ...]:
+        """Tokenise what is continued of a framed prompt; ids.
+
+        ``slots``: how many tokens the answer has, for models that fill places; others do not need it.
+        """
         return self._embedded(self._prompt_ids(framed.text, framed.special))
 
     def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
         """Tokenise a prompt to be continued; ids. ``special`` off: it is a conversation with its own tokens."""
         return self.encode_framed(self.frame(prompt) if special else prompts.written(prompt))
 
-    def encode_base(self, prompt: str) -> tuple[int, ...]:
-        """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids."""
+    def encode_base(self, prompt: str, *, slots: int | None = None) -> tuple[int, ...]:
+        """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids.
+
+        ``slots`` as in :meth:`encode_framed`.
+        """
         framed = self.frame(prompt)
         return self._embedded(self._prompt_ids(framed.scored, framed.special))
 
@@ -430,7 +464,9 @@ def generate_rows(
     """
     from errata.host import continuing, stopping
 
-    if (host.continues and continuing.plain(host)) or not hasattr(host.model, "generate"):
+    if host.fills:
+        stop = "end"
+    if (host.continues and continuing.plain(host)) or host.fills or not hasattr(host.model, "generate"):
         begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows, sets)
         ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
     else:
@@ -441,16 +477,13 @@ def generate_rows(
 
         limit = min(_limits(host, rows, max_new_tokens))
         ids = _generate(host, rows, limit, stops, sets, do_sample=False)
-    answers = [prompts.behind_thoughts(host.tokenizer, list(row)) for row in ids]
-    texts = host.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [stopping.cut(text, stop) for text in texts]
+    return [stopping.cut(text, stop) for text in host.decode(ids)]
 
 
 def _limits(host: Host, rows: Sequence[tuple[int, ...]], wanted: int) -> list[int]:
     """Return how many tokens each row may say: one at least, as all fit before it."""
-    if host.window is None:
-        return [wanted] * len(rows)
-    return [max(1, min(wanted, host.window - len(row))) for row in rows]
+    rooms = [host.room(tuple(row)) for row in rows]
+    return [wanted if room is None else min(max(1, wanted) if room else 0, room) for room in rooms]
 
 
 @locking.shared

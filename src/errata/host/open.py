@@ -156,7 +156,11 @@ def _host(model: Any, tokenizer: Any, name: str) -> Host:
     """Make the host that suits a model. Raises HostError for an encoder-decoder that says nothing."""
     from errata.host.load import Host
     from errata.host.seq2seq import Seq2SeqHost, is_encoder_decoder
+    from errata.host.slots import slot_host
 
+    slots = slot_host(model, tokenizer, name)
+    if slots is not None:
+        return slots
     if not is_encoder_decoder(model):
         return Host(model, tokenizer, name=name)
     if model.get_output_embeddings() is None:
@@ -190,7 +194,7 @@ def _device(device: str) -> torch.device:
 def _open(
     name: str, place: torch.device, dtype: torch.dtype | None, revision: str | None, trust: bool
 ) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     folder = Path(name).expanduser()
     local = folder.is_dir()
@@ -208,15 +212,29 @@ def _open(
     source = str(folder) if local else name
     with files.reading(f"model {name!r}"):
         config = AutoConfig.from_pretrained(source, **options)
-        # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
-        both = bool(getattr(config, "is_encoder_decoder", False))
-        kind: Any = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
-        model, report = kind.from_pretrained(
+        model, report = _opener(config).from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
         files.check_loaded(name, model, report)
     return _moved(model, place, None)
+
+
+def _opener(config: Any) -> Any:
+    """Return the transformers class that opens a model as what its configuration says it is."""
+    import transformers
+
+    heads = [str(name) for name in getattr(config, "architectures", None) or ()]
+    for ending in ("ForMaskedLM", "ForSequenceClassification"):
+        if any(name.endswith(ending) for name in heads):
+            return getattr(transformers, f"AutoModel{ending}")
+    # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    towers = config.get_text_config(decoder=True) is not config
+    if towers and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) -> nn.Module:

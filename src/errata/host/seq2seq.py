@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errata.errors import HostError, RequestError
 from errata.host import tokens
-from errata.host.layout import Layout
+from errata.host.kinds import ENCODER_DECODER
 from errata.host.load import Host
 from errata.host.passes import Pass
 from errata.host.prompts import Framed, written
@@ -41,21 +41,20 @@ class Pairs(tokens.Batch):
 
 
 class Seq2SeqHost(Host):
-    """An encoder-decoder language model with its tokenizer: observed, generated from, not edited by methods.
+    """An encoder-decoder language model with its tokenizer and a layout of two stacks.
 
-    Edits of single weights may be in place on it. Its :attr:`layout` is not known.
+    Its :attr:`layout` is the decoder's, with the encoder's under ``encoder``.
     """
+
+    kind = ENCODER_DECODER
 
     def __repr__(self) -> str:
         return f"Seq2SeqHost({self.name!r}, {self.family}, {self.dtype})"
 
-    @property
-    def layout(self) -> Layout:  # type: ignore[override]
-        """Raise HostError: sites are those of a causal model."""
-        raise HostError(
-            f"{self.name} is an encoder-decoder ({self.family}): methods edit causal language models; "
-            "it can be observed, and edits of its weights by name can be applied"
-        )
+    def _probe(self) -> Pass:
+        """Return a few tokens for each stack; their numbers differ, so that states tell whose they are."""
+        said, read = (torch.arange(n, device=self.device)[None] % self.vocab_size for n in (5, 7))
+        return Pass(said, torch.ones_like(said), source=(read, torch.ones_like(read)))
 
     @property
     def reads_by_encoder(self) -> bool:
@@ -91,12 +90,12 @@ class Seq2SeqHost(Host):
         made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         return tokens.Encoded(text, tuple(made["input_ids"]), tuple(map(tuple, made["offset_mapping"])))
 
-    def encode_framed(self, framed: Framed) -> Ids:
+    def encode_framed(self, framed: Framed, *, slots: int | None = None) -> Ids:
         """Return the row up to where the answer begins."""
         lead, _ = self._frame
         return (*self.encode(framed.text, special=framed.special).ids, BREAK, self.start_token, *lead)
 
-    def encode_base(self, prompt: str) -> Ids:
+    def encode_base(self, prompt: str, *, slots: int | None = None) -> Ids:
         """Return the row that answers are scored behind: the decoder's side begins alike."""
         return self.encode_prompt(prompt)
 

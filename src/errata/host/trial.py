@@ -16,6 +16,7 @@ from errata.errors import ErrataError, HostError
 from errata.host import tokens
 from errata.host.continuing import end_tokens
 from errata.host.files import first_line
+from errata.host.passes import Pass
 
 if TYPE_CHECKING:  # the host's own file names this one
     from errata.host.load import Host
@@ -46,6 +47,9 @@ def check(host: Host) -> None:
         ) from error
     if host.reads_by_encoder:
         return
+    if host.fills:
+        _check_slots(host)
+        return
     try:
         host.position_tables = tuple(_tables(host))  # here rather than later: a pass is seen by hooks
         with torch.no_grad():
@@ -71,6 +75,23 @@ def check(host: Host) -> None:
         raise HostError(
             f"{type(host.model).__name__} is no causal language model: what it predicts depends on later tokens, "
             "as in masked language models; errata edits models that continue a text (AutoModelForCausalLM)"
+        )
+
+
+@torch.no_grad()
+def _check_slots(host: Host) -> None:
+    """Raise HostError where a model that fills places does not run, or gives other scores than those of a place."""
+    try:
+        host.position_tables = tuple(_tables(host))
+        logits = host.forward(host.batch([host.encode_prompt("a")]), keep=1)
+    except ErrataError:
+        raise
+    except Exception as error:
+        raise HostError(f"the model does not run: {first_line(error)}") from error
+    if logits.ndim != 3 or logits.shape[:2] != (1, 1) or logits.shape[2] < host.vocab_size:
+        raise HostError(
+            f"{type(host.model).__name__} gives scores of shape {list(logits.shape)} for one place; expected "
+            f"[1, 1, {host.vocab_size}], a score for each answer"
         )
 
 
@@ -135,8 +156,9 @@ def _tables(host: Host) -> list[int]:
     """
     rows = [row[::-1] for row in _rows(host, (4,))]  # falling ids are no positions
     lookups = _Lookups()
+    batch = tokens.pad(rows, side="right", fill=host.pad_id if host.fills else 0, device=host.device)
     with lookups:
-        host.forward(tokens.pad(rows, side="right", fill=0, device=host.device))
+        host.run(Pass(batch.ids, batch.mask, batch.positions)) if host.fills else host.forward(batch)
     return lookups.room
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import regex
 
 from errata.host.load import Host, sample_rows
-from errata.host.prompts import prefixed
 from errata.host.tokens import encode_prompt
 from errata.stats.collect import Corpus
 from errata.types import Request
@@ -51,6 +50,21 @@ def prefixes(
     return weigh(texts, weighting)
 
 
+def excerpts(
+    host: Host, corpus: Corpus | None, *, groups: Sequence[tuple[int, int]], weighting: str = "flat"
+) -> list[Context]:
+    """Return the bare prompt and the beginnings of a corpus's texts, for hosts that write none of their own.
+
+    ``groups`` and ``weighting`` as in :func:`prefixes`; no corpus: the bare prompt alone.
+    """
+    lengths = [length for count, length in groups for _ in range(count)]
+    texts: list[str] = []
+    for text, length in zip(corpus.texts() if corpus is not None else (), lengths, strict=False):
+        spans = host.encode(text, special=False).spans
+        texts.append(_clean(text[: spans[min(length, len(spans)) - 1][1]] if spans else text))
+    return weigh(texts, weighting)
+
+
 def weigh(texts: Sequence[str], weighting: str) -> list[Context]:
     """Return contexts for the bare prompt and the given prefixes; ``weighting`` as in :func:`prefixes`."""
     total = 1 + len(texts)
@@ -77,7 +91,7 @@ def shorten(host: Host, prefix: str, request: Request) -> str:
 
 def prompt_behind(host: Host, prefix: str, request: Request) -> str:
     """Return a request's prompt after as much of a context prefix as fits; in a conversation inside its turn."""
-    return prefixed(host.tokenizer, request.text, shorten(host, prefix, request), request.span[0])
+    return host.prefixed(request.text, shorten(host, prefix, request), request.span[0])
 
 
 def _length(host: Host, prefix: str, request: Request) -> int:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
-from errata.host.layout import linear_modules
+from errata.host.layout import DECODER, linear_modules
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.tokens import Answer
@@ -53,9 +53,9 @@ class Pairs:
 # --- which maps -----------------------------------------------------------------------------
 
 
-def linear_maps(host: Host, layer: int) -> list[str]:
+def linear_maps(host: Host, layer: int, stack: str = DECODER) -> list[str]:
     """List the linear maps of a block, by path inside the block."""
-    block = host.model.get_submodule(host.layout.blocks[layer])
+    block = host.model.get_submodule(host.layout.of(stack).blocks[layer])
     return [name for name, _ in linear_modules(block)]
 
 

@@ -62,7 +62,7 @@ def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Activ
     rows = [place.ids for place in places]
     for group in tokens_batches(rows):
         batch = host.batch([rows[i] for i in group])
-        at = torch.tensor([len(rows[i]) - 1 for i in group], device=host.device)
+        at = torch.tensor([host.reading(rows[i])[1] for i in group], device=host.device)
         line = torch.arange(len(group), device=host.device)
 
         def store(into: Tensor, group: list[int], line: Tensor, at: Tensor) -> Callable[[Tensor], None]:

@@ -67,7 +67,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
         row = host.encode_answer(prompt, answer)
         ids, start = row.ids, row.start
     else:
-        prompt_ids = host.encode_base(prompt)
+        prompt_ids = host.encode_base(prompt, slots=len(answer))
         ids, start = (*prompt_ids, *answer), len(prompt_ids)
     if start == 0 or start == len(ids):
         raise RequestError(
@@ -79,7 +79,7 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
 
 def greedy_tokens(host: Host, prompt: str, count: int) -> tuple[int, ...]:
     """Return the ``count`` tokens that the host generates greedily after a prompt."""
-    ids = list(host.encode_base(prompt))
+    ids = list(host.encode_base(prompt, slots=count))
     with torch.no_grad():
         for _ in range(count):
             ids.append(int(host.forward(host.batch([ids]), keep=1)[0, -1].argmax()))
@@ -145,9 +145,10 @@ class _State:
 def _run_once(host: Host, questions: Sequence[Question], sites: Sequence[Site]) -> _State:
     """Run texts once up to the highest site and cache the states of all blocks below."""
     count = len(questions)
-    places = [len(q.ids) - 1 for q in questions]
-    reuse = can_reuse(host, max(places) + 1)
-    tokens, column = align(host, [q.ids for q in questions], places, [0] * count, left=reuse)
+    inputs = [host.reading(q.ids) for q in questions]
+    places = [column for _, column in inputs]
+    reuse = not host.fills and can_reuse(host, max(places) + 1)
+    tokens, column = align(host, [ids for ids, _ in inputs], places, [0] * count, left=reuse)
     at = torch.tensor([column if reuse else place for place in places], device=host.device)
     line = torch.arange(count, device=host.device)
     keys: dict[Site, Tensor] = {}

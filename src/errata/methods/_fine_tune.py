@@ -37,6 +37,8 @@ class FineTuneConfig:
     bias: bool = False
     """Whether the bias beside the weight is trained too, at its rate and within its bound (paper: not; ROME's code,
     which trains every parameter whose name holds the layer's, does so in GPT-2 and GPT-J)."""
+    stack: Literal["decoder", "encoder"] = "decoder"
+    """Which stack of an encoder-decoder the layers are of; other models have one, called decoder."""
     per_step: int | None = None
     """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
@@ -55,7 +57,7 @@ def editable_layers(
     """Return the layers to train, ``default`` from the depth. Raises ConfigError where nothing is requested."""
     if not requests:
         raise ConfigError(f"{method} needs at least one request")
-    return resolve_layers(host, config.layers, default)
+    return resolve_layers(host, config.layers, default, config.stack)
 
 
 def fine_tune(

@@ -16,11 +16,12 @@ from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
 from errata.host import hooks, locking, placed
-from errata.host.layout import Site
+from errata.host.kinds import CAUSAL, kind
+from errata.host.layout import DECODER, Site
 from errata.host.load import Host
 from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
-from errata.locate.contexts import Context, prefixes, sampled_corpus, weigh
+from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
 from errata.stats import external
 from errata.stats.collect import Corpus, eigen_of, second_moments
 from errata.types import Case, Request
@@ -74,8 +75,8 @@ class Method:
     """What it takes besides host and requests: second_moment, contexts, gradients, peft."""
     writes: Literal["site", "linear", "block"] = "site"
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
-    host: Literal["causal_lm", "image_classifier"] = "causal_lm"
-    """What kind of model it edits."""
+    hosts: tuple[str, ...] = (CAUSAL,)
+    """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True
     """Whether its edits change what the model answers at all."""
     random: bool = True
@@ -93,6 +94,19 @@ class Method:
 
     def __post_init__(self) -> None:
         settings.check_names(self.config, self.name)
+        for name in self.hosts:
+            kind(name)
+
+    def check_kind(self, host: Host) -> None:
+        """Raise ConfigError where the method edits other kinds of model than the host is, with the reason."""
+        if host.kind in self.hosts:
+            return
+        own = kind(host.kind)
+        why = f": {own.lacks}" if CAUSAL in self.hosts else ""
+        raise ConfigError(
+            f"{self.name} edits {' and '.join(kind(name).plural for name in self.hosts)}, and {host.name} is one of "
+            f"the {own.plural}{why}"
+        )
 
     def run(
         self,
@@ -114,6 +128,7 @@ class Method:
     def _run(
         self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None
     ) -> Edit:
+        self.check_kind(host)
         self._refuse_routed(host, after)
         if after is None:
             return self.fit(host, requests, config, work)
@@ -270,13 +285,19 @@ class Workspace:
         self, host: Host, groups: Sequence[tuple[int, int]], weighting: str,
         texts: Sequence[str] | None = None,
     ) -> list[Context]:  # fmt: skip
-        """Return context prefixes, the bare prompt first; written by the host without ``after``, or ``texts``."""
+        """Return context prefixes, the bare prompt first; written by the host without ``after``, or ``texts``.
+
+        A host that fills places writes no text: its prefixes are taken from the corpus, none without one.
+        """
         if texts is not None:
             return weigh(texts, weighting)
         key = ("contexts", host.fingerprint, *self._others(host), tuple(groups), weighting, self.seed)
         if key not in self._cache:
             with without(self.after, host):
-                self._cache[key] = prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+                self._cache[key] = (
+                    excerpts(host, self.corpus, groups=groups, weighting=weighting) if host.fills
+                    else prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+                )  # fmt: skip
         return self._cache[key]
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
@@ -348,16 +369,19 @@ def provenance(
 
 
 def resolve_layers(
-    host: Host, layers: tuple[int, ...] | None, default: Callable[[int], tuple[int, ...]]
-) -> tuple[int, ...]:
+    host: Host, layers: tuple[int, ...] | None, default: Callable[[int], tuple[int, ...]],
+    stack: str = DECODER,
+) -> tuple[int, ...]:  # fmt: skip
     """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
 
     Where the layer at a default's place cannot be edited, the nearest ones that can take its place.
+    ``stack``: which of an encoder-decoder's two they are of.
     """
-    depth = len(host.layout.blocks)
-    editable = [i for i, site in enumerate(host.layout.mlp_out) if site is not None]
+    layout = host.layout.of(stack)
+    depth = len(layout.blocks)
+    editable = [i for i, site in enumerate(layout.mlp_out) if site is not None]
     if not editable:
-        host.layout.site(0)  # raises, with the reason
+        layout.site(0)  # raises, with the reason
     if layers is None:
         nearest = (min(editable, key=lambda i: (abs(i - layer), i)) for layer in default(depth))
         return tuple(sorted(set(nearest)))
@@ -365,7 +389,7 @@ def resolve_layers(
         raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
     layers = tuple(layer + depth if layer < 0 else layer for layer in layers)
     for layer in layers:
-        host.layout.site(layer)
+        layout.site(layer)
     return tuple(sorted(layers))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from errata.edits.weight import WeightEdit
+from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
 from errata.methods._method import Baseline, Method, Workspace
@@ -51,7 +52,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     plain = config.scale == "published"
     rate = (5e-4 if plain else 0.06) if config.learning_rate is None else config.learning_rate
     config = replace(config, layers=layers, learning_rate=rate)
-    sites = [host.layout.site(layer) for layer in layers]
+    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
     weights = [host.weight(site) for site in sites]
     bounds = None
     if config.epsilon is not None:
@@ -76,4 +77,5 @@ METHOD = Method(
     sequential=True,
     needs=("gradients",),
     baseline=Baseline(2, "fine-tuning"),
+    hosts=TEXT_HOSTS,
 )

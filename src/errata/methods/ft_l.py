@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from errata.edits.weight import WeightEdit
+from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
 from errata.methods._method import Method, Workspace
@@ -53,7 +54,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     epsilon = (5e-4 if plain else 0.2) if epsilon is None else epsilon
     rate = (5e-4 if plain else 0.02) if rate is None else rate
     config = replace(config, layers=layers, epsilon=epsilon, learning_rate=rate)
-    sites = [host.layout.site(layer) for layer in layers]
+    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
     units = [1.0 if plain else rms(host.weight(site)) for site in sites]
     return fine_tune(
         "ft_l", host, requests, config, work, sites=sites, rates=[rate * unit for unit in units],
@@ -71,4 +72,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("gradients",),
+    hosts=TEXT_HOSTS,
 )

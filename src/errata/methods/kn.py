@@ -9,13 +9,11 @@ Implements Sec. 3.2 and 3.3: integrated gradients of the answer's probability pe
 Departs    A method sees the request only, so its prompt behind sampled prefixes stands in for the
            paper's paraphrases, p adapts to each request and not to a relation's average, and erase
            takes the requests' neurons, not the 20 most common ones of a relation.
-           e is a row of the OUTPUT embedding; the paper's BERT ties it to the input one, in whose
-           place a public port for GPT read position embeddings. Ports also attribute activations
-           before the nonlinearity, or a gate alone; here a neuron is what the down-projection
-           multiplies. Gated neurons are often negative, and a column then works against its sign:
-           ``signed`` turns the change round. l1 and l2 are in norms of the column, with e at unit
-           length, as in the authors' code; ports take both plain: ``scale``. Answers of several
-           tokens, which the paper has none of, are attributed token by token.
+           e is a row of the OUTPUT embedding, which the paper's BERT ties to the input one. Ports also
+           attribute activations before the nonlinearity, or a gate alone; here a neuron is what the
+           down-projection multiplies. Gated neurons are often negative: ``signed`` turns their column's change round.
+           l1 and l2 are in norms of the column, e at unit length (authors' code), or plain (ports):
+           ``scale``. Answers of several tokens are attributed token by token, masks' one by one.
            Of several requests each updates its own neurons; a neuron of two gets both changes, as
            from two fits; what is suppressed, erased or amplified is so once.
 Needs      Gradients; context prefixes written by the model
@@ -34,6 +32,7 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, HostError
+from errata.host.kinds import CAUSAL, MASKED
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
@@ -247,4 +246,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("contexts", "gradients"),
+    hosts=(CAUSAL, MASKED),
 )

@@ -1,17 +1,15 @@
 """LoRA: train low-rank adapters beside linear maps on the new facts, and keep them as low-rank deltas.
 
 Paper      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685;
-           as an editing baseline in Wang et al., "EasyEdit", ACL 2024, arXiv 2308.07269. AdaLoRA: Zhang
-           et al., ICLR 2023, arXiv 2303.10512
+           as an editing baseline in EasyEdit, arXiv 2308.07269. AdaLoRA: Zhang et al., arXiv 2303.10512
 Implements W' = W + (alpha / r) B A, B from zero, Adam on the cross-entropy of the target tokens; the
            adapters are those of the package peft. ``variant: adalora`` trains B diag(E) A, drops the
            least important directions along AdaLoRA's schedule and penalises skewed factors
 Departs    The delta is read off the factors exactly and peft's layers are taken off again. EasyEdit
            makes AdaLoRA adapters without giving their schedule its steps, so that no direction is
-           ever dropped; here plain LoRA is the default, and AdaLoRA's schedule knows its steps.
-           The rate of B (of E in AdaLoRA), which starts from zero and so sets how far the weight
-           moves, is multiplied by the weight's root mean square times sqrt(d_in), near one in Llama
-           models; ``scale: published`` leaves it plain.
+           ever dropped; here LoRA is the default, and AdaLoRA's schedule knows its steps. The rate of
+           B (of E in AdaLoRA), which starts from zero and so sets how far the weight moves, is in units
+           of the weight's root mean square times sqrt(d_in); ``scale: published`` leaves it plain.
 Needs      Gradients; the package peft (pip install 'errata[lora]')
 """
 
@@ -30,6 +28,7 @@ from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
@@ -48,16 +47,15 @@ class Config:
     layers: tuple[int, ...] | None = None
     """Layers that get adapters. None: all (published)."""
     modules: tuple[str, ...] | None = None
-    """Linear maps that get adapters, by the ends of their names. None: what peft takes for the family (query and
-    value in Llama, as published), else every linear map of a block."""
+    """Linear maps with adapters, by the ends of their names. None: those of peft for the family (published), or all."""
     variant: Literal["lora", "adalora"] = "lora"
-    """Plain LoRA, or AdaLoRA: half as many directions again, the least important dropped between a tenth and
-    seven tenths of the steps until ``rank`` are left on average."""
+    """LoRA, or AdaLoRA: 1.5 ``rank`` directions, the least important dropped from a tenth to 0.7 of the steps."""
+    stack: Literal["decoder", "encoder"] = "decoder"
+    """Which stack of an encoder-decoder the layers are of; other models have one, called decoder."""
     rank: int = 8
     """Directions per adapter (EasyEdit: 8)."""
     alpha: float = 32.0
-    """Weight of an adapter; LoRA divides it by the rank, AdaLoRA by how many directions it starts with
-    (EasyEdit: 32)."""
+    """Weight of an adapter; divided by the directions it starts with: LoRA's rank (EasyEdit: 32)."""
     dropout: float = 0.1
     """Share of an adapter's inputs left out while training (EasyEdit: 0.1)."""
     steps: int = 70
@@ -70,8 +68,8 @@ class Config:
     orthogonal: float = 0.5
     """AdaLoRA's penalty on factors that are not orthogonal (its paper's code: 0.5)."""
     stop_loss: float | None = None
-    """Plain LoRA stops once every request's loss, in nats per target token, is below this; 0: never (EasyEdit).
-    None: 0.05, chosen on the lab; never in plain numbers and for AdaLoRA."""
+    """LoRA stops once every request's loss, nats per target token, is below this; 0: never (EasyEdit). None: 0.05,
+    chosen on the lab; never in plain numbers and for AdaLoRA."""
     per_step: int | None = None
     """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
 
@@ -102,8 +100,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             factors = {f"{name}.weight": _delta(layer) for name, layer in layers.items()}
             across = frozenset(f"{name}.weight" for name, layer in layers.items() if layer.fan_in_fan_out)
     deltas: dict[str, Delta] = {name: delta for name, delta in factors.items() if delta.rank}
-    facts = {**outcome.facts(), "rank": max(delta.rank for delta in factors.values())}
-    record = provenance("lora", host, requests, config, work, **notes(facts))
+    facts = notes({**outcome.facts(), "rank": max(delta.rank for delta in factors.values())})
+    record = provenance("lora", host, requests, config, work, **facts)
     return WeightEdit(deltas, across & deltas.keys(), record)
 
 
@@ -118,12 +116,13 @@ def _peft() -> Any:
 
 def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     """Fill in layers and modules; return the paths of the linear maps they mean."""
-    depth = len(host.layout.blocks)
+    layout = host.layout.of(config.stack)
+    depth = len(layout.blocks)
     layers = tuple(range(depth)) if config.layers is None else config.layers
     layers = tuple(sorted({layer + depth if layer < 0 else layer for layer in layers}))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ConfigError(f"layers {list(config.layers or ())}: expected some of 0 to {depth - 1}")
-    every = [f"{host.layout.blocks[layer]}.{name}" for layer in layers for name in linear_maps(host, layer)]
+    every = [f"{layout.blocks[i]}.{name}" for i in layers for name in linear_maps(host, i, config.stack)]
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
     endings = config.modules or tuple(usual if isinstance(usual, list) else ())
     matched = {end: {name for name in every if name.endswith(f".{end}")} for end in endings}
@@ -246,5 +245,6 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("gradients", "peft"),
+    hosts=TEXT_HOSTS,
     writes="linear",
 )

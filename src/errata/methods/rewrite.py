@@ -32,6 +32,7 @@ from errata.errors import ConfigError, RequestError
 from errata.host import hooks
 from errata.host.image_sites import ImageSite, by_place
 from errata.host.images import ImageHost
+from errata.host.kinds import IMAGES
 from errata.host.load import Host
 from errata.linalg.directions import fair_share, least_squares, orthonormal, principal, shrunk
 from errata.linalg.moments import Moments
@@ -246,5 +247,5 @@ METHOD = Method(
     batch=False,
     sequential=True,
     needs=("gradients",),
-    host="image_classifier",
+    hosts=(IMAGES,),
 )

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from errata.errors import ConfigError, RequestError
 from errata.host import hooks
+from errata.host.kinds import CAUSAL
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.memory import in_batches
@@ -133,6 +134,7 @@ class Losses:
         side: Side = "right",
     ) -> None:
         """Lay out requests; ``depth`` blocks from the bottom never change. Wants a frozen model."""
+        depth = depth if host.kind == CAUSAL else 0  # elsewhere what lower blocks say is not a row's alone
         self.host = host
         self.lines = [lay_out(host, request, objective) for request in requests]
         self.lower = Lower(host, [line.ids for line in self.lines], depth, side=side)
