@@ -7,7 +7,8 @@ Implements U are the inputs of a down-projection at every position from the subj
            predicts the last target token. With M = C + rho mean(diag C) I + history E[k k^T of earlier edits],
            U^T M^-1 U = Q L Q^T and A = M^-1 U Q L^(-1/2), the change is Y A^T, and |Y|^2 is what it costs
            under M. Y descends the targets' loss by Y <- Y - (loss / |grad|^2) grad, all layers at once, until the
-           loss of every request is low: about five steps, without a learning rate, a bound or a decay.
+           loss of every request is low: about five steps, without a learning rate, a bound or a decay. A step that
+           raises the loss is taken back and tried at a quarter of its length.
            In words: fine-tuning of the span of the edit's own keys, preconditioned by M^-1 on the input side.
            The subject's last token is the same in all statements about the subject, so a change there alone
            changes them all; later positions hold keys that know the relation as well
@@ -153,7 +154,9 @@ def _descend(
         site: torch.zeros(site.d_out, a.shape[1], dtype=a.dtype, device=a.device, requires_grad=True)
         for site, a in inner.items()
     }
+    variables = list(outer.values())
     taken, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
+    path = _Path(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
         factors = {site: (outer[site], inner[site]) for site in bases}
@@ -161,13 +164,11 @@ def _descend(
             work.on_progress("keel", taken, config.steps)
             by_line, gradients = _gradients(host, measure, factors, weight / len(rows), work.batch_size)
             losses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, by_line * weight)
-            if not torch.isfinite(losses).all():
-                raise ConfigError(
-                    f"the loss is {float(losses.sum())} after {taken} steps; load the model in float32"
-                )
             if float(losses.max()) < config.stop_loss or taken == config.steps:
                 break
-            _step_(list(outer.values()), gradients, float(losses.mean()), config.step_limit)
+            path.step_(variables, gradients, float(losses.mean()))
+        if not torch.isfinite(losses).all():
+            raise ConfigError(f"the loss is {float(losses.sum())}; load the model in float32")
     work.on_progress("keel", config.steps, config.steps)
     cost = sum(float(y.detach().double().square().sum()) for y in outer.values())
     facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(taken), "cost": cost}
@@ -201,19 +202,34 @@ def _gradients(
     return torch.tensor(losses, dtype=torch.float64), total
 
 
-@torch.no_grad()
-def _step_(
-    variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float, limit: float | None
-) -> None:
-    """Take the step after which the loss would be zero if it were linear."""
-    square = sum(float(gradient.double().square().sum()) for gradient in gradients)
-    if square == 0.0:
-        raise ConfigError("the loss does not depend on the edited layers; edit lower ones")
-    size = loss / square
-    if limit is not None:
-        size = min(size, limit / square**0.5)
-    for variable, gradient in zip(variables, gradients, strict=True):
-        variable -= size * gradient
+class _Path:
+    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
+
+    def __init__(self, limit: float | None) -> None:
+        """``limit``: longest step; None: any."""
+        self.limit = float("inf") if limit is None else limit
+        self.radius = self.limit
+        self.loss = float("inf")
+        self.point: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.length = 0.0
+        """Of the step before."""
+
+    @torch.no_grad()
+    def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
+        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower."""
+        if loss < self.loss:
+            self.loss, self.radius = loss, min(self.limit, 2 * self.radius)
+            self.point = [variable.clone() for variable in variables]
+            self.gradients = list(gradients)
+        else:
+            self.radius = self.length / 4
+        size = sum(float(gradient.double().square().sum()) for gradient in self.gradients) ** 0.5
+        if size == 0.0:
+            raise ConfigError("the loss does not depend on the edited layers; edit lower ones")
+        self.length = min(self.loss / size, self.radius)
+        for variable, point, gradient in zip(variables, self.point, self.gradients, strict=True):
+            variable.copy_(point - self.length / size * gradient)
 
 
 METHOD = Method(
