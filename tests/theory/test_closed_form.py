@@ -352,17 +352,17 @@ LONG = errata.Request(
 
 
 def test_anyedit_chunks_cover_the_answer_once(host):
-    from errata.methods.anyedit import chunked
+    from errata.methods.anyedit import chunk_problems
 
     answer = host.encode_answer(LONG.text, LONG.target)
-    problems, rounds = chunked(host, [LONG], 5, 0)
+    problems, rounds = chunk_problems(host, [LONG], 5, 0)
     tokens = [token for problem in problems for token in problem.rows[0].targets]
     assert tokens == list(answer.target) and len(rounds) == len(problems) == -(-len(answer.target) // 5)
     for problem in problems:
         line = problem.rows[0]
         assert line.position == len(line.ids) - len(line.targets) or len(line.targets) == 1
         assert line.ids[line.position + 1 :] == line.targets[:-1]
-    overlapping, _ = chunked(host, [LONG], 5, 2)
+    overlapping, _ = chunk_problems(host, [LONG], 5, 2)
     assert overlapping[1].rows[0].targets[:2] == problems[0].rows[0].targets[3:]
 
 

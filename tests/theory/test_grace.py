@@ -21,7 +21,7 @@ def book(*entries: tuple[float, int]) -> _Codebook:
     """Enter keys on a line, each with a target; the radius of a new entry is 1."""
     made = _Codebook([], [], [], [], [])
     for number, (place, target) in enumerate(entries):
-        made.take(number, torch.tensor([place, 0.0]), (target,), 1.0, False)
+        made.assign(number, torch.tensor([place, 0.0]), (target,), 1.0, False)
     return made
 
 
@@ -55,15 +55,15 @@ def test_the_bound_counts_both_radii():
 def test_targets_are_compared_token_by_token():
     """(1, 3) and (2, 2) have one mean."""
     made = _Codebook([], [], [], [], [])
-    made.take(0, torch.zeros(2), (1, 3), 1.0, False)
-    made.take(1, torch.tensor([0.5, 0.0]), (2, 2), 1.0, False)
+    made.assign(0, torch.zeros(2), (1, 3), 1.0, False)
+    made.assign(1, torch.tensor([0.5, 0.0]), (2, 2), 1.0, False)
     assert made.log[1]["action"] == "split"
 
 
 def test_a_moving_average_moves_the_key_half_way():
     made = _Codebook([], [], [], [], [])
-    made.take(0, torch.zeros(2), (1,), 1.0, True)
-    made.take(1, torch.tensor([1.0, 0.0]), (1,), 1.0, True)
+    made.assign(0, torch.zeros(2), (1,), 1.0, True)
+    made.assign(1, torch.tensor([1.0, 0.0]), (1,), 1.0, True)
     assert made.keys[0].tolist() == [0.5, 0.0]
 
 

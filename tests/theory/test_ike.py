@@ -92,7 +92,7 @@ def test_what_the_window_cannot_hold_is_left_out_least_like_first():
     count = short.provenance.notes["demonstrations"]
     assert 0 < count < whole.provenance.notes["demonstrations"] == 16
     assert whole.contexts[0].endswith(short.contexts[0])
-    with pytest.raises(ConfigError, match="the fact itself takes more"):
+    with pytest.raises(ConfigError, match="the fact alone has more"):
         errata.edit(fresh("llama"), FACT, method="ike", examples=EXAMPLES, room=120)
 
 

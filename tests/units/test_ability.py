@@ -156,13 +156,13 @@ def test_a_change_that_changes_nothing_differs_by_nothing(facts, lab_host):
 
 
 def test_answers_end_where_the_task_says(lab_host):
-    (line,) = likelihood.continued(lab_host, ["Question: Where was Ada born?\nAnswer:"], ["\n"], 24)
-    (whole,) = likelihood.continued(lab_host, ["Question: Where was Ada born?\nAnswer:"], [], 24)
+    (line,) = likelihood.generate_texts(lab_host, ["Question: Where was Ada born?\nAnswer:"], ["\n"], 24)
+    (whole,) = likelihood.generate_texts(lab_host, ["Question: Where was Ada born?\nAnswer:"], [], 24)
     assert "\n" not in line and whole.startswith(line)
     assert likelihood._until("one, two. three", [". ", ","]) == "one"
     host = fresh("gpt2")
     assert len(host.encode(LONG).ids) > host.window
-    (text,) = likelihood.continued(host, [LONG], [], 8)
+    (text,) = likelihood.generate_texts(host, [LONG], [], 8)
     assert isinstance(text, str), "a prompt longer than the window loses its beginning"
 
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_asked_is_refused_with_the_reason(tmp_path, monkeypatch):
         ability(host, [str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])
     sampled = [("Who?", {"do_sample": True, "temperature": 0.7, "until": ["\n"]})]
     with pytest.raises(ConfigError, match="do_sample"):
-        room._generated(host, sampled, lambda *tick: None)
+        room._generate(host, sampled, lambda *tick: None)
     monkeypatch.setattr(host.config, "is_encoder_decoder", True)
     with pytest.raises(ConfigError, match="encoder-decoder"):
         ability(host, ["a.txt"])
@@ -254,7 +254,7 @@ def test_the_harness_is_kept_to_itself(capsys, monkeypatch):
     state, drawn = random.getstate(), torch.get_rng_state()
     first, second = [], []
     for values in (first, second):
-        with room._contained(7):
+        with room._isolated_harness(7):
             print("noise")
             values += [random.random(), float(torch.rand(()))]
             assert os.environ[room.ONE_PROCESS]

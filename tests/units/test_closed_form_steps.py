@@ -36,7 +36,7 @@ def task(host, requests=(ADA, BRUNO), **options):
 def test_some_columns_of_a_layer_take_their_requests_along():
     host = fresh("gpt2")
     whole = step(host)
-    some = whole.only(torch.tensor([True, False, True]))
+    some = whole.select(torch.tensor([True, False, True]))
     assert some.requests == ((0, 3), (2,))
     assert torch.equal(some.keys, whole.keys[:, [0, 2]])
     assert torch.equal(some.missing, whole.missing[:, [0, 2]])
@@ -88,7 +88,7 @@ def test_lower_layers_are_in_place_while_the_next_is_read_and_the_host_is_left_a
 def test_a_task_starts_again_with_the_state_it_began_with():
     one = task(fresh("gpt2"))
     one.state["x"] = torch.ones(1)
-    assert one.restarted().state == {} and "x" in one.state
+    assert one.with_initial_state().state == {} and "x" in one.state
 
 
 def test_the_more_precise_shape_is_preferred():

@@ -1,18 +1,16 @@
-"""What a board is read against: the host as it is, and the host that is told the facts in every prompt."""
+"""What a board is read against: the methods that declare themselves baselines."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from errata.types import Case
-from errata.writing import Join, statement
+from errata.methods import REGISTRY
+
+if TYPE_CHECKING:
+    from errata.methods._method import Method
 
 
-def told(case: Case, join: Join = "auto") -> Case:
-    """Return a case with its own facts before every probe's prompt, each as ``New fact: <text> <target>.``, a line.
-
-    Text and target are joined, and the sentence is ended, as their writing requires.
-    The ceiling of retrieval: the right facts are always found, whatever is asked.
-    """
-    facts = "".join(f"New fact: {statement(r.text, r.target, join)}\n" for r in case.requests)
-    return replace(case, probes=tuple(replace(p, prompt=facts + p.prompt) for p in case.probes))
+def baselines() -> list[Method]:
+    """Return the registered methods that stand on every board, in their order there."""
+    ranked = [(method.baseline, method) for method in map(REGISTRY.get, REGISTRY) if method.baseline]
+    return [method for _, method in sorted(ranked, key=lambda pair: pair[0])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,17 +11,14 @@ from typing import Any
 
 from errata import config as settings
 from errata.bench import health, summing
-from errata.bench.baselines import told
 from errata.bench.plan import Cell
-from errata.bench.recipe_document import BASELINES, IN_PROMPT
 from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
 from errata.bench.rooms import Room
 from errata.bench.runner import Look, Seen, Tick, check_method, resumed
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
-from errata.evaluation import score
 from errata.evaluation.observe import check as check_probes
-from errata.types import Case, Row
+from errata.types import Case
 
 START = "start.json"
 """Which host a cell's rows are of."""
@@ -74,9 +71,7 @@ class Sheet:
                 "use the model it was begun with, or start a new run"
             )
         kind = self.cell.plan.kind
-        if self.cell.method in BASELINES:
-            self.journal.cut(0)
-        elif kind == "sequential":
+        if kind == "sequential":
             self._begin_sequence(len(cases))
         else:
             self._begin_groups(kind)
@@ -84,7 +79,7 @@ class Sheet:
 
     def _check_order(self, cases: Sequence[Case]) -> None:
         """Raise DataError where the rows kept are not those of the first cases, in order."""
-        place, sequence = 0, self.cell.plan.kind == "sequential" or self.cell.method in BASELINES
+        place, sequence = 0, self.cell.plan.kind == "sequential"
         for line in self.journal:
             if line.record.get("type") == "look":
                 place = 0 if sequence else place
@@ -181,11 +176,6 @@ def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
         check_probes(host, room.cases(cell), **room.asking(cell))
     except RequestError as error:
         raise Refused(str(error)) from error
-    if cell.method in BASELINES:
-        sheet.begin(host.fingerprint, room.cases(cell))
-        for record in _baseline(room, cell):
-            sheet.write(record)
-        return summing.measured(host, None, room.neutral(cell).prompts)
     try:
         method = check_method(cell.method, cell.plan)
         config = settings.make(method.config, cell.settings, method.name)
@@ -218,7 +208,7 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
             for event in events:
                 edit, first = event.edit or edit, False
                 if isinstance(event, Seen):
-                    sheet.write(_case(event.case, event.rows, event.edits, event))
+                    sheet.write(_case(event))
                     continue
                 sheet.write(_look(room, cell, event, engine.fit_seconds))
                 if sequence:
@@ -234,23 +224,20 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
     return edit
 
 
-def _case(case: Case, rows: Sequence[Row], edits: int | None, seen: Seen | None, took: float = 0.0) -> dict:
-    """Word a case's line; ``took``: what observing it took, where nothing was fitted."""
-    cost: dict[str, Any] = {"fit_seconds": None, "observe_seconds": took, "bytes": None}
-    if seen is not None:
-        cost = {
-            "fit_seconds": seen.fit_seconds,
-            "observe_seconds": seen.observe_seconds,
-            "bytes": seen.edit.size if edits is None and seen.edit is not None else None,
-        }
+def _case(seen: Seen) -> dict[str, Any]:
+    """Return a case's line."""
     line = {
         "type": "case",
-        "case": case.id,
-        "edits": edits,
-        "rows": [asdict(row) for row in rows],
-        "cost": cost,
+        "case": seen.case.id,
+        "edits": seen.edits,
+        "rows": [asdict(row) for row in seen.rows],
+        "cost": {
+            "fit_seconds": seen.fit_seconds,
+            "observe_seconds": seen.observe_seconds,
+            "bytes": seen.edit.size if seen.edits is None and seen.edit is not None else None,
+        },
     }
-    return line if seen is None or seen.refused is None else {**line, "refused": seen.refused}
+    return line if seen.refused is None else {**line, "refused": seen.refused}
 
 
 def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:
@@ -272,39 +259,3 @@ def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, A
             list((heavy["norm_ratio"] or {}).values()),
         ),
     }  # fmt: skip
-
-
-def _baseline(room: Room, cell: Cell) -> Iterator[dict[str, Any]]:
-    """Word the lines of a cell that no method makes: nothing is in place, however many edits are counted."""
-    cases, before = room.cases(cell), room.unedited(cell)
-    in_prompt = cell.method == IN_PROMPT
-    after = room.unedited(cell, in_prompt=in_prompt)
-    took = after.seconds() / len(cases)
-    for edits in cell.look or (None,):
-        counted = cases if edits is None else cases[:edits]
-        for case in counted:
-            said = after.of(told(case) if in_prompt else case)
-            rows = score.rows(case, before.of(case), said, checkpoint=edits)
-            yield _case(case, rows, edits, None, took)
-        if edits is not None:
-            yield _still(room, cell, edits)
-
-
-def _still(room: Room, cell: Cell, edits: int) -> dict[str, Any]:
-    """Word the line of a look at a host without edits."""
-    neutral = room.neutral(cell)
-    same = (neutral.perplexity, neutral.perplexity)
-    return {
-        "type": "look",
-        "edits": edits,
-        "perplexity_before": neutral.perplexity,
-        "perplexity_after": neutral.perplexity,
-        "last_batch_efficacy": None,
-        "fit_seconds": 0.0,
-        "norm": None,
-        "norm_ratio": None,
-        "spectral_ratio": None,
-        "digest": None,
-        "bytes": None,
-        "collapse": health.condition(neutral.continued, neutral.continued, same, []),
-    }

@@ -14,8 +14,8 @@ from typing import Any
 from errata import config as settings
 from errata.bench import machine, published, sources
 from errata.bench import recipe as recipes
+from errata.bench.baselines import baselines
 from errata.bench.recipe import DatasetSpec, MethodSpec, ModelSpec, Recipe, RunSpec
-from errata.bench.recipe_document import BASELINES, TUNED
 from errata.bench.results import SCHEMA, finite
 from errata.bench.schedule import Schedule
 from errata.edits.edit import versions
@@ -36,7 +36,7 @@ class Cell:
     model: str
     """Label of the model."""
     method: str
-    """Registered name, or ``unedited`` or ``in_prompt``."""
+    """Registered name."""
     label: str
     settings: Mapping[str, Any]
     dataset: str
@@ -47,6 +47,10 @@ class Cell:
     seed: int
     baseline: bool
     """Whether it is there for every model, dataset and schedule, to compare with."""
+    rank: int | None = None
+    """Of a baseline, its place among them."""
+    role: str = ""
+    """Of a baseline, what its row shows."""
 
     @property
     def plan(self) -> Schedule:
@@ -189,17 +193,17 @@ def _crossed(
     recipe: Recipe, run: RunSpec, dataset: str, facts: Mapping[str, Any], look: tuple[int, ...] | None
 ) -> list[Cell]:
     """Cross models, methods with the baselines, and seeds, for one dataset."""
-    tuned = MethodSpec(TUNED, label=TUNED)
-    baselines = [*(MethodSpec(name, label=name) for name in BASELINES), tuned]
-    methods = [*baselines, *(spec for spec in run.methods if spec != tuned)]
+    always = [(MethodSpec(method.name, label=method.name), method.baseline) for method in baselines()]
+    specs = [spec for spec, _ in always]
+    methods = [*always, *((spec, None) for spec in run.methods if spec not in specs)]
     made = []
     for model in recipe.models:
-        for spec in methods:
-            # no randomness in what no method makes: one seed says it all
-            for seed in recipe.seeds[:1] if spec.name in BASELINES else recipe.seeds:
+        for spec, baseline in methods:
+            for seed in recipe.seeds if REGISTRY.get(spec.name).random else recipe.seeds[:1]:
                 cell = Cell(
                     "", model.label, spec.name, spec.label, dict(spec.settings), dataset, str(run.schedule),
-                    look, seed, spec in baselines,
+                    look, seed, baseline is not None,
+                    baseline.rank if baseline else None, baseline.role if baseline else "",
                 )  # fmt: skip
                 made.append(replace(cell, id=_name(cell, recipe, model, facts)))
     return made
@@ -207,7 +211,7 @@ def _crossed(
 
 def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]) -> str:
     """Name a cell by a readable part and a hash of everything that decides its rows."""
-    config = None if cell.method in BASELINES else _config(cell)
+    config = _config(cell)
     decides = {
         "model": asdict(replace(model, label="")),
         "method": cell.method,

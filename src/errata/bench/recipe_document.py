@@ -17,16 +17,12 @@ from pydantic import (
 )
 
 from errata import config as settings
+from errata.bench.baselines import baselines
 from errata.bench.schedule import SINGLE, Schedule, check_looks
 from errata.errors import ConfigError
 from errata.methods import REGISTRY
 
 ALL = "all"
-IN_PROMPT = "in_prompt"
-BASELINES = ("unedited", IN_PROMPT)
-"""Cells that no method makes: the host as it is, and the host with each case's facts in the prompt."""
-TUNED = "ft"
-"""The method that every board has to be read against."""
 
 
 def check(document: Any) -> tuple[RecipeDocument | None, list[str]]:
@@ -142,8 +138,6 @@ class MethodDocument(_Document):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name in BASELINES:
-            raise settings.problem(f"{name} is a baseline and always there; leave it out")
         _reported(REGISTRY.get, name)
         return name
 
@@ -158,8 +152,8 @@ class MethodDocument(_Document):
     @field_validator("label")
     @classmethod
     def _free(cls, label: str | None, info: ValidationInfo) -> str | None:
-        tuned = label == TUNED and (info.data.get("name", TUNED) != TUNED or info.data.get("settings"))
-        if label in BASELINES or tuned:
+        plain = info.data.get("name", label) == label and not info.data.get("settings")
+        if label in {method.name for method in baselines()} and not plain:
             raise settings.problem(f"{label} names a baseline; give another")
         return label
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from errata import lab
 from errata.bench import health, results, sources
-from errata.bench.baselines import told
 from errata.bench.plan import Cell, Plan
 from errata.bench.runner import Engine, counted, held_out
 from errata.bench.unedited import Unedited
@@ -62,7 +61,7 @@ class Room:
     _works: dict[int, Any] = field(default_factory=dict)
     _neutral: dict[int, Neutral] = field(default_factory=dict)
     _cases: dict[str, Sequence[Case]] = field(default_factory=dict)
-    _unedited: dict[tuple[str, bool], Unedited] = field(default_factory=dict)
+    _unedited: dict[str, Unedited] = field(default_factory=dict)
 
     def host(self, cell: Cell) -> Host:
         """Return a cell's model, opened unless it is open."""
@@ -126,14 +125,14 @@ class Room:
             "template": self.plan.model(cell.model).template,
         }
 
-    def unedited(self, cell: Cell, *, in_prompt: bool = False) -> Unedited:
-        """Return what the unedited host says to a cell's cases, or to them with their facts in the prompt."""
-        key = (cell.dataset, in_prompt)
-        if key not in self._unedited:
-            cases = [told(case) for case in self.cases(cell)] if in_prompt else self.cases(cell)
+    def unedited(self, cell: Cell) -> Unedited:
+        """Return what the unedited host answers to a cell's cases."""
+        if cell.dataset not in self._unedited:
             folder = self.folder / results.UNEDITED
-            self._unedited[key] = Unedited(folder, self.host(cell), cases, self.asking(cell))
-        return self._unedited[key]
+            self._unedited[cell.dataset] = Unedited(
+                folder, self.host(cell), self.cases(cell), self.asking(cell)
+            )
+        return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
         """Return neutral text and what a cell's unedited host makes of it."""

@@ -146,7 +146,7 @@ def _evaluation(found: Outcome) -> dict[str, float | None]:
     """Return the mean seconds of observing and scoring a case, over cells: with an edit, and without."""
     costs: dict[str, list[float]] = {"edited": [], "unedited": []}
     for document in found.documents.values():
-        if document["status"] == "done" and document["cell"]["method"] != "in_prompt":
-            name = "unedited" if document["cell"]["method"] == "unedited" else "edited"
+        if document["status"] == "done":
+            name = "unedited" if document["cell"].get("rank") == 0 else "edited"
             costs[name].append(document["cost"]["observe"]["per_case"])
     return {name: sum(values) / len(values) if values else None for name, values in costs.items()}

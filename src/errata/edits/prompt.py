@@ -28,14 +28,12 @@ class PromptEdit(Edit):
     kind: ClassVar[str] = "prompt"
 
     contexts: tuple[str, ...]
-    """By entry, what is put before a prompt as it stands."""
+    """By entry, what is put before a prompt; none: prompts stay as they are."""
     router: Router
     """Decides by the prompt's text."""
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        if not self.contexts:
-            raise EditError("a prompt edit needs at least one text to put before prompts")
         if self.router.name not in TEXT_ROUTERS:
             raise EditError(
                 f"a {self.router.name} router decides by the model's states, and there are none before a prompt is "
@@ -44,6 +42,8 @@ class PromptEdit(Edit):
 
     def rewrite(self, prompt: str) -> str:
         """Return the prompt with the text of the entry that speaks for it; the prompt itself where none does."""
+        if not self.contexts:
+            return prompt
         entry = int(self.router.decide(Question(torch.zeros(1, 0), torch.zeros(1, 0), lambda: [prompt])))
         return prompt if entry == NONE else self.contexts[entry] + prompt
 

@@ -1,11 +1,11 @@
-"""General ability before and after an edit: lm-evaluation-harness on the live host, and running text.
+"""General ability before and after an edit: lm-evaluation-harness on the live host, and perplexity of texts.
 
-The harness (Gao et al., "A framework for few-shot language model evaluation"; extra ``ability``) asks the
-host in memory, so weights and hooks of an edit that is in place are what it measures. A task is
+The harness (Gao et al., "A framework for few-shot language model evaluation"; extra ``ability``) runs
+the host in memory, so it measures the weights and hooks of an edit that is in place. A task is
 
-* a name the harness knows, such as ``hellaswag``, or a ``.yaml`` task file of its own form;
-* a ``.jsonl`` file of one's own, offline: lines ``{"question", "answers"}`` for free answers or
-  ``{"question", "choices", "label"}`` for a choice, with an optional ``context``;
+* a name the harness knows, such as ``hellaswag``, or a ``.yaml`` task file in its format;
+* a local ``.jsonl`` file, which needs no network: lines ``{"question", "answers"}`` for free answers or
+  ``{"question", "choices", "label"}`` for multiple choice, with an optional ``context``;
 * a ``.txt`` file: perplexity per token and bits per byte of its paragraphs, without the harness.
 """
 
@@ -27,7 +27,7 @@ import torch
 from errata import files
 from errata.edits.group import group
 from errata.errors import ConfigError, DataError, listing, shown
-from errata.evaluation.likelihood import continuation, continued, rolling, score
+from errata.evaluation.likelihood import continuation, generate_texts, rolling, score
 from errata.evaluation.metrics import matching, perplexity
 from errata.host.load import Host
 from errata.registry import nearest
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
 
 Tick = Callable[[str, int, int], None]
-Found = Mapping[str, Mapping[str, "Measured"]]
-"""By task and metric."""
+Results = Mapping[str, Mapping[str, "Measurement"]]
+"""Measurements by task and metric."""
 
 ANSWER_TOKENS = 32
 """Longest free answer of a local task."""
 ONE_PROCESS = "DISABLE_MULTIPROC"
-"""The harness's environment variable against processes of its own."""
+"""Environment variable that keeps the harness from starting processes."""
 RESAMPLES = 1000
-"""Draws for the errors of metrics that have no formula for it."""
+"""Bootstrap resamples for the standard errors of metrics without a formula for it."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One metric of one task on one state of the host."""
 
     value: float
     stderr: float | None
     """Standard error over documents, as the harness computes it; None where it has none."""
     documents: int | None
-    """How many documents the value stands for; None for groups of tasks."""
+    """Number of documents that the value covers; None for groups of tasks."""
     each: tuple[float, ...] | None = None
     """The value of every document in order, where the metric is their mean."""
 
@@ -65,17 +65,17 @@ def ability(
     limit: int | None = None, seed: int = 0,
     shots: int | None = None, chat: bool = False, on_progress: Tick = lambda what, done, total: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """Measure tasks on a host as it stands, and again with an edit, or all of several, in place.
+    """Evaluate tasks on a host in its present state, and again with an edit, or several together, in place.
 
     Returns ``{task: {metric: {"before", "after", "stderr", "stderr_difference", "n"}}}``. ``stderr`` is that
     of ``after`` (of ``before`` without an edit, where ``after`` is None); ``stderr_difference`` that of
-    after - before over the same documents, None for metrics that are no mean over documents; ``n`` counts
+    after - before over the same documents, None for metrics that are not a mean over documents; ``n`` counts
     documents. ``limit``: documents per task, the first ones. ``shots``: examples before a question, None
-    takes the task's own number. ``chat``: ask through the tokenizer's chat template. ``seed``: of drawn
-    examples; the global random state is left as it was.
+    uses the task's own number. ``chat``: apply the tokenizer's chat template. ``seed``: for sampled
+    few-shot examples; the global random state is left unchanged.
 
     Raises ConfigError for unknown tasks and where the harness is not installed, DataError for files that
-    cannot be read and data that cannot be had offline.
+    cannot be read and data that are not available offline.
     """
     if getattr(host.config, "is_encoder_decoder", False):
         raise ConfigError(f"ability is measured on causal language models; {host.name} is an encoder-decoder")
@@ -86,22 +86,26 @@ def ability(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit}: expected a number of documents from 1")
     labels = [Path(name).stem if name.lower().endswith((".txt", ".jsonl")) else name for name in tasks]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
+    duplicates = sorted({label for label in labels if labels.count(label) > 1})
+    if duplicates:
         raise ConfigError(
-            f"two tasks are called {', '.join(twice)}; name each once, files by different names"
+            f"two tasks are called {', '.join(duplicates)}; name each once, files by different names"
         )
     texts = {name: _paragraphs(name)[:limit] for name in tasks if name.lower().endswith(".txt")}
-    asked = [name for name in tasks if name not in texts]
-    harness = _Harness(asked, limit=limit, seed=seed, shots=shots, chat=chat) if asked else None
+    harness_tasks = [name for name in tasks if name not in texts]
+    harness = (
+        _Harness(harness_tasks, limit=limit, seed=seed, shots=shots, chat=chat) if harness_tasks else None
+    )
 
-    def measure(phase: str) -> dict[str, Mapping[str, Measured]]:
-        found: dict[str, Mapping[str, Measured]] = {
+    def measure(phase: str) -> dict[str, Mapping[str, Measurement]]:
+        results: dict[str, Mapping[str, Measurement]] = {
             Path(name).stem: running_text(host, text) for name, text in texts.items()
         }
         if harness is not None:
-            found |= harness.run(host, lambda what, done, total: on_progress(f"{phase}: {what}", done, total))
-        return found
+            results |= harness.run(
+                host, lambda what, done, total: on_progress(f"{phase}: {what}", done, total)
+            )
+        return results
 
     before = measure("before")
     edits = group(edit)
@@ -112,10 +116,10 @@ def ability(
     return _table(before, after)
 
 
-def _table(before: Found, after: Found | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Put both sides together."""
+def _table(before: Results, after: Results | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the values before and after by task and metric."""
 
-    def entry(old: Measured, new: Measured | None) -> dict[str, Any]:
+    def entry(old: Measurement, new: Measurement | None) -> dict[str, Any]:
         return {
             "before": old.value,
             "after": None if new is None else new.value,
@@ -134,7 +138,7 @@ def _table(before: Found, after: Found | None) -> dict[str, dict[str, dict[str, 
 
 
 def _paired_error(old: Sequence[float] | None, new: Sequence[float] | None) -> float | None:
-    """Standard error of the mean difference over the same documents."""
+    """Return the standard error of the mean difference over the same documents; None where it is undefined."""
     if old is None or new is None or len(old) != len(new) or len(old) < 2:
         return None
     differences = [b - a for a, b in zip(old, new, strict=True)]
@@ -146,27 +150,27 @@ def _paired_error(old: Sequence[float] | None, new: Sequence[float] | None) -> f
 # --- running text ---------------------------------------------------------------------------
 
 
-def running_text(host: Host, texts: Sequence[str]) -> dict[str, Measured]:
+def running_text(host: Host, texts: Sequence[str]) -> dict[str, Measurement]:
     """Return perplexity per token and bits per byte of texts, all tokens and bytes of all texts together.
 
     With L_i the negative log-probability of text i in nats, t_i its tokens and b_i its UTF-8 bytes:
     perplexity = exp(sum L / sum t), bits per byte = sum L / (ln 2 * sum b). Standard errors are those of a
-    ratio of sums over texts (linearised), None for a single text. Bits per byte compare models of
-    different vocabularies, perplexity does not.
+    ratio of sums over texts (linearised), None for a single text. Bits per byte can be compared
+    between models of different vocabularies, perplexity cannot.
     """
-    scored = [torch.tensor(said, dtype=torch.float64) for said in rolling(host, texts)]
-    losses = [-float(said.sum()) for said in scored]
+    logprobs = [torch.tensor(row, dtype=torch.float64) for row in rolling(host, texts)]
+    losses = [-float(row.sum()) for row in logprobs]
     sizes = [len(text.encode()) for text in texts]
-    per_token = perplexity.of_texts(scored)
-    token_error = _ratio_error(losses, [len(said) for said in scored])
+    per_token = perplexity.of_texts(logprobs)
+    token_error = _ratio_error(losses, [len(row) for row in logprobs])
     byte_error = _ratio_error(losses, sizes)
     return {
         # d exp(x) = exp(x) dx
-        "perplexity": Measured(
+        "perplexity": Measurement(
             per_token, None if token_error is None else per_token * token_error, len(texts)
         ),
-        "bits_per_byte": Measured(
-            perplexity.bits_per_byte(scored, sum(sizes)),
+        "bits_per_byte": Measurement(
+            perplexity.bits_per_byte(logprobs, sum(sizes)),
             None if byte_error is None else byte_error / math.log(2),
             len(texts),
         ),
@@ -174,20 +178,20 @@ def running_text(host: Host, texts: Sequence[str]) -> dict[str, Measured]:
 
 
 def _ratio_error(above: Sequence[float], below: Sequence[int]) -> float | None:
-    """Return the standard error of sum(above) / sum(below) over the pairs; None for one, or beyond numbers."""
+    """Return the standard error of sum(above) / sum(below) over the pairs; None for one pair or a non-finite ratio."""
     total, n = sum(below), len(below)
     ratio = sum(above) / total
     if n < 2 or not math.isfinite(ratio):
         return None
-    spread = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
-    return math.sqrt(spread * n / (n - 1)) / total
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / total
 
 
 # --- the harness ----------------------------------------------------------------------------
 
 
 class _Harness:
-    """Some tasks of the harness, built once and asked as often as the host changes."""
+    """Tasks of the harness, built once and evaluated on each state of the host."""
 
     def __init__(
         self, names: Sequence[str], *, limit: int | None, seed: int, shots: int | None, chat: bool
@@ -196,37 +200,37 @@ class _Harness:
         self.limit, self.seed, self.chat = limit, seed, chat
         self.tasks: Any = {"tasks": {}, "groups": {}, "group_map": {}}
         local = {name: _local_rows(Path(name)) for name in names if name.lower().endswith(".jsonl")}
-        with _contained(seed):
+        with _isolated_harness(seed):
             for name, rows in local.items():
                 self._take({"tasks": {Path(name).stem: _local_task(Path(name), rows)}}, name)
-            for name, loaded in _known_tasks([name for name in names if name not in local]):
-                self._take(loaded, name)
+            for name, task_tree in _load_tasks([name for name in names if name not in local]):
+                self._take(task_tree, name)
         for task in self.tasks["tasks"].values():
             own = task.get_config("num_fewshot")
-            if own is None or (shots is not None and own != 0):  # a task that says 0 means it
+            if own is None or (shots is not None and own != 0):  # a task with 0 is zero-shot by definition
                 task.set_config("num_fewshot", shots or 0)
 
-    def _take(self, loaded: Mapping[str, Mapping[str, Any]], name: str) -> None:
-        for kind, entries in loaded.items():
-            twice = sorted(entries.keys() & self.tasks[kind].keys())
-            if twice:
+    def _take(self, task_tree: Mapping[str, Mapping[str, Any]], name: str) -> None:
+        for kind, entries in task_tree.items():
+            duplicates = sorted(entries.keys() & self.tasks[kind].keys())
+            if duplicates:
                 raise ConfigError(
-                    f"task {name!r} brings {', '.join(twice)} a second time; name each task once"
+                    f"task {name!r} includes {', '.join(duplicates)} a second time; name each task once"
                 )
             self.tasks[kind] |= entries
 
-    def run(self, host: Host, tick: Tick) -> dict[str, Mapping[str, Measured]]:
-        """Ask the host as it stands; in one process the harness always returns its results."""
+    def run(self, host: Host, tick: Tick) -> dict[str, Mapping[str, Measurement]]:
+        """Evaluate the tasks on the host in its present state."""
         from lm_eval.evaluator import evaluate
 
         for task in self.tasks["tasks"].values():
             task.set_fewshot_seed(self.seed)
-        with _contained(self.seed):
+        with _isolated_harness(self.seed):
             results: Any = evaluate(
                 _language_model(host, tick), self.tasks, limit=self.limit, bootstrap_iters=RESAMPLES,
                 apply_chat_template=self.chat, fewshot_as_multiturn=self.chat,
             )  # fmt: skip
-        return {task: _measured(task, numbers, results) for task, numbers in results["results"].items()}
+        return {task: _read_results(task, numbers, results) for task, numbers in results["results"].items()}
 
 
 def _need_harness() -> None:
@@ -239,14 +243,15 @@ def _need_harness() -> None:
         ) from error
 
 
-def _known_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _load_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Build tasks of the harness, with their data. Raises ConfigError, or DataError without the data."""
     if not names:
         return
     from lm_eval.tasks import TaskManager
 
     files = {name for name in names if Path(name).suffix in (".yaml", ".yml") and Path(name).exists()}
-    manager = TaskManager(include_defaults=len(files) < len(names))  # its own catalogue takes seconds to read
+    # the harness's own catalogue takes seconds to read
+    manager = TaskManager(include_defaults=len(files) < len(names))
     for name in names:
         if name not in files and name not in manager.task_index:
             near = nearest(name, manager.all_tasks)
@@ -260,46 +265,46 @@ def _known_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, manager.load([name])
         except ImportError as error:
             raise ConfigError(f"task {name!r} needs a package that is not installed: {error}") from error
-        except Exception as error:  # the harness may trip over anything in a strange file
+        except Exception as error:  # the harness may raise anything for a malformed file
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"task {name!r} cannot be set up: {first}; if its data are what is missing, fetch them once where "
-                "there is a network (the datasets library keeps them); a .jsonl file of your own works offline"
+                f"task {name!r} cannot be set up: {first}; if its data are missing, download them once where "
+                "there is a network (the datasets library caches them); a local .jsonl file works offline"
             ) from error
 
 
 def _language_model(host: Host, tick: Tick) -> Any:
-    """Wrap a host as the harness wants it; it holds no copy, so edits in place are what it sees."""
+    """Wrap a host in the harness's model interface, without a copy, so edits in place take effect."""
     from lm_eval.api.model import LM
 
     class Live(LM):
-        """The host as it stands."""
+        """The host in its present state."""
 
         @property
         def tokenizer_name(self) -> str:
-            """Whose chat template it is."""
+            """Return the name of the chat template's tokenizer."""
             return host.name
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            """Score continuations."""
-            asked = [continuation(host, *request.args) for request in requests]
-            found = score(host, asked, on_rows=lambda done, total: tick("likelihoods", done, total))
-            return [(sum(said), all(first)) for said, first in found]
+            """Return the log-probability of each continuation and whether it is the greedy one."""
+            answers = [continuation(host, *request.args) for request in requests]
+            scores = score(host, answers, on_rows=lambda done, total: tick("likelihoods", done, total))
+            return [(sum(logprobs), all(is_greedy)) for logprobs, is_greedy in scores]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:  # type: ignore[override]
-            """Score whole texts."""
+            """Return the log-probability of each text."""
             texts = [request.args[0] for request in requests]
-            found = rolling(host, texts, on_rows=lambda done, total: tick("texts", done, total))
-            return [sum(said) for said in found]
+            logprobs = rolling(host, texts, on_rows=lambda done, total: tick("texts", done, total))
+            return [sum(row) for row in logprobs]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             """Continue prompts greedily."""
-            return _generated(host, [request.args for request in requests], tick)
+            return _generate(host, [request.args for request in requests], tick)
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            """Write a conversation as one prompt."""
+            """Return a conversation as one prompt."""
             return host.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
@@ -308,64 +313,66 @@ def _language_model(host: Host, tick: Tick) -> Any:
     return Live()
 
 
-def _generated(host: Host, asked: Sequence[tuple[str, Mapping[str, Any]]], tick: Tick) -> list[str]:
-    """Continue prompts, those with the same settings together. Raises ConfigError where one asks to sample."""
+def _generate(host: Host, calls: Sequence[tuple[str, Mapping[str, Any]]], tick: Tick) -> list[str]:
+    """Generate after prompts, in batches with equal settings. Raises ConfigError where a task requires sampling."""
     groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
-    for i, (_, settings) in enumerate(asked):
+    for i, (_, settings) in enumerate(calls):
         if settings.get("do_sample") and float(settings.get("temperature") or 0) > 0:
             raise ConfigError(
-                "a task asks for sampled answers (do_sample: true); ability compares greedy ones: "
+                "a task requires sampled answers (do_sample: true); ability compares greedy ones: "
                 "copy the task's .yaml and set do_sample: false"
             )
         until = settings.get("until") or []
         stops = (until,) if isinstance(until, str) else tuple(until)
         limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256)
         groups.setdefault((stops, limit), []).append(i)
-    texts, before = [""] * len(asked), 0
+    texts, finished = [""] * len(calls), 0
     for (stops, limit), members in groups.items():
-        prompts = [asked[i][0] for i in members]
-        made = continued(
+        prompts = [calls[i][0] for i in members]
+        group_texts = generate_texts(
             host, prompts, stops, limit,
-            on_rows=lambda done, _, before=before: tick("answers", before + done, len(asked)),
+            on_rows=lambda done, _, finished=finished: tick("answers", finished + done, len(calls)),
         )  # fmt: skip
-        for i, text in zip(members, made, strict=True):
+        for i, text in zip(members, group_texts, strict=True):
             texts[i] = text
-        before += len(members)
+        finished += len(members)
     return texts
 
 
-def _measured(task: str, numbers: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Measured]:
-    """Read one task's numbers out of the harness's results: ``metric,filter`` and ``metric_stderr,filter``."""
+def _read_results(
+    task: str, numbers: Mapping[str, Any], results: Mapping[str, Any]
+) -> dict[str, Measurement]:
+    """Return one task's metrics from the harness's results: ``metric,filter`` and ``metric_stderr,filter``."""
     samples = results.get("samples", {}).get(task, [])
     counts = results.get("n-samples", {}).get(task, {})
-    found = {}
+    measurements = {}
     for key, value in numbers.items():
-        metric, comma, kind = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        error = numbers.get(f"{metric}_stderr,{kind}")
-        each = tuple(sample.get(metric) for sample in samples if sample["filter"] == kind)
-        plain = bool(each) and all(isinstance(v, (bool, int, float)) for v in each)
-        mean = plain and math.isclose(sum(each) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
-        found[metric if kind == "none" else f"{metric},{kind}"] = Measured(
+        stderr = numbers.get(f"{metric}_stderr,{filter_name}")
+        values = tuple(sample.get(metric) for sample in samples if sample["filter"] == filter_name)
+        numeric = bool(values) and all(isinstance(v, (bool, int, float)) for v in values)
+        is_mean = numeric and math.isclose(sum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12)
+        measurements[metric if filter_name == "none" else f"{metric},{filter_name}"] = Measurement(
             float(value),
-            float(error) if isinstance(error, (int, float)) else None,
+            float(stderr) if isinstance(stderr, (int, float)) else None,
             counts.get("effective"),
-            tuple(map(float, each)) if mean else None,
+            tuple(map(float, values)) if is_mean else None,
         )
-    return found
+    return measurements
 
 
 @contextmanager
-def _contained(seed: int) -> Iterator[None]:
-    """Keep the harness to itself: seeded, and random states, standard output and processes left alone.
+def _isolated_harness(seed: int) -> Iterator[None]:
+    """Seed the harness, run it in one process, send its output to stderr, and restore the global random states.
 
-    Tasks may draw from the global states; some metrics' errors come from forked processes, with a print.
+    Tasks may sample from the global states; some metrics compute errors in forked processes, which print.
     """
     import numpy
 
     state, array_state = random.getstate(), numpy.random.get_state()
-    alone = os.environ.get(ONE_PROCESS)
+    previous = os.environ.get(ONE_PROCESS)
     os.environ[ONE_PROCESS] = "1"
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), redirect_stdout(sys.stderr):
         random.seed(seed)
@@ -377,11 +384,11 @@ def _contained(seed: int) -> Iterator[None]:
             random.setstate(state)
             numpy.random.set_state(array_state)
             os.environ.pop(ONE_PROCESS)
-            if alone is not None:
-                os.environ[ONE_PROCESS] = alone
+            if previous is not None:
+                os.environ[ONE_PROCESS] = previous
 
 
-# --- one's own tasks ------------------------------------------------------------------------
+# --- local tasks ------------------------------------------------------------------------------
 
 
 def _lines(path: Path) -> str:
@@ -389,15 +396,15 @@ def _lines(path: Path) -> str:
 
 
 def _paragraphs(name: str) -> list[str]:
-    """Read a text file's paragraphs, which empty lines part."""
-    found = [part.strip() for part in re.split(r"\n\s*\n", _lines(Path(name))) if part.strip()]
-    if not found:
-        raise DataError(f"task {name} holds no text")
-    return found
+    """Read a text file's paragraphs, which are separated by empty lines."""
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", _lines(Path(name))) if part.strip()]
+    if not paragraphs:
+        raise DataError(f"task {name} contains no text")
+    return paragraphs
 
 
 def _local_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a task of one's own. Raises DataError listing every line that is not as it should be."""
+    """Read a local task. Raises DataError listing every invalid line."""
     rows, complaints = [], []
     for number, line in enumerate(_lines(path).splitlines(), 1):
         if not line.strip():
@@ -407,21 +414,21 @@ def _local_rows(path: Path) -> list[dict[str, Any]]:
         except (DataError, ValueError) as error:
             complaints.append(f"{path}, line {number}: {error}")
     if not complaints and not rows:
-        complaints.append(f"{path} holds no lines")
+        complaints.append(f"{path} contains no lines")
     if not complaints and len({frozenset(row) for row in rows}) > 1:
-        complaints.append(f"{path}: lines with answers and lines with choices; make them two files")
+        complaints.append(f"{path}: lines with answers and lines with choices; split them into two files")
     if complaints:
         raise DataError(listing(complaints))
     return rows
 
 
 def _local_row(record: Any) -> dict[str, Any]:
-    """Turn one line into prompt with answers, or prompt with choices and label. Raises ValueError."""
+    """Convert one record to a prompt with answers, or with choices and label. Raises ValueError."""
     if not isinstance(record, dict) or not _is_text(record.get("question")):
         raise ValueError('expected {"question": "..."} with "answers" or "choices" and "label"')
     question = record["question"].strip()
-    asks = question.endswith("?")
-    prompt = f"Question: {question}\nAnswer:" if asks else question
+    is_question = question.endswith("?")
+    prompt = f"Question: {question}\nAnswer:" if is_question else question
     context = record.get("context")
     if context is not None:
         if not isinstance(context, str):
@@ -452,15 +459,15 @@ def _is_text(value: Any) -> bool:
 
 
 def _local_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Make a task of rows in memory, so that nothing is cached and nothing looked up."""
+    """Return a task on rows in memory, so that nothing is cached or downloaded."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     class Local(ConfigurableTask):
-        """A task whose data are at hand."""
+        """A task whose data are in memory."""
 
         def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
-            """Take the rows as they are."""
+            """Use the rows in memory instead of a download."""
             self.dataset = {"test": datasets.Dataset.from_list([dict(row) for row in rows])}
 
     config: dict[str, Any] = {"task": path.stem, "test_split": "test", "doc_to_text": "prompt"}
@@ -478,9 +485,9 @@ def _local_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> Any:
     return Local(config=config)
 
 
-def _answer_scores(row: Mapping[str, Any], said: Sequence[str]) -> dict[str, float]:
-    """``answered``: an alias in the first sentence; ``exact``: nothing but an alias, once normalised."""
+def _answer_scores(row: Mapping[str, Any], texts: Sequence[str]) -> dict[str, float]:
+    """Return ``answered``: an alias in the first sentence; ``exact``: nothing but an alias, after normalisation."""
     return {
-        "answered": float(matching.says(said[0], row["answers"])),
-        "exact": float(matching.exact(said[0], row["answers"])),
+        "answered": float(matching.says(texts[0], row["answers"])),
+        "exact": float(matching.exact(texts[0], row["answers"])),
     }

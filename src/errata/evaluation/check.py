@@ -1,4 +1,4 @@
-"""Whether an edit did what was asked of it: each request put to the host, its target looked for in the answer."""
+"""Check of an edit: generates an answer to each of its requests and searches it for the target."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from errata.types import Form, Probe, Request
 SHORT_TOKENS = 16
 """New tokens of an answer to a short target; a longer target gets more."""
 SPARE_TOKENS = 8
-"""New tokens beyond those of the target itself: what the host puts before it."""
+"""New tokens beyond those of the target itself, for words that the host generates before it."""
 
 
 @dataclass(frozen=True)
 class RequestCheck:
-    """What a host answers to one request, without and with an edit."""
+    """A host's answers to one request, without and with an edit."""
 
     number: int
-    """Place among the edit's requests, counted from 1."""
+    """Number among the edit's requests, counted from 1."""
     request: Request
     before: str
     """The unedited host's answer."""
     after: str
     """The answer with the edit in place."""
     answered: bool
-    """Whether that answer gives the target, see :func:`errata.evaluation.metrics.matching.answered`."""
+    """Whether the answer ``after`` gives the target, see :func:`errata.evaluation.metrics.matching.answered`."""
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class RequestCheck:
 
 @dataclass(frozen=True)
 class EditCheck:
-    """Which requests of an edit are answered with their target by free generation."""
+    """The answers to all requests of an edit, by free generation."""
 
     requests: tuple[RequestCheck, ...]
 
@@ -60,7 +60,7 @@ class EditCheck:
 
 
 def compare_answers(requests: Sequence[Request], before: Sequence[str], after: Sequence[str]) -> EditCheck:
-    """Judge the answers to some requests, given without and with an edit, in the order of the requests."""
+    """Compare answers without and with an edit to the requests' targets; all in the order of the requests."""
     return EditCheck(
         tuple(
             RequestCheck(number, request, _line(old, request), _line(new, request), _gives(new, request))
@@ -73,35 +73,36 @@ def answer_requests(
     host: Host, requests: Sequence[Request], *, options: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:  # fmt: skip
-    """Return the host's free answer to each request, as it stands: greedy, in batches of bounded size.
+    """Return the host's greedily generated answer to each request, in its present state, in batches of bounded size.
 
-    Each answer may be as long as its target needs, as far as the window goes. ``options``: those of
+    Each answer may be as long as its target needs, up to the window. ``options``: those of
     :func:`errata.evaluation.observe.observe`.
     """
-    given = {name: value for name, value in (options or {}).items() if name != "max_new_tokens"}
+    observe_options = {name: value for name, value in (options or {}).items() if name != "max_new_tokens"}
     groups: dict[tuple[Form, int], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(_length(host, request), []).append(i)
     texts = [""] * len(requests)
     done = 0
-    for (form, limit), places in groups.items():
+    for (form, limit), indices in groups.items():
         start = done
-        probes = [Probe("efficacy", requests[i].text, (), (), form=form) for i in places]
-        found = observe(
+        probes = [Probe("efficacy", requests[i].text, (), (), form=form) for i in indices]
+        observations = observe(
             host, probes, max_new_tokens=limit, long_tokens=limit,
-            on_progress=lambda now, total, start=start: on_progress(start + min(now, total), len(requests)), **given,
+            on_progress=lambda now, total, start=start: on_progress(start + min(now, total), len(requests)),
+            **observe_options,
         )  # fmt: skip
-        for i, one in zip(places, found, strict=True):
-            texts[i] = one.text
-        done += len(places)
+        for i, observation in zip(indices, observations, strict=True):
+            texts[i] = observation.text
+        done += len(indices)
         on_progress(done, len(requests))
     return texts
 
 
 def _length(host: Host, request: Request) -> tuple[Form, int]:
-    """Return the form of a request's answer and its new tokens, doubled from :data:`SHORT_TOKENS` on.
+    """Return the form of a request's answer and its limit of new tokens, a power of two times :data:`SHORT_TOKENS`.
 
-    Few different lengths keep requests together in batches.
+    A few different lengths only, so that batches are large.
     """
     tokens = len(host.encode_answer(request.text, request.target).target) + SPARE_TOKENS
     limit = SHORT_TOKENS
@@ -111,18 +112,18 @@ def _length(host: Host, request: Request) -> tuple[Form, int]:
 
 
 def _is_long(target: str) -> bool:
-    """Whether a target goes on behind the end of a line or sentence, where short answers stop."""
+    """Return whether a target continues after the end of a line or sentence, where short answers stop."""
     text = target.strip()
     return "\n" in text or matching.first_sentence(text) != text
 
 
 def _flat(text: str) -> str:
-    """Put a text on one line."""
+    """Return a text on one line."""
     return " ".join(text.split())
 
 
 def _line(text: str, request: Request) -> str:
-    """Return what of an answer is shown: its first line, or all of a long one on one line."""
+    """Return the part of an answer to show: its first line, or all of a long one on one line."""
     return _flat(text) if _is_long(request.target) else matching.first_answer(text)
 
 

@@ -1,9 +1,9 @@
-"""A language model as judge of free answers, beside the matcher and never instead of it.
+"""A language model as judge of free answers, in addition to the matcher.
 
-Any server that speaks the chat completions protocol (``POST {base_url}/chat/completions``). Prompt, model
-and settings are recorded in every row; replies are kept on disk under the hash of all that decides them, so
-a run that was cut off goes on where it stopped and a repeated one asks nothing. A reply that is not exactly
-one of the two words is ``undecided``: counted, and neither right nor wrong.
+Works with any server of the chat completions protocol (``POST {base_url}/chat/completions``). Prompt, model
+and settings are recorded in every row; replies are cached on disk under the hash of everything they depend on, so
+an interrupted run continues where it stopped and a repeated run sends no request. A reply that is not exactly
+one of the two words is ``undecided``: counted, but neither right nor wrong.
 Needs openai and tenacity: ``pip install 'errata[judge]'``.
 """
 
@@ -47,8 +47,8 @@ Candidate: <candidate>{candidate}</candidate>
 
 Reply with one word, CORRECT or INCORRECT."""
 
-KEPT = ("answers", "text_before", "text_after", "changes", "checkpoint")
-"""What a judged row takes over from the detail of the row it is made from."""
+COPIED_DETAIL = ("answers", "text_before", "text_after", "changes", "checkpoint")
+"""Entries of a row's detail that the judge's row copies."""
 
 Verdict = Literal["right", "wrong", "undecided"]
 Key = tuple[str, int | None, str, str]
@@ -60,33 +60,33 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT,
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Which judge is asked, and how."""
+    """The judge's server, model, prompt and limits."""
 
     base_url: str
-    """Where the server is, up to and with its version, e.g. ``http://localhost:8000/v1``."""
+    """Address of the server including its version, e.g. ``http://localhost:8000/v1``."""
     model: str
-    """Name of the model, as the server knows it."""
+    """Name of the model on the server."""
     key_variable: str | None = None
-    """Environment variable that holds the key; None: the server asks for none. The key is never kept."""
+    """Environment variable with the key; None: the server needs none. The key is never stored."""
     prompt: str = PROMPT
-    """What is asked; ``{prompt}``, ``{answers}`` and ``{candidate}`` are filled in."""
+    """Prompt template; ``{prompt}``, ``{answers}`` and ``{candidate}`` are filled in."""
     temperature: float = 0.0
     max_tokens: int = 8
     """Longest reply; models that reason before they answer need more."""
     seed: int = 0
-    """Sent along; servers may heed it."""
+    """Sampling seed sent to the server, which may ignore it."""
     timeout: float = 60.0
     """Seconds to wait for one reply."""
     retries: int = 5
-    """How often a call is repeated after a time-out, a lost connection, status 429 or 5xx."""
+    """How often a request is repeated after a time-out, a lost connection, status 429 or 5xx."""
     pause: float = 1.0
-    """Seconds before the first repetition, doubled with each; a longer Retry-After is heeded."""
+    """Seconds before the first repetition, doubled with each; a longer Retry-After takes precedence."""
     longest_pause: float = 60.0
-    """Bound on any such pause in seconds."""
+    """Longest pause in seconds."""
     parallel: int = 4
-    """Calls under way at once."""
+    """Requests sent in parallel."""
     cache: Path | None = None
-    """SQLite file that keeps the replies; None: memory only."""
+    """SQLite file for the replies; None: memory only."""
 
     def problems(self) -> list[str]:
         """List what is wrong with the settings."""
@@ -118,7 +118,7 @@ class JudgeSettings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a row has to say about its judge, less the key."""
+        """The settings recorded in each row, without the key."""
         return {
             "model": self.model,
             "base_url": self.base_url,
@@ -131,15 +131,15 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said to one question."""
+    """A judge's reply to one question."""
 
     text: str
     served: str
-    """The model's name and version as the server reports them."""
+    """The model's name and version as reported by the server."""
 
     @property
     def verdict(self) -> Verdict:
-        """Read the reply strictly: one of the two words and nothing else."""
+        """Parse the reply strictly: one of the two words and nothing else."""
         match = _REPLY.fullmatch(self.text)
         if match is None:
             return "undecided"
@@ -150,36 +150,37 @@ def judge(
     rows: Sequence[Row], settings: JudgeSettings, *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:  # fmt: skip
-    """Judge the answers of rows of protocol ``generate``, before and after; others are passed over, and so are
-    rows of groups, which hold no text of their own.
+    """Judge the answers, before and after, of rows of protocol ``generate``.
 
-    Returns rows of protocol ``judge`` (1 right, 0 wrong) for those whose two sides were both decided, and
-    for every one a row of protocol ``judge_undecided``, whose averages say how much the judge left open.
-    Details carry texts, ``verdicts`` and ``replies`` of both sides, and under ``judge`` its settings and its
-    name as served. Like questions are asked once.
+    Other rows are skipped, and so are rows of groups, which have no text of their own.
 
-    Raises ConfigError for settings that cannot work, for packages that are missing and for what the server
-    refuses, DataError where it cannot be reached; replies got so far are in the cache, so run again.
+    Returns rows of protocol ``judge`` (1 right, 0 wrong) where the verdicts of both sides are decided, and
+    for each answer a row of protocol ``judge_undecided``, whose averages are the shares of undecided verdicts.
+    Details contain texts, ``verdicts`` and ``replies`` of both sides, and under ``judge`` its settings and the
+    model's name as reported. Identical questions are sent once.
+
+    Raises ConfigError for invalid settings, missing packages and requests that the server rejects, DataError
+    where it cannot be reached; replies received so far are in the cache, so run again to continue.
     """
     extras.need("judging", "judge", "openai", "tenacity")
     problems = settings.problems()
     if problems:
         raise ConfigError("\n".join(f"judge.{problem}" for problem in problems))
-    taken = [row for row in rows if row.protocol == "generate" and "group" not in row.detail]
-    for row in taken:
+    answer_rows = [row for row in rows if row.protocol == "generate" and "group" not in row.detail]
+    for row in answer_rows:
         missing = [name for name in ("answers", "text_before", "text_after") if name not in row.detail]
         if missing:
             raise DataError(f"row {row.case} {row.kind!r} has no {', '.join(missing)} in its detail to judge")
-    sides = [(question(row, "before", settings), question(row, "after", settings)) for row in taken]
+    sides = [(question(row, "before", settings), question(row, "after", settings)) for row in answer_rows]
     replies = _replies(list(dict.fromkeys(q for pair in sides for q in pair)), settings, on_progress)
-    judged: list[Row] = []
-    for row, (before, after) in zip(taken, sides, strict=True):
-        judged += _judged(row, replies[before], replies[after], settings)
-    return judged
+    judge_rows: list[Row] = []
+    for row, (before, after) in zip(answer_rows, sides, strict=True):
+        judge_rows += _verdict_rows(row, replies[before], replies[after], settings)
+    return judge_rows
 
 
 def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings) -> str:
-    """Fill in the prompt; what is filled in is not looked through for fields again."""
+    """Return the prompt with its fields filled in; braces in their values are left alone."""
     values = {
         "prompt": row.prompt,
         "answers": " | ".join(row.detail["answers"]),
@@ -188,9 +189,9 @@ def question(row: Row, side: Literal["before", "after"], settings: JudgeSettings
     return _FIELD.sub(lambda field: values[field[1]], settings.prompt)
 
 
-def _judged(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> Iterator[Row]:
+def _verdict_rows(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> Iterator[Row]:
     detail = {
-        **{name: row.detail[name] for name in KEPT if name in row.detail},
+        **{name: row.detail[name] for name in COPIED_DETAIL if name in row.detail},
         "verdicts": {"before": before.verdict, "after": after.verdict},
         "replies": {"before": before.text, "after": after.text},
         "judge": {**settings.record, "served": after.served},
@@ -200,8 +201,8 @@ def _judged(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> I
         yield replace(
             row, protocol=PROTOCOL, before=value[before.verdict], after=value[after.verdict], detail=detail
         )
-    open_before, open_after = (float(reply.verdict == "undecided") for reply in (before, after))
-    yield replace(row, protocol=UNDECIDED, before=open_before, after=open_after, detail=detail)
+    undecided_before, undecided_after = (float(reply.verdict == "undecided") for reply in (before, after))
+    yield replace(row, protocol=UNDECIDED, before=undecided_before, after=undecided_after, detail=detail)
 
 
 # --- agreement ------------------------------------------------------------------------------
@@ -209,15 +210,15 @@ def _judged(row: Row, before: Reply, after: Reply, settings: JudgeSettings) -> I
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a judge and the matcher compare on the answers after the edit."""
+    """Agreement of a judge with the matcher on the answers after the edit."""
 
     n: int
-    """Rows that both decided."""
+    """Number of rows that both decided."""
     agree: float | None
-    """Share of those on which they say the same; None without rows."""
+    """Share of those on which they agree; None without rows."""
     kappa: float | None
-    """Cohen's kappa, agreement beyond chance; None where chance alone explains all (one of them says one thing
-    throughout)."""
+    """Cohen's kappa, agreement beyond chance; None where agreement by chance is 1 (all verdicts are the
+    same)."""
     both_right: int
     judge_only: int
     """Right by the judge, wrong by the matcher: aliases the dataset lacks, or a lenient judge."""
@@ -225,15 +226,15 @@ class Agreement:
     """Right by the matcher, wrong by the judge."""
     both_wrong: int
     undecided: int
-    """Rows whose answer after the edit the judge left open."""
+    """Number of rows whose answer after the edit the judge did not decide."""
     differ: tuple[Key, ...] = field(default=(), repr=False)
-    """The rows on which they differ, by case, checkpoint, kind and prompt: those to read."""
+    """The rows on which they differ, by case, checkpoint, kind and prompt, for manual review."""
 
 
 def agreement(judged: Sequence[Row], matcher: Sequence[Row]) -> Agreement:
     """Compare a judge's rows with the matcher's rows of protocol ``generate`` on the same probes.
 
-    Raises DataError where a judged row has no counterpart.
+    Raises DataError for a judged row without a matcher's row.
     """
     matched = {_key(row): row.after > 0 for row in matcher if row.protocol == "generate"}
     verdicts = {
@@ -249,10 +250,10 @@ def agreement(judged: Sequence[Row], matcher: Sequence[Row]) -> Agreement:
     for key, right in decided.items():
         counts[right, matched[key]] += 1
     n = len(decided)
-    same = counts[True, True] + counts[False, False]
+    agreements = counts[True, True] + counts[False, False]
     return Agreement(
         n=n,
-        agree=same / n if n else None,
+        agree=agreements / n if n else None,
         kappa=_kappa(counts, n),
         both_right=counts[True, True],
         judge_only=counts[True, False],
@@ -284,36 +285,36 @@ def _kappa(counts: Mapping[tuple[bool, bool], int], n: int) -> float | None:
 def _replies(
     questions: Sequence[str], settings: JudgeSettings, tick: Callable[[int, int], None]
 ) -> dict[str, Reply]:
-    """Answer questions from the cache, and ask the server the others, a bounded number at once."""
+    """Return replies from the cache, and from the server for the other questions, a bounded number in parallel."""
     with contextlib.closing(_Cache(settings)) as cache, contextlib.closing(_client(settings)) as client:
-        replies = {q: reply for q in questions if (reply := cache.get(q)) is not None}
-        left = iter([q for q in questions if q not in replies])
+        replies = {text: reply for text in questions if (reply := cache.get(text)) is not None}
+        pending = iter([text for text in questions if text not in replies])
         tick(len(replies), len(questions))
         stop = threading.Event()
         with ThreadPoolExecutor(settings.parallel) as pool:
             running: dict[Future[Reply], str] = {}
             try:
                 while True:
-                    for q in left:
-                        running[pool.submit(_ask, client, q, settings, stop)] = q
+                    for text in pending:
+                        running[pool.submit(_ask, client, text, settings, stop)] = text
                         if len(running) >= settings.parallel:
                             break
                     if not running:
                         return replies
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        q = running.pop(future)
-                        replies[q] = future.result()
-                        cache.put(q, replies[q])
+                        text = running.pop(future)
+                        replies[text] = future.result()
+                        cache.put(text, replies[text])
                         tick(len(replies), len(questions))
             finally:
-                stop.set()  # what still waits for its turn gives up; answered ones are kept below
-                for future, q in running.items():
+                stop.set()  # pending requests give up; finished replies are cached below
+                for future, text in running.items():
                     if future.exception() is None:
-                        cache.put(q, future.result())
+                        cache.put(text, future.result())
 
 
 class _Cache:
-    """Replies by the hash of all that decides them; used from one thread."""
+    """Replies by the hash of everything they depend on; used from one thread."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
@@ -325,17 +326,17 @@ class _Cache:
             with self._file:
                 self._file.execute(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise DataError(f"cannot keep the judge's replies in {where}: {error}") from error
+            raise DataError(f"cannot store the judge's replies in {where}: {error}") from error
 
     def get(self, text: str) -> Reply | None:
-        """Return a reply that was given before."""
+        """Return a stored reply; None where there is none."""
         row = self._file.execute(
             "SELECT reply, served FROM replies WHERE key = ?", (self._key(text),)
         ).fetchone()
         return None if row is None else Reply(*row)
 
     def put(self, text: str, reply: Reply) -> None:
-        """Keep a reply; written at once."""
+        """Store a reply; written to the file immediately."""
         with self._file:
             self._file.execute(
                 "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)",
@@ -351,13 +352,13 @@ class _Cache:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-class _Again(Exception):
-    """A call failed in a way that may pass."""
+class _RetryableError(Exception):
+    """A request failed for a reason that may be temporary."""
 
     def __init__(self, why: str, after: float = 0.0) -> None:
         super().__init__(why)
         self.after = after
-        """Seconds that the server asks to wait."""
+        """Seconds to wait, from the server's Retry-After header."""
 
 
 def _client(settings: JudgeSettings) -> OpenAI:
@@ -367,8 +368,8 @@ def _client(settings: JudgeSettings) -> OpenAI:
     return OpenAI(api_key=key or "none", base_url=settings.base_url, timeout=settings.timeout, max_retries=0)
 
 
-def _omitted(settings: JudgeSettings) -> dict[str, Any]:
-    """Return headers that the client would take from its own environment variables, left out."""
+def _omit_headers(settings: JudgeSettings) -> dict[str, Any]:
+    """Return overrides that omit the headers which the client reads from its own environment variables."""
     from openai import Omit
 
     names = ["OpenAI-Organization", "OpenAI-Project"]
@@ -378,30 +379,30 @@ def _omitted(settings: JudgeSettings) -> dict[str, Any]:
 
 
 def _ask(client: OpenAI, text: str, settings: JudgeSettings, stop: threading.Event) -> Reply:
-    """Ask once, and again after failures that may pass, with growing pauses, until ``stop`` is set."""
+    """Send a question, and repeat it after temporary failures with growing pauses, until ``stop`` is set."""
     import tenacity
 
-    growing = tenacity.wait_exponential(multiplier=settings.pause, max=settings.longest_pause)
+    backoff = tenacity.wait_exponential(multiplier=settings.pause, max=settings.longest_pause)
 
     def pause(state: tenacity.RetryCallState) -> float:
         failure = state.outcome and state.outcome.exception()
-        after = failure.after if isinstance(failure, _Again) else 0.0
-        return max(growing(state), min(after, settings.longest_pause))
+        delay = failure.after if isinstance(failure, _RetryableError) else 0.0
+        return max(backoff(state), min(delay, settings.longest_pause))
 
     def sleep(seconds: float) -> None:
         if stop.wait(seconds):
-            raise _Again("another call failed")
+            raise _RetryableError("another call failed")
 
-    again = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_Again), stop=tenacity.stop_after_attempt(settings.retries + 1),
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(_RetryableError), stop=tenacity.stop_after_attempt(settings.retries + 1),
         wait=pause, sleep=sleep, reraise=True,
     )  # fmt: skip
     try:
-        return again(_call, client, text, settings)
-    except _Again as failure:
+        return retrying(_call, client, text, settings)
+    except _RetryableError as failure:
         raise DataError(
             f"the judge at {settings.base_url} gave no reply: {failure} ({settings.retries} repetitions allowed); "
-            "replies so far are kept where a cache was given, so run again to go on"
+            "replies so far are stored if a cache is set, so run again to continue"
         ) from failure
 
 
@@ -409,11 +410,11 @@ def _call(client: OpenAI, text: str, settings: JudgeSettings) -> Reply:
     import openai
 
     try:
-        # the bytes as they came: servers differ in the type they declare, and gateways send pages when they fail
-        answer = client.chat.completions.with_raw_response.create(
+        # raw bytes: servers declare different content types, and failing gateways send HTML pages
+        response = client.chat.completions.with_raw_response.create(
             model=settings.model, messages=[{"role": "user", "content": text}],
             temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed,
-            extra_headers=_omitted(settings),
+            extra_headers=_omit_headers(settings),
         )  # fmt: skip
     except openai.APIStatusError as error:
         reason = error.response.text[:300].strip()
@@ -422,27 +423,28 @@ def _call(client: OpenAI, text: str, settings: JudgeSettings) -> Reply:
             error.status_code == HTTPStatus.TOO_MANY_REQUESTS
             or error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
         ):
-            raise _Again(status, _seconds(error.response.headers.get("Retry-After"))) from error
+            raise _RetryableError(status, _seconds(error.response.headers.get("Retry-After"))) from error
         raise ConfigError(
-            f"the judge at {settings.base_url} refused: {status}; check address, key and model {settings.model!r}"
+            f"the judge at {settings.base_url} rejected the request: {status}; "
+            f"check address, key and model {settings.model!r}"
         ) from error
     except openai.APIConnectionError as error:  # time-outs, refused, lost and broken connections
-        raise _Again(str(error.__cause__ or error) or type(error).__name__) from error
-    return _parsed(answer.content, settings)
+        raise _RetryableError(str(error.__cause__ or error) or type(error).__name__) from error
+    return _parse_completion(response.content, settings)
 
 
 def _seconds(header: str | None) -> float:
-    """Read a Retry-After header that is a number of seconds; a date counts as none."""
+    """Parse a Retry-After header in seconds; 0 for a date or a missing header."""
     return float(header) if header is not None and header.strip().isdecimal() else 0.0
 
 
-def _parsed(document: bytes, settings: JudgeSettings) -> Reply:
-    """Read a completion; one that is not of the protocol may pass, as gateways send pages when they fail."""
+def _parse_completion(document: bytes, settings: JudgeSettings) -> Reply:
+    """Parse a chat completion; other content is retryable, because failing gateways send HTML pages."""
     try:
         completion = json.loads(document)
         text = completion["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise _Again(f"not a chat completion: {document[:80]!r}") from error
+        raise _RetryableError(f"not a chat completion: {document[:80]!r}") from error
     served = " ".join(
         str(completion[name])
         for name in ("model", "system_fingerprint")

@@ -1,4 +1,4 @@
-"""Vectors of texts, to find like ones: of the host itself, or of a sentence encoder."""
+"""Embeddings of texts for similarity search, from the host itself or from a sentence encoder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BATCH_TOKENS = 8192
 
 @torch.no_grad()
 def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Tensor:
-    """Return a unit vector per text, float32 ``[n, d]`` on the CPU.
+    """Return one unit vector per text, float32 ``[n, d]`` on the CPU.
 
     ``encoder``: name or folder of a transformers encoder, whose last hidden states are averaged over the tokens of a
-    text, as sentence-transformers does; None takes the host's own hidden states at half its depth, averaged likewise.
+    text, as sentence-transformers does; None uses the host's own hidden states at half its depth, averaged likewise.
     Raises HostError for an encoder that cannot be opened.
     """
     if encoder is not None:
@@ -28,7 +28,7 @@ def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Te
     layer = len(host.layout.blocks) // 2
     block = host.model.get_submodule(host.layout.blocks[layer])
     rows = [host.encode(text).ids[: host.window] for text in texts]
-    found = torch.zeros(len(rows), host.layout.width)
+    vectors = torch.zeros(len(rows), host.layout.width)
     for group in tokens.by_length(rows, BATCH_TOKENS):
         batch = host.batch([rows[i] for i in group])
         states: list[Tensor] = []
@@ -36,5 +36,5 @@ def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Te
             host.forward(batch, keep=1)
         mask = batch.mask[..., None].to(states[0].device)
         mean = (states[0].float() * mask).sum(1) / mask.sum(1)
-        found[torch.tensor(group)] = mean.cpu()
-    return functional.normalize(found, dim=1)
+        vectors[torch.tensor(group)] = mean.cpu()
+    return functional.normalize(vectors, dim=1)

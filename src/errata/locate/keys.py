@@ -1,4 +1,4 @@
-"""Keys and values as the model has them now: what goes into a site, out of it, and out of its block."""
+"""Keys and values in the model's present state: inputs and outputs of sites, and outputs of their blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Place:
     """A token of a text: where a key is read or a value written."""
 
     ids: tuple[int, ...]
-    """The text up to and including that token; causality makes what follows immaterial."""
+    """The text up to and including that token; later tokens cannot influence it in a causal model."""
 
     @property
     def position(self) -> int:
@@ -33,8 +33,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What sites read and gave at some places, one row a place, in float32 at least."""
+class Activations:
+    """Inputs and outputs of sites at some places, one row per place, in float32 at least."""
 
     keys: dict[Site, Tensor]
     """Input of each site ``[n, d_in]``."""
@@ -45,13 +45,13 @@ class Captured:
 
 
 def subject_place(host: Host, request: Request, prefix: str = "") -> Place:
-    """Find the subject's last token behind a prefix."""
+    """Return the place of the subject's last token in the prompt after a prefix."""
     ids, at = edited_token(host, request, prefix)
     return Place(ids[: at + 1])
 
 
-def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captured:
-    """Read keys, values and block outputs at places, in one pass that stops after the last block."""
+def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Activations:
+    """Return keys, values and block outputs at places, from one pass that stops after the highest block needed."""
     dtype = torch.promote_types(host.dtype, torch.float32)
     keys = {s: torch.empty(len(places), s.d_in, dtype=dtype) for s in sites}
     values = {s: torch.empty(len(places), s.d_out, dtype=dtype) for s in sites}
@@ -66,11 +66,11 @@ def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captu
         line = torch.arange(len(group), device=host.device)
 
         def store(into: Tensor, group: list[int], line: Tensor, at: Tensor) -> Callable[[Tensor], None]:
-            def keep(tensor: Tensor) -> None:
+            def write(tensor: Tensor) -> None:
                 shaped = tensor.reshape(len(group), -1, tensor.shape[-1])
                 into[group] = shaped[line.to(tensor.device), at.to(tensor.device)].detach().to(dtype).cpu()
 
-            return keep
+            return write
 
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for s in sites:
@@ -81,7 +81,7 @@ def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Captu
             stack.enter_context(hooks.stop_after(module(host.layout.blocks[last])))
             with contextlib.suppress(hooks.Stopped):
                 host.forward(batch, keep=1)
-    return Captured(keys, values, hidden)
+    return Activations(keys, values, hidden)
 
 
 def capture_from(
@@ -117,7 +117,7 @@ def capture_from(
 
 
 def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Group rows of like length under the token budget of a batch."""
+    """Group rows of similar length within the token budget of a batch."""
     from errata.host.tokens import by_length
 
     return by_length(rows, BATCH_TOKENS)
@@ -125,25 +125,25 @@ def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def subject_keys(
     host: Host, requests: Sequence[Request], sites: Sequence[Site], contexts: Sequence[Context]
-) -> Captured:
-    """Average keys, values and hidden states over contexts by their shares; ``[n requests, ...]``."""
+) -> Activations:
+    """Return keys, values and hidden states averaged over contexts by their weights; ``[n requests, ...]``."""
     places = [
         subject_place(host, request, shorten(host, c.prefix, request))
         for request in requests
         for c in contexts
     ]
-    captured = capture(host, places, sites)
+    activations = capture(host, places, sites)
     weights = torch.tensor([c.weight for c in contexts])
-    weights /= weights.sum()  # also of some of the contexts, such as the bare prompt alone
+    weights /= weights.sum()  # callers may pass some of the contexts only, such as the bare prompt
 
     def mean(tensor: Tensor) -> Tensor:
         shaped = tensor.view(len(requests), len(contexts), -1)
         return torch.einsum("ncd,c->nd", shaped, weights.to(shaped.dtype))
 
-    return Captured(
-        {s: mean(k) for s, k in captured.keys.items()},
-        {s: mean(v) for s, v in captured.values.items()},
-        {layer: mean(h) for layer, h in captured.hidden.items()},
+    return Activations(
+        {s: mean(k) for s, k in activations.keys.items()},
+        {s: mean(v) for s, v in activations.values.items()},
+        {layer: mean(h) for layer, h in activations.hidden.items()},
     )
 
 
@@ -152,11 +152,11 @@ def all_keys(
     requests: Sequence[Request],
     site: Site,
     *,
-    but: Callable[[int, int], bool] = lambda request, position: False,
+    skip: Callable[[int, int], bool] = lambda request, position: False,
 ) -> Tensor:
     """Return a site's input at every token of every prompt with its target ``[tokens, d_in]``.
 
-    ``but`` says which positions of which request (by index) to leave out.
+    ``skip(request index, position)``: whether to leave a position out.
     """
     rows = [host.encode_answer(request.text, request.target).ids for request in requests]
     by_request: list[tuple[int, Tensor]] = []
@@ -165,15 +165,15 @@ def all_keys(
     for group in tokens_batches(rows):
         batch = host.batch([rows[i] for i in group])
 
-        def keep(tensor: Tensor, group: list[int] = group) -> None:
+        def collect(tensor: Tensor, group: list[int] = group) -> None:
             shaped = tensor.detach().reshape(len(group), -1, tensor.shape[-1]).to(dtype).cpu()
             for line, i in enumerate(group):
-                positions = [at for at in range(len(rows[i])) if not but(i, at)]
+                positions = [at for at in range(len(rows[i])) if not skip(i, at)]
                 by_request.append((i, shaped[line, positions]))
 
         with (
             torch.no_grad(),
-            hooks.on_input(module, keep),
+            hooks.on_input(module, collect),
             hooks.stop_after(module),
             contextlib.suppress(hooks.Stopped),
         ):

@@ -1,18 +1,18 @@
-"""Which feed-forward neurons an answer hangs on: integrated gradients of its probability.
+"""Attribution of an answer to feed-forward neurons, by integrated gradients of its probability.
 
-A neuron is an entry of a down-projection's input w ``[d_in]`` (behind the activation; for gated
-feed-forwards behind the product with the gate), at the position that predicts a token t. Along the
+A neuron is an entry of a down-projection's input w ``[d_in]`` (after the activation; for gated
+feed-forwards after the product with the gate), at the position that predicts a token t. Along the
 straight path from no activation to the full one, all neurons of a layer scaled together,
 
     attribution_i = w_i / T * sum over points a of dp(t | x) / dw_i at a w       (Dai et al. 2022, Sec. 3.2)
 
-with T points a. ``right``: k/T for k = 1 to T, as the paper's equation has it. ``left``: (k - 1)/T, as
-its code has it. ``midpoint``: (k - 1/2)/T, whose error falls with 1/T^2 and not 1/T. As T grows the
+with T points a. ``right``: k/T for k = 1 to T, as in the paper's equation. ``left``: (k - 1)/T, as
+in its code. ``midpoint``: (k - 1/2)/T, whose error falls with 1/T^2 and not 1/T. As T grows the
 attributions of one layer add up to p(t | x) with the layer's neurons less p(t | x) without them: slowly
-where a norm stands behind the projection, which undoes the scaling until near zero.
+where a norm follows the projection, because it undoes the scaling until the inputs are near zero.
 
-A path at one layer leaves all below it alone: the text is run once, and every point starts from the
-states kept there. At the projection the path is a shift of its output by (a - 1) W w, so gradients are
+A path at one layer does not affect the layers below it: the text is run once, and every point starts from the
+states cached there. At the projection the path is a shift of its output by (a - 1) W w, so gradients are
 taken with respect to that output, summed over points, and multiplied by W once. The gradient of p is
 p times that of log p, which does not vanish in 16 bits where p is small.
 """
@@ -52,23 +52,23 @@ class Question:
     """A text whose next token is to be explained."""
 
     ids: tuple[int, ...]
-    """The text up to the position that predicts; causality makes what follows immaterial."""
+    """The text up to the position that predicts; later tokens cannot influence it in a causal model."""
     token: int
     """The token whose probability is attributed."""
 
 
 def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Question]:
-    """Ask for every token of an answer behind a prompt, each at its own position.
+    """Return one question per token of an answer after a prompt, each at its own position.
 
-    An answer of token ids is put behind the prompt's as it is. Raises RequestError for an answer
+    An answer of token ids is appended to the prompt's ids unchanged. Raises RequestError for an answer
     without tokens, or with no token before it.
     """
     if isinstance(answer, str):
-        made = host.encode_answer(prompt, answer)
-        ids, start = made.ids, made.start
+        row = host.encode_answer(prompt, answer)
+        ids, start = row.ids, row.start
     else:
-        head = host.encode_base(prompt)
-        ids, start = (*head, *answer), len(head)
+        prompt_ids = host.encode_base(prompt)
+        ids, start = (*prompt_ids, *answer), len(prompt_ids)
     if start == 0 or start == len(ids):
         raise RequestError(
             f"the answer {answer!r} needs a token of its own and one before it, after {prompt!r}; "
@@ -77,8 +77,8 @@ def questions(host: Host, prompt: str, answer: str | Sequence[int]) -> list[Ques
     return [Question(ids[:at], ids[at]) for at in range(start, len(ids))]
 
 
-def said(host: Host, prompt: str, count: int) -> tuple[int, ...]:
-    """Return the tokens, so many, with which the host goes on from a prompt by itself."""
+def greedy_tokens(host: Host, prompt: str, count: int) -> tuple[int, ...]:
+    """Return the ``count`` tokens that the host generates greedily after a prompt."""
     ids = list(host.encode_base(prompt))
     with torch.no_grad():
         for _ in range(count):
@@ -88,7 +88,7 @@ def said(host: Host, prompt: str, count: int) -> tuple[int, ...]:
 
 def attribute(
     host: Host,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     sites: Sequence[Site],
     *,
     steps: int = 20,
@@ -97,32 +97,31 @@ def attribute(
 ) -> dict[Site, Tensor]:
     """Attribute each question's probability to the neurons of each site, float64 ``[n, d_in]``.
 
-    ``steps`` is T; ``on_layer`` is told how many layers are done, and of how many. The host is left as
-    it was.
+    ``steps`` is T; ``on_layer(done, total)`` is called after each layer. The host is left unchanged.
     """
-    found = {site: torch.zeros(len(asked), site.d_in, dtype=torch.float64) for site in sites}
+    attributions = {site: torch.zeros(len(questions), site.d_in, dtype=torch.float64) for site in sites}
     points = _points(steps, rule)
-    groups = tokens_batches([q.ids for q in asked])
+    groups = tokens_batches([q.ids for q in questions])
     with hooks.frozen(host.model):
-        for turn, group in enumerate(groups):
-            state = _freeze(host, [asked[i] for i in group], sites)
-            for done, site in enumerate(sites):
-                found[site][group] = _along_the_path(host, state, site, points)
-                on_layer(turn * len(sites) + done + 1, len(groups) * len(sites))
-    return found
+        for batch, group in enumerate(groups):
+            state = _run_once(host, [questions[i] for i in group], sites)
+            for layer, site in enumerate(sites):
+                attributions[site][group] = _integrate_gradients(host, state, site, points)
+                on_layer(batch * len(sites) + layer + 1, len(groups) * len(sites))
+    return attributions
 
 
 def _points(steps: int, rule: Rule) -> Tensor:
-    """Points of the path in [0, 1], float64 ``[T]``."""
+    """Return the points of the path in [0, 1], float64 ``[T]``."""
     first = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
     return (torch.arange(steps, dtype=torch.float64) + first) / steps
 
 
 @dataclass(frozen=True)
 class _State:
-    """A batch of questions and what one clean run of it leaves below every site.
+    """A batch of questions and the states of one unmodified forward pass below every site.
 
-    Only the last token of a text predicts, so where tokens may stand in a cache it is the only one that is
+    Only the last token of a text predicts, so where the host can use a key-value cache it is the only one that is
     run again; the others are its past.
     """
 
@@ -138,61 +137,61 @@ class _State:
     keys: dict[Site, Tensor]
     """Input of each site at the position ``[n, d_in]``."""
 
-    def rows(self, chosen: Tensor) -> tuple[Tokens, Past]:
-        """Return tokens and past of some rows, each as often as it is chosen."""
-        return self.tokens.rows(chosen), Past(self.past.states, self.past.mask, chosen)
+    def rows(self, index: Tensor) -> tuple[Tokens, Past]:
+        """Return tokens and past of the rows ``index``, which may repeat."""
+        return self.tokens.rows(index), Past(self.past.states, self.past.mask, index)
 
 
-def _freeze(host: Host, asked: Sequence[Question], sites: Sequence[Site]) -> _State:
-    """Run texts once up to the highest site and keep the states on the way."""
-    count = len(asked)
-    places = [len(q.ids) - 1 for q in asked]
+def _run_once(host: Host, questions: Sequence[Question], sites: Sequence[Site]) -> _State:
+    """Run texts once up to the highest site and cache the states of all blocks below."""
+    count = len(questions)
+    places = [len(q.ids) - 1 for q in questions]
     reuse = can_reuse(host, max(places) + 1)
-    tokens, column = align(host, [q.ids for q in asked], places, [0] * count, left=reuse)
+    tokens, column = align(host, [q.ids for q in questions], places, [0] * count, left=reuse)
     at = torch.tensor([column if reuse else place for place in places], device=host.device)
     line = torch.arange(count, device=host.device)
     keys: dict[Site, Tensor] = {}
 
-    def keep_key(site: Site) -> Callable[[Tensor], None]:
-        def keep(tensor: Tensor) -> None:
+    def key_hook(site: Site) -> Callable[[Tensor], None]:
+        def write(tensor: Tensor) -> None:
             shaped = tensor.detach().reshape(count, -1, site.d_in)
             keys[site] = shaped[line.to(tensor.device), at.to(tensor.device)]
 
-        return keep
+        return write
 
     partial = Partial(host)
-    every = range(len(partial.blocks))
+    all_blocks = range(len(partial.blocks))
     before = nothing_before(host, count)
-    top = every[-1] if reuse else max(site.layer for site in sites)
+    top = all_blocks[-1] if reuse else max(site.layer for site in sites)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for site in sites:
-            stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), keep_key(site)))
-        ran = partial.run(
-            tokens, before, keep=range(top), remember=every if reuse else (), stop=partial.blocks[top]
+            stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), key_hook(site)))
+        result = partial.run(
+            tokens, before, keep=range(top), remember=all_blocks if reuse else (), stop=partial.blocks[top]
         )
-    token = torch.tensor([q.token for q in asked], device=host.device)
+    token = torch.tensor([q.token for q in questions], device=host.device)
     if not reuse:
-        return _State(partial, tokens, before, at, token, ran.states, keys)
-    blocks = {block: states[:, column:] for block, states in ran.states.items()}
-    past = before.followed_by(ran.past, tokens, column)
+        return _State(partial, tokens, before, at, token, result.states, keys)
+    blocks = {block: states[:, column:] for block, states in result.states.items()}
+    past = before.followed_by(result.past, tokens, column)
     return _State(partial, tokens.columns(column), past, at - column, token, blocks, keys)
 
 
-def _along_the_path(host: Host, state: _State, site: Site, points: Tensor) -> Tensor:
-    """Attribute at one site: keys times the mean of dp/dw over the points, float64 ``[n, d_in]``."""
+def _integrate_gradients(host: Host, state: _State, site: Site, points: Tensor) -> Tensor:
+    """Return attributions at one site: keys times the mean of dp/dw over the points, float64 ``[n, d_in]``."""
     weight = host.weight(site)  # [d_out, d_in]
     wide = torch.promote_types(weight.dtype, torch.float32)
     keys = state.keys[site].to(wide)
-    written = keys @ weight.to(wide).mT  # [n, d_out], without bias
+    outputs = keys @ weight.to(wide).mT  # [n, d_out], without bias
     count = len(state.token)
     total = torch.zeros(count, site.d_out, dtype=torch.float64)
     line = torch.arange(count).repeat_interleave(len(points))
     scale = points.repeat(count)
-    per = max(1, BATCH_TOKENS // state.tokens.ids.shape[1])
-    for first in range(0, len(line), per):
-        rows = line[first : first + per]
-        share = (scale[first : first + per] - 1).to(device=written.device, dtype=wide)
-        shift = share[:, None] * written[rows.to(written.device)]
+    batch_rows = max(1, BATCH_TOKENS // state.tokens.ids.shape[1])
+    for first in range(0, len(line), batch_rows):
+        rows = line[first : first + batch_rows]
+        share = (scale[first : first + batch_rows] - 1).to(device=outputs.device, dtype=wide)
+        shift = share[:, None] * outputs[rows.to(outputs.device)]
         total.index_add_(0, rows, _gradient(host, state, site, rows, shift))
     mean = (total / len(points)).to(device=weight.device, dtype=wide)
     return (keys.double() * (mean @ weight.to(wide)).double()).cpu()
@@ -205,22 +204,22 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
     tokens, past = state.rows(rows)
     at, token = state.at[rows], state.token[rows]
 
-    def push(hidden: Tensor) -> Tensor:
+    def add_shift(hidden: Tensor) -> Tensor:
         flat = hidden.reshape(len(rows), -1, site.d_out)
         place = (line.to(flat.device), at.to(flat.device))
         full = torch.zeros_like(flat).index_put(place, shift.to(device=flat.device, dtype=flat.dtype))
         return (flat + full).reshape(hidden.shape)
 
     below = state.blocks[site.layer - 1] if site.layer else None
-    given = None if below is None else below[rows.to(below.device)]
+    states = None if below is None else below[rows.to(below.device)]
     shift.requires_grad_(True)
-    with torch.enable_grad(), hooks.on_output(host.model.get_submodule(site.name), push):
-        logits = state.partial.run(tokens, past, first=site.layer, given=given, at=(line, at)).logits
+    with torch.enable_grad(), hooks.on_output(host.model.get_submodule(site.name), add_shift):
+        logits = state.partial.run(tokens, past, first=site.layer, given=states, at=(line, at)).logits
         assert logits is not None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        known = wide.log_softmax(-1).gather(1, token.to(wide.device)[:, None])[:, 0]
-        (slope,) = torch.autograd.grad(known.sum(), shift)
-    return known.detach().cpu().double().exp()[:, None] * slope.cpu().double()
+        logprobs = wide.log_softmax(-1).gather(1, token.to(wide.device)[:, None])[:, 0]
+        (slope,) = torch.autograd.grad(logprobs.sum(), shift)
+    return logprobs.detach().cpu().double().exp()[:, None] * slope.cpu().double()
 
 
 # --- choosing -------------------------------------------------------------------------------
@@ -229,25 +228,25 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
 def coarse(scores: Mapping[Site, Tensor], *, threshold: float) -> dict[Neuron, float]:
     """Choose the neurons of all sites that score above a share of the largest score.
 
-    ``scores`` holds ``[d_in]`` per site. Where none does, because no score is positive, the best neuron
-    stands alone. Raises HostError for scores that are not finite or all zero.
+    ``scores`` holds ``[d_in]`` per site. Where no score is positive, only the best neuron is returned.
+    Raises HostError for scores that are not finite or all zero.
     """
     top = {site: float(score.max()) for site, score in scores.items()}
     if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
-        raise HostError("attributions hold NaN or infinite numbers; load the model in float32")
+        raise HostError("attributions contain NaN or infinite numbers; load the model in float32")
     if not any(bool(score.any()) for score in scores.values()):
         raise HostError(
-            "no feed-forward neuron has any part in the answer's probability: all attributions are 0. "
-            "Check that the answer is one the host may give, and load the model in float32"
+            "no feed-forward neuron contributes to the answer's probability: all attributions are 0. "
+            "Check that the host can generate the answer, and load the model in float32"
         )
     site = max(top, key=lambda s: top[s])
     best = top[site]
-    kept = {
+    selection = {
         Neuron(s.layer, int(i)): float(score[i])
         for s, score in scores.items()
         for i in (score > threshold * best).nonzero()[:, 0]
     }
-    return kept or {Neuron(site.layer, int(scores[site].argmax())): best}
+    return selection or {Neuron(site.layer, int(scores[site].argmax())): best}
 
 
 def coarse_sets(
@@ -261,11 +260,11 @@ def coarse_sets(
     threshold: float,
     on_layer: Tick = lambda done, total: None,
 ) -> list[dict[Neuron, float]]:
-    """Choose the coarse neurons of an answer behind each of several prompts; its tokens add up."""
-    asked = [questions(host, prompt, answer) for prompt in prompts]
-    flat = [question for one in asked for question in one]
-    scores = attribute(host, flat, sites, steps=steps, rule=rule, on_layer=on_layer)
-    parts = {site: score.split([len(one) for one in asked]) for site, score in scores.items()}
+    """Choose the coarse neurons of an answer after each of several prompts; scores are summed over its tokens."""
+    by_prompt = [questions(host, prompt, answer) for prompt in prompts]
+    all_questions = [question for one in by_prompt for question in one]
+    scores = attribute(host, all_questions, sites, steps=steps, rule=rule, on_layer=on_layer)
+    parts = {site: score.split([len(one) for one in by_prompt]) for site, score in scores.items()}
     return [
         coarse({site: part[i].sum(0) for site, part in parts.items()}, threshold=threshold)
         for i in range(len(prompts))
@@ -279,11 +278,11 @@ def refine(
     fewest: int | None = None,
     most: int | None = None,
 ) -> list[Neuron]:
-    """Keep neurons that stand in more than a share of the prompts' coarse sets, most votes first.
+    """Return the neurons in more than a share of the prompts' coarse sets, most votes first.
 
-    Where fewer than ``fewest`` or more than ``most`` would stay, the share moves as little as it must.
-    If no share gives a number between them, the last neurons are cut by votes, then by mean score; with
-    fewer than ``fewest`` in all sets together, all of them stay. At least one always does.
+    Where fewer than ``fewest`` or more than ``most`` would remain, the share is changed as little as necessary.
+    If no share gives a number between them, neurons are ranked by votes, then by mean score, and the last are
+    dropped; with fewer than ``fewest`` in all sets together, all remain. At least one always remains.
     """
     votes = Counter(neuron for one in sets for neuron in one)
     score = {neuron: sum(one.get(neuron, 0.0) for one in sets) / len(sets) for neuron in votes}
@@ -300,11 +299,11 @@ def refine(
     return ranked[: int(min(counts[level], high))]
 
 
-def unshared(chosen: Sequence[Sequence[Neuron]], *, share: float) -> list[list[Neuron]]:
-    """Leave out neurons chosen for more than a share of the facts, and for more than one.
+def unshared(sets: Sequence[Sequence[Neuron]], *, share: float) -> list[list[Neuron]]:
+    """Return the neurons of each fact without those shared by more than ``share`` of the facts (and more than one).
 
-    A fact that would lose all keeps its first.
+    A fact that would lose all its neurons keeps its first.
     """
-    facts = Counter(neuron for one in chosen for neuron in one)
-    limit = max(1.0, share * len(chosen))
-    return [[n for n in one if facts[n] <= limit] or list(one[:1]) for one in chosen]
+    facts = Counter(neuron for one in sets for neuron in one)
+    limit = max(1.0, share * len(sets))
+    return [[n for n in one if facts[n] <= limit] or list(one[:1]) for one in sets]

@@ -1,4 +1,4 @@
-"""What a search for values has to solve, as data: texts, positions, targets, weights."""
+"""The optimisation problems of a value search as data: texts, positions, targets, weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def subject_span(request: Request) -> tuple[int, int]:
 
 
 def prompt_end(request: Request) -> tuple[int, int]:
-    """Return the place of the prompt's last character that is no space."""
+    """Return the place of the prompt's last character that is not a space."""
     end = len(request.text.rstrip())
     return end - 1, end
 
@@ -34,19 +34,19 @@ class PromptRow:
     """One row: a prompt in one context with its target, or the row that preserves the subject's essence."""
 
     ids: tuple[int, ...]
-    """The text up to the one before the last target token; up to the edited token for the essence."""
+    """The text without the last target token; up to the edited token for the essence."""
     position: int
     """Index of the token where the vector is shifted."""
     targets: tuple[int, ...]
     """Target ids; empty for the essence."""
     loss_weight: float
-    """How much it counts in the loss."""
+    """Weight in the loss."""
     context: int
-    """Rows of like context may begin alike; -1 for the essence."""
+    """Number of the context; rows of one context may share a prefix. -1 for the essence."""
     earlier_shifts: tuple[tuple[int, Tensor], ...] = ()
-    """Shifts already chosen for earlier positions of the row."""
+    """Shifts that are in place at earlier positions of the row."""
     key_weight: float = 1.0
-    """How much it counts in the key."""
+    """Weight in the mean key."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ValueProblem:
 
     @property
     def key_rows(self) -> tuple[PromptRow, ...]:
-        """One row a context, cut after the edited token: all that decides the key. Key weights sum to one."""
+        """One row per context up to the edited token, which is all that the key depends on. Key weights sum to one."""
         first: dict[int, PromptRow] = {}
         for row in self.rows:
             first.setdefault(row.context, row)
@@ -77,14 +77,14 @@ class ValueProblem:
 def edited_token(
     host: Host, request: Request, prefix: str = "", *, span: Span = subject_span, token: Token = "last"
 ) -> tuple[tuple[int, ...], int]:
-    """Return the ids of a prompt behind a prefix and the index of the edited token in it."""
+    """Return the ids of a prompt after a prefix and the index of the edited token in it."""
     start, stop = span(request)
-    framed = host.frame(request.text, prefix=prefix, before=start)
-    encoded = host.encode(framed.scored, special=framed.special)
-    if span is prompt_end and len(framed.scored) > len(request.text) + framed.shift:
-        return encoded.ids, len(encoded.ids) - 1  # a cue or template goes on behind the prompt's own end
-    find = encoded.last_of if token == "last" else encoded.first_of
-    return encoded.ids, find(start + framed.shift, stop + framed.shift)
+    frame = host.frame(request.text, prefix=prefix, before=start)
+    encoding = host.encode(frame.scored, special=frame.special)
+    if span is prompt_end and len(frame.scored) > len(request.text) + frame.shift:
+        return encoding.ids, len(encoding.ids) - 1  # a cue or template follows the prompt
+    find = encoding.last_of if token == "last" else encoding.first_of
+    return encoding.ids, find(start + frame.shift, stop + frame.shift)
 
 
 def value_problems(
@@ -96,9 +96,9 @@ def value_problems(
     token: Token = "last",
     merge: bool = True,
 ) -> list[ValueProblem]:
-    """Return one problem a request, or one for all requests that share their text up to the edited token.
+    """Return one problem per request, or one for all requests that share their text up to the edited token.
 
-    Such requests have one key, which can hold one value only (MEMIT-Merge, arXiv 2502.07322).
+    Such requests have the same key, which can have one value only (MEMIT-Merge, arXiv 2502.07322).
     """
     groups: dict[object, list[int]] = {}
     for i, request in enumerate(requests):
@@ -116,7 +116,7 @@ def _rows(
     host: Host, request: Request, contexts: Sequence[Context], *, span: Span, token: Token
 ) -> list[PromptRow]:
     total = sum(c.weight for c in contexts)
-    loss_weight = 1 / len(contexts)  # the authors' code weighs contexts for keys, not in the loss
+    loss_weight = 1 / len(contexts)  # the authors' code weights contexts in the mean key, not in the loss
     rows = []
     for number, context in enumerate(contexts):
         prefix = shorten(host, context.prefix, request)
@@ -141,7 +141,7 @@ def _essence(host: Host, request: Request, span: Span, token: Token) -> PromptRo
 def group_by_length(lengths: Sequence[int], least: int) -> list[list[int]]:
     """Group indices by length, longest first; lengths with fewer than ``least`` rows share a group.
 
-    Rows of one length need no padding, but few rows at a time leave a machine idle.
+    Rows of one length need no padding, but small batches use the hardware badly.
     """
     exact: dict[int, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -156,20 +156,20 @@ def group_by_length(lengths: Sequence[int], least: int) -> list[list[int]]:
 
 
 def shared_prefix_lengths(rows: Sequence[PromptRow]) -> dict[int, int]:
-    """Return, per context, how many first tokens all its rows share before their edited tokens."""
+    """Return, per context, the length of the prefix that all its rows share before their edited tokens."""
     shared: dict[int, tuple[int, ...]] = {}
     for row in rows:
         before = row.ids[: row.position]
         if row.earlier_shifts:
-            before = before[: min(at for at, _ in row.earlier_shifts)]  # a shifted token is a row's own
-        known = shared.get(row.context)
-        if known is None:
+            before = before[: min(at for at, _ in row.earlier_shifts)]  # a shifted token cannot be shared
+        common = shared.get(row.context)
+        if common is None:
             shared[row.context] = before
             continue
-        same = 0
-        while same < min(len(known), len(before)) and known[same] == before[same]:
-            same += 1
-        shared[row.context] = known[:same]
+        length = 0
+        while length < min(len(common), len(before)) and common[length] == before[length]:
+            length += 1
+        shared[row.context] = common[:length]
     return {context: len(ids) for context, ids in shared.items()}
 
 

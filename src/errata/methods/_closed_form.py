@@ -1,7 +1,7 @@
 """The steps of closed-form editing, as functions that a method's ``fit`` calls in the order of its paper.
 
-Settle the settings, lay out problems, find target values, then layer by layer upwards: read the keys and what
-is still missing, solve, and have the solution in place while the next layer is read.
+Resolve the settings, build the problems, optimise target values, then layer by layer upwards: compute keys and
+residuals, solve, and keep the solution in place while the next layer is computed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from errata.methods._stabilise import StepContext, delta_steps, value_steps
 from errata.types import Request
 
 SHORT = 0.75
-"""Longest shift of methods built for sequences where edits add up, in norms of the stream (MEMIT's code)."""
+"""Largest shift of methods for long sequences of edits, in norms of the residual stream (MEMIT's code)."""
 COLLIDING = 0.98
-"""Cosine of two whitened keys from which on they count as one."""
+"""Cosine of two whitened keys from which they count as the same key."""
 
 MEMIT_SETTINGS: Published = {
     # MEMIT's code: GPT-2 XL, GPT-J 6B, GPT-NeoX 20B
@@ -63,7 +63,7 @@ MEMIT_SETTINGS: Published = {
         "clamp": 0.75,
     },
 }  # fmt: skip
-"""MEMIT's layers and settings by shape of model, which its relatives take over."""
+"""MEMIT's layers and settings by shape of model, which related methods reuse."""
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -80,21 +80,21 @@ def resolve_config(
     default_layers: Callable[[int], tuple[int, ...]] | None = None,
     clamp: float = 1.5,
 ) -> C:
-    """Fill in layers and the value search's units where the settings leave them open.
+    """Return the settings with unset layers and units of the value search filled in.
 
     ``published``: settings for a model of this shape. ``default_layers``: from the depth, where nothing is
-    published; None: :func:`band`. ``clamp``: likewise, for the value search. Raises ConfigError for several
+    published; None: :func:`band`. ``clamp``: the same for the value search. Raises ConfigError for several
     layers where a residual cannot be shared between them.
     """
-    known = published if host.layout.adds_directly else {}
-    rule = (default_layers or band) if host.layout.adds_directly else one_fifth
-    layers = resolve_layers(host, config.layers or known.get("layers"), rule)
+    defaults = published if host.layout.adds_directly else {}
+    layer_rule = (default_layers or band) if host.layout.adds_directly else one_fifth
+    layers = resolve_layers(host, config.layers or defaults.get("layers"), layer_rule)
     if not host.layout.adds_directly and len(layers) > 1:
         raise ConfigError(
             "this model normalises what the feed-forward writes, so a residual cannot be shared "
             f"between layers {list(layers)}; name one layer"
         )
-    return fill_search_defaults(replace(config, layers=layers), search_defaults(known, clamp=clamp))
+    return fill_search_defaults(replace(config, layers=layers), search_defaults(defaults, clamp=clamp))
 
 
 def resolve_covariance_config(
@@ -105,29 +105,29 @@ def resolve_covariance_config(
     default_layers: Callable[[int], tuple[int, ...]] | None = None,
     clamp: float = 1.5,
 ) -> V:
-    """Do as :func:`resolve_config`, and fill in lambda: as published, else a multiple of the key width."""
+    """Return the settings as :func:`resolve_config`, with lambda as published, else a multiple of the key width."""
     config = resolve_config(host, config, published, default_layers=default_layers, clamp=clamp)
     if config.cov_weight is not None:
         return config
-    known = published if host.layout.adds_directly else {}
-    rule = config.cov_relative * host.layout.site(min(config.layers or ())).d_in
-    return replace(config, cov_weight=known.get("cov_weight", rule))
+    defaults = published if host.layout.adds_directly else {}
+    cov_weight = config.cov_relative * host.layout.site(min(config.layers or ())).d_in
+    return replace(config, cov_weight=defaults.get("cov_weight", cov_weight))
 
 
 def search_defaults(published: Mapping[str, Any], *, clamp: float = 1.5) -> SearchDefaults:
-    """Return rate, clamp and unit as published, else in the unit of the residual stream."""
+    """Return the learning rate, clamp and unit as published, else in the unit of the residual stream."""
     names = ("learning_rate", "clamp", "scale")
-    known = {name: published[name] for name in names if name in published}
-    return SearchDefaults(**{"clamp": clamp, **known})
+    values = {name: published[name] for name in names if name in published}
+    return SearchDefaults(**{"clamp": clamp, **values})
 
 
 def sequential_clamp(requests: Sequence[Request], work: Workspace) -> float:
-    """Return the longest shift of methods for long sequences: short unless one request is edited alone."""
+    """Return the clamp of methods for long sequences: short unless a single request is edited first."""
     return 1.5 if len(requests) == 1 and work.after is None else SHORT
 
 
 def band(depth: int) -> tuple[int, ...]:
-    """Return layers from an eighth to three tenths of the depth, as the papers' bands are."""
+    """Return the layers from an eighth to three tenths of the depth, similar to the bands in the papers."""
     first, last = depth // 8, max(depth // 8, round(0.3 * depth))
     return tuple(range(first, min(last, depth - 1) + 1))
 
@@ -141,7 +141,7 @@ def one_fifth(depth: int) -> tuple[int, ...]:
 
 
 class TaskSettings(SearchSettings, Protocol):
-    """Settings that every closed-form fit reads."""
+    """Settings that every closed-form fit uses."""
 
     @property
     def layers(self) -> tuple[int, ...] | None: ...
@@ -154,7 +154,7 @@ T = TypeVar("T", bound=TaskSettings, covariant=True)
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """What the steps of one fit have in common."""
+    """What all steps of one fit share."""
 
     method: str
     host: Host
@@ -163,25 +163,25 @@ class Task(Generic[T]):
     """Settings, resolved."""
     work: Workspace
     place: Where
-    """What the value search shifts at the last layer, and what a sweep measures there."""
+    """The activation that the value search shifts at the last layer, and that a sweep compares to its values."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors for the fits that follow; they travel in the edit."""
+    """Tensors for later fits; stored in the edit."""
 
     @property
     def sites(self) -> list[Site]:
-        """The sites to write, from the lowest layer."""
+        """The sites to edit, from the lowest layer."""
         return [self.host.layout.site(layer) for layer in self.config.layers or ()]
 
-    def restarted(self) -> Task[T]:
-        """Return the task with the state that it began with."""
+    def with_initial_state(self) -> Task[T]:
+        """Return the task with the state from its beginning."""
         return replace(self, state=_state_of(self.work))
 
     def earlier_delta(self, site: Site) -> Delta | None:
-        """Return the change of a site by the edit that is continued."""
+        """Return the change of a site's weight by the edit that this fit continues."""
         return self.work.after.deltas.get(site.parameter) if self.work.after else None
 
     def earlier_record(self, site: Site) -> Record | None:
-        """Return what the edit that is continued keeps of a site's keys."""
+        """Return the record of a site's keys in the edit that this fit continues."""
         return self.work.after.records.get(site.parameter) if self.work.after else None
 
 
@@ -189,10 +189,10 @@ def start_task(
     method: str, host: Host, requests: Sequence[Request], config: T, work: Workspace,
     *, place: Where = "block_out",
 ) -> Task[T]:  # fmt: skip
-    """Begin a fit with the state of the edit that is continued.
+    """Begin a fit with the state of the edit that it continues.
 
-    Where the feed-forward does not add straight to the residual stream, values are sought at its output instead
-    of the block's.
+    Where the feed-forward output is not added directly to the residual stream, values are optimised at that output
+    instead of the block's.
     """
     if place == "block_out" and not host.layout.adds_directly:
         place = "mlp_out"
@@ -204,7 +204,7 @@ def _state_of(work: Workspace) -> dict[str, Tensor]:
 
 
 def make_contexts(task: Task[ClosedFormConfig]) -> list[Context]:
-    """Return the context prefixes that the settings ask for, the bare prompt first."""
+    """Return the contexts from the settings, the bare prompt first."""
     config = task.config
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     return task.work.contexts(task.host, groups, "half_bare", config.prefixes)
@@ -213,7 +213,7 @@ def make_contexts(task: Task[ClosedFormConfig]) -> list[Context]:
 def make_problems(
     task: Task[ClosedFormConfig], *, span: Span = subject_span, token: Token = "last"
 ) -> list[ValueProblem]:
-    """Return one problem a request, or with ``merge`` one for requests with the same key."""
+    """Return one problem per request, or with ``merge`` one for all requests with the same key."""
     contexts = make_contexts(task)
     return value_problems(task.host, task.requests, contexts, span=span, token=token, merge=task.config.merge)
 
@@ -232,7 +232,7 @@ def covariance_costs(task: Task[CovarianceConfig]) -> dict[Site, CostMatrix]:
 
 
 def null_space_costs(task: Task[NullSpaceConfig]) -> dict[Site, CostMatrix]:
-    """Return AlphaEdit's M at each site: no change but where keys hardly reach, at a flat cost there."""
+    """Return AlphaEdit's M at each site: changes only in the null space of keys, at a uniform cost there."""
     config = task.config
     if config.projection is not None:
         return projection_costs(task, config.projection)
@@ -241,14 +241,14 @@ def null_space_costs(task: Task[NullSpaceConfig]) -> dict[Site, CostMatrix]:
     for site, (eigen, name) in spectra.items():
         values = eigen.values.clamp_min(0)
         trace = float(values.sum())
-        below = _bound(values, config.threshold, config.energy, site)
+        bound = _bound(values, config.threshold, config.energy, site)
         cost = config.ridge if config.ridge is not None else config.ridge_relative * trace
-        costs[site] = CostMatrix.within(values, eigen.vectors, below=below, cost=cost, name=name)
+        costs[site] = CostMatrix.within(values, eigen.vectors, below=bound, cost=cost, name=name)
     return costs
 
 
 def projection_costs(task: Task[NullSpaceConfig], path: str) -> dict[Site, CostMatrix]:
-    """Return the same for projections read from a file; L2 is 10 where no ridge is named, as in the code."""
+    """Return the same for projections read from a file; L2 is 10 where no ridge is set, as in the code."""
     cost = 10.0 if task.config.ridge is None else task.config.ridge
     layers = task.config.layers or ()
     spectra = {site: task.work.projection(path, site, layers) for site in task.sites}
@@ -259,7 +259,7 @@ def projection_costs(task: Task[NullSpaceConfig], path: str) -> dict[Site, CostM
 
 
 def _bound(values: Tensor, threshold: float | None, energy: float, site: Site) -> float:
-    """Return the eigenvalue under which directions are free to change; ``values`` ascend."""
+    """Return the eigenvalue below which directions may change; ``values`` ascend."""
     if threshold is not None:
         if not bool((values < threshold).any()):
             raise ConfigError(
@@ -267,14 +267,14 @@ def _bound(values: Tensor, threshold: float | None, energy: float, site: Site) -
                 f"{float(values[0]):.3g}; eigenvalues scale with keys, so use energy instead"
             )
         return threshold
-    # the smallest eigenvalues that together hold no more than the rest of the trace
-    free = int((values.cumsum(0) <= (1 - energy) * values.sum()).sum())
-    if not 0 < free < len(values):
+    # the smallest eigenvalues whose sum is at most the rest of the trace
+    null_count = int((values.cumsum(0) <= (1 - energy) * values.sum()).sum())
+    if not 0 < null_count < len(values):
         raise ConfigError(
-            f"energy {energy} leaves {free} of {len(values)} directions at {site.name}; take another energy, "
+            f"energy {energy} leaves {null_count} of {len(values)} directions at {site.name}; use another energy, "
             "or more tokens"
         )
-    return float(values[free])
+    return float(values[null_count])
 
 
 # --- values ---------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _bound(values: Tensor, threshold: float | None, energy: float, site: Site) -
 def find_target_values(
     task: Task[TaskSettings], problems: Sequence[ValueProblem], *, search: ValueConfig | None = None
 ) -> list[Value]:
-    """Find a value per problem at the last layer; ``search``: settings other than the task's own."""
+    """Return one value per problem at the last layer; ``search``: settings other than the task's own."""
     return find_values(
         task.host, problems, layer=task.sites[-1].layer, where=task.place,
         config=search or search_config(task.config), batch_size=task.work.batch_size,
@@ -292,7 +292,7 @@ def find_target_values(
 
 
 def stabilise_values(task: Task[TaskSettings], values: Sequence[Value]) -> Tensor:
-    """Return the values to write ``[n, d]``, after the stabilisers that act on values."""
+    """Return the target values ``[n, d]`` after the stabilisers that act on values."""
     targets = torch.stack([value.target for value in values])
     for step in value_steps(task.config.stabilise):
         targets = step.values(targets, torch.stack([value.start for value in values]), task.state)
@@ -305,7 +305,7 @@ def stabilise_values(task: Task[TaskSettings], values: Sequence[Value]) -> Tenso
 def start_sweep(
     task: Task[TaskSettings], problems: Sequence[ValueProblem], costs: Mapping[Site, CostMatrix]
 ) -> LayerSweep:
-    """Begin at the lowest layer; warn of requests whose keys are the same there, so that not both can be met."""
+    """Begin at the lowest layer; warn of requests with the same key there but different targets."""
     first = task.sites[0]
     sweep = LayerSweep(task.host, problems, first.layer)
     _warn_of_collisions(task.requests, problems, sweep.keys(first).mT, costs[first])
@@ -314,30 +314,30 @@ def start_sweep(
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What one layer's solution is made of."""
+    """The inputs of one layer's solution."""
 
     site: Site
     layers_left: int
-    """How many layers are still to be written, this one included."""
+    """How many layers are still to be edited, this one included."""
     keys: Tensor
     """``[d_in, n]``."""
     missing: Tensor
-    """What the last layer's values still lack, with the layers below as they are edited ``[d_out, n]``."""
+    """Target values less present values at the last layer, with the lower layers already edited ``[d_out, n]``."""
     requests: tuple[tuple[int, ...], ...]
-    """Per column, the requests it serves."""
+    """Indices of the requests of each column."""
 
     @property
     def even_share(self) -> Tensor:
-        """What is missing, over the layers left: MEMIT's residual R ``[d_out, n]``."""
+        """``missing`` over the layers left: MEMIT's residual R ``[d_out, n]``."""
         return self.missing / self.layers_left
 
-    def only(self, columns: Tensor) -> LayerStep:
-        """Return the step for some columns only, ``[n]`` true or false."""
-        requests = tuple(r for r, some in zip(self.requests, columns.tolist(), strict=True) if some)
+    def select(self, columns: Tensor) -> LayerStep:
+        """Return the step for some columns only; ``columns``: boolean mask ``[n]``."""
+        requests = tuple(r for r, keep in zip(self.requests, columns.tolist(), strict=True) if keep)
         return replace(self, keys=self.keys[:, columns], missing=self.missing[:, columns], requests=requests)
 
     def with_preserved(self, keys: Tensor) -> LayerStep:
-        """Return the step with further keys ``[d_in, p]`` before its own, at which nothing is to change."""
+        """Return the step with further keys ``[d_in, p]`` before its own, whose outputs are to be preserved."""
         zeros = self.missing.new_zeros(self.missing.shape[0], keys.shape[1])
         requests = (*[self.requests[0]] * keys.shape[1], *self.requests)
         return replace(
@@ -353,11 +353,11 @@ class LayerSolution:
     site: Site
     delta: Delta
     record: Record | None
-    """What it was solved from; None where it cannot be solved again."""
+    """The data it was solved from; None where it cannot be solved again."""
 
 
 class EditDraft:
-    """An edit in the making: the solutions of the layers so far."""
+    """An edit under construction: the solutions of the layers so far."""
 
     def __init__(self, task: Task[TaskSettings], facts: Mapping[str, Any]) -> None:
         """Begin without solutions; ``facts`` go into the provenance's notes."""
@@ -373,7 +373,7 @@ class EditDraft:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have the solutions so far in place inside the block."""
+        """Place the solutions so far inside a ``with`` block."""
         if not self.solutions:
             yield
             return
@@ -393,7 +393,7 @@ class EditDraft:
 
 
 def start_edit(task: Task[TaskSettings], values: Sequence[Value], **facts: Any) -> EditDraft:
-    """Begin an edit; how the search for values went is recorded, and further ``facts``."""
+    """Begin an edit whose provenance records loss, steps and shift of the value search, and ``facts``."""
     search = {
         "loss": max(v.loss for v in values),
         "steps": max(v.steps for v in values),
@@ -405,9 +405,9 @@ def start_edit(task: Task[TaskSettings], values: Sequence[Value], **facts: Any) 
 def sweep_layers(
     task: Task[TaskSettings], sweep: LayerSweep, values: Sequence[Value], draft: EditDraft
 ) -> Iterator[LayerStep]:
-    """Stabilise the values, then yield each layer's keys and what its values lack, upwards.
+    """Stabilise the values, then yield each layer's keys and residuals, from the lowest layer.
 
-    The caller adds each layer's solution to ``draft``, which is in place while the next layer is read.
+    The caller adds each layer's solution to ``draft``, which is in place while the next layer is computed.
     """
     targets = stabilise_values(task, values)
     sites = task.sites
@@ -431,13 +431,13 @@ def solve_layer(
 ) -> LayerSolution:  # fmt: skip
     """Return delta = R (K^T M^-1 K + gamma I)^-1 K^T M^-1 for a layer, stabilised, with its record.
 
-    ``residual`` R ``[d_out, n]``: what this layer is to add at its keys. ``history``: whether the keys of earlier
-    edits count into M, so that their values stay.
+    ``residual`` R ``[d_out, n]``: the change of this layer's output at its keys. ``history``: whether M includes the
+    keys of earlier edits, so that their values are preserved.
     """
     solved = cost.solve(layer.keys)
-    past = task.earlier_record(layer.site) if history else None
-    against = solved if past is None else conditioned(solved, past.keys, past.solved)
-    delta = from_solved(layer.keys, against, residual, gamma=gamma)
+    earlier = task.earlier_record(layer.site) if history else None
+    effective = solved if earlier is None else conditioned(solved, earlier.keys, earlier.solved)
+    delta = from_solved(layer.keys, effective, residual, gamma=gamma)
     record = make_record(task, layer, cost, residual, solved, gamma=gamma)
     return stabilise_solution(task, LayerSolution(layer.site, delta, record))
 
@@ -446,7 +446,7 @@ def make_record(
     task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor, solved: Tensor,
     *, gamma: float = 1.0,
 ) -> Record:  # fmt: skip
-    """Record what a layer is solved from, with changes relative to the host without any edit of ours."""
+    """Return the record of a layer's solution, with changes relative to the host without edits."""
     keys, before = layer.keys, task.earlier_delta(layer.site)
     absolute = residual if before is None else residual + before.to(keys.dtype) @ keys
     return Record(keys, absolute, solved.to(keys.dtype), gamma, cost.label, layer.requests)
@@ -467,23 +467,23 @@ def stabilise_solution(task: Task[TaskSettings], solution: LayerSolution) -> Lay
 def _warn_of_collisions(
     requests: Sequence[Request], problems: Sequence[ValueProblem], keys: Tensor, cost: CostMatrix
 ) -> None:
-    """Warn before anything is fitted when two requests cannot both be had."""
+    """Warn, before the fit, of pairs of requests that one weight cannot satisfy."""
     collisions = []
     for problem in problems:
-        first_with: dict[str, int] = {}
+        first_by_text: dict[str, int] = {}
         for i in problem.requests:
-            first = first_with.setdefault(requests[i].text, i)
+            first = first_by_text.setdefault(requests[i].text, i)
             if requests[first].target != requests[i].target:
                 collisions.append((first, i))
-    for one, other in similar_pairs(keys, cost.solve(keys), COLLIDING):
-        i, j = problems[one].requests[0], problems[other].requests[0]
+    for a, b in similar_pairs(keys, cost.solve(keys), COLLIDING):
+        i, j = problems[a].requests[0], problems[b].requests[0]
         if requests[i].target != requests[j].target:
             collisions.append((i, j))
     for i, j in collisions[:8]:
         warnings.warn(
             f"requests {requests[i].id or i + 1} and {requests[j].id or j + 1} have nearly the same key "
             f"({requests[i].text!r} > {requests[i].target!r}, {requests[j].text!r} > {requests[j].target!r}): "
-            "one weight cannot hold both; drop one, or edit them with a method that needs no key",
+            "one weight cannot satisfy both; drop one, or use a method without keys",
             CollidingRequests,
             stacklevel=2,
         )

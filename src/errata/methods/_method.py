@@ -43,6 +43,15 @@ Published = Mapping[Shape, Mapping[str, Any]]
 """Settings of a method's paper or its authors' code, by the shape of model they were used for."""
 
 
+class Baseline(NamedTuple):
+    """A method that others are compared with."""
+
+    rank: int
+    """Place among the baselines of a board."""
+    role: str
+    """What its row shows, as "the floor, nothing edited"."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A published editing algorithm and the facts that tables, checks and tests read."""
@@ -67,6 +76,12 @@ class Method:
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
     host: Literal["causal_lm", "image_classifier"] = "causal_lm"
     """What kind of model it edits."""
+    changes: bool = True
+    """Whether its edits change what the model answers at all."""
+    random: bool = True
+    """Whether its edits may depend on the seed; boards measure the others once."""
+    baseline: Baseline | None = None
+    """What it is on boards, for methods that stand on every board to compare with."""
     published: Published = field(default_factory=dict)
     """Settings of its paper or its authors' code, taken where the user leaves them open."""
 

@@ -1,12 +1,12 @@
-"""Steps that keep many edits from wearing a model out: on a value before it is written, or on a delta.
+"""Stabilisers for many edits in sequence: steps that change a target value or a delta.
 
-They compose with the closed-form methods by name, ``stabilise: [nas, rect:0.4]``, in the order given:
+They are added to the closed-form methods by name, ``stabilise: [nas, rect:0.4]``, in the order given:
 
-nas      rescale every value to the norm values had in the unedited model (arXiv 2602.02543)
-rect     keep only the entries that change most beside the weight's own (RECT, arXiv 2401.04700)
+nas      rescale every value to the mean norm in the unedited model (arXiv 2602.02543)
+rect     keep only the entries with the largest relative change (RECT, arXiv 2401.04700)
 sphere   damp the change along the weight's main input directions (SPHERE, arXiv 2510.01172)
-prune    bring singular values of the change so far under the weight's largest (PRUNE, arXiv 2405.16821)
-simie    keep of the change only what earlier tokens' keys leave room for (SimIE, ICML 2025)
+prune    shrink singular values of all changes so far that exceed the weight's largest (PRUNE, arXiv 2405.16821)
+simie    refit the change by ridge regression on the keys of all earlier tokens (SimIE, ICML 2025)
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from errata.types import Request
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step may look at."""
+    """The inputs of a step."""
 
     host: Host
     site: Site
     requests: Sequence[Request]
     after: WeightEdit | None
-    """The edit that is continued, in place on the host."""
+    """The edit that this fit continues, in place on the host."""
     state: dict[str, Tensor]
-    """What the step keeps for the fits that follow; travels in the edit."""
+    """The step's tensors for later fits; stored in the edit."""
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is now ``[d_out, d_in]``, float32 at least."""
+        """The present weight ``[d_out, d_in]``, float32 at least."""
         return self.host.weight(self.site).cpu()
 
     @property
     def before(self) -> Delta | None:
-        """The change made by the edits before."""
+        """The change by earlier edits."""
         return self.after.deltas.get(self.site.parameter) if self.after else None
 
 
 class Step:
-    """One stabiliser. Subclasses override what they act on."""
+    """One stabiliser. Subclasses override the method for what they act on."""
 
     name: ClassVar[str]
     on: ClassVar[str]
@@ -70,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Nas(Step):
-    """Rescale each value to a norm measured when the model was still unedited."""
+    """Rescale each value to the mean norm in the unedited model."""
 
     name: ClassVar[str] = "nas"
     on: ClassVar[str] = "values"
@@ -83,7 +83,7 @@ class Nas(Step):
 
 @dataclass(frozen=True)
 class Rect(Step):
-    """Leave only the entries that change most relative to the weight."""
+    """Keep only the entries with the largest change relative to the weight."""
 
     name: ClassVar[str] = "rect"
     on: ClassVar[str] = "delta"
@@ -103,26 +103,26 @@ class Sphere(Step):
     name: ClassVar[str] = "sphere"
     on: ClassVar[str] = "delta"
     energy: float = 0.5
-    """Share of energy that the directions hold (authors' code: 0.5)."""
+    """Share of the energy in the directions (authors' code: 0.5)."""
     strength: float = 0.5
-    """How much of the change along them goes (authors' code: 0.5)."""
+    """Share of the change along them that is removed (authors' code: 0.5)."""
 
     def delta(self, context: StepContext, delta: Delta) -> Delta:
-        """Multiply by I - strength V V^T on the input side, whichever way the weight is stored."""
+        """Multiply by I - strength V V^T on the input side, also for transposed weights."""
         return shape.damped(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
 
 
 @dataclass(frozen=True)
 class Prune(Step):
-    """Restrain the singular values of all changes so far that exceed the unedited weight's largest."""
+    """Shrink the singular values of all changes so far that exceed the unedited weight's largest."""
 
     name: ClassVar[str] = "prune"
     on: ClassVar[str] = "delta"
     base: float = 1.2
-    """Base of the logarithm beyond the bound (authors' code: 1.2)."""
+    """Base of the logarithm above the bound (authors' code: 1.2)."""
 
     def delta(self, context: StepContext, delta: Delta) -> Delta:
-        """Add what brings the accumulated change down."""
+        """Add the correction that shrinks the accumulated change."""
         before = context.before
         original, total = context.weight, delta
         if before is not None:
@@ -133,7 +133,7 @@ class Prune(Step):
 
 @dataclass(frozen=True)
 class Simie(Step):
-    """Rewrite a change by ridge regression on the keys of all tokens seen so far, in the unedited model."""
+    """Refit a change by ridge regression on the keys of all tokens so far, in the unedited model."""
 
     name: ClassVar[str] = "simie"
     on: ClassVar[str] = "delta"
@@ -146,13 +146,13 @@ class Simie(Step):
         with without(context.after, context.host):
             keys = all_keys(context.host, context.requests, site).mT  # [m, tokens]
         size = state.setdefault(f"{site.parameter}.simie.size", keys.square().sum(0).mean()[None])
-        past = state.get(f"{site.parameter}.simie.keys")
-        seen = keys if past is None else torch.cat([past, keys], 1)
-        state[f"{site.parameter}.simie.keys"] = shape.condensed(seen)
+        earlier_keys = state.get(f"{site.parameter}.simie.keys")
+        token_keys = keys if earlier_keys is None else torch.cat([earlier_keys, keys], 1)
+        state[f"{site.parameter}.simie.keys"] = shape.condensed(token_keys)
         ridge = CostMatrix.identity(self.weight * float(size))
-        changes = torch.zeros(site.d_out, seen.shape[1], dtype=keys.dtype)
+        changes = torch.zeros(site.d_out, token_keys.shape[1], dtype=keys.dtype)
         changes[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys
-        thin = from_solved(seen, ridge.solve(seen), changes, gamma=1.0)
+        thin = from_solved(token_keys, ridge.solve(token_keys), changes, gamma=1.0)
         return thin if thin.rank * sum(thin.shape) < thin.shape[0] * thin.shape[1] else thin.dense()
 
 
@@ -160,7 +160,7 @@ STEPS: dict[str, type[Any]] = {step.name: step for step in (Nas, Rect, Sphere, P
 
 
 def parse(item: str) -> Any:
-    """Read ``name`` or ``name:number:number``. Raises ValueError with what is wrong."""
+    """Parse ``name`` or ``name:number:number``. Raises ValueError."""
     name, *numbers = item.split(":")
     if name not in STEPS:
         raise ValueError(unknown(name, list(STEPS), "stabiliser"))
@@ -179,7 +179,7 @@ def parse(item: str) -> Any:
 
 
 def check_steps(items: Sequence[str]) -> list[str]:
-    """List what is wrong with a ``stabilise`` setting."""
+    """List the problems of a ``stabilise`` setting."""
     complaints = []
     for item in items:
         try:

@@ -1,20 +1,20 @@
-"""AlphaEdit: write only where keys of preserved knowledge hardly reach, and keep earlier edits.
+"""AlphaEdit: restrict changes to the null space of preserved keys, and preserve earlier edits.
 
 Paper      Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models",
            ICLR 2025, arXiv 2410.02355
 Implements delta = R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1 with P = U U^T the projection onto
-           eigenvectors of C with small eigenvalues and K_p the keys of all edits before; values, contexts
+           eigenvectors of C with small eigenvalues and K_p the keys of all earlier edits; values, contexts
            and layers as in MEMIT
 Departs    Solved in coordinates of U (an equivalent symmetric system) and there in the dual, with the
-           history as columns of keys instead of an m x m sum. The keys that enter the history are those
-           the layer saw when it was solved; as a key depends on lower layers alone, they are the keys of
-           the final weights that the authors' code computes again.
-           An absolute bound on eigenvalues means something else for every model, as they scale with
-           keys: by default the protected space is the one that holds a share of the trace of C, and L2 is
-           in mean squared norms of keys. The authors' numbers are ``threshold`` and ``ridge``; their file
-           of P is ``projection``.
-           The clamp depends on the schedule (see there): at 0.75, right for long sequences, every third
-           single edit of a small model falls short.
+           history as columns of keys instead of an m x m sum. The history holds the keys that
+           each layer had when it was solved; as a key depends on lower layers only, they equal the keys of
+           the final weights that the authors' code recomputes.
+           An absolute bound on eigenvalues does not transfer between models, as they scale with
+           keys: by default the protected space has a given share of the trace of C, and L2 is
+           in mean squared norms of keys. ``threshold`` and ``ridge`` set the authors' numbers,
+           ``projection`` their file of P.
+           The clamp depends on the schedule (see there): 0.75 suits long sequences, but with it every third
+           single edit of a small model fails.
 Needs      Second moment of keys at each layer with its eigenvectors; context prefixes
 """
 

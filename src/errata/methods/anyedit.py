@@ -1,13 +1,12 @@
-"""AnyEdit: teach long answers chunk by chunk, each at the token before it.
+"""AnyEdit: edit long answers chunk by chunk, each at the token before it.
 
 Paper      Jiang et al., "AnyEdit: Edit Any Knowledge Encoded in Language Models", ICML 2025,
            arXiv 2502.05628
 Implements The answer is cut into chunks of w tokens (Sec. 4); for each, a shift of the block output at the
-           token before it is sought with the text so far and all earlier shifts in place; all are written
-           together by MEMIT's or AlphaEdit's update, with the keys at the other tokens of the same texts to
-           keep their values
+           token before it is optimised with the text so far and all earlier shifts in place; one update of
+           MEMIT or AlphaEdit fits them all and preserves the outputs at the other tokens of the same texts
 Departs    Residuals and projections are indexed per layer (in the plain baselines of the authors' code an
-           inner loop reuses the index). No padding enters the keys to keep. No contexts and no
+           inner loop reuses the index). Preserved keys exclude padding. No contexts and no
            divergence, as in the authors' code.
 Needs      Second moment of keys at each layer, with eigenvectors for ``base: alphaedit``
 """
@@ -38,11 +37,11 @@ class Config(CovarianceConfig, NullSpaceConfig):
     """Settings of AnyEdit."""
 
     base: Literal["memit", "alphaedit"] = "memit"
-    """Whose update writes the values."""
+    """Method whose update fits the values."""
     chunk: int = 40
-    """Tokens a chunk (authors' code: 40 for Llama 3, 50 for Qwen 2.5)."""
+    """Tokens per chunk (authors' code: 40 for Llama 3, 50 for Qwen 2.5)."""
     overlap: int = 0
-    """Tokens that a chunk shares with the one before (authors' code: 0)."""
+    """Tokens that a chunk shares with the previous one (authors' code: 0)."""
     decay: float = 1e-3
     """Value search: weight of the shift's norm (authors' code: 1e-3)."""
     kl: float = 0.0
@@ -59,34 +58,34 @@ class Config(CovarianceConfig, NullSpaceConfig):
             complaints.append(f"overlap: expected 0 to chunk - 1, found {self.overlap}")
         if self.contexts or self.kl:
             complaints.append(
-                "contexts and kl: expected 0, a chunk's place is the token before it in its own text"
+                "contexts and kl: expected 0, a chunk is edited at the token before it in its own text"
             )
         return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
-    """Return the edit that makes the host give every target, however long."""
+    """Return the edit that makes the host generate every target, of any length."""
     config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
     alphaedit = config.base == "alphaedit"
     task = closed_form.start_task("anyedit", host, requests, config, work)
-    problems, rounds = chunked(host, requests, config.chunk, config.overlap)
+    problems, rounds = chunk_problems(host, requests, config.chunk, config.overlap)
     edited = {(problem.requests[0], problem.rows[0].position) for problem in problems}
     costs = closed_form.null_space_costs(task) if alphaedit else closed_form.covariance_costs(task)
     sweep = closed_form.start_sweep(task, problems, costs)
-    values = _find_in_turn(task, problems, rounds)
+    values = _find_by_round(task, problems, rounds)
     edit = closed_form.start_edit(task, values, chunks=len(problems))
     for layer in closed_form.sweep_layers(task, sweep, values, edit):
         with edit.in_place():
-            others = all_keys(host, requests, layer.site, but=lambda i, at: (i, at) in edited).mT
-        layer = layer.with_preserved(others)
+            preserved_keys = all_keys(host, requests, layer.site, skip=lambda i, at: (i, at) in edited).mT
+        layer = layer.with_preserved(preserved_keys)
         edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=alphaedit))
     return edit.build()
 
 
-def chunked(
+def chunk_problems(
     host: Host, requests: Sequence[Request], chunk: int, overlap: int
 ) -> tuple[list[ValueProblem], list[list[int]]]:
-    """Return one problem a chunk and, per round, the indices of those that are searched together."""
+    """Return one problem per chunk and, per round, the indices of those that are optimised together."""
     problems: list[ValueProblem] = []
     rounds: list[list[int]] = []
     for i, request in enumerate(requests):
@@ -94,7 +93,7 @@ def chunked(
         for j, start in enumerate(range(answer.start, len(answer.ids), chunk - overlap)):
             stop = min(start + chunk, len(answer.ids))
             if j and stop - start <= overlap:
-                break  # nothing new in it
+                break  # all its tokens are in the previous chunk
             row = PromptRow(answer.ids[: stop - 1], start - 1, answer.ids[start:stop], 1.0, 0)
             if j == len(rounds):
                 rounds.append([])
@@ -103,18 +102,20 @@ def chunked(
     return problems, rounds
 
 
-def _find_in_turn(
+def _find_by_round(
     task: Task[Config], problems: Sequence[ValueProblem], rounds: Sequence[Sequence[int]]
 ) -> list[Value]:
-    """Find the values of first chunks, then of second ones with the first in place, and so on."""
+    """Return the values: of first chunks, then of second chunks with the first in place, and so on."""
     values: dict[int, Value] = {}
     shifts: dict[int, tuple[tuple[int, Tensor], ...]] = {}
     for number, group in enumerate(rounds):
         rows = [(problems[k].requests[0], problems[k].rows[0]) for k in group]
-        posed = [
+        round_problems = [
             ValueProblem((i,), (replace(row, earlier_shifts=shifts.get(i, ())),), None) for i, row in rows
         ]
-        for k, (i, row), value in zip(group, rows, closed_form.find_target_values(task, posed), strict=True):
+        for k, (i, row), value in zip(
+            group, rows, closed_form.find_target_values(task, round_problems), strict=True
+        ):
             values[k] = value
             shifts[i] = (*shifts.get(i, ()), (row.position, value.shift))
         task.work.on_progress("chunks", number + 1, len(rounds))

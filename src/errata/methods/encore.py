@@ -1,17 +1,17 @@
-"""ENCORE: stop each search at the first successes, and bound the growth of the edited weights.
+"""ENCORE: stop each value search early, and penalise the norm of the change.
 
 Paper      Gupta et al., "Lifelong Sequential Knowledge Editing without Model Degradation", ACL Findings
            2025, arXiv 2502.01636
-Implements Most-probable early stopping: a search ends once the target is the first choice in every
+Implements Most-probable early stopping: a search ends once the target is the most probable token in every
            context; delta = R K^T (lambda C + K_p K_p^T + mu I + K K^T)^-1, mu the Frobenius penalty
 Departs    Solved in the dual, M from one eigendecomposition for any mu. mu is a share of lambda C's mean
-           eigenvalue, a unit that carries over between models, but for GPT-2 XL, Llama 2 7B and Llama 3 8B,
+           eigenvalue, a unit that transfers between models, except for GPT-2 XL, Llama 2 7B and Llama 3 8B,
            where it is the code's ``update_norm_lambda``: 10, 10 and 20, plain. There a search also ends as
-           in the code: after the target was the first choice behind all prefixes in 4, 3 and 2
-           evaluations, whatever comes after the bare prompt. The code counts tokens, and so never ends
-           early for targets of several; here every token of a target must come first.
-           Elsewhere a search ends by its loss: that the target just leads is too little for small
-           models (measured on the lab; the paper's rule is ``stop: top``).
+           in the code: after the target was the most probable with all prefixes in 4, 3 and 2
+           evaluations, regardless of the bare prompt. The code compares single tokens, and so never ends
+           early for targets of several; here every token of a target must be the most probable.
+           Elsewhere a search ends by its loss: a target that is only just the most probable is not
+           enough for small models (measured on the lab; the paper's rule is ``stop: top``).
 Needs      Second moment of keys at each layer with its eigenvectors; context prefixes
 """
 
@@ -47,10 +47,10 @@ class Config(SequentialDefaults, CovarianceConfig):
     """Value search, ``stop: top``: whether the bare prompt is one of the contexts that must agree. None: not for
     models with published settings (code: no), else yes."""
     penalty: float | None = None
-    """mu, the price of the change's squared norm, in mean eigenvalues of lambda C. None: as published, see
+    """mu, the penalty on the change's squared norm, in mean eigenvalues of lambda C. None: as published, see
     ``update_norm_lambda``, else 0.02 (chosen on the lab)."""
     update_norm_lambda: float | None = None
-    """mu in plain numbers, instead of ``penalty``; 0: none, as in MEMIT. None: ``penalty`` where that is named, else
+    """mu as a plain number, instead of ``penalty``; 0: none, as in MEMIT. None: ``penalty`` where that is set, else
     published (code: 10 for GPT-2 XL and Llama 2 7B, 20 for Llama 3 8B)."""
 
     def problems(self) -> list[str]:
@@ -62,7 +62,7 @@ class Config(SequentialDefaults, CovarianceConfig):
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
-    """Return the edit under a price on its norm."""
+    """Return the edit with a penalty on its norm."""
     config = _resolve(host, config, clamp=closed_form.sequential_clamp(requests, work))
     task = closed_form.start_task("encore", host, requests, config, work)
     costs = _penalised_costs(task)
@@ -81,51 +81,51 @@ def _penalised_costs(task: Task[Config]) -> dict[Site, CostMatrix]:
     assert weight is not None
     spectra = task.work.spectra(task.host, task.sites, config.tokens, source=config.moments)
     for site, (eigen, name) in spectra.items():
-        price = config.update_norm_lambda
-        if price is None:
+        mu = config.update_norm_lambda
+        if mu is None:
             assert config.penalty is not None
-            price = config.penalty * weight * float(eigen.values.clamp_min(0).mean())
+            mu = config.penalty * weight * float(eigen.values.clamp_min(0).mean())
         costs[site] = CostMatrix.of_eigen(
-            eigen.values, eigen.vectors, weight=weight, add=price, ridge=config.cov_ridge, name=name
+            eigen.values, eigen.vectors, weight=weight, add=mu, ridge=config.cov_ridge, name=name
         )
     return costs
 
 
 def _resolve(host: Host, config: Config, *, clamp: float) -> Config:
-    """Fill in what is open: how a search ends and mu, as published where they are."""
-    known = dict(METHOD.published_for(host))
-    if config.scale not in (None, "published"):  # the code's rate is plain; in other units MEMIT's counts
+    """Return the settings with unset stopping rule and mu filled in, as published where they are."""
+    published = dict(METHOD.published_for(host))
+    if config.scale not in (None, "published"):  # the code's rate is plain; in other units MEMIT's applies
         memit = MEMIT_SETTINGS.get(Shape(host.family, len(host.layout.blocks), host.layout.width), {})
-        known |= {name: memit[name] for name in ("learning_rate",) if name in memit}
-    defaults = {name: known.get(name, value) for name, value in SEARCH_ENDS.items()}
+        published |= {name: memit[name] for name in ("learning_rate",) if name in memit}
+    defaults = {name: published.get(name, value) for name, value in SEARCH_ENDS.items()}
     if config.penalty is None and config.update_norm_lambda is None:
-        mu = known.get("update_norm_lambda")
+        mu = published.get("update_norm_lambda")
         defaults |= {"penalty": 0.02} if mu is None else {"update_norm_lambda": mu}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return closed_form.resolve_covariance_config(host, replace(config, **missing), known, clamp=clamp)
+    return closed_form.resolve_covariance_config(host, replace(config, **missing), published, clamp=clamp)
 
 
 SEARCH_ENDS: Mapping[str, Any] = {"stop": "loss", "top_count": 1, "top_bare": True}
-"""How a search ends where nothing is published."""
+"""Stopping rule where nothing is published."""
 
 
-def _code(shape: Shape, mu: float, top_count: int) -> Mapping[str, Any]:
-    """Return the settings of ENCORE's code beside MEMIT's for the same model."""
-    own = {
+def _code_settings(shape: Shape, mu: float, top_count: int) -> Mapping[str, Any]:
+    """Return MEMIT's settings for a model with those of ENCORE's code."""
+    settings = {
         "update_norm_lambda": mu,
         "learning_rate": 0.5,
         "stop": "top",
         "top_count": top_count,
         "top_bare": False,
     }
-    return {**MEMIT_SETTINGS[shape], **own}
+    return {**MEMIT_SETTINGS[shape], **settings}
 
 
 PUBLISHED: Published = {
     **MEMIT_SETTINGS,
-    Shape("gpt2", 48, 1600, 6400): _code(Shape("gpt2", 48, 1600), 10.0, 4),
-    Shape("llama", 32, 4096, 11008): _code(Shape("llama", 32, 4096), 10.0, 3),  # Llama 2 7B
-    Shape("llama", 32, 4096, 14336): _code(Shape("llama", 32, 4096), 20.0, 2),  # Llama 3 8B
+    Shape("gpt2", 48, 1600, 6400): _code_settings(Shape("gpt2", 48, 1600), 10.0, 4),
+    Shape("llama", 32, 4096, 11008): _code_settings(Shape("llama", 32, 4096), 10.0, 3),  # Llama 2 7B
+    Shape("llama", 32, 4096, 14336): _code_settings(Shape("llama", 32, 4096), 20.0, 2),  # Llama 3 8B
 }
 
 METHOD = Method(

@@ -20,7 +20,7 @@ from typing import Literal
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
-from errata.methods._method import Method, Workspace
+from errata.methods._method import Baseline, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
 
@@ -75,4 +75,5 @@ METHOD = Method(
     batch=True,
     sequential=True,
     needs=("gradients",),
+    baseline=Baseline(2, "fine-tuning"),
 )

@@ -1,12 +1,13 @@
-"""IKE: edit in context, by demonstrations of how a new fact changes what is asked and what it leaves alone.
+"""IKE: edit in context, by demonstrations of which answers a new fact changes and which it preserves.
 
 Paper      Zheng et al., "Can We Edit Factual Knowledge by In-Context Learning?", EMNLP 2023, arXiv 2305.12740
-Implements Sec. 3: demonstrations of three kinds - copy, update, retain - made from other facts, those most like
-           the new fact chosen by a sentence encoder and put nearest to it; then the new fact, then the prompt
-Departs    Where the window cannot hold all demonstrations, the least like ones are left out. Without ``encoder``
-           the model's own hidden states compare facts (paper: all-MiniLM-L6-v2). The paper edits one fact at a
-           time and has it before every prompt; with several, each prompt gets the fact whose subject it names, and
-           one that names none is put as it is (``scope``).
+Implements Sec. 3: demonstrations of three kinds - copy, update, retain - built from the other facts that
+           are most similar to the new one by a sentence encoder, the most similar last; then the new fact, then
+           the prompt
+Departs    Where all demonstrations exceed the window, the least similar are left out. Without ``encoder`` facts
+           are compared by the model's own hidden states (paper: all-MiniLM-L6-v2). The paper edits one fact at a
+           time and puts it before every prompt; with several, each prompt gets the fact whose subject it contains,
+           and a prompt without any of the subjects is unchanged (``scope``).
 Needs      Examples: other facts with paraphrases and neighbours
 """
 
@@ -42,40 +43,42 @@ class Config:
     copy: int = 1
     """Share of demonstrations that repeat their fact, in parts (paper: 1 of 8)."""
     update: int = 3
-    """Share that ask for their fact in other words, in parts (paper: 3 of 8)."""
+    """Share that ask for their fact in a paraphrase, in parts (paper: 3 of 8)."""
     retain: int = 4
-    """Share that ask for something else and keep its answer, in parts (paper: 4 of 8)."""
+    """Share that ask for another fact, whose answer is unchanged, in parts (paper: 4 of 8)."""
     scope: Literal["always", "subject"] | None = None
-    """Prompts that get the fact: all, or those that name its subject. None: all for one request, as in the paper, by
+    """Prompts that get the fact: all, or those that contain its subject. None: all for one request, as in the paper, by
     subject for several."""
     encoder: str | None = None
-    """Name or folder of the sentence encoder that finds like facts. None: the model's own hidden states (paper:
+    """Name or folder of the sentence encoder that compares facts. None: the model's own hidden states (paper:
     sentence-transformers/all-MiniLM-L6-v2)."""
     room: int = 96
-    """Tokens of the window that are left for prompt and answer."""
+    """Tokens of the window that are reserved for prompt and answer."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        found = positive(self, "room")
+        complaints = positive(self, "room")
         if min(self.demonstrations, self.copy, self.update, self.retain) < 0:
-            found.append("demonstrations, copy, update, retain: expected 0 or more")
+            complaints.append("demonstrations, copy, update, retain: expected 0 or more")
         if self.demonstrations and not self.copy + self.update + self.retain:
-            found.append("copy, update, retain: expected at least one above 0")
-        return found
+            complaints.append("copy, update, retain: expected at least one above 0")
+        return complaints
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
-    """Return what is put before prompts: for each request, its demonstrations and the fact."""
+    """Return the edit that puts the demonstrations and the fact of a request before prompts."""
     earlier: PromptEdit | None = work.after
-    known = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
-    alone = len(requests) + len(known) == 1
-    config = replace(config, scope=config.scope or ("always" if alone else "subject"))
-    if config.scope == "always" and not alone:
+    earlier_requests = (
+        tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
+    )
+    single = len(requests) + len(earlier_requests) == 1
+    config = replace(config, scope=config.scope or ("always" if single else "subject"))
+    if config.scope == "always" and not single:
         raise ConfigError("scope: always puts one fact before every prompt; several need scope: subject")
-    examples = _usable(work.examples, (*known, *requests)) if config.demonstrations else []
+    examples = _usable(work.examples, (*earlier_requests, *requests)) if config.demonstrations else []
     if config.demonstrations and not examples:
         raise ConfigError(
-            "ike shows how facts change by examples, and there are none: give a dataset or a file of cases with "
+            "ike needs examples for its demonstrations: give a dataset or a file of cases with "
             "paraphrases and neighbours (examples=, --examples), or demonstrations: 0"
         )
     vectors = (
@@ -84,16 +87,18 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     contexts = []
     counts = []
     for number, request in enumerate(requests):
-        near: list[Case] = []
+        neighbours: list[Case] = []
         if vectors is not None:
-            alike = vectors @ embed(host, [_fact(host, request)], encoder=config.encoder)[0]
-            order = alike.argsort(descending=True)[: config.demonstrations].tolist()
-            near = [examples[i] for i in order]
-        text, count = _context(host, request, near, config, f"{work.seed} {len(known) + number}")
+            similarities = vectors @ embed(host, [_fact(host, request)], encoder=config.encoder)[0]
+            order = similarities.argsort(descending=True)[: config.demonstrations].tolist()
+            neighbours = [examples[i] for i in order]
+        text, count = _context(
+            host, request, neighbours, config, f"{work.seed} {len(earlier_requests) + number}"
+        )
         contexts.append(text)
         counts.append(count)
         work.on_progress("demonstrations", number + 1, len(requests))
-    subjects = tuple(request.subject for request in (*known, *requests))
+    subjects = tuple(request.subject for request in (*earlier_requests, *requests))
     router: Router = Always() if config.scope == "always" else Lexical(subjects)
     record = provenance("ike", host, requests, config, work, **notes({"demonstrations": min(counts)}))
     return PromptEdit((*(earlier.contexts if earlier else ()), *contexts), router, record)
@@ -112,8 +117,8 @@ def _usable(examples: Sequence[Case], requests: Sequence[Request]) -> list[Case]
 
 
 def _probe(case: Case, kind: str) -> Probe | None:
-    found = (probe for probe in case.probes if probe.kind == kind)
-    return next((probe for probe in found if kind == "paraphrase" or probe.before), None)
+    probes = (probe for probe in case.probes if probe.kind == kind)
+    return next((probe for probe in probes if kind == "paraphrase" or probe.before), None)
 
 
 def _fact(host: Host, request: Request) -> str:
@@ -121,39 +126,42 @@ def _fact(host: Host, request: Request) -> str:
 
 
 def _context(
-    host: Host, request: Request, near: Sequence[Case], config: Config, seed: str
+    host: Host, request: Request, neighbours: Sequence[Case], config: Config, seed: str
 ) -> tuple[str, int]:
-    """Return what is put before a prompt, the most similar demonstrations last, and how many there are.
+    """Return the context before a prompt, the most similar demonstrations last, and their number.
 
-    Raises ConfigError where the window does not even hold the fact.
+    Raises ConfigError where the fact alone exceeds the window.
     """
-    kinds = _kinds(len(near), config)
-    random.Random(seed).shuffle(kinds)  # a state of its own; the global one is left alone
-    shown = [_demonstration(host, case, kind) for case, kind in zip(reversed(near), kinds, strict=True)]
+    kinds = _kinds(len(neighbours), config)
+    random.Random(seed).shuffle(kinds)  # the global random state is left unchanged
+    demonstrations = [
+        _demonstration(host, case, kind) for case, kind in zip(reversed(neighbours), kinds, strict=True)
+    ]
     fact = _fact(host, request)
-    own = joint(request.text, request.target, host.prompt_format.join)[0]
-    end = f"{fact}\nPrompt: {own}\n\n{fact}\nPrompt: "
+    statement = joint(request.text, request.target, host.prompt_format.join)[0]
+    end = f"{fact}\nPrompt: {statement}\n\n{fact}\nPrompt: "
     limit = None if host.window is None else host.window - config.room
     first = 0
-    while limit is not None and len(host.encode("".join(shown[first:]) + end).ids) > limit:
-        if first == len(shown):
+    while limit is not None and len(host.encode("".join(demonstrations[first:]) + end).ids) > limit:
+        if first == len(demonstrations):
             raise ConfigError(
-                f"the fact itself takes more than the {limit} tokens that the window of {host.window} leaves it"
+                f"the fact alone has more than {limit} tokens, the window of {host.window} less room={config.room}; "
+                "use a smaller room"
             )
         first += 1
-    return "".join(shown[first:]) + end, len(shown) - first
+    return "".join(demonstrations[first:]) + end, len(demonstrations) - first
 
 
 def _kinds(count: int, config: Config) -> list[Kind]:
-    """Share demonstrations out between the kinds."""
-    whole = config.copy + config.update + config.retain
+    """Return the kinds of ``count`` demonstrations, in proportion to the configured parts."""
+    total = config.copy + config.update + config.retain
     shares: dict[Kind, int] = {"copy": config.copy, "update": config.update, "retain": config.retain}
     kinds: list[Kind] = []
-    most: Kind = "copy"
+    largest: Kind = "copy"
     for kind, part in shares.items():
-        kinds.extend(repeat(kind, round(count * part / whole)))
-        most = kind if part > shares[most] else most
-    kinds.extend(repeat(most, count - len(kinds)))
+        kinds.extend(repeat(kind, round(count * part / total)))
+        largest = kind if part > shares[largest] else largest
+    kinds.extend(repeat(largest, count - len(kinds)))
     return kinds[:count]
 
 

@@ -39,7 +39,7 @@ from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_behind
 from errata.locate.keys import Place, capture
-from errata.locate.neurons import Neuron, Rule, coarse_sets, questions, refine, said, unshared
+from errata.locate.neurons import Neuron, Rule, coarse_sets, greedy_tokens, questions, refine, unshared
 from errata.methods._method import Method, Workspace, provenance, resolve_layers
 from errata.types import Request
 
@@ -146,7 +146,7 @@ def _old_answer(host: Host, request: Request) -> str | tuple[int, ...]:
     """Return the answer that goes: as given, or what the host says now, as long as the target in tokens."""
     if request.target_old is not None:
         return request.target_old
-    return said(host, request.text, len(questions(host, request.text, request.target)))
+    return greedy_tokens(host, request.text, len(questions(host, request.text, request.target)))
 
 
 class _Embeddings:

@@ -1,20 +1,20 @@
-"""Rewrite: make an image classifier take one concept for another by a low-rank change of one layer.
+"""Rewrite: make an image classifier treat one concept as another, by a low-rank change of one layer.
 
 Paper      Santurkar et al., "Editing a Classifier by Rewriting Its Prediction Rules", NeurIPS 2021,
            arXiv 2112.01008
 Implements Sec. 2: directions D from the masked keys of the changed images, whitened by the second moment
            C of the layer's inputs; then min || sqrt(mask) (f(k'; W) - f(k; W0)) ||_1 / n over those W that
-           differ from W0 in the row space of D alone, by Adam on W with a projection every few steps.
+           differ from W0 in the row space of D only, by Adam on W with a projection every few steps.
            f is the layer with the norm and activation that follow it
-Departs    ``solve: closed``, not in the paper, fits the layer's linear output alone, by least squares with the
-           mask as factor: one linear system. It weighs keys as the directions do, so it is ROME's equation,
+Departs    ``solve: closed``, not in the paper, fits only the layer's linear output, by least squares weighted
+           by the mask: one linear system. It weights keys like the directions, so it is ROME's equation,
            exact at r mixtures of keys (with ``direction: mean``, at the masked mean key).
            A convolution's key is the patch under its kernel, so the change has rank r. The authors' code
-           takes the channels at a place instead and leaves every tap of the kernel free along them, rank
-           r x taps: ``keys: channels``. For 1 x 1 kernels the two agree. For ResNets the authors' f runs on
-           to the end of the block, its shortcut included: name the block as ``output``. C comes from the
-           request's images, not a validation set, so it is shrunk. Of all projected W the best is returned.
-Needs      Pairs of images with a mask; an image classifier, with batch norms as in use (evaluation mode)
+           uses the channels at a place instead, with independent changes at all taps of the kernel, rank
+           r x taps: ``keys: channels``. For 1 x 1 kernels the two agree. For ResNets the authors' f extends
+           to the end of the block, with its shortcut: set ``output`` to the block. C comes from the
+           request's images, not a validation set, so it is shrunk. The projected W with the lowest loss is returned.
+Needs      Pairs of images with a mask; an image classifier, with batch norms in evaluation mode
 """
 
 from __future__ import annotations
@@ -47,46 +47,46 @@ class Config:
     layer: str | None = None
     """Linear or convolutional module to change. None: the last of the block at three quarters of the depth."""
     solve: Literal["projected", "closed"] = "projected"
-    """Adam with projections on the layer's output after norm and activation, or one linear solve before them."""
+    """Projected Adam on the layer's output after norm and activation, or one linear solve on the output before them."""
     rank: int = 1
     """Number of directions r (paper: 1)."""
     direction: Literal["principal", "mean"] = "principal"
-    """Directions from the r principal parts of the whitened masked keys, or the one of their mean."""
+    """Directions: the r principal components of the whitened masked keys, or their mean."""
     keys: Literal["patches", "channels"] = "patches"
-    """Keys of a convolution: patches under the kernel, or channels place by place (paper's code: channels)."""
+    """Keys of a convolution: patches under the kernel, or channels at each place (paper's code: channels)."""
     output: str | None = None
     """Module whose output is matched. None: the layer with the norms and activations right after it
     (paper's code for ResNets: the whole block)."""
     scale: Literal["layer", "published"] = "layer"
-    """Unit of the rate: one whose step moves the layer's output by about its own size (the weight's root mean
-    square over the root of a key's length), or plain."""
+    """Unit of the rate: the weight's root mean square over the root of a key's length, so that a step of 1 changes the
+    layer's output by about its own size; or plain."""
     learning_rate: float = 0.05
     """Adam's rate, in the unit of ``scale`` (paper's code: 0.05, plain)."""
     steps: int = 500
     """Adam steps (paper's code: 2,001, in its notebooks 20,000)."""
     project_every: int = 10
-    """Steps from one projection to the next; at 1 the search stays within the directions (paper's code: 10)."""
+    """Steps between projections; at 1 the search stays within the directions (paper's code: 10)."""
     shrinkage: float | None = None
-    """Share of the second moment spread evenly over all directions, 0 to 1. None: m / (m + places seen), m the
+    """Share of the second moment spread evenly over all directions, 0 to 1. None: m / (m + number of places), m the
     length of a key (paper's code: none, from a validation set)."""
 
     def problems(self) -> list[str]:
-        """Check ranges and what does not go together."""
+        """Check ranges and combinations."""
         complaints = positive(self, "rank", "learning_rate", "steps", "project_every")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             complaints.append(f"shrinkage: expected a share from 0 to 1, found {self.shrinkage}")
         if self.direction == "mean" and self.rank != 1:
-            complaints.append(f"rank: direction mean is one direction, found rank {self.rank}")
+            complaints.append(f"rank: expected 1 with direction: mean, found {self.rank}")
         if self.solve == "closed" and self.output is not None:
-            complaints.append("output: solve closed fits the layer's own output; leave output out")
+            complaints.append("output: expected none with solve: closed, which fits the layer's own output")
         return complaints
 
 
 def fit(
     host: Host, requests: Sequence[Request | ImageRequest], config: Config, work: Workspace
 ) -> WeightEdit:
-    """Return the edit of rank r at one layer that makes the changed images look like the originals to it."""
-    classifier, request = _checked(host, requests)
+    """Return the edit of rank r at one layer under which the changed images give the originals' outputs."""
+    classifier, request = _validate(host, requests)
     site = classifier.layout.named(config.layer) if config.layer else classifier.layout.default
     config = replace(config, layer=site.name)
     with hooks.frozen(classifier.model):
@@ -94,89 +94,91 @@ def fit(
         moments = task.moments()
         share = fair_share(moments) if config.shrinkage is None else config.shrinkage
         basis = _directions(task, moments, share)
-        left = _closed(task, basis) if config.solve == "closed" else _projected(task, basis, work)
+        factor = (
+            _least_squares(task, basis) if config.solve == "closed" else _projected_adam(task, basis, work)
+        )
         basis = basis.to(task.start.dtype)
         with torch.no_grad():
-            loss = float(task.loss(left @ basis))
+            loss = float(task.loss(factor @ basis))
     trace = {"loss_before": task.loss_before, "loss": loss, "places": int((task.weights > 0).sum())}
     record = provenance("rewrite", host, (), replace(config, shrinkage=share), work, **notes(trace))
     return WeightEdit(
-        {site.parameter: balanced(left, basis)}, frozenset(), replace(record, requests=(request.record,))
+        {site.parameter: balanced(factor, basis)}, frozenset(), replace(record, requests=(request.record,))
     )
 
 
-def _checked(host: Host, requests: Sequence[Request | ImageRequest]) -> tuple[ImageHost, ImageRequest]:
+def _validate(host: Host, requests: Sequence[Request | ImageRequest]) -> tuple[ImageHost, ImageRequest]:
     if not isinstance(host, ImageHost):
         raise ConfigError(f"rewrite edits image classifiers, {host.name} is a language model ({host.family})")
     if len(requests) != 1:
-        raise ConfigError(f"rewrite writes one request a fit, found {len(requests)}")
+        raise ConfigError(f"rewrite takes one request per fit, found {len(requests)}")
     request = requests[0]
     if not isinstance(request, ImageRequest):
-        raise RequestError("rewrite takes pairs of images (errata.ImageRequest), found a request in words")
+        raise RequestError("rewrite takes pairs of images (errata.ImageRequest), found a text request")
     return host, request
 
 
 class _Task:
-    """What the layer sees and says for both images of each pair, and what it is to say."""
+    """The layer's inputs, outputs and target outputs for the images of each pair."""
 
     def __init__(self, host: ImageHost, site: ImageSite, request: ImageRequest, config: Config) -> None:
         self.host, self.site, self.request, self.config = host, site, request, config
         self.inputs, self.outputs = host.at(site, request.changed)
-        self.goal_outputs = host.at(site, request.original)[1]
+        self.target_outputs = host.at(site, request.original)[1]
         self.weights = host.mask_at(request.mask, self.outputs, site.part)  # [n, places of the output]
         wide = torch.promote_types(host.dtype, torch.float32)
         self.start = torch.zeros(site.d_out, site.d_in, dtype=wide, device=host.device)
         with torch.no_grad():
-            goal = self._answers(None)
-            self.root = host.mask_at(request.mask, goal, site.part).sqrt()[..., None]
-            self.goal = by_place(goal, site.part).to(wide)
+            target = self._outputs_after(None)
+            self.root_mask = host.mask_at(request.mask, target, site.part).sqrt()[..., None]
+            self.target = by_place(target, site.part).to(wide)
             self.loss_before = float(self.loss(self.start))
         if not self.loss_before > 0:
             raise RequestError(
-                f"{config.output or site.name} says the same of both images of each pair where the mask is set: "
+                f"{config.output or site.name} has the same output for both images of each pair where the mask is set: "
                 "there is nothing to rewrite; choose another layer or other pairs"
             )
 
-    def _answers(self, change: Tensor | None) -> Tensor:
-        """Return f of the changed images with a change of the weight; None: of the originals, without."""
+    def _outputs_after(self, change: Tensor | None) -> Tensor:
+        """Return f of the changed images after a change of the weight; None: of the originals without a change."""
         if self.config.output is not None:
             images = self.request.original if change is None else self.request.changed
             return self.host.through(self.config.output, images, self.site, change)
         if change is None:
-            return self.host.follow(self.site, self.goal_outputs)
-        more = self.site.product(self.inputs, change)
-        return self.host.follow(self.site, self.outputs + more.to(self.outputs.dtype))
+            return self.host.follow(self.site, self.target_outputs)
+        change_of_output = self.site.product(self.inputs, change)
+        return self.host.follow(self.site, self.outputs + change_of_output.to(self.outputs.dtype))
 
     def loss(self, change: Tensor) -> Tensor:
-        """|| sqrt(mask) (f(k'; W0 + change) - f(k; W0)) ||_1 / n."""
-        answers = by_place(self._answers(change), self.site.part).to(self.goal.dtype)
-        return (self.root * (answers - self.goal).abs()).sum() / len(answers)
+        """Return || sqrt(mask) (f(k'; W0 + change) - f(k; W0)) ||_1 / n."""
+        outputs = by_place(self._outputs_after(change), self.site.part).to(self.target.dtype)
+        return (self.root_mask * (outputs - self.target).abs()).sum() / len(outputs)
 
     def _keys(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self.start.dtype)
         return by_place(inputs, self.site.part) if self.config.keys == "channels" else self.site.keys(inputs)
 
-    def masked(self) -> tuple[Tensor, Tensor]:
-        """Keys of the changed images where the mask is set, ``[m, places]``, and its value there."""
+    def masked_keys(self) -> tuple[Tensor, Tensor]:
+        """Return the changed images' keys where the mask is set, ``[m, places]``, and the mask's values there."""
         weights = self.weights
-        if self.config.keys == "channels":  # places of the input, which may be more
+        if self.config.keys == "channels":  # places of the input, which may outnumber the output's
             weights = self.host.mask_at(self.request.mask, self.inputs, self.site.part)
-        inside = weights > 0
-        return self._keys(self.inputs)[inside].mT.double(), weights[inside].double()
+        in_mask = weights > 0
+        return self._keys(self.inputs)[in_mask].mT.double(), weights[in_mask].double()
 
     def moments(self) -> Moments:
-        """Second moment of the layer's inputs over the reference images."""
+        """Return the second moment of the layer's inputs over the reference images."""
         images = self.request.original if self.request.reference is None else self.request.reference
         width = self.site.d_in // (self.site.taps if self.config.keys == "channels" else 1)
         moments = Moments.empty(width, self.host.device)
-        for some in images.split(4):  # patches take kernel times the memory
-            moments.update_(self._keys(self.host.at(self.site, some)[0]).flatten(0, 1))
+        for batch in images.split(4):  # patches take kernel times the memory
+            moments.update_(self._keys(self.host.at(self.site, batch)[0]).flatten(0, 1))
         return moments
 
 
 def _directions(task: _Task, moments: Moments, share: float) -> Tensor:
-    """Orthonormal rows ``[r, d_in]`` that the change may use, float64; r x taps with channel keys."""
-    config, (keys, weights) = task.config, task.masked()
+    """Return orthonormal rows ``[r, d_in]`` that span the change, float64; r x taps with channel keys."""
+    config, (keys, weights) = task.config, task.masked_keys()
     try:
         cost = shrunk(moments, share)
         if config.direction == "mean":
@@ -184,7 +186,7 @@ def _directions(task: _Task, moments: Moments, share: float) -> Tensor:
         else:
             basis = principal(keys, weights, cost, config.rank)
     except ValueError as error:
-        raise RequestError(f"{task.site.name} sees nothing to tell the masked places by: {error}") from error
+        raise RequestError(f"{task.site.name} cannot tell the masked places apart: {error}") from error
     if config.keys == "channels" and task.site.taps > 1:
         basis = torch.kron(basis, torch.eye(task.site.taps, dtype=basis.dtype, device=basis.device))
     return basis
@@ -194,36 +196,36 @@ def _mean(columns: Tensor, weights: Tensor) -> Tensor:
     return (columns @ weights / weights.sum())[:, None]
 
 
-def _closed(task: _Task, basis: Tensor) -> Tensor:
-    """Left factor ``[d_out, r]`` by least squares on the layer's linear output at the masked places."""
-    inside = task.weights > 0
-    weights = task.weights[inside].double()
-    keys = task.site.keys(task.inputs.to(task.start.dtype))[inside].mT.double()
-    residual = by_place(task.goal_outputs.double() - task.outputs.double(), task.site.part)[inside].mT
+def _least_squares(task: _Task, basis: Tensor) -> Tensor:
+    """Return the left factor ``[d_out, r]`` by least squares on the layer's linear output at the masked places."""
+    masked = task.weights > 0
+    weights = task.weights[masked].double()
+    keys = task.site.keys(task.inputs.to(task.start.dtype))[masked].mT.double()
+    residual = by_place(task.target_outputs.double() - task.outputs.double(), task.site.part)[masked].mT
     if task.config.direction == "mean":
         keys, residual, weights = _mean(keys, weights), _mean(residual, weights), weights.new_ones(1)
     return least_squares(basis @ (keys * weights), residual * weights).to(task.start.dtype)
 
 
-def _projected(task: _Task, basis: Tensor, work: Workspace) -> Tensor:
-    """Left factor ``[d_out, r]`` by Adam on the whole weight, brought back into the row space every few steps."""
+def _projected_adam(task: _Task, basis: Tensor, work: Workspace) -> Tensor:
+    """Return the left factor ``[d_out, r]`` by Adam on the whole weight, projected to the row space every few steps."""
     config, rows = task.config, basis.to(task.start.dtype)
-    size = task.host.model.get_parameter(task.site.parameter).detach().float().square().mean().sqrt()
-    unit = float(size) / task.site.d_in**0.5 if config.scale == "layer" else 1.0
+    weight_rms = task.host.model.get_parameter(task.site.parameter).detach().float().square().mean().sqrt()
+    unit = float(weight_rms) / task.site.d_in**0.5 if config.scale == "layer" else 1.0
     change = task.start.clone().requires_grad_()
     optimizer = torch.optim.Adam([change], lr=config.learning_rate * unit)
-    best, least = None, task.loss_before
+    best, lowest_loss = None, task.loss_before
     for step in range(config.steps + 1):
         work.on_progress("rewrite", step, config.steps)
-        inside = step % config.project_every == 0 or step == config.steps
-        if inside:
+        projected = step % config.project_every == 0 or step == config.steps
+        if projected:
             with torch.no_grad():
                 change.copy_(change @ rows.mT @ rows)
         loss = task.loss(change)
         if not loss.requires_grad:
             raise ConfigError(f"output {config.output!r} does not depend on layer {config.layer!r}")
-        if inside and loss.item() < least:
-            best, least = change.detach().clone(), loss.item()
+        if projected and loss.item() < lowest_loss:
+            best, lowest_loss = change.detach().clone(), loss.item()
         if step < config.steps:
             optimizer.zero_grad()
             loss.backward()

@@ -4,23 +4,23 @@ Paper      Gu et al., "UltraEdit: Training-, Subject-, and Memory-Free Lifelong 
            Models", 2025, arXiv 2505.14679
 Implements One turn per fit. At the tokens that predict the answers, every edited map has inputs h and
            loss gradients g at its output. Running means and deviations of (h, g), one set per weight
-           shape, kept from turn to turn, give (h^, g^) and pseudo-values v = -eta ||h^||^2 g^; with rows
-           stacked, delta^T = (H^T H + I)^-1 H^T V. Normalised as in the authors' code: by the statistics
-           with this turn in them, all modules of a shape together
-Departs    Statistics are merged exactly, with the unbiased variance. The authors' code weighs a batch's
-           variance by its size B instead of B - 1, and a batch of one token makes it NaN for good; its
-           constant under the deviation is absolute, here it is the rounding of the mean. The loss is
-           summed over tokens, not averaged over a micro-batch: no row depends on its company, and the
-           common factor is normalised away. ``statistics`` and ``reduction`` give both as in the code.
-           A request alone is not centred, and its step is larger than a turn's: see ``centre``, ``eta``.
+           shape, updated from turn to turn, give (h^, g^) and pseudo-values v = -eta ||h^||^2 g^; with rows
+           stacked, delta^T = (H^T H + I)^-1 H^T V. Normalised as in the authors' code: by statistics that
+           include this turn, over all modules of a shape
+Departs    Statistics are merged exactly, with the unbiased variance. The authors' code weights a batch's
+           variance by its size B instead of B - 1, and one batch of a single token makes all later ones
+           NaN; its lower bound of the deviation is absolute, here it is the rounding error of the mean. The
+           loss is summed over tokens, not averaged over a micro-batch: no row depends on its batch, and the
+           common factor cancels in the normalisation. ``statistics`` and ``reduction`` select the code's forms.
+           A single first request is not centred, and its step is larger: see ``centre``, ``eta``.
            eta and the ridge are relative (``scale``): ||h^||^2 is about the input width a and g^ about 1
            per entry, so the plain eta is the shift of an output entry over a, in that output's own unit.
-           Here one eta moves the output at h by as much as W moves an input of that length and no
-           particular direction: a token alone has ||delta|| = eta ||W|| / sqrt(a). H^T H has the squared
+           Here eta = 1 changes the output at h by as much as W's output for a random input of that norm:
+           a single token has ||delta|| = eta ||W|| / sqrt(a). H^T H has the squared
            norm of the inputs, and so has the ridge.
-           Solved in the dual while there are fewer tokens than the input is wide.
-Needs      Gradients: one forward and one backward pass. The first turn has to bring company: the mean
-           of a few vectors takes away what they share, see ``centre``
+           Solved in the dual where there are fewer tokens than input dimensions.
+Needs      Gradients: one forward and one backward pass. The first turn should have several requests:
+           centring a few vectors removes what they share, see ``centre``
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config:
     modules: tuple[str, ...] | None = None
     """None: published for known models, else mlp_out. Linear maps to edit: mlp_in and mlp_out, the
     feed-forward's into and out of its hidden layer, mlp, both; or the end of a path inside a block.
-    ``name@first-last`` gives one its own layers (paper's code: mlp_out@18-26 for GPT-J and @29-30 for
+    ``name@first-last`` sets the layers of one (paper's code: mlp_out@18-26 for GPT-J and @29-30 for
     Mistral 7B; gate_proj@11-15 and up_proj@18-24 for Llama 3 8B; both @18-26 for Qwen2.5 7B)."""
     layers: tuple[int, ...] | None = None
     """Layers of modules without their own. None: the upper half of the depth."""
@@ -61,22 +61,22 @@ class Config:
     """Ridge of the regression, in the unit of ``scale``. None: 0.03, or 1 as published."""
     scale: Literal["weight", "published"] = "weight"
     """Units. ``weight``: eta in ||W|| / sqrt(a) of change per token, ridge in mean squared norms of the inputs;
-    ``published``: both plain (1e-6 suits models as wide as the paper's; elsewhere it may do nothing)."""
+    ``published``: both plain (1e-6 suits models as wide as the paper's; in others it may have no effect)."""
     centre: bool | None = None
-    """Whether to take the running mean away (paper: yes). Without, (h, g) are divided by their root mean squares.
-    None: not for one request without earlier turns, whose few tokens' mean is nearly all they have, unless
-    ``scale`` is published; else yes."""
+    """Whether to subtract the running mean (paper: yes). If not, (h, g) are divided by their root mean squares.
+    None: no for one request without earlier turns, unless ``scale`` is published, because the mean of its few
+    tokens is most of their signal; else yes."""
     token: Literal["answer", "all"] = "answer"
-    """Tokens that give rows: those that predict the answer's, or all (paper's code: answer; EasyEdit: all)."""
+    """Tokens that give rows: those that predict the answer, or all (paper's code: answer; EasyEdit: all)."""
     statistics: Literal["exact", "published"] = "exact"
-    """How the running variance is kept: exactly; or as in the code, portion by portion (a micro-batch in a module),
-    each portion's variance weighed by its size B instead of B - 1, with 1.2e-7 added to every deviation."""
+    """How the running variance is updated: exactly; or as in the code, per micro-batch and module,
+    with its variance weighted by its size B instead of B - 1, and 1.2e-7 added to every deviation."""
     reduction: Literal["sum", "mean"] = "sum"
     """Loss whose gradients are taken: the sum over the answers' tokens, or their mean in each micro-batch (code)."""
     micro_batch: int = 10
-    """Requests run at once (paper: 10); where nothing is as published, it changes nothing but rounding."""
+    """Requests run at once (paper: 10); changes only rounding unless statistics or reduction follow the code."""
     normaliser_batch: int = 128
-    """Tokens normalised at once (paper: 128); changes nothing."""
+    """Tokens normalised at once (paper: 128); does not change the result."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -87,30 +87,30 @@ class Config:
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
-    """Return the edit of one turn: all requests together, on the host as it is."""
+    """Return the edit of one turn: all requests together, on the host in its present state."""
     if not requests:
         raise ConfigError("ultraedit needs at least one request")
-    alone = len(requests) == 1 and work.after is None
-    config, names = _resolve(host, config, alone)
+    single = len(requests) == 1 and work.after is None
+    config, names = _resolve(host, config, single)
     answers = [host.encode_answer(r.text, r.target) for r in requests]
     pairs = collect(
         host, answers, names, tokens=config.token, batch_size=work.batch_size or config.micro_batch,
         on_rows=lambda done: work.on_progress("gradients", done, len(answers)),
     )  # fmt: skip
     rows = [len(a.ids) - 1 if config.token == "all" else len(a.target) for a in answers]
-    at = range(0, len(answers), config.micro_batch)
-    sizes = [sum(rows[i : i + config.micro_batch]) for i in at]
+    starts = range(0, len(answers), config.micro_batch)
+    sizes = [sum(rows[i : i + config.micro_batch]) for i in starts]
     if config.reduction == "mean":
-        counts = [sum(len(a.target) for a in answers[i : i + config.micro_batch]) for i in at]
+        counts = [sum(len(a.target) for a in answers[i : i + config.micro_batch]) for i in starts]
         shares = torch.cat([torch.full((size, 1), 1 / n) for size, n in zip(sizes, counts, strict=True)])
         pairs = {name: replace(p, gradients=p.gradients * shares) for name, p in pairs.items()}
     running = _running(pairs, sizes, work.after, config)
     deltas = {
-        f"{name}.weight": _solve(pair, running[_shape(pair)], _gain(host, name), config)
+        f"{name}.weight": _solve(pair, running[_shape(pair)], _weight_rms(host, name), config)
         for name, pair in pairs.items()
     }
-    some = next(iter(pairs.values()))
-    facts = {"tokens": len(some.inputs), "seen": max(r.count for r in running.values())}
+    first_pair = next(iter(pairs.values()))
+    facts = {"tokens": len(first_pair.inputs), "seen": max(r.count for r in running.values())}
     return WeightEdit(
         deltas,
         frozenset(f"{name}.weight" for name, pair in pairs.items() if pair.transposed),
@@ -118,7 +118,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         state={
             f"{shape}.{part}": tensor
             for shape, statistics in running.items()
-            for part, tensor in statistics.tensors(some.gradients.dtype).items()
+            for part, tensor in statistics.tensors(first_pair.gradients.dtype).items()
         },
     )
 
@@ -126,9 +126,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 # --- which modules --------------------------------------------------------------------------
 
 
-def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]]:
-    """Fill in what was left open; return also the paths of the modules, each once."""
-    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.7 if alone else 0.4, 0.03)
+def _resolve(host: Host, config: Config, single: bool) -> tuple[Config, list[str]]:
+    """Return the settings with unset ones filled in, and the paths of the modules, each once."""
+    eta, ridge = (1e-6, 1.0) if config.scale == "published" else (0.7 if single else 0.4, 0.03)
     layers = config.layers
     modules = config.modules or METHOD.published_for(host).get("modules", ("mlp_out",))
     if any("@" not in entry for entry in modules):
@@ -139,93 +139,93 @@ def _resolve(host: Host, config: Config, alone: bool) -> tuple[Config, list[str]
         for layer in own_layers(host, entry, layers)
         for inside in named_maps(host, layer, entry.partition("@")[0])
     }
-    filled = replace(
+    resolved = replace(
         config,
         modules=modules,
         layers=layers,
         eta=eta if config.eta is None else config.eta,
         ridge=ridge if config.ridge is None else config.ridge,
-        centre=not alone or config.scale == "published" if config.centre is None else config.centre,
+        centre=not single or config.scale == "published" if config.centre is None else config.centre,
     )
     # in the order of the model, whatever the order of the entries
-    return filled, [name for name, _ in host.model.named_modules() if name in names]
+    return resolved, [name for name, _ in host.model.named_modules() if name in names]
 
 
 # --- the turn -------------------------------------------------------------------------------
 
 
 def _shape(pair: Pairs) -> str:
-    """Name the statistics of a module: those of its weight's shape."""
+    """Return the name of a module's statistics, which modules of one weight shape share."""
     return f"normaliser.{pair.inputs.shape[1]}x{pair.gradients.shape[1]}"
 
 
 def _running(
     pairs: Mapping[str, Pairs], sizes: Sequence[int], after: WeightEdit | None, config: Config
 ) -> dict[str, Running]:
-    """Return the statistics by weight shape, earlier turns and this one; ``sizes``: rows of each micro-batch.
+    """Return the statistics by weight shape, of earlier turns and this one; ``sizes``: rows of each micro-batch.
 
-    Raises ConfigError for one row.
+    Raises ConfigError for a single row where rows are centred.
     """
     running: dict[str, Running] = {}
-    stored = {} if after is None else after.state
+    state = {} if after is None else after.state
     for pair in pairs.values():
         shape = _shape(pair)
         if shape not in running:
-            known = {part: stored[f"{shape}.{part}"] for part in Running.PARTS if f"{shape}.{part}" in stored}
+            tensors = {part: state[f"{shape}.{part}"] for part in Running.PARTS if f"{shape}.{part}" in state}
             width = pair.inputs.shape[1] + pair.gradients.shape[1]
-            running[shape] = Running.restored(known) if known else Running.empty(width)
+            running[shape] = Running.restored(tensors) if tensors else Running.empty(width)
         if config.statistics == "exact":
             running[shape].update_(torch.cat([pair.inputs, pair.gradients], 1))
     if config.statistics == "published":
-        _add_portions(pairs, sizes, running)
+        _add_batches(pairs, sizes, running)
     for shape, statistics in running.items():
         if config.centre and statistics.count < 2:
             raise ConfigError(
-                f"{shape}: one token of one module has no mean to differ from; "
+                f"{shape}: a single token equals its mean, so centring leaves nothing; "
                 "give more requests, edit more layers, or set centre=false"
             )
     return running
 
 
-def _add_portions(pairs: Mapping[str, Pairs], sizes: Sequence[int], running: Mapping[str, Running]) -> None:
-    """Add each micro-batch in turn, module after module, as the authors' code does."""
+def _add_batches(pairs: Mapping[str, Pairs], sizes: Sequence[int], running: Mapping[str, Running]) -> None:
+    """Add each micro-batch in turn, module after module, as in the authors' code."""
     if min(sizes) < 2:
         raise ConfigError("a micro-batch of one token has no variance in statistics=published; use exact")
-    split = {name: [t.split(list(sizes)) for t in (p.inputs, p.gradients)] for name, p in pairs.items()}
+    batches = {name: [t.split(list(sizes)) for t in (p.inputs, p.gradients)] for name, p in pairs.items()}
     for i in range(len(sizes)):
-        for name, (inputs, gradients) in split.items():
+        for name, (inputs, gradients) in batches.items():
             running[_shape(pairs[name])].update_published_(torch.cat([inputs[i], gradients[i]], 1))
 
 
-def _gain(host: Host, name: str) -> float:
+def _weight_rms(host: Host, name: str) -> float:
     """Return the root mean square of a weight's entries."""
     weight = host.model.get_submodule(name).weight.detach()
     return float(weight.to(torch.promote_types(weight.dtype, torch.float32)).norm()) / weight.numel() ** 0.5
 
 
-def _solve(pair: Pairs, running: Running, gain: float, config: Config) -> Delta:
-    """Return the ridge regression of the pseudo-values V on the inputs H, in the smaller coordinates."""
+def _solve(pair: Pairs, running: Running, weight_rms: float, config: Config) -> Delta:
+    """Return the ridge regression of the pseudo-values V on the inputs H, in the smaller of primal and dual."""
     rows, width = pair.inputs.shape
     eta, ridge = config.eta, config.ridge
     assert eta is not None and ridge is not None
     if config.scale == "weight":
         energy = max(float(pair.inputs.double().square().sum(1).mean()), torch.finfo(torch.float32).tiny)
-        eta, ridge = eta * gain * energy**0.5 / width, ridge * energy
+        eta, ridge = eta * weight_rms * energy**0.5 / width, ridge * energy
     values = torch.cat(list(_values(pair, running, eta, config)))  # [n, b]
     if rows >= width:
         penalty = ridge * torch.eye(width, dtype=torch.float64)
         return update_primal(pair.inputs.mT, values.mT, penalty, gamma=1.0).to(values.dtype)
-    thin = update(pair.inputs.mT, values.mT, CostMatrix.identity(ridge), gamma=1.0)
+    low_rank = update(pair.inputs.mT, values.mT, CostMatrix.identity(ridge), gamma=1.0)
     out = values.shape[1]
-    return thin if rows * (width + out) < width * out else thin.dense()
+    return low_rank if rows * (width + out) < width * out else low_rank.dense()
 
 
 def _values(pair: Pairs, running: Running, eta: float, config: Config) -> Iterator[Tensor]:
     """Yield v = -eta ||h^||^2 g^, ``[some, b]`` in the precision of g."""
     size, floor = config.normaliser_batch, RESOLUTION if config.statistics == "published" else None
     for h, g in zip(pair.inputs.split(size), pair.gradients.split(size), strict=True):
-        both = running.normalise(torch.cat([h, g], 1), centre=config.centre is not False, floor=floor)
-        inputs, gradients = both.tensor_split([h.shape[1]], 1)
+        normalised = running.normalise(torch.cat([h, g], 1), centre=config.centre is not False, floor=floor)
+        inputs, gradients = normalised.tensor_split([h.shape[1]], 1)
         yield (-eta * inputs.square().sum(1, keepdim=True) * gradients).to(g.dtype)
 
 

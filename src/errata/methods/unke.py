@@ -1,20 +1,20 @@
-"""UnKE: write a long, free-form answer by training one block to carry it at the question's last token.
+"""UnKE: edit long, free-form answers by training one block to give a chosen output at the question's last token.
 
 Paper      Deng et al., "Everything is Editable: Extend Knowledge Editing to Unstructured Data in Large
            Language Models", ICLR 2025, arXiv 2405.15349
 Implements Stage 1: a shift of the block's output at the question's last token under which the whole
            answer is likely, z = h + shift. Stage 2: all parameters of that block by AdamW, so that it
-           gives z there and what it gave before at every other token of question and answer, and at
-           every token of some kept texts: the sum of two mean squared errors
-Departs    The block runs inside the model's own forward pass, with its inputs kept from one pass; the
-           authors' code calls it with a hand-made mask. Padding counts nowhere; it does in their
-           code, which on the other hand keeps the question's tokens only (``keep_tokens: question``):
-           the answer's are kept too, since stage 1 reads the answer with their states as they were.
-           Kept texts come from the corpus at hand, or from the model itself, instead of Alpaca. Both
-           rates and the clamp are in units of what they move, so that they carry over between models;
-           plain numbers are a setting. The error is measured in units of the block's old output, which
-           Adam cannot tell from the plain one but for its 1e-8; with ``block_scale: published`` it is plain.
-Needs      Gradients; texts to keep
+           gives z there, and its old output at every other token of question and answer and at
+           every token of some preserved texts: the sum of two mean squared errors
+Departs    The block runs inside the model's own forward pass, with its inputs cached from one pass; the
+           authors' code calls it with a mask of its own. Padding is excluded from the error; their code
+           includes it, and preserves the question's tokens only (``keep_tokens: question``). Here the
+           answer's tokens are preserved too, since stage 1 depends on their old states.
+           Preserved texts come from the given corpus, or from the model itself, instead of Alpaca. Both
+           rates and the clamp are in units of what they change, so that they transfer between models;
+           plain numbers are a setting. The error is in units of the block's old output, which changes
+           Adam's steps only through its 1e-8; with ``block_scale: published`` it is plain.
+Needs      Gradients; texts to preserve
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Config:
     clamp: float | None = None
     """Stage 1: largest shift, in the unit of ``scale``. None: 1.5 (published: 4)."""
     scale: Literal["stream", "published"] | None = None
-    """Stage 1: rate in root mean squares and clamp in norms of the block's output, or rate plain. None: stream."""
+    """Stage 1: unit. ``stream``: rate in root mean squares and clamp in norms of the block's output;
+    ``published``: rate plain. None: stream."""
     decay: float = 1e-3
     """Stage 1: weight of the shift's norm (published: 1e-3)."""
     stop_loss: float = 1e-2
@@ -72,12 +73,12 @@ class Config:
     decay_all: bool = False
     """Stage 2: whether norms and biases decay too (code: all but Llama's and Qwen's norms, so in GPT-2 all)."""
     keep_tokens: Literal["all", "question"] = "all"
-    """Stage 2: tokens of an edit's text at which the block is to give what it gave: of question and answer, or of the
-    question alone (code)."""
+    """Stage 2: tokens of an edit's text at which the block's output is preserved: of question and answer, or of the
+    question only (code)."""
     kept: int = 20
-    """How many texts the block's output is kept on (published: 20)."""
+    """Number of texts on which the block's output is preserved (published: 20)."""
     tokens: int = 2_000
-    """How many tokens of them at most, all together."""
+    """Largest number of tokens of these texts, all together."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -105,25 +106,25 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         places = [edited_token(host, request, span=prompt_end)[1] for request in requests]
         if config.keep_tokens == "question":
             rows = [host.encode(request.text).ids for request in requests]
-        others = _other_texts(host, config, work)
+        preserved_texts = _preserved_texts(host, config, work)
         plain = config.block_scale == "published"
-        task = Block(host, config.layer, [*rows, *others], places, values, plain=plain)
-        outcome, trained = _train(task, config, work)
-        missed = task.missed(trained)
-    base = {name: host.model.get_parameter(name).detach() for name in trained}
-    moved = {name: new - base[name].to(new.dtype) for name, new in trained.items()}
-    deltas: dict[str, Delta] = {name: delta for name, delta in moved.items() if bool(delta.any())}
+        task = Block(host, config.layer, [*rows, *preserved_texts], places, values, plain=plain)
+        outcome, new_weights = _train(task, config, work)
+        remaining = task.missed(new_weights)
+    base = {name: host.model.get_parameter(name).detach() for name in new_weights}
+    changes = {name: new - base[name].to(new.dtype) for name, new in new_weights.items()}
+    deltas: dict[str, Delta] = {name: delta for name, delta in changes.items() if bool(delta.any())}
     facts = {
         "loss": max(v.loss for v in values),
         "error": float(outcome.losses.mean()),
         "error_before": float(outcome.start.mean()),
-        "missed": max(missed),
+        "missed": max(remaining),
     }
     return WeightEdit(deltas, frozenset(), provenance("unke", host, requests, config, work, **notes(facts)))
 
 
 def _resolve(host: Host, config: Config) -> Config:
-    """Fill in the layer and what depends on a unit."""
+    """Return the settings with unset layer, rates and clamp filled in."""
     depth = len(host.layout.blocks)
     layer = round(7 / 32 * depth) if config.layer is None else config.layer
     layer = layer + depth if layer < 0 else layer
@@ -134,15 +135,15 @@ def _resolve(host: Host, config: Config) -> Config:
         if not p.is_floating_point()
     ]  # fmt: skip
     if packed:
-        raise HostError(f"layer {layer} holds packed weights, {packed[0]} first; load the model unquantised")
+        raise HostError(f"layer {layer} has packed weights, {packed[0]} first; load the model unquantised")
     rate = config.block_rate or (2e-4 if config.block_scale == "published" else 0.01)
     plain = config.scale == "published"
     defaults = SearchDefaults(clamp=4.0, scale="published") if plain else SearchDefaults()
     return fill_search_defaults(replace(config, layer=layer, block_rate=rate), defaults)
 
 
-def _other_texts(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
-    """Return the token rows of the texts on which nothing is to change."""
+def _preserved_texts(host: Host, config: Config, work: Workspace) -> list[tuple[int, ...]]:
+    """Return the token ids of the texts on which the block's output is preserved."""
     length = max(2, (work.tokens or config.tokens) // config.kept)
     if host.window is not None:
         length = min(length, host.window)
@@ -150,35 +151,35 @@ def _other_texts(host: Host, config: Config, work: Workspace) -> list[tuple[int,
     rows = (host.encode(text).ids[:length] for text in corpus.texts())
     texts = list(islice((row for row in rows if row), config.kept))
     if not texts:
-        raise ConfigError(f"corpus {corpus.name!r} holds no text to keep; name another one")
+        raise ConfigError(f"corpus {corpus.name!r} contains no text to preserve; use another one")
     return texts
 
 
 def _train(task: Block, config: Config, work: Workspace) -> tuple[Outcome, dict[str, Tensor]]:
-    """Train the block's parameters; return how it went and what they became."""
+    """Train the block's parameters; return losses and new parameters."""
     assert config.block_rate is not None
-    inside = task.host.model.get_submodule(task.path).named_parameters()
-    old = {f"{task.path}.{name}": parameter.detach() for name, parameter in inside}
+    named_parameters = task.host.model.get_submodule(task.path).named_parameters()
+    old = {f"{task.path}.{name}": parameter.detach() for name, parameter in named_parameters}
     new = {
         name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_(True)
         for name, weight in old.items()
     }
     matrices = [weight for weight in new.values() if weight.ndim > 1]
-    others = [weight for weight in new.values() if weight.ndim <= 1]
+    vectors = [weight for weight in new.values() if weight.ndim <= 1]
     unit = 1.0
     if config.block_scale == "weight":
         unit = rms(torch.cat([weight.detach().flatten() for weight in matrices]))
     groups = [
         {"params": matrices, "weight_decay": config.block_decay},
-        {"params": others, "weight_decay": config.block_decay if config.decay_all else 0.0},
+        {"params": vectors, "weight_decay": config.block_decay if config.decay_all else 0.0},
     ]
 
-    def run(chosen: Sequence[int]) -> Tensor:
-        return task.errors(chosen, {name: weight.to(old[name].dtype) for name, weight in new.items()})
+    def loss(rows: Sequence[int]) -> Tensor:
+        return task.errors(rows, {name: weight.to(old[name].dtype) for name, weight in new.items()})
 
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.block_rate * unit)
     outcome = descend(
-        optimizer, run, len(task.rows), steps=config.block_steps, stop=Stop(None), rows=work.batch_size,
+        optimizer, loss, len(task.rows), steps=config.block_steps, stop=Stop(None), rows=work.batch_size,
         tick=lambda *at: work.on_progress("unke", *at),
     )  # fmt: skip
     return outcome, {name: weight.detach() for name, weight in new.items()}

@@ -20,9 +20,13 @@ from errata.report.tally import Counts, Tally, tally
 
 CHUNK = 500
 """Resamples drawn at once, which bounds memory at many cases."""
-FINE_TUNING = ("ft", "ft_l", "ft_m")
-"""Baselines that are fine-tuning; the first on a board is what methods are compared with."""
-ROLES = {"unedited": "the floor, nothing edited", "in_prompt": "the oracle, the fact before every prompt"}
+FINE_TUNING = "fine-tuning"
+"""Role of the baseline that methods are compared with."""
+EARLIER_ROLES = {
+    "unedited": (0, "the floor, nothing edited"),
+    "in_prompt": (1, "the oracle, the fact before every prompt"),
+}
+"""Place and role of baselines in runs whose cells do not say them."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,8 @@ class Entry:
 
     @property
     def role(self) -> str:
-        """What a baseline stands for; empty for a method under test."""
-        if not self.cell.baseline:
-            return ""
-        return ROLES.get(self.cell.method, "fine-tuning")
+        """What a baseline shows; empty for a method under test."""
+        return _place(self.cell)[1]
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,10 @@ def _board(cells: Sequence[Cell]) -> Board:
         Entry(cell, value, difference, _measures(cell), curves(cell, counted))
         for cell, counted, (value, difference) in zip(cells, tallies, scores, strict=True)
     ]
-    rank = {"unedited": 0, "in_prompt": 1}
     entries.sort(
         key=lambda e: (
             not e.cell.baseline,
-            rank.get(e.cell.method, 2) if e.cell.baseline else 0,
+            _place(e.cell)[0],
             -(e.headline.value if e.headline else -1.0),
             e.cell.name,
         )
@@ -231,9 +232,19 @@ def _headlines(
 
 def _tuning(cells: Sequence[Cell], cell: Cell) -> int | None:
     """Find the fine-tuning that a cell is compared with: of its own seed where there is one."""
-    found = [i for i, c in enumerate(cells) if c.baseline and c.method in FINE_TUNING]
+    found = [i for i, c in enumerate(cells) if _place(c)[1] == FINE_TUNING]
     own = [i for i in found if cells[i].plan.get("seed") == cell.plan.get("seed")]
     return next(iter(own or found), None)
+
+
+def _place(cell: Cell) -> tuple[int, str]:
+    """Return a baseline's place among the baselines and its role; 0 and nothing for a method under test."""
+    if not cell.baseline:
+        return 0, ""
+    role = cell.plan.get("role")
+    if not role:
+        return EARLIER_ROLES.get(cell.method, (2, FINE_TUNING))
+    return int(cell.plan.get("rank") or 0), str(role)
 
 
 def _after(cell: Cell, kind: str) -> float | None:

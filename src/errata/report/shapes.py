@@ -74,6 +74,8 @@ PLAN: Mapping[str, Check] = {
     "schedule": _text,
     "seed": _scalar,
     "baseline": lambda value: isinstance(value, bool),
+    "rank": _whole,
+    "role": _text,
 }
 CELL: Mapping[str, Check] = {
     "id": _text,

@@ -40,7 +40,7 @@ def test_every_mistake_is_told_at_once():
     for piece in (
         "unknown field 'nmae': did you mean 'name'", "models: 'lab' occurs twice", "'float8'", "'colour'",
         "threads: expected a whole number from 1, found 0", "seeds[0]", "did you mean 'rome'",
-        "did you mean 'steps'", "unedited is a baseline", "runs[0].datasets: is empty",
+        "did you mean 'steps'", "unknown method 'unedited'", "runs[0].datasets: is empty",
         "runs[1].methods: 'rome' occurs twice", "runs[1].schedule", "runs[1].look: belongs to a sequence",
         "runs[2].look: checkpoints 'evry:2'", "runs[3].datasets: is missing",
         "runs[4].methods[0].label: ft names a baseline",
@@ -69,11 +69,11 @@ def test_baselines_stand_beside_every_model_dataset_and_schedule():
     for model in ("lab", "lab16"):
         for dataset, schedule, methods in (
             ("lab:3", "single", {"rome", "rome steps=3"}),
-            ("lab:5 together", "sequential:2", set(REGISTRY) - {"ft"}),
+            ("lab:5 together", "sequential:2", set(REGISTRY) - {"none", "in_prompt", "ft"}),
         ):
             cells = [c for c in made.cells if (c.model, c.dataset, c.schedule) == (model, dataset, schedule)]
             always = [(c.method, c.seed) for c in cells if c.baseline]
-            assert always == [("unedited", 0), ("in_prompt", 0), ("ft", 0), ("ft", 1)]
+            assert always == [("none", 0), ("in_prompt", 0), ("ft", 0), ("ft", 1)]
             assert {c.label for c in cells if not c.baseline} == methods
             assert all(c.look == ((2, 4, 5) if schedule != "single" else None) for c in cells)
     labels = [cell.model for cell in made.cells]

@@ -176,7 +176,7 @@ def test_boards_with_and_without_are_two_datasets(files):
     assert list(made.datasets) == names
     for name in names:
         cells = [cell for cell in made.cells if cell.dataset == name]
-        assert {cell.method for cell in cells} == {"unedited", "in_prompt", "ft"}
+        assert {cell.method for cell in cells} == {"none", "in_prompt", "ft"}
         assert {cell.id[-8:] for cell in cells}.isdisjoint(
             cell.id[-8:] for cell in made.cells if cell.dataset != name
         )

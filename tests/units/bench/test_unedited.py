@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from errata.bench import unedited
-from errata.bench.baselines import told
 from errata.bench.unedited import Unedited
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
@@ -70,12 +67,3 @@ def test_names_of_cases_must_differ(host, tmp_path):
     case = made(1)[0]
     with pytest.raises(DataError, match="2 cases have 1 different names"):
         Unedited(tmp_path, host, [case, case], {})
-
-
-def test_told_puts_all_facts_of_a_case_before_every_prompt():
-    case = made(1)[0]
-    case = replace(case, also=(Request("The capital of {} is", "Esk", "Oa"),))
-    facts = "New fact: Ada 0 was born in Esk.\nNew fact: The capital of Esk is Oa.\n"
-    for before, after in zip(case.probes, told(case).probes, strict=True):
-        assert after == replace(before, prompt=facts + before.prompt)
-    assert told(case).requests == case.requests

@@ -1,0 +1,79 @@
+"""IN_PROMPT: put the new facts before prompts and leave the model as it is: what retrieval could reach at best.
+
+Paper      The baseline of Zheng et al., "Can We Edit Factual Knowledge by In-Context Learning?", EMNLP 2023, arXiv
+           2305.12740, without demonstrations; of Cohen et al., TACL 2024, arXiv 2307.12976 as "in-context editing"
+Implements Each fact as a line, "New fact: <prompt> <target>.", and then the prompt
+Departs    With many facts, or on top of an earlier edit, a prompt gets the facts about the subject it names, and
+           one that names none is put as it is (``scope``)
+Needs      Nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from errata.config import positive
+from errata.edits.prompt import PromptEdit
+from errata.edits.routers._router import Router
+from errata.edits.routers.always import Always
+from errata.edits.routers.lexical import Lexical
+from errata.errors import ConfigError
+from errata.host.load import Host
+from errata.methods._method import Baseline, Method, Workspace, provenance
+from errata.types import Request
+from errata.writing import statement
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of IN_PROMPT."""
+
+    scope: Literal["always", "subject"] | None = None
+    """Prompts that get facts: all of them get all facts, or each gets those about the subject it names. None: all
+    facts for up to ``most`` requests without an earlier edit, else by subject."""
+    most: int = 4
+    """Facts up to which all are put before every prompt where ``scope`` is open."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        return positive(self, "most")
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
+    """Return the facts as texts, one entry for all of them or one for each subject."""
+    if not requests:
+        raise ConfigError("in_prompt needs at least one request")
+    earlier: PromptEdit | None = work.after
+    known = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
+    few = not known and len(requests) <= config.most
+    config = replace(config, scope=config.scope or ("always" if few else "subject"))
+    by_subject: dict[str, str] = {}
+    for request in (*known, *requests):
+        subject = "" if config.scope == "always" else request.subject
+        by_subject[subject] = by_subject.get(subject, "") + _line(host, request)
+    router: Router = Always() if config.scope == "always" else Lexical(tuple(by_subject))
+    return PromptEdit(
+        tuple(by_subject.values()), router, provenance("in_prompt", host, requests, config, work)
+    )
+
+
+def _line(host: Host, request: Request) -> str:
+    return f"New fact: {statement(request.text, request.target, host.prompt_format.join)}\n"
+
+
+METHOD = Method(
+    name="in_prompt",
+    title="In prompt",
+    paper="In-context baseline of Can We Edit Factual Knowledge by In-Context Learning?, EMNLP 2023, "
+    "arXiv 2305.12740",
+    config=Config,
+    fit=fit,
+    gives=PromptEdit,
+    batch=True,
+    sequential=True,
+    cumulative=True,
+    random=False,
+    baseline=Baseline(1, "the oracle, the fact before every prompt"),
+)
