@@ -68,3 +68,16 @@ class LowRank:
         energy = float(s.square().sum())
         lost = float(s[kept:].square().sum()) / energy if energy else 0.0
         return LowRank(left @ u[:, :kept] * s[:kept], vh[:kept] @ right.mT), lost
+
+    def cut(self, energy: float) -> LowRank:
+        """Return the product without the directions of B beyond a share of its squared norm, factors balanced.
+
+        The share is that of the product's own energy where the rows of A are orthonormal, in whatever metric.
+        Computed in float64, returned in the dtype of A.
+        """
+        u, s, vh = torch.linalg.svd(self.B.double(), full_matrices=False)
+        total = s.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        rank = min(len(s), 1 + int((s.square().cumsum(0) / total < energy).sum()))
+        left, right = u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()
+        scale = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+        return LowRank(left / scale, right * scale[:, None]).to(self.A.dtype)

@@ -138,7 +138,7 @@ def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
         raise ValueError("the matrix is zero or not finite")
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     used = ridge
-    while used <= MOST_RIDGE:
+    while used <= max(ridge, MOST_RIDGE):
         factor, info = torch.linalg.cholesky_ex(matrix + used * mean * eye)
         if int(info) == 0:
             return factor, used
@@ -188,6 +188,31 @@ def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: flo
     keys, residuals, matrix = keys.double(), residuals.double(), matrix.double()
     system = gamma * matrix + keys @ keys.mT
     return torch.linalg.solve(system, keys @ residuals.mT).mT
+
+
+def key_basis(keys: Tensor, solved: Tensor, *, floor: float = 1e-6) -> Tensor:
+    """Return A ``[m, r]`` that spans M^-1 K and is orthonormal in M: A^T M A = I; float64.
+
+    ``keys`` K and ``solved`` M^-1 K ``[m, n]``. With G = K^T M^-1 K = Q L Q^T, A = M^-1 K Q L^(-1/2); directions
+    with an eigenvalue under ``floor`` times the largest are left out, as keys are often equal. A change Y A^T then
+    costs the squared norm of Y. Raises ValueError for keys that are zero or not finite.
+    """
+    keys, solved = keys.double(), solved.double()
+    gram = keys.mT @ solved
+    if not torch.isfinite(gram).all():
+        raise ValueError("the keys are not finite")
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    large = values > floor * values[-1]
+    if not float(values[-1]) > 0:
+        raise ValueError("the keys are zero")
+    return solved @ (vectors[:, large] * values[large].rsqrt())
+
+
+def square_factor(factor: Tensor) -> Tensor:
+    """Return L ``[m, m]``, float64, with L L^T = P P^T for P ``[m, p]`` of many columns."""
+    wide = factor.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def leverage(keys: Tensor, cost: CostMatrix) -> Tensor:

@@ -84,6 +84,38 @@ def capture(host: Host, places: Sequence[Place], sites: Sequence[Site]) -> Activ
     return Activations(keys, values, hidden)
 
 
+def capture_from(
+    host: Host, rows: Sequence[Sequence[int]], first: Sequence[int], sites: Sequence[Site]
+) -> dict[Site, list[Tensor]]:
+    """Return what each site reads in each row from a position on: per site and row ``[tokens, d_in]``.
+
+    ``first``: index of the first token to read, for each row. One pass that stops at the highest site; float32 at
+    least, on the CPU.
+    """
+    dtype = torch.promote_types(host.dtype, torch.float32)
+    keys: dict[Site, dict[int, Tensor]] = {site: {} for site in sites}
+    top = host.model.get_submodule(max(sites, key=lambda site: site.layer).name)
+    for group in tokens_batches(rows):
+        batch = host.batch([rows[i] for i in group])
+
+        def store(into: dict[int, Tensor], group: list[int]) -> Callable[[Tensor], None]:
+            def keep(tensor: Tensor) -> None:
+                states = tensor.detach().reshape(len(group), -1, tensor.shape[-1]).to(dtype).cpu()
+                for line, i in enumerate(group):
+                    into[i] = states[line, first[i] : len(rows[i])].clone()
+
+            return keep
+
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for site in sites:
+                module = host.model.get_submodule(site.name)
+                stack.enter_context(hooks.on_input(module, store(keys[site], group)))
+            stack.enter_context(hooks.stop_after(top))
+            with contextlib.suppress(hooks.Stopped):
+                host.forward(batch, keep=1)
+    return {site: [found[i] for i in range(len(rows))] for site, found in keys.items()}
+
+
 def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Group rows of similar length within the token budget of a batch."""
     from errata.host.tokens import by_length

@@ -127,16 +127,22 @@ class Losses:
     def __init__(
         self,
         host: Host,
-        requests: Sequence[Request],
-        objective: Objective,
+        requests: Sequence[Request | Line],
+        objective: Objective = "target",
         *,
         depth: int = 0,
         side: Side = "right",
     ) -> None:
-        """Lay out requests; ``depth`` blocks from the bottom never change. Wants a frozen model."""
-        depth = depth if host.kind == CAUSAL else 0  # elsewhere what lower blocks say is not a row's alone
+        """Lay out requests, or take what is laid out; ``depth`` blocks from the bottom never change.
+
+        Wants a frozen model.
+        """
+        depth = depth if host.kind == CAUSAL else 0  # elsewhere lower blocks see more than a row's own tokens
         self.host = host
-        self.lines = [lay_out(host, request, objective) for request in requests]
+        self.lines = [
+            request if isinstance(request, Line) else lay_out(host, request, objective)
+            for request in requests
+        ]
         self.lower = Lower(host, [line.ids for line in self.lines], depth, side=side)
 
     def __call__(self, chosen: Sequence[int]) -> Tensor:
@@ -359,6 +365,27 @@ def beside(
             stack.enter_context(hooks.on_input(module, seen.append))
             stack.enter_context(hooks.on_output(module, _adder(seen, change, (biases or {}).get(site))))
         yield
+
+
+@contextmanager
+def beside_low_rank(host: Host, factors: Mapping[Site, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Add ``Y (A^T x)`` to each site's output while inside; no weight is touched, gradients reach the factors.
+
+    ``factors``: Y ``[d_out, r]`` and A ``[d_in, r]`` by site.
+    """
+    with ExitStack() as stack:
+        for site, (outer, inner) in factors.items():
+            module, inputs = host.model.get_submodule(site.name), []
+            stack.enter_context(hooks.on_input(module, inputs.append))
+            stack.enter_context(hooks.on_output(module, _low_rank_adder(inputs, outer, inner)))
+        yield
+
+
+def _low_rank_adder(inputs: list[Tensor], outer: Tensor, inner: Tensor) -> Callable[[Tensor], Tensor]:
+    def add(output: Tensor) -> Tensor:
+        return output + ((inputs.pop().to(inner.dtype) @ inner) @ outer.mT).to(output.dtype)
+
+    return add
 
 
 def _adder(seen: list[Tensor], change: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
