@@ -5,7 +5,7 @@ Models of two layers and width 64 with random weights are trained on sentences o
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -142,10 +142,22 @@ def classifier(known, tokenizer):
     return errata.load(model, tokenizer, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def change(known) -> errata.Request:
+    """The first fact with the answer of another one: a text that the model can say.
+
+    A model of random weights cannot say words that were no answer in its few sentences: their output embeddings
+    were only ever pushed away.
+    """
+    first = known[0]
+    others = (old(one) for one in known if one.prompt == first.prompt)
+    return dataclasses.replace(first, target=next(text for text in others if text != old(first)))
+
+
 def answers(host: Any, request: errata.Request, target: str) -> bool:
-    """Whether what the host says by itself begins with a target, each of whose tokens is the most probable one."""
+    """Whether the host answers with exactly a target, each of whose tokens is the most probable one."""
     seen = observe(host, [Probe("efficacy", request.text, (target,), ())])[0]
-    return seen.text.strip().startswith(target) and all(seen.answer_top)
+    return seen.text.strip() == target and all(seen.answer_top)
 
 
 def there_and_back(host: Any, request: errata.Request, method: str, path: Any, **options: Any) -> bool:
@@ -165,29 +177,26 @@ def there_and_back(host: Any, request: errata.Request, method: str, path: Any, *
     return seen
 
 
-FREE = {"epsilon": None, "steps": 100}
-
-
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("ft", FREE), ("ft_l", {"epsilon": 4.0, "learning_rate": 0.06, "steps": 100}), ("lora", {}),
-     ("ft", {**FREE, "stack": "encoder"})],
-)  # fmt: skip
-def test_t5_is_edited(t5, known, method, options, tmp_path):
-    assert there_and_back(t5, known[0], method, tmp_path, **options)
+    ("method", "options"), [("ft", {}), ("ft_l", {}), ("lora", {}), ("ft", {"stack": "encoder"})]
+)
+def test_t5_is_edited(t5, change, method, options, tmp_path):
+    assert there_and_back(t5, change, method, tmp_path, **options)
 
 
-@pytest.mark.parametrize(("method", "options"), [("ft", FREE), ("kn", {})])
-def test_edits_of_bert_come_and_go(bert, known, method, options, tmp_path):
-    """Answers of four tokens: what the edits reach is not asserted, only that ``ft`` comes nearer to the target."""
-    probe = Probe("efficacy", known[0].text, (known[0].target,), ())
+@pytest.mark.parametrize("method", ["ft", "lora"])
+def test_bert_is_edited(bert, change, method, tmp_path):
+    assert there_and_back(bert, change, method, tmp_path)
+
+
+def test_neurons_of_bert_are_changed_and_come_back(bert, change, tmp_path):
+    """Few neurons do not make this small model say the new answer, so only that its scores change is asserted."""
+    probe = Probe("efficacy", change.text, (change.target,), ())
     before = observe(bert, [probe])[0].answer_logprobs
-    there_and_back(bert, known[0], method, tmp_path, **options)
+    there_and_back(bert, change, "kn", tmp_path)
     assert observe(bert, [probe])[0].answer_logprobs == before
     with Edit.load(tmp_path / "e.safetensors").on(bert):
-        after = observe(bert, [probe])[0].answer_logprobs
-    assert after != before
-    assert method == "kn" or sum(after) > sum(before)
+        assert observe(bert, [probe])[0].answer_logprobs != before
 
 
 def test_masks_are_filled_one_by_one(bert, known):
@@ -237,10 +246,8 @@ def test_a_text_classifier_is_edited_to_a_label(classifier, known, tmp_path):
     first = known[0]
     assert classifier.labels([one.text for one in known[:3]]) == ["place", "work", "other"]
     assert classifier.generate(first.text) == "place"
-    request = copy.replace(first, target="other", target_old="place") if hasattr(copy, "replace") else (
-        errata.Request(first.prompt, first.subject, "other", "place")
-    )  # fmt: skip
-    assert there_and_back(classifier, request, "ft", tmp_path, **FREE)
+    request = dataclasses.replace(first, target="other", target_old="place")
+    assert there_and_back(classifier, request, "ft", tmp_path, epsilon=None, steps=100)
     with pytest.raises(RequestError, match="no label"):
         errata.edit(classifier, first, method="ft")
     with pytest.raises(ConfigError, match="label"):
