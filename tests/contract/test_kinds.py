@@ -6,20 +6,25 @@ Models of two layers and width 64 with random weights are trained on sentences o
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import AddedToken, processors
+from typer.testing import CliRunner
 
 import errata
 from errata import lab
+from errata.cli.main import app
 from errata.edits import Edit
 from errata.errors import ConfigError, HostError, RequestError
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
 from errata.host.slots import BREAK, ClassifierHost, MaskedHost
 from errata.types import Probe
+from tests.models import FAMILIES
+from tests.models import tokenizer as tokenizer_of_tests
 
 MASK = "[MASK]"
 FACTS = 24
@@ -252,3 +257,63 @@ def test_a_text_classifier_is_edited_to_a_label(classifier, known, tmp_path):
         errata.edit(classifier, first, method="ft")
     with pytest.raises(ConfigError, match="label"):
         errata.edit(classifier, request, method="rome")
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_the_command_line_edits_asks_and_measures_them(name, request, known, change, tmp_path, monkeypatch):
+    host = request.getfixturevalue(name)
+    host.model.save_pretrained(tmp_path / "model")
+    host.tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Any:
+        result = CliRunner().invoke(app, [*words, "--model", "model", "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    edited = run("edit", change.prompt, "--subject", change.subject, "--target", change.target, "--method", "ft",
+                 "-o", "e.safetensors")  # fmt: skip
+    assert edited["answered"] == 1
+    (asked,) = run("ask", "--edit", "e.safetensors", change.text)["answers"]
+    assert asked["with"].strip() == change.target
+    assert asked["without"].strip() and old(change).startswith(asked["without"].strip())  # one mask: one token
+    case = {
+        "id": "a", "prompt": change.prompt, "subject": change.subject, "target": change.target,
+        "target_old": old(change),
+    }  # fmt: skip
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case))
+    report = run("eval", "--method", "ft", "--cases", "cases.jsonl")
+    assert report["summary"]["efficacy.generate"]["after"] == 1.0
+    assert report["summary"]["efficacy.generate"]["before"] == 0.0
+
+
+def test_the_language_tower_of_a_vision_language_model_is_found_and_edited(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+        patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**FAMILIES["llama"]), image_token_index=3
+    )
+    host = errata.load(
+        seeded(lambda: LlavaForConditionalGeneration(config)), tokenizer_of_tests(), device="cpu"
+    )
+    assert host.kind == "causal_lm" and len(host.layout.blocks) == 3
+    assert all(".vision_tower." not in f".{site.name}." for site in host.layout.sites)
+    request = errata.Request("{} was born in", "Ada Brenner", "Merrin")
+    start = host.weights_hash()
+    edit = errata.edit(host, request, method="memit", tokens=400)
+    assert edit.deltas and all("language_model" in name for name in edit.deltas)
+    before = host.generate(request.text, max_new_tokens=4, natural_stop=False)
+    lora = errata.edit(host, request, method="lora")
+    with lora.on(host):
+        assert host.generate(request.text, max_new_tokens=4).strip().startswith("Merrin")
+    with edit.on(host):
+        assert host.weights_hash() != start
+    assert host.weights_hash() == start
+    assert host.generate(request.text, max_new_tokens=4, natural_stop=False) == before
+    host.model.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    assert errata.load(tmp_path, device="cpu").fingerprint == host.fingerprint
