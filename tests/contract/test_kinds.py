@@ -276,7 +276,9 @@ def test_the_command_line_edits_asks_and_measures_them(name, request, known, cha
     assert edited["answered"] == 1
     (asked,) = run("ask", "--edit", "e.safetensors", change.text)["answers"]
     assert asked["with"].strip() == change.target
-    assert asked["without"].strip() and old(change).startswith(asked["without"].strip())  # one mask: one token
+    assert asked["without"].strip() and old(change).startswith(
+        asked["without"].strip()
+    )  # one mask: one token
     case = {
         "id": "a", "prompt": change.prompt, "subject": change.subject, "target": change.target,
         "target_old": old(change),

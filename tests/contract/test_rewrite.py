@@ -228,7 +228,7 @@ def test_another_classifier_is_refused(fitted):
 def test_the_kind_of_model_and_of_request_must_fit():
     images, words = fresh_images("resnet"), fresh("llama")
     spoken = errata.Request("{} was born in", "Ada Brenner", "Merrin")
-    with pytest.raises(ConfigError, match="rome edits language models.*rewrite"):
+    with pytest.raises(ConfigError, match="rome edits causal language models.*rewrite"):
         errata.edit(images, spoken, method="rome")
     with pytest.raises(ConfigError, match="rewrite edits image classifiers"):
         errata.edit(words, REQUESTS[0], method="rewrite")

@@ -165,9 +165,9 @@ def test_a_long_sequence_keeps_its_history_bounded(host):
 def test_on_the_lab_a_fact_is_changed_in_a_few_steps_and_the_rest_of_its_subject_is_kept():
     host = errata.load("lab")
     cases = errata.lab.cases(4, seed=3)
-    edit = errata.edit(host, cases[0].request, method="keel")
+    edit = errata.edit(host, cases[0].request, method="keel", tokens=20_000)
     assert edit.provenance.notes["worst"] < 0.04 and edit.provenance.notes["steps"] <= 10
-    summary = errata.evaluate(host, cases, method="keel").summary
+    summary = errata.evaluate(host, cases, method="keel", tokens=20_000).summary
     assert summary["efficacy.generate"]["after"] == 1.0
     assert summary["same_subject.generate"]["after"] >= 0.9
 

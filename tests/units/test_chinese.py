@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -189,9 +190,15 @@ def teach(language: str, seed: int) -> Taught:
     return Taught(errata.load(model, tokenizer=tokenizer), prompt, answers)
 
 
+@lru_cache(maxsize=None)
+def teach_once(language: str) -> Taught:
+    """Train a language's model; pytest may ask for it more than once."""
+    return teach(language, seed=5)
+
+
 @pytest.fixture(scope="module", params=["chinese", pytest.param("english", marks=pytest.mark.slow)])
 def taught(request) -> Taught:
-    return teach(request.param, seed=5)
+    return teach_once(request.param)
 
 
 def cases(taught: Taught, count: int) -> list[Case]:

@@ -13,9 +13,9 @@ from errata.locate.neurons import (
     attribute,
     coarse,
     coarse_sets,
+    greedy_tokens,
     questions,
     refine,
-    said,
     unshared,
 )
 from tests.models import fresh
@@ -48,11 +48,11 @@ def test_token_ids_are_asked_for_as_they_are(host):
         questions(host, PROMPT, [])
 
 
-def test_said_is_the_greedy_continuation(host):
+def test_greedy_tokens_are_the_greedy_continuation(host):
     ids = list(host.encode(PROMPT).ids)
     with torch.no_grad():
         out = host.model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert said(host, PROMPT, 3) == tuple(out[0, len(ids) :].tolist())
+    assert greedy_tokens(host, PROMPT, 3) == tuple(out[0, len(ids) :].tolist())
 
 
 def test_rules_differ_by_the_gradients_at_the_ends(host):

@@ -6,14 +6,14 @@ Implements Sec. 2: directions D from the masked keys of the changed images, whit
            C of the layer's inputs; then min || sqrt(mask) (f(k'; W) - f(k; W0)) ||_1 / n over those W that
            differ from W0 in the row space of D only, by Adam on W with a projection every few steps.
            f is the layer with the norm and activation that follow it
-Departs    ``solve: closed``, not in the paper, fits only the layer's linear output, by least squares weighted
-           by the mask: one linear system. It weights keys like the directions, so it is ROME's equation,
-           exact at r mixtures of keys (with ``direction: mean``, at the masked mean key).
+Departs    ``solve: closed``, not in the paper, fits only the layer's linear output, by least squares weighted by
+           the mask. It weights keys like the directions, so it is ROME's equation, exact at r mixtures of
+           keys (with ``direction: mean``, at the masked mean key).
            A convolution's key is the patch under its kernel, so the change has rank r. The authors' code
            uses the channels at a place instead, with independent changes at all taps of the kernel, rank
            r x taps: ``keys: channels``. For 1 x 1 kernels the two agree. For ResNets the authors' f extends
-           to the end of the block, with its shortcut: set ``output`` to the block. C comes from the
-           request's images, not a validation set, so it is shrunk. The projected W with the lowest loss is returned.
+           to the end of the block, with its shortcut: set ``output`` to the block. C comes from the request's
+           images, not a validation set, so it is shrunk.
 Needs      Pairs of images with a mask; an image classifier, with batch norms in evaluation mode
 """
 
@@ -95,9 +95,8 @@ def fit(
         moments = task.moments()
         share = fair_share(moments) if config.shrinkage is None else config.shrinkage
         basis = _directions(task, moments, share)
-        factor = (
-            _least_squares(task, basis) if config.solve == "closed" else _projected_adam(task, basis, work)
-        )
+        closed = config.solve == "closed"
+        factor = _least_squares(task, basis) if closed else _projected_adam(task, basis, work)
         basis = basis.to(task.start.dtype)
         with torch.no_grad():
             loss = float(task.loss(factor @ basis))
