@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -190,7 +190,7 @@ def teach(language: str, seed: int) -> Taught:
     return Taught(errata.load(model, tokenizer=tokenizer), prompt, answers)
 
 
-@lru_cache(maxsize=None)
+@cache
 def teach_once(language: str) -> Taught:
     """Train a language's model; pytest may ask for it more than once."""
     return teach(language, seed=5)
