@@ -24,7 +24,7 @@ def command(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
 ) -> None:
-    """Say what an edit holds: requests, method, settings, host, weights touched.
+    """Say what an edit holds: requests, method, settings, host, and what it changes.
 
     Opens no model, except that with --model the edit is applied to that one and taken back, to see per
     weight which share of the change its precision cannot hold: ||(W' - W) - delta|| / ||delta||.
@@ -42,13 +42,24 @@ def command(
     print(f"made by {facts['method']} (seed {facts['seed']}) for host {facts['host']} ({facts['host_name']})")
     print(f"with {versions}")
     common.table("requests", *_requests(facts["requests"]))
-    weights = [
-        (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(lost, n))
-        for n, w in facts["weights"].items()
-    ]
-    columns = ("name", "shape", "change", "norm", *(() if lost is None else ("lost if merged",)))
-    common.table("weights", columns, weights, right=(3, 4))
+    _changes(facts, lost)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
+
+
+def _changes(facts: dict[str, Any], lost: dict[str, float] | None) -> None:
+    """Print what an edit changes: weights, or where entries act and what chooses among them."""
+    if "weights" in facts:
+        weights = [
+            (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(lost, n))
+            for n, w in facts["weights"].items()
+        ]
+        columns = ("name", "shape", "change", "norm", *(() if lost is None else ("lost if merged",)))
+        common.table("weights", columns, weights, right=(3, 4))
+    if "sites" in facts:
+        sites = [(one["module"], one["operation"], one["positions"]) for one in facts["sites"]]
+        common.table("interventions", ("module", "operation", "positions"), sites)
+    if "router" in facts:
+        print(f"{facts['entries']} entries, chosen by the {facts['router']} router")
 
 
 def _requests(asked: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
