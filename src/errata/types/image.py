@@ -74,9 +74,10 @@ class ImageRequest:
 
 def image_problems(request: ImageRequest) -> list[str]:
     """List what is wrong with an image request, in words a user can act on."""
+    texts: list[tuple[str, Any]] = [("concept", request.concept), ("replacement", request.replacement)]
     problems = [
         f"{name} must be a text that is not empty, found {shown(value)}"
-        for name, value in (("concept", request.concept), ("replacement", request.replacement))
+        for name, value in texts
         if not isinstance(value, str) or not value.strip()
     ]
     parts: list[tuple[str, Any, str]] = [
@@ -87,9 +88,9 @@ def image_problems(request: ImageRequest) -> list[str]:
     if request.reference is not None:
         parts.append(("reference", request.reference, "[k, c, h, w]"))
     for name, value, axes in parts:
-        shape = tuple(getattr(value, "shape", ()))
+        shape: list[int] = list(getattr(value, "shape", ()))
         if len(shape) != axes.count(",") + 1 or 0 in shape or not hasattr(value, "isfinite"):
-            problems.append(f"{name} must be a tensor {axes}, found {type(value).__name__} {list(shape)}")
+            problems.append(f"{name} must be a tensor {axes}, found {type(value).__name__} {shape}")
         elif not bool(value.isfinite().all()):
             problems.append(f"{name} holds NaN or infinite numbers")
     if problems:

@@ -76,9 +76,10 @@ class Request:
 
 def request_problems(prompt: str, subject: str, target: str) -> list[str]:
     """List what is wrong with a request's three texts, in words a user can act on."""
+    values: list[tuple[str, Any]] = [("prompt", prompt), ("subject", subject), ("target", target)]
     problems = [
         f"{name} must be text, found {type(value).__name__} {shown(value)}"
-        for name, value in (("prompt", prompt), ("subject", subject), ("target", target))
+        for name, value in values
         if not isinstance(value, str)
     ]
     if problems:
@@ -123,7 +124,8 @@ def subject_forms(prompt: str, subject: str) -> list[str]:
     composed = unicodedata.normalize("NFC", subject)
     if composed not in unicodedata.normalize("NFC", prompt):
         return []
-    forms, at = [], 0
+    forms: list[str] = []
+    at = 0
     while at < len(prompt):
         ends = range(at + 1, min(len(prompt), at + 4 * len(subject) + 4) + 1)
         same = [end for end in ends if unicodedata.normalize("NFC", prompt[at:end]) == composed]
@@ -243,4 +245,4 @@ class Row:
     prompt: str
     before: float
     after: float
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
