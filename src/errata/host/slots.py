@@ -7,6 +7,7 @@ the model really reads for that place is made from the row by :meth:`SlotHost.re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,7 @@ class Slots(tokens.Batch):
     rows: tuple[Ids, ...]
 
 
-class SlotHost(Host):
+class SlotHost(Host, ABC):
     """A model that answers in places of what it reads, with its tokenizer and its layout."""
 
     @property
@@ -59,13 +60,13 @@ class SlotHost(Host):
         """Arguments of the model's forward, without positions: families count them each in its own way."""
         return passes.arguments(self.model) - {"position_ids"}
 
+    @abstractmethod
     def room(self, row: Ids) -> int:
         """Return how many tokens may still be added to a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reading(self, row: Ids) -> tuple[Ids, int]:
-        """Return what the model reads to say what follows a row, and the column that says it."""
-        raise NotImplementedError
+        """Return what the model reads to answer after a row, and the column that holds the answer's logits."""
 
     def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
         """Tokenise a whole text, closing token and all. Raises HostError for a tokenizer without offsets."""
