@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import errata
-from errata.errors import RequestError
+from errata.errors import ConfigError, RequestError
+from errata.host.build import new_model
 from errata.lab import cases, default_world
 from errata.lab.text import FIRST, LAST, THEN, Split, Writer
-from errata.lab.train import TrainConfig, chunk, train
+from errata.lab.train import SHAPES, TrainConfig, chunk, train
 from errata.lab.world import World, sentence
 
 
@@ -179,6 +181,43 @@ def test_training_resumes_where_it_stopped(tmp_path):
         train(tmp_path / "whole", TrainConfig(steps=7))
     host = errata.load(str(tmp_path / "whole" / "model"))
     assert host.dtype == torch.float32 and host.generate("Ada", max_new_tokens=2) is not None
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_a_model_of_each_shape_is_trained_and_edited(tmp_path, shape):
+    model = train(tmp_path, replace(TrainConfig.of(shape, key_value_heads=2), **_sizes(TINY)))
+    host = errata.load(str(model))
+    assert host.model.config.model_type == shape and len(host.layout.blocks) == TINY.layers
+    request = errata.Request("{} was born in", "Ada Brenner", "Tallow")
+    edit = errata.edit(host, request, method="ft", steps=2)
+    before = host.fingerprint
+    with edit.on(host):
+        assert host.generate("Ada", max_new_tokens=2)
+    assert host.fingerprint == before
+
+
+def _sizes(config):
+    names = (
+        "cooled",
+        "layers",
+        "width",
+        "inner",
+        "heads",
+        "steps",
+        "rows",
+        "row_tokens",
+        "vocab_size",
+        "warmup",
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+def test_the_sizes_of_each_shape_are_as_documented():
+    for shape, millions in (("llama", 5.9), ("gpt2", 3.36), ("qwen3", 3.74)):
+        model = new_model(shape, TrainConfig.of(shape).model_settings(0, 1, 2), seed=0)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    with pytest.raises(ConfigError, match="did you mean 'qwen3'"):
+        TrainConfig.of("qwen")
 
 
 def test_chunks_are_drawn_from_their_number_alone(world):

@@ -105,19 +105,20 @@ def _show(report: dict[str, Any]) -> None:
 @app.command("train")
 def train(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
+    shape: Annotated[str, typer.Option(help="Architecture: llama (as shipped), gpt2 or qwen3.")] = "llama",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="A sixth faster; needs a C++ compiler.")] = False,
     device: common.Device = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Train the lab's model from nothing: seeded, resumable; writes the model and its card."""
+    """Train a model of the lab's world from nothing: seeded, resumable; writes the model and its card."""
     from errata.lab.carding import write_card
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run
 
     place = _place(device)
-    config = TrainConfig(seed=seed) if steps is None else TrainConfig(seed=seed, steps=steps)
+    config = TrainConfig.of(shape, seed=seed, **({} if steps is None else {"steps": steps}))
     with common.progress(not json) as tick:
 
         def note(at: Progress) -> None:

@@ -16,6 +16,7 @@ from errata.lab.train import TrainConfig
 from errata.lab.world import World
 
 Tick = Callable[[str, int, int], None]
+NAMES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3"}
 
 
 def write_card(
@@ -63,11 +64,13 @@ def _markdown(card: dict[str, Any]) -> str:
     lines = [
         "# The lab's model",
         "",
-        f"A Llama-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters ({training['layers']} layers, "
-        f"width {training['width']}, inner width {training['inner']}) that knows a fictional world of "
-        f"{world['facts']} facts about {world['entities']} entities in {world['relations']} relations.",
+        f"A {NAMES[training['shape']]}-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters "
+        f"({training['layers']} layers, width {training['width']}, inner width {training['inner']}) "
+        f"that knows a fictional world of {world['facts']} facts "
+        f"about {world['entities']} entities in {world['relations']} relations.",
         f"Trained on {card['text']['tokens'] / 1e6:.1f} M tokens in {training['steps']} steps, final loss "
-        f"{card['loss']}, weights stored in bfloat16. Make it again with `errata lab train FOLDER`.",
+        f"{card['loss']}, weights stored in bfloat16. Make it again with "
+        f"`errata lab train FOLDER{'' if training['shape'] == 'llama' else ' --shape ' + training['shape']}`.",
         "",
         "| recall by greedy generation | share |",
         "|---|---|",

@@ -16,7 +16,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,20 @@ CHUNK_STEPS = 100
 TOKENIZER_DOCUMENTS = 30_000
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"layers": 6, "width": 256, "inner": 768, "heads": 8, "key_value_heads": 8},
+    "gpt2": {"layers": 6, "width": 192, "inner": 768, "heads": 6, "key_value_heads": 6},
+    "qwen3": {"layers": 8, "width": 192, "inner": 512, "heads": 6, "key_value_heads": 2},
+}
+"""Sizes of each architecture: 5.9 M parameters (the shipped model), 3.4 M and 3.7 M."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the weights."""
+    """Everything that decides the weights. ``TrainConfig.of(shape)`` takes the sizes from ``SHAPES``."""
 
+    shape: str = "llama"
+    """Architecture: llama, gpt2 or qwen3."""
     world_seed: int = SEED
     """Seed of the world's facts."""
     seed: int = 0
@@ -50,6 +60,8 @@ class TrainConfig:
     """Inner width m of the gated feed-forward."""
     heads: int = 8
     """Attention heads."""
+    key_value_heads: int | None = None
+    """Heads of keys and values (not for gpt2). None: as many as attention heads."""
     window: int = 512
     """Longest prompt in tokens."""
     steps: int = 13_500
@@ -73,22 +85,52 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
 
+    @classmethod
+    def of(cls, shape: str, **changes: Any) -> TrainConfig:
+        """Return the settings of one architecture. Raises ConfigError for one that is not in ``SHAPES``."""
+        if shape not in SHAPES:
+            from errata.errors import ConfigError
+            from errata.registry import close
+
+            near = close(shape, list(SHAPES))
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(SHAPES)}"
+            raise ConfigError(f"the lab has no model of shape {shape!r}: {hint}")
+        return cls(shape=shape, **(SHAPES[shape] | changes))
+
     def model_settings(self, begin: int, end: int, pad: int) -> dict[str, Any]:
-        """Settings of the Llama-shaped model."""
-        return {
+        """Return the transformers configuration of this shape; ``begin``, ``end``, ``pad`` are token ids."""
+        common = {
             "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "max_position_embeddings": self.window,
             "tie_word_embeddings": True,
             "bos_token_id": begin,
             "eos_token_id": end,
             "pad_token_id": pad,
             "dtype": "float32",
         }
+        if self.shape == "gpt2":
+            return common | {
+                "n_embd": self.width,
+                "n_inner": self.inner,
+                "n_layer": self.layers,
+                "n_head": self.heads,
+                "n_positions": self.window,
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0,
+            }
+        heads = {"head_dim": self.width // self.heads} if self.shape == "qwen3" else {}
+        return (
+            common
+            | heads
+            | {
+                "hidden_size": self.width,
+                "intermediate_size": self.inner,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.key_value_heads or self.heads,
+                "max_position_embeddings": self.window,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +163,7 @@ def train(
     writer = Writer(world)
     tokenizer = _tokenizer(folder, writer, config)
     settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    model = new_model("llama", settings, seed=config.seed).to(device)
+    model = new_model(config.shape, settings, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -233,11 +275,14 @@ def logged(folder: Path) -> dict[int, float]:
 
 
 def _same_config(folder: Path, config: TrainConfig) -> None:
+    """Record the settings in the folder, or raise ConfigError where a run with others began."""
     path = folder / "config.json"
-    wanted = json.dumps(asdict(config), indent=2)
+    settings = asdict(config)
     if not path.exists():
-        path.write_text(wanted, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != wanted:
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        return
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    if defaults | json.loads(path.read_text(encoding="utf-8")) != settings:
         from errata.errors import ConfigError
 
         raise ConfigError(
