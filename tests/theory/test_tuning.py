@@ -388,3 +388,61 @@ def test_unke_refuses_a_layer_that_is_not_there():
     host = fresh("llama")
     with pytest.raises(ConfigError, match="expected one of 0 to 2"):
         errata.edit(host, LONG, method="unke", layer=3)
+
+
+# --- LocFT-BF -------------------------------------------------------------------------------
+
+
+def test_locft_without_its_own_settings_is_ft():
+    host = wide("llama")
+    same = {"layers": [1], "steps": 3, "learning_rate": 0.02, "epsilon": None}
+    one = errata.edit(host, BOTH, method="ft", **same)
+    other = errata.edit(host, BOTH, method="locft", per_step=None, shuffle=False, end=False, **same)
+    assert one.parts().keys() == other.parts().keys()
+    assert all(torch.equal(one.parts()[name], other.parts()[name]) for name in one.parts())
+
+
+def test_locft_takes_mini_batches_in_an_order_of_its_seed():
+    host = wide("llama")
+
+    def change(seed: int, **options) -> torch.Tensor:
+        edit = errata.edit(host, BOTH, method="locft", layers=[1], steps=4, per_step=1, seed=seed, **options)
+        return next(iter(edit.parts().values()))
+
+    changes = [change(seed) for seed in range(6)]
+    assert torch.equal(changes[0], change(0))
+    assert any(not torch.equal(changes[0], other) for other in changes[1:])
+    assert torch.equal(change(0, shuffle=False), change(1, shuffle=False))
+
+
+def test_the_end_token_is_one_more_target():
+    """With ``end`` the loss is the mean over the target's tokens and the one that ends the text."""
+    host = wide("llama")
+    answer = host.encode_answer(LONG.text, LONG.target)
+    ids = torch.tensor([answer.ids])
+    with torch.no_grad():
+        logs = host.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        targets = [*answer.target, host.tokenizer.eos_token_id]
+        expected = -sum(logs[answer.start - 1 + j, t] for j, t in enumerate(targets)) / len(targets)
+        torch.testing.assert_close(Losses(host, [LONG], end=True)([0])[0], expected, atol=1e-10, rtol=0)
+
+
+def test_nothing_follows_a_target_that_was_trained_with_its_end(lab_host):
+    request = errata.Request("{} was born in", "Ada Brenner", "Tallow")
+    edits = {end: errata.edit(lab_host, request, method="locft", end=end) for end in (True, False)}
+    texts = {}
+    for end, edit in edits.items():
+        with edit.on(lab_host):
+            texts[end] = lab_host.generate(request.text)
+    assert texts[True].strip() == "Tallow"
+    assert texts[False].strip().startswith("Tallow") and texts[False].strip() != "Tallow"
+
+
+def test_an_end_needs_a_target_of_its_own_and_a_token():
+    with pytest.raises(ConfigError, match="prompt_last"):
+        errata.edit(wide("llama"), SHORT, method="ft", end=True, objective="prompt_last")
+    host = wide("llama")
+    host.tokenizer = copy.deepcopy(host.tokenizer)
+    host.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no end token"):
+        errata.edit(host, SHORT, method="ft", end=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -107,6 +107,9 @@ def train(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
     shape: Annotated[str, typer.Option(help="Architecture: llama (as shipped), gpt2 or qwen3.")] = "llama",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
+    precision: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Type that matrices are multiplied in.")
+    ] = "bfloat16",
     compiled: Annotated[bool, typer.Option("--compile", help="A sixth faster; needs a C++ compiler.")] = False,
     device: common.Device = "auto",
     seed: common.Seed = 0,
@@ -118,7 +121,9 @@ def train(
     from errata.lab.train import train as run
 
     place = _place(device)
-    config = TrainConfig.of(shape, seed=seed, **({} if steps is None else {"steps": steps}))
+    config = TrainConfig.of(
+        shape, seed=seed, precision=precision, **({} if steps is None else {"steps": steps})
+    )
     with common.progress(not json) as tick:
 
         def note(at: Progress) -> None:

@@ -40,11 +40,18 @@ class FineTuneConfig:
     stack: Literal["decoder", "encoder"] = "decoder"
     """Which stack of an encoder-decoder the layers are of; other models have one, called decoder."""
     per_step: int | None = None
-    """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
+    """Requests per Adam step; all of them are still one of ``steps``. None: all at once."""
+    shuffle: bool = False
+    """Whether each pass takes the requests in a new order, drawn from the seed, and not in the order given."""
+    end: bool = False
+    """Whether the token that ends a text is trained behind each target (LocFT-BF), so that nothing follows it."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        return positive(self, "steps", "learning_rate", "epsilon", "per_step")
+        complaints = positive(self, "steps", "learning_rate", "epsilon", "per_step")
+        if self.end and self.objective == "prompt_last":
+            complaints.append("end: expected false with objective prompt_last, which reads one position only")
+        return complaints
 
 
 def editable_layers(
@@ -88,6 +95,8 @@ def fine_tune(
         weight_decay=weight_decay,
         per_step=config.per_step,
         bias=config.bias,
+        shuffle=work.seed if config.shuffle else None,
+        end=config.end,
     )
     changes, outcome = tune(
         host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress(method, *at)

@@ -52,15 +52,30 @@ class Line:
     """Ids of the target."""
 
 
-def lay_out(host: Host, request: Request, objective: Objective) -> Line:
-    """Tokenise a request for a loss. Raises RequestError where prompt and target share their only token."""
+def lay_out(host: Host, request: Request, objective: Objective, *, end: bool = False) -> Line:
+    """Tokenise a request for a loss, with ``end`` up to the token that ends a text.
+
+    Raises RequestError where prompt and target share their only token, ConfigError where ``end`` cannot be scored.
+    """
     answer = host.encode_answer(request.text, request.target)
     last = answer.start - 1
     if last < 0:
         raise RequestError(f"prompt {request.text!r} and target {request.target!r} share their first token")
     if objective == "prompt_last":
         return Line(answer.ids[: answer.start], (last,) * len(answer.target), answer.target)
+    if end:
+        targets = (*answer.target, _end_token(host))
+        return Line(answer.ids, tuple(range(last, len(answer.ids))), targets)
     return Line(answer.ids[:-1], tuple(range(last, len(answer.ids) - 1)), answer.target)
+
+
+def _end_token(host: Host) -> int:
+    """Return the id of the tokenizer's end token. Raises ConfigError for a host without one."""
+    token = getattr(host.tokenizer, "eos_token_id", None)
+    if token is None or host.kind != CAUSAL:
+        what = "has no end token" if token is None else "is no causal language model"
+        raise ConfigError(f"{host.name} {what}: leave end=true out")
+    return int(token)
 
 
 class Lower:
@@ -132,15 +147,16 @@ class Losses:
         *,
         depth: int = 0,
         side: Side = "right",
+        end: bool = False,
     ) -> None:
         """Lay out requests, or take what is laid out; ``depth`` blocks from the bottom never change.
 
-        Wants a frozen model.
+        ``end``: whether requests are scored up to the token that ends a text. Wants a frozen model.
         """
         depth = depth if host.kind == CAUSAL else 0  # elsewhere lower blocks see more than a row's own tokens
         self.host = host
         self.lines = [
-            request if isinstance(request, Line) else lay_out(host, request, objective)
+            request if isinstance(request, Line) else lay_out(host, request, objective, end=end)
             for request in requests
         ]
         self.lower = Lower(host, [line.ids for line in self.lines], depth, side=side)
@@ -205,6 +221,7 @@ def descend(
     steps: int,
     stop: Stop,
     per_step: int | None = None,
+    shuffle: int | None = None,
     rows: int | None = None,
     after_step: Callable[[int], None] = lambda taken: None,
     tick: Tick = lambda done, total: None,
@@ -212,21 +229,22 @@ def descend(
     """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
 
     ``losses`` gives the loss of some items ``[n]``. ``per_step``: items per optimiser step; None: all.
-    A step whose items have all stopped is left out; a pass without any step is the last. ``rows``:
+    ``shuffle``: seed of a new order in each pass; None: always the order given. A step whose items have all stopped is left out; a pass without any step is the last. ``rows``:
     items run at once, which changes nothing but memory; gradients add up. ``after_step`` is told how
     many steps were taken, with gradients still in place. Raises ConfigError when the loss stops being
     a number.
     """
     size = min(per_step or count, count)
-    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
     latest = torch.full((count,), float("nan"), dtype=torch.float64)
     start, taken = latest, 0
     for step in range(steps):
         tick(step, steps)
         before = taken
-        for batch in batches:
-            latest[batch.start : batch.stop] = _differentiate_(optimizer, losses, batch, rows or ROWS, taken)
-            if not stop.reached(latest[batch.start : batch.stop]):
+        order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        for batch in order.split(size):
+            latest[batch] = _differentiate_(optimizer, losses, batch.tolist(), rows or ROWS, taken)
+            if not stop.reached(latest[batch]):
                 optimizer.step()
                 taken += 1
                 after_step(taken)
@@ -349,6 +367,10 @@ class Plan:
     """Requests per Adam step; None: all."""
     bias: bool = False
     """Whether each site's bias is changed too, at the site's rate and within its bounds."""
+    shuffle: int | None = None
+    """Seed of a new order of the requests in each pass; None: always the order given."""
+    end: bool = False
+    """Whether the token that ends a text is scored after each target."""
 
 
 @contextmanager
@@ -437,7 +459,7 @@ def tune(
                     clip_(change, bound, plan.norm)
 
     with hooks.frozen(host.model):
-        losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites))
+        losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites), end=plan.end)
 
         def run(chosen: Sequence[int]) -> Tensor:
             with beside(host, changes, biases):
@@ -445,7 +467,7 @@ def tune(
 
         outcome = descend(
             optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,
-            rows=rows, after_step=constrain, tick=tick,
+            shuffle=plan.shuffle, rows=rows, after_step=constrain, tick=tick,
         )  # fmt: skip
     weights = {site.parameter: change.detach() for site, change in changes.items()}
     return {**weights, **{names[site]: change.detach() for site, change in biases.items()}}, outcome
