@@ -229,9 +229,10 @@ def descend(
     """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
 
     ``losses`` gives the loss of some items ``[n]``. ``per_step``: items per optimiser step; None: all.
-    ``shuffle``: seed of a new order in each pass; None: always the order given. A step whose items have all stopped is left out; a pass without any step is the last. ``rows``:
-    items run at once, which changes nothing but memory; gradients add up. ``after_step`` is told how
-    many steps were taken, with gradients still in place. Raises ConfigError when the loss stops being
+    ``shuffle``: seed of a new order in each pass; None: always the order given. A step whose items have all
+    stopped is left out; a pass without any step is the last. ``rows``: items run at once, which changes nothing
+    but memory; gradients add up. ``after_step`` is told how many steps were taken, with gradients still in
+    place. Raises ConfigError when the loss stops being
     a number.
     """
     size = min(per_step or count, count)
