@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import errata
+from errata.errors import ConfigError
 from errata.methods import encore
 from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Shape
@@ -100,3 +101,16 @@ def test_encore_is_as_published_for_the_models_of_its_code(monkeypatch):
 def test_the_numbers_of_encores_code(shape, expected):
     row = encore.METHOD.published.get(Shape(*shape))
     assert (row and (row["update_norm_lambda"], row["top_count"])) == expected
+
+
+@pytest.mark.parametrize("method", ["memit", "ft", "keel"])
+def test_wide_layers_run_from_a_twelfth_to_five_sixths_of_the_depth(method, lab_host):
+    request = errata.Request("{} was born in", "Ada Brenner", "Tallow")
+    edit = errata.edit(lab_host, request, method=method, layers="wide", steps=1)
+    assert edit.provenance.config["layers"] == [0, 1, 2, 3, 4]
+    assert len(edit.deltas) == 5
+
+
+def test_rome_has_one_layer_and_says_so():
+    with pytest.raises(ConfigError, match="expected int, found 'wide'"):
+        errata.edit(fresh("llama"), errata.Request("{} is", "Esk", "old"), method="rome", layers="wide")

@@ -25,7 +25,7 @@ from errata.locate.contexts import Context
 from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
 from errata.locate.sweep import LayerSweep
 from errata.locate.values import Value, ValueConfig, Where, find_values
-from errata.methods._method import Published, Shape, Workspace, notes, provenance, resolve_layers
+from errata.methods._method import Layers, Published, Shape, Workspace, notes, provenance, resolve_layers
 from errata.methods._settings import (
     ClosedFormConfig,
     CovarianceConfig,
@@ -110,7 +110,8 @@ def resolve_covariance_config(
     if config.cov_weight is not None:
         return config
     defaults = published if host.layout.adds_directly else {}
-    cov_weight = config.cov_relative * host.layout.site(min(config.layers or ())).d_in
+    assert isinstance(config.layers, tuple)
+    cov_weight = config.cov_relative * host.layout.site(min(config.layers)).d_in
     return replace(config, cov_weight=defaults.get("cov_weight", cov_weight))
 
 
@@ -144,7 +145,7 @@ class TaskSettings(SearchSettings, Protocol):
     """Settings that every closed-form fit uses."""
 
     @property
-    def layers(self) -> tuple[int, ...] | None: ...
+    def layers(self) -> Layers: ...
     @property
     def stabilise(self) -> tuple[str, ...]: ...
 
@@ -170,7 +171,13 @@ class Task(Generic[T]):
     @property
     def sites(self) -> list[Site]:
         """The sites to edit, from the lowest layer."""
-        return [self.host.layout.site(layer) for layer in self.config.layers or ()]
+        return [self.host.layout.site(layer) for layer in self.layers]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers to edit; settings are resolved by now."""
+        assert isinstance(self.config.layers, tuple)
+        return self.config.layers
 
     def with_initial_state(self) -> Task[T]:
         """Return the task with the state from its beginning."""
@@ -250,8 +257,7 @@ def null_space_costs(task: Task[NullSpaceConfig]) -> dict[Site, CostMatrix]:
 def projection_costs(task: Task[NullSpaceConfig], path: str) -> dict[Site, CostMatrix]:
     """Return the same for projections read from a file; L2 is 10 where no ridge is set, as in the code."""
     cost = 10.0 if task.config.ridge is None else task.config.ridge
-    layers = task.config.layers or ()
-    spectra = {site: task.work.projection(path, site, layers) for site in task.sites}
+    spectra = {site: task.work.projection(path, site, task.layers) for site in task.sites}
     return {
         site: CostMatrix.within(1 - eigen.values, eigen.vectors, below=0.5, cost=cost, name=name)
         for site, (eigen, name) in spectra.items()

@@ -11,7 +11,7 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.methods._method import Workspace, notes, provenance, resolve_layers
+from errata.methods._method import Layers, Workspace, notes, provenance, resolve_layers
 from errata.training.tune import Norm, Plan, Stop, tune
 from errata.types import Request
 
@@ -20,8 +20,8 @@ from errata.types import Request
 class FineTuneConfig:
     """Settings that FT and FT-L share."""
 
-    layers: tuple[int, ...] | None = None
-    """Layers whose feed-forward output projection is trained."""
+    layers: Layers = None
+    """Layers whose feed-forward output projection is trained; wide: from a twelfth to five sixths of the depth."""
     objective: Literal["target", "prompt_last"] = "target"
     """Loss: autoregressive on the target tokens, or all of them from the prompt's last token (published)."""
     scale: Literal["weight", "published"] = "weight"

@@ -368,21 +368,31 @@ def provenance(
     )
 
 
+Layers = tuple[int, ...] | Literal["wide"] | None
+"""Layers to edit: by number, those of :func:`wide_layers`, or None, the method's own."""
+
+
+def wide_layers(depth: int) -> tuple[int, ...]:
+    """Return the layers from a twelfth to five sixths of the depth."""
+    return tuple(range(depth // 12, max(depth // 12 + 1, 5 * depth // 6)))
+
+
 def resolve_layers(
-    host: Host, layers: tuple[int, ...] | None, default: Callable[[int], tuple[int, ...]],
-    stack: str = DECODER,
+    host: Host, layers: Layers, default: Callable[[int], tuple[int, ...]], stack: str = DECODER,
 ) -> tuple[int, ...]:  # fmt: skip
     """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
 
-    Where the layer at a default's place cannot be edited, the nearest ones that can take its place.
-    ``stack``: which of an encoder-decoder's two they are of.
+    ``wide`` asks for :func:`wide_layers`. Where the layer at the place of one that was not asked for by number
+    cannot be edited, the nearest ones that can take its place. ``stack``: which of an encoder-decoder's two they
+    are of.
     """
     layout = host.layout.of(stack)
     depth = len(layout.blocks)
     editable = [i for i, site in enumerate(layout.mlp_out) if site is not None]
     if not editable:
         layout.site(0)  # raises, with the reason
-    if layers is None:
+    if layers is None or layers == "wide":
+        default = default if layers is None else wide_layers
         nearest = (min(editable, key=lambda i: (abs(i - layer), i)) for layer in default(depth))
         return tuple(sorted(set(nearest)))
     if not layers or len(set(layers)) != len(layers):

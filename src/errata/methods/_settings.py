@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from errata.config import positive
 from errata.linalg.solve import RIDGE
 from errata.locate.values import Scale, Stop, ValueConfig
+from errata.methods._method import Layers
 from errata.methods._stabilise import check_steps
 
 # --- the search for values ------------------------------------------------------------------
@@ -121,8 +122,9 @@ class Ridge:
 class ClosedFormConfig(Inputs, Stopping):
     """Settings that the closed-form methods share; values in brackets are from the papers."""
 
-    layers: tuple[int, ...] | None = None
-    """Layers to edit, the value search at the last. None: published for known models, else from depth."""
+    layers: Layers = None
+    """Layers to edit, the value search at the last. None: published for known models, else from depth; wide: from a
+    twelfth to five sixths of the depth."""
     steps: int = 25
     """Value search: Adam steps at most (MEMIT's code: 20 to 25)."""
     learning_rate: float | None = None

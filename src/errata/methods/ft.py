@@ -21,7 +21,7 @@ from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
-from errata.methods._method import Baseline, Method, Workspace
+from errata.methods._method import Baseline, Layers, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
 
@@ -30,7 +30,7 @@ from errata.types import Request
 class Config(FineTuneConfig):
     """Settings of FT."""
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers whose feed-forward output projection is trained. None: one, at a fifth of the depth."""
     norm: Literal["inf", "2"] = "inf"
     """Norm p of the constraint: every entry, or the whole change."""

@@ -24,7 +24,7 @@ from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
-from errata.methods._method import Method, Workspace
+from errata.methods._method import Layers, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
 
@@ -33,7 +33,7 @@ from errata.types import Request
 class Config(FineTuneConfig):
     """Settings of FT-L."""
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers whose feed-forward output projection is trained. None: the first (ROME's choice for FT+L)."""
     scale: Literal["weight", "published"] = "weight"
     """Unit of epsilon and learning_rate: the weight's root mean square, or plain numbers."""

@@ -37,7 +37,7 @@ from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, conditioned, key_basis, square_factor
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems
-from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers
+from errata.methods._method import Layers, Method, Workspace, notes, provenance, resolve_layers, wide_layers
 from errata.methods._settings import Inputs, at_least_zero
 from errata.training.tune import ROWS, Line, Losses, beside_low_rank
 from errata.types import Request
@@ -47,8 +47,8 @@ from errata.types import Request
 class Config(Inputs):
     """Settings of KEEL."""
 
-    layers: tuple[int, ...] | None = None
-    """Layers whose down-projections are written. None: from a twelfth to five sixths of the depth."""
+    layers: Layers = None
+    """Layers whose down-projections are written. None and wide: from a twelfth to five sixths of the depth."""
     rho: float = 0.1
     """Shrinkage: multiple of the mean diagonal entry of C that is added to its diagonal."""
     history: float = 0.1
@@ -83,8 +83,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     """Return the edit that lowers the loss of all requests' targets at the least cost under M."""
     if not requests:
         raise ConfigError("keel needs at least one request")
-    config = replace(config, layers=resolve_layers(host, config.layers, wide_layers))
-    sites = [host.layout.site(layer) for layer in config.layers or ()]
+    layers = resolve_layers(host, config.layers, wide_layers)
+    config = replace(config, layers=layers)
+    sites = [host.layout.site(layer) for layer in layers]
     costs = work.costs(host, sites, config.tokens, ridge=config.rho, source=config.moments)
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = work.contexts(host, groups, "flat", config.prefixes)
@@ -109,11 +110,6 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         provenance("keel", host, requests, config, work, **notes(facts)),
         state=state,
     )
-
-
-def wide_layers(depth: int) -> tuple[int, ...]:
-    """Return the layers from a twelfth to five sixths of the depth."""
-    return tuple(range(depth // 12, max(depth // 12 + 1, 5 * depth // 6)))
 
 
 # --- where a change may go ------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
-from errata.methods._method import Method, Workspace
+from errata.methods._method import Layers, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
 
@@ -27,7 +27,7 @@ from errata.types import Request
 class Config(FineTuneConfig):
     """Settings of LocFT-BF."""
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
     """Layers whose feed-forward output projection is trained. None: one, at five sixths of the depth."""
     learning_rate: float | None = None
     """Adam's rate. None: 0.03 in root mean squares, chosen on the lab; 5e-4 in plain numbers (paper)."""
