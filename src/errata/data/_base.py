@@ -34,7 +34,7 @@ class Record:
     """Position for messages: ``record 17`` or ``line 3``, counted from 1."""
     index: int
     """The same counted from 0, for names of cases."""
-    aside: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    omissions: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     """What of it went into no case although the record did, by reason; shared by its parts."""
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -50,37 +50,39 @@ class Record:
         """Return a field that must be a text with content. Raises Malformed."""
         value = self.get(path)
         if not isinstance(value, str) or not value.strip():
-            raise Malformed(f"{path}: expected a text, found {_found(value)}")
+            raise Malformed(f"{path}: expected a text, found {_description(value)}")
         return value
 
-    def texts(self, path: str, *, needed: bool = False) -> tuple[str, ...]:
+    def texts(self, path: str, *, required: bool = False) -> tuple[str, ...]:
         """Return a field that is a text or a list of texts, empty ones left out. Raises Malformed."""
         value = self.get(path)
         items = [value] if isinstance(value, str) else value
-        if items is None and not needed:
+        if items is None and not required:
             return ()
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise Malformed(f"{path}: expected texts, found {_found(value)}")
+            raise Malformed(f"{path}: expected texts, found {_description(value)}")
         kept = tuple(item for item in items if item.strip())
-        if needed and not kept:
+        if required and not kept:
             raise Malformed(f"{path}: expected at least one text, found none")
         return kept
 
-    def records(self, path: str, *, needed: bool = False) -> list[Record]:
+    def records(self, path: str, *, required: bool = False) -> list[Record]:
         """Return a field that is a list of records. Raises Malformed."""
         value = self.get(path)
-        if value is None and not needed:
+        if value is None and not required:
             return []
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            raise Malformed(f"{path}: expected a list of records, found {_found(value)}")
-        return [Record(item, f"{self.where}, {path} {i + 1}", i, self.aside) for i, item in enumerate(value)]
+            raise Malformed(f"{path}: expected a list of records, found {_description(value)}")
+        return [
+            Record(item, f"{self.where}, {path} {i + 1}", i, self.omissions) for i, item in enumerate(value)
+        ]
 
 
-def _found(value: Any) -> str:
+def _description(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {shown(value, 60)}"
 
 
-def request(
+def make_request(
     prompt: str, subject: str, target: str, target_old: str | None = None, id: str | None = None
 ) -> Request:
     """Build a request from a dataset's texts.
@@ -94,10 +96,10 @@ def request(
         subject = next(iter(subject_forms(prompt, subject)), subject)
     if "{}" not in prompt and subject and prompt.count(subject) != 1:  # at its one place it is clear
         words = rf"(?<!\w){re.escape(subject)}(?!\w)"
-        found = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
-        subject = found.group() if found else subject
+        match = re.search(words, prompt, 0 if subject in prompt else re.IGNORECASE)
+        subject = match.group() if match else subject
         if prompt.count(subject) > 1:
-            at = found.start() if found else prompt.index(subject)
+            at = match.start() if match else prompt.index(subject)
             prompt = prompt[:at] + "{}" + prompt[at + len(subject) :]
     wrong = request_problems(prompt, subject, target)
     if wrong:

@@ -63,7 +63,7 @@ class Check:
     subject_absent: int
     """Rows left out because a subject does not occur in its prompt; also among ``skipped``."""
     subject_is_prompt: int
-    """Requests whose whole prompt stands for the subject, as the dataset names none."""
+    """Requests whose whole prompt is used as the subject, as the dataset names none."""
     renamed: int
     """Cases given another name because an earlier one has theirs."""
     skipped: tuple[Fault, ...]
@@ -151,8 +151,8 @@ class Tally:
 
     def leave_out(self, where: str, error: ErrataError | str) -> None:
         """Note a row that gives no case, or not all of its cases."""
-        known = isinstance(error, ErrataError) and not isinstance(error, Malformed)
-        (self._skipped if known else self._malformed).append(Fault(where, str(error)))
+        well_formed = isinstance(error, ErrataError) and not isinstance(error, Malformed)
+        (self._skipped if well_formed else self._malformed).append(Fault(where, str(error)))
         self._absent += isinstance(error, SubjectAbsent)
 
     def counts(self) -> dict[str, Any]:
@@ -175,19 +175,21 @@ class Tally:
 
     def _conflicts(self) -> Conflicts:
         first: dict[int, int] = {}
-        torn = {
+        ambiguous = {
             prompt
             for prompt, target in zip(self._prompts, self._targets, strict=True)
             if first.setdefault(prompt, target) != target
         }
-        places = {place for prompt, place in zip(self._prompts, self._places, strict=True) if prompt in torn}
+        places = {
+            place for prompt, place in zip(self._prompts, self._places, strict=True) if prompt in ambiguous
+        }
         names = [name for name, place in self._names.items() if place in places] if places else []
-        return Conflicts(len(torn), len(places), tuple(names[:EXAMPLES]))
+        return Conflicts(len(ambiguous), len(places), tuple(names[:EXAMPLES]))
 
 
 def _hash(*texts: str) -> int:
     """Hash some texts to 64 bits: among two million, a collision has odds of one to ten million."""
-    made = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
     for text in texts:
-        made.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return int.from_bytes(made.digest(), "little")
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return int.from_bytes(digest.digest(), "little")

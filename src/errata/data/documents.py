@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from errata.data.tables import Broken
+from errata.data.tables import Unreadable
 from errata.files import DEEPEST, Duplicates, Fail, decoder, parse_yaml_lines
 
-Found = list[tuple[str, Any]]
+Records = list[tuple[str, Any]]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def json_records(text: str, fail: Fail) -> Found:
+def json_records(text: str, fail: Fail) -> Records:
     """Read records written one a line, as a list, or one after the other over several lines.
 
     Lines that are no JSON are :class:`Broken`; raises what ``fail`` makes of the reason where the text is of none
@@ -28,7 +28,7 @@ def json_records(text: str, fail: Fail) -> Found:
     if isinstance(_line(first), dict):
         return _lines(text)
     try:
-        found = list(_listed(text) if text.lstrip()[:1] == "[" else _concatenated(text))
+        found = list(_list_values(text) if text.lstrip()[:1] == "[" else _concatenated(text))
     except json.JSONDecodeError as problem:
         lines = _lines(text)
         if any(isinstance(value, dict) for _, value in lines):
@@ -38,17 +38,17 @@ def json_records(text: str, fail: Fail) -> Found:
     for begin, _ in found:
         line, at = line + text.count("\n", at, begin), begin
         numbers.append(line)
-    return _placed([value for _, value in found], numbers)
+    return _with_positions([value for _, value in found], numbers)
 
 
-def yaml_records(text: str, fail: Fail) -> Found:
+def yaml_records(text: str, fail: Fail) -> Records:
     """Read the records of a YAML list, or one record; values but true, false and null as they are written."""
     loaded, lines = parse_yaml_lines(text, fail, written=True)
     items = loaded if isinstance(loaded, list) else [] if loaded is None else [loaded]
-    return _placed(items, lines)
+    return _with_positions(items, lines)
 
 
-def _placed(values: list[Any], lines: list[int]) -> Found:
+def _with_positions(values: list[Any], lines: list[int]) -> Records:
     pairs = enumerate(zip(values, lines, strict=True), 1)
     return [(f"record {i} (line {line})", value) for i, (value, line) in pairs]
 
@@ -71,17 +71,17 @@ def _line(line: str) -> Any:
     try:
         return decoder().decode(line)
     except json.JSONDecodeError as problem:
-        return Broken(f"not JSON: {problem.msg}")
+        return Unreadable(f"not JSON: {problem.msg}")
     except RecursionError:
-        return Broken("nested too deeply to be read")
+        return Unreadable("nested too deeply to be read")
 
 
-def _lines(text: str) -> Found:
+def _lines(text: str) -> Records:
     # splitlines also cuts at U+2028, which is legal within JSON
     return [(f"line {i}", _line(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _listed(text: str) -> Iterator[tuple[int, Any]]:
+def _list_values(text: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of a list with where each begins. Raises JSONDecodeError."""
     parser = decoder()
     at = _after(text, text.index("[") + 1)

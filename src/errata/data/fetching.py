@@ -58,8 +58,8 @@ def variant_of(dataset: Dataset, path: Path, records: Sequence[Any] = ()) -> str
     The likeliest where neither says anything, which is the dataset's default as a rule. ``records``: as they
     are in the file.
     """
-    told = tuple(dataset.variants_of(records)) if dataset.variants_of and records else ()
-    candidates = told or dataset.variants
+    variants = tuple(dataset.variants_of(records)) if dataset.variants_of and records else ()
+    candidates = variants or dataset.variants
     parts = path.absolute().parts
     for variant in candidates:
         name = Path(file_name(dataset, variant)).parts
@@ -90,14 +90,14 @@ def origin(dataset: Dataset, variant: str) -> str | None:
 
 def sha256(path: Path) -> str:
     """Hash a file's bytes. Raises DataError where it cannot be read."""
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             for piece in iter(lambda: file.read(CHUNK), b""):
-                made.update(piece)
+                digest.update(piece)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return made.hexdigest()
+    return digest.hexdigest()
 
 
 def lock_path(path: Path) -> Path:
@@ -119,15 +119,15 @@ def read_lock(path: Path) -> Lock | None:
         ) from error
 
 
-def verified(path: Path) -> str:
+def verified_sha256(path: Path) -> str:
     """Return a file's hash. Raises DataError where it is not what its lock says was fetched."""
-    found, lock = sha256(path), read_lock(path)
-    if lock is not None and lock.sha256 != found:
+    digest, lock = sha256(path), read_lock(path)
+    if lock is not None and lock.sha256 != digest:
         raise DataError(
-            f"{path} is not the file that was fetched from {lock.source}: its sha256 is {found}, the lock "
+            f"{path} is not the file that was fetched from {lock.source}: its sha256 is {digest}, the lock "
             f"says {lock.sha256}; delete {lock_path(path).name} if the change was meant, else fetch it anew"
         )
-    return found
+    return digest
 
 
 def fetch_file(
@@ -160,16 +160,16 @@ def fetch_file(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
             if "://" in source:
-                got, commit = _from_address(source, Path(folder) / "file", tick), None
+                download, commit = _from_address(source, Path(folder) / "file", tick), None
             else:
-                got, commit = _from_hub(source, revision or pinned, Path(folder), endpoint, dataset)
-            _keep(got, Lock(source, commit, sha256(got), got.stat().st_size), old, target)
+                download, commit = _from_hub(source, revision or pinned, Path(folder), endpoint, dataset)
+            _keep(download, Lock(source, commit, sha256(download), download.stat().st_size), old, target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}; set ERRATA_DATA") from error
     return target
 
 
-def _keep(got: Path, new: Lock, old: Lock | None, target: Path) -> None:
+def _keep(download: Path, new: Lock, old: Lock | None, target: Path) -> None:
     """Put a downloaded file and its lock in place. Raises DataError for a file other than the lock says."""
     if old is not None and old.commit == new.commit and old.sha256 != new.sha256:
         raise DataError(
@@ -178,13 +178,13 @@ def _keep(got: Path, new: Lock, old: Lock | None, target: Path) -> None:
         )
     # The lock goes first: a file without its lock would be trusted, a lock without its file is not read.
     _write(lock_path(target), json.dumps(asdict(new), indent=2) + "\n")
-    got.replace(target)
+    download.replace(target)
 
 
 def _write(path: Path, text: str) -> None:
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    made.write_text(text, encoding="utf-8")
-    made.replace(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _from_address(address: str, target: Path, tick: Tick) -> Path:
@@ -192,15 +192,15 @@ def _from_address(address: str, target: Path, tick: Tick) -> Path:
     try:
         with urlopen(address, timeout=TIMEOUT) as answer, target.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
-            done = 0
+            received = 0
             for piece in iter(lambda: answer.read(CHUNK), b""):
                 file.write(piece)
-                done += len(piece)
-                tick("fetch", done, max(total, done))
+                received += len(piece)
+                tick("fetch", received, max(total, received))
     except (OSError, HTTPException) as error:
         raise DataError(f"{address} cannot be fetched: {error}; {OFFLINE}") from error
-    if total and done != total:
-        raise DataError(f"{address} stopped after {done} of {total} bytes; try again")
+    if total and received != total:
+        raise DataError(f"{address} stopped after {received} of {total} bytes; try again")
     return target
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Malformed, Record, request
+from errata.data._base import Malformed, Record, make_request
 from errata.errors import shown
 from errata.types import Request
 
@@ -67,7 +67,7 @@ def _request(record: Record, name: str | None) -> Request:
         raise Malformed(f"missing {', '.join(missing)}")
     old = _first(record, OLD)
     old = None if old == target else old
-    return request(str(prompt), record.text("subject"), str(target), old, id=name)
+    return make_request(str(prompt), record.text("subject"), str(target), old, id=name)
 
 
 def _first(record: Record, names: Sequence[str]) -> str | None:
@@ -81,15 +81,15 @@ def _first(record: Record, names: Sequence[str]) -> str | None:
 
 def _text(name: str, value: Any) -> str:
     """Return a text, that of ``{"str": text}``, or the first of a list. Raises Malformed for anything else."""
-    found = value
+    text = value
     for _ in range(3):  # lists of lists stand in some files
-        if isinstance(found, Mapping) and "str" in found:
-            found = found["str"]
-        elif isinstance(found, list) and found:
-            found = found[0]
-    if not isinstance(found, str) or not found.strip():
+        if isinstance(text, Mapping) and "str" in text:
+            text = text["str"]
+        elif isinstance(text, list) and text:
+            text = text[0]
+    if not isinstance(text, str) or not text.strip():
         raise Malformed(f"{name}: expected a text, found {type(value).__name__} {shown(value, 60)}")
-    return found
+    return text
 
 
 def _loader(sample: Sequence[Mapping[str, Any]]) -> Reader | None:
@@ -97,12 +97,12 @@ def _loader(sample: Sequence[Mapping[str, Any]]) -> Reader | None:
     from errata.data.sets import REGISTRY
 
     entries = [REGISTRY.get(name) for name in REGISTRY]
-    fitting = [entry for entry in entries if all(entry.fits(value) for value in sample)]
-    if len(fitting) != 1:
+    matches = [entry for entry in entries if all(entry.fits(value) for value in sample)]
+    if len(matches) != 1:
         return None
-    entry = fitting[0]
+    entry = matches[0]
 
     def read(record: Record) -> list[Request]:
-        return [wanted for case in entry.cases(record, entry.variants[0]) for wanted in case.requests]
+        return [request for case in entry.cases(record, entry.variants[0]) for request in case.requests]
 
     return read

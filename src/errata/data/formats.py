@@ -31,7 +31,7 @@ NEAR_THE_END = 16
 Layout = Literal["list", "lines", "document", "table", "parquet", "other"]
 
 
-class BrokenOff(DataError):
+class Truncated(DataError):
     """A file cannot be read beyond a place; the records before it were."""
 
 
@@ -52,7 +52,7 @@ def layout(path: Path) -> Layout:
         return "table"
     if suffix in PARQUET:
         return "parquet"
-    with opened(path) as file:
+    with open_text(path) as file:
         start = _first_character(file)
         if not start:
             raise DataError(f"{path} is empty; get the file again")
@@ -67,10 +67,10 @@ def _first_character(file: TextIO) -> str:
     """Return the first character that is not white space, and leave the file before it."""
     while True:
         at = file.tell()
-        found = file.read(1)
-        if not found or not found.isspace():
+        character = file.read(1)
+        if not character or not character.isspace():
             file.seek(at)
-            return found
+            return character
 
 
 def _ends_on_its_line(file: TextIO) -> bool:
@@ -96,7 +96,7 @@ def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
             f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
             "a file in a format of its dataset's own is named DATASET@PATH"
         )
-    with opened(path, newline="" if form == "table" else None) as file:
+    with open_text(path, newline="" if form == "table" else None) as file:
         if form == "list":
             yield from _list(path, file)
         elif form == "lines":
@@ -108,7 +108,7 @@ def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
 
 
 @contextmanager
-def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open a text file. Raises DataError saying why it cannot be opened or read."""
     try:
         if path.exists() and not path.is_file():
@@ -149,12 +149,12 @@ class _Window:
 
     def more(self) -> bool:
         """Read on, at least as much as is held; False at the end of the file."""
-        added = self.file.read(max(CHUNK, len(self.text) - self.at))
-        if not added:
+        text = self.file.read(max(CHUNK, len(self.text) - self.at))
+        if not text:
             return False
         line, column = self.place(self.at)
         self.lines, self.column = line - 1, column - 1
-        self.text, self.at = self.text[self.at :] + added, 0
+        self.text, self.at = self.text[self.at :] + text, 0
         return True
 
     def place(self, at: int) -> tuple[int, int]:
@@ -181,19 +181,19 @@ class _Window:
                 value, end = parser.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if not (_may_go_on(error, self.text) and self.more()):
-                    raise self.broken(number, error.msg, error.pos) from error
+                    raise self._broken(number, error.msg, error.pos) from error
                 continue
             except RecursionError as error:
-                raise self.broken(number, "nested too deeply", self.at) from error
+                raise self._broken(number, "nested too deeply", self.at) from error
             if end == len(self.text) and self.more():
                 continue  # a number may go on in what follows
             raw, self.at = self.text[self.at : end], end
             return value, raw
 
-    def broken(self, number: int, why: str, at: int) -> BrokenOff:
+    def _broken(self, number: int, why: str, at: int) -> Truncated:
         """Word the complaint about the place beyond which the file cannot be read."""
         line, column = self.place(min(at, len(self.text)))
-        return BrokenOff(
+        return Truncated(
             f"{self.path} breaks off in record {number} (line {line}, column {column}): {why}; "
             f"{number - 1} records before it can be read; get the file again, or mend it there"
         )
@@ -219,12 +219,12 @@ def _list(path: Path, file: TextIO) -> Iterator[Row]:
         number += 1
         mark = window.peek()
         if mark not in (",", "]"):
-            raise window.broken(number, "expected a comma or the end of the list", window.at)
+            raise window._broken(number, "expected a comma or the end of the list", window.at)
         window.at += 1
         if mark == "]":
             break
     if window.peek():
-        raise window.broken(number, "text after the end of the list", window.at)
+        raise window._broken(number, "text after the end of the list", window.at)
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[Row]:
@@ -242,7 +242,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
                 else "nested too deeply"
             )
             if not line.endswith("\n"):
-                raise BrokenOff(
+                raise Truncated(
                     f"{path} breaks off in {where}, which has no line end: {why}; the lines before it can be "
                     "read; get the file again, or mend it there"
                 ) from error
@@ -252,21 +252,21 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
 def _document(path: Path, file: TextIO) -> Any:
     text = file.read(LARGEST + 1)
     if len(text) > LARGEST:
-        raise BrokenOff(f"{path} is one document of more than {LARGEST // MIB} MiB; write it as JSON lines")
+        raise Truncated(f"{path} is one document of more than {LARGEST // MIB} MiB; write it as JSON lines")
     spoilt = BYTES_NOT_UTF8.search(text)
     if spoilt:
         line = text.count("\n", 0, spoilt.start()) + 1
-        raise BrokenOff(f"{path}, line {line} holds bytes that are not UTF-8 text; mend it there")
+        raise Truncated(f"{path}, line {line} holds bytes that are not UTF-8 text; mend it there")
     try:
         value = decoder().decode(text)
         fault = _fault(value, text)
         if fault is not None:
-            raise BrokenOff(f"{path} {fault}; mend it there")
+            raise Truncated(f"{path} {fault}; mend it there")
         return value
     except RecursionError as error:
-        raise BrokenOff(f"{path} is nested too deeply to be read") from error
+        raise Truncated(f"{path} is nested too deeply to be read") from error
     except json.JSONDecodeError as error:
-        raise BrokenOff(
+        raise Truncated(
             f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}); "
             "get the file again, or mend it there"
         ) from error
@@ -295,7 +295,7 @@ def _table(path: Path, file: TextIO) -> Iterator[Row]:
             value = {name: cell for name, cell in cells.items() if cell != ""}
             yield _row(where, value, "".join(value.values()))
     except csv.Error as error:
-        raise BrokenOff(f"{path} breaks off after line {reader.line_num}: {error}; mend it there") from error
+        raise Truncated(f"{path} breaks off after line {reader.line_num}: {error}; mend it there") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -312,4 +312,4 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"row {number}", value)
     except (OSError, ArrowException) as error:
-        raise BrokenOff(f"{path} cannot be read as parquet after row {number}: {error}") from error
+        raise Truncated(f"{path} cannot be read as parquet after row {number}: {error}") from error

@@ -19,8 +19,8 @@ from errata.data import fetching, formats
 from errata.data._base import Dataset, Malformed, Record, Skip, no_facts
 from errata.data.checking import Check, Tally
 from errata.data.fetching import Tick
-from errata.data.formats import BrokenOff, Layout, Row
-from errata.data.requests import CASE_FIELDS, NEEDED, read_cases
+from errata.data.formats import Layout, Row, Truncated
+from errata.data.requests import CASE_FIELDS, REQUIRED, read_cases
 from errata.data.sets import REGISTRY
 from errata.errors import DataError, RequestError
 from errata.registry import nearest, unknown
@@ -49,14 +49,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class CheckedCases:
     """The cases of a source, and what reading them found."""
 
     cases: list[Case]
     check: Check
 
 
-def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> Loaded:
+def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> CheckedCases:
     """Read the cases of a source, and check what it holds.
 
     Rows that cannot be used are left out and listed in the check. ``limit``: end after so many cases.
@@ -67,7 +67,7 @@ def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: b
     """
     reading = _Reading(source, limit)
     cases = list(reading.cases(partial))
-    return Loaded(cases, reading.check(cases))
+    return CheckedCases(cases, reading.check(cases))
 
 
 def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iterator[Case]:
@@ -78,8 +78,8 @@ def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iter
 def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
     """Check a source, also one that breaks off; cases are kept only where the dataset counts along them."""
     reading = _Reading(source, limit)
-    kept = [case for case in reading.cases(True) if reading.counts]
-    return reading.check(kept)
+    cases = [case for case in reading.cases(True) if reading.counts]
+    return reading.check(cases)
 
 
 def fetch(
@@ -93,8 +93,8 @@ def fetch(
     """
     head, slash, variant = name.partition("/")
     entry = dataset(head)
-    wanted = [_variant(entry, variant)] if slash else list(entry.variants)
-    files = {fetching.file_name(entry, each): each for each in reversed(wanted)}
+    variants = [_variant(entry, variant)] if slash else list(entry.variants)
+    files = {fetching.file_name(entry, each): each for each in reversed(variants)}
     if not slash and len(files) > 1:  # files that can only be had by hand do not hinder the others
         files = {file: each for file, each in files.items() if fetching.origin(entry, each)} or files
     return [
@@ -119,15 +119,15 @@ def parse(source: str | os.PathLike[str]) -> Source:
     text = os.fspath(source)
     if isinstance(source, os.PathLike) or (Path(text).is_file() and not _is_name(text)):
         return Source(None, "", Path(text))
-    rest, limit = _limited(text)
+    rest, limit = _split_limit(text)
     name, at, path = rest.partition("@")
-    if at and _known(name):
-        return _named(name, Path(path).expanduser(), limit)
+    if at and _names_dataset(name):
+        return _with_name(name, Path(path).expanduser(), limit)
     file = Path(rest).expanduser()
     if file.is_file() and not _is_name(rest):
         return Source(None, "", file, limit)
-    if _known(rest):
-        return _named(rest, None, limit)
+    if _names_dataset(rest):
+        return _with_name(rest, None, limit)
     hint = nearest(name.partition("/")[0], [*REGISTRY, OWN])
     raise DataError(
         f"{text!r} names neither a file nor a dataset"
@@ -136,14 +136,14 @@ def parse(source: str | os.PathLike[str]) -> Source:
     )
 
 
-def _named(name: str, path: Path | None, limit: int | None) -> Source:
+def _with_name(name: str, path: Path | None, limit: int | None) -> Source:
     head, _, variant = name.partition("/")
     if head == OWN and (path is None or variant):
         raise DataError(f"{OWN} are cases in a file of yours: write {OWN}@PATH, without variant")
     return Source(head, variant, path, limit)
 
 
-def _known(text: str) -> bool:
+def _names_dataset(text: str) -> bool:
     """Whether a text begins with the name of a dataset."""
     head = text.partition("/")[0].replace("-", "_")
     return head in REGISTRY or head == OWN
@@ -152,10 +152,10 @@ def _known(text: str) -> bool:
 def _is_name(text: str) -> bool:
     """Whether a text is a dataset's name, and its variant, if any, exists."""
     head, slash, variant = text.partition("/")
-    return _known(head) and (not slash or (head != OWN and variant in dataset(head).variants))
+    return _names_dataset(head) and (not slash or (head != OWN and variant in dataset(head).variants))
 
 
-def _limited(text: str) -> tuple[str, int | None]:
+def _split_limit(text: str) -> tuple[str, int | None]:
     """Split ``:N`` off. Raises DataError for N below 1."""
     head, colon, count = text.rpartition(":")
     if not colon or not count.isdecimal():
@@ -170,8 +170,8 @@ def _variant(entry: Dataset, variant: str) -> str:
     if not variant:
         return entry.variants[0]
     if variant not in entry.variants:
-        known = [v for v in entry.variants if v]
-        raise DataError(unknown(variant, known, f"variant of {entry.name}"))
+        names = [v for v in entry.variants if v]
+        raise DataError(unknown(variant, names, f"variant of {entry.name}"))
     return variant
 
 
@@ -179,27 +179,29 @@ class _Reading:
     """One pass over one source."""
 
     def __init__(self, source: str | os.PathLike[str], limit: int | None) -> None:
-        parsed = parse(source)
-        limits = [n for n in (limit, parsed.limit) if n is not None]
+        source_parts = parse(source)
+        limits = [n for n in (limit, source_parts.limit) if n is not None]
         if limits and min(limits) < 1:
             raise DataError(f"expected a limit from 1, found {min(limits)}")
         self.limit = min(limits, default=None)
         self.tally = Tally()
-        self.aside: Counter[str] = Counter()
+        self.omissions: Counter[str] = Counter()
         self.entry: Dataset | None = None
         self.variant = ""
-        named = parsed.dataset not in (None, OWN)
-        if named:
-            self.entry = dataset(str(parsed.dataset))
-            self.variant = _variant(self.entry, parsed.variant)
-            if parsed.path and not parsed.variant:
-                self.variant = fetching.variant_of(self.entry, parsed.path, _first(self.entry, parsed.path))
-            self.path = parsed.path or fetching.locate(self.entry, self.variant)
+        is_named = source_parts.dataset not in (None, OWN)
+        if is_named:
+            self.entry = dataset(str(source_parts.dataset))
+            self.variant = _variant(self.entry, source_parts.variant)
+            if source_parts.path and not source_parts.variant:
+                self.variant = fetching.variant_of(
+                    self.entry, source_parts.path, _first(self.entry, source_parts.path)
+                )
+            self.path = source_parts.path or fetching.locate(self.entry, self.variant)
         else:
-            self.path = Path(parsed.path or "")
-        self.digest = fetching.verified(self.path)
-        if parsed.dataset is None:
-            self.entry = _recognised(self.path)
+            self.path = Path(source_parts.path or "")
+        self.digest = fetching.verified_sha256(self.path)
+        if source_parts.dataset is None:
+            self.entry = _recognise(self.path)
             if self.entry:
                 self.variant = fetching.variant_of(self.entry, self.path, _first(self.entry, self.path))
 
@@ -210,10 +212,10 @@ class _Reading:
 
     def cases(self, partial: bool) -> Iterator[Case]:
         """Yield cases, counting them; ``partial``: end quietly where the file breaks off."""
-        found = self._own() if self.entry is None else self._converted(self.entry)
+        found = self._own() if self.entry is None else self._convert(self.entry)
         try:
             yield from islice(found, self.limit)
-        except BrokenOff as error:
+        except Truncated as error:
             self.tally.broken = str(error)
             if not partial:
                 raise
@@ -223,7 +225,7 @@ class _Reading:
             self.tally.rows += 1
             yield self.tally.add(case)
 
-    def _converted(self, entry: Dataset) -> Iterator[Case]:
+    def _convert(self, entry: Dataset) -> Iterator[Case]:
         gate = entry.gate(self.variant) if entry.gate else None
         for index, row in enumerate(_rows(self.path, entry, self.variant)):
             self.tally.rows += 1
@@ -234,8 +236,8 @@ class _Reading:
             try:
                 for case in entry.cases(record, self.variant):
                     if gate is None or self._passes(gate, record, case):
-                        self.aside.update(record.aside)
-                        record.aside.clear()
+                        self.omissions.update(record.omissions)
+                        record.omissions.clear()
                         yield self.tally.add(case)
             except (Skip, RequestError) as error:
                 self.tally.leave_out(row.where, error)
@@ -250,16 +252,16 @@ class _Reading:
 
     def check(self, cases: list[Case]) -> Check:
         """Report on the pass; ``cases``: those it gave, for the dataset's own counts."""
-        ended = self.limit is not None and self.tally.cases >= self.limit
+        limit_reached = self.limit is not None and self.tally.cases >= self.limit
         facts = dict(self.entry.facts(cases)) if self.entry and self.counts else {}
-        if self.aside:
-            facts["left out of cases"] = dict(self.aside)
+        if self.omissions:
+            facts["left out of cases"] = dict(self.omissions)
         return Check(
             dataset=self.entry.name if self.entry else OWN,
             variant=self.variant,
             path=str(self.path),
             sha256=self.digest,
-            limit=self.limit if ended else None,
+            limit=self.limit if limit_reached else None,
             facts=facts,
             **self.tally.counts(),
         )
@@ -268,17 +270,17 @@ class _Reading:
 def _rows(path: Path, entry: Dataset, variant: str) -> Iterator[Row]:
     """Read the records of a file as its dataset has them."""
     if entry.read_file is not None:
-        yield from _numbered(path, entry.read_file(path))
+        yield from _number(path, entry.read_file(path))
         return
     form = formats.layout(path)
     for row in formats.rows(path, form):
         if form == "document" and entry.records is not None and isinstance(row.value, Mapping):
-            yield from _numbered(path, entry.records(row.value, variant))
+            yield from _number(path, entry.records(row.value, variant))
         else:
             yield row
 
 
-def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Row]:
+def _number(path: Path, values: Iterator[Any]) -> Iterator[Row]:
     """Number what a dataset unpacks itself. Raises BrokenOff where it cannot go on."""
     number = 0
     try:
@@ -286,19 +288,19 @@ def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Row]:
             number += 1
             yield Row(f"record {number}", value)
     except (DataError, Skip) as error:
-        raise BrokenOff(f"{path} cannot be read after record {number}: {error}") from error
+        raise Truncated(f"{path} cannot be read after record {number}: {error}") from error
 
 
-def _recognised(path: Path) -> Dataset | None:
+def _recognise(path: Path) -> Dataset | None:
     """Tell by its records which dataset a file is of; None: errata's own cases.
 
     Raises DataError where none fits, or several do.
     """
     if path.suffix.lower() in YAML:
         return None
-    written = [entry for entry in map(REGISTRY.get, REGISTRY) if entry.fits_file and entry.fits_file(path)]
-    if len(written) == 1:
-        return written[0]
+    matches = [entry for entry in map(REGISTRY.get, REGISTRY) if entry.fits_file and entry.fits_file(path)]
+    if len(matches) == 1:
+        return matches[0]
     form = formats.layout(path)
     if form == "other":
         own = [name for name in REGISTRY if REGISTRY.get(name).read_file is not None]
@@ -307,17 +309,17 @@ def _recognised(path: Path) -> Dataset | None:
             f"datasets in a format of their own are named, NAME@PATH: {', '.join(own) or 'none'}"
         )
     sample = _sample(path, form)
-    if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
+    if sample and all(isinstance(v, Mapping) and {*REQUIRED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
         return None
-    fitting = {name: _fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
-    names = _best({name: count for name, count in fitting.items() if count}, sample, form)
+    counts = {name: _count_fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
+    names = _best({name: count for name, count in counts.items() if count}, sample, form)
     if len(names) == 1:
         return REGISTRY.get(names[0])
     if names:
         raise DataError(
             f"the records of {path} fit several datasets: {', '.join(names)}; say which, e.g. {names[0]}@{path}"
         )
-    if sample and isinstance(sample[0], Mapping) and {*NEEDED} <= sample[0].keys():
+    if sample and isinstance(sample[0], Mapping) and {*REQUIRED} <= sample[0].keys():
         return None  # errata's own, with a field too many: its reader says which
     raise DataError(
         f"the records of {path} fit no dataset: found {_shape(sample)}; known datasets are "
@@ -325,18 +327,18 @@ def _recognised(path: Path) -> Dataset | None:
     )
 
 
-def _best(fitting: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
+def _best(counts: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
     """Name the datasets that most records look like; one that can read none of them gives way to others."""
-    names = list(fitting)
+    names = list(counts)
     if len(names) > 1:
         names = [name for name in names if _readable(REGISTRY.get(name), sample, form)] or names
-    best = max((fitting[name] for name in names), default=0)
-    return [name for name in names if fitting[name] == best]
+    best = max((counts[name] for name in names), default=0)
+    return [name for name in names if counts[name] == best]
 
 
 def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
     """Whether any of some records has the schema of a dataset, whatever becomes of it."""
-    for index, value in enumerate(_unpacked(entry, sample, form, SAMPLE)):
+    for index, value in enumerate(_unpack(entry, sample, form, SAMPLE)):
         try:
             for _ in entry.cases(Record(value, f"record {index + 1}", index), entry.variants[0]):
                 return True
@@ -355,12 +357,12 @@ def _first(entry: Dataset, path: Path) -> list[Any]:
         if entry.read_file is not None:
             return list(islice(entry.read_file(path), VARIANT_SAMPLE))
         form = formats.layout(path)
-        return _unpacked(entry, _sample(path, form, VARIANT_SAMPLE), form, VARIANT_SAMPLE)
+        return _unpack(entry, _sample(path, form, VARIANT_SAMPLE), form, VARIANT_SAMPLE)
     except (DataError, Skip):
         return []  # the reading itself reports what is wrong
 
 
-def _unpacked(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
+def _unpack(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
     """Return the records that a dataset takes from a sample of a file."""
     if form == "document" and entry.records is not None and sample and isinstance(sample[0], Mapping):
         try:
@@ -372,21 +374,21 @@ def _unpacked(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> li
 
 def _sample(path: Path, form: Layout, limit: int = SAMPLE) -> list[Any]:
     """Read the first records, as far as they can be read."""
-    found: list[Any] = []
+    values: list[Any] = []
     with closing(formats.rows(path, form)) as rows:
         try:
             for row in rows:
                 if row.fault is None:
-                    found.append(row.value)
-                if len(found) == limit:
+                    values.append(row.value)
+                if len(values) == limit:
                     break
-        except BrokenOff:
-            if not found:
+        except Truncated:
+            if not values:
                 raise  # nothing to tell the dataset by; else the reading itself reports the break
-    return found
+    return values
 
 
-def _fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
+def _count_fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
     """Count the sampled records that look like a dataset's."""
     count = sum(bool(entry.fits(value)) for value in sample)
     document = sample[0] if form == "document" and sample else None

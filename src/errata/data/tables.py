@@ -15,12 +15,12 @@ SEPARATORS = ",;\t|"
 WORDS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 HEAD = 1 << 16
 """Characters in which the header is looked for."""
-_DECLARED = re.compile(r'"?sep=(.)"?\r?$', re.IGNORECASE)
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?$', re.IGNORECASE)
 _NAMELESS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
 _COUNT = re.compile(r"\s*\d*\s*")
 
 
-class Broken(str):
+class Unreadable(str):
     """A row or line that could not be read, worded; reported like any record of the wrong type."""
 
 
@@ -49,37 +49,41 @@ def records(
         if any(cell.strip() for cell in cells[len(names) :]):
             yield (
                 f"line {line}",
-                Broken(
+                Unreadable(
                     f"{len(cells)} cells, the header has {len(names)} names; quote texts that hold the separator"
                 ),
             )
             continue
-        found = {
+        values = {
             name: cell.replace("\r\n", "\n")
             for i, (name, cell) in enumerate(zip(names, cells, strict=False))
             if i not in nameless
         }
-        lost = _swallowed(cells, names, row)
-        if lost is not None:
+        swallowed = _swallowed(cells, names, row)
+        if swallowed is not None:
             raise fail(
-                f"line {line}: a quote that opens here closes only after the row {shown(lost, 80)}; close it before "
-                "the end of its line, or double it where it is part of the text"
+                f"line {line}: a quote that opens here closes only after the row {shown(swallowed, 80)}; close "
+                "it before the end of its line, or double it where it is part of the text"
             )
-        yield f"line {line}", found
+        yield f"line {line}", values
 
 
 def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
     """Yield rows with the lines they begin on, the header first; a line ``sep=;`` before it says the separator."""
     lines = text[:HEAD].splitlines()
-    skipped = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
-    declared = _DECLARED.match(lines[skipped].strip()) if skipped < len(lines) else None
-    head = lines[skipped + (declared is not None)] if skipped + (declared is not None) < len(lines) else ""
-    separator = declared[1] if declared else _separator(head, known)
+    first_line = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    declaration = _SEPARATOR_LINE.match(lines[first_line].strip()) if first_line < len(lines) else None
+    head = (
+        lines[first_line + (declaration is not None)]
+        if first_line + (declaration is not None) < len(lines)
+        else ""
+    )
+    separator = declaration[1] if declaration else _separator(head, known)
     spaced = re.search(rf"{re.escape(separator)} +\S", head) is not None and separator != " "
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=spaced
     )
-    pending = declared is not None
+    pending = declaration is not None
     while True:
         start = reader.line_num + 1
         try:
@@ -88,7 +92,7 @@ def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, li
             return
         except csv.Error as problem:
             raise fail(f"line {start}: {_reason(problem)}") from problem
-        if not any(cell.strip() for cell in cells) and start <= skipped:
+        if not any(cell.strip() for cell in cells) and start <= first_line:
             continue
         if pending:
             pending = False
@@ -100,10 +104,10 @@ def _separator(head: str, known: Sequence[str]) -> str:
     """Choose the separator under which a header has most of the known names."""
     names = {name.casefold() for name in known}
 
-    def fitting(separator: str) -> int:
+    def known_columns(separator: str) -> int:
         return sum(cell.strip().strip('"').casefold() in names for cell in head.split(separator))
 
-    return max(SEPARATORS, key=fitting)
+    return max(SEPARATORS, key=known_columns)
 
 
 def _names(header: Sequence[str], known: Sequence[str], fail: Fail, line: int) -> list[str]:

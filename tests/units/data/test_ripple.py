@@ -179,7 +179,7 @@ def test_labels_that_are_given_are_taken():
         (fact("Vela Orn lives in Ruvia."), "does not end in a target"),
         (fact("Everyone says that Vela Orn is Ruvian."), "none of the dataset"),
         ({"original_fact": fact(f"{STEM} Ruvia.")}, "changes nothing"),
-        ({"original_fact": fact("The gender of Vela Orn is female.")}, "beside the original fact"),
+        ({"original_fact": fact("The gender of Vela Orn is female.")}, "with the original fact"),
     ],
 )
 def test_what_cannot_be_read_is_skipped_with_the_reason(edit, says):
