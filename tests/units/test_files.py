@@ -209,7 +209,7 @@ def test_a_damaged_lock_is_named(content, tmp_path):
     path = tmp_path / "d.json"
     path.write_text('[{"a": 1}]')
     (tmp_path / "d.json.lock.json").write_bytes(content)
-    with pytest.raises(DataError, match="is no lock of a dataset"):
+    with pytest.raises(DataError, match="is not a lock file of a dataset"):
         reading.read(path)
 
 

@@ -46,13 +46,13 @@ def crc32c(data: bytes) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Return the checksum that stands in a TFRecord file."""
+    """Return the checksum as stored in TFRecord files: CRC-32C, rotated and shifted."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + _SHIFT) & 0xFFFFFFFF
 
 
 def is_tfrecord(path: Path) -> bool:
-    """Whether a file begins as a TFRecord: with a length and its checksum."""
+    """Whether a file begins like a TFRecord: with a length and its checksum."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
@@ -62,10 +62,10 @@ def is_tfrecord(path: Path) -> bool:
 
 
 def examples(path: Path) -> Iterator[dict[str, Feature] | Malformed]:
-    """Yield the features of each record; for one that is damaged, what is wrong with it.
+    """Yield the features of each record; for a damaged record, a Malformed with the reason.
 
-    Raises DataError where the file cannot be opened, BrokenOff at a place beyond which no record can be
-    found: the file ends inside a record, or a length is damaged.
+    Raises DataError where the file cannot be opened, Truncated where reading cannot continue: the file ends
+    inside a record, or a length is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -90,14 +90,14 @@ def _record(path: Path, file: BinaryIO, number: int) -> bytes | Malformed | None
         raise Truncated(f"{place}: the file ends inside its length; get the file again")
     length, check = _HEADER.unpack(header)
     if masked_crc32c(header[:8]) != check:
-        raise Truncated(f"{place}: its length does not agree with its checksum; no TFRecord file, or damaged")
+        raise Truncated(f"{place}: its length does not match its checksum; not a TFRecord file, or damaged")
     data, footer = file.read(length), file.read(_FOOTER.size)
     if len(data) < length or len(footer) < _FOOTER.size:
         raise Truncated(
             f"{place}: expected {length} bytes and a checksum, the file ends before; get it again"
         )
     if masked_crc32c(data) != _FOOTER.unpack(footer)[0]:
-        return Malformed("its bytes do not agree with their checksum")
+        return Malformed("its bytes do not match their checksum")
     return data
 
 

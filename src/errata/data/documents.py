@@ -17,10 +17,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_records(text: str, fail: Fail) -> Records:
-    """Read records written one a line, as a list, or one after the other over several lines.
+    """Read records written one per line, as a list, or one after the other over several lines.
 
-    Lines that are no JSON are :class:`Broken`; raises what ``fail`` makes of the reason where the text is of none
-    of the three forms.
+    Lines that are not JSON become :class:`Unreadable`; raises ``fail(reason)`` where the text has none of the three
+    forms.
     """
     first = next((line for line in text.split("\n") if line.strip()), "")
     if not first:
@@ -42,7 +42,7 @@ def json_records(text: str, fail: Fail) -> Records:
 
 
 def yaml_records(text: str, fail: Fail) -> Records:
-    """Read the records of a YAML list, or one record; values but true, false and null as they are written."""
+    """Read the records of a YAML list, or a single record; values except true, false and null are kept as text."""
     loaded, lines = parse_yaml_lines(text, fail, written=True)
     items = loaded if isinstance(loaded, list) else [] if loaded is None else [loaded]
     return _with_positions(items, lines)
@@ -54,20 +54,20 @@ def _with_positions(values: list[Any], lines: list[int]) -> Records:
 
 
 def fault(value: Any, depth: int = 0) -> str | None:
-    """Say what makes a parsed record unfit whatever its fields: names given twice, half characters, depth."""
+    """Return why a parsed record is unusable: a duplicate field, half a surrogate pair, depth; None if it is usable."""
     if depth > DEEPEST:
         return "nested too deeply to be read"
     if isinstance(value, str):
         half = _SURROGATE.search(value)
         return f"holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no character" if half else None
     if isinstance(value, Duplicates):
-        return f"the field {value.names[0]!r:.60} stands twice; leave one out"
+        return f"the field {value.names[0]!r:.60} is there twice; remove one"
     parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((why for part in parts if (why := fault(part, depth + 1)) is not None), None)
 
 
 def _line(line: str) -> Any:
-    """Parse one line; :class:`Broken` where it is no JSON."""
+    """Parse one line; return :class:`Unreadable` where it is not JSON."""
     try:
         return decoder().decode(line)
     except json.JSONDecodeError as problem:
@@ -101,7 +101,7 @@ def _list_values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _concatenated(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield values that stand one after the other. Raises JSONDecodeError."""
+    """Yield position and value of concatenated JSON values. Raises JSONDecodeError."""
     parser, at = decoder(), _after(text, 0)
     while at < len(text):
         if at and text[at] != "{" and text[:at].strip():
@@ -112,6 +112,6 @@ def _concatenated(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _after(text: str, at: int) -> int:
-    """Step over white space."""
+    """Return the position after white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at

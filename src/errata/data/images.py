@@ -31,13 +31,13 @@ def read_pairs(
     replacement: str = "changed",
     id: str | None = None,
 ) -> ImageRequest:
-    """Read a folder of pairs into one request, values from 0 to 1.
+    """Read a folder of image pairs into one request, values from 0 to 1.
 
     ``original/NAME``, ``changed/NAME`` and ``mask/NAME`` belong together; suffixes may differ, so that photos can
-    have lossless masks. Masks are read as grey, white where the concept is. ``reference/``, if there, holds
-    further images in any number. ``size``: height and width everything is brought to, not cropped; None: as
-    they are, which must then be one size. ``channels``: 3 for colour, 1 for grey. Raises DataError listing all
-    that is missing, left over or unreadable, and where Pillow is not installed.
+    have lossless masks. Masks are read as grey, white where the concept is. ``reference/``, if present, has any
+    number of further images. ``size``: height and width to resize all images to (no cropping); None: unchanged,
+    and all must have one size. ``channels``: 3 for colour, 1 for grey. Raises DataError listing every missing,
+    unmatched or unreadable file, and where Pillow is not installed.
     """
     root = Path(folder).expanduser()
     files = _paths(root)
@@ -62,12 +62,12 @@ def read_pairs(
 
 
 def _paths(root: Path) -> dict[str, list[Path]]:
-    """Find the files of each part, in the order of their names. Raises DataError where they do not match."""
+    """List the files of each part, sorted by name. Raises DataError where the names do not match."""
     missing = [f"{part}/" for part in PARTS if not (root / part).is_dir()]
     if missing:
         raise DataError(
             f"{root} has no {', '.join(missing)}: expected a folder with original/, changed/ and mask/, "
-            "holding files of equal names"
+            "with files of equal names"
         )
     by_name = {part: _by_name(root / part) for part in PARTS}
     everywhere = sorted(set().union(*by_name.values()))
@@ -80,7 +80,7 @@ def _paths(root: Path) -> dict[str, list[Path]]:
     if problems:
         raise DataError(f"{root}: {len(problems)} names do not match\n" + "\n".join(problems))
     if not everywhere:
-        raise DataError(f"{root}/original holds no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{root}/original has no images ({', '.join(SUFFIXES)})")
     paths = {part: [by_name[part][name] for name in everywhere] for part in PARTS}
     if (root / REFERENCE).is_dir():
         paths[REFERENCE] = _images(root / REFERENCE)
@@ -92,19 +92,19 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    """Files by name without suffix. Raises DataError for two of one name."""
+    """Return files by name without suffix. Raises DataError for two files of one name."""
     by_name: dict[str, Path] = {}
     for path in _images(folder):
         if path.stem in by_name:
             raise DataError(
-                f"{folder} holds both {by_name[path.stem].name} and {path.name}; expected one of them"
+                f"{folder} has both {by_name[path.stem].name} and {path.name}; expected one of them"
             )
         by_name[path.stem] = path
     return by_name
 
 
 def _read(path: Path, channels: int, size: tuple[int, int] | None, problems: list[str]) -> Any:
-    """Read one image as an array ``[h, w, c]`` of bytes; None with a complaint where that fails."""
+    """Read one image as an array ``[h, w, c]`` of bytes; on failure, add to ``problems`` and return None."""
     import numpy
 
     library, operations = _pillow()

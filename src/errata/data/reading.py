@@ -1,7 +1,7 @@
-"""Read cases from a dataset: by its name, by a file, or both; with a check of everything that was found.
+"""Read the cases of a dataset by name, from a file, or both; with a check of its content.
 
-A source is ``NAME[/VARIANT][:N]``, ``PATH[:N]`` or ``NAME[/VARIANT]@PATH[:N]``; N takes the first N cases. Files of
-errata's own cases (see :mod:`errata.data.requests`) are read through the same door, under the name ``cases``.
+A source is ``NAME[/VARIANT][:N]``, ``PATH[:N]`` or ``NAME[/VARIANT]@PATH[:N]``; N: only the first N cases. Files in
+errata's own format (see :mod:`errata.data.requests`) are read in the same way, under the name ``cases``.
 """
 
 from __future__ import annotations
@@ -30,40 +30,39 @@ OWN = "cases"
 """The name of errata's own format."""
 YAML = (".yaml", ".yml")
 SAMPLE = 20
-"""Records looked at to tell which dataset a file is of."""
+"""Number of records read to recognise the dataset of a file."""
 VARIANT_SAMPLE = 200
-"""Records looked at to tell which variant of a dataset a file is."""
+"""Number of records read to recognise the variant of a dataset."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be read, taken apart."""
+    """A parsed source."""
 
     dataset: str | None
-    """None: to be told from the records."""
+    """None: to be recognised from the records."""
     variant: str
-    """Empty: told by the file's records, else by its name where that is a variant's usual one, else the default."""
+    """Empty: recognised from the file's records, else from its name, else the default."""
     path: Path | None
-    """None: the file is looked for in the data folder."""
+    """None: the file in the data folder."""
     limit: int | None = None
 
 
 @dataclass(frozen=True)
 class CheckedCases:
-    """The cases of a source, and what reading them found."""
+    """The cases of a source, and the check of them."""
 
     cases: list[Case]
     check: Check
 
 
 def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> CheckedCases:
-    """Read the cases of a source, and check what it holds.
+    """Read and check the cases of a source.
 
-    Rows that cannot be used are left out and listed in the check. ``limit``: end after so many cases.
-    ``partial``: of a file that breaks off, take what stands before the break, which the check then tells.
-    Raises DataError: no such file or dataset, records that fit no dataset or several, a file other than its
-    lock says, and, unless ``partial``, one that breaks off. Raises RequestError for errata's own files with
-    faults.
+    Unusable rows are skipped and listed in the check. ``limit``: maximum number of cases. ``partial``: read a
+    truncated file up to where it breaks off, which the check then reports. Raises DataError: no such file or
+    dataset, records that fit no dataset or several, a file that differs from its lock, and, unless ``partial``,
+    a truncated file. Raises RequestError for errors in files of errata's own format.
     """
     reading = _Reading(source, limit)
     cases = list(reading.cases(partial))
@@ -76,7 +75,7 @@ def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iter
 
 
 def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
-    """Check a source, also one that breaks off; cases are kept only where the dataset counts along them."""
+    """Check a source, even if truncated; cases are held in memory only if the dataset's own counts need them."""
     reading = _Reading(source, limit)
     cases = [case for case in reading.cases(True) if reading.counts]
     return reading.check(cases)
@@ -85,17 +84,17 @@ def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
 def fetch(
     name: str, *, revision: str | None = None, endpoint: str | None = None, tick: Tick = lambda *_: None
 ) -> list[Path]:
-    """Download a dataset, ``NAME[/VARIANT]``, into the data folder, with a lock beside it; return the files.
+    """Download a dataset, ``NAME[/VARIANT]``, with its lock, into the data folder; return the files.
 
-    Without variant, those of all variants. ``revision``: commit or branch of the hub; without one the newest,
-    and from then on always the same. ``endpoint``: another hub. Raises DataError, see
+    Without variant, the files of all variants. ``revision``: commit or branch on the Hub; default: the newest at
+    the first download, then always that commit. ``endpoint``: another Hub. Raises DataError, see
     :func:`errata.data.fetching.fetch_file`.
     """
     head, slash, variant = name.partition("/")
     entry = dataset(head)
     variants = [_variant(entry, variant)] if slash else list(entry.variants)
     files = {fetching.file_name(entry, each): each for each in reversed(variants)}
-    if not slash and len(files) > 1:  # files that can only be had by hand do not hinder the others
+    if not slash and len(files) > 1:  # files without a download address do not prevent the others
         files = {file: each for file, each in files.items() if fetching.origin(entry, each)} or files
     return [
         fetching.fetch_file(entry, each, revision=revision, endpoint=endpoint, tick=tick)
@@ -104,7 +103,7 @@ def fetch(
 
 
 def dataset(name: str) -> Dataset:
-    """Return a dataset by its name; ``-`` may stand for ``_``. Raises DataError with the nearest names."""
+    """Return a dataset by name; ``-`` and ``_`` are equivalent. Raises DataError with the nearest names."""
     plain = name.replace("-", "_")
     if plain not in REGISTRY:
         raise DataError(unknown(name, [*REGISTRY, OWN], "dataset"))
@@ -112,9 +111,9 @@ def dataset(name: str) -> Dataset:
 
 
 def parse(source: str | os.PathLike[str]) -> Source:
-    """Take a source apart. Raises DataError where it names neither a dataset nor a file.
+    """Parse a source. Raises DataError where it names neither a dataset nor a file.
 
-    What is a dataset's name is that dataset; a file of the same name is written ``./NAME``.
+    A dataset's name means that dataset; for a file of the same name write ``./NAME``.
     """
     text = os.fspath(source)
     if isinstance(source, os.PathLike) or (Path(text).is_file() and not _is_name(text)):
@@ -139,7 +138,7 @@ def parse(source: str | os.PathLike[str]) -> Source:
 def _with_name(name: str, path: Path | None, limit: int | None) -> Source:
     head, _, variant = name.partition("/")
     if head == OWN and (path is None or variant):
-        raise DataError(f"{OWN} are cases in a file of yours: write {OWN}@PATH, without variant")
+        raise DataError(f"{OWN} means cases in your own file: write {OWN}@PATH, without variant")
     return Source(head, variant, path, limit)
 
 
@@ -207,14 +206,14 @@ class _Reading:
 
     @property
     def counts(self) -> bool:
-        """Whether the dataset has counts of its own, for which cases are needed."""
+        """Whether the dataset has counts of its own, which need the cases."""
         return self.entry is not None and self.entry.facts is not no_facts
 
     def cases(self, partial: bool) -> Iterator[Case]:
-        """Yield cases, counting them; ``partial``: end quietly where the file breaks off."""
-        found = self._own() if self.entry is None else self._convert(self.entry)
+        """Yield and count cases; ``partial``: stop without an error where the file breaks off."""
+        every = self._own() if self.entry is None else self._convert(self.entry)
         try:
-            yield from islice(found, self.limit)
+            yield from islice(every, self.limit)
         except Truncated as error:
             self.tally.broken = str(error)
             if not partial:
@@ -251,7 +250,7 @@ class _Reading:
         return True
 
     def check(self, cases: list[Case]) -> Check:
-        """Report on the pass; ``cases``: those it gave, for the dataset's own counts."""
+        """Return the check of this pass; ``cases``: its cases, for the dataset's own counts."""
         limit_reached = self.limit is not None and self.tally.cases >= self.limit
         facts = dict(self.entry.facts(cases)) if self.entry and self.counts else {}
         if self.omissions:
@@ -268,7 +267,7 @@ class _Reading:
 
 
 def _rows(path: Path, entry: Dataset, variant: str) -> Iterator[Row]:
-    """Read the records of a file as its dataset has them."""
+    """Read the records of a file in the format of its dataset."""
     if entry.read_file is not None:
         yield from _number(path, entry.read_file(path))
         return
@@ -281,7 +280,7 @@ def _rows(path: Path, entry: Dataset, variant: str) -> Iterator[Row]:
 
 
 def _number(path: Path, values: Iterator[Any]) -> Iterator[Row]:
-    """Number what a dataset unpacks itself. Raises BrokenOff where it cannot go on."""
+    """Number the records that a dataset module unpacks. Raises Truncated where it cannot continue."""
     number = 0
     try:
         for value in values:
@@ -292,7 +291,7 @@ def _number(path: Path, values: Iterator[Any]) -> Iterator[Row]:
 
 
 def _recognise(path: Path) -> Dataset | None:
-    """Tell by its records which dataset a file is of; None: errata's own cases.
+    """Recognise the dataset of a file from its records; None: errata's own cases.
 
     Raises DataError where none fits, or several do.
     """
@@ -306,7 +305,7 @@ def _recognise(path: Path) -> Dataset | None:
         own = [name for name in REGISTRY if REGISTRY.get(name).read_file is not None]
         raise DataError(
             f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
-            f"datasets in a format of their own are named, NAME@PATH: {', '.join(own) or 'none'}"
+            f"name datasets in a format of their own, NAME@PATH: {', '.join(own) or 'none'}"
         )
     sample = _sample(path, form)
     if sample and all(isinstance(v, Mapping) and {*REQUIRED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
@@ -320,7 +319,7 @@ def _recognise(path: Path) -> Dataset | None:
             f"the records of {path} fit several datasets: {', '.join(names)}; say which, e.g. {names[0]}@{path}"
         )
     if sample and isinstance(sample[0], Mapping) and {*REQUIRED} <= sample[0].keys():
-        return None  # errata's own, with a field too many: its reader says which
+        return None  # errata's own format with an unknown field: its reader reports which
     raise DataError(
         f"the records of {path} fit no dataset: found {_shape(sample)}; known datasets are "
         f"{', '.join(REGISTRY)}; if it is one of them, name it, NAME@PATH"
@@ -328,7 +327,7 @@ def _recognise(path: Path) -> Dataset | None:
 
 
 def _best(counts: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
-    """Name the datasets that most records look like; one that can read none of them gives way to others."""
+    """Return the datasets that fit most records; those that can read none of them are dropped if others can."""
     names = list(counts)
     if len(names) > 1:
         names = [name for name in names if _readable(REGISTRY.get(name), sample, form)] or names
@@ -337,7 +336,7 @@ def _best(counts: Mapping[str, int], sample: list[Any], form: Layout) -> list[st
 
 
 def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
-    """Whether any of some records has the schema of a dataset, whatever becomes of it."""
+    """Whether any sampled record matches the dataset's schema, even if it is then skipped."""
     for index, value in enumerate(_unpack(entry, sample, form, SAMPLE)):
         try:
             for _ in entry.cases(Record(value, f"record {index + 1}", index), entry.variants[0]):
@@ -350,7 +349,7 @@ def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
 
 
 def _first(entry: Dataset, path: Path) -> list[Any]:
-    """Read the first records of a file of a dataset, unpacked; none where they cannot be read."""
+    """Return the first records of a dataset's file, unpacked; empty where they cannot be read."""
     if entry.variants_of is None:
         return []
     try:
@@ -363,7 +362,7 @@ def _first(entry: Dataset, path: Path) -> list[Any]:
 
 
 def _unpack(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
-    """Return the records that a dataset takes from a sample of a file."""
+    """Return the records that a dataset module unpacks from a sample of a file."""
     if form == "document" and entry.records is not None and sample and isinstance(sample[0], Mapping):
         try:
             return list(islice(entry.records(sample[0], entry.variants[0]), limit))
@@ -389,7 +388,7 @@ def _sample(path: Path, form: Layout, limit: int = SAMPLE) -> list[Any]:
 
 
 def _count_fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
-    """Count the sampled records that look like a dataset's."""
+    """Count the sampled records that have a dataset's fields."""
     count = sum(bool(entry.fits(value)) for value in sample)
     document = sample[0] if form == "document" and sample else None
     if entry.records is not None and isinstance(document, Mapping):
@@ -401,7 +400,7 @@ def _count_fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
 
 
 def _shape(sample: list[Any]) -> str:
-    """Word what records look like."""
+    """Describe the fields of the records, for an error."""
     if not sample:
         return "no records"
     first = sample[0]

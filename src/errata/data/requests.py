@@ -1,7 +1,7 @@
-"""Read requests and cases from files: JSONL, JSON, CSV, YAML. Every mistake is listed, with its line.
+"""Read requests and cases from files: JSONL, JSON, CSV, YAML. Every error is listed, with its line.
 
-Requests are read in the forms of other tools too, see :mod:`errata.data.foreign`. Cases can be written: any dataset
-becomes a file that a person can change.
+Requests in other tools' formats are read too, see :mod:`errata.data.foreign`. Cases of any dataset can be written to
+a file for people to edit.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ NEEDS = ("any", "all")
 def read_requests(path: str | Path) -> list[Request]:
     """Read requests. Raises RequestError listing every missing, unknown or malformed field by line.
 
-    Records may be cases: the requests of ``also`` then follow the record's own, what asks is left aside. They may
-    also be those of other tools, see :mod:`errata.data.foreign`.
+    Records may be cases: the requests of ``also`` then follow the record's own, and probes are ignored. Records of
+    other tools are read too, see :mod:`errata.data.foreign`.
     """
     requests_read, complaints = [], []
     records = _records(Path(path))
@@ -51,7 +51,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 
 def _own(records: Sequence[tuple[str, Any]]) -> bool:
-    """Whether any record has the fields that a request of errata's needs, or all but one of them."""
+    """Whether any record has the required fields of errata's format, or all but one of them."""
     field_counts = [
         sum(name in record for name in REQUIRED) for _, record in records if isinstance(record, Mapping)
     ]
@@ -59,7 +59,7 @@ def _own(records: Sequence[tuple[str, Any]]) -> bool:
 
 
 def _foreign(reader: foreign.Reader, where: str, record: Any, index: int) -> tuple[list[Request], list[str]]:
-    """Read the requests of a record of another tool, and what is wrong with it."""
+    """Return the requests of a record of another tool, and the errors in it."""
     why = str(record) if isinstance(record, Unreadable) else documents.fault(record)
     if why is not None:
         return [], [f"{where}: {why}"]
@@ -70,7 +70,7 @@ def _foreign(reader: foreign.Reader, where: str, record: Any, index: int) -> tup
 
 
 def _check_fields(path: str | Path, records: Sequence[tuple[str, Any]]) -> None:
-    """Raise RequestError once where no record has the fields of a request, naming those there are."""
+    """Raise a single RequestError where no record has the fields of a request, listing the fields found."""
     mappings = [record for _, record in records if isinstance(record, Mapping)]
     if len(mappings) < 2 or _own(records):
         return
@@ -79,20 +79,20 @@ def _check_fields(path: str | Path, records: Sequence[tuple[str, Any]]) -> None:
              if (near := name) and (key := nearest(name, fields)) is not None]  # fmt: skip
     raise RequestError(
         f"{path}: {records[0][0]} and the {len(records) - 1:,} after it have not the fields of a request: found "
-        f"{brief(', '.join(fields)) or 'none'}; expected {', '.join(REQUIRED)}, and if you like "
+        f"{brief(', '.join(fields)) or 'none'}; expected {', '.join(REQUIRED)}, and optionally "
         f"{', '.join(name for name in CASE_FIELDS if name not in REQUIRED)}"
         + (f" (perhaps {', '.join(hints)})" if hints else "")
-        + ". Requests of EasyEdit, ROME, CounterFact and zsRE are read as they are; of other datasets, "
-        "errata data export NAME@FILE makes a file of cases"
+        + ". Files of EasyEdit, ROME, CounterFact and zsRE can be read directly; for other datasets, convert the "
+        "file to cases with errata data export NAME@FILE"
     )
 
 
 def read_cases(path: str | Path) -> list[Case]:
     """Read cases: requests, each with a list of ``probes``, whose fields are those of :class:`Probe`.
 
-    Besides a request's fields a record may have ``also``, further requests of the case; ``case``, its name
-    where that is not the request's id; and ``efficacy``: false leaves out the probe whether the request took
-    effect, which a case without one gets otherwise. Raises RequestError as above.
+    Besides a request's fields a record may have ``also``, further requests of the case; ``case``, its id if that is
+    not the request's; and ``efficacy``: false means that no efficacy probe is added (by default, a case without one
+    gets one). Raises RequestError as above.
     """
     cases, complaints = [], []
     records = _records(Path(path))
@@ -105,10 +105,10 @@ def read_cases(path: str | Path) -> list[Case]:
 
 
 def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
-    """Write cases as JSON lines that :func:`read_cases` reads back equal; return how many there were.
+    """Write cases as JSON lines that :func:`read_cases` reads back as equal cases; return their number.
 
-    The file appears once it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
-    cannot be written, for no cases at all, and for a case that would not be read back as it is.
+    The file appears only when it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
+    cannot be written, if there are no cases, and for a case that would be read back differently.
     """
     check_target(path)
     count = 0
@@ -122,7 +122,7 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise RequestError now where :func:`write_cases` would refuse a name after the cases are read."""
+    """Raise RequestError where :func:`write_cases` would refuse a file name, before any cases are read."""
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
@@ -132,7 +132,7 @@ def check_target(path: str | Path) -> None:
 
 
 def _line(case: Case) -> str:
-    """Word a case as one line of JSON. Raises RequestError where the line says something else."""
+    """Encode a case as one line of JSON. Raises RequestError where decoding it would give another case."""
     record: dict[str, Any] = case.request.to_dict()
     if case.id != case.request.id:
         record["case"] = case.id
@@ -146,14 +146,14 @@ def _line(case: Case) -> str:
     if back != case:
         differing = [f.name for f in fields(Case) if back and getattr(back, f.name) != getattr(case, f.name)]
         raise RequestError(
-            f"case {shown(case.id)} cannot be written so that it is read back as it is: "
+            f"case {shown(case.id)} cannot be written so that it is read back unchanged: "
             + ("; ".join(wrong) or f"{', '.join(differing)} would change, as empty fields count as absent")
         )
     return line
 
 
 def _plain(probe: Probe) -> dict[str, Any]:
-    """Return the fields of a probe that say something."""
+    """Return the fields of a probe that differ from their defaults."""
     values = {f.name: getattr(probe, f.name) for f in fields(Probe) if getattr(probe, f.name) != f.default}
     if probe.covariates:
         values["covariates"] = dict(probe.covariates)
@@ -176,7 +176,7 @@ def _all_or_raise(path: str | Path, items: list, complaints: list[str]) -> list:
 
 
 def _group(complaints: Sequence[str]) -> list[str]:
-    """Put like complaints of more than three records on one line, under the first of them."""
+    """Merge an error of more than three records into one line that names the first record."""
     places: dict[str, list[str]] = {}
     for complaint in complaints:
         where, _, what = complaint.partition(": ")
@@ -191,7 +191,7 @@ def _group(complaints: Sequence[str]) -> list[str]:
 
 
 def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
-    """Read one case; ``name``: what it is called if the record does not say."""
+    """Read one case; ``name``: its id if the record has none."""
     requests, wrong = _requests(where, record)
     if not isinstance(record, Mapping):
         return None, wrong
@@ -215,18 +215,18 @@ def _asks_efficacy(probes: Iterable[Probe]) -> bool:
 
 
 def _requests(where: str, record: Any) -> tuple[list[Request], list[str]]:
-    """Read a record's request and those that must be in place with it; none where anything is wrong."""
+    """Read all requests of a record; none if any of them has errors."""
     first, wrong = _request(where, record, CASE_FIELDS)
     requests = [first]
     for i, other in enumerate(_list_field(where, record, "also", wrong), 1):
-        made, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS)
-        requests.append(made)
+        further, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS)
+        requests.append(further)
         wrong += more
     return ([] if wrong else [request for request in requests if request]), wrong
 
 
 def _list_field(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
-    """Return a field that is a list, if it is there; anything else is added to ``wrong``."""
+    """Return a field that must be a list, if present; an error is added to ``wrong``."""
     value = record.get(name) if isinstance(record, Mapping) else None
     if _absent(value):
         return []
@@ -271,7 +271,7 @@ def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | 
 
 
 def _old_answers(value: Any) -> tuple[str, ...]:
-    """Return the old answer with its spellings, the canonical one first; empty where it is neither text nor texts."""
+    """Return the spellings of the old answer, canonical one first; empty where it is not text or a list of texts."""
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not all(map(_is_text, answers)):
         return ()
@@ -288,7 +288,7 @@ def _unknown(key: Any, fields: Sequence[str]) -> str:
 
 
 def _probes(where: str, record: Mapping[str, Any], wrong: list[str]) -> list[Probe]:
-    """Read a record's probes; what is amiss is added to ``wrong``."""
+    """Read a record's probes; errors are added to ``wrong``."""
     probes = []
     for i, value in enumerate(_list_field(where, record, "probes", wrong), 1):
         place = f"{where}, probe {i}"
@@ -326,7 +326,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
         amiss.append(f"choices belong to form 'choice', found form {form!r}")
     rival, group = (value.get(name) or None for name in ("rival", "group"))
     if need == "all" and group is None:
-        amiss.append("need 'all' says how many of a group count: name the group, or leave need out")
+        amiss.append("need 'all' applies to a group of probes: name the group, or omit need")
     covariates = _numbers(value.get("covariates"), amiss)
     if amiss:
         return None, amiss
@@ -337,7 +337,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
 
 
 def _numbers(value: Any, amiss: list[str]) -> tuple[tuple[str, float], ...]:
-    """Read covariates, numbers by name; anything else is added to ``amiss``."""
+    """Read covariates, numbers by name; errors are added to ``amiss``."""
     if _absent(value) or value == {}:
         return ()
     if not isinstance(value, Mapping) or not all(type(number) in (int, float) for number in value.values()):
@@ -347,7 +347,7 @@ def _numbers(value: Any, amiss: list[str]) -> tuple[tuple[str, float], ...]:
 
 
 def _word(value: Mapping[str, Any], name: str, choices: Sequence[str], amiss: list[str]) -> Any:
-    """Read one of some words, the first where the field is absent; another one is added to ``amiss``."""
+    """Read a field that must be one of ``choices``, the first where it is absent; errors are added to ``amiss``."""
     word = value.get(name)
     if _absent(word):
         return choices[0]
@@ -357,7 +357,7 @@ def _word(value: Mapping[str, Any], name: str, choices: Sequence[str], amiss: li
 
 
 def _absent(value: Any) -> bool:
-    """Whether a field says nothing: not there, or empty as in a table's cell."""
+    """Whether a field is missing, or empty as in a table's cell."""
     return value is None or value == "" or value == []
 
 
@@ -366,7 +366,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _texts(value: Any, name: str, amiss: list[str]) -> tuple[str, ...]:
-    """Read a text or whole number, or a list of them, as texts; what is neither is added to ``amiss``."""
+    """Read a text or whole number, or a list of them, as texts; errors are added to ``amiss``."""
     if _absent(value):
         return ()
     items = value if isinstance(value, (list, tuple)) else [value]
@@ -376,7 +376,7 @@ def _texts(value: Any, name: str, amiss: list[str]) -> tuple[str, ...]:
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:
-    """Read a file's records, each with its place. Raises RequestError where it is not of a known form."""
+    """Read a file's records with their positions. Raises RequestError where its format is unknown."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise RequestError(
@@ -395,6 +395,6 @@ def _records(path: Path) -> list[tuple[str, Any]]:
 
 
 def _is_row(cells: Mapping[str, str]) -> bool:
-    """Whether cells of a table are a request of their own."""
+    """Whether the cells of a row form a complete request."""
     prompt, subject = cells.get("prompt", ""), cells.get("subject", "").strip()
     return bool(subject) and ("{}" in prompt or subject in prompt)

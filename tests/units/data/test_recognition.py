@@ -202,7 +202,10 @@ def test_tables_choices_and_statements_that_cannot_be_taken_apart():
     )
     made = completion_request("Ada Sund leads the Guild")
     assert (made.text, made.target, made.subject) == ("Ada Sund", "leads the Guild", "Ada Sund")
-    assert (completion_request("凯什在河边").text, completion_request("凯什在河边").target) == ("凯什", "在河边")
+    assert (completion_request("凯什在河边").text, completion_request("凯什在河边").target) == (
+        "凯什",
+        "在河边",
+    )
     with pytest.raises(ErrataError, match="too short"):
         completion_request("A")
 

@@ -33,7 +33,7 @@ _SENTENCE_ENDS = re.compile(r"[.!?][\"'”’)\]]*\s*$")
 def read_file(path: Path) -> Iterator[Any]:
     """Read a TFRecord or JSON lines file; a damaged record is given as the Malformed that says so.
 
-    Raises DataError and BrokenOff as :func:`errata.data._tfrecord.examples`.
+    Raises DataError and Truncated as :func:`errata.data._tfrecord.examples`.
     """
     if path.suffix.lower() in (".json", ".jsonl"):
         yield from (record.value for record in read_records(path))

@@ -48,7 +48,9 @@ def continuation(head: str, tail: str) -> tuple[str, str]:
     if word and re.match(r"\w", tail):
         head, tail = head[: word.start()], word.group() + tail
     if not head.strip():
-        raise Skip("no text comes before the text that must not change, so a causal model has no prompt for it")
+        raise Skip(
+            "no text comes before the text that must not change, so a causal model has no prompt for it"
+        )
     return head.rstrip(), tail.strip()
 
 
