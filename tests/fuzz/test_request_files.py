@@ -172,7 +172,7 @@ HANDMADE = {
     "tagged.yaml": ("- {prompt: '{} is', subject: Ada, target: !!int 7}\n", "target must be text, found int 7"),
     "object.yaml": ("- !!python/object/apply:os.system [x]\n", "not YAML: could not determine a constructor"),
     "twice.yaml": ("- prompt: '{} is'\n  subject: Ada\n  target: Esk\n  target: Oa\n", "'target' is there twice.* at line 4"),
-    "laugh.yaml": (LAUGH, "aliases come to more than 1,000,000 values"),
+    "laugh.yaml": (LAUGH, "aliases expand to more than 1,000,000 values"),
     "alias.yaml": ("- {prompt: &p '{} is', subject: Ada, target: Esk}\n- {prompt: *p, subject: Boris, target: Oa}\n",
                    [{"prompt": "{} is", "subject": "Ada", "target": "Esk"},
                     {"prompt": "{} is", "subject": "Boris", "target": "Oa"}]),
@@ -267,7 +267,7 @@ def test_what_is_no_file_of_bearable_size_is_not_read(name, tmp_path):
     else:
         with path.open("wb") as file:
             file.truncate(1 << 33)  # holes: no bytes on the disk
-    with pytest.raises(RequestError, match="no regular file|a folder|8,192 MiB, at most 512 MiB"):
+    with pytest.raises(RequestError, match="not a regular file|a folder|8,192 MiB, at most 512 MiB"):
         read_requests(path)
 
 

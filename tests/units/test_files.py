@@ -260,12 +260,12 @@ def test_only_regular_files_are_replaced(kind, tmp_path):
     write, name, error = WRITERS[kind]
     target = tmp_path / name
     os.mkfifo(target)
-    with pytest.raises(error, match="no regular file"):
+    with pytest.raises(error, match="not a regular file"):
         write(target)
     assert target.is_fifo() and list(tmp_path.iterdir()) == [target]
     target.unlink()
     target.symlink_to("/dev/null")
-    with pytest.raises(error, match="no regular file"):
+    with pytest.raises(error, match="not a regular file"):
         write(target)
     target.unlink()
     target.mkdir()

@@ -43,7 +43,7 @@ def json_records(text: str, fail: Fail) -> Records:
 
 def yaml_records(text: str, fail: Fail) -> Records:
     """Read the records of a YAML list, or a single record; values except true, false and null are kept as text."""
-    loaded, lines = parse_yaml_lines(text, fail, written=True)
+    loaded, lines = parse_yaml_lines(text, fail, as_text=True)
     items = loaded if isinstance(loaded, list) else [] if loaded is None else [loaded]
     return _with_positions(items, lines)
 
