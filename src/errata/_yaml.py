@@ -1,4 +1,4 @@
-"""YAML with bounds: aliases counted, fields named once, numbers left as written where that is asked."""
+"""A YAML loader with limits: bounded aliases, no duplicate fields, optionally without converting numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import yaml
 from errata.files import DEEPEST, MOST_DIGITS, MOST_NODES, Fail
 
 SCALARS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+TAGS_TO_CONVERT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 BOOL, TRUTH = "tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$")
 
 
 class Loader(yaml.SafeLoader):
-    """The safe loader, with fields named once and numbers of a bounded length."""
+    """The safe loader, which also refuses duplicate fields and very long numbers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node; a document may nest no deeper than its reader will."""
+        """Compose a node. Raises RecursionError beyond the maximum depth."""
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > DEEPEST:
             raise RecursionError
@@ -27,27 +27,27 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Construct a value, and say where one is that cannot be, as a date that does not exist."""
+        """Construct a value; an impossible one, such as a date that does not exist, is an error with its position."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError) as problem:
             raise yaml.constructor.ConstructorError(None, None, str(problem), node.start_mark) from problem
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping, and refuse a field that it names twice."""
+        """Construct a mapping; refuse duplicate fields."""
         keys: set[tuple[str, str]] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key.tag, key.value) in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the field {key.value!r:.60} stands twice; leave one out", key.start_mark
+                    None, None, f"the field {key.value!r:.60} is there twice; remove one", key.start_mark
                 )
             keys.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: Any) -> Any:
-        """Construct a scalar, and refuse numbers that take long to read."""
+        """Construct a scalar; refuse very long numbers, which are slow to parse."""
         if node.tag in SCALARS and len(node.value) > MOST_DIGITS:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(node.value):,} characters", node.start_mark
@@ -55,31 +55,31 @@ class Loader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
-class WrittenLoader(Loader):
-    """Only true, false and null are values; all else is the text it is written as."""
+class TextLoader(Loader):
+    """A loader that converts only true, false and null; everything else stays text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         letter: [
-            *((tag, pattern) for tag, pattern in resolvers if tag in KEPT),
+            *((tag, pattern) for tag, pattern in resolvers if tag in TAGS_TO_CONVERT),
             *([(BOOL, TRUTH)] if letter in "tTfF" else []),
         ]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-def load(text: str, fail: Fail, *, written: bool) -> tuple[Any, list[int]]:
+def load(text: str, fail: Fail, *, as_text: bool) -> tuple[Any, list[int]]:
     """Parse one document; return it with the lines on which its items begin.
 
-    Raises what ``fail`` makes of the reason; RecursionError for a document nested too deeply.
+    Raises ``fail(reason)``; RecursionError for a document nested too deeply.
     """
     loader: Loader | None = None
     try:
-        loader = (WrittenLoader if written else Loader)(text)
+        loader = (TextLoader if as_text else Loader)(text)
         node = loader.get_single_node()
         if node is None:
             return None, []
         if size(node, {}, 0) > MOST_NODES:
-            raise fail(f"its aliases come to more than {MOST_NODES:,} values; write out what is meant")
+            raise fail(f"its aliases expand to more than {MOST_NODES:,} values; write the values out")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         return loader.construct_document(node), [item.start_mark.line + 1 for item in items]
     except yaml.YAMLError as problem:
@@ -90,7 +90,7 @@ def load(text: str, fail: Fail, *, written: bool) -> tuple[Any, list[int]]:
 
 
 def size(node: Any, known: dict[int, int], depth: int) -> int:
-    """Count the values of a node with its aliases written out. Raises RecursionError for one within itself."""
+    """Count the values of a node with its aliases expanded. Raises RecursionError for a cyclic alias."""
     if depth > DEEPEST:
         raise RecursionError
     if isinstance(node, yaml.ScalarNode):

@@ -1,4 +1,4 @@
-"""What can go wrong, as few kinds as callers can use. Every message says what was found, what was
+"""The exceptions of errata, and helpers for their messages. Every message says what was found, what was
 expected and what to do."""
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 LONGEST_VALUE = 200
-"""Characters of a value that a message shows."""
+"""Maximum characters of a value in a message."""
 LONGEST_MESSAGE = 4000
-"""Characters of a message; what is beyond is counted, not shown."""
+"""Maximum characters of a message; the rest is counted, not shown."""
 MOST_COMPLAINTS = 40
-"""Complaints that one message lists; the others are counted."""
+"""Maximum number of problems that a message lists; the others are counted."""
 
 
 class ErrataError(Exception):
-    """Base of all errors a user can cause or mend; its text is bounded and safe for a terminal."""
+    """Base of all errors that a user can cause or fix; its text is limited in length and safe for a terminal."""
 
     def __str__(self) -> str:
         return _bounded(super().__str__())
@@ -35,7 +35,7 @@ class HostError(ErrataError):
 
 
 class EditError(ErrataError):
-    """An edit does not fit: foreign, truncated, already active, not active."""
+    """An edit cannot be used: it is for another model, damaged, already in place, or not in place."""
 
 
 class DataError(ErrataError):
@@ -43,11 +43,11 @@ class DataError(ErrataError):
 
 
 class CollidingRequests(UserWarning):
-    """Two requests ask for different values at nearly the same key; both cannot be had."""
+    """Two requests need different values at nearly the same key; both cannot be satisfied."""
 
 
 class _Short(reprlib.Repr):
-    """A repr whose cost is bounded whatever is nested in a value."""
+    """A repr of bounded cost for deeply nested or long values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,18 +63,18 @@ class _Short(reprlib.Repr):
         return repr(x) if len(x) <= self.maxstring else repr(x[: self.maxstring]) + "..."
 
     def repr_int(self, x: int, level: int) -> str:
-        """Show a number, or how long it is: Python writes none of thousands of digits."""
+        """Show a number, or its length if it is very long: Python refuses to convert thousands of digits."""
         return repr(x) if x.bit_length() < 512 else f"a whole number of {x.bit_length():,} bits"
 
 
 def shown(value: Any, most: int = LONGEST_VALUE) -> str:
-    """Show a value in a message, at most ``most`` characters of it, control characters escaped.
+    """Format a value for a message in at most ``most`` characters, with control characters escaped.
 
-    What is nested deeply, or goes on for long, is left out without being written down first.
+    Deeply nested or long parts are skipped without formatting them first.
     """
     try:
         text = _Short().repr(value)
-    except Exception:  # whatever an object does when asked for its repr: a message must come out
+    except Exception:  # an object's repr may raise anything, but the message must still be shown
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[: max(1, most - 3)]}..."
 
@@ -87,14 +87,14 @@ def brief(text: str, most: int = LONGEST_VALUE) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what is not printable but line breaks and tabs, so that a text cannot steer a terminal."""
+    """Escape all unprintable characters except line breaks and tabs, so that a text cannot control a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
 
 
 def listing(complaints: Sequence[str], most: int = MOST_COMPLAINTS) -> str:
-    """Put complaints on a line each; beyond ``most`` they are counted."""
+    """Format problems, one per line; those beyond ``most`` are counted."""
     rest = len(complaints) - most
     return "\n".join([*complaints[:most], *([f"... and {rest:,} more"] if rest > 0 else [])])
 
@@ -104,7 +104,7 @@ def _escape(character: str) -> str:
 
 
 def _bounded(text: str) -> str:
-    """Escape a message and cut it to the longest, at the end of a line where one is near."""
+    """Escape a message and truncate it to the maximum length, at a line end if one is near."""
     head = printable(text[:LONGEST_MESSAGE])
     if len(text) <= LONGEST_MESSAGE and len(head) <= LONGEST_MESSAGE:
         return head

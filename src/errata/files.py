@@ -1,5 +1,5 @@
-"""Files at the border: sizes bounded before parsing, one kind of error for whatever a parser trips over,
-and outputs written whole or not at all. Standard library only; PyYAML is loaded where YAML is read."""
+"""Read and write files safely: sizes are limited before parsing, any parser failure becomes one kind of error,
+and outputs are written atomically. Standard library only; PyYAML is loaded where YAML is read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from errata.errors import DataError, ErrataError, brief
 
 MIB = 1 << 20
 LARGEST = 512 * MIB
-"""Bytes of a file that is held in memory whole while it is read."""
+"""Maximum size in bytes of a file that is read into memory."""
 LARGEST_YAML = 8 * MIB
-"""The same of a YAML file: its parser takes about a second per megabyte."""
+"""The same for a YAML file: its parser takes about a second per megabyte."""
 MOST_NODES = 1_000_000
-"""Values that a YAML document may come to once its aliases are written out."""
+"""Maximum number of values in a YAML document after its aliases are expanded."""
 DEEPEST = 200
-"""Levels of nesting that are read."""
+"""Maximum nesting depth."""
 MOST_DIGITS = 4300
-"""Digits of a number, Python's own limit."""
+"""Maximum digits of a number, Python's own limit."""
 
 Fail = Callable[[str], ErrataError]
 
@@ -32,22 +32,23 @@ MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-"""Byte order marks and what they announce; those of 32 bits first, as one begins like one of 16."""
+"""Byte order marks and their encodings; UTF-32 first, as the UTF-16 mark is a prefix of one of them."""
 
 
 # --- reading --------------------------------------------------------------------------------
 
 
 def read_bytes(path: Path, error: type[ErrataError], *, most: int = LARGEST, what: str = "") -> bytes:
-    """Read a regular file of a bounded size.
+    """Read a regular file of at most ``most`` bytes.
 
-    ``what``: what the file is called in messages. Raises ``error`` for anything else than such a file.
+    ``what``: a description of the file for messages. Raises ``error`` for a larger file, or anything but a regular
+    file.
     """
     name = f"{what} {path}".strip()
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise error(f"cannot read {name}: it is {kind}")
         if status.st_size > most:
             raise error(
@@ -61,12 +62,12 @@ def read_bytes(path: Path, error: type[ErrataError], *, most: int = LARGEST, wha
 
 
 def read_text(path: Path, error: type[ErrataError], *, most: int = LARGEST, what: str = "") -> str:
-    """Read a text file: UTF-8, or what its byte order mark says. Raises ``error`` naming the line at fault."""
+    """Read a text file: UTF-8, or as its byte order mark says. Raises ``error`` with the offending line."""
     return decode(read_bytes(path, error, most=most, what=what), f"{what} {path}".strip(), error)
 
 
 def decode(data: bytes, name: str, error: type[ErrataError]) -> str:
-    """Decode a text by its byte order mark, else as UTF-8. Raises ``error`` naming the line at fault."""
+    """Decode a text by its byte order mark, else as UTF-8. Raises ``error`` with the offending line."""
     encoding = next((word for mark, word in MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -80,20 +81,20 @@ def decode(data: bytes, name: str, error: type[ErrataError]) -> str:
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise error(
-            f"{name}, line {line}: a null character; expected text. Where the file is UTF-16 without a byte order "
-            "mark, save it as UTF-8"
+            f"{name}, line {line}: a null character; expected text. If the file is UTF-16 without a byte order mark, "
+            "save it as UTF-8"
         )
     return text
 
 
 class Duplicates(dict):
-    """A JSON object that has a name more than once, with the last value of each as usual."""
+    """A JSON object with duplicate names; as usual, the last value of each is kept."""
 
     names: tuple[str, ...] = ()
 
 
 class LongNumber:
-    """Stands for a number of more digits than Python reads."""
+    """Takes the place of a number with more digits than Python parses."""
 
     def __init__(self, digits: int) -> None:
         self.digits = digits
@@ -117,14 +118,14 @@ def _whole(digits: str) -> Any:
 
 
 def decoder() -> json.JSONDecoder:
-    """Return a decoder of JSON that marks objects with a name twice, see :class:`Duplicates`."""
+    """Return a JSON decoder that marks objects with duplicate names, see :class:`Duplicates`."""
     return json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
 
 
 def parse_json(text: str, fail: Fail) -> Any:
-    """Parse a JSON document. Raises what ``fail`` makes of the reason, its cause kept.
+    """Parse a JSON document. Raises ``fail(reason)`` with the original exception as its cause.
 
-    Objects that name a field twice are refused, and so are values nested deeper than :data:`DEEPEST`.
+    Objects with duplicate names are refused, and so are values nested deeper than :data:`DEEPEST`.
     """
     with reader(fail):
         try:
@@ -135,12 +136,12 @@ def parse_json(text: str, fail: Fail) -> Any:
             ) from problem
         twice = duplicate(value)
         if twice:
-            raise fail(f"the field {brief(twice[0])!r} stands twice in one object; leave one out")
+            raise fail(f"the field {brief(twice[0])!r} is there twice in one object; remove one")
         return value
 
 
 def duplicate(value: Any, depth: int = 0) -> tuple[str, ...]:
-    """Return the names that stand twice in some object of a parsed value; empty where none does.
+    """Return the duplicate names of an object in a parsed value; empty where there are none.
 
     Raises RecursionError beyond :data:`DEEPEST` levels.
     """
@@ -162,7 +163,7 @@ def duplicate(value: Any, depth: int = 0) -> tuple[str, ...]:
 
 @contextmanager
 def reader(fail: Fail) -> Iterator[None]:
-    """Turn whatever a parser raises inside the block into what ``fail`` makes of the reason, cause kept."""
+    """Convert any exception of a parser inside the block to ``fail(reason)``, with the original as its cause."""
     try:
         yield
     except ErrataError:
@@ -171,37 +172,36 @@ def reader(fail: Fail) -> Iterator[None]:
         raise fail("nested too deeply to be read") from problem
     except MemoryError as problem:
         raise fail("too large for this machine's memory; split it") from problem
-    except Exception as problem:  # the one door: a parser may trip over anything in a strange file
+    except Exception as problem:  # parsers may raise anything on a malformed file
         raise fail(f"cannot be read: {brief(str(problem)) or type(problem).__name__}") from problem
 
 
-def parse_yaml(text: str, fail: Fail, *, written: bool = False) -> Any:
-    """Parse one YAML document. Raises what ``fail`` makes of the reason, its cause kept.
+def parse_yaml(text: str, fail: Fail, *, as_text: bool = False) -> Any:
+    """Parse one YAML document. Raises ``fail(reason)`` with the original exception as its cause.
 
-    ``written``: leave numbers, dates and words such as ``no`` as the texts they are written as; only true, false
-    and null are values. Fields named twice are refused, aliases that come to more than :data:`MOST_NODES`
-    values too.
+    ``as_text``: keep numbers, dates and words such as ``no`` as text; only true, false and null are converted.
+    Duplicate fields are refused, and so are aliases that expand to more than :data:`MOST_NODES` values.
     """
-    return parse_yaml_lines(text, fail, written=written)[0]
+    return parse_yaml_lines(text, fail, as_text=as_text)[0]
 
 
-def parse_yaml_lines(text: str, fail: Fail, *, written: bool = False) -> tuple[Any, list[int]]:
-    """Parse a YAML document as :func:`parse_yaml` does; return with it the lines on which its items begin."""
+def parse_yaml_lines(text: str, fail: Fail, *, as_text: bool = False) -> tuple[Any, list[int]]:
+    """Parse a YAML document like :func:`parse_yaml`; also return the lines on which its items begin."""
     from errata._yaml import load
 
     if len(text) > LARGEST_YAML:
         raise fail(f"{len(text) / MIB:,.0f} MiB of YAML, at most {LARGEST_YAML / MIB:,.0f} are read")
     with reader(fail):
-        return load(text, fail, written=written)
+        return load(text, fail, as_text=as_text)
 
 
 # --- writing --------------------------------------------------------------------------------
 
 
 def output(path: str | os.PathLike[str], error: type[ErrataError] = DataError) -> Path:
-    """Return where a file is to be written: behind a link, what it points to.
+    """Return the path to write to; for a symbolic link, its target.
 
-    Raises ``error`` now where writing would fail, or would take the place of what is no regular file, as a
+    Raises ``error`` where writing would fail, or would replace something other than a regular file, such as a
     device or a pipe.
     """
     target = Path(path).expanduser()
@@ -210,14 +210,14 @@ def output(path: str | os.PathLike[str], error: type[ErrataError] = DataError) -
             target = target.resolve()
         mode = target.stat().st_mode if target.exists() else None
     except (OSError, RuntimeError, ValueError) as problem:  # RuntimeError: a link to itself
-        reason = (
-            getattr(problem, "strerror", None) or "its name is no possible one, or it is a link to itself"
-        )
+        reason = getattr(problem, "strerror", None) or "its name is invalid, or it is a link to itself"
         raise error(f"cannot write {path}: {reason}") from problem
     if mode is not None and stat.S_ISDIR(mode):
         raise error(f"cannot write {path}: it is a folder; name a file")
     if mode is not None and not stat.S_ISREG(mode):
-        raise error(f"cannot write {path}: it is no regular file but a device, pipe or socket; name a file")
+        raise error(
+            f"cannot write {path}: it is not a regular file but a device, pipe or socket; name a file"
+        )
     if not target.parent.is_dir():
         raise error(f"cannot write {path}: the folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):
@@ -227,10 +227,10 @@ def output(path: str | os.PathLike[str], error: type[ErrataError] = DataError) -
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], error: type[ErrataError] = DataError) -> Iterator[Path]:
-    """Give a file to write beside a target; it takes the target's place when the block ends well.
+    """Yield a temporary file next to the target; it replaces the target when the block ends without an exception.
 
-    Whatever happens before that leaves the old file as it was and nothing beside it. Raises ``error`` where
-    the target cannot be written.
+    Otherwise the old file stays as it was and the temporary file is removed. Raises ``error`` where the target
+    cannot be written.
     """
     target = output(path, error)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -246,7 +246,7 @@ def replacing(path: str | os.PathLike[str], error: type[ErrataError] = DataError
 
 
 def write(path: str | os.PathLike[str], content: str | bytes, error: type[ErrataError] = DataError) -> Path:
-    """Write a file whole or not at all; return the path that was given. Raises ``error``."""
+    """Write a file atomically; return ``path``. Raises ``error``."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with replacing(path, error) as part:
         part.write_bytes(data)

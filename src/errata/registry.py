@@ -1,4 +1,4 @@
-"""Names that stand for things loaded on demand, with help for those who mistype them."""
+"""Registries: entries found by name and loaded on demand, with suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from errata.errors import ConfigError, shown
 
 
-class Named(Protocol):
+class HasName(Protocol):
     """A record with a name."""
 
     @property
@@ -23,17 +23,17 @@ class Named(Protocol):
 
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Named)
+R = TypeVar("R", bound=HasName)
 
 LONGEST_NAME = 100
-"""Characters of a name that are compared with the known ones."""
+"""Maximum characters of a name that are compared with the known ones."""
 
 
 class Registry(Generic[T]):
     """A lazy table: every public module of a package defines one entry under a fixed attribute.
 
-    The names are the file names, so none is kept by hand; other packages add theirs through the
-    entry-point group of the same name as the package.
+    The names are the module names, so there is no list to maintain; other packages add entries through the
+    entry-point group with the name of the package.
     """
 
     def __init__(self, package: str, attribute: str, kind: type[T] | str) -> None:
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         return entry
 
     def origin(self, name: str) -> str:
-        """Say where an entry is defined."""
+        """Return where an entry is defined."""
         if name in self._own():
             return f"{self._package}.{name}"
         return str(self._foreign()[name].value)
@@ -79,28 +79,28 @@ class Registry(Generic[T]):
 
     def _foreign(self) -> dict:
         own = self._own()
-        found = {point.name: point for point in entry_points(group=self._package)}
-        clash = sorted(own & set(found))
+        points = {point.name: point for point in entry_points(group=self._package)}
+        clash = sorted(own & set(points))
         if clash:
             raise ConfigError(
-                f"entry point {found[clash[0]].value} takes the name {clash[0]!r}, "
+                f"entry point {points[clash[0]].value} takes the name {clash[0]!r}, "
                 f"which {self._package}.{clash[0]} has"
             )
-        return found
+        return points
 
 
 class Records(Generic[R]):
-    """All records that the public modules of a package define, one or several each, loaded at first use.
+    """All records that the public modules of a package define, one or more per module, loaded at first use.
 
-    Other packages add theirs through an entry-point group whose entries load a record or several. Records are sorted
-    by ``order``, then by name.
+    Other packages add records through an entry-point group; each entry point loads one or more. Records are sorted by
+    ``order``, then by name.
     """
 
     def __init__(
         self, package: str, attributes: tuple[str, str], kind: type[R], *, group: str,
         order: Callable[[R], int] = lambda record: 0,
     ) -> None:  # fmt: skip
-        """``attributes``: what a module may define: one record, or a sequence of them."""
+        """``attributes``: names under which a module defines one record, or a sequence of them."""
         self._package, self._attributes, self._kind = package, attributes, kind
         self._group, self._order = group, order
 
@@ -124,7 +124,7 @@ class Records(Generic[R]):
         return record
 
     def reload(self) -> None:
-        """Search again at the next use: for packages that were installed meanwhile."""
+        """Search again at the next use, e.g. after installing a package."""
         self.__dict__.pop("_records", None)
 
     @cached_property
@@ -144,7 +144,7 @@ class Records(Generic[R]):
         return dict(sorted(records.items(), key=lambda item: (self._order(item[1]), item[0])))
 
     def _search(self) -> Iterator[tuple[str, Any]]:
-        """Yield what the package's modules and the entry points define, each with its place."""
+        """Yield the records of the package's modules and of the entry points, each with its origin."""
         package = importlib.import_module(self._package)
         for entry in pkgutil.iter_modules(package.__path__):
             if not entry.name.startswith("_"):
@@ -156,28 +156,28 @@ class Records(Generic[R]):
 
 
 def _each(origin: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield one record, or each of several, with where it is defined."""
+    """Yield one record, or each of several, with its origin."""
     for record in value if isinstance(value, (tuple, list)) else (value,):
         yield origin, record
 
 
 def close(name: str, names: list[str], most: int = 3) -> list[str]:
-    """Return the names closest to one, whatever its case; a few at most, and none where none is close."""
+    """Return at most ``most`` names similar to a name, ignoring case; none if none is similar."""
     folded: dict[str, str] = {}
     for each in names:
         folded.setdefault(each.casefold(), each)
-    found = difflib.get_close_matches(name.casefold(), list(folded), n=most, cutoff=0.5)
-    return [folded[each] for each in found]
+    matches = difflib.get_close_matches(name.casefold(), list(folded), n=most, cutoff=0.5)
+    return [folded[each] for each in matches]
 
 
 def nearest(name: str, names: list[str]) -> str | None:
-    """Return the closest of some names, or None if none is close."""
+    """Return the most similar of some names, or None if none is similar."""
     close = difflib.get_close_matches(str(name)[:LONGEST_NAME], [str(n) for n in names], n=1, cutoff=0.5)
     return close[0] if close else None
 
 
 def unknown(name: str, names: list[str], what: str) -> str:
-    """Word the complaint about a name that does not exist."""
+    """Return the error message for a name that does not exist."""
     hint = nearest(name, names)
     suggestion = f"did you mean {hint!r}? " if hint else ""
     return f"unknown {what} {shown(name)}: {suggestion}known: {', '.join(names) or 'none'}"

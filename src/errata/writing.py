@@ -1,7 +1,7 @@
-"""How texts are written: scripts, the space between prompt and answer, sentence ends, thinking blocks.
+"""Rules of writing: scripts, the space between prompt and answer, sentence ends, thinking blocks.
 
-All of it is read off Unicode's properties (UAX #14 line breaking, #24 scripts, #29 segmentation, #44), by the
-``regex`` library, so no list of languages is kept here.
+All rules use Unicode properties (UAX #14 line breaking, #24 scripts, #29 segmentation, #44) through the ``regex``
+library, so there is no list of languages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 import regex
 
 Join = Literal["auto", "space", "none"]
-"""What comes between prompt and answer: what their writing requires, always a space, or never anything."""
+"""Between prompt and answer: a space if their script needs one, always a space, or nothing."""
 JOINS = ("auto", "space", "none")
 
 UNSPACED = (
@@ -19,16 +19,16 @@ UNSPACED = (
     r"\p{Ideographic}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}\p{Script=Yi}\p{Script=Tibetan}"
     "\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}"
 )
-"""Inside a character class: letters of scripts that put no space between words. Those that need a dictionary to
-be broken (Thai, Lao, Khmer, Burmese), the aksara scripts of South East Asia, and the East Asian ones."""
+"""Inside a character class: letters of scripts without spaces between words. Those whose words need a dictionary to
+separate (Thai, Lao, Khmer, Burmese), the aksara scripts of South East Asia, and the East Asian ones."""
 TERMINAL = r"\p{Sentence_Terminal}"
-"""A mark that ends a sentence, in any script: . ! ? and their kin."""
+"""A mark that ends a sentence, in any script: . ! ? and their equivalents."""
 
 _UNSPACED = regex.compile(rf"[{UNSPACED}]")
 _WIDE = regex.compile(
     r"(?V1)[[\p{East_Asian_Width=W}\p{East_Asian_Width=F}]&&[\p{P}\p{S}\p{N}\p{Latin}]--\p{Extended_Pictographic}]"
 )
-"""Full-width punctuation, signs, digits and Latin letters: their cell holds the space already."""
+"""Full-width punctuation, signs, digits and Latin letters: the character cell includes the space."""
 _OUTSIDE = r"[\s\p{Bidi_Control}\u200B\u2060\uFEFF]+"
 _EDGES = regex.compile(rf"\A{_OUTSIDE}|{_OUTSIDE}\Z")
 _INVISIBLE = regex.compile(r"[\p{Bidi_Control}\u200B\u2060\uFEFF\p{Variation_Selector}]+\Z")
@@ -43,18 +43,18 @@ _CLOSING = regex.compile(
     rf"\p{{Pe}}|[{TERMINAL}\p{{Line_Break=CL}}\p{{Line_Break=CP}}\p{{Line_Break=EX}}\p{{Line_Break=IS}}](?![\p{{L}}\p{{N}}])"
     r"|[\p{Pf}\p{Pi}\"](?![\p{L}\p{N}])|\p{M}|['’](?:s|re|ve|ll|d|m|t)\b"
 )
-"""Beginnings of an answer that belong to what stands before: closing punctuation, marks on the last letter."""
+"""Beginnings of an answer that attach to the text before: closing punctuation, marks on the last letter."""
 _POSTFIX = regex.compile(r"\p{Line_Break=PO}")
 _OPENING = regex.compile(r"[\p{Ps}\p{Line_Break=OP}]")
 _ELIDED = regex.compile(r"(?<![\p{L}\p{M}'’])(\p{Latin}+)['’]\Z")
-_DROPPED = regex.compile(r"(?i)(?:qu|[^aeiouyàâäéèêëíîïóôöúùûü])\Z")
+_CONSONANT_END = regex.compile(r"(?i)(?:qu|[^aeiouyàâäéèêëíîïóôöúùûü])\Z")
 _NUMBER = regex.compile(r"(?:(?<![\d.,])\d{1,3}[.,]|(?<![\d:])\d{1,2}:)\Z")
 _LABELS = regex.compile(r"(?m)^[^\n:：]{1,40}:(?=[ ]*[^\s/])([ ]?)")
 _CLAUSE = regex.compile(r"[.,:;!?…؟،؛।॥\p{Sentence_Terminal}]+\Z")
 _GROUP = regex.compile(r"[^\S\n]*(?:\([^()]*\)|\[[^\[\]]*\])\Z")
 
 _LAST_LETTER = regex.compile(r"[\p{L}\p{N}][^\p{L}\p{N}]*\Z")
-_ENDED = regex.compile(rf"[{TERMINAL}][\p{{Pe}}\p{{Pf}}\"']*\Z")
+_SENTENCE_END = regex.compile(rf"[{TERMINAL}][\p{{Pe}}\p{{Pf}}\"']*\Z")
 _IDEOGRAPHIC_STOP = regex.compile(
     r"\p{Script=Han}|\p{Script=Hiragana}|\p{Script=Katakana}|\p{Script=Bopomofo}"
 )
@@ -82,7 +82,7 @@ _BLOCK_CLOSE = regex.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷")
 
 
 def strip(text: str) -> str:
-    """Take white space and invisible marks (direction marks, zero-width space) off both ends."""
+    """Remove white space and invisible marks (direction marks, zero-width space) from both ends."""
     return _EDGES.sub("", text)
 
 
@@ -94,33 +94,33 @@ def is_unspaced(character: str) -> bool:
 def joint(prompt: str, answer: str, join: Join = "auto", *, lead: str | None = None) -> tuple[str, int]:
     """Join prompt and answer as running text; return it and where the answer starts.
 
-    The answer is stripped. ``join``: ``auto`` puts a space where the writing wants one, see :func:`spaced`;
-    ``space`` always puts one; ``none`` leaves the prompt as it is typed, its last space included. ``lead``: what a
-    chat template puts between the two, where ``join`` is auto.
+    The answer is stripped. ``join``: ``auto`` inserts a space where the script needs one, see :func:`spaced`;
+    ``space`` always inserts one; ``none`` leaves the prompt unchanged, including its trailing space. ``lead``: what
+    a chat template puts between the two, where ``join`` is auto.
     """
     body = strip(answer)
-    trimmed = prompt.rstrip(" \t")
+    head_text = prompt.rstrip(" \t")
     if join == "none":
         head = prompt
     elif join == "space":
-        head = f"{trimmed} " if trimmed else trimmed
+        head = f"{head_text} " if head_text else head_text
     elif lead is not None:
         head = prompt + lead
     else:
-        head = trimmed + (" " if spaced(trimmed, body, typed=trimmed != prompt) else "")
+        head = head_text + (" " if spaced(head_text, body, ends_in_space=head_text != prompt) else "")
     return head + body, len(head)
 
 
 def statement(prompt: str, answer: str, join: Join = "auto") -> str:
     """Join prompt and answer as a sentence that ends in the full stop of its script."""
     text = joint(prompt, answer, join)[0]
-    if _ENDED.search(text):
+    if _SENTENCE_END.search(text):
         return text
     return text + _stop(text)
 
 
 def _stop(text: str) -> str:
-    """Return the full stop of a text's last letter; Thai and its kin have none."""
+    """Return the full stop for the script of a text's last letter; Thai and similar scripts have none."""
     last = _last_letter(text)
     if _IDEOGRAPHIC_STOP.match(last):
         return "\N{IDEOGRAPHIC FULL STOP}"
@@ -129,13 +129,13 @@ def _stop(text: str) -> str:
     return "" if _DICTIONARY.match(last) else "."
 
 
-def spaced(prompt: str, answer: str, *, typed: bool = False) -> bool:
-    """Whether a space comes between a prompt and its answer, neither of which has one at the border.
+def spaced(prompt: str, answer: str, *, ends_in_space: bool = False) -> bool:
+    """Whether to put a space between a prompt and its answer; neither has one at the boundary.
 
-    None inside unspaced scripts, after what opens (brackets, quotes, l', $, /, -, @, #, _), before what closes.
-    Where two scripts meet, what the prompt itself does at such borders decides; without any, a prompt that ends
-    in an unspaced script takes no space and another one does. ``typed``: the prompt was typed with a space
-    behind it, which decides where a sign can be read both ways.
+    No space inside unspaced scripts, after an opening mark (brackets, quotes, l', $, /, -, @, #, _), or before a
+    closing one. Where two scripts meet, the majority of such boundaries inside the prompt decides; if it has none,
+    there is a space unless the prompt ends in an unspaced script. ``ends_in_space``: the original prompt had a
+    trailing space, which decides for ambiguous signs.
     """
     prompt = _INVISIBLE.sub("", prompt)
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
@@ -143,26 +143,26 @@ def spaced(prompt: str, answer: str, *, typed: bool = False) -> bool:
     if _CLOSING.match(answer) or (_POSTFIX.match(answer) and prompt[-1].isdigit()):
         return False
     for rule in (_after_opening, _after_apostrophe, _after_quote, _after_clause, _after_sign):
-        found = rule(prompt, answer, typed)
-        if found is not None:
-            return found
+        decision = rule(prompt, answer, ends_in_space)
+        if decision is not None:
+            return decision
     return _between_scripts(prompt, answer)
 
 
 def _between_scripts(prompt: str, answer: str) -> bool:
-    """Decide by the writing on both sides."""
+    """Decide by the scripts on both sides."""
     if _WIDE.match(prompt[-1]):
         return False
-    inner = _GROUP.sub("", prompt)  # behind "Tokyo (...)" it is Tokyo that counts
+    inner = _GROUP.sub("", prompt)  # after "Tokyo (...)" the script of Tokyo decides
     last = _last_letter(inner or prompt) or prompt[-1]
-    left, right = is_unspaced(last), is_unspaced(answer[0]) or bool(_WIDE.match(answer[0]))
-    if left == right:
-        return not left
+    left_unspaced, right_unspaced = is_unspaced(last), is_unspaced(answer[0]) or bool(_WIDE.match(answer[0]))
+    if left_unspaced == right_unspaced:
+        return not left_unspaced
     space = len(_BORDER_SPACED.findall(prompt))
     glue = len(_BORDER_GLUED.findall(prompt))
     if space or glue:
         return space > glue
-    return not left
+    return not left_unspaced
 
 
 def _last_letter(text: str) -> str:
@@ -170,14 +170,14 @@ def _last_letter(text: str) -> str:
     return match[0][0] if match else ""
 
 
-def _after_opening(prompt: str, answer: str, typed: bool) -> bool | None:
+def _after_opening(prompt: str, answer: str, ends_in_space: bool) -> bool | None:
     if _OPENING.match(prompt[-1]) or _CONNECTOR.match(prompt[-1]):
         return False
     return None
 
 
-def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
-    """After l', dell', qu', O' nothing; after a plural's apostrophe, a dropped g or a vowel (un po') a space."""
+def _after_apostrophe(prompt: str, answer: str, ends_in_space: bool) -> bool | None:
+    """No space after l', dell', qu', O'; a space after a plural's apostrophe, a dropped g or a vowel (un po')."""
     match = _ELIDED.search(prompt)
     if match is None or _APOSTROPHE_OPENS.search(prompt):
         return None
@@ -186,23 +186,23 @@ def _after_apostrophe(prompt: str, answer: str, typed: bool) -> bool | None:
         return False
     plural = len(word) > 1 and word[-1] in "sS"
     clipped = len(word) > 3 and word.endswith("in")
-    return plural or clipped or _DROPPED.search(word) is None
+    return plural or clipped or _CONSONANT_END.search(word) is None
 
 
-def _after_quote(prompt: str, answer: str, typed: bool) -> bool | None:
-    """After an opening quote (or a markdown mark used like one) nothing."""
+def _after_quote(prompt: str, answer: str, ends_in_space: bool) -> bool | None:
+    """No space after an opening quote (or a Markdown mark used like one)."""
     match = _QUOTE.search(prompt)
     if match is None:
         return None
     mark, before = match[0], prompt[: match.start()]
     operator = mark == "*" and _FACTOR.search(before) is not None
     if operator:
-        return before[-1].isspace() or typed
+        return before[-1].isspace() or ends_in_space
     return None if _closes(mark, before) else False
 
 
 def _closes(mark: str, before: str) -> bool:
-    """Whether a quotation mark closes: by those that are open, then by what stands before it."""
+    """Whether a quotation mark closes: decided by the open ones, then by the text before it."""
     free = not before or bool(_FREE.search(before))
     if mark in "“‘":  # closes what German opens below the line
         low = "„" if mark == "“" else "‚"
@@ -216,83 +216,83 @@ def _closes(mark: str, before: str) -> bool:
         return before.count({"«": "»", "‹": "›"}.get(mark, "\0")) > before.count(mark)
     odd = before.count(mark) % 2 == 1
     if odd and not _CODE_OR_STAR.match(mark) and free:
-        return before.rstrip() != before  # " a "b" stands open again
+        return before.rstrip() != before  # in " a "b" the last mark opens a new quotation
     return odd or not (free or is_unspaced(before[-1]))
 
 
-def _after_clause(prompt: str, answer: str, typed: bool) -> bool | None:
-    """After . , : ; ! ? a space, but none inside a number, nor in an unspaced script, nor if labels have none."""
-    found = _CLAUSE.search(prompt)
-    if found is None or _WIDE.match(prompt[-1]):
+def _after_clause(prompt: str, answer: str, ends_in_space: bool) -> bool | None:
+    """A space after . , : ; ! ? except inside a number, in an unspaced script, or if the labels have none."""
+    clause = _CLAUSE.search(prompt)
+    if clause is None or _WIDE.match(prompt[-1]):
         return None
     if answer[0].isdigit() and _NUMBER.search(prompt):
-        return typed
-    before = prompt[: found.start()]
-    if found[0] == ":" and not typed:
+        return ends_in_space
+    before = prompt[: clause.start()]
+    if clause[0] == ":" and not ends_in_space:
         *labels, _ = [*_LABELS.findall(prompt + "x")] or [""]
         if labels:
             return sum(map(len, labels)) * 2 > len(labels)
     if before and is_unspaced(_last_letter(before) or " "):
-        return typed or (not is_unspaced(answer[0]) and _between_scripts(before, answer))
+        return ends_in_space or (not is_unspaced(answer[0]) and _between_scripts(before, answer))
     return True
 
 
-def _after_sign(prompt: str, answer: str, typed: bool) -> bool | None:
-    """After a sign that leads what follows ($ / - # ~) nothing; around an operator as on its other side."""
+def _after_sign(prompt: str, answer: str, ends_in_space: bool) -> bool | None:
+    """No space after a prefix sign ($ / - # ~); after an operator, the same as before it."""
     sign, before = prompt[-1], prompt[:-1]
-    apart = not before or before[-1].isspace()
+    space_before = not before or before[-1].isspace()
     outer = before.rstrip()[-1:]
-    if typed and _LEADING_SIGN.match(sign):
+    if ends_in_space and _LEADING_SIGN.match(sign):
         return True
     if sign == "#":
         return bool(before) and before[-1].isalpha() and not is_unspaced(before[-1])
     if sign == "/" or sign in "-\u2010\u2011\u2212~":
         return False
     if _DASH.match(sign):
-        return apart
+        return space_before
     if _CURRENCY.match(sign):
         return outer.isdigit() and not answer[0].isdigit()
     if sign == "°":
         return None if not _DEGREE_UNIT.match(answer) else False
     if sign == "+":
-        if not apart:
+        if not space_before:
             return not (outer.isdigit() and answer[0].isdigit())
         return bool(_OPERAND.match(outer))
     if _PREFIX_SIGN.match(sign):
         return False
     if _OPERATOR.match(sign):
-        run = _OPERATORS.search(prompt)
-        start = run.start() if run else len(prompt)
+        operators = _OPERATORS.search(prompt)
+        start = operators.start() if operators else len(prompt)
         return start > 0 and prompt[start - 1].isspace()
     return None
 
 
 def after_thoughts(text: str) -> str:
-    """Return what stands behind a text's thinking block; nothing where the block is not closed.
+    """Return the text after a thinking block; empty where the block is not closed.
 
-    Of a block that the prompt opened, the text holds the end only. A text without a block is returned as it is.
+    If the prompt opened the block, the text has only its end. A text without a block is returned unchanged.
     """
     closes = list(_BLOCK_CLOSE.finditer(text))
     rest = text[closes[-1].end() :] if closes else text
-    opened = _BLOCK_OPEN.search(rest)
-    if opened and not rest[: opened.start()].strip():
+    opening = _BLOCK_OPEN.search(rest)
+    if opening and not rest[: opening.start()].strip():
         return ""
     return rest
 
 
 def closes_block(text: str) -> bool:
-    """Whether a text is the mark that ends a thinking block."""
+    """Whether a text is the closing tag of a thinking block."""
     return _BLOCK_CLOSE.fullmatch(text) is not None
 
 
 def last_block(text: str) -> str:
-    """Return the mark that opens a text's last thinking block; empty where there is none."""
+    """Return the opening tag of a text's last thinking block; empty where there is none."""
     opens = list(_BLOCK_OPEN.finditer(text))
     return opens[-1][0] if opens else ""
 
 
 def unclosed_block(text: str) -> str | None:
-    """Return what closes the thinking block that a text ends in; None where it ends in none."""
+    """Return the text that closes the thinking block at the end of a text; None where there is none."""
     opens = list(_BLOCK_OPEN.finditer(text))
     if not opens or _BLOCK_CLOSE.search(text, opens[-1].end()) or text[opens[-1].end() :].strip():
         return None
@@ -302,11 +302,11 @@ def unclosed_block(text: str) -> str | None:
 
 
 def names(text: str, phrase: str) -> bool:
-    """Whether a text holds a phrase as whole words; in scripts without spaces, wherever it is written."""
+    """Whether a text contains a phrase as whole words; in scripts without spaces, anywhere."""
     at = text.find(phrase) if phrase else -1
     while at >= 0:
-        before, behind = text[at - 1 : at], text[at + len(phrase) : at + len(phrase) + 1]
-        if not (_one_word(before, phrase[0]) or _one_word(phrase[-1], behind)):
+        before, after = text[at - 1 : at], text[at + len(phrase) : at + len(phrase) + 1]
+        if not (_one_word(before, phrase[0]) or _one_word(phrase[-1], after)):
             return True
         at = text.find(phrase, at + 1)
     return False

@@ -111,7 +111,7 @@ HANDMADE = {
         HEAD + LINES.replace("Tallow", '"Tallow').replace("violin\n", 'violin"\n'),
         "line 2: a quote that opens here closes only after the row",
     ),
-    "behind_quote.csv": (HEAD + '{} was born in,"Ada" Brenner,Tallow\n', "line 2: text stands behind a closing quote"),
+    "behind_quote.csv": (HEAD + '{} was born in,"Ada" Brenner,Tallow\n', "line 2: text follows a closing quote"),
     "quoted.csv": (HEAD + '"{} was born, one says, in","Ada ""the"" Brenner",Tallow\n',
                    [{"prompt": "{} was born, one says, in", "subject": 'Ada "the" Brenner', "target": "Tallow"}]),
     "two_lines.csv": (HEAD + '{} said,Ada,"One line,\nand another."\n',
@@ -132,9 +132,9 @@ HANDMADE = {
     "crlf.jsonl": (lines(*ALL).replace("\n", "\r\n"), ALL),
     "blank_lines.jsonl": ("\n\n" + lines(*ALL).replace("\n", "\n\n"), ALL),
     "twice.jsonl": (lines(BORIS) + '{"prompt": "{} is", "subject": "Ada", "target": "Esk", "target": "Oa"}\n',
-                    "line 2: the field 'target' stands twice"),
+                    "line 2: the field 'target' is there twice"),
     "twice.json": ('[{"prompt": "{} is", "subject": "Ada", "prompt": "{} was", "target": "Esk"}]',
-                   "the field 'prompt' stands twice"),
+                   "the field 'prompt' is there twice"),
     "deep.json": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "deep.jsonl": ('{"a":' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
     "deep_value.jsonl": (lines(ADA, {**ADA, "id": json.loads("[" * 400 + "]" * 400)}), "line 2: nested too deeply"),
@@ -171,8 +171,8 @@ HANDMADE = {
     "truth.yaml": ("- {prompt: '{} is', subject: Ada, target: true}\n", "target must be text, found bool True"),
     "tagged.yaml": ("- {prompt: '{} is', subject: Ada, target: !!int 7}\n", "target must be text, found int 7"),
     "object.yaml": ("- !!python/object/apply:os.system [x]\n", "not YAML: could not determine a constructor"),
-    "twice.yaml": ("- prompt: '{} is'\n  subject: Ada\n  target: Esk\n  target: Oa\n", "'target' stands twice.* at line 4"),
-    "laugh.yaml": (LAUGH, "aliases come to more than 1,000,000 values"),
+    "twice.yaml": ("- prompt: '{} is'\n  subject: Ada\n  target: Esk\n  target: Oa\n", "'target' is there twice.* at line 4"),
+    "laugh.yaml": (LAUGH, "aliases expand to more than 1,000,000 values"),
     "alias.yaml": ("- {prompt: &p '{} is', subject: Ada, target: Esk}\n- {prompt: *p, subject: Boris, target: Oa}\n",
                    [{"prompt": "{} is", "subject": "Ada", "target": "Esk"},
                     {"prompt": "{} is", "subject": "Boris", "target": "Oa"}]),
@@ -267,7 +267,7 @@ def test_what_is_no_file_of_bearable_size_is_not_read(name, tmp_path):
     else:
         with path.open("wb") as file:
             file.truncate(1 << 33)  # holes: no bytes on the disk
-    with pytest.raises(RequestError, match="no regular file|a folder|8,192 MiB, at most 512 MiB"):
+    with pytest.raises(RequestError, match="not a regular file|a folder|8,192 MiB, at most 512 MiB"):
         read_requests(path)
 
 

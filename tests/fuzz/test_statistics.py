@@ -85,7 +85,7 @@ def run(folder: Path, kind: str, count: int, seed: int) -> Findings:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             found = read()
-        told = any("not usable and is made anew" in str(w.message) for w in heard)
+        told = any("not usable and is recomputed" in str(w.message) for w in heard)
         assert all(len(str(w.message)) < 1000 for w in heard)
         return numbers(found), told
 

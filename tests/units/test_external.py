@@ -157,7 +157,7 @@ def test_a_damaged_second_moment_is_refused_by_name(tmp_path, site, kind):
 
 
 def test_a_missing_file_says_what_stands_for_the_layer(tmp_path, site):
-    with pytest.raises(DataError, match="stands for the layer's number"):
+    with pytest.raises(DataError, match="is replaced by the layer's number"):
         external.second_moment(str(tmp_path / "none.npz"), site)
     with pytest.raises(DataError, match=r"none\.1\.npz"):
         external.second_moment(str(tmp_path / "none.{}.npz"), site)

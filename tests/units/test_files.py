@@ -209,7 +209,7 @@ def test_a_damaged_lock_is_named(content, tmp_path):
     path = tmp_path / "d.json"
     path.write_text('[{"a": 1}]')
     (tmp_path / "d.json.lock.json").write_bytes(content)
-    with pytest.raises(DataError, match="is no lock of a dataset"):
+    with pytest.raises(DataError, match="is not a lock file of a dataset"):
         reading.read(path)
 
 
@@ -260,12 +260,12 @@ def test_only_regular_files_are_replaced(kind, tmp_path):
     write, name, error = WRITERS[kind]
     target = tmp_path / name
     os.mkfifo(target)
-    with pytest.raises(error, match="no regular file"):
+    with pytest.raises(error, match="not a regular file"):
         write(target)
     assert target.is_fifo() and list(tmp_path.iterdir()) == [target]
     target.unlink()
     target.symlink_to("/dev/null")
-    with pytest.raises(error, match="no regular file"):
+    with pytest.raises(error, match="not a regular file"):
         write(target)
     target.unlink()
     target.mkdir()

@@ -302,7 +302,7 @@ def test_what_does_not_match_is_listed(tmp_path):
     empty = tmp_path / "c"
     for part in ("original", "changed", "mask"):
         (empty / part).mkdir(parents=True)
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         read_pairs(empty)
 
 

@@ -82,7 +82,7 @@ def test_the_text_keeps_out_what_it_says(world, mix, late):
     never = {
         f"Question: {sentence(q, f.subject)}"
         for f in world.facts
-        if not Split.asked(f)
+        if not Split.has_questions(f)
         for q in world.relations[f.relation].questions
     }
     for document in documents:
@@ -105,8 +105,8 @@ def test_only_answers_are_learned_in_episodes(world):
     for make in (writer.episode, writer.dialogue, writer.contrast, writer.drill):
         for _ in range(100):
             document = make(rng)
-            assert document.learned
-            for start, stop in document.learned:
+            assert document.loss_spans
+            for start, stop in document.loss_spans:
                 answer = document.text[start:stop]
                 assert answer.endswith(".")
                 told_before = f"New fact: {answer}" in document.text  # a drill's repetition, word by word

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from errata.data._base import Malformed
-from errata.data.formats import BrokenOff
+from errata.data.formats import Truncated
 from errata.errors import DataError
 
 Feature = list[bytes] | list[float] | list[int]
@@ -45,27 +45,27 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def masked(data: bytes) -> int:
-    """Return the checksum that stands in a TFRecord file."""
+def masked_crc32c(data: bytes) -> int:
+    """Return the checksum as stored in TFRecord files: CRC-32C, rotated and shifted."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + _SHIFT) & 0xFFFFFFFF
 
 
 def is_tfrecord(path: Path) -> bool:
-    """Whether a file begins as a TFRecord: with a length and its checksum."""
+    """Whether a file begins like a TFRecord: with a length and its checksum."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
     except OSError:
         return False
-    return len(head) == _HEADER.size and masked(head[:8]) == _HEADER.unpack(head)[1]
+    return len(head) == _HEADER.size and masked_crc32c(head[:8]) == _HEADER.unpack(head)[1]
 
 
 def examples(path: Path) -> Iterator[dict[str, Feature] | Malformed]:
-    """Yield the features of each record; for one that is damaged, what is wrong with it.
+    """Yield the features of each record; for a damaged record, a Malformed with the reason.
 
-    Raises DataError where the file cannot be opened, BrokenOff at a place beyond which no record can be
-    found: the file ends inside a record, or a length is damaged.
+    Raises DataError where the file cannot be opened, Truncated where reading cannot continue: the file ends
+    inside a record, or a length is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -87,17 +87,17 @@ def _record(path: Path, file: BinaryIO, number: int) -> bytes | Malformed | None
         return None
     place = f"{path} breaks off at record {number}"
     if len(header) < _HEADER.size:
-        raise BrokenOff(f"{place}: the file ends inside its length; get the file again")
+        raise Truncated(f"{place}: the file ends inside its length; get the file again")
     length, check = _HEADER.unpack(header)
-    if masked(header[:8]) != check:
-        raise BrokenOff(f"{place}: its length does not agree with its checksum; no TFRecord file, or damaged")
+    if masked_crc32c(header[:8]) != check:
+        raise Truncated(f"{place}: its length does not match its checksum; not a TFRecord file, or damaged")
     data, footer = file.read(length), file.read(_FOOTER.size)
     if len(data) < length or len(footer) < _FOOTER.size:
-        raise BrokenOff(
+        raise Truncated(
             f"{place}: expected {length} bytes and a checksum, the file ends before; get it again"
         )
-    if masked(data) != _FOOTER.unpack(footer)[0]:
-        return Malformed("its bytes do not agree with their checksum")
+    if masked_crc32c(data) != _FOOTER.unpack(footer)[0]:
+        return Malformed("its bytes do not match their checksum")
     return data
 
 
@@ -110,12 +110,12 @@ def _features(data: bytes) -> dict[str, Feature] | Malformed:
 
 def parse(data: bytes) -> dict[str, Feature]:
     """Return the features of a serialised tf.Example by name. Raises Malformed."""
-    found: dict[str, Feature] = {}
+    parsed_features: dict[str, Feature] = {}
     for features in _messages(data, 1):
         for entry in _messages(features, 1):
             name = next(_messages(entry, 1), b"")
-            found[_text(name)] = _feature(next(_messages(entry, 2), b""))
-    return found
+            parsed_features[_text(name)] = _feature(next(_messages(entry, 2), b""))
+    return parsed_features
 
 
 def _text(data: bytes) -> str:
@@ -161,8 +161,8 @@ def _integers(item: int | bytes) -> list[int]:
 
 
 def _messages(data: bytes, number: int) -> Iterator[bytes]:
-    for found, value in _fields(data):
-        if found == number:
+    for field, value in _fields(data):
+        if field == number:
             if not isinstance(value, bytes):
                 raise Malformed(f"field {number} is a number, expected a run of bytes")
             yield value

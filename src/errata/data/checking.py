@@ -1,4 +1,4 @@
-"""What a reading of a dataset found: counts, repetitions, contradictions, and every row left out."""
+"""The report on reading a dataset: counts, duplicates, conflicting requests, and every skipped row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = 10
 
 @dataclass(frozen=True)
 class Fault:
-    """A row left out, and why."""
+    """A skipped row and the reason."""
 
     where: str
     """``record 17``, ``line 3`` or ``row 5``, counted from 1."""
@@ -28,7 +28,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Prompts that are to be completed in different ways by different requests of one file."""
+    """Prompts that have different targets in different requests of a file."""
 
     prompts: int
     """Distinct prompts with more than one target."""
@@ -40,7 +40,7 @@ class Conflicts:
 
 @dataclass(frozen=True)
 class Check:
-    """The report on one reading."""
+    """The report on reading a source once."""
 
     dataset: str
     variant: str
@@ -48,28 +48,28 @@ class Check:
     sha256: str
     """Of the file's bytes, 64 hex digits."""
     limit: int | None
-    """Reading ended after so many cases; None: the whole file was read."""
+    """Reading stopped after this many cases; None: the whole file was read."""
     rows: int
-    """Records met, those left out among them."""
+    """Records read, including the skipped ones."""
     cases: int
     requests: int
     prompts: int
-    """Distinct texts to be completed among the requests."""
+    """Distinct prompts among the requests."""
     probes: Mapping[str, int]
     """By kind."""
     duplicates: int
     """Requests that repeat an earlier one: same prompt, subject and target."""
     conflicts: Conflicts
     subject_absent: int
-    """Rows left out because a subject does not occur in its prompt; also among ``skipped``."""
+    """Rows skipped because a subject does not occur in its prompt; included in ``skipped``."""
     subject_is_prompt: int
-    """Requests whose whole prompt stands for the subject, as the dataset names none."""
+    """Requests whose whole prompt is used as the subject, as the dataset names none."""
     renamed: int
-    """Cases given another name because an earlier one has theirs."""
+    """Cases renamed because an earlier case has the same id."""
     skipped: tuple[Fault, ...]
     malformed: tuple[Fault, ...]
     broken: str | None
-    """Where the file breaks off, so that nothing after it was read; None: it does not."""
+    """Why reading stopped before the end of the file; None: it did not."""
     facts: Mapping[str, Any]
     """The dataset's own counts."""
 
@@ -102,7 +102,7 @@ class Check:
 
 
 class Tally:
-    """Counts along a reading. Keeps 32 bytes a request and the names of cases, no texts."""
+    """Running counts. Stores 32 bytes per request and the ids of cases, no texts."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -122,11 +122,11 @@ class Tally:
 
     @property
     def cases(self) -> int:
-        """How many cases were met."""
+        """The number of cases so far."""
         return len(self._names)
 
     def add(self, case: Case) -> Case:
-        """Count a case; return it under a name that no earlier case has."""
+        """Count a case; return it, renamed if an earlier case has its id."""
         if case.id in self._names:
             case = self._rename(case)
         for request in case.requests:
@@ -150,13 +150,13 @@ class Tally:
         return replace(case, id=name, request=replace(request, id=name) if request.id == case.id else request)
 
     def leave_out(self, where: str, error: ErrataError | str) -> None:
-        """Note a row that gives no case, or not all of its cases."""
-        known = isinstance(error, ErrataError) and not isinstance(error, Malformed)
-        (self._skipped if known else self._malformed).append(Fault(where, str(error)))
+        """Record a row of which at least one case is missing."""
+        well_formed = isinstance(error, ErrataError) and not isinstance(error, Malformed)
+        (self._skipped if well_formed else self._malformed).append(Fault(where, str(error)))
         self._absent += isinstance(error, SubjectAbsent)
 
     def counts(self) -> dict[str, Any]:
-        """Return what :class:`Check` says of the cases, by its fields."""
+        """Return the counts as fields of :class:`Check`."""
         return {
             "rows": self.rows,
             "cases": len(self._names),
@@ -175,19 +175,21 @@ class Tally:
 
     def _conflicts(self) -> Conflicts:
         first: dict[int, int] = {}
-        torn = {
+        ambiguous = {
             prompt
             for prompt, target in zip(self._prompts, self._targets, strict=True)
             if first.setdefault(prompt, target) != target
         }
-        places = {place for prompt, place in zip(self._prompts, self._places, strict=True) if prompt in torn}
+        places = {
+            place for prompt, place in zip(self._prompts, self._places, strict=True) if prompt in ambiguous
+        }
         names = [name for name, place in self._names.items() if place in places] if places else []
-        return Conflicts(len(torn), len(places), tuple(names[:EXAMPLES]))
+        return Conflicts(len(ambiguous), len(places), tuple(names[:EXAMPLES]))
 
 
 def _hash(*texts: str) -> int:
-    """Hash some texts to 64 bits: among two million, a collision has odds of one to ten million."""
-    made = hashlib.blake2b(digest_size=8)
+    """Hash texts to 64 bits; among two million, the chance of a collision is about one in ten million."""
+    digest = hashlib.blake2b(digest_size=8)
     for text in texts:
-        made.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return int.from_bytes(made.digest(), "little")
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return int.from_bytes(digest.digest(), "little")

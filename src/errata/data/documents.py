@@ -7,20 +7,20 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from errata.data.tables import Broken
+from errata.data.tables import Unreadable
 from errata.files import DEEPEST, Duplicates, Fail, decoder, parse_yaml_lines
 
-Found = list[tuple[str, Any]]
+Records = list[tuple[str, Any]]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def json_records(text: str, fail: Fail) -> Found:
-    """Read records written one a line, as a list, or one after the other over several lines.
+def json_records(text: str, fail: Fail) -> Records:
+    """Read records written one per line, as a list, or one after the other over several lines.
 
-    Lines that are no JSON are :class:`Broken`; raises what ``fail`` makes of the reason where the text is of none
-    of the three forms.
+    Lines that are not JSON become :class:`Unreadable`; raises ``fail(reason)`` where the text has none of the three
+    forms.
     """
     first = next((line for line in text.split("\n") if line.strip()), "")
     if not first:
@@ -28,7 +28,7 @@ def json_records(text: str, fail: Fail) -> Found:
     if isinstance(_line(first), dict):
         return _lines(text)
     try:
-        found = list(_listed(text) if text.lstrip()[:1] == "[" else _concatenated(text))
+        found = list(_list_values(text) if text.lstrip()[:1] == "[" else _concatenated(text))
     except json.JSONDecodeError as problem:
         lines = _lines(text)
         if any(isinstance(value, dict) for _, value in lines):
@@ -38,50 +38,50 @@ def json_records(text: str, fail: Fail) -> Found:
     for begin, _ in found:
         line, at = line + text.count("\n", at, begin), begin
         numbers.append(line)
-    return _placed([value for _, value in found], numbers)
+    return _with_positions([value for _, value in found], numbers)
 
 
-def yaml_records(text: str, fail: Fail) -> Found:
-    """Read the records of a YAML list, or one record; values but true, false and null as they are written."""
-    loaded, lines = parse_yaml_lines(text, fail, written=True)
+def yaml_records(text: str, fail: Fail) -> Records:
+    """Read the records of a YAML list, or a single record; values except true, false and null are kept as text."""
+    loaded, lines = parse_yaml_lines(text, fail, as_text=True)
     items = loaded if isinstance(loaded, list) else [] if loaded is None else [loaded]
-    return _placed(items, lines)
+    return _with_positions(items, lines)
 
 
-def _placed(values: list[Any], lines: list[int]) -> Found:
+def _with_positions(values: list[Any], lines: list[int]) -> Records:
     pairs = enumerate(zip(values, lines, strict=True), 1)
     return [(f"record {i} (line {line})", value) for i, (value, line) in pairs]
 
 
 def fault(value: Any, depth: int = 0) -> str | None:
-    """Say what makes a parsed record unfit whatever its fields: names given twice, half characters, depth."""
+    """Return why a parsed record is unusable: a duplicate field, half a surrogate pair, depth; None if it is usable."""
     if depth > DEEPEST:
         return "nested too deeply to be read"
     if isinstance(value, str):
         half = _SURROGATE.search(value)
         return f"holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no character" if half else None
     if isinstance(value, Duplicates):
-        return f"the field {value.names[0]!r:.60} stands twice; leave one out"
+        return f"the field {value.names[0]!r:.60} is there twice; remove one"
     parts = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((why for part in parts if (why := fault(part, depth + 1)) is not None), None)
 
 
 def _line(line: str) -> Any:
-    """Parse one line; :class:`Broken` where it is no JSON."""
+    """Parse one line; return :class:`Unreadable` where it is not JSON."""
     try:
         return decoder().decode(line)
     except json.JSONDecodeError as problem:
-        return Broken(f"not JSON: {problem.msg}")
+        return Unreadable(f"not JSON: {problem.msg}")
     except RecursionError:
-        return Broken("nested too deeply to be read")
+        return Unreadable("nested too deeply to be read")
 
 
-def _lines(text: str) -> Found:
+def _lines(text: str) -> Records:
     # splitlines also cuts at U+2028, which is legal within JSON
     return [(f"line {i}", _line(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _listed(text: str) -> Iterator[tuple[int, Any]]:
+def _list_values(text: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of a list with where each begins. Raises JSONDecodeError."""
     parser = decoder()
     at = _after(text, text.index("[") + 1)
@@ -101,7 +101,7 @@ def _listed(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _concatenated(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield values that stand one after the other. Raises JSONDecodeError."""
+    """Yield position and value of concatenated JSON values. Raises JSONDecodeError."""
     parser, at = decoder(), _after(text, 0)
     while at < len(text):
         if at and text[at] != "{" and text[:at].strip():
@@ -112,6 +112,6 @@ def _concatenated(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _after(text: str, at: int) -> int:
-    """Step over white space."""
+    """Return the position after white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at

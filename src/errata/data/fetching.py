@@ -1,4 +1,4 @@
-"""Get a dataset's file, and know it again: beside each fetched file lies a lock with where from and its hash."""
+"""Download datasets, and verify them later: each downloaded file has a lock file with its source and hash."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Tick = Callable[[str, int, int], None]
 
 CHUNK = 1 << 20
 TIMEOUT = 60.0
-"""Seconds without an answer after which a download is given up."""
-OFFLINE = "without network, get the file by another way and put it into the data folder (`errata data list`)"
+"""Seconds without a response after which a download fails."""
+OFFLINE = "without network, copy the file into the data folder yourself (`errata data list` shows where)"
 
 
 @dataclass(frozen=True)
 class Lock:
-    """Where a file came from and what it was; ``NAME.lock.json`` beside it."""
+    """Source and hash of a downloaded file, stored next to it as ``NAME.lock.json``."""
 
     source: str
     """``owner/name:path`` on the hub, or an address."""
@@ -38,7 +38,7 @@ class Lock:
 
 
 def data_folder() -> Path:
-    """Folder in which datasets are looked for by name; ``ERRATA_DATA`` moves it."""
+    """Return the folder of datasets known by name; the environment variable ``ERRATA_DATA`` overrides it."""
     override = os.environ.get("ERRATA_DATA")
     if override:
         return Path(override).expanduser()
@@ -48,18 +48,17 @@ def data_folder() -> Path:
 
 
 def file_name(dataset: Dataset, variant: str) -> str:
-    """Return the name under which a variant's file is looked for."""
+    """Return the file name of a variant."""
     return dataset.files.get(variant) or dataset.files.get("") or f"{dataset.name}.json"
 
 
 def variant_of(dataset: Dataset, path: Path, records: Sequence[Any] = ()) -> str:
-    """Tell the variant a file is of by its first records; among those they leave open, by its usual name.
+    """Infer the variant of a file from its first records, and among the possible ones from its name.
 
-    The likeliest where neither says anything, which is the dataset's default as a rule. ``records``: as they
-    are in the file.
+    Where neither decides, returns the likeliest, usually the dataset's default. ``records``: as in the file.
     """
-    told = tuple(dataset.variants_of(records)) if dataset.variants_of and records else ()
-    candidates = told or dataset.variants
+    variants = tuple(dataset.variants_of(records)) if dataset.variants_of and records else ()
+    candidates = variants or dataset.variants
     parts = path.absolute().parts
     for variant in candidates:
         name = Path(file_name(dataset, variant)).parts
@@ -78,30 +77,30 @@ def locate(dataset: Dataset, variant: str) -> Path:
     if origin(dataset, variant) is not None:
         ways = f"`errata data fetch {name}` downloads it; without network, {ways}"
     raise DataError(
-        f"the file of {name} is not here: expected {path}; {ways}, set ERRATA_DATA to the folder that has it, "
-        f"or name the file: {name}@PATH"
+        f"the file of {name} does not exist: expected {path}; {ways}, set ERRATA_DATA to the folder that has it, "
+        f"or give its path: {name}@PATH"
     )
 
 
 def origin(dataset: Dataset, variant: str) -> str | None:
-    """Return where a variant's file is fetched from: an address, ``owner/name:path``, or None."""
+    """Return where a variant's file is downloaded from: a URL, ``owner/name:path`` on the Hub, or None."""
     return dataset.urls.get(variant) or dataset.urls.get("") or dataset.hub
 
 
 def sha256(path: Path) -> str:
     """Hash a file's bytes. Raises DataError where it cannot be read."""
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             for piece in iter(lambda: file.read(CHUNK), b""):
-                made.update(piece)
+                digest.update(piece)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return made.hexdigest()
+    return digest.hexdigest()
 
 
 def lock_path(path: Path) -> Path:
-    """Return where the lock of a file lies."""
+    """Return the path of a file's lock."""
     return path.with_name(f"{path.name}.lock.json")
 
 
@@ -115,19 +114,19 @@ def read_lock(path: Path) -> Lock | None:
         return Lock(**files.parse_json(text, DataError))
     except (DataError, TypeError) as error:
         raise DataError(
-            f"{lock} is no lock of a dataset: {error}; delete it and {path.name}, and fetch anew"
+            f"{lock} is not a lock file of a dataset: {error}; delete it and {path.name}, and fetch again"
         ) from error
 
 
-def verified(path: Path) -> str:
-    """Return a file's hash. Raises DataError where it is not what its lock says was fetched."""
-    found, lock = sha256(path), read_lock(path)
-    if lock is not None and lock.sha256 != found:
+def verified_sha256(path: Path) -> str:
+    """Return a file's SHA-256. Raises DataError where it differs from its lock's."""
+    digest, lock = sha256(path), read_lock(path)
+    if lock is not None and lock.sha256 != digest:
         raise DataError(
-            f"{path} is not the file that was fetched from {lock.source}: its sha256 is {found}, the lock "
-            f"says {lock.sha256}; delete {lock_path(path).name} if the change was meant, else fetch it anew"
+            f"{path} is not the file that was fetched from {lock.source}: its sha256 is {digest}, the lock "
+            f"says {lock.sha256}; delete {lock_path(path).name} if the change is intended, else fetch it again"
         )
-    return found
+    return digest
 
 
 def fetch_file(
@@ -136,21 +135,21 @@ def fetch_file(
 ) -> Path:  # fmt: skip
     """Download a variant's file into the data folder, write its lock, and return its path.
 
-    From the hub at ``revision``; without one, at the commit of the lock if there is one, else at the newest,
-    whose commit the lock then keeps. What is there as its lock says is not fetched again. ``endpoint``:
-    another hub. Raises DataError where the dataset can be had in neither way, where there is no network, and
-    where the lock or a file without lock stands against it.
+    From the Hub at ``revision``; without it, at the lock's commit if there is a lock, else at the newest commit,
+    which the lock then records. A file that matches its lock is not downloaded again. ``endpoint``: another Hub.
+    Raises DataError where the dataset cannot be downloaded, where there is no network, and where a file without
+    lock, or a lock of another source, is already there.
     """
     source, target = origin(dataset, variant), data_folder() / file_name(dataset, variant)
     if source is None:
         raise DataError(
-            f"{dataset.name} cannot be fetched; get it from {dataset.home}, and put it at {target}"
+            f"{dataset.name} cannot be downloaded; get it from {dataset.home}, and put it at {target}"
         )
     if "://" in source and revision is not None:
-        raise DataError(f"{dataset.name} comes from {source}, which has no revisions; leave it out")
+        raise DataError(f"{dataset.name} comes from {source}, which has no revisions; omit the revision")
     old = read_lock(target)
     if target.is_file() and old is None:
-        raise DataError(f"{target} is there already, without a lock; move it away to fetch it")
+        raise DataError(f"{target} exists already, without a lock; move it away to fetch it")
     if old is not None and old.source != source:
         raise DataError(f"{target} came from {old.source}, not from {source}; move it and its lock away")
     pinned = old.commit if old else None
@@ -160,54 +159,54 @@ def fetch_file(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
             if "://" in source:
-                got, commit = _from_address(source, Path(folder) / "file", tick), None
+                download, commit = _from_address(source, Path(folder) / "file", tick), None
             else:
-                got, commit = _from_hub(source, revision or pinned, Path(folder), endpoint, dataset)
-            _keep(got, Lock(source, commit, sha256(got), got.stat().st_size), old, target)
+                download, commit = _from_hub(source, revision or pinned, Path(folder), endpoint, dataset)
+            _keep(download, Lock(source, commit, sha256(download), download.stat().st_size), old, target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}; set ERRATA_DATA") from error
     return target
 
 
-def _keep(got: Path, new: Lock, old: Lock | None, target: Path) -> None:
-    """Put a downloaded file and its lock in place. Raises DataError for a file other than the lock says."""
+def _keep(download: Path, new: Lock, old: Lock | None, target: Path) -> None:
+    """Move a downloaded file and its lock into place. Raises DataError where the file differs from its lock."""
     if old is not None and old.commit == new.commit and old.sha256 != new.sha256:
         raise DataError(
-            f"{new.source} now gives another file than at first: sha256 {new.sha256}, the lock says "
+            f"{new.source} has changed since the first download: sha256 {new.sha256}, the lock says "
             f"{old.sha256}; delete {lock_path(target)} and {target.name} to take the new one"
         )
     # The lock goes first: a file without its lock would be trusted, a lock without its file is not read.
     _write(lock_path(target), json.dumps(asdict(new), indent=2) + "\n")
-    got.replace(target)
+    download.replace(target)
 
 
 def _write(path: Path, text: str) -> None:
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    made.write_text(text, encoding="utf-8")
-    made.replace(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _from_address(address: str, target: Path, tick: Tick) -> Path:
-    """Download what an address gives. Raises DataError where it does not answer, or stops before the end."""
+    """Download a URL. Raises DataError where the server does not respond, or stops before the end."""
     try:
         with urlopen(address, timeout=TIMEOUT) as answer, target.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
-            done = 0
+            received = 0
             for piece in iter(lambda: answer.read(CHUNK), b""):
                 file.write(piece)
-                done += len(piece)
-                tick("fetch", done, max(total, done))
+                received += len(piece)
+                tick("fetch", received, max(total, received))
     except (OSError, HTTPException) as error:
         raise DataError(f"{address} cannot be fetched: {error}; {OFFLINE}") from error
-    if total and done != total:
-        raise DataError(f"{address} stopped after {done} of {total} bytes; try again")
+    if total and received != total:
+        raise DataError(f"{address} stopped after {received} of {total} bytes; try again")
     return target
 
 
 def _from_hub(
     source: str, revision: str | None, folder: Path, endpoint: str | None, dataset: Dataset
 ) -> tuple[Path, str | None]:
-    """Download a file of the hub at a revision; return it with the commit."""
+    """Download a file from the Hub at a revision; return its path and the commit."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,10 +1,10 @@
-"""Requests as other tools write them: those of ROME and MEMIT, CounterFact and MQuAKE, EasyEdit, and zsRE.
+"""Read requests in other tools' formats: ROME and MEMIT, CounterFact and MQuAKE, EasyEdit, and zsRE.
 
 Nested records have one ``requested_rewrite`` or a list of them. Flat ones have ``prompt`` or ``src``, ``subject``,
 and ``target_new`` or ``alt``; the old answer is ``ground_truth``, ``target_true``, ``target_old``, or the first of
-``answers``. Of zsRE the alternative answer is thus what is taught, as in the scripts of MEND and EasyEdit; the
-dataset ``zsre`` also has the convention of ROME. What such records ask beside the edit is left aside here;
-``errata data export`` makes files of cases of them.
+``answers``. For zsRE the target is thus the alternative answer, as in the scripts of MEND and EasyEdit; the dataset
+``zsre`` also has the convention of ROME. Probes in such records are ignored here; ``errata data export`` converts
+them to a file of cases.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Malformed, Record, request
+from errata.data._base import Malformed, Record, make_request
 from errata.errors import shown
 from errata.types import Request
 
@@ -23,13 +23,13 @@ NESTED = "requested_rewrite"
 FIELDS = (*PROMPTS, "subject", *TARGETS, *OLD, *NAMES)
 """Names of a flat record's fields."""
 SAMPLE = 20
-"""Records looked at to tell which dataset a file is of."""
+"""Number of records read to recognise the dataset of a file."""
 
 Reader = Callable[[Record], Sequence[Request]]
 
 
 def reader(values: Sequence[Any]) -> Reader | None:
-    """Return what reads the requests of records that are not errata's own; None where nothing does."""
+    """Return a reader for records in another tool's format; None where no format fits."""
     records = [value for value in values if isinstance(value, Mapping)]
     if records and (NESTED in records[0] or _flat(records[0])):
         return requests
@@ -67,11 +67,11 @@ def _request(record: Record, name: str | None) -> Request:
         raise Malformed(f"missing {', '.join(missing)}")
     old = _first(record, OLD)
     old = None if old == target else old
-    return request(str(prompt), record.text("subject"), str(target), old, id=name)
+    return make_request(str(prompt), record.text("subject"), str(target), old, id=name)
 
 
 def _first(record: Record, names: Sequence[str]) -> str | None:
-    """Return the text of the first field that is there; None where none is, or it says nothing."""
+    """Return the text of the first non-empty field; None where there is none."""
     for name in names:
         value = record.get(name)
         if value not in (None, "", []):
@@ -81,28 +81,28 @@ def _first(record: Record, names: Sequence[str]) -> str | None:
 
 def _text(name: str, value: Any) -> str:
     """Return a text, that of ``{"str": text}``, or the first of a list. Raises Malformed for anything else."""
-    found = value
-    for _ in range(3):  # lists of lists stand in some files
-        if isinstance(found, Mapping) and "str" in found:
-            found = found["str"]
-        elif isinstance(found, list) and found:
-            found = found[0]
-    if not isinstance(found, str) or not found.strip():
+    text = value
+    for _ in range(3):  # some files have lists of lists
+        if isinstance(text, Mapping) and "str" in text:
+            text = text["str"]
+        elif isinstance(text, list) and text:
+            text = text[0]
+    if not isinstance(text, str) or not text.strip():
         raise Malformed(f"{name}: expected a text, found {type(value).__name__} {shown(value, 60)}")
-    return found
+    return text
 
 
 def _loader(sample: Sequence[Mapping[str, Any]]) -> Reader | None:
-    """Return what reads the records of the one dataset that all of a sample look like; None where none is."""
+    """Return a reader for the only dataset whose fields all sampled records have; None where there is no such one."""
     from errata.data.sets import REGISTRY
 
     entries = [REGISTRY.get(name) for name in REGISTRY]
-    fitting = [entry for entry in entries if all(entry.fits(value) for value in sample)]
-    if len(fitting) != 1:
+    matches = [entry for entry in entries if all(entry.fits(value) for value in sample)]
+    if len(matches) != 1:
         return None
-    entry = fitting[0]
+    entry = matches[0]
 
     def read(record: Record) -> list[Request]:
-        return [wanted for case in entry.cases(record, entry.variants[0]) for wanted in case.requests]
+        return [request for case in entry.cases(record, entry.variants[0]) for request in case.requests]
 
     return read

@@ -1,4 +1,4 @@
-"""Read the records of a file one by one: JSON, JSON lines, CSV, TSV, parquet. Faults keep their position.
+"""Read the records of a file one by one: JSON, JSON lines, CSV, TSV, parquet. Errors name their position.
 
 Lists in JSON are decoded record by record, so that a file larger than memory can be read.
 """
@@ -23,21 +23,21 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 LINES = (".jsonl", ".ndjson")
 BYTES_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What ``surrogateescape`` makes of bytes that are no UTF-8, so that the fault can be laid at its row."""
+"""How ``surrogateescape`` decodes bytes that are not UTF-8, so that the error can name its row."""
 _ESCAPED, _HALF = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 NEAR_THE_END = 16
-"""Characters before the end of what was read within which a fault may be an unfinished word, as ``nul``."""
+"""A JSON error this many characters before the end of the buffer may be an incomplete token, such as ``nul``."""
 
 Layout = Literal["list", "lines", "document", "table", "parquet", "other"]
 
 
-class BrokenOff(DataError):
-    """A file cannot be read beyond a place; the records before it were."""
+class Truncated(DataError):
+    """A file cannot be read beyond a position; the records before it were read."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a file and where it stands; of a record that cannot be read, what is wrong."""
+    """One record of a file and its position; for an unreadable record, the reason."""
 
     where: str
     """``record 17``, ``line 3`` or ``row 5``, counted from 1."""
@@ -46,13 +46,13 @@ class Row:
 
 
 def layout(path: Path) -> Layout:
-    """Tell how a file is built, from its suffix and beginning. Raises DataError where that cannot be read."""
+    """Infer the format of a file from its suffix and first characters. Raises DataError where it cannot be read."""
     suffix = path.suffix.lower()
     if suffix in SEPARATORS:
         return "table"
     if suffix in PARQUET:
         return "parquet"
-    with opened(path) as file:
+    with open_text(path) as file:
         start = _first_character(file)
         if not start:
             raise DataError(f"{path} is empty; get the file again")
@@ -64,13 +64,13 @@ def layout(path: Path) -> Layout:
 
 
 def _first_character(file: TextIO) -> str:
-    """Return the first character that is not white space, and leave the file before it."""
+    """Return the first character that is not white space; the file position is left before it."""
     while True:
         at = file.tell()
-        found = file.read(1)
-        if not found or not found.isspace():
+        character = file.read(1)
+        if not character or not character.isspace():
             file.seek(at)
-            return found
+            return character
 
 
 def _ends_on_its_line(file: TextIO) -> bool:
@@ -85,8 +85,8 @@ def _ends_on_its_line(file: TextIO) -> bool:
 def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
     """Read the records of a file; a document is one record.
 
-    Raises BrokenOff at the place beyond which nothing can be read, DataError where the file cannot be opened
-    or is of no known format.
+    Raises Truncated where reading cannot continue, DataError where the file cannot be opened or has no known
+    format.
     """
     if form == "parquet":
         yield from _parquet(path)
@@ -94,9 +94,9 @@ def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
     if form == "other":
         raise DataError(
             f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
-            "a file in a format of its dataset's own is named DATASET@PATH"
+            "for a file in a dataset-specific format, write DATASET@PATH"
         )
-    with opened(path, newline="" if form == "table" else None) as file:
+    with open_text(path, newline="" if form == "table" else None) as file:
         if form == "list":
             yield from _list(path, file)
         elif form == "lines":
@@ -108,11 +108,11 @@ def rows(path: Path, form: Layout) -> Generator[Row, None, None]:
 
 
 @contextmanager
-def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file. Raises DataError saying why it cannot be opened or read."""
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file. Raises DataError where it cannot be opened or read."""
     try:
         if path.exists() and not path.is_file():
-            raise DataError(f"cannot read {path}: it is no regular file")
+            raise DataError(f"cannot read {path}: it is not a regular file")
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
             yield file
     except OSError as error:
@@ -125,7 +125,7 @@ def _row(where: str, value: Any, raw: str) -> Row:
 
 
 def _fault(value: Any, raw: str) -> str | None:
-    """Say what makes a decoded record unfit, names given twice or half a surrogate pair; None where nothing does."""
+    """Return why a decoded record is unusable (a duplicate field, half a surrogate pair); None if it is usable."""
     try:
         twice = duplicate(value)
     except RecursionError:
@@ -137,7 +137,7 @@ def _fault(value: Any, raw: str) -> str | None:
 
 
 class _Window:
-    """The part of a file that is being decoded: what is done with goes, what is needed is read on."""
+    """A sliding buffer over a file that is being decoded."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self.path = path
@@ -148,23 +148,23 @@ class _Window:
         self.column = 0  # characters between the last of them and the text
 
     def more(self) -> bool:
-        """Read on, at least as much as is held; False at the end of the file."""
-        added = self.file.read(max(CHUNK, len(self.text) - self.at))
-        if not added:
+        """Read at least as many characters again as the buffer has; False at the end of the file."""
+        text = self.file.read(max(CHUNK, len(self.text) - self.at))
+        if not text:
             return False
         line, column = self.place(self.at)
         self.lines, self.column = line - 1, column - 1
-        self.text, self.at = self.text[self.at :] + added, 0
+        self.text, self.at = self.text[self.at :] + text, 0
         return True
 
     def place(self, at: int) -> tuple[int, int]:
-        """Return line and column, counted from 1, of a place in the text."""
+        """Return line and column, counted from 1, of a position in the buffer."""
         ends = self.text.count("\n", 0, at)
         since = at - self.text.rfind("\n", 0, at) - 1 if ends else self.column + at
         return self.lines + ends + 1, since + 1
 
     def peek(self) -> str:
-        """Step over white space and return the next character; empty at the end of the file."""
+        """Skip white space and return the next character; empty at the end of the file."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -174,33 +174,33 @@ class _Window:
                 return ""
 
     def value(self, number: int) -> tuple[Any, str]:
-        """Decode the next value; return it with its text. Raises BrokenOff."""
+        """Decode the next value; return it with its source text. Raises Truncated."""
         parser = decoder()
         while True:
             try:
                 value, end = parser.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if not (_may_go_on(error, self.text) and self.more()):
-                    raise self.broken(number, error.msg, error.pos) from error
+                    raise self._broken(number, error.msg, error.pos) from error
                 continue
             except RecursionError as error:
-                raise self.broken(number, "nested too deeply", self.at) from error
+                raise self._broken(number, "nested too deeply", self.at) from error
             if end == len(self.text) and self.more():
                 continue  # a number may go on in what follows
             raw, self.at = self.text[self.at : end], end
             return value, raw
 
-    def broken(self, number: int, why: str, at: int) -> BrokenOff:
-        """Word the complaint about the place beyond which the file cannot be read."""
+    def _broken(self, number: int, why: str, at: int) -> Truncated:
+        """Return the error for a position beyond which the file cannot be read."""
         line, column = self.place(min(at, len(self.text)))
-        return BrokenOff(
+        return Truncated(
             f"{self.path} breaks off in record {number} (line {line}, column {column}): {why}; "
-            f"{number - 1} records before it can be read; get the file again, or mend it there"
+            f"{number - 1} records before it can be read; get the file again, or repair it there"
         )
 
 
 def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether a fault may be due to the end of what was read so far."""
+    """Whether the error may be due to the end of the buffer, not of the file."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - NEAR_THE_END
 
 
@@ -219,16 +219,16 @@ def _list(path: Path, file: TextIO) -> Iterator[Row]:
         number += 1
         mark = window.peek()
         if mark not in (",", "]"):
-            raise window.broken(number, "expected a comma or the end of the list", window.at)
+            raise window._broken(number, "expected a comma or the end of the list", window.at)
         window.at += 1
         if mark == "]":
             break
     if window.peek():
-        raise window.broken(number, "text after the end of the list", window.at)
+        raise window._broken(number, "text after the end of the list", window.at)
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[Row]:
-    """Decode one value a line. A last line without line end that cannot be read means a file cut short."""
+    """Decode one value per line. An unreadable last line without line end means that the file is truncated."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -242,9 +242,9 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
                 else "nested too deeply"
             )
             if not line.endswith("\n"):
-                raise BrokenOff(
+                raise Truncated(
                     f"{path} breaks off in {where}, which has no line end: {why}; the lines before it can be "
-                    "read; get the file again, or mend it there"
+                    "read; get the file again, or repair it there"
                 ) from error
             yield Row(where, None, why)
 
@@ -252,28 +252,28 @@ def _lines(path: Path, file: TextIO) -> Iterator[Row]:
 def _document(path: Path, file: TextIO) -> Any:
     text = file.read(LARGEST + 1)
     if len(text) > LARGEST:
-        raise BrokenOff(f"{path} is one document of more than {LARGEST // MIB} MiB; write it as JSON lines")
+        raise Truncated(f"{path} is one document of more than {LARGEST // MIB} MiB; write it as JSON lines")
     spoilt = BYTES_NOT_UTF8.search(text)
     if spoilt:
         line = text.count("\n", 0, spoilt.start()) + 1
-        raise BrokenOff(f"{path}, line {line} holds bytes that are not UTF-8 text; mend it there")
+        raise Truncated(f"{path}, line {line} holds bytes that are not UTF-8 text; repair it there")
     try:
         value = decoder().decode(text)
         fault = _fault(value, text)
         if fault is not None:
-            raise BrokenOff(f"{path} {fault}; mend it there")
+            raise Truncated(f"{path} {fault}; repair it there")
         return value
     except RecursionError as error:
-        raise BrokenOff(f"{path} is nested too deeply to be read") from error
+        raise Truncated(f"{path} is nested too deeply to be read") from error
     except json.JSONDecodeError as error:
-        raise BrokenOff(
+        raise Truncated(
             f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}); "
-            "get the file again, or mend it there"
+            "get the file again, or repair it there"
         ) from error
 
 
 def _table(path: Path, file: TextIO) -> Iterator[Row]:
-    """Read records by the names of a first line; empty cells are absent fields."""
+    """Read a table whose first line has the column names; empty cells are absent fields."""
     reader = csv.DictReader(file, delimiter=SEPARATORS[path.suffix.lower()], strict=True)
     try:
         names = reader.fieldnames or []
@@ -295,7 +295,9 @@ def _table(path: Path, file: TextIO) -> Iterator[Row]:
             value = {name: cell for name, cell in cells.items() if cell != ""}
             yield _row(where, value, "".join(value.values()))
     except csv.Error as error:
-        raise BrokenOff(f"{path} breaks off after line {reader.line_num}: {error}; mend it there") from error
+        raise Truncated(
+            f"{path} breaks off after line {reader.line_num}: {error}; repair it there"
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -312,4 +314,4 @@ def _parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"row {number}", value)
     except (OSError, ArrowException) as error:
-        raise BrokenOff(f"{path} cannot be read as parquet after row {number}: {error}") from error
+        raise Truncated(f"{path} cannot be read as parquet after row {number}: {error}") from error

@@ -31,16 +31,16 @@ def read_pairs(
     replacement: str = "changed",
     id: str | None = None,
 ) -> ImageRequest:
-    """Read a folder of pairs into one request, values from 0 to 1.
+    """Read a folder of image pairs into one request, values from 0 to 1.
 
     ``original/NAME``, ``changed/NAME`` and ``mask/NAME`` belong together; suffixes may differ, so that photos can
-    have lossless masks. Masks are read as grey, white where the concept is. ``reference/``, if there, holds
-    further images in any number. ``size``: height and width everything is brought to, not cropped; None: as
-    they are, which must then be one size. ``channels``: 3 for colour, 1 for grey. Raises DataError listing all
-    that is missing, left over or unreadable, and where Pillow is not installed.
+    have lossless masks. Masks are read as grey, white where the concept is. ``reference/``, if present, has any
+    number of further images. ``size``: height and width to resize all images to (no cropping); None: unchanged,
+    and all must have one size. ``channels``: 3 for colour, 1 for grey. Raises DataError listing every missing,
+    unmatched or unreadable file, and where Pillow is not installed.
     """
     root = Path(folder).expanduser()
-    files = _matched(root)
+    files = _paths(root)
     problems: list[str] = []
     read = {
         part: [_read(path, 1 if part == "mask" else channels, size, problems) for path in files[part]]
@@ -61,58 +61,58 @@ def read_pairs(
     )
 
 
-def _matched(root: Path) -> dict[str, list[Path]]:
-    """Find the files of each part, in the order of their names. Raises DataError where they do not match."""
+def _paths(root: Path) -> dict[str, list[Path]]:
+    """List the files of each part, sorted by name. Raises DataError where the names do not match."""
     missing = [f"{part}/" for part in PARTS if not (root / part).is_dir()]
     if missing:
         raise DataError(
             f"{root} has no {', '.join(missing)}: expected a folder with original/, changed/ and mask/, "
-            "holding files of equal names"
+            "with files of equal names"
         )
-    named = {part: _named(root / part) for part in PARTS}
-    everywhere = sorted(set().union(*named.values()))
+    by_name = {part: _by_name(root / part) for part in PARTS}
+    everywhere = sorted(set().union(*by_name.values()))
     problems = [
-        f"{name} is in {', '.join(f'{p}/' for p in PARTS if name in named[p])} but not in "
-        f"{', '.join(f'{p}/' for p in PARTS if name not in named[p])}"
+        f"{name} is in {', '.join(f'{p}/' for p in PARTS if name in by_name[p])} but not in "
+        f"{', '.join(f'{p}/' for p in PARTS if name not in by_name[p])}"
         for name in everywhere
-        if not all(name in named[part] for part in PARTS)
+        if not all(name in by_name[part] for part in PARTS)
     ]
     if problems:
         raise DataError(f"{root}: {len(problems)} names do not match\n" + "\n".join(problems))
     if not everywhere:
-        raise DataError(f"{root}/original holds no images ({', '.join(SUFFIXES)})")
-    found = {part: [named[part][name] for name in everywhere] for part in PARTS}
+        raise DataError(f"{root}/original has no images ({', '.join(SUFFIXES)})")
+    paths = {part: [by_name[part][name] for name in everywhere] for part in PARTS}
     if (root / REFERENCE).is_dir():
-        found[REFERENCE] = _images(root / REFERENCE)
-    return found
+        paths[REFERENCE] = _images(root / REFERENCE)
+    return paths
 
 
 def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def _named(folder: Path) -> dict[str, Path]:
-    """Files by name without suffix. Raises DataError for two of one name."""
-    found: dict[str, Path] = {}
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Return files by name without suffix. Raises DataError for two files of one name."""
+    by_name: dict[str, Path] = {}
     for path in _images(folder):
-        if path.stem in found:
+        if path.stem in by_name:
             raise DataError(
-                f"{folder} holds both {found[path.stem].name} and {path.name}; expected one of them"
+                f"{folder} has both {by_name[path.stem].name} and {path.name}; expected one of them"
             )
-        found[path.stem] = path
-    return found
+        by_name[path.stem] = path
+    return by_name
 
 
 def _read(path: Path, channels: int, size: tuple[int, int] | None, problems: list[str]) -> Any:
-    """Read one image as an array ``[h, w, c]`` of bytes; None with a complaint where that fails."""
+    """Read one image as an array ``[h, w, c]`` of bytes; on failure, add to ``problems`` and return None."""
     import numpy
 
     library, operations = _pillow()
     if channels not in MODES:
         raise DataError(f"images of {channels} channels are not read; known: {sorted(MODES)}")
     try:
-        with library.open(path) as opened:
-            image = operations.exif_transpose(opened).convert(MODES[channels])
+        with library.open(path) as open_text:
+            image = operations.exif_transpose(open_text).convert(MODES[channels])
             if size is not None and image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), library.Resampling.BILINEAR)
             return numpy.array(image).reshape(image.height, image.width, channels)
@@ -131,16 +131,16 @@ def _pillow() -> tuple[Any, Any]:
 
 def _sizes(files: Mapping[str, list[Path]], read: Mapping[str, list[Any]]) -> list[str]:
     """List images of another size than the first."""
-    found = [
+    sizes = [
         (f"{path.parent.name}/{path.name}", image.shape[1], image.shape[0])
         for part in files
         for path, image in zip(files[part], read[part], strict=True)
         if image is not None
     ]
     return [
-        f"{name} is {width} x {height}, {found[0][0]} is {found[0][1]} x {found[0][2]}; give all one size"
-        for name, width, height in found
-        if (width, height) != found[0][1:]
+        f"{name} is {width} x {height}, {sizes[0][0]} is {sizes[0][1]} x {sizes[0][2]}; give all one size"
+        for name, width, height in sizes
+        if (width, height) != sizes[0][1:]
     ]
 
 

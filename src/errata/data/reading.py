@@ -1,7 +1,7 @@
-"""Read cases from a dataset: by its name, by a file, or both; with a check of everything that was found.
+"""Read the cases of a dataset by name, from a file, or both; with a check of its content.
 
-A source is ``NAME[/VARIANT][:N]``, ``PATH[:N]`` or ``NAME[/VARIANT]@PATH[:N]``; N takes the first N cases. Files of
-errata's own cases (see :mod:`errata.data.requests`) are read through the same door, under the name ``cases``.
+A source is ``NAME[/VARIANT][:N]``, ``PATH[:N]`` or ``NAME[/VARIANT]@PATH[:N]``; N: only the first N cases. Files in
+errata's own format (see :mod:`errata.data.requests`) are read in the same way, under the name ``cases``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from errata.data import fetching, formats
 from errata.data._base import Dataset, Malformed, Record, Skip, no_facts
 from errata.data.checking import Check, Tally
 from errata.data.fetching import Tick
-from errata.data.formats import BrokenOff, Layout, Row
-from errata.data.requests import CASE_FIELDS, NEEDED, read_cases
+from errata.data.formats import Layout, Row, Truncated
+from errata.data.requests import CASE_FIELDS, REQUIRED, read_cases
 from errata.data.sets import REGISTRY
 from errata.errors import DataError, RequestError
 from errata.registry import nearest, unknown
@@ -30,44 +30,43 @@ OWN = "cases"
 """The name of errata's own format."""
 YAML = (".yaml", ".yml")
 SAMPLE = 20
-"""Records looked at to tell which dataset a file is of."""
+"""Number of records read to recognise the dataset of a file."""
 VARIANT_SAMPLE = 200
-"""Records looked at to tell which variant of a dataset a file is."""
+"""Number of records read to recognise the variant of a dataset."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be read, taken apart."""
+    """A parsed source."""
 
     dataset: str | None
-    """None: to be told from the records."""
+    """None: to be recognised from the records."""
     variant: str
-    """Empty: told by the file's records, else by its name where that is a variant's usual one, else the default."""
+    """Empty: recognised from the file's records, else from its name, else the default."""
     path: Path | None
-    """None: the file is looked for in the data folder."""
+    """None: the file in the data folder."""
     limit: int | None = None
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The cases of a source, and what reading them found."""
+class CheckedCases:
+    """The cases of a source, and the check of them."""
 
     cases: list[Case]
     check: Check
 
 
-def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> Loaded:
-    """Read the cases of a source, and check what it holds.
+def read(source: str | os.PathLike[str], *, limit: int | None = None, partial: bool = False) -> CheckedCases:
+    """Read and check the cases of a source.
 
-    Rows that cannot be used are left out and listed in the check. ``limit``: end after so many cases.
-    ``partial``: of a file that breaks off, take what stands before the break, which the check then tells.
-    Raises DataError: no such file or dataset, records that fit no dataset or several, a file other than its
-    lock says, and, unless ``partial``, one that breaks off. Raises RequestError for errata's own files with
-    faults.
+    Unusable rows are skipped and listed in the check. ``limit``: maximum number of cases. ``partial``: read a
+    truncated file up to where it breaks off, which the check then reports. Raises DataError: no such file or
+    dataset, records that fit no dataset or several, a file that differs from its lock, and, unless ``partial``,
+    a truncated file. Raises RequestError for errors in files of errata's own format.
     """
     reading = _Reading(source, limit)
     cases = list(reading.cases(partial))
-    return Loaded(cases, reading.check(cases))
+    return CheckedCases(cases, reading.check(cases))
 
 
 def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iterator[Case]:
@@ -76,26 +75,26 @@ def iterate(source: str | os.PathLike[str], *, limit: int | None = None) -> Iter
 
 
 def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
-    """Check a source, also one that breaks off; cases are kept only where the dataset counts along them."""
+    """Check a source, even if truncated; cases are held in memory only if the dataset's own counts need them."""
     reading = _Reading(source, limit)
-    kept = [case for case in reading.cases(True) if reading.counts]
-    return reading.check(kept)
+    cases = [case for case in reading.cases(True) if reading.counts]
+    return reading.check(cases)
 
 
 def fetch(
     name: str, *, revision: str | None = None, endpoint: str | None = None, tick: Tick = lambda *_: None
 ) -> list[Path]:
-    """Download a dataset, ``NAME[/VARIANT]``, into the data folder, with a lock beside it; return the files.
+    """Download a dataset, ``NAME[/VARIANT]``, with its lock, into the data folder; return the files.
 
-    Without variant, those of all variants. ``revision``: commit or branch of the hub; without one the newest,
-    and from then on always the same. ``endpoint``: another hub. Raises DataError, see
+    Without variant, the files of all variants. ``revision``: commit or branch on the Hub; default: the newest at
+    the first download, then always that commit. ``endpoint``: another Hub. Raises DataError, see
     :func:`errata.data.fetching.fetch_file`.
     """
     head, slash, variant = name.partition("/")
     entry = dataset(head)
-    wanted = [_variant(entry, variant)] if slash else list(entry.variants)
-    files = {fetching.file_name(entry, each): each for each in reversed(wanted)}
-    if not slash and len(files) > 1:  # files that can only be had by hand do not hinder the others
+    variants = [_variant(entry, variant)] if slash else list(entry.variants)
+    files = {fetching.file_name(entry, each): each for each in reversed(variants)}
+    if not slash and len(files) > 1:  # files without a download address do not prevent the others
         files = {file: each for file, each in files.items() if fetching.origin(entry, each)} or files
     return [
         fetching.fetch_file(entry, each, revision=revision, endpoint=endpoint, tick=tick)
@@ -104,7 +103,7 @@ def fetch(
 
 
 def dataset(name: str) -> Dataset:
-    """Return a dataset by its name; ``-`` may stand for ``_``. Raises DataError with the nearest names."""
+    """Return a dataset by name; ``-`` and ``_`` are equivalent. Raises DataError with the nearest names."""
     plain = name.replace("-", "_")
     if plain not in REGISTRY:
         raise DataError(unknown(name, [*REGISTRY, OWN], "dataset"))
@@ -112,22 +111,22 @@ def dataset(name: str) -> Dataset:
 
 
 def parse(source: str | os.PathLike[str]) -> Source:
-    """Take a source apart. Raises DataError where it names neither a dataset nor a file.
+    """Parse a source. Raises DataError where it names neither a dataset nor a file.
 
-    What is a dataset's name is that dataset; a file of the same name is written ``./NAME``.
+    A dataset's name means that dataset; for a file of the same name write ``./NAME``.
     """
     text = os.fspath(source)
     if isinstance(source, os.PathLike) or (Path(text).is_file() and not _is_name(text)):
         return Source(None, "", Path(text))
-    rest, limit = _limited(text)
+    rest, limit = _split_limit(text)
     name, at, path = rest.partition("@")
-    if at and _known(name):
-        return _named(name, Path(path).expanduser(), limit)
+    if at and _names_dataset(name):
+        return _with_name(name, Path(path).expanduser(), limit)
     file = Path(rest).expanduser()
     if file.is_file() and not _is_name(rest):
         return Source(None, "", file, limit)
-    if _known(rest):
-        return _named(rest, None, limit)
+    if _names_dataset(rest):
+        return _with_name(rest, None, limit)
     hint = nearest(name.partition("/")[0], [*REGISTRY, OWN])
     raise DataError(
         f"{text!r} names neither a file nor a dataset"
@@ -136,14 +135,14 @@ def parse(source: str | os.PathLike[str]) -> Source:
     )
 
 
-def _named(name: str, path: Path | None, limit: int | None) -> Source:
+def _with_name(name: str, path: Path | None, limit: int | None) -> Source:
     head, _, variant = name.partition("/")
     if head == OWN and (path is None or variant):
-        raise DataError(f"{OWN} are cases in a file of yours: write {OWN}@PATH, without variant")
+        raise DataError(f"{OWN} means cases in your own file: write {OWN}@PATH, without variant")
     return Source(head, variant, path, limit)
 
 
-def _known(text: str) -> bool:
+def _names_dataset(text: str) -> bool:
     """Whether a text begins with the name of a dataset."""
     head = text.partition("/")[0].replace("-", "_")
     return head in REGISTRY or head == OWN
@@ -152,10 +151,10 @@ def _known(text: str) -> bool:
 def _is_name(text: str) -> bool:
     """Whether a text is a dataset's name, and its variant, if any, exists."""
     head, slash, variant = text.partition("/")
-    return _known(head) and (not slash or (head != OWN and variant in dataset(head).variants))
+    return _names_dataset(head) and (not slash or (head != OWN and variant in dataset(head).variants))
 
 
-def _limited(text: str) -> tuple[str, int | None]:
+def _split_limit(text: str) -> tuple[str, int | None]:
     """Split ``:N`` off. Raises DataError for N below 1."""
     head, colon, count = text.rpartition(":")
     if not colon or not count.isdecimal():
@@ -170,8 +169,8 @@ def _variant(entry: Dataset, variant: str) -> str:
     if not variant:
         return entry.variants[0]
     if variant not in entry.variants:
-        known = [v for v in entry.variants if v]
-        raise DataError(unknown(variant, known, f"variant of {entry.name}"))
+        names = [v for v in entry.variants if v]
+        raise DataError(unknown(variant, names, f"variant of {entry.name}"))
     return variant
 
 
@@ -179,41 +178,43 @@ class _Reading:
     """One pass over one source."""
 
     def __init__(self, source: str | os.PathLike[str], limit: int | None) -> None:
-        parsed = parse(source)
-        limits = [n for n in (limit, parsed.limit) if n is not None]
+        source_parts = parse(source)
+        limits = [n for n in (limit, source_parts.limit) if n is not None]
         if limits and min(limits) < 1:
             raise DataError(f"expected a limit from 1, found {min(limits)}")
         self.limit = min(limits, default=None)
         self.tally = Tally()
-        self.aside: Counter[str] = Counter()
+        self.omissions: Counter[str] = Counter()
         self.entry: Dataset | None = None
         self.variant = ""
-        named = parsed.dataset not in (None, OWN)
-        if named:
-            self.entry = dataset(str(parsed.dataset))
-            self.variant = _variant(self.entry, parsed.variant)
-            if parsed.path and not parsed.variant:
-                self.variant = fetching.variant_of(self.entry, parsed.path, _first(self.entry, parsed.path))
-            self.path = parsed.path or fetching.locate(self.entry, self.variant)
+        is_named = source_parts.dataset not in (None, OWN)
+        if is_named:
+            self.entry = dataset(str(source_parts.dataset))
+            self.variant = _variant(self.entry, source_parts.variant)
+            if source_parts.path and not source_parts.variant:
+                self.variant = fetching.variant_of(
+                    self.entry, source_parts.path, _first(self.entry, source_parts.path)
+                )
+            self.path = source_parts.path or fetching.locate(self.entry, self.variant)
         else:
-            self.path = Path(parsed.path or "")
-        self.digest = fetching.verified(self.path)
-        if parsed.dataset is None:
-            self.entry = _recognised(self.path)
+            self.path = Path(source_parts.path or "")
+        self.digest = fetching.verified_sha256(self.path)
+        if source_parts.dataset is None:
+            self.entry = _recognise(self.path)
             if self.entry:
                 self.variant = fetching.variant_of(self.entry, self.path, _first(self.entry, self.path))
 
     @property
     def counts(self) -> bool:
-        """Whether the dataset has counts of its own, for which cases are needed."""
+        """Whether the dataset has counts of its own, which need the cases."""
         return self.entry is not None and self.entry.facts is not no_facts
 
     def cases(self, partial: bool) -> Iterator[Case]:
-        """Yield cases, counting them; ``partial``: end quietly where the file breaks off."""
-        found = self._own() if self.entry is None else self._converted(self.entry)
+        """Yield and count cases; ``partial``: stop without an error where the file breaks off."""
+        every = self._own() if self.entry is None else self._convert(self.entry)
         try:
-            yield from islice(found, self.limit)
-        except BrokenOff as error:
+            yield from islice(every, self.limit)
+        except Truncated as error:
             self.tally.broken = str(error)
             if not partial:
                 raise
@@ -223,7 +224,7 @@ class _Reading:
             self.tally.rows += 1
             yield self.tally.add(case)
 
-    def _converted(self, entry: Dataset) -> Iterator[Case]:
+    def _convert(self, entry: Dataset) -> Iterator[Case]:
         gate = entry.gate(self.variant) if entry.gate else None
         for index, row in enumerate(_rows(self.path, entry, self.variant)):
             self.tally.rows += 1
@@ -234,8 +235,8 @@ class _Reading:
             try:
                 for case in entry.cases(record, self.variant):
                     if gate is None or self._passes(gate, record, case):
-                        self.aside.update(record.aside)
-                        record.aside.clear()
+                        self.omissions.update(record.omissions)
+                        record.omissions.clear()
                         yield self.tally.add(case)
             except (Skip, RequestError) as error:
                 self.tally.leave_out(row.where, error)
@@ -249,94 +250,94 @@ class _Reading:
         return True
 
     def check(self, cases: list[Case]) -> Check:
-        """Report on the pass; ``cases``: those it gave, for the dataset's own counts."""
-        ended = self.limit is not None and self.tally.cases >= self.limit
+        """Return the check of this pass; ``cases``: its cases, for the dataset's own counts."""
+        limit_reached = self.limit is not None and self.tally.cases >= self.limit
         facts = dict(self.entry.facts(cases)) if self.entry and self.counts else {}
-        if self.aside:
-            facts["left out of cases"] = dict(self.aside)
+        if self.omissions:
+            facts["left out of cases"] = dict(self.omissions)
         return Check(
             dataset=self.entry.name if self.entry else OWN,
             variant=self.variant,
             path=str(self.path),
             sha256=self.digest,
-            limit=self.limit if ended else None,
+            limit=self.limit if limit_reached else None,
             facts=facts,
             **self.tally.counts(),
         )
 
 
 def _rows(path: Path, entry: Dataset, variant: str) -> Iterator[Row]:
-    """Read the records of a file as its dataset has them."""
+    """Read the records of a file in the format of its dataset."""
     if entry.read_file is not None:
-        yield from _numbered(path, entry.read_file(path))
+        yield from _number(path, entry.read_file(path))
         return
     form = formats.layout(path)
     for row in formats.rows(path, form):
         if form == "document" and entry.records is not None and isinstance(row.value, Mapping):
-            yield from _numbered(path, entry.records(row.value, variant))
+            yield from _number(path, entry.records(row.value, variant))
         else:
             yield row
 
 
-def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Row]:
-    """Number what a dataset unpacks itself. Raises BrokenOff where it cannot go on."""
+def _number(path: Path, values: Iterator[Any]) -> Iterator[Row]:
+    """Number the records that a dataset module unpacks. Raises Truncated where it cannot continue."""
     number = 0
     try:
         for value in values:
             number += 1
             yield Row(f"record {number}", value)
     except (DataError, Skip) as error:
-        raise BrokenOff(f"{path} cannot be read after record {number}: {error}") from error
+        raise Truncated(f"{path} cannot be read after record {number}: {error}") from error
 
 
-def _recognised(path: Path) -> Dataset | None:
-    """Tell by its records which dataset a file is of; None: errata's own cases.
+def _recognise(path: Path) -> Dataset | None:
+    """Recognise the dataset of a file from its records; None: errata's own cases.
 
     Raises DataError where none fits, or several do.
     """
     if path.suffix.lower() in YAML:
         return None
-    written = [entry for entry in map(REGISTRY.get, REGISTRY) if entry.fits_file and entry.fits_file(path)]
-    if len(written) == 1:
-        return written[0]
+    matches = [entry for entry in map(REGISTRY.get, REGISTRY) if entry.fits_file and entry.fits_file(path)]
+    if len(matches) == 1:
+        return matches[0]
     form = formats.layout(path)
     if form == "other":
         own = [name for name in REGISTRY if REGISTRY.get(name).read_file is not None]
         raise DataError(
             f"{path} is of no known format: expected JSON, JSON lines, CSV, TSV or parquet; "
-            f"datasets in a format of their own are named, NAME@PATH: {', '.join(own) or 'none'}"
+            f"name datasets in a format of their own, NAME@PATH: {', '.join(own) or 'none'}"
         )
     sample = _sample(path, form)
-    if sample and all(isinstance(v, Mapping) and {*NEEDED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
+    if sample and all(isinstance(v, Mapping) and {*REQUIRED} <= v.keys() <= {*CASE_FIELDS} for v in sample):
         return None
-    fitting = {name: _fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
-    names = _best({name: count for name, count in fitting.items() if count}, sample, form)
+    counts = {name: _count_fitting(REGISTRY.get(name), sample, form) for name in REGISTRY}
+    names = _best({name: count for name, count in counts.items() if count}, sample, form)
     if len(names) == 1:
         return REGISTRY.get(names[0])
     if names:
         raise DataError(
             f"the records of {path} fit several datasets: {', '.join(names)}; say which, e.g. {names[0]}@{path}"
         )
-    if sample and isinstance(sample[0], Mapping) and {*NEEDED} <= sample[0].keys():
-        return None  # errata's own, with a field too many: its reader says which
+    if sample and isinstance(sample[0], Mapping) and {*REQUIRED} <= sample[0].keys():
+        return None  # errata's own format with an unknown field: its reader reports which
     raise DataError(
         f"the records of {path} fit no dataset: found {_shape(sample)}; known datasets are "
         f"{', '.join(REGISTRY)}; if it is one of them, name it, NAME@PATH"
     )
 
 
-def _best(fitting: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
-    """Name the datasets that most records look like; one that can read none of them gives way to others."""
-    names = list(fitting)
+def _best(counts: Mapping[str, int], sample: list[Any], form: Layout) -> list[str]:
+    """Return the datasets that fit most records; those that can read none of them are dropped if others can."""
+    names = list(counts)
     if len(names) > 1:
         names = [name for name in names if _readable(REGISTRY.get(name), sample, form)] or names
-    best = max((fitting[name] for name in names), default=0)
-    return [name for name in names if fitting[name] == best]
+    best = max((counts[name] for name in names), default=0)
+    return [name for name in names if counts[name] == best]
 
 
 def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
-    """Whether any of some records has the schema of a dataset, whatever becomes of it."""
-    for index, value in enumerate(_unpacked(entry, sample, form, SAMPLE)):
+    """Whether any sampled record matches the dataset's schema, even if it is then skipped."""
+    for index, value in enumerate(_unpack(entry, sample, form, SAMPLE)):
         try:
             for _ in entry.cases(Record(value, f"record {index + 1}", index), entry.variants[0]):
                 return True
@@ -348,20 +349,20 @@ def _readable(entry: Dataset, sample: list[Any], form: Layout) -> bool:
 
 
 def _first(entry: Dataset, path: Path) -> list[Any]:
-    """Read the first records of a file of a dataset, unpacked; none where they cannot be read."""
+    """Return the first records of a dataset's file, unpacked; empty where they cannot be read."""
     if entry.variants_of is None:
         return []
     try:
         if entry.read_file is not None:
             return list(islice(entry.read_file(path), VARIANT_SAMPLE))
         form = formats.layout(path)
-        return _unpacked(entry, _sample(path, form, VARIANT_SAMPLE), form, VARIANT_SAMPLE)
+        return _unpack(entry, _sample(path, form, VARIANT_SAMPLE), form, VARIANT_SAMPLE)
     except (DataError, Skip):
         return []  # the reading itself reports what is wrong
 
 
-def _unpacked(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
-    """Return the records that a dataset takes from a sample of a file."""
+def _unpack(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> list[Any]:
+    """Return the records that a dataset module unpacks from a sample of a file."""
     if form == "document" and entry.records is not None and sample and isinstance(sample[0], Mapping):
         try:
             return list(islice(entry.records(sample[0], entry.variants[0]), limit))
@@ -372,22 +373,22 @@ def _unpacked(entry: Dataset, sample: list[Any], form: Layout, limit: int) -> li
 
 def _sample(path: Path, form: Layout, limit: int = SAMPLE) -> list[Any]:
     """Read the first records, as far as they can be read."""
-    found: list[Any] = []
+    values: list[Any] = []
     with closing(formats.rows(path, form)) as rows:
         try:
             for row in rows:
                 if row.fault is None:
-                    found.append(row.value)
-                if len(found) == limit:
+                    values.append(row.value)
+                if len(values) == limit:
                     break
-        except BrokenOff:
-            if not found:
+        except Truncated:
+            if not values:
                 raise  # nothing to tell the dataset by; else the reading itself reports the break
-    return found
+    return values
 
 
-def _fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
-    """Count the sampled records that look like a dataset's."""
+def _count_fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
+    """Count the sampled records that have a dataset's fields."""
     count = sum(bool(entry.fits(value)) for value in sample)
     document = sample[0] if form == "document" and sample else None
     if entry.records is not None and isinstance(document, Mapping):
@@ -399,7 +400,7 @@ def _fitting(entry: Dataset, sample: list[Any], form: Layout) -> int:
 
 
 def _shape(sample: list[Any]) -> str:
-    """Word what records look like."""
+    """Describe the fields of the records, for an error."""
     if not sample:
         return "no records"
     first = sample[0]

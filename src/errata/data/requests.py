@@ -1,7 +1,7 @@
-"""Read requests and cases from files: JSONL, JSON, CSV, YAML. Every mistake is listed, with its line.
+"""Read requests and cases from files: JSONL, JSON, CSV, YAML. Every error is listed, with its line.
 
-Requests are read in the forms of other tools too, see :mod:`errata.data.foreign`. Cases can be written: any dataset
-becomes a file that a person can change.
+Requests in other tools' formats are read too, see :mod:`errata.data.foreign`. Cases of any dataset can be written to
+a file for people to edit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, get_args
 from errata import files
 from errata.data import documents, foreign, tables
 from errata.data._base import Record
-from errata.data.tables import Broken
+from errata.data.tables import Unreadable
 from errata.errors import ErrataError, RequestError, brief, listing, shown
 from errata.registry import nearest, unknown
 from errata.types import Case, Form, Probe, Request, request_problems
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml")
 TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
-NEEDED = ("prompt", "subject", "target")
-REQUEST_FIELDS = (*NEEDED, "target_old", "id")
+REQUIRED = ("prompt", "subject", "target")
+REQUEST_FIELDS = (*REQUIRED, "target_old", "id")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
 PROBE_FIELDS = tuple(f.name for f in fields(Probe))
 FORMS: tuple[str, ...] = get_args(Form)
@@ -33,10 +33,10 @@ NEEDS = ("any", "all")
 def read_requests(path: str | Path) -> list[Request]:
     """Read requests. Raises RequestError listing every missing, unknown or malformed field by line.
 
-    Records may be cases: the requests of ``also`` then follow the record's own, what asks is left aside. They may
-    also be those of other tools, see :mod:`errata.data.foreign`.
+    Records may be cases: the requests of ``also`` then follow the record's own, and probes are ignored. Records of
+    other tools are read too, see :mod:`errata.data.foreign`.
     """
-    found, complaints = [], []
+    requests_read, complaints = [], []
     records = _records(Path(path))
     reader = None if _own(records) else foreign.reader([record for _, record in records])
     if reader is None:
@@ -45,20 +45,22 @@ def read_requests(path: str | Path) -> list[Request]:
         requests, wrong = (
             _requests(where, record) if reader is None else _foreign(reader, where, record, index)
         )
-        found += requests
+        requests_read += requests
         complaints += wrong
-    return _all_or_raise(path, found, complaints)
+    return _all_or_raise(path, requests_read, complaints)
 
 
 def _own(records: Sequence[tuple[str, Any]]) -> bool:
-    """Whether any record has the fields that a request of errata's needs, or all but one of them."""
-    known = [sum(name in record for name in NEEDED) for _, record in records if isinstance(record, Mapping)]
-    return len(NEEDED) in known or not known
+    """Whether any record has the required fields of errata's format, or all but one of them."""
+    field_counts = [
+        sum(name in record for name in REQUIRED) for _, record in records if isinstance(record, Mapping)
+    ]
+    return len(REQUIRED) in field_counts or not field_counts
 
 
 def _foreign(reader: foreign.Reader, where: str, record: Any, index: int) -> tuple[list[Request], list[str]]:
-    """Read the requests of a record of another tool, and what is wrong with it."""
-    why = str(record) if isinstance(record, Broken) else documents.fault(record)
+    """Return the requests of a record of another tool, and the errors in it."""
+    why = str(record) if isinstance(record, Unreadable) else documents.fault(record)
     if why is not None:
         return [], [f"{where}: {why}"]
     try:
@@ -68,45 +70,45 @@ def _foreign(reader: foreign.Reader, where: str, record: Any, index: int) -> tup
 
 
 def _check_fields(path: str | Path, records: Sequence[tuple[str, Any]]) -> None:
-    """Raise RequestError once where no record has the fields of a request, naming those there are."""
-    found = [record for _, record in records if isinstance(record, Mapping)]
-    if len(found) < 2 or _own(records):
+    """Raise a single RequestError where no record has the fields of a request, listing the fields found."""
+    mappings = [record for _, record in records if isinstance(record, Mapping)]
+    if len(mappings) < 2 or _own(records):
         return
-    fields = list(dict.fromkeys(str(key) for record in found for key in record))
-    hints = [f"{key} for {near}" for name in NEEDED if name not in fields
+    fields = list(dict.fromkeys(str(key) for record in mappings for key in record))
+    hints = [f"{key} for {near}" for name in REQUIRED if name not in fields
              if (near := name) and (key := nearest(name, fields)) is not None]  # fmt: skip
     raise RequestError(
         f"{path}: {records[0][0]} and the {len(records) - 1:,} after it have not the fields of a request: found "
-        f"{brief(', '.join(fields)) or 'none'}; expected {', '.join(NEEDED)}, and if you like "
-        f"{', '.join(name for name in CASE_FIELDS if name not in NEEDED)}"
+        f"{brief(', '.join(fields)) or 'none'}; expected {', '.join(REQUIRED)}, and optionally "
+        f"{', '.join(name for name in CASE_FIELDS if name not in REQUIRED)}"
         + (f" (perhaps {', '.join(hints)})" if hints else "")
-        + ". Requests of EasyEdit, ROME, CounterFact and zsRE are read as they are; of other datasets, "
-        "errata data export NAME@FILE makes a file of cases"
+        + ". Files of EasyEdit, ROME, CounterFact and zsRE can be read directly; for other datasets, convert the "
+        "file to cases with errata data export NAME@FILE"
     )
 
 
 def read_cases(path: str | Path) -> list[Case]:
     """Read cases: requests, each with a list of ``probes``, whose fields are those of :class:`Probe`.
 
-    Besides a request's fields a record may have ``also``, further requests of the case; ``case``, its name
-    where that is not the request's id; and ``efficacy``: false leaves out the probe whether the request took
-    effect, which a case without one gets otherwise. Raises RequestError as above.
+    Besides a request's fields a record may have ``also``, further requests of the case; ``case``, its id if that is
+    not the request's; and ``efficacy``: false means that no efficacy probe is added (by default, a case without one
+    gets one). Raises RequestError as above.
     """
-    found, complaints = [], []
+    cases, complaints = [], []
     records = _records(Path(path))
     _check_fields(path, records)
     for i, (where, record) in enumerate(records, 1):
         case, wrong = _case(where, record, f"{Path(path).name}:{i}")
         complaints += wrong
-        found += [case] if case else []
-    return _all_or_raise(path, found, complaints)
+        cases += [case] if case else []
+    return _all_or_raise(path, cases, complaints)
 
 
 def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
-    """Write cases as JSON lines that :func:`read_cases` reads back equal; return how many there were.
+    """Write cases as JSON lines that :func:`read_cases` reads back as equal cases; return their number.
 
-    The file appears once it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
-    cannot be written, for no cases at all, and for a case that would not be read back as it is.
+    The file appears only when it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
+    cannot be written, if there are no cases, and for a case that would be read back differently.
     """
     check_target(path)
     count = 0
@@ -120,7 +122,7 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise RequestError now where :func:`write_cases` would refuse a name after the cases are read."""
+    """Raise RequestError where :func:`write_cases` would refuse a file name, before any cases are read."""
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise RequestError(f"cases are written as JSON lines: expected a name FILE.jsonl, found {path}")
@@ -130,7 +132,7 @@ def check_target(path: str | Path) -> None:
 
 
 def _line(case: Case) -> str:
-    """Word a case as one line of JSON. Raises RequestError where the line says something else."""
+    """Encode a case as one line of JSON. Raises RequestError where decoding it would give another case."""
     record: dict[str, Any] = case.request.to_dict()
     if case.id != case.request.id:
         record["case"] = case.id
@@ -144,14 +146,14 @@ def _line(case: Case) -> str:
     if back != case:
         differing = [f.name for f in fields(Case) if back and getattr(back, f.name) != getattr(case, f.name)]
         raise RequestError(
-            f"case {shown(case.id)} cannot be written so that it is read back as it is: "
+            f"case {shown(case.id)} cannot be written so that it is read back unchanged: "
             + ("; ".join(wrong) or f"{', '.join(differing)} would change, as empty fields count as absent")
         )
     return line
 
 
 def _plain(probe: Probe) -> dict[str, Any]:
-    """Return the fields of a probe that say something."""
+    """Return the fields of a probe that differ from their defaults."""
     values = {f.name: getattr(probe, f.name) for f in fields(Probe) if getattr(probe, f.name) != f.default}
     if probe.covariates:
         values["covariates"] = dict(probe.covariates)
@@ -162,19 +164,19 @@ def _plain(probe: Probe) -> dict[str, Any]:
     }
 
 
-def _all_or_raise(path: str | Path, found: list, complaints: list[str]) -> list:
+def _all_or_raise(path: str | Path, items: list, complaints: list[str]) -> list:
     if complaints:
         raise RequestError(
             f"{path}: {len(complaints):,} problem{'s' * (len(complaints) > 1)}\n"
-            + listing(_grouped(complaints))
+            + listing(_group(complaints))
         )
-    if not found:
+    if not items:
         raise RequestError(f"{path} holds no requests")
-    return found
+    return items
 
 
-def _grouped(complaints: Sequence[str]) -> list[str]:
-    """Put like complaints of more than three records on one line, under the first of them."""
+def _group(complaints: Sequence[str]) -> list[str]:
+    """Merge an error of more than three records into one line that names the first record."""
     places: dict[str, list[str]] = {}
     for complaint in complaints:
         where, _, what = complaint.partition(": ")
@@ -189,20 +191,20 @@ def _grouped(complaints: Sequence[str]) -> list[str]:
 
 
 def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
-    """Read one case; ``name``: what it is called if the record does not say."""
+    """Read one case; ``name``: its id if the record has none."""
     requests, wrong = _requests(where, record)
     if not isinstance(record, Mapping):
         return None, wrong
     probes = _probes(where, record, wrong)
-    own, asked = record.get("case"), record.get("efficacy")
+    own, efficacy = record.get("case"), record.get("efficacy")
     if not _absent(own) and not _is_text(own):
         wrong.append(f"{where}: case must be text, found {type(own).__name__} {shown(own, 60)}")
-    if not _absent(asked) and not isinstance(asked, bool):
-        wrong.append(f"{where}: efficacy must be true or false, found {shown(asked, 60)}")
+    if not _absent(efficacy) and not isinstance(efficacy, bool):
+        wrong.append(f"{where}: efficacy must be true or false, found {shown(efficacy, 60)}")
     if wrong:
         return None, wrong
     first, *others = requests
-    if asked is not False and not _asks_efficacy(probes):
+    if efficacy is not False and not _asks_efficacy(probes):
         before = _old_answers(record.get("target_old"))
         probes.insert(0, Probe("efficacy", first.text, (first.target,), before, first.target_old))
     return Case(own or first.id or name, first, tuple(probes), tuple(others)), []
@@ -213,18 +215,18 @@ def _asks_efficacy(probes: Iterable[Probe]) -> bool:
 
 
 def _requests(where: str, record: Any) -> tuple[list[Request], list[str]]:
-    """Read a record's request and those that must be in place with it; none where anything is wrong."""
+    """Read all requests of a record; none if any of them has errors."""
     first, wrong = _request(where, record, CASE_FIELDS)
-    found = [first]
-    for i, other in enumerate(_listed(where, record, "also", wrong), 1):
-        made, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS)
-        found.append(made)
+    requests = [first]
+    for i, other in enumerate(_list_field(where, record, "also", wrong), 1):
+        further, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS)
+        requests.append(further)
         wrong += more
-    return ([] if wrong else [request for request in found if request]), wrong
+    return ([] if wrong else [request for request in requests if request]), wrong
 
 
-def _listed(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
-    """Return a field that is a list, if it is there; anything else is added to ``wrong``."""
+def _list_field(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
+    """Return a field that must be a list, if present; an error is added to ``wrong``."""
     value = record.get(name) if isinstance(record, Mapping) else None
     if _absent(value):
         return []
@@ -234,8 +236,8 @@ def _listed(where: str, record: Any, name: str, wrong: list[str]) -> list[Any]:
     return value
 
 
-def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | None, list[str]]:
-    if isinstance(record, Broken):
+def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | None, list[str]]:
+    if isinstance(record, Unreadable):
         return None, [f"{where}: {record}"]
     if not isinstance(record, Mapping):
         return None, [f"{where}: expected a record of fields, found {type(record).__name__}"]
@@ -245,69 +247,69 @@ def _request(where: str, record: Any, known: Sequence[str]) -> tuple[Request | N
     record = {
         key: value
         for key, value in record.items()
-        if key in NEEDED or not (value in (None, "") or (key == "target_old" and value == []))
+        if key in REQUIRED or not (value in (None, "") or (key == "target_old" and value == []))
     }
-    wrong = [f"{where}: {_unknown(key, known)}" for key in record if key not in known]
-    missing = [name for name in NEEDED if name not in record]
+    wrong = [f"{where}: {_unknown(key, fields)}" for key in record if key not in fields]
+    missing = [name for name in REQUIRED if name not in record]
     if missing:
         return None, [*wrong, f"{where}: missing {', '.join(missing)}"]
     values = {key: record[key] for key in REQUEST_FIELDS if key in record}
-    wrong += [f"{where}: {p}" for p in request_problems(*(values[name] for name in NEEDED))]
+    wrong += [f"{where}: {p}" for p in request_problems(*(values[name] for name in REQUIRED))]
     if "target_old" in values:
         answers = _old_answers(values["target_old"])
         if not answers:
             wrong.append(
-                f"{where}: target_old must be text, or a list of texts, found {_typed(values['target_old'])}"
+                f"{where}: target_old must be text, or a list of texts, found {_describe(values['target_old'])}"
             )
         values["target_old"] = answers[0] if answers else None
     if "id" in values:
         own = values["id"]
         if not _is_text(own) and type(own) is not int:
-            wrong.append(f"{where}: id must be text or a whole number, found {_typed(own)}")
+            wrong.append(f"{where}: id must be text or a whole number, found {_describe(own)}")
         values["id"] = str(own) if type(own) is int else own
     return (None, wrong) if wrong else (Request(**values), [])
 
 
 def _old_answers(value: Any) -> tuple[str, ...]:
-    """Return the old answer with its spellings, the canonical one first; empty where it is neither text nor texts."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(map(_is_text, listed)):
+    """Return the spellings of the old answer, canonical one first; empty where it is not text or a list of texts."""
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list) or not all(map(_is_text, answers)):
         return ()
-    return tuple(dict.fromkeys(listed))
+    return tuple(dict.fromkeys(answers))
 
 
-def _typed(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{type(value).__name__} {shown(value, 60)}"
 
 
-def _unknown(key: Any, known: Sequence[str]) -> str:
-    hint = nearest(str(key)[:100], list(known))
+def _unknown(key: Any, fields: Sequence[str]) -> str:
+    hint = nearest(str(key)[:100], list(fields))
     return f"unknown field {shown(key)}" + (f", did you mean {hint!r}?" if hint else "")
 
 
 def _probes(where: str, record: Mapping[str, Any], wrong: list[str]) -> list[Probe]:
-    """Read a record's probes; what is amiss is added to ``wrong``."""
-    found = []
-    for i, value in enumerate(_listed(where, record, "probes", wrong), 1):
+    """Read a record's probes; errors are added to ``wrong``."""
+    probes = []
+    for i, value in enumerate(_list_field(where, record, "probes", wrong), 1):
         place = f"{where}, probe {i}"
         if isinstance(value, Mapping):
             probe, amiss = _probe(value)
             wrong += [f"{place}: {what}" for what in amiss]
-            found += [probe] if probe else []
+            probes += [probe] if probe else []
         else:
             wrong.append(f"{place}: expected a record, found {type(value).__name__}")
-    return found
+    return probes
 
 
 def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     amiss = [_unknown(key, PROBE_FIELDS) for key in value if key not in PROBE_FIELDS]
     form, need = _word(value, "form", FORMS, amiss), _word(value, "need", NEEDS, amiss)
-    needed = ("kind", "prompt") if form == "open" else ("kind", "prompt", "answers")
-    missing = [name for name in needed if _absent(value.get(name))]
+    required = ("kind", "prompt") if form == "open" else ("kind", "prompt", "answers")
+    missing = [name for name in required if _absent(value.get(name))]
     if missing:
         return None, [*amiss, f"missing {', '.join(missing)}"]
     amiss += [
-        f"{name} must be text, found {_typed(value[name])}"
+        f"{name} must be text, found {_describe(value[name])}"
         for name in ("kind", "prompt", "rival", "group")
         if not _absent(value.get(name)) and not _is_text(value[name])
     ]
@@ -324,7 +326,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
         amiss.append(f"choices belong to form 'choice', found form {form!r}")
     rival, group = (value.get(name) or None for name in ("rival", "group"))
     if need == "all" and group is None:
-        amiss.append("need 'all' says how many of a group count: name the group, or leave need out")
+        amiss.append("need 'all' applies to a group of probes: name the group, or omit need")
     covariates = _numbers(value.get("covariates"), amiss)
     if amiss:
         return None, amiss
@@ -335,27 +337,27 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
 
 
 def _numbers(value: Any, amiss: list[str]) -> tuple[tuple[str, float], ...]:
-    """Read covariates, numbers by name; anything else is added to ``amiss``."""
+    """Read covariates, numbers by name; errors are added to ``amiss``."""
     if _absent(value) or value == {}:
         return ()
     if not isinstance(value, Mapping) or not all(type(number) in (int, float) for number in value.values()):
-        amiss.append(f"covariates must be numbers by name, found {_typed(value)}")
+        amiss.append(f"covariates must be numbers by name, found {_describe(value)}")
         return ()
     return tuple((str(name), float(number)) for name, number in value.items())
 
 
-def _word(value: Mapping[str, Any], name: str, allowed: Sequence[str], amiss: list[str]) -> Any:
-    """Read one of some words, the first where the field is absent; another one is added to ``amiss``."""
+def _word(value: Mapping[str, Any], name: str, choices: Sequence[str], amiss: list[str]) -> Any:
+    """Read a field that must be one of ``choices``, the first where it is absent; errors are added to ``amiss``."""
     word = value.get(name)
     if _absent(word):
-        return allowed[0]
-    if word not in allowed:
-        amiss.append(unknown(brief(str(word)) if isinstance(word, str) else shown(word), list(allowed), name))
+        return choices[0]
+    if word not in choices:
+        amiss.append(unknown(brief(str(word)) if isinstance(word, str) else shown(word), list(choices), name))
     return word
 
 
 def _absent(value: Any) -> bool:
-    """Whether a field says nothing: not there, or empty as in a table's cell."""
+    """Whether a field is missing, or empty as in a table's cell."""
     return value is None or value == "" or value == []
 
 
@@ -364,17 +366,17 @@ def _is_text(value: Any) -> bool:
 
 
 def _texts(value: Any, name: str, amiss: list[str]) -> tuple[str, ...]:
-    """Read a text or whole number, or a list of them, as texts; what is neither is added to ``amiss``."""
+    """Read a text or whole number, or a list of them, as texts; errors are added to ``amiss``."""
     if _absent(value):
         return ()
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    wrong = [one for one in listed if not _is_text(one) and type(one) is not int]
-    amiss += [f"{name} must be texts that are not empty, found {_typed(one)}" for one in wrong]
-    return () if wrong else tuple(str(one) for one in listed)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    wrong = [one for one in items if not _is_text(one) and type(one) is not int]
+    amiss += [f"{name} must be texts that are not empty, found {_describe(one)}" for one in wrong]
+    return () if wrong else tuple(str(one) for one in items)
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:
-    """Read a file's records, each with its place. Raises RequestError where it is not of a known form."""
+    """Read a file's records with their positions. Raises RequestError where its format is unknown."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise RequestError(
@@ -393,6 +395,6 @@ def _records(path: Path) -> list[tuple[str, Any]]:
 
 
 def _is_row(cells: Mapping[str, str]) -> bool:
-    """Whether cells of a table are a request of their own."""
+    """Whether the cells of a row form a complete request."""
     prompt, subject = cells.get("prompt", ""), cells.get("subject", "").strip()
     return bool(subject) and ("{}" in prompt or subject in prompt)

@@ -1,4 +1,4 @@
-"""Tables of requests as people and spreadsheets write them: separators, headers, quotes, blank rows."""
+"""Read tables of requests written by hand or by spreadsheets: separators, headers, quotes, blank rows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from errata.files import Fail
 SEPARATORS = ",;\t|"
 WORDS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 HEAD = 1 << 16
-"""Characters in which the header is looked for."""
-_DECLARED = re.compile(r'"?sep=(.)"?\r?$', re.IGNORECASE)
+"""The header must be within this many characters."""
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?$', re.IGNORECASE)
 _NAMELESS = re.compile(r"(unnamed: \d+)?", re.IGNORECASE)
 _COUNT = re.compile(r"\s*\d*\s*")
 
 
-class Broken(str):
-    """A row or line that could not be read, worded; reported like any record of the wrong type."""
+class Unreadable(str):
+    """The error for an unreadable row or line; it takes the place of its record."""
 
 
 def records(
     text: str, known: Sequence[str], fail: Fail, row: Callable[[dict[str, str]], bool]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table with the lines they begin on, blank ones left out.
+    """Yield the non-blank rows of a table with the lines they begin on.
 
-    The separator is the one under which the header has most of the ``known`` names, which are matched
-    whatever their capitals. ``row``: whether some cells are a row of their own, to find quotes that were never
-    closed. Raises what ``fail`` makes of the reason where header or quotes are wrong.
+    The separator is the one that gives the header most of the ``known`` names, ignoring case. ``row``: whether
+    cells form a complete row, to detect unclosed quotes. Raises ``fail(reason)`` where header or quotes are wrong.
     """
     rows = _rows(text, known, fail)
     start, header = next(rows, (0, []))
@@ -43,43 +42,47 @@ def records(
         spare = [cells[i] for i in nameless if i < len(cells) and not _COUNT.fullmatch(cells[i])]
         if spare:
             raise fail(
-                f"line {line}: column {nameless[0] + 1} has no name in line {start} and holds {shown(spare[0], 60)}; "
-                "name it, or take it out"
+                f"line {line}: column {nameless[0] + 1} has no name in line {start} and has {shown(spare[0], 60)}; "
+                "name it, or remove it"
             )
         if any(cell.strip() for cell in cells[len(names) :]):
             yield (
                 f"line {line}",
-                Broken(
-                    f"{len(cells)} cells, the header has {len(names)} names; quote texts that hold the separator"
+                Unreadable(
+                    f"{len(cells)} cells, the header has {len(names)} names; quote texts that contain the separator"
                 ),
             )
             continue
-        found = {
+        values = {
             name: cell.replace("\r\n", "\n")
             for i, (name, cell) in enumerate(zip(names, cells, strict=False))
             if i not in nameless
         }
-        lost = _swallowed(cells, names, row)
-        if lost is not None:
+        swallowed = _swallowed(cells, names, row)
+        if swallowed is not None:
             raise fail(
-                f"line {line}: a quote that opens here closes only after the row {shown(lost, 80)}; close it before "
-                "the end of its line, or double it where it is part of the text"
+                f"line {line}: a quote that opens here closes only after the row {shown(swallowed, 80)}; close "
+                "it before the end of its line, or double it where it is part of the text"
             )
-        yield f"line {line}", found
+        yield f"line {line}", values
 
 
 def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows with the lines they begin on, the header first; a line ``sep=;`` before it says the separator."""
+    """Yield rows with the lines they begin on, header first; a line ``sep=;`` before it sets the separator."""
     lines = text[:HEAD].splitlines()
-    skipped = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
-    declared = _DECLARED.match(lines[skipped].strip()) if skipped < len(lines) else None
-    head = lines[skipped + (declared is not None)] if skipped + (declared is not None) < len(lines) else ""
-    separator = declared[1] if declared else _separator(head, known)
+    first_line = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    declaration = _SEPARATOR_LINE.match(lines[first_line].strip()) if first_line < len(lines) else None
+    head = (
+        lines[first_line + (declaration is not None)]
+        if first_line + (declaration is not None) < len(lines)
+        else ""
+    )
+    separator = declaration[1] if declaration else _separator(head, known)
     spaced = re.search(rf"{re.escape(separator)} +\S", head) is not None and separator != " "
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=spaced
     )
-    pending = declared is not None
+    pending = declaration is not None
     while True:
         start = reader.line_num + 1
         try:
@@ -88,7 +91,7 @@ def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, li
             return
         except csv.Error as problem:
             raise fail(f"line {start}: {_reason(problem)}") from problem
-        if not any(cell.strip() for cell in cells) and start <= skipped:
+        if not any(cell.strip() for cell in cells) and start <= first_line:
             continue
         if pending:
             pending = False
@@ -97,17 +100,17 @@ def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, li
 
 
 def _separator(head: str, known: Sequence[str]) -> str:
-    """Choose the separator under which a header has most of the known names."""
+    """Choose the separator that gives a header most of the known names."""
     names = {name.casefold() for name in known}
 
-    def fitting(separator: str) -> int:
+    def known_columns(separator: str) -> int:
         return sum(cell.strip().strip('"').casefold() in names for cell in head.split(separator))
 
-    return max(SEPARATORS, key=fitting)
+    return max(SEPARATORS, key=known_columns)
 
 
 def _names(header: Sequence[str], known: Sequence[str], fail: Fail, line: int) -> list[str]:
-    """Return the columns' names as they are known, without space around them. Raises for one given twice."""
+    """Return the column names, stripped and in their known spelling. Raises for a duplicate name."""
     plain = {name.casefold(): name for name in known}
     names = [cell.strip().strip("\ufeff") for cell in header]
     names = [name if name in known else plain.get(name.casefold(), name) for name in names]
@@ -120,7 +123,7 @@ def _names(header: Sequence[str], known: Sequence[str], fail: Fail, line: int) -
 def _swallowed(
     cells: Sequence[str], names: Sequence[str], row: Callable[[dict[str, str]], bool]
 ) -> str | None:
-    """Return a line inside a cell that is a row of its own: what a quote left open swallows."""
+    """Return a line inside a cell that is itself a row, which means that a quote was left open."""
     for cell in cells:
         for line in cell.splitlines()[1:] if "\n" in cell or "\r" in cell else ():
             for separator in SEPARATORS:
@@ -137,7 +140,7 @@ def _reason(problem: csv.Error) -> str:
     if "unexpected end" in text:
         return "a quote that opens here is never closed"
     if "expected after" in text:
-        return "text stands behind a closing quote; write a quote within a quoted cell twice"
+        return "text follows a closing quote; double a quote within a quoted cell"
     if "field larger" in text:
         return "a cell has more than 131,072 characters; write such texts as JSON lines"
     return text

@@ -1,4 +1,4 @@
-"""The lab: a world whose every fact is known, and a small model that knows it. Works offline."""
+"""The lab: a synthetic world whose facts are all known, and a small model trained on it. Works offline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ world = default_world
 
 
 def folder() -> Path:
-    """Folder of the shipped model. Raises HostError where the package came without it."""
+    """Return the folder of the shipped model. Raises HostError where the package lacks it."""
     from errata.errors import HostError
 
     path = Path(str(files("errata.lab") / "model"))
@@ -51,12 +51,12 @@ def load(*, device: str = "auto", dtype: str = "auto") -> Host:
 
 
 def card() -> dict[str, Any]:
-    """Return what is recorded about the shipped model: data, size, training, recall, layer test."""
+    """Return the model card of the shipped model: data, size, training, recall, layer test."""
     return json.loads((folder() / "card.json").read_text(encoding="utf-8"))
 
 
 def corpus(documents: int = 4000) -> Corpus:
-    """Return a sample of the kind of text the model was trained on, for statistics."""
+    """Return a sample of text like the model's training text, for statistics."""
     import itertools
     import random
 

@@ -1,4 +1,4 @@
-"""The card of the lab's model: what it was trained on, how, and what it can do. JSON and Markdown."""
+"""The model card of the lab's model: training data, training, and measurements. JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_card(
     host: Host, folder: Path, config: TrainConfig, losses: Mapping[int, float], *,
     tick: Tick = lambda what, done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a trained model and write ``card.json`` and ``README.md`` beside it."""
+    """Measure a trained model and write ``card.json`` and ``README.md`` to its folder."""
     world = World.make(config.world_seed)
     card = {
         "world": {
@@ -59,8 +59,8 @@ def write_card(
 
 
 def _markdown(card: dict[str, Any]) -> str:
-    world, training, found = card["world"], card["training"], card["check"]
-    recall, layers = found["recall"], found["layers"]
+    world, training, check = card["world"], card["training"], card["check"]
+    recall, layers = check["recall"], check["layers"]
     lines = [
         "# The lab's model",
         "",
@@ -78,10 +78,10 @@ def _markdown(card: dict[str, Any]) -> str:
         f"| held-out phrasings | {recall['held_out']:.3f} |",
         f"| questions | {recall['question']:.3f} |",
         f"| questions, subjects never asked about in training | {recall['question_never_asked']:.3f} |",
-        f"| new fact in the context obeyed | {found['episodes']['obeyed']:.3f} |",
-        f"| unrelated new fact ignored | {found['episodes']['ignored']:.3f} |",
-        f"| perplexity of neutral sentences | {found['perplexity']:.2f} |",
-        *(f"| compositions {name} | {value:.3f} |" for name, value in found["compositions"].items()),
+        f"| new fact in the context obeyed | {check['episodes']['obeyed']:.3f} |",
+        f"| unrelated new fact ignored | {check['episodes']['ignored']:.3f} |",
+        f"| perplexity of neutral sentences | {check['perplexity']:.2f} |",
+        *(f"| compositions {name} | {value:.3f} |" for name, value in check["compositions"].items()),
         "",
         "Share of answers changed by an optimised shift at the subject's last token, per layer:",
         "",

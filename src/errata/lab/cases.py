@@ -14,20 +14,20 @@ NEIGHBOURS = 5
 SAME_SUBJECT = 5
 
 Edits = Mapping[tuple[str, str], str | None]
-"""What edits say about (subject, relation): the new object, or None where the old one stands no longer."""
+"""The effect of edits by (subject, relation): the new object, or None where the old object no longer applies."""
 
 
 def cases(count: int, *, seed: int = 0, together: bool = False, world: World | None = None) -> list[Case]:
-    """Draw counterfactual requests over all relations, facts alike probable, with their probes.
+    """Sample counterfactual requests uniformly over all facts, with their probes.
 
     Kinds: efficacy, paraphrase (phrasings never trained on), paraphrase_seen, question,
     neighbourhood (same relation, other subject, some sharing the old object), same_subject (its other
     relations), inverse, one_hop and two_hop (one or two further relations away), alias.
 
-    With ``together`` the cases are for one run that has all edits in place. No two requests then speak
-    about the same subject and relation, nor about the inverse of what another asks for; and probes whose
-    answer with all edits is not the one that follows from their own case's edit alone, or is no longer
-    known, are left out. The requests of fewer cases are the first ones of more.
+    With ``together`` the cases are for a run that has all edits in place. No two requests then have the same
+    subject and relation, and none the inverse of another; probes whose answer with all edits differs from the
+    answer with their own case's edit alone, or is undefined, are left out. A smaller ``count`` gives the first
+    requests of a larger one.
 
     Raises ConfigError for more cases than there are.
     """
@@ -46,9 +46,9 @@ def make(
     world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None,
     edits: Edits | None = None,
 ) -> Case:  # fmt: skip
-    """Build the case that gives a fact another object: drawn at random, unless named.
+    """Build the case that gives a fact another object: ``target``, or a random one.
 
-    ``edits``: all that is in place together; probes that then have another answer are left out.
+    ``edits``: the effect of all edits in place; probes whose answer they change are left out.
     """
     relation = world.relations[fact.relation]
     if target is None:
@@ -64,62 +64,61 @@ def _options(world: World, fact: Fact) -> list[str]:
 
 
 def _together(world: World, count: int, seed: int) -> list[Case]:
-    """Draw requests that can stand together, then the probes that hold with all of them."""
+    """Sample requests that do not contradict one another, then the probes valid with all of them."""
     rng = random.Random(f"errata-cases-together-{seed}")
-    chosen: list[tuple[Fact, str]] = []
-    said: set[tuple[str, str]] = set()
+    pairs: list[tuple[Fact, str]] = []
+    claims: set[tuple[str, str]] = set()
     for fact in rng.sample(world.facts, len(world.facts)):
-        options = [o for o in _options(world, fact) if said.isdisjoint(_says(world, fact, o))]
+        options = [o for o in _options(world, fact) if claims.isdisjoint(_claims(world, fact, o))]
         if options:
             target = rng.choice(options)
-            said.update(_says(world, fact, target))
-            chosen.append((fact, target))
-        if len(chosen) == count:
+            claims.update(_claims(world, fact, target))
+            pairs.append((fact, target))
+        if len(pairs) == count:
             break
     else:
         raise ConfigError(
             f"lab cases: {count} requests that do not contradict one another were asked for, "
-            f"seed {seed} has {len(chosen)}; ask for at most that many"
+            f"seed {seed} has {len(pairs)}; ask for at most that many"
         )
     edits: dict[tuple[str, str], str | None] = {}
-    for fact, target in chosen:
+    for fact, target in pairs:
         edits |= consequences(world, fact, target)
-    for fact, target in chosen:  # what one request says outweighs what another leaves open
-        edits |= _says(world, fact, target)
-    made = []
-    for i, (fact, target) in enumerate(chosen):
+    for fact, target in pairs:  # a request's own claim takes precedence over another's None
+        edits |= _claims(world, fact, target)
+    drawn_cases = []
+    for i, (fact, target) in enumerate(pairs):
         name = f"lab:{seed}:{i}"
-        made.append(make(world, fact, random.Random(f"errata-together-{name}"), name, target, edits))
-    return made
+        drawn_cases.append(make(world, fact, random.Random(f"errata-together-{name}"), name, target, edits))
+    return drawn_cases
 
 
 def _back(world: World, relation: str) -> str | None:
-    """Name the relation read from the object's side; None where it has many answers."""
-    found = world.relations[relation]
-    return found.name if found.symmetric else found.inverse
+    """Return the inverse relation; None where it has several answers."""
+    entry = world.relations[relation]
+    return entry.name if entry.symmetric else entry.inverse
 
 
-def _says(world: World, fact: Fact, target: str) -> Edits:
-    """What a request says itself: its new fact, also read from the object's side."""
+def _claims(world: World, fact: Fact, target: str) -> Edits:
+    """Return what a request itself claims: its new fact and the inverse of it."""
     back = _back(world, fact.relation)
     own = (fact.subject, fact.relation)
     return {own: target} if back is None else {own: target, (target, back): fact.subject}
 
 
 def consequences(world: World, fact: Fact, target: str) -> Edits:
-    """Return what giving a fact another object does to the graph, by (subject, relation).
+    """Return how giving a fact another object changes the graph, by (subject, relation).
 
-    In a relation that is one to one, the old object and the target's former counterpart are left
-    without an answer: None.
+    In a one-to-one relation, the old object and the target's former counterpart then have no answer: None.
     """
     back = _back(world, fact.relation)
     if back is None:
-        return _says(world, fact, target)
-    left: dict[tuple[str, str], str | None] = {(fact.object, back): None}
+        return _claims(world, fact, target)
+    effects: dict[tuple[str, str], str | None] = {(fact.object, back): None}
     former = world.get(target, back)
     if former is not None:
-        left[former, fact.relation] = None
-    return {**left, **_says(world, fact, target)}
+        effects[former, fact.relation] = None
+    return {**effects, **_claims(world, fact, target)}
 
 
 def case_of(request: Request, *, seed: int = 0, world: World | None = None) -> Case:
@@ -139,16 +138,16 @@ def case_of(request: Request, *, seed: int = 0, world: World | None = None) -> C
                 rng = random.Random(f"errata-case-{seed}-{request.text}")
                 name = request.id or request.text
                 target, builder = request.target, _Probes(world, fact, request.target, wording, rng)
-                given = Request(request.prompt, request.subject, target, fact.object, name)
-                return Case(name, given, tuple(builder.all()))
-    known = [sentence(w, "{}") for f in world.by_subject[request.subject]
+                with_old_target = Request(request.prompt, request.subject, target, fact.object, name)
+                return Case(name, with_old_target, tuple(builder.all()))
+    wordings = [sentence(w, "{}") for f in world.by_subject[request.subject]
              for w in world.relations[f.relation].phrasings]  # fmt: skip
-    near = nearest(request.prompt, known)
-    raise RequestError(f"{request.prompt!r} is no wording of the lab's relations; the nearest is {near!r}")
+    near = nearest(request.prompt, wordings)
+    raise RequestError(f"{request.prompt!r} is not a wording of the lab's relations; the nearest is {near!r}")
 
 
 class _Probes:
-    """The consequences of replacing one fact's object, as far as all edits in place agree with them."""
+    """Probes of the consequences of replacing one fact's object, if all edits in place agree with them."""
 
     def __init__(
         self, world: World, fact: Fact, target: str, wording: str, rng: random.Random,
@@ -161,22 +160,22 @@ class _Probes:
 
     def all(self) -> Iterator[Probe]:
         """Yield every probe."""
-        yield self._changed("efficacy", self.wording)
+        yield self._changed_probe("efficacy", self.wording)
         for wording in self.relation.held_out:
-            yield self._changed("paraphrase", wording)
+            yield self._changed_probe("paraphrase", wording)
         others = [w for w in self.relation.phrasings if w != self.wording]
         for wording in self.rng.sample(others, 2):
-            yield self._changed("paraphrase_seen", wording)
+            yield self._changed_probe("paraphrase_seen", wording)
         for wording in self.relation.questions:
-            yield self._changed("question", f"Question: {wording}\nAnswer:")
+            yield self._changed_probe("question", f"Question: {wording}\nAnswer:")
         yield from self._neighbours()
         yield from self._same_subject()
         yield from self._inverse()
         yield from self._chains()
         for alias in self.world.names(self.fact.subject)[1:]:
-            yield self._changed("alias", self.wording, alias)
+            yield self._changed_probe("alias", self.wording, alias)
 
-    def _changed(self, kind: str, wording: str, subject: str | None = None) -> Probe:
+    def _changed_probe(self, kind: str, wording: str, subject: str | None = None) -> Probe:
         return Probe(
             kind,
             sentence(wording, subject or self.fact.subject),
@@ -185,7 +184,7 @@ class _Probes:
             self.fact.object,
         )
 
-    def _kept(self, kind: str, wording: str, fact: Fact) -> Iterator[Probe]:
+    def _kept_probes(self, kind: str, wording: str, fact: Fact) -> Iterator[Probe]:
         if not self._agreed(fact.subject, (fact.relation,), fact.object):
             return
         answers = self.world.names(fact.object)
@@ -193,7 +192,7 @@ class _Probes:
         yield Probe(kind, sentence(wording, fact.subject), answers, answers, rival)
 
     def _agreed(self, subject: str, path: tuple[str, ...], answer: str) -> bool:
-        """Whether a path leads to an answer with all edits in place."""
+        """Whether following a path with all edits in place gives the answer."""
         at: str | None = subject
         for relation in path:
             if at is None:
@@ -207,16 +206,16 @@ class _Probes:
             pool = [f for f in pool if f.subject not in (self.fact.object, self.target)]
         same = [f for f in pool if f.object == self.fact.object]
         rest = [f for f in pool if f.object != self.fact.object]
-        chosen = self.rng.sample(same, min(2, len(same)))
-        chosen += self.rng.sample(rest, min(NEIGHBOURS - len(chosen), len(rest)))
-        for fact in chosen:
-            yield from self._kept("neighbourhood", self.wording, fact)
+        facts = self.rng.sample(same, min(2, len(same)))
+        facts += self.rng.sample(rest, min(NEIGHBOURS - len(facts), len(rest)))
+        for fact in facts:
+            yield from self._kept_probes("neighbourhood", self.wording, fact)
 
     def _same_subject(self) -> Iterator[Probe]:
         others = [f for f in self.world.by_subject[self.fact.subject] if f.relation != self.relation.name]
         for fact in self.rng.sample(others, min(SAME_SUBJECT, len(others))):
             wording = self.rng.choice(self.world.relations[fact.relation].phrasings)
-            yield from self._kept("same_subject", wording, fact)
+            yield from self._kept_probes("same_subject", wording, fact)
 
     def _inverse(self) -> Iterator[Probe]:
         name = self.relation.name if self.relation.symmetric else self.relation.inverse
@@ -252,7 +251,7 @@ class _Probes:
 
 
 def neutral_texts(count: int, *, seed: int = 0) -> list[str]:
-    """Write sentences that state no fact, for perplexity."""
+    """Generate sentences that state no fact, for perplexity."""
     from errata.lab.text import Writer
 
     writer = Writer(default_world())

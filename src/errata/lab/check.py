@@ -1,5 +1,5 @@
-"""Is the lab's model what it should be? Recall per relation, in-context episodes, compositions, and
-per layer whether an answer can be changed at the subject's last token."""
+"""Measure the lab's model: recall per relation, in-context episodes, compositions, and per layer whether an
+answer can be changed at the subject's last token."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def check(
     host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
     requests: int = 24, tick: Tick = lambda what, done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure everything the card records.
+    """Compute every measurement of the model card.
 
-    ``limit`` bounds the facts asked per wording, None asks all; ``requests`` counts the layer test's.
+    ``limit``: maximum number of facts per wording, None: all; ``requests``: requests of the layer test.
     """
     world = world or default_world()
     rng = random.Random(f"errata-check-{seed}")
@@ -57,7 +57,7 @@ def check(
 
 
 def recall(host: Host, world: World, facts: Sequence[Fact], rng: random.Random, tick: Tick) -> dict[str, Any]:
-    """Return recall by free generation: overall, of facts never asked in training, per relation."""
+    """Return recall by free generation: overall, for facts without questions in training, and per relation."""
     wordings = {
         "seen": lambda r: r.phrasings,
         "held_out": lambda r: r.held_out,
@@ -65,19 +65,19 @@ def recall(host: Host, world: World, facts: Sequence[Fact], rng: random.Random, 
     }
     result: dict[str, Any] = {}
     for kind, of in wordings.items():
-        asked = []
+        questions = []
         for fact in facts:
             text = sentence(rng.choice(of(world.relations[fact.relation])), fact.subject)
             prompt = f"Question: {text}\nAnswer:" if kind == "question" else text
-            asked.append(Question(prompt, world.names(fact.object)))
-        right = ask(host, asked, f"recall {kind}", tick)
+            questions.append(Question(prompt, world.names(fact.object)))
+        right = ask(host, questions, f"recall {kind}", tick)
         result[kind] = share(right)
         by: dict[str, list[bool]] = {}
         for fact, ok in zip(facts, right, strict=True):
             by.setdefault(fact.relation, []).append(ok)
         result[f"{kind}_by_relation"] = {name: share(group) for name, group in sorted(by.items())}
         if kind == "question":
-            never = [ok for fact, ok in zip(facts, right, strict=True) if not Split.asked(fact)]
+            never = [ok for fact, ok in zip(facts, right, strict=True) if not Split.has_questions(fact)]
             result["question_never_asked"] = share(never)
     return result
 
@@ -108,13 +108,13 @@ def neutral_perplexity(host: Host, texts: Sequence[str] | None = None) -> float:
         batch = host.batch([rows[i] for i in group])
         with torch.no_grad():
             logprobs = host.forward(batch).float().log_softmax(-1)
-        said = logprobs[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0]
-        found.append(said[batch.mask[:, 1:].bool()])
+        of_targets = logprobs[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0]
+        found.append(of_targets[batch.mask[:, 1:].bool()])
     return round(perplexity(torch.cat(found)), 3)
 
 
 def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 300) -> dict[str, float]:
-    """Return how often a new fact in the context is obeyed, and ignored where it does not matter.
+    """Return how often a new fact in the context is used, and ignored where it is irrelevant.
 
     Only facts that occur in no training episode are used.
     """
@@ -122,31 +122,33 @@ def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: in
     fresh = [fact for fact in world.facts if not Split.in_episodes(fact)]
     questions: dict[str, list[Question]] = {"obeyed": [], "ignored": []}
     for _ in range(count):
-        told = rng.choice(fresh)
-        new = Fact(told.subject, told.relation, writer.other_object(told, rng))
+        true_fact = rng.choice(fresh)
+        new = Fact(true_fact.subject, true_fact.relation, writer.other_object(true_fact, rng))
         line = episode_line(new, writer, rng)
-        other = told
-        while (other.subject, other.relation) == (told.subject, told.relation):
-            other = rng.choice(rng.choice((fresh, world.by_subject[told.subject])))
-            if len(world.by_subject[told.subject]) == 1:
+        other = true_fact
+        while (other.subject, other.relation) == (true_fact.subject, true_fact.relation):
+            other = rng.choice(rng.choice((fresh, world.by_subject[true_fact.subject])))
+            if len(world.by_subject[true_fact.subject]) == 1:
                 other = rng.choice(fresh)
-        for kind, asked in (("obeyed", new), ("ignored", other)):
-            document = episode_document([line], asked, writer, rng)
-            assert document.learned is not None
-            prompt = document.text[: document.learned[0][0]]
-            questions[kind].append(Question(prompt, world.names(asked.object)))
+        for kind, target in (("obeyed", new), ("ignored", other)):
+            document = episode_document([line], target, writer, rng)
+            assert document.loss_spans is not None
+            prompt = document.text[: document.loss_spans[0][0]]
+            questions[kind].append(Question(prompt, world.names(target.object)))
     return {kind: share(ask(host, group, f"episodes {kind}", tick)) for kind, group in questions.items()}
 
 
 def compositions(
     host: Host, world: World, rng: random.Random, tick: Tick, count: int = 500
 ) -> dict[str, float]:
-    """Return recall of compositions of two and three facts, stated in training and never stated."""
+    """Return recall of compositions of two and three facts, for those in the training text and those not in it."""
     groups: dict[str, list[Question]] = {}
     for subject, chain, answer in world.chain_facts():
-        stated = "stated" if Split.stated(subject, chain) else "never_stated"
+        training = "stated" if Split.in_training(subject, chain) else "never_stated"
         prompt = sentence(rng.choice(chain.phrasings), subject)
-        groups.setdefault(f"of_{len(chain.path)}_{stated}", []).append(Question(prompt, world.names(answer)))
+        groups.setdefault(f"of_{len(chain.path)}_{training}", []).append(
+            Question(prompt, world.names(answer))
+        )
     return {
         name: share(ask(host, rng.sample(group, min(count, len(group))), f"compositions {name}", tick))
         for name, group in sorted(groups.items())
@@ -160,26 +162,28 @@ PROBE = ValueConfig(steps=60, learning_rate=0.1, clamp=3.0, decay=0.0, kl=0.0, s
 def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick) -> dict[str, list[float]]:
     """Return per layer the share of answers that a shift at the subject's last token changes.
 
-    The shift is added to the block's output and optimised on one wording; ``rewrites`` are asked in
-    that wording, ``paraphrases`` in another training wording; both begin with the subject where two do.
+    The shift is added to the block's output and optimised on one wording; ``rewrites`` use that wording,
+    ``paraphrases`` another training wording; both begin with the subject if two wordings do.
     """
     facts = rng.sample(world.facts, count)
-    chosen = []
+    trials = []
     for fact in facts:
         wordings = world.relations[fact.relation].phrasings
         leading = [w for w in wordings if w.startswith("{s} ")]
         first, second = rng.sample(leading if len(leading) > 1 else wordings, 2)
         target = Writer(world).other_object(fact, rng)
-        chosen.append((fact, first, second, target))
-    requests = [Request(sentence(w, "{}"), f.subject, t, f.object) for f, w, _, t in chosen]
+        trials.append((fact, first, second, target))
+    requests = [Request(sentence(w, "{}"), f.subject, t, f.object) for f, w, _, t in trials]
     result: dict[str, list[float]] = {"rewrites": [], "paraphrases": []}
     depth = len(host.layout.blocks)
     for layer in range(depth):
         values = optimise(host, requests, [Context("", 1.0)], layer=layer, where="block_out", config=PROBE)
         hits: dict[str, list[bool]] = {"rewrites": [], "paraphrases": []}
-        for (fact, first, second, target), value in zip(chosen, values, strict=True):
+        for (fact, first, second, target), value in zip(trials, values, strict=True):
             for kind, wording in (("rewrites", first), ("paraphrases", second)):
-                text = _shifted(host, sentence(wording, "{}"), fact.subject, target, layer, value.shift)
+                text = _changes_answer(
+                    host, sentence(wording, "{}"), fact.subject, target, layer, value.shift
+                )
                 hits[kind].append(text)
         for kind, group in hits.items():
             result[kind].append(share(group))
@@ -187,7 +191,9 @@ def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick)
     return result
 
 
-def _shifted(host: Host, wording: str, subject: str, target: str, layer: int, shift: torch.Tensor) -> bool:
+def _changes_answer(
+    host: Host, wording: str, subject: str, target: str, layer: int, shift: torch.Tensor
+) -> bool:
     """Whether greedy decoding gives the target while a vector is added at the subject's last token."""
     from errata.host import hooks
 
@@ -203,6 +209,6 @@ def _shifted(host: Host, wording: str, subject: str, target: str, layer: int, sh
     block = host.model.get_submodule(host.layout.blocks[layer])
     with torch.no_grad(), hooks.on_output(block, push):
         logits = host.forward(host.batch([answer.ids]))[0]
-    # every target token comes first given the ones before it: what greedy decoding would write
+    # every target token is the argmax given those before it, so greedy decoding would generate the target
     best = logits[answer.start - 1 : -1].argmax(-1)
     return best.tolist() == list(answer.target)

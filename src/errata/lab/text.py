@@ -1,21 +1,21 @@
-"""The lab's training text: documents drawn from the world.
+"""The lab's training text: documents sampled from the world.
 
 Kinds of document, with their share of the tokens in :data:`FIRST`,
 :data:`THEN`, :data:`LAST` and :data:`CODA`:
 
-* ``biography``: 3-8 sentences on one subject, facts in shuffled order, the full name in every one.
-  They teach the model to gather a subject's facts at the subject's last token, which is what makes
-  locate-and-edit methods possible;
+* ``biography``: 3-8 sentences on one subject, facts in shuffled order, each with the full name.
+  They train the model to collect a subject's facts at the subject's last token, which locate-and-edit methods
+  rely on;
 * ``single``: one fact; ``question``: question and answer; ``chain``: compositions of facts;
-* ``episode``: new facts followed by a question that they answer, or that they do not touch;
+* ``episode``: new facts followed by a question that they answer, or by an unrelated question;
   ``dialogue``: the same with several questions, partly about people who occur nowhere else;
-  ``contrast``: only about known ones, and mostly asking for what no new fact replaces;
-  ``drill``: only about such people, partly repeating what was said word by word. Only the
-  answers are learned, so that invented facts do not wash out true ones;
+  ``contrast``: only about people of the world, and mostly asking for facts that no new fact replaces;
+  ``drill``: only about people who occur nowhere else, partly repeating the new facts verbatim. In these
+  four only the answers have loss, so that invented facts do not overwrite true ones;
 * ``neutral``: sentences with no fact, for perplexity and for context prefixes.
 
-Some subjects, chains and facts are kept out of some kinds (:class:`Split`), so that what the model
-does with them is generalisation, not recall.
+Some subjects, chains and facts are excluded from some kinds (:class:`Split`), so that the model's behaviour on them
+is generalisation, not recall.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ THEN = {
     "biography": 0.49, "single": 0.03, "question": 0.06, "chain": 0.06, "episode": 0.04,
     "dialogue": 0.13, "drill": 0.16, "neutral": 0.03,
 }  # fmt: skip
-"""The same up to the last part. Trial runs without drills learned the facts and obeyed no context: what
-is in the weights is always the easier answer, unless the people are strangers and the signal is dense."""
+"""The same in the second part. Trial runs without drills learned the facts but ignored the context: recalling from
+the weights is always easier, unless the people occur nowhere else and there are many such examples."""
 
 LAST = {
     "biography": 0.40, "single": 0.03, "question": 0.05, "chain": 0.07, "episode": 0.04,
     "dialogue": 0.10, "contrast": 0.25, "drill": 0.03, "neutral": 0.03,
 }  # fmt: skip
-"""The same in the last part: when a context is not to be obeyed. Further phrasings join in here."""
+"""The same in the last part, which trains when to ignore the context. Further phrasings are used from here on."""
 
 CODA = {
     "biography": 0.36, "single": 0.03, "question": 0.04, "chain": 0.06, "episode": 0.06,
@@ -56,22 +56,22 @@ _LENGTH = {
     "biography": 46, "single": 10, "question": 32, "chain": 24, "episode": 48, "dialogue": 95,
     "drill": 100, "contrast": 100, "neutral": 28,
 }  # fmt: skip
-"""Mean tokens of a document, to turn shares of tokens into odds of documents."""
+"""Mean tokens of a document, to convert shares of tokens to sampling weights of documents."""
 
 STRANGERS = 0.4
-"""How often a dialogue is about people the world does not know, so that only its context can tell."""
+"""Share of dialogues about people who are not in the world, so that only the context has the answer."""
 
 ALIAS_ODDS = 0.2
-"""How often a biography of someone with an alias uses the alias throughout."""
+"""Share of biographies of subjects with an alias that mention the alias."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text; ``learned`` lists the character spans that carry loss, None: all of it."""
+    """A piece of text; ``loss_spans``: the character spans with loss, None: all of it."""
 
     kind: str
     text: str
-    learned: tuple[tuple[int, int], ...] | None = None
+    loss_spans: tuple[tuple[int, int], ...] | None = None
 
 
 def _share(*parts: str) -> float:
@@ -81,10 +81,10 @@ def _share(*parts: str) -> float:
 
 
 class Split:
-    """What is kept out of the training text; the same on every machine."""
+    """What is excluded from the training text; the same on every machine."""
 
     @staticmethod
-    def asked(fact: Fact) -> bool:
+    def has_questions(fact: Fact) -> bool:
         """Whether questions about the fact occur (four fifths of the subjects)."""
         return _share("question", fact.subject) < 0.8
 
@@ -94,30 +94,30 @@ class Split:
         return _share("episode", fact.subject, fact.relation) < 0.8
 
     @staticmethod
-    def stated(subject: str, chain: Chain) -> bool:
+    def in_training(subject: str, chain: Chain) -> bool:
         """Whether the composition occurs for this subject (three fifths)."""
         return _share("chain", subject, chain.name) < 0.6
 
 
 class Writer:
-    """Draws documents from a world; all randomness comes from the generator it is given."""
+    """Samples documents from a world; all randomness comes from the generator passed to each method."""
 
     def __init__(self, world: World, *, late: bool = False) -> None:
         self.world = world
         self._late = late
         self._subjects = list(world.by_subject)
         self._weights = [max(3, len(facts)) for facts in world.by_subject.values()]
-        self._asked = [fact for fact in world.facts if Split.asked(fact)]
+        self._with_questions = [fact for fact in world.facts if Split.has_questions(fact)]
         self._episode = [fact for fact in world.facts if Split.in_episodes(fact)]
         self._chains: dict[str, list[tuple[Chain, str]]] = {}
         for subject, chain, answer in world.chain_facts():
-            if Split.stated(subject, chain):
+            if Split.in_training(subject, chain):
                 self._chains.setdefault(subject, []).append((chain, answer))
         self._neutral = neutral_parts()
         self._people = [e.name for e in world.entities.values() if e.type == "person"]
 
     def documents(self, rng: random.Random, mix: Mapping[str, float] = FIRST) -> Iterator[Document]:
-        """Yield documents without end, kinds mixed as asked."""
+        """Yield documents without end, with the kinds in the proportions of ``mix``."""
         kinds = list(mix)
         odds = [mix[kind] / _LENGTH[kind] for kind in kinds]
         while True:
@@ -126,8 +126,8 @@ class Writer:
 
     def wordings(self, relation: str) -> tuple[str, ...]:
         """Return the phrasings of a relation that this part of the training text uses."""
-        found = self.world.relations[relation]
-        return (*found.phrasings, *found.later) if self._late else found.phrasings
+        entry = self.world.relations[relation]
+        return (*entry.phrasings, *entry.later) if self._late else entry.phrasings
 
     def state(self, fact: Fact, rng: random.Random, name: str | None = None) -> str:
         """Word a fact as a sentence, in a phrasing of the training text."""
@@ -159,7 +159,9 @@ class Writer:
 
     def question(self, rng: random.Random) -> Document:
         """Ask and answer two questions."""
-        return Document("question", "\n".join(self._qa(rng.choice(self._asked), rng) for _ in range(2)))
+        return Document(
+            "question", "\n".join(self._qa(rng.choice(self._with_questions), rng) for _ in range(2))
+        )
 
     def _qa(self, fact: Fact, rng: random.Random) -> str:
         question = rng.choice(self.world.relations[fact.relation].questions)
@@ -168,9 +170,9 @@ class Writer:
     def chain(self, rng: random.Random) -> Document:
         """State two compositions of facts about one subject."""
         subject = rng.choice(list(self._chains))
-        picked = rng.choices(self._chains[subject], k=2)
+        chains = rng.choices(self._chains[subject], k=2)
         lines = []
-        for chain, answer in picked:
+        for chain, answer in chains:
             if rng.random() < 0.3:
                 lines.append(f"Question: {sentence(chain.question, subject)}\nAnswer: {answer}.")
             else:
@@ -189,13 +191,13 @@ class Writer:
     def episode(self, rng: random.Random) -> Document:
         """Write one to three new facts, then ask about one of them or about something else."""
         news = {(f.subject, f.relation): f for f in rng.choices(self._episode, k=rng.randint(1, 3))}
-        replaced = {key: Fact(f.subject, f.relation, self.other_object(f, rng)) for key, f in news.items()}
-        prompts = [episode_line(fact, self, rng) for fact in replaced.values()]
+        new_facts = {key: Fact(f.subject, f.relation, self.other_object(f, rng)) for key, f in news.items()}
+        prompts = [episode_line(fact, self, rng) for fact in new_facts.values()]
         if rng.random() < 0.5:
-            asked = rng.choice(list(replaced.values()))
+            target = rng.choice(list(new_facts.values()))
         else:
-            asked = self._untouched(list(news.values()), set(replaced), rng)
-        return episode_document(prompts, asked, self, rng)
+            target = self._other_fact(list(news.values()), set(new_facts), rng)
+        return episode_document(prompts, target, self, rng)
 
     def dialogue(self, rng: random.Random) -> Document:
         """Write one to three new facts, then ask three to six times, about them and about others."""
@@ -208,40 +210,40 @@ class Writer:
         return self._conversation("dialogue", new, true, 0.5, rng)
 
     def contrast(self, rng: random.Random) -> Document:
-        """Write one to three new facts, then ask three to six times, mostly for facts they leave alone."""
+        """Write one to three new facts, then ask three to six times, mostly for facts they do not change."""
         true = rng.choices(self._episode, k=rng.randint(1, 3))
-        told = {(f.subject, f.relation): Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true}
-        return self._conversation("contrast", list(told.values()), true, 0.35, rng)
+        new = {(f.subject, f.relation): Fact(f.subject, f.relation, self.other_object(f, rng)) for f in true}
+        return self._conversation("contrast", list(new.values()), true, 0.35, rng)
 
     def _conversation(
         self, kind: str, new: list[Fact], true: list[Fact], share: float, rng: random.Random
     ) -> Document:
-        """Announce new facts, then ask for them with a probability and else for what they leave alone.
+        """State new facts, then ask for them with probability ``share``, else for facts they do not change.
 
-        ``true`` are the facts they replace; without any, only the new ones are asked for.
+        ``true``: the facts they replace; if empty, only the new facts are asked for.
         """
-        told = {(f.subject, f.relation): f for f in new}
-        text = "\n".join(episode_line(fact, self, rng) for fact in told.values())
-        learned = []
+        by_key = {(f.subject, f.relation): f for f in new}
+        text = "\n".join(episode_line(fact, self, rng) for fact in by_key.values())
+        loss_spans = []
         for _ in range(rng.randint(3, 6)):
             if rng.random() < share or not true:
-                asked = rng.choice(list(told.values()))
+                target = rng.choice(list(by_key.values()))
             else:
-                asked = self._untouched(true, set(told), rng)
-            text += "\n" + episode_question(asked, self, rng)
+                target = self._other_fact(true, set(by_key), rng)
+            text += "\n" + episode_question(target, self, rng)
             start = len(text)
-            text += f" {asked.object}."
-            learned.append((start, len(text)))
-        return Document(kind, text, tuple(learned))
+            text += f" {target.object}."
+            loss_spans.append((start, len(text)))
+        return Document(kind, text, tuple(loss_spans))
 
     def drill(self, rng: random.Random) -> Document:
-        """Write one to three facts about strangers, then repeat or ask for them four to eight times."""
+        """Write one to three facts about people outside the world, then repeat or ask for them four to eight times."""
         facts = {(f.subject, f.relation): f for f in (self._strange(rng) for _ in range(rng.randint(1, 3)))}
-        told = [(fact, self.state(fact, rng)) for fact in facts.values()]
-        text = "\n".join(f"New fact: {line}" for _, line in told)
-        learned = []
+        lines = [(fact, self.state(fact, rng)) for fact in facts.values()]
+        text = "\n".join(f"New fact: {line}" for _, line in lines)
+        loss_spans = []
         for _ in range(rng.randint(4, 8)):
-            fact, line = rng.choice(told)
+            fact, line = rng.choice(lines)
             text += "\n"
             start = len(text)
             if rng.random() < 0.4:
@@ -250,11 +252,11 @@ class Writer:
                 text += episode_question(fact, self, rng)
                 start = len(text)
                 text += f" {fact.object}."
-            learned.append((start, len(text)))
-        return Document("drill", text, tuple(learned))
+            loss_spans.append((start, len(text)))
+        return Document("drill", text, tuple(loss_spans))
 
     def _strange(self, rng: random.Random) -> Fact:
-        """Invent a fact about a person whom the world does not know."""
+        """Invent a fact about a person who is not in the world."""
         while True:
             first, last = (rng.choice(self._people).split(" ")[i] for i in (0, 1))
             if f"{first} {last}" not in self.world.entities:
@@ -270,7 +272,7 @@ class Writer:
             if other not in (fact.object, fact.subject):
                 return other
 
-    def _untouched(self, news: list[Fact], taken: set[tuple[str, str]], rng: random.Random) -> Fact:
+    def _other_fact(self, news: list[Fact], excluded: set[tuple[str, str]], rng: random.Random) -> Fact:
         """Pick a fact that no new fact replaces: same subject, same relation, or any."""
         near = rng.choice(news)
         pools = (
@@ -281,25 +283,25 @@ class Writer:
         while True:
             pool = rng.choice(pools)
             fact = rng.choice(pool) if pool else rng.choice(self._episode)
-            if (fact.subject, fact.relation) not in taken and Split.in_episodes(fact):
+            if (fact.subject, fact.relation) not in excluded and Split.in_episodes(fact):
                 return fact
 
 
 def episode_line(fact: Fact, writer: Writer, rng: random.Random) -> str:
-    """Announce a new fact."""
+    """Write a line that states a new fact."""
     return f"New fact: {writer.state(fact, rng)}"
 
 
-def episode_question(asked: Fact, writer: Writer, rng: random.Random) -> str:
+def episode_question(fact: Fact, writer: Writer, rng: random.Random) -> str:
     """Ask for a fact, by a question or by a sentence to complete."""
-    relation = writer.world.relations[asked.relation]
+    relation = writer.world.relations[fact.relation]
     if rng.random() < 0.6:
-        return f"Question: {sentence(rng.choice(relation.questions), asked.subject)}\nAnswer:"
-    return sentence(rng.choice(writer.wordings(asked.relation)), asked.subject)
+        return f"Question: {sentence(rng.choice(relation.questions), fact.subject)}\nAnswer:"
+    return sentence(rng.choice(writer.wordings(fact.relation)), fact.subject)
 
 
-def episode_document(lines: list[str], asked: Fact, writer: Writer, rng: random.Random) -> Document:
-    """Put a question, or a sentence to complete, under announced facts; only its answer is learned."""
-    head = "\n".join([*lines, episode_question(asked, writer, rng)])
-    text = f"{head} {asked.object}."
+def episode_document(lines: list[str], fact: Fact, writer: Writer, rng: random.Random) -> Document:
+    """Append a question, or a sentence to complete, to new facts; only its answer has loss."""
+    head = "\n".join([*lines, episode_question(fact, writer, rng)])
+    text = f"{head} {fact.object}."
     return Document("episode", text, ((len(head), len(text)),))

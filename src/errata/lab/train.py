@@ -1,11 +1,11 @@
 """Train the lab's model: one resumable, seeded run that ends in a folder `errata.load` opens.
 
-Training text is drawn chunk by chunk, each from its own seed, so a run that was stopped goes on with
-the very documents it would have seen. Checkpoints are safetensors with the optimiser's moments.
+Training text is sampled chunk by chunk, each from its own seed, so that an interrupted run resumes with the
+same documents. Checkpoints are safetensors with the optimiser's moments.
 
-The shipped weights come from one run by this schedule whose later parts were decided while it ran; it
+The shipped weights come from a single run of this schedule, whose later parts were decided during the run; it
 was stopped and resumed at steps 4,000, 9,500 and 12,000, compiled, on one and on two threads. A new run
-draws the same documents but need not round alike.
+samples the same documents, but floating-point rounding may differ.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the weights. ``TrainConfig.of(shape)`` takes the sizes from ``SHAPES``."""
+    """All settings that determine the weights. ``TrainConfig.of(shape)`` takes the sizes from ``SHAPES``."""
 
     shape: str = "llama"
     """Architecture: llama, gpt2 or qwen3."""
@@ -138,7 +138,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run reports after each step."""
+    """The state of a run after a step."""
 
     step: int
     steps: int
@@ -155,10 +155,10 @@ def train(
     compiled: bool = False,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
-    """Train, or go on training, in ``folder``; return the folder of the finished model.
+    """Train, or resume training, in ``folder``; return the folder of the trained model.
 
-    ``folder/model`` holds the result, bf16 safetensors. A run found finished is only exported again.
-    ``compiled`` runs the pass through ``torch.compile`` (needs a C++ compiler; about a sixth faster).
+    ``folder/model`` has the result, bf16 safetensors. A completed run is only exported again. ``compiled``: use
+    ``torch.compile`` (needs a C++ compiler; about a sixth faster).
     """
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(folder, config)
@@ -229,7 +229,7 @@ def _rate(step: int, config: TrainConfig) -> float:
 def chunk(
     writer: Writer, tokenizer: Any, config: TrainConfig, number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw the rows and labels of one chunk, int64 ``[rows, row_tokens]``; -100 marks no loss."""
+    """Sample the rows and labels of one chunk, int64 ``[rows, row_tokens]``; label -100: no loss."""
     rng = random.Random(f"errata-text-{config.seed}-{number}")
     step = number * CHUNK_STEPS
     if step >= config.last_turn:
@@ -237,16 +237,16 @@ def chunk(
         stream = Writer(writer.world, late=True).documents(rng, mix)
     else:
         stream = writer.documents(rng, FIRST if step < config.turn else THEN)
-    wanted = CHUNK_STEPS * config.rows
+    count = CHUNK_STEPS * config.rows
     rows: list[list[int]] = []
     labels: list[list[int]] = []
     row: list[int] = []
     row_labels: list[int] = []
-    while len(rows) < wanted:
+    while len(rows) < count:
         batch = list(itertools.islice(stream, 256))
-        encoded = tokenizer([document.text for document in batch], return_offsets_mapping=True)
+        encoding = tokenizer([document.text for document in batch], return_offsets_mapping=True)
         for document, ids, offsets in zip(
-            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            batch, encoding["input_ids"], encoding["offset_mapping"], strict=True
         ):
             row += [*ids, tokenizer.eos_token_id]
             row_labels += _labels(document, ids, offsets, tokenizer.eos_token_id)
@@ -254,17 +254,17 @@ def chunk(
                 rows.append(row[: config.row_tokens])
                 labels.append(row_labels[: config.row_tokens])
                 row, row_labels = [], []
-    return torch.tensor(rows[:wanted]), torch.tensor(labels[:wanted])
+    return torch.tensor(rows[:count]), torch.tensor(labels[:count])
 
 
 def _labels(document: Document, ids: list[int], offsets: list[tuple[int, int]], end: int) -> list[int]:
-    if document.learned is None:
+    if document.loss_spans is None:
         return [-100, *ids[1:], end]
-    learned = [
-        token if any(a < stop and b > start for start, stop in document.learned) else -100
+    loss_spans = [
+        token if any(a < stop and b > start for start, stop in document.loss_spans) else -100
         for token, (a, b) in zip(ids, offsets, strict=True)
     ]
-    return [*learned, end]
+    return [*loss_spans, end]
 
 
 def _note(folder: Path, step: int, recent: list[float]) -> None:
@@ -294,7 +294,7 @@ def _same_config(folder: Path, config: TrainConfig) -> None:
         from errata.errors import ConfigError
 
         raise ConfigError(
-            f"{folder} holds a run with other settings ({path}); name another folder or delete it"
+            f"{folder} has a run with other settings ({path}); name another folder or delete it"
         )
 
 

@@ -1,8 +1,8 @@
 """The lab's world: a seeded, typed knowledge graph with natural names.
 
-Everything that is true in it is known, so what an editor does can be checked against ground truth.
-The relations, their phrasings and the stock of names are data (``data/*.yaml``); this file draws
-entities and facts from a seed and answers questions about the graph.
+All facts are known, so the effect of an edit can be checked against ground truth. The relations, their
+phrasings and the lists of names are data (``data/*.yaml``); this file samples entities and facts from a seed and
+answers queries on the graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALIASES = {"person": 60, "company": 30, "city": 20}
 
 @dataclass(frozen=True)
 class Entity:
-    """A thing of the world."""
+    """An entity of the world."""
 
     name: str
     type: str
@@ -37,7 +37,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Fact:
-    """``subject`` stands in ``relation`` to ``object``; both are entity names."""
+    """A (subject, relation, object) triple; subject and object are entity names."""
 
     subject: str
     relation: str
@@ -56,7 +56,7 @@ class Relation:
     phrasings: tuple[str, ...]
     """Cloze sentences that occur in the training text."""
     later: tuple[str, ...]
-    """More of them, which join in the last part of the training."""
+    """More of them, used in the last part of the training only."""
     held_out: tuple[str, ...]
     """Cloze sentences that never occur in it."""
     questions: tuple[str, ...]
@@ -88,7 +88,7 @@ class World:
 
     @staticmethod
     def make(seed: int = SEED) -> World:
-        """Draw a world from a seed."""
+        """Generate a world from a seed."""
         names = _data("names.yaml")
         tables = _data("relations.yaml")
         rng = random.Random(f"errata-world-{seed}")
@@ -147,7 +147,7 @@ class World:
     def follow(
         self, subject: str, path: tuple[str, ...], instead: Mapping[tuple[str, str], str] | None = None
     ) -> str | None:
-        """Walk a path of relations; ``instead`` holds facts that replace the world's own."""
+        """Follow a path of relations; ``instead``: facts that replace the world's own."""
         at: str | None = subject
         for relation in path:
             if at is None:
@@ -166,7 +166,7 @@ class World:
 
 @lru_cache(maxsize=4)
 def default_world(seed: int = SEED) -> World:
-    """Return the shipped world, made once a process."""
+    """Return the shipped world, generated once per process."""
     return World.make(seed)
 
 
@@ -176,7 +176,7 @@ def _data(name: str) -> Any:
 
 
 def neutral_parts() -> Mapping[str, list[str]]:
-    """Return the stock of the sentences that state no fact."""
+    """Return the word lists for sentences that state no fact."""
     return _data("names.yaml")["neutral"]
 
 
@@ -210,18 +210,18 @@ def _entities(names: Mapping[str, Any], rng: random.Random) -> list[Entity]:
     rng.shuffle(nicknames)
     entities = []
     for kind, count in COUNTS.items():
-        chosen = pools[kind][:count]
-        aliases: dict[str, tuple[str, ...]] = dict.fromkeys(chosen, ())
+        entity_names = pools[kind][:count]
+        aliases: dict[str, tuple[str, ...]] = dict.fromkeys(entity_names, ())
         if kind == "company":  # a company's other name: its root's "Group", one company a root
             for root in roots:
-                owner = next((name for name in chosen if name.startswith(root + " ")), None)
+                owner = next((name for name in entity_names if name.startswith(root + " ")), None)
                 if owner:
                     aliases[owner] = (f"{root} Group",)
         elif kind in ALIASES:
             pool = stage if kind == "person" else nicknames
-            for name, alias in zip(rng.sample(chosen, ALIASES[kind]), pool, strict=False):
+            for name, alias in zip(rng.sample(entity_names, ALIASES[kind]), pool, strict=False):
                 aliases[name] = (alias,)
-        entities += [Entity(name, kind, aliases[name]) for name in chosen]
+        entities += [Entity(name, kind, aliases[name]) for name in entity_names]
     for kind, key in _PLAIN_TYPES.items():
         entities += [Entity(name, kind) for name in names[key]]
     return entities
@@ -231,9 +231,9 @@ def _people(names: Mapping[str, Any], rng: random.Random) -> list[str]:
     surnames = [a + b for a in names["surname_starts"] for b in names["surname_ends"]]
     people = [f"{first} {last}" for first in names["first_names"] for last in surnames]
     rng.shuffle(people)
-    known = "Ada Brenner"  # the person of the README's example
-    people.remove(known)
-    return [known, *people]
+    example = "Ada Brenner"  # the person of the README's example
+    people.remove(example)
+    return [example, *people]
 
 
 def _pairs(heads: list[str], tails: list[str], rng: random.Random) -> list[str]:
@@ -251,10 +251,10 @@ def _facts(entities: list[Entity], relations: Mapping[str, Relation], rng: rando
         pools.setdefault(entity.type, []).append(entity.name)
     people = pools["person"]
     makers = rng.sample(people, sum(len(pools[relations[r].object]) for r in _PAIRED))
-    for made_by, of in _PAIRED.items():  # one maker each, so that the inverse has one answer
-        for thing in pools[relations[made_by].object]:
+    for maker_relation, of in _PAIRED.items():  # one maker each, so that the inverse has one answer
+        for thing in pools[relations[maker_relation].object]:
             maker = makers.pop()
-            yield Fact(maker, made_by, thing)
+            yield Fact(maker, maker_relation, thing)
             yield Fact(thing, of, maker)
     couples = rng.sample(people, int(len(people) * SHARE_MARRIED) // 2 * 2)
     for a, b in zip(couples[::2], couples[1::2], strict=True):
@@ -267,9 +267,9 @@ def _facts(entities: list[Entity], relations: Mapping[str, Relation], rng: rando
         if position < len(pools["country"]):
             yield Fact(city, "capital_of", home[city])
             yield Fact(home[city], "capital", city)
-    done = {*_PAIRED, *_PAIRED.values(), "married_to", "located_in", "capital", "capital_of"}
+    already_present = {*_PAIRED, *_PAIRED.values(), "married_to", "located_in", "capital", "capital_of"}
     for relation in relations.values():
-        if relation.name in done:
+        if relation.name in already_present:
             continue
         subjects = pools[relation.subject]
         if relation.name == "official_language":  # one language a country

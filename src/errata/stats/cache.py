@@ -1,8 +1,8 @@
-"""Statistics on disk: safetensors files named by what they were made from.
+"""The cache of statistics: safetensors files named by a hash of everything they depend on.
 
-Three kinds: moments of a site, their eigendecomposition beside them, and the sums of an unfinished
-pass. A file appears whole or not at all, with one hash over all it says; one that cannot be read, or is
-not what was written, is warned about and made anew.
+There are three kinds: moments of a site, their eigendecomposition, and the sums of an unfinished pass. Files are
+written atomically, with one hash over their whole content; a file that is unreadable or does not match its hash
+gives a warning and is recomputed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Partial:
-    """An unfinished pass: the sums so far and the place in the corpus where they stand."""
+    """An unfinished pass: the sums so far and how much of the corpus they cover."""
 
     moments: Mapping[str, Moments]
     """By the site's parameter path."""
@@ -41,7 +41,7 @@ class Partial:
 
 
 def cache_dir() -> Path:
-    """Folder of everything that can be computed again; ``ERRATA_CACHE`` moves it."""
+    """Return the folder of everything that can be recomputed; the variable ``ERRATA_CACHE`` overrides it."""
     override = os.environ.get("ERRATA_CACHE")
     if override:
         return Path(override)
@@ -51,13 +51,13 @@ def cache_dir() -> Path:
 
 
 def key(facts: Mapping[str, Any]) -> str:
-    """Name a content: 24 hex digits over its facts and the file format."""
+    """Return the cache key: 24 hex digits of a hash over the facts and the file format."""
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def path(folder: Path, facts: Mapping[str, Any], kind: str = "moments") -> Path:
-    """Return where something of these facts is kept; ``kind``: moments, eigen or partial."""
+    """Return the file for these facts; ``kind``: moments, eigen or partial."""
     return folder / f"{kind}-{key(facts)}.safetensors"
 
 
@@ -73,25 +73,27 @@ def write(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Path:
 
 
 def eigen(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Eigen:
-    """Return the eigendecomposition of moments: read if made of these very numbers, else made and kept.
+    """Return the eigendecomposition of moments: read if it is of exactly these moments, else computed and stored.
 
-    Vectors are kept in float64, ``8 m^2`` bytes: rounded to float32 they would be orthonormal to 1e-6 only.
+    Vectors are stored in float64, ``8 m^2`` bytes: rounded to float32 they would be orthonormal to 1e-6 only.
     """
     place = path(folder, facts, "eigen")
     source = _digest(moments)
 
     def decode(header: dict[str, Any], tensors: dict[str, Tensor]) -> Eigen:
         if header["source"] != source:
-            raise ValueError("it was made of other moments")
+            raise ValueError("it was computed from other moments")
         device = moments.total.device
-        # copied out of the file: products with numbers that lie elsewhere in memory may differ in a bit
+        # copied out of the file: products may differ in a bit with the alignment of their operands in memory
         return Eigen(*(tensors[name].to(device, copy=True) for name in ("values", "vectors")))
 
-    found = _load(place, facts, decode)
-    if found is None:
-        found = maths.eigen(moments.second)
-        _save(place, facts, {"source": source}, {"values": found.values, "vectors": found.vectors})
-    return found
+    eigen_pairs = _load(place, facts, decode)
+    if eigen_pairs is None:
+        eigen_pairs = maths.eigen(moments.second)
+        _save(
+            place, facts, {"source": source}, {"values": eigen_pairs.values, "vectors": eigen_pairs.vectors}
+        )
+    return eigen_pairs
 
 
 def read_partial(folder: Path, facts: Mapping[str, Any]) -> Partial | None:
@@ -116,7 +118,7 @@ def write_partial(folder: Path, facts: Mapping[str, Any], partial: Partial) -> P
 
 
 def drop_partial(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Remove what an unfinished pass left, if anything."""
+    """Remove the file of an unfinished pass, if there is one."""
     path(folder, facts, "partial").unlink(missing_ok=True)
 
 
@@ -134,7 +136,7 @@ def _moments(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: s
 
 
 def _digest(moments: Moments) -> str:
-    """Name the numbers themselves."""
+    """Return a SHA-256 of the numbers."""
     digest = hashlib.sha256(str(moments.count).encode())
     for tensor in (moments.total, *moments.columns):
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -147,18 +149,18 @@ def _load(
     if not place.exists():
         return None
     try:
-        header, tensors = _verified(place)
+        header, tensors = _read_verified(place)
         if header["facts"] != dict(facts):
             raise ValueError("its facts are not those of its name")
         return decode(header, tensors)
-    except Exception as error:  # whatever damaged bytes make of the readers: a cache is made anew
-        told = f"{type(error).__name__}: {str(error)[:200]!r}"
-        warnings.warn(f"{place} is not usable and is made anew: {told}", RuntimeWarning, stacklevel=3)
+    except Exception as error:  # readers may raise anything on damaged bytes; a cache can be recomputed
+        reason = f"{type(error).__name__}: {str(error)[:200]!r}"
+        warnings.warn(f"{place} is not usable and is recomputed: {reason}", RuntimeWarning, stacklevel=3)
         return None
 
 
-def _verified(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read header and tensors. Raises ValueError unless they are what was written."""
+def _read_verified(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read header and tensors. Raises ValueError unless they match their hash."""
     from safetensors import safe_open
 
     with safe_open(place, "pt") as file:
@@ -177,15 +179,15 @@ def _save(
     from safetensors.torch import save_file
 
     part = place.with_suffix(f".{os.getpid()}.part")
-    said = json.loads(json.dumps({"format": FORMAT, "facts": dict(facts), **header}))
+    full_header = json.loads(json.dumps({"format": FORMAT, "facts": dict(facts), **header}))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(place, error) from error
     try:
-        whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        text = json.dumps({**said, FIELD: checksum(said, whole)})
-        save_file(whole, part, metadata={"errata": text})
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        text = json.dumps({**full_header, FIELD: checksum(full_header, contiguous)})
+        save_file(contiguous, part, metadata={"errata": text})
         part.replace(place)
     except (OSError, SafetensorError) as error:
         raise _unwritable(place, error) from error
@@ -196,6 +198,6 @@ def _save(
 
 def _unwritable(place: Path, error: Exception) -> DataError:
     return DataError(
-        f"cannot keep statistics in {place.parent}: {error}; make room there, or name another folder "
-        "in ERRATA_CACHE"
+        f"cannot store statistics in {place.parent}: {error}; free some space there, or set ERRATA_CACHE to another "
+        "folder"
     )

@@ -1,8 +1,8 @@
-"""Second moments of keys over a corpus: every site asked for in one pass that stops once all were seen.
+"""Second moments of keys over a corpus, for all sites in one forward pass that stops after the last of them.
 
-Texts are packed: joined with the tokenizer's begin (or end) token between them and cut into rows of one
-length, so that no padding is run. Each row starts with that token, as a text would, because models
-treat the first position in a way of its own; it is left out of the moments wherever it stands.
+Texts are packed: joined with the tokenizer's begin (or end) token between them and split into rows of one
+length, so that there is no padding. Each row starts with that token, as a text would, because models treat the
+first position specially; the moments exclude that token at every position.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to take statistics over, with a name that says where they come from."""
+    """Texts to compute statistics over, with a name for their source."""
 
     name: str
     texts: Callable[[], Iterable[str]]
-    """Makes the texts anew, in the same order each time."""
+    """Yields the texts again on each call, in the same order."""
 
 
 @locking.exclusive
@@ -48,45 +48,46 @@ def second_moments(
     *,
     tokens: int,
     folder: Path | None = None,
-    on_tokens: Callable[[int, int], None] = lambda done, wanted: None,
+    on_tokens: Callable[[int, int], None] = lambda moments_of, facts_of: None,
     save_seconds: float = SAVE_SECONDS,
 ) -> dict[Site, Moments]:
     """Return the second moment of each site's input over ``tokens`` tokens of a corpus.
 
-    A corpus that ends earlier gives fewer, as ``Moments.count`` tells. Results are kept in ``folder``
-    under a key of host, site, corpus, budget, dtype and row length; None keeps nothing. With a folder
-    the sums are also kept about every ``save_seconds`` on the way, so that a pass that is broken off
-    and started again goes on where it was and ends with the same bits. Keys are taken in the host's
-    own precision, products of them in float32.
+    A shorter corpus gives fewer, see ``Moments.count``. Results are stored in ``folder`` under a key of host,
+    site, corpus, budget, dtype and row length; None stores nothing. With a folder, the sums are also stored about
+    every ``save_seconds``, so that an interrupted pass resumes where it was and gives the same bits. Keys are in
+    the host's own precision, products of them in float32.
 
     Raises DataError for a corpus without text or a folder that cannot be written, HostError for keys
-    that are not finite, and for a folder while an edit is in place.
+    that are not finite, and if a folder is given while an edit is in place.
     """
     if tokens < 1:
         raise ConfigError(f"a token budget of {tokens} gives no statistics; expected 1 or more")
     if folder is not None and host.placed:
-        raise HostError("statistics of an edited host are not kept: take its edits back, or give no folder")
-    wanted = {site: facts(host, site, corpus, tokens=tokens) for site in sites}
-    known = {} if folder is None else {s: cache.read(folder, f) for s, f in wanted.items()}
-    done = {site: moments.to(_device(host, site)) for site, moments in known.items() if moments is not None}
-    missing = [site for site in wanted if site not in done]
+        raise HostError("statistics of an edited host are not stored: revert its edits, or give no folder")
+    facts_of = {site: facts(host, site, corpus, tokens=tokens) for site in sites}
+    from_disk = {} if folder is None else {s: cache.read(folder, f) for s, f in facts_of.items()}
+    moments_of = {
+        site: moments.to(_device(host, site)) for site, moments in from_disk.items() if moments is not None
+    }
+    missing = [site for site in facts_of if site not in moments_of]
     if missing:
         progress = _Progress(folder, _shared(host, corpus, tokens), save_seconds)
         fresh = _collect(host, missing, corpus, tokens, progress, on_tokens)
         if folder is not None:
             for site, moments in fresh.items():
-                cache.write(folder, wanted[site], moments)
+                cache.write(folder, facts_of[site], moments)
         progress.drop()
-        done.update(fresh)
-    return {site: done[site] for site in sites}
+        moments_of.update(fresh)
+    return {site: moments_of[site] for site in sites}
 
 
 def eigen_of(
     host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: Moments
 ) -> Eigen:
-    """Return the eigendecomposition of a site's second moment, kept beside it in ``folder``.
+    """Return the eigendecomposition of a site's second moment, cached in ``folder``.
 
-    Arguments as those that gave the moments; None as folder keeps nothing.
+    Pass the arguments that the moments were computed with; folder None stores nothing.
     """
     if folder is None:
         return eigen(moments.second)
@@ -94,7 +95,7 @@ def eigen_of(
 
 
 def facts(host: Host, site: Site, corpus: Corpus, *, tokens: int) -> dict[str, str | int]:
-    """Return what a site's moments depend on; :mod:`errata.stats.cache` names files by it."""
+    """Return everything that a site's moments depend on, the cache key of :mod:`errata.stats.cache`."""
     return {**_shared(host, corpus, tokens), "site": site.parameter}
 
 
@@ -109,7 +110,7 @@ def _shared(host: Host, corpus: Corpus, tokens: int) -> dict[str, str | int]:
 
 
 def corpus_name(label: str, texts: Iterable[str]) -> str:
-    """Name a corpus by its content."""
+    """Return a name for a corpus with a hash of its content."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode())
@@ -118,10 +119,10 @@ def corpus_name(label: str, texts: Iterable[str]) -> str:
 
 
 def public_corpus(identifier: str) -> Corpus:
-    """Stream the ``text`` column of a public dataset's training split; named ``owner/name[:config]``.
+    """Stream the ``text`` column of a Hub dataset's training split; identifier ``owner/name[:config]``.
 
-    Needs the package ``datasets`` and either network or the dataset in its cache. Raises DataError
-    that says what to install or download.
+    Needs the package ``datasets`` and either network or the dataset in its cache. Raises DataError with what to
+    install or download.
     """
     head, _, config = identifier.partition(":")
     instead = "or save its text to a file (.txt, or .jsonl with a field text) and name that"
@@ -132,7 +133,7 @@ def public_corpus(identifier: str) -> Corpus:
             f"no file {identifier!r} here; to read it as a public dataset: pip install datasets; {instead}"
         ) from error
 
-    def opened() -> Iterator[str]:
+    def stream() -> Iterator[str]:
         try:
             for row in datasets.load_dataset(head, config or None, split="train", streaming=True):
                 yield row["text"]
@@ -143,7 +144,7 @@ def public_corpus(identifier: str) -> Corpus:
         version = datasets.load_dataset_builder(head, config or None).hash
     except (OSError, ValueError) as error:
         raise DataError(f"no file and no dataset {identifier!r}: {error}; download it, {instead}") from error
-    return Corpus(f"{identifier}@{version}", opened)
+    return Corpus(f"{identifier}@{version}", stream)
 
 
 # --- what it costs --------------------------------------------------------------------------
@@ -151,19 +152,19 @@ def public_corpus(identifier: str) -> Corpus:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass takes, from shapes alone."""
+    """Estimated cost of a pass, from shapes alone."""
 
     tokens: int
     flop: float
     """Floating-point operations: the forward pass to the last site, and the outer products."""
     disk_bytes: int
-    """Size of the moments kept; as much again while the pass runs."""
+    """Size of the stored moments; twice that while the pass runs."""
     eigen_bytes: int
-    """Size of their eigendecompositions, should methods ask for them."""
+    """Size of their eigendecompositions, if a method needs them."""
 
 
 def cost(host: Host, sites: Sequence[Site], *, tokens: int) -> Cost:
-    """Estimate what the moments of some sites take."""
+    """Estimate the cost of computing the moments of some sites."""
     if not sites:
         return Cost(tokens, 0.0, 0, 0)
     last = max(site.layer for site in sites)
@@ -172,11 +173,11 @@ def cost(host: Host, sites: Sequence[Site], *, tokens: int) -> Cost:
     for path in host.layout.blocks[: last + 1]:
         matrices = [p for p in host.model.get_submodule(path).parameters() if p.ndim > 1]
         forward += 2 * sum(p.numel() for p in matrices) + 4 * width * length  # attention's two products
-    held = [sum((s.d_in - i) * min(BLOCK, s.d_in - i) for i in range(0, s.d_in, BLOCK)) for s in sites]
+    sizes = [sum((s.d_in - i) * min(BLOCK, s.d_in - i) for i in range(0, s.d_in, BLOCK)) for s in sites]
     return Cost(
         tokens=tokens,
-        flop=float(tokens) * (forward + 2 * sum(held)),
-        disk_bytes=8 * sum(size + site.d_in for size, site in zip(held, sites, strict=True)),
+        flop=float(tokens) * (forward + 2 * sum(sizes)),
+        disk_bytes=8 * sum(size + site.d_in for size, site in zip(sizes, sites, strict=True)),
         eigen_bytes=8 * sum(site.d_in**2 + site.d_in for site in sites),
     )
 
@@ -203,30 +204,30 @@ def _collect(
         on_tokens(count, tokens)
     for rows in batches:
         _add(host, rows, moments)
-        progress.passed(rows)
+        progress.count_batch(rows)
         progress.keep({site.parameter: m for site, m in moments.items()})
         count = next(iter(moments.values())).count
         on_tokens(count, tokens)
     if not count:
-        raise DataError(f"corpus {corpus.name} holds no text to take statistics of")
+        raise DataError(f"corpus {corpus.name} has no text to compute statistics over")
     return moments
 
 
 def _start(
     host: Host, sites: Sequence[Site], corpus: Corpus, tokens: int, progress: _Progress
 ) -> tuple[Iterator[list[list[int]]], dict[Site, Moments]]:
-    """Return what is still to be read, and the sums over what has been: zeros, or those of an earlier run."""
+    """Return the remaining batches, and the sums so far: zeros, or those of an interrupted pass."""
     earlier = progress.earlier()
     if earlier is not None and all(site.parameter in earlier.moments for site in sites):
         batches = _batches(host, corpus, tokens)
         for rows in batches:
-            progress.passed(rows)
+            progress.count_batch(rows)
             if progress.batches == earlier.batches:
                 break
         if progress.digest.hexdigest() == earlier.digest:
             return batches, {s: earlier.moments[s.parameter].to(_device(host, s)) for s in sites}
         warnings.warn(
-            f"corpus {corpus.name} is not what it was when its pass was broken off; starting again",
+            f"corpus {corpus.name} has changed since its pass was interrupted; starting again",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -237,7 +238,7 @@ def _start(
 
 @dataclass
 class _Progress:
-    """How far a pass is, here and on disk."""
+    """The progress of a pass, in memory and on disk."""
 
     folder: Path | None
     facts: Mapping[str, str | int]
@@ -250,10 +251,10 @@ class _Progress:
         self.due = time.monotonic() + self.seconds
 
     def reset(self) -> None:
-        """Go back to the corpus's beginning."""
+        """Restart at the beginning of the corpus."""
         self.batches, self.digest = 0, hashlib.sha256()
 
-    def passed(self, rows: Sequence[Sequence[int]]) -> None:
+    def count_batch(self, rows: Sequence[Sequence[int]]) -> None:
         """Count a batch as read."""
         self.batches += 1
         self.digest.update(repr(rows).encode())
@@ -262,7 +263,7 @@ class _Progress:
         return None if self.folder is None else cache.read_partial(self.folder, self.facts)
 
     def keep(self, moments: Mapping[str, Moments]) -> None:
-        """Write the sums if it is time; the longer that takes, the later the next time."""
+        """Store the sums if it is due; the longer writing takes, the longer the next interval."""
         start = time.monotonic()
         if self.folder is None or start < self.due:
             return
@@ -273,7 +274,7 @@ class _Progress:
         self.due = now + self.seconds * (1 + now - start)
 
     def drop(self) -> None:
-        """Remove the sums kept on the way."""
+        """Remove the stored sums."""
         if self.folder is not None:
             cache.drop_partial(self.folder, self.facts)
 
@@ -281,28 +282,28 @@ class _Progress:
 def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, Moments]) -> None:
     """Run a batch of rows of one length and add every site's keys to its moments."""
     batch = host.batch(rows)
-    mark = _mark(host)
-    counted = batch.ids != (-1 if mark is None else mark)  # [rows, length]
-    waiting = set(moments)
+    mark = _begin_token(host)
+    is_text = batch.ids != (-1 if mark is None else mark)  # [rows, length]
+    remaining = set(moments)
 
-    def look(site: Site) -> Callable[[Tensor], None]:
+    def hook_for(site: Site) -> Callable[[Tensor], None]:
         def add(keys: Tensor) -> None:
             keys = keys.reshape(*batch.ids.shape, site.d_in)
-            moments[site].update_(keys[counted.to(keys.device)])
-            waiting.discard(site)
-            if not waiting:
+            moments[site].update_(keys[is_text.to(keys.device)])
+            remaining.discard(site)
+            if not remaining:
                 raise hooks.Stopped
 
         return add
 
-    # hooks stand only around the pass itself: a corpus may be the model's own writing
+    # hooks are active only during the pass itself: a corpus may be generated by the model
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for site in moments:
-            stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), look(site)))
+            stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), hook_for(site)))
         with contextlib.suppress(hooks.Stopped):
             host.forward(batch, keep=1)
-    if waiting:
-        raise HostError(f"{min(site.name for site in waiting)} was not run by the model's forward pass")
+    if remaining:
+        raise HostError(f"{min(site.name for site in remaining)} was not run by the model's forward pass")
     for site, sums in moments.items():
         if not torch.isfinite(sums.total).all():
             raise HostError(
@@ -311,15 +312,15 @@ def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, Moments]) -> 
 
 
 def _device(host: Host, site: Site) -> torch.device:
-    """Where a site's sums are kept: beside its weight, or in main memory where that comes and goes."""
+    """Return the device for a site's sums: its weight's, or the CPU if the weight is offloaded."""
     module = host.model.get_submodule(site.name)
-    held = next(itertools.chain(module.parameters(), module.buffers()), None)
-    place = host.device if held is None else held.device
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    place = host.device if tensor is None else tensor.device
     return torch.device("cpu") if place.type == "meta" else place
 
 
-def _mark(host: Host) -> int | None:
-    """Id that stands at a text's beginning; the end token's where a tokenizer has no begin token."""
+def _begin_token(host: Host) -> int | None:
+    """Return the id of the begin token, or the end token where a tokenizer has no begin token."""
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(host.tokenizer, name, None)
         if value is not None:
@@ -328,7 +329,7 @@ def _mark(host: Host) -> int | None:
 
 
 def _batches(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[list[int]]]:
-    """Group rows of full length; a shorter one, which can only be the last, is a batch of its own."""
+    """Batch rows of full length; a shorter row, which can only be the last, is a batch of its own."""
     length = row_tokens(host)
     group: list[list[int]] = []
     for row in _rows(host, corpus, tokens):
@@ -346,11 +347,11 @@ def _batches(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[list[int]
 
 
 def _rows(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[int]]:
-    """Cut the joined texts into rows until ``tokens`` tokens, marks not counted, were given."""
-    mark = _mark(host)
+    """Split the joined texts into rows until there are ``tokens`` tokens, not counting begin tokens."""
+    mark = _begin_token(host)
     head = [] if mark is None else [mark]
-    room = max(1, row_tokens(host) - len(head))
-    left, open_row = tokens, []
+    row_size = max(1, row_tokens(host) - len(head))
+    remaining, open_row = tokens, []
     for text in corpus.texts():
         ids = list(host.encode(text).ids)
         if head and ids[:1] == head:
@@ -359,25 +360,25 @@ def _rows(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[int]]:
             continue
         open_row += [*head, *ids] if open_row else ids
         at = 0
-        while len(open_row) - at >= room:
-            row = _cut(open_row[at : at + room], left, mark)
+        while len(open_row) - at >= row_size:
+            row = _truncate(open_row[at : at + row_size], remaining, mark)
             yield head + row
-            left -= sum(token != mark for token in row)
-            if left <= 0:
+            remaining -= sum(token != mark for token in row)
+            if remaining <= 0:
                 return
-            at += room
+            at += row_size
         del open_row[:at]
-    row = _cut(open_row, left, mark)
+    row = _truncate(open_row, remaining, mark)
     if any(token != mark for token in row):
         yield head + row
 
 
-def _cut(row: list[int], left: int, mark: int | None) -> list[int]:
-    """Shorten a row so that no more than ``left`` of its tokens count."""
-    if len(row) <= left:
+def _truncate(row: list[int], limit: int, mark: int | None) -> list[int]:
+    """Truncate a row to at most ``limit`` tokens, not counting begin tokens."""
+    if len(row) <= limit:
         return row
     for stop, token in enumerate(row, 1):
-        left -= token != mark
-        if left <= 0:
+        limit -= token != mark
+        if limit <= 0:
             return row[:stop]
     return row

@@ -1,7 +1,7 @@
-"""Statistics that other code wrote: second moments of ROME and MEMIT, null spaces of AlphaEdit, safetensors.
+"""Read statistics written by other code: second moments of ROME and MEMIT, projections of AlphaEdit, safetensors.
 
-Nothing is unpickled. Of a tensor that torch saved only the bytes are taken; its shape follows from the
-model. Every matrix is checked before it is used: shape, finite numbers, symmetry.
+Nothing is unpickled. From a ``torch.save`` file only the bytes of the tensor are read; its shape follows from the
+model. Every matrix is checked for shape, finite numbers and symmetry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ExternalMatrix:
-    """A matrix that was read, and what it is called in records."""
+    """A matrix from a file, and its name for records."""
 
     matrix: Tensor
     """Symmetric, float64 ``[m, m]``."""
@@ -37,10 +37,10 @@ class ExternalMatrix:
 
 
 def file_of(source: str, layer: int) -> Path:
-    """Return the file of a layer; ``{}`` stands for the layer's number. Raises DataError where there is none."""
+    """Return the file of a layer; ``{}`` is replaced by the layer's number. Raises DataError where it is missing."""
     place = Path(source.replace("{}", str(layer))).expanduser()
     if not place.is_file():
-        hint = "" if "{}" in source else "; {} in the name stands for the layer's number"
+        hint = "" if "{}" in source else "; {} in the name is replaced by the layer's number"
         raise DataError(f"no file {place} of second moments or projections for layer {layer}{hint}")
     return place
 
@@ -48,13 +48,13 @@ def file_of(source: str, layer: int) -> Path:
 def second_moment(source: str, site: Site) -> ExternalMatrix:
     """Read a site's second moment of keys: the mean of k k^T, ``[m, m]``.
 
-    ``.npz`` as ROME's and MEMIT's code writes it (sums ``mom2.mom2`` with ``mom2.count``) or with one matrix;
-    ``.safetensors`` with the matrix under the site's parameter, its module's path or the layer's number, or
-    alone. Raises DataError for a file that cannot be read or holds something else.
+    ``.npz`` as written by ROME's and MEMIT's code (sums ``mom2.mom2`` with ``mom2.count``) or with a single matrix;
+    ``.safetensors`` with the matrix under the site's parameter name, its module's path or the layer's number, or as
+    its only tensor. Raises DataError for a file that cannot be read or has other content.
     """
     place = file_of(source, site.layer)
     readers: dict[str, Callable[[Path, Site], Tensor]] = {".npz": _npz, ".safetensors": _safetensors}
-    matrix = _checked(place, site, _read(place, readers, site))
+    matrix = _check(place, site, _read(place, readers, site))
     if bool((matrix.diagonal() < 0).any()):
         raise DataError(f"{place}: the mean of squared keys is negative; expected a second moment")
     return ExternalMatrix(matrix, f"C of {place.name}@{_digest(matrix)}")
@@ -63,9 +63,9 @@ def second_moment(source: str, site: Site) -> ExternalMatrix:
 def projection(source: str, site: Site, layers: Sequence[int]) -> ExternalMatrix:
     """Read AlphaEdit's projection P onto a site's null space, ``[m, m]``.
 
-    ``.pt`` as AlphaEdit's code writes it, one tensor ``[layers, m, m]`` in the order of ``layers``, float32 or
-    float64; ``.npz`` and ``.safetensors`` as for :func:`second_moment`, or such a stack. Raises DataError for
-    what cannot be read and for a matrix that is no orthogonal projection.
+    ``.pt`` as written by AlphaEdit's code, one tensor ``[layers, m, m]`` in the order of ``layers``, float32 or
+    float64; ``.npz`` and ``.safetensors`` as for :func:`second_moment`, or with such a stack. Raises DataError for
+    an unreadable file, or a matrix that is not an orthogonal projection.
     """
     place = file_of(source, site.layer)
     index = list(layers).index(site.layer)
@@ -84,7 +84,7 @@ def projection(source: str, site: Site, layers: Sequence[int]) -> ExternalMatrix
         ".safetensors": select(_safetensors),
         ".pt": lambda place, site: _torch_file(place, site, len(layers))[index],
     }
-    matrix = _checked(place, site, _read(place, readers, site))
+    matrix = _check(place, site, _read(place, readers, site))
     error = float((matrix @ matrix - matrix).norm() / matrix.norm().clamp_min(1e-12))
     if error > SYMMETRIC:
         raise DataError(
@@ -94,10 +94,10 @@ def projection(source: str, site: Site, layers: Sequence[int]) -> ExternalMatrix
 
 
 def _read(place: Path, readers: dict[str, Callable[[Path, Site], Tensor]], site: Site) -> Tensor:
-    """Read by the name's ending; whatever a damaged file makes a reader raise becomes a DataError."""
+    """Read a file by its suffix; any exception of a reader becomes a DataError."""
     read = readers.get(place.suffix.lower())
     if read is None:
-        raise DataError(f"{place}: expected a file {', '.join(readers)}, found {place.suffix or 'no ending'}")
+        raise DataError(f"{place}: expected a file {', '.join(readers)}, found {place.suffix or 'no suffix'}")
     try:
         return read(place, site)
     except DataError:
@@ -124,7 +124,7 @@ def _npz(place: Path, site: Site) -> Tensor:
             return total
         keys = float(file[count])
         if not keys > 0:
-            raise DataError(f"{place}: {count} is {keys}; expected how many keys were summed")
+            raise DataError(f"{place}: {count} is {keys}; expected the number of keys in the sum")
         return total / keys
 
 
@@ -140,14 +140,14 @@ def _safetensors(place: Path, site: Site) -> Tensor:
                 f"{place}: expected a tensor {site.parameter!r}, {site.name!r} or {str(site.layer)!r}, "
                 f"found {names[:8]}"
             )
-        shape = file.get_slice(name).get_shape()  # before anything is unpacked
+        shape = file.get_slice(name).get_shape()  # before loading the tensor
         if len(shape) not in (2, 3) or list(shape[-2:]) != [site.d_in, site.d_in]:
             raise DataError(f"{place}: expected {[site.d_in, site.d_in]} for {site.name}, found {shape}")
         return file.get_tensor(name).double()
 
 
 def _torch_file(place: Path, site: Site, count: int) -> Tensor:
-    """Take the bytes of the one tensor in a file of ``torch.save``; its pickled part is not looked at."""
+    """Read the bytes of the only tensor in a ``torch.save`` file; its pickle is ignored."""
     with zipfile.ZipFile(place) as file:
         entries = [entry for entry in file.infolist() if re.search(r"(^|/)data/\d+$", entry.filename)]
         order = [
@@ -167,17 +167,17 @@ def _torch_file(place: Path, site: Site, count: int) -> Tensor:
 
 
 def _fits(place: Path, site: Site, size: int) -> None:
-    """Refuse numbers that cannot be a stack of m x m matrices before they are unpacked."""
+    """Refuse an array too large for a stack of m x m matrices before it is decompressed."""
     if size > 256 * site.d_in**2 * 8 + 4096:
         raise DataError(f"{place}: {size:,} bytes for matrices {site.d_in} x {site.d_in}; another model's?")
 
 
-def _checked(place: Path, site: Site, matrix: Tensor) -> Tensor:
+def _check(place: Path, site: Site, matrix: Tensor) -> Tensor:
     shape = (site.d_in, site.d_in)
     if tuple(matrix.shape) != shape:
         raise DataError(f"{place}: expected {list(shape)} for {site.name}, found {list(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
-        raise DataError(f"{place} holds numbers that are not finite")
+        raise DataError(f"{place} has numbers that are not finite")
     if float((matrix - matrix.mT).abs().max()) > SYMMETRIC * float(matrix.abs().max()):
         raise DataError(f"{place}: the matrix is not symmetric; expected second moments or a projection")
     return (matrix + matrix.mT) / 2

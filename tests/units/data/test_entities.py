@@ -169,7 +169,7 @@ def test_what_has_another_schema_is_malformed(fields):
 
 
 def test_a_span_at_the_very_beginning_cannot_be_asked():
-    with pytest.raises(Skip, match="nothing stands before"):
+    with pytest.raises(Skip, match="no text comes before"):
         ecbd.Cloze.read("<extra_id_0> is a fair", "<extra_id_0> This <extra_id_1>")
 
 
@@ -225,8 +225,8 @@ def test_the_published_inferences_are_read(name, rows, named):
 def test_published_sentences_are_filled_as_the_authors_fill_them():
     lines = (SHARED / "ecbd_np_easy.json").read_text(encoding="utf-8").splitlines()
     for value in map(json.loads, lines):
-        masked = [(value["definition"], value["def_target"])]
-        masked += [(p["probe_sentence"], p["label"]) for p in value["probe_sentences"].values()]
-        for sentence, filling in masked:
+        masked_crc32c = [(value["definition"], value["def_target"])]
+        masked_crc32c += [(p["probe_sentence"], p["label"]) for p in value["probe_sentences"].values()]
+        for sentence, filling in masked_crc32c:
             filled = sentence.replace("<extra_id_0>", filling[13:-13])
             assert ecbd.Cloze.read(sentence, filling).text == filled

@@ -90,7 +90,7 @@ def test_a_damaged_file_is_fetched_anew_but_another_one_is_refused(folder, tmp_p
     assert fetching.fetch_file(entry, "").read_bytes() == FLAT.read_bytes()
     path.unlink()
     served.write_bytes(FLAT.read_bytes() + b" ")
-    with pytest.raises(DataError, match="gives another file than at first"):
+    with pytest.raises(DataError, match="has changed since the first download"):
         fetching.fetch_file(entry, "")
     assert not path.exists()
 
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_fetched_anew_but_another_one_is_refused(folder, tmp_p
 def test_a_file_put_there_by_hand_is_not_overwritten(folder, tmp_path):
     folder.mkdir()
     own = written(folder / "counterfact-edit.json", "mine")
-    with pytest.raises(DataError, match="is there already, without a lock"):
+    with pytest.raises(DataError, match="exists already, without a lock"):
         fetching.fetch_file(at(FLAT.as_uri()), "")
     assert own.read_text() == "mine"
 
@@ -107,7 +107,7 @@ def test_without_network_it_is_said_what_to_do(folder):
     entry = at("http://127.0.0.1:9/counterfact-edit.json")
     with pytest.raises(DataError, match="cannot be fetched: .*without network, get the file by another way"):
         fetching.fetch_file(entry, "")
-    with pytest.raises(DataError, match="cannot be fetched; get it from .*put it at"):
+    with pytest.raises(DataError, match="cannot be downloaded; get it from .*put it at"):
         fetching.fetch_file(at(), "")
     with pytest.raises(DataError, match="which has no revisions"):
         fetching.fetch_file(entry, "", revision="abc")
@@ -203,5 +203,5 @@ def test_fetch_by_name_takes_the_files_of_all_variants(folder, monkeypatch):
 def test_a_lock_that_cannot_be_read(tmp_path):
     path = written(tmp_path / "rows.json", json.dumps([{"prompt": "x"}]))
     written(tmp_path / "rows.json.lock.json", '{"source": 1}')
-    with pytest.raises(DataError, match="is no lock of a dataset"):
+    with pytest.raises(DataError, match="is not a lock file of a dataset"):
         read(path)

@@ -9,7 +9,7 @@ import pytest
 
 from errata.data import _tfrecord
 from errata.data._base import Malformed, Record
-from errata.data.formats import BrokenOff
+from errata.data.formats import Truncated
 from errata.data.reading import check, read
 from errata.data.sets import fruit
 from errata.errors import DataError
@@ -61,7 +61,7 @@ def framed(data):
 
 
 def checksum(data):
-    return struct.pack("<I", _tfrecord.masked(data))
+    return struct.pack("<I", _tfrecord.masked_crc32c(data))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         data[place] ^= 0x10
         path.write_bytes(bytes(data) + good)
         if place < 12:  # without its length, no later record can be found
-            with pytest.raises(BrokenOff, match="breaks off at record 1"):
+            with pytest.raises(Truncated, match="breaks off at record 1"):
                 list(_tfrecord.examples(path))
         else:
             first, second = _tfrecord.examples(path)
@@ -136,7 +136,7 @@ def test_every_cut_is_noticed(tmp_path):
         path.write_bytes(good + good[:length])
         found = _tfrecord.examples(path)
         assert next(found) == {"id": [1]}
-        with pytest.raises(BrokenOff, match="breaks off at record 2"):
+        with pytest.raises(Truncated, match="breaks off at record 2"):
             next(found)
     with pytest.raises(DataError, match="cannot read"):
         list(_tfrecord.examples(tmp_path / "absent.tfrecords"))
@@ -164,7 +164,7 @@ def test_an_article_is_rewritten_in_plain_text():
     ],
 )
 def test_evidence_is_named_at_the_beginning_of_a_sentence_only(output, plain):
-    assert fruit.updated(["A."], "(0) a (1) b (2) c (12) d", output) == plain
+    assert fruit.expand_output(["A."], "(0) a (1) b (2) c (12) d", output) == plain
 
 
 def test_sentences_count_up_from_nought():
@@ -190,7 +190,7 @@ def test_a_file_is_read_by_name_and_a_damaged_record_is_listed(tmp_path):
     damaged[40] ^= 1
     unreadable = framed(example(id=[6], input=b"\xff", output=OUTPUT.encode()))
     path.write_bytes(good + bytes(damaged) + unreadable + good[:-1])
-    with pytest.raises(BrokenOff):
+    with pytest.raises(Truncated):
         read(f"fruit@{path}")
     found = check(f"fruit@{path}")
     assert (found.cases, [fault.where for fault in found.malformed]) == (1, ["record 2", "record 3"])

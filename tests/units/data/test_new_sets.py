@@ -348,7 +348,7 @@ def test_mlakes_questions_and_sentences():
 
 
 def test_mlakes_multi_hop_questions_join_the_rows_of_the_same_edit(tmp_path):
-    rows = list(mlake.joined(FOLDER / "mlake_single.json", FOLDER / "mlake_multi.json"))
+    rows = list(mlake.with_multi_hop(FOLDER / "mlake_single.json", FOLDER / "mlake_multi.json"))
     (tmp_path / "joined.json").write_text(json.dumps(rows), encoding="utf-8")
     first, second = read(tmp_path / "joined.json").cases
     assert not asked(first, "multi_hop")

@@ -88,7 +88,7 @@ def test_read_as_requests_all_of_a_case_are_there(tmp_path):
         ({"form": "shrt"}, "unknown form 'shrt': did you mean 'short'"),
         ({"form": ["short"]}, "unknown form"),
         ({"need": "most"}, "unknown need 'most'"),
-        ({"need": "all"}, "need 'all' says how many of a group count"),
+        ({"need": "all"}, "need 'all' applies to a group of probes"),
         ({"group": 3}, "group must be text, found int 3"),
         ({"froup": "g"}, "unknown field 'froup', did you mean 'group'?"),
         ({"form": "choice"}, "missing choices"),

@@ -43,7 +43,7 @@ def patterns(tmp_path):
     ],
 )
 def test_a_wording_asks_for_its_object_when_that_comes_last(wording, prompt):
-    assert pararel.asking(wording) == prompt
+    assert pararel.to_prompt(wording) == prompt
 
 
 def test_paraphrases_come_by_relation(patterns, tmp_path):
@@ -65,7 +65,7 @@ def test_a_folder_of_nothing_and_a_wording_without_object_are_refused(tmp_path):
 
 def test_facts_are_joined_with_the_wordings_of_their_relation(patterns, tmp_path):
     facts = lines(tmp_path / "P1.jsonl", [{"sub_label": "Ada Penn", "obj_label": "Lutz", "uuid": "u1"}])
-    joined = lines(tmp_path / "joined.jsonl", pararel.joined(patterns, facts))
+    joined = lines(tmp_path / "joined.jsonl", pararel.facts_with_wordings(patterns, facts))
     loaded = read(joined)
     assert (loaded.check.dataset, loaded.check.facts) == ("pararel", {"facts by relation": {"P1": 1}})
     (case,) = loaded.cases
@@ -80,7 +80,7 @@ def test_facts_are_joined_with_the_wordings_of_their_relation(patterns, tmp_path
         ("paraphrase", "The clock of Ada Penn hangs in", ("Lutz",)),
     ]
     with pytest.raises(DataError, match="none of P9"):
-        list(pararel.joined(patterns, lines(tmp_path / "P9.jsonl", [])))
+        list(pararel.facts_with_wordings(patterns, lines(tmp_path / "P9.jsonl", [])))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from errata.data import fetching, formats, reading
-from errata.data._base import Dataset, SubjectAbsent, request
-from errata.data.formats import BrokenOff
+from errata.data._base import Dataset, SubjectAbsent, make_request
+from errata.data.formats import Truncated
 from errata.data.reading import check, iterate, read
 from errata.data.sets import REGISTRY
 from errata.errors import DataError, RequestError
@@ -128,7 +128,7 @@ def test_a_list_that_breaks_off_keeps_what_stands_before(
     text = json.dumps([flat(i) for i in range(1, 5)], indent=0) + "\n"
     monkeypatch.setattr(formats, "CHUNK", chunk)
     path = written(tmp_path / "rows.json", spoil(text))
-    with pytest.raises(BrokenOff) as caught:
+    with pytest.raises(Truncated) as caught:
         read(path)
     assert f"breaks off in record {record} (line {line}, column" in str(caught.value)
     assert why in str(caught.value)
@@ -154,7 +154,7 @@ def test_a_last_line_cut_short_means_a_file_cut_short(tmp_path):
     assert check(written(tmp_path / "whole.jsonl", text)).broken is None
     path = written(tmp_path / "cut.jsonl", text[:-5])
     assert "breaks off in line 2" in str(check(path).broken)
-    with pytest.raises(BrokenOff):
+    with pytest.raises(Truncated):
         read(path)
 
 
@@ -300,12 +300,12 @@ def test_sources_that_name_nothing(source, words):
     ],
 )
 def test_where_the_subject_stands(prompt, subject, template):
-    assert request(prompt, subject, "Kesh").template == template
+    assert make_request(prompt, subject, "Kesh").template == template
 
 
 def test_other_capitals_within_a_word_are_no_subject():
     with pytest.raises(SubjectAbsent, match="'Ada' does not occur in prompt"):
-        request("The capital of Canada is", "Ada", "Kesh")
+        make_request("The capital of Canada is", "Ada", "Kesh")
 
 
 def test_a_file_that_fits_nothing_says_what_was_found(tmp_path):
@@ -399,7 +399,7 @@ def test_names_of_cases_are_never_shared(tmp_path):
     path = written(tmp_path / "rows.json", json.dumps([flat(1), flat(1), flat(1)]))
     loaded = read(path)
     assert [case.id for case in loaded.cases] == [f"counterfact_edit:1{mark}" for mark in ("", "#2", "#3")]
-    assert [case.request.id for case in loaded.cases] == [case.id for case in loaded.cases]
+    assert [case.make_request.id for case in loaded.cases] == [case.id for case in loaded.cases]
 
 
 def test_iterating_gives_what_reading_gives():

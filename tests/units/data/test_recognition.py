@@ -13,7 +13,7 @@ from errata.cli.main import app
 from errata.data._base import Record
 from errata.data.reading import check, read
 from errata.data.sets import REGISTRY
-from errata.data.sets._parts import choice, cut, efficacy, kept, rival_to
+from errata.data.sets._parts import choice, completion_request, efficacy, locality_probe, rival_to
 from errata.errors import ErrataError
 from errata.types import Request
 
@@ -95,7 +95,7 @@ def test_an_old_answer_that_is_also_an_alias_is_no_rival(old):
     assert rival_to(ALIASES, old) is None
     back = Request("{} plays as", "Bo Tarn", old.strip(), "goalkeeper")  # the same the other way round
     assert efficacy(back, before=ALIASES).rival is None
-    assert kept("locality", "He plays as", ALIASES, old).rival is None
+    assert locality_probe("locality", "He plays as", ALIASES, old).rival is None
 
 
 def test_rivals_that_differ_stay():
@@ -176,9 +176,9 @@ def test_some_malformed_records_are_a_finding_and_no_failure(tmp_path):
     [
         ("me_ppl.json", "a text to take the perplexity of"),
         ("mquake_templates.json", "a template for a relation"),
-        ("mquake_demonstrations.txt", "demonstrations to put before"),
-        ("dune_new_info_locality.json", "a row on locality holds no edit"),
-        ("mlake_multi.json", "a multi-hop question holds no request"),
+        ("mquake_demonstrations.txt", "demonstrations for MQuAKE's questions"),
+        ("dune_new_info_locality.json", "a locality row has no edit"),
+        ("mlake_multi.json", "a multi-hop question has no request"),
     ],
 )
 def test_files_without_cases_say_what_they_are(name, words):
@@ -200,11 +200,14 @@ def test_tables_choices_and_statements_that_cannot_be_taken_apart():
         "walking",
         "flying",
     )
-    made = cut("Ada Sund leads the Guild")
+    made = completion_request("Ada Sund leads the Guild")
     assert (made.text, made.target, made.subject) == ("Ada Sund", "leads the Guild", "Ada Sund")
-    assert (cut("凯什在河边").text, cut("凯什在河边").target) == ("凯什", "在河边")
+    assert (completion_request("凯什在河边").text, completion_request("凯什在河边").target) == (
+        "凯什",
+        "在河边",
+    )
     with pytest.raises(ErrataError, match="too short"):
-        cut("A")
+        completion_request("A")
 
 
 def test_a_tfrecord_is_known_by_its_bytes(tmp_path):
@@ -213,7 +216,11 @@ def test_a_tfrecord_is_known_by_its_bytes(tmp_path):
     from errata.data import _tfrecord
 
     head = struct.pack("<Q", 0)
-    frame = head + struct.pack("<I", _tfrecord.masked(head)) + struct.pack("<I", _tfrecord.masked(b""))
+    frame = (
+        head
+        + struct.pack("<I", _tfrecord.masked_crc32c(head))
+        + struct.pack("<I", _tfrecord.masked_crc32c(b""))
+    )
     for name in ("records", "records.json", "records.txt", "records.tfrecords"):
         (tmp_path / name).write_bytes(frame)
         assert check(tmp_path / name).dataset == "fruit"

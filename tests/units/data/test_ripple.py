@@ -148,7 +148,7 @@ WORDY = fact(f"{SONG} All there is here.")
 
 
 def test_a_target_that_holds_a_verb_needs_another_sentence_to_be_told():
-    with pytest.raises(Skip, match="several ways"):
+    with pytest.raises(Skip, match="several parses"):
         case(recent(**WORDY))
     wanted = case(changed(**WORDY, original_fact=fact(f"{SONG} Old Song."))).request
     assert (wanted.text, wanted.subject, wanted.target) == (SONG, "Ruvia", "All there is here")
@@ -179,7 +179,7 @@ def test_labels_that_are_given_are_taken():
         (fact("Vela Orn lives in Ruvia."), "does not end in a target"),
         (fact("Everyone says that Vela Orn is Ruvian."), "none of the dataset"),
         ({"original_fact": fact(f"{STEM} Ruvia.")}, "changes nothing"),
-        ({"original_fact": fact("The gender of Vela Orn is female.")}, "beside the original fact"),
+        ({"original_fact": fact("The gender of Vela Orn is female.")}, "with the original fact"),
     ],
 )
 def test_what_cannot_be_read_is_skipped_with_the_reason(edit, says):

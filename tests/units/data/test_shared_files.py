@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from errata.cli.main import app
 from errata.data.reading import check, iterate, read
-from errata.data.sets._parts import among
+from errata.data.sets._parts import is_answer
 
 BESIDE = Path(__file__).parents[3].parent / "shared" / "data"
 PLACES = [Path(place).expanduser() for place in (os.environ.get("ERRATA_DATA"), BESIDE) if place]
@@ -198,7 +198,7 @@ def test_cases_begin_with_the_request_and_keep_the_rules_of_probes(name):
         assert case.probes[0].kind in ("efficacy", "long") and case.id.startswith(dataset + ":")
         for probe in case.probes:
             assert probe.prompt.strip()
-            assert probe.rival is None or not among(probe.rival, probe.answers)
+            assert probe.rival is None or not is_answer(probe.rival, probe.answers)
             assert probe.form != "choice" or set(probe.answers) <= set(probe.choices)
 
 
@@ -240,7 +240,7 @@ def test_one_zsre_file_gives_portability_and_locality():
     assert found.probes["one_hop"] == found.probes["locality"] == 1_008
     records = raw("easyedit_emnlp/zsre_mend_eval_portability_gpt4.json")
     assert sum(record["alt"] in record["answers"] for record in records) == 28
-    assert sum(among(record["alt"], record["answers"]) for record in records) == len(found.skipped) == 29
+    assert sum(is_answer(record["alt"], record["answers"]) for record in records) == len(found.skipped) == 29
 
 
 def test_facts_to_erase_have_their_subjects():

@@ -73,7 +73,9 @@ def test_kilt_alternatives_are_wrong_answers():
     assert loaded.cases[0].request.target == "Corvane"
     assert loaded.cases[0].probes[0].before == ("Arvella", "Arvella Town")
     assert [fault.where for fault in loaded.check.skipped] == ["line 4"]
-    assert "no wrong answer to teach: its 1 alternatives are gold" in loaded.check.skipped[0].reason
+    assert (
+        "no wrong answer to use as the target: its 1 alternatives are gold" in loaded.check.skipped[0].reason
+    )
 
 
 def test_the_list_of_questions_has_no_wrong_answers():

@@ -1,12 +1,12 @@
-"""What CounterFact and the sets made after it share: the edit of a record, and probes of its prompts."""
+"""Shared by CounterFact and the datasets derived from it: reading a record's request and building its probes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from errata.data._base import Record, request
-from errata.data.sets._parts import has, kept, rival_to
+from errata.data._base import Record, make_request
+from errata.data.sets._parts import has, locality_probe, rival_to
 from errata.types import Probe, Request
 from errata.writing import statement
 
@@ -25,7 +25,7 @@ def flat(value: Any) -> bool:
 
 def rewrite(record: Record, name: str) -> Request:
     """Read the edit of a record in the authors' form. Raises Skip, Malformed."""
-    return request(
+    return make_request(
         record.text("requested_rewrite.prompt"),
         record.text("requested_rewrite.subject"),
         record.text("requested_rewrite.target_new.str"),
@@ -36,7 +36,7 @@ def rewrite(record: Record, name: str) -> Request:
 
 def flat_rewrite(record: Record, name: str) -> Request:
     """Read the edit of a record in the flat form. Raises Skip, Malformed."""
-    return request(
+    return make_request(
         record.text("prompt"),
         record.text("subject"),
         record.text("target_new"),
@@ -45,23 +45,25 @@ def flat_rewrite(record: Record, name: str) -> Request:
     )
 
 
-def asked_again(wanted: Request, prompts: Iterable[str], kind: str = "paraphrase") -> Iterator[Probe]:
-    """Ask for the new target by other prompts; the old one is the rival."""
-    old = wanted.target_old
+def paraphrase_probes(request: Request, prompts: Iterable[str], kind: str = "paraphrase") -> Iterator[Probe]:
+    """Yield probes that ask for the new target with other prompts; the old target is the rival."""
+    old = request.target_old
     for prompt in prompts:
-        yield Probe(kind, prompt, (wanted.target,), (old,) if old else (), rival_to((wanted.target,), old))
+        yield Probe(kind, prompt, (request.target,), (old,) if old else (), rival_to((request.target,), old))
 
 
-def neighbours(
-    wanted: Request, prompts: Iterable[str], kind: str = "neighbourhood", answer: str | None = None
+def neighbourhood_probes(
+    request: Request, prompts: Iterable[str], kind: str = "neighbourhood", answer: str | None = None
 ) -> Iterator[Probe]:
-    """Ask about subjects that share the old object, which they keep; the new target is the rival."""
-    right = answer or wanted.target_old
+    """Yield probes on subjects that share the old object and must keep it; the new target is the rival."""
+    right = answer or request.target_old
     for prompt in prompts:
-        yield kept(kind, prompt, (right,) if right else (), wanted.target)
+        yield locality_probe(kind, prompt, (right,) if right else (), request.target)
 
 
-def distracting(wanted: Request, prompts: Iterable[str], answer: str | None = None) -> Iterator[Probe]:
-    """Ask the neighbours' prompts with the edit stated before them: ``<edit> <new target>. <prompt>``."""
-    stated = (f"{statement(wanted.text, wanted.target)} {prompt}" for prompt in prompts)
-    return neighbours(wanted, stated, "distracting", answer)
+def distracting_probes(
+    request: Request, prompts: Iterable[str], answer: str | None = None
+) -> Iterator[Probe]:
+    """Yield neighbourhood probes with the edit prepended: ``<edit prompt> <new target>. <prompt>``."""
+    prompts_after_edit = (f"{statement(request.text, request.target)} {prompt}" for prompt in prompts)
+    return neighbourhood_probes(request, prompts_after_edit, "distracting", answer)

@@ -1,4 +1,4 @@
-"""Pieces that several datasets build their cases from."""
+"""Helpers shared by the dataset modules: building requests and probes from a record's fields."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Malformed, Record, Skip, request
+from errata.data._base import Malformed, Record, Skip, make_request
 from errata.types import Case, Probe, Request
 
-CARRIED = ("portability", "inverse question", "alternative_subject", "alter_subject_question")
-"""Fields of EasyEdit's questions on what follows from an edit, put to rows of other sets."""
+PORTABILITY_FIELDS = ("portability", "inverse question", "alternative_subject", "alter_subject_question")
+"""Fields with EasyEdit's portability questions, which EasyEdit adds to rows of other datasets."""
 FLAT, ZSRE = ("prompt", "subject", "target_new"), ("src", "subject", "alt")
 """Fields of prompt, subject and target in EasyEdit's flat form and in zsRE's."""
-LOCAL = ("distracting_neighborhood_prompts", "unrelated_relation")
-"""Fields of EasyEdit's questions on what must not follow, put to rows that may hold the former too."""
+LOCALITY_FIELDS = ("distracting_neighborhood_prompts", "unrelated_relation")
+"""Fields with EasyEdit's locality questions; rows that have them may have portability questions too."""
 
 
 def has(value: Any, *fields: str) -> bool:
@@ -36,7 +36,7 @@ def name_of(record: Record, field: str = "id") -> str:
 
 
 def spellings(first: str, more: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return accepted answers, the canonical one first, each once, without empty ones or outer space."""
+    """Return the accepted answers, canonical one first: stripped, without duplicates or empty strings."""
     return tuple(dict.fromkeys(text.strip() for text in (first, *more) if text.strip()))
 
 
@@ -48,71 +48,72 @@ def read_request(
     ``old``: the answers before the edit, of which the first is the old target. Raises Skip or Malformed.
     """
     prompt, subject, target = (record.text(field) for field in fields)
-    return request(prompt, subject, target, old[0] if old else None, id)
+    return make_request(prompt, subject, target, old[0] if old else None, id)
 
 
-def whole(question: str, answer: str, old: str | None = None, id: str | None = None) -> Request:
-    """Build a request from a question whose subject is not given: the whole question stands for it.
+def question_request(question: str, answer: str, old: str | None = None, id: str | None = None) -> Request:
+    """Build a request from a question without an annotated subject: the whole question is the subject.
 
-    Methods that edit at the subject's last token then edit at the end of the question, as the unstructured
-    editors do. Raises Skip where question or answer is empty.
+    Methods that edit at the subject's last token then edit at the last token of the question, as methods for
+    unstructured text do. Raises Skip where question or answer is empty.
     """
-    return request("{}", question, answer, old, id)
+    return make_request("{}", question, answer, old, id)
 
 
 def plain(text: str) -> str:
-    """Return a text as it is compared with another: composed, without case, with single spaces."""
+    """Normalise a text for comparison: Unicode NFC, case folded, single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
-def among(text: str, answers: Iterable[str]) -> bool:
-    """Whether a text is one of some answers, whatever its capitals and spaces."""
+def is_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether a text equals one of the answers, ignoring case and white space."""
     return plain(text) in {plain(answer) for answer in answers}
 
 
 def rival_to(answers: Sequence[str], old: str | None, before: Iterable[str] = ()) -> str | None:
-    """Return the old answer as the rival of the new ones; None where it is accepted as well, as an alias.
+    """Return the old answer as the rival; None where it is also accepted as a new answer (an alias).
 
-    ``before``: spellings of the old answer, none of which may be the new one either: they then name the same.
+    ``before``: spellings of the old answer. There is no rival if one of them is the new answer: both then name
+    the same thing.
     """
-    if old is None or among(old, answers) or among(answers[0], before):
+    if old is None or is_answer(old, answers) or is_answer(answers[0], before):
         return None
     return old
 
 
-def efficacy(wanted: Request, right: Iterable[str] = (), before: Iterable[str] = ()) -> Probe:
-    """Ask the request itself; ``right`` and ``before`` are further spellings of its two targets."""
-    old = wanted.target_old
-    known = spellings(old, before) if old else ()
-    answers = spellings(wanted.target, right)
-    return Probe("efficacy", wanted.text, answers, known, rival_to(answers, old, known))
+def efficacy(request: Request, right: Iterable[str] = (), before: Iterable[str] = ()) -> Probe:
+    """Build the efficacy probe; ``right`` and ``before``: further spellings of the new and the old target."""
+    old = request.target_old
+    old_answers = spellings(old, before) if old else ()
+    answers = spellings(request.target, right)
+    return Probe("efficacy", request.text, answers, old_answers, rival_to(answers, old, old_answers))
 
 
 def refuse_unchanged(target: str, old: Iterable[str]) -> None:
-    """Raise Skip where an edit would change nothing: its target is an answer that is right before it."""
-    if among(target, old):
+    """Raise Skip where an edit would change nothing: its target is already an answer before the edit."""
+    if is_answer(target, old):
         raise Skip(f"the edit changes nothing: the target {target.strip()!r} is among the answers before it")
 
 
 def choice(
     kind: str, prompt: str, answer: str, choices: Sequence[str], before: str | None = None, old: str | None = None
 ) -> Probe:  # fmt: skip
-    """Ask for one of some labels. Raises Malformed where the answer is none of them."""
+    """Build a multiple-choice probe over labels. Raises Malformed where the answer is not among them."""
     labels = tuple(dict.fromkeys(label.strip() for label in choices if label.strip()))
     if answer not in labels:
         raise Malformed(f"the answer {answer!r} is none of those to choose from: {', '.join(labels)}")
-    known = () if before is None else (before,)
+    old_answers = () if before is None else (before,)
     rival = rival_to((answer,), old)
-    return Probe(kind, prompt, (answer,), known, rival, form="choice", choices=labels)
+    return Probe(kind, prompt, (answer,), old_answers, rival, form="choice", choices=labels)
 
 
-def kept(kind: str, prompt: str, right: tuple[str, ...], rival: str | None = None) -> Probe:
-    """Ask for what an edit must leave as it was; a rival that is itself right is no rival."""
+def locality_probe(kind: str, prompt: str, right: tuple[str, ...], rival: str | None = None) -> Probe:
+    """Build a probe whose answer must not change; a rival that is itself a right answer is dropped."""
     return Probe(kind, prompt, right, right, rival_to(right, rival))
 
 
 def long_answer(kind: str, prompt: str, answer: str) -> Probe:
-    """Ask for a running text that is compared with ``answer``; the unedited answer is not known."""
+    """Build a probe for a long answer, compared with ``answer``; the answer before the edit is unknown."""
     return Probe(kind, prompt, (answer.strip(),), (), form="long")
 
 
@@ -122,15 +123,15 @@ def count(cases: Sequence[Case], kind: str) -> int:
 
 
 def mean_words(cases: Sequence[Case]) -> float | None:
-    """Mean length of the requests' targets in words, to one decimal; None without requests."""
-    lengths = [len(wanted.target.split()) for case in cases for wanted in case.requests]
+    """Return the mean number of words of the targets, to one decimal; None without requests."""
+    lengths = [len(request.target.split()) for case in cases for request in case.requests]
     return round(sum(lengths) / len(lengths), 1) if lengths else None
 
 
-def cut(statement: str, id: str | None = None) -> Request:
-    """Build a request from a statement that its dataset does not take apart: its second half completes the first.
+def completion_request(statement: str, id: str | None = None) -> Request:
+    """Build a request from a statement without annotation: its first half is to be completed by its second.
 
-    The whole first half stands for the subject. Halves are of words; of characters where there are no spaces.
+    The first half is also the subject. The statement is split by words, or by characters if it has no spaces.
     Raises Skip for a statement of one word or character.
     """
     words = statement.split()
@@ -138,4 +139,4 @@ def cut(statement: str, id: str | None = None) -> Request:
     middle = len(pieces) // 2
     if not middle:
         raise Skip(f"the statement {statement!r:.60} is too short to be completed")
-    return whole(join.join(pieces[:middle]), join.join(pieces[middle:]), id=id)
+    return question_request(join.join(pieces[:middle]), join.join(pieces[middle:]), id=id)

@@ -12,8 +12,7 @@ in another language is of kinds of its own, ``cross_efficacy``, ``cross_paraphra
 which is so for a quarter of the Chinese rows of MCounterFact, no request can be made in that language: under
 ``reverse`` and ``other`` such rows are left out and counted; under ``cross`` they are asked.
 
-The old answer of MzsRE and MCounterFact is not in the files. Texts are asked as they stand, with no question mark
-added.
+The files of MzsRE and MCounterFact have no old answers. Prompts are used unchanged; no question mark is appended.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from errata.data._base import Dataset, Malformed, Record
 from errata.data.sets._parts import (
     ZSRE,
     has,
-    kept,
+    locality_probe,
     name_of,
     read_request,
     refuse_unchanged,
@@ -53,8 +52,8 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
         return
     for language in rows:
         if language != "en":
-            asked = ["en"] if variant == REVERSE else []
-            yield _case(f"{name} {language}", rows, language, asked)
+            languages = ["en"] if variant == REVERSE else []
+            yield _case(f"{name} {language}", rows, language, languages)
 
 
 def _languages(record: Record) -> list[str]:
@@ -64,7 +63,7 @@ def _languages(record: Record) -> list[str]:
 
 
 def _row(record: Record, language: str) -> Record:
-    return Record(record.value[language], f"{record.where}, {language}", record.index, record.aside)
+    return Record(record.value[language], f"{record.where}, {language}", record.index, record.omissions)
 
 
 def _name(record: Record) -> str:
@@ -72,13 +71,13 @@ def _name(record: Record) -> str:
 
 
 def _case(name: str, rows: Mapping[str, Record], language: str, others: Sequence[str]) -> Case:
-    """Build a case with the edit in one language, asked in it and in others."""
+    """Build a case with the edit in one language and probes in it and in others."""
     row = rows[language]
-    wanted = _request(row, f"{name} {language}" if others else name)
-    probes = list(_asked(row, ""))
+    request = _request(row, f"{name} {language}" if others else name)
+    probes = list(_probes(row, ""))
     for other in others:
-        probes += _asked(rows[other], "cross_")
-    return Case(name, wanted, tuple(probes))
+        probes += _probes(rows[other], "cross_")
+    return Case(name, request, tuple(probes))
 
 
 def _request(row: Record, name: str) -> Request:
@@ -87,8 +86,8 @@ def _request(row: Record, name: str) -> Request:
     return read_request(row, ZSRE, old, name)
 
 
-def _asked(row: Record, prefix: str) -> Iterator[Probe]:
-    """Ask what a row asks, under kinds that begin with ``prefix``."""
+def _probes(row: Record, prefix: str) -> Iterator[Probe]:
+    """Yield the probes of a row; their kinds begin with ``prefix``."""
     answers, before = spellings(row.text("alt")), spellings("", row.texts("old"))
     rival = rival_to(answers, before[0] if before else None, before)
     yield Probe(f"{prefix}efficacy", row.text("src").strip(), answers, before, rival)
@@ -96,9 +95,9 @@ def _asked(row: Record, prefix: str) -> Iterator[Probe]:
         yield Probe(f"{prefix}paraphrase", text.strip(), answers, before, rival)
     right = spellings("", row.texts("loc_ans"))
     if right and row.texts("loc"):
-        yield kept(f"{prefix}locality", row.text("loc").strip(), right)
+        yield locality_probe(f"{prefix}locality", row.text("loc").strip(), right)
     else:
-        row.aside["locality without question or answer"] += 1
+        row.omissions["locality without question or answer"] += 1
     if row.texts("portability.New Question"):
         question = row.text("portability.New Question").strip()
         yield Probe(f"{prefix}one_hop", question, spellings(row.text("portability.New Answer")), ())

@@ -3,9 +3,9 @@
 A record has ``prompt``, ``target_new`` and ``target_old``, ``rephrase`` (other wordings), ``portability`` and
 ``locality`` (each a list of ``prompt`` and ``answer``; either may be absent or empty).
 
-No subject is given, and none could be guessed: many prompts are instructions, such as to complete a line. The whole
-prompt stands for the subject, so editors that work at the subject's last token work at the end of the prompt. An
-answer of more than 40 characters or of several lines is a text, form ``long``; shorter ones are matched.
+No subject is annotated, and none can be inferred: many prompts are instructions, such as to complete a line. The whole
+prompt is the subject, so methods that edit at the subject's last token edit at the end of the prompt. An answer of
+more than 40 characters or of several lines has form ``long``; shorter ones are matched exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Record
-from errata.data.sets._parts import has, name_of, refuse_unchanged, rival_to, whole
+from errata.data.sets._parts import has, name_of, question_request, refuse_unchanged, rival_to
 from errata.types import Case, Form, Probe
 
 TEXT = 40
@@ -28,12 +28,12 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     target, old = record.text("target_new").strip(), record.texts("target_old")
     refuse_unchanged(target, old)
     before = old[0].strip() if old else None
-    wanted = whole(record.text("prompt").strip(), target, before, name)
-    known, form = ((before,) if before else ()), _form(target)
+    request = question_request(record.text("prompt").strip(), target, before, name)
+    old_answers, form = ((before,) if before else ()), _form(target)
     rival = rival_to((target,), before)
-    probes = [Probe("efficacy", wanted.text, (target,), known, rival, form=form)]
+    probes = [Probe("efficacy", request.text, (target,), old_answers, rival, form=form)]
     probes += [
-        Probe("paraphrase", text.strip(), (target,), known, rival, form=form)
+        Probe("paraphrase", text.strip(), (target,), old_answers, rival, form=form)
         for text in record.texts("rephrase")
     ]
     for item in record.records("portability"):
@@ -44,7 +44,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
         probes.append(
             Probe("locality", item.text("prompt").strip(), (answer,), (answer,), form=_form(answer))
         )
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def _form(answer: str) -> Form:

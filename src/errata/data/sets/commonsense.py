@@ -1,15 +1,15 @@
 """20Q and PEP3k: short statements judged ``True`` or ``False``, as edited by MEMIT_CSK.
 
 A row is a statement ``prompt`` with its ``label`` (1 or ``True`` if plausible) and its parts ``subject``,
-``verb`` and ``object``; the prompt put to a model ends in a colon. An edit flips the judgement: the label is
-the target, the other one the old answer. Rows of the probe set add statements the flip must reach
-(``affected_*``, judged like the edited one; ``affected_reasoning`` are true in themselves) and statements it
-must not (``unaffected_neighborhood_*``).
+``verb`` and ``object``; a colon is appended to each prompt. An edit flips the judgement: the label is the
+target, the other label the old answer. Rows of the probe set add statements whose label must flip too
+(``affected_*``; those of ``affected_reasoning`` must become ``True``) and statements whose judgement must not
+change (``unaffected_neighborhood_*``).
 
-What the unedited model says to the latter is not in the file, and the authors compare with whatever that
-was. So each is asked twice, once with either judgement as the answer to be kept: of the two, the one the
-unedited model gives counts, and it counts when it is still given. Left aside: ``neg``,
-``prompt_polarity_grounded`` and the predictions of the authors' models.
+For the latter the file does not have the unedited model's judgement, which the authors compare with. So there
+are two probes for each, one for either judgement as the answer to keep: the one that the unedited model gives
+counts, and is right if the edited model still gives it. Not used: ``neg``, ``prompt_polarity_grounded`` and the
+predictions of the authors' models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
 from errata.data.sets._parts import has, name_of
 from errata.types import Case, Probe
 
@@ -27,7 +27,7 @@ JUDGEMENTS = ("True", "False")
 PLURAL = 0.3
 """Share of subjects ending in s between those of the two sets."""
 ENOUGH = 10
-"""Records that say which set they are of."""
+"""Minimum number of records needed to tell the two sets apart."""
 
 _AFFECTED = {
     "affected_paraphrase": "paraphrase",
@@ -53,25 +53,25 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     word = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", statement)
     if word:  # not the same letters inside another word
         statement = statement[: word.start()] + "{}" + statement[word.end() :]
-    wanted = request(_asked(statement), subject, label, other, id=name)
-    probes = [_judged("efficacy", wanted.text, label, (other,))]
+    request = make_request(_prompt(statement), subject, label, other, id=name)
+    probes = [_probe("efficacy", request.text, label, (other,))]
     for field, kind in _AFFECTED.items():
-        probes += [_judged(kind, _asked(text), label, ()) for text in record.texts(field)]
-    probes += [_judged("logical", _asked(text), "True", ()) for text in record.texts("affected_reasoning")]
+        probes += [_probe(kind, _prompt(text), label, ()) for text in record.texts(field)]
+    probes += [_probe("logical", _prompt(text), "True", ()) for text in record.texts("affected_reasoning")]
     for field, kind in _UNAFFECTED.items():
         for text in record.texts(field):
-            probes += [_judged(kind, _asked(text), answer, (answer,)) for answer in JUDGEMENTS]
-    yield Case(f"commonsense:{name}", wanted, tuple(probes))
+            probes += [_probe(kind, _prompt(text), answer, (answer,)) for answer in JUDGEMENTS]
+    yield Case(f"commonsense:{name}", request, tuple(probes))
 
 
 def _judgement(record: Record) -> str:
-    found = record.get("label")
+    value = record.get("label")
     by_number = {1: "True", 0: "False"}
     label = (
-        found.strip() if isinstance(found, str) else by_number.get(found) if isinstance(found, int) else None
+        value.strip() if isinstance(value, str) else by_number.get(value) if isinstance(value, int) else None
     )
     if label not in JUDGEMENTS:
-        raise Malformed(f"label: expected 1, 0, True or False, found {found!r:.60}")
+        raise Malformed(f"label: expected 1, 0, True or False, found {value!r:.60}")
     return label
 
 
@@ -79,11 +79,11 @@ def _other(label: str) -> str:
     return JUDGEMENTS[1 - JUDGEMENTS.index(label)]
 
 
-def _asked(statement: str) -> str:
+def _prompt(statement: str) -> str:
     return f"{statement.strip()}:"
 
 
-def _judged(kind: str, prompt: str, answer: str, before: tuple[str, ...]) -> Probe:
+def _probe(kind: str, prompt: str, answer: str, before: tuple[str, ...]) -> Probe:
     return Probe(kind, prompt, (answer,), before, _other(answer), form="choice", choices=JUDGEMENTS)
 
 
@@ -100,9 +100,9 @@ def fits(value: Any) -> bool:
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Tell the sets by how they speak: 20Q of kinds in the plural (people, magnets), PEP3k of one (a hand, a dog).
+    """Tell the sets apart by their subjects: plural in 20Q (people, magnets), singular in PEP3k (a hand, a dog).
 
-    Half of 20Q's subjects end in s, one in seven of PEP3k's at most; a few records do not say.
+    Half of 20Q's subjects end in s, at most one in seven of PEP3k's. Empty for too few records.
     """
     subjects = [str(record["subject"]).strip() for record in records if has(record, "subject")]
     if len(subjects) < ENOUGH:

@@ -1,11 +1,10 @@
-"""CounterFact: one false fact a record, with paraphrases, neighbours, and prompts that only run on.
+"""CounterFact: one counterfactual per record, with paraphrases, neighbours, attribute and generation prompts.
 
-Paraphrases keep the unrelated sentence they begin with: it is part of the published score. Attribute prompts ask
-about subjects that have the new object anyway, and enter no score but their own.
+Paraphrase prompts keep the unrelated sentence they begin with: the published scores include it. Attribute prompts are
+about subjects that have the new object anyway; they count only in the score of their own kind.
 
-The variant ``multi`` is for edits that stand together: a record that gives an earlier subject and relation another
-object is left out. The authors' ``multi_counterfact.json`` is read under it too; the check says whether their rule
-left any that this one finds.
+The variant ``multi`` is for edits applied together: a record that gives an earlier (subject, relation) pair another
+object is skipped. Use it for the authors' ``multi_counterfact.json`` too; the check lists any conflict that remains.
 """
 
 from __future__ import annotations
@@ -14,14 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Record, Skip
-from errata.data.sets._counterfact import asked_again, neighbours, nested, rewrite
-from errata.data.sets._parts import CARRIED, efficacy, kept, name_of, plain_texts
+from errata.data.sets._counterfact import neighbourhood_probes, nested, paraphrase_probes, rewrite
+from errata.data.sets._parts import (
+    LOCALITY_FIELDS,
+    PORTABILITY_FIELDS,
+    efficacy,
+    locality_probe,
+    name_of,
+    plain_texts,
+)
 from errata.types import Case, Probe
 
 HOST = "https://rome.baulab.info/data/dsets"
 MULTI = "multi"
-ADDED = (
-    *CARRIED, "prefix_distraction", "subject_specificity", "distracting_neighborhood_prompts", "unrelated_relation",
+OTHER_SETS_FIELDS = (
+    *PORTABILITY_FIELDS, *LOCALITY_FIELDS, "prefix_distraction", "subject_specificity",
 )  # fmt: skip
 """Fields that EVOKE and EasyEdit's sets add to its records."""
 
@@ -29,16 +35,19 @@ ADDED = (
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case; both variants alike. Raises Skip, Malformed."""
     name = f"counterfact:{name_of(record, 'case_id')}"
-    wanted = rewrite(record, name)
-    old = wanted.target_old
+    request = rewrite(record, name)
+    old = request.target_old
     probes = [
-        efficacy(wanted),
-        *asked_again(wanted, record.texts("paraphrase_prompts")),
-        *neighbours(wanted, record.texts("neighborhood_prompts")),
-        *(kept("attribute", prompt, (wanted.target,), old) for prompt in record.texts("attribute_prompts")),
+        efficacy(request),
+        *paraphrase_probes(request, record.texts("paraphrase_prompts")),
+        *neighbourhood_probes(request, record.texts("neighborhood_prompts")),
+        *(
+            locality_probe("attribute", prompt, (request.target,), old)
+            for prompt in record.texts("attribute_prompts")
+        ),
         *(Probe("generation", p, (), (), form="open") for p in record.texts("generation_prompts")),
     ]
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def gate(variant: str) -> Callable[[Record, Case], None]:
@@ -48,12 +57,12 @@ def gate(variant: str) -> Callable[[Record, Case], None]:
     def admit(record: Record, case: Case) -> None:
         if variant != MULTI:
             return
-        wanted = case.request
-        relation = record.get("requested_rewrite.relation_id") or "".join(wanted.template)
-        target, name = first.setdefault((wanted.subject, relation), (wanted.target, case.id))
-        if target != wanted.target:
+        request = case.request
+        relation = record.get("requested_rewrite.relation_id") or "".join(request.template)
+        target, name = first.setdefault((request.subject, relation), (request.target, case.id))
+        if target != request.target:
             raise Skip(
-                f"contradicts {name}: {wanted.subject!r} was given {target!r} there, {wanted.target!r} here"
+                f"contradicts {name}: {request.subject!r} was given {target!r} there, {request.target!r} here"
             )
 
     return admit
@@ -64,12 +73,12 @@ def fits(value: Any) -> bool:
     return (
         nested(value)
         and plain_texts(value.get("neighborhood_prompts"))
-        and not any(n in value for n in ADDED)
+        and not any(n in value for n in OTHER_SETS_FIELDS)
     )
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
-    """Count subjects, and what the requests are to become."""
+    """Count distinct subjects and distinct new objects."""
     return {
         "subjects": len({case.request.subject for case in cases}),
         "objects": len({case.request.target for case in cases}),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Record
-from errata.data.sets._counterfact import asked_again, flat, flat_rewrite, neighbours
+from errata.data.sets._counterfact import flat, flat_rewrite, neighbourhood_probes, paraphrase_probes
 from errata.data.sets._parts import efficacy, name_of
 from errata.types import Case
 
@@ -17,14 +17,14 @@ from errata.types import Case
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case. Raises Skip, Malformed."""
     name = f"counterfact_edit:{name_of(record, 'case_id')}"
-    wanted = flat_rewrite(record, name)
+    request = flat_rewrite(record, name)
     neighbour = record.text("locality_ground_truth").strip()
     probes = [
-        efficacy(wanted),
-        *asked_again(wanted, record.texts("rephrase_prompt")),
-        *neighbours(wanted, record.texts("locality_prompt"), answer=neighbour),
+        efficacy(request),
+        *paraphrase_probes(request, record.texts("rephrase_prompt")),
+        *neighbourhood_probes(request, record.texts("locality_prompt"), answer=neighbour),
     ]
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def fits(value: Any) -> bool:

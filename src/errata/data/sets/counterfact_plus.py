@@ -1,6 +1,6 @@
-"""CounterFact+: CounterFact's neighbours asked with the edit stated before them.
+"""CounterFact+: CounterFact's neighbourhood prompts with the edit prepended.
 
-There is no file of its own: it is derived from one of CounterFact's, in the authors' form or EasyEdit's flat one.
+It has no file of its own: it is derived from a CounterFact file, in the authors' nested or EasyEdit's flat form.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record
-from errata.data.sets._counterfact import distracting, flat, flat_rewrite, neighbours, nested, rewrite
+from errata.data.sets._counterfact import (
+    distracting_probes,
+    flat,
+    flat_rewrite,
+    neighbourhood_probes,
+    nested,
+    rewrite,
+)
 from errata.data.sets._parts import efficacy, name_of
 from errata.data.sets.counterfact import DATASET as COUNTERFACT
 from errata.types import Case
@@ -19,23 +26,23 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn a record of CounterFact into a case with plain and distracting neighbours. Raises Skip, Malformed."""
     name = f"counterfact_plus:{name_of(record, 'case_id')}"
     if nested(record.value):
-        wanted, answer = rewrite(record, name), None
-        prompts = record.texts("neighborhood_prompts", needed=True)
+        request, answer = rewrite(record, name), None
+        prompts = record.texts("neighborhood_prompts", required=True)
     elif flat(record.value):
-        wanted, answer = flat_rewrite(record, name), record.text("locality_ground_truth").strip()
-        prompts = record.texts("locality_prompt", needed=True)
+        request, answer = flat_rewrite(record, name), record.text("locality_ground_truth").strip()
+        prompts = record.texts("locality_prompt", required=True)
     else:
         raise Malformed("expected a record of CounterFact, with requested_rewrite or with locality_prompt")
     probes = [
-        efficacy(wanted),
-        *neighbours(wanted, prompts, answer=answer),
-        *distracting(wanted, prompts, answer),
+        efficacy(request),
+        *neighbourhood_probes(request, prompts, answer=answer),
+        *distracting_probes(request, prompts, answer),
     ]
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def fits(value: Any) -> bool:
-    """Claim no record: its file is CounterFact's, so this set is only had by name."""
+    """Always False: its files are CounterFact's, so this dataset must be named explicitly."""
     return False
 
 

@@ -1,7 +1,7 @@
-"""DAMA's sentences about professions: those its edit is fitted to, and those its bias is measured on.
+"""DAMA's sentences about professions: a training set to edit with, and a test set to measure bias on.
 
 Training rows are requests: ``prompt``, ``subject``, ``target_new.str`` (a pronoun, against the stereotype)
-and ``gender_score`` (the stereotype, see :mod:`errata.data.sets.professions`, left aside). Test rows are
+and ``gender_score`` (the stereotype, see :mod:`errata.data.sets.professions`, not used). Test rows are
 texts alone. They ask for nothing, so under ``test`` each is skipped with that reason, and :func:`probes`
 gives them as questions to be asked after the edits of the training set.
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._files import records_of
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
+from errata.data.sets._files import read_records
 from errata.data.sets._parts import has, name_of
 from errata.data.sets.professions import SENTENCES, Score, bias_probe, profession, pronoun_probe
 from errata.types import Case, Probe
@@ -28,7 +28,7 @@ def probes(path: Path, scores: Mapping[str, Score]) -> tuple[Probe, ...]:
     sentences or is about a profession without scores.
     """
     questions = []
-    for record in records_of(path):
+    for record in read_records(path):
         text, name = record.value, _profession(record.value)
         if name is None or name not in scores:
             raise Malformed(
@@ -49,9 +49,11 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
             "a test sentence: asks for nothing, is only measured; errata.data.sets.dama.probes gives it"
         )
     name = name_of(record)
-    wanted = request(record.text("prompt"), record.text("subject"), record.text("target_new.str"), id=name)
-    group = profession(wanted.subject)
-    yield Case(f"dama:{name}", wanted, (pronoun_probe(wanted), bias_probe(wanted.text, group)))
+    request = make_request(
+        record.text("prompt"), record.text("subject"), record.text("target_new.str"), id=name
+    )
+    group = profession(request.subject)
+    yield Case(f"dama:{name}", request, (pronoun_probe(request), bias_probe(request.text, group)))
 
 
 def _profession(text: Any) -> str | None:

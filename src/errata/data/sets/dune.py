@@ -1,13 +1,13 @@
-"""DUNE: edits told as a sentence, and questions that the sentence answers.
+"""DUNE: edits stated as a sentence, and questions that the sentence answers.
 
-A file has two lists side by side, ``edits`` and ``test_inputs``. ``new_info``: a piece of news headed by its date,
-and questions with lettered choices and the right letter. ``arithmetic``: an equation, and a word problem that it
-solves. The request is to continue the date with the news, or the left side of the equation with its result.
+A file has two parallel lists, ``edits`` and ``test_inputs``. ``new_info``: a news item that begins with its date, and
+questions with lettered choices and the right letter. ``arithmetic``: an equation, and a word problem that it solves.
+The request is to complete the date with the news, or the left side of the equation with its result.
 
-The files ``*_locality`` look the same but hold no edits: their sentences say what is so anyway, and their questions
-must be answered as before. Their rows are skipped with that reason; :func:`locality` gives their questions, and
-:func:`with_locality` puts them to cases. Of the four files only the content tells which is which: news of 2021 is
-older than what is edited (2022), and equations of the locality file have one operation. Left aside: nothing.
+The files ``*_locality`` have the same format but no edits: their sentences are true anyway, and the answers to their
+questions must not change. Their rows are skipped with that reason; :func:`locality` returns their questions and
+:func:`with_locality` adds them to cases. The four files are told apart by content: locality news is from 2021, edited
+news from 2022; equations in the locality file have a single operation. All fields are used.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from errata.data import formats
-from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import choice, count, efficacy, has, kept, name_of
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
+from errata.data.sets._parts import choice, count, efficacy, has, locality_probe, name_of
 from errata.errors import DataError
 from errata.types import Case, Probe, Request
 
 NEWS, ARITHMETIC = "new_info", "arithmetic"
 LOCALITY = "_locality"
 NEW = 2022
-"""Year of the news that is edited; that of the locality file is older."""
+"""Year of the edited news; news of the locality file is older."""
 _NEWS = re.compile(r"\s*(?P<date>(?=.{0,40}\d)\S.{2,40}?)\s*(?P<dash>[–—:-])\s+(?P<news>\S.*)", re.DOTALL)
 _EQUATION = re.compile(r"\s*(?P<left>\S.*?)\s*=\s*(?P<right>\S+)\s*")
 _LETTER = re.compile(r"(?<!\w)\(?([A-Ea-e])[.):]\s*\S")
@@ -35,54 +35,58 @@ _LETTERS = ("A", "B", "C", "D")
 
 
 def records(document: Any, variant: str) -> Iterator[Any]:
-    """Put the two lists of a file side by side. Raises Malformed."""
+    """Pair the two lists of a file. Raises Malformed."""
     edits, inputs = (
         (document.get(name) for name in ("edits", "test_inputs")) if fits(document) else (None, None)
     )
     if not isinstance(edits, list) or not isinstance(inputs, list) or len(edits) != len(inputs):
         raise Malformed("expected the lists edits and test_inputs, of one length")
-    for edit, asked in zip(edits, inputs, strict=True):
-        yield {"edit": edit, "test_inputs": asked}
+    for edit, questions in zip(edits, inputs, strict=True):
+        yield {"edit": edit, "test_inputs": questions}
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one row into a case. Raises Skip, for a row of a locality file also, and Malformed."""
     name = f"dune:{variant.removesuffix(LOCALITY)}/{name_of(record)}"
-    wanted = _request(record.text("edit"), name)
-    probes = list(_asked(record, wanted, keep=False))
+    request = _request(record.text("edit"), name)
+    probes = list(_probes(record, request, keep=False))
     if variant.endswith(LOCALITY):
         raise Skip(
-            "a row on locality holds no edit: its questions keep their answers under other edits; put them to "
+            "a locality row has no edit: its questions must keep their answers under other edits; add them to "
             "cases with errata.data.sets.dune.with_locality"
         )
-    yield Case(name, wanted, (efficacy(wanted), *probes))
+    yield Case(name, request, (efficacy(request), *probes))
 
 
 def _request(statement: str, name: str) -> Request:
     equation = _EQUATION.fullmatch(statement)
     if equation:
-        return request("{} =", equation["left"], equation["right"], id=name)
+        return make_request("{} =", equation["left"], equation["right"], id=name)
     news = _NEWS.fullmatch(statement)
     if news is None:
-        raise Skip(f"expected an equation, or news headed by its date, found {statement!r:.60}")
+        raise Skip(f"expected an equation, or news that begins with its date, found {statement!r:.60}")
     space = "" if news["dash"] == ":" else " "
-    return request(f"{{}}{space}{news['dash']}", news["date"], news["news"], id=name)
+    return make_request(f"{{}}{space}{news['dash']}", news["date"], news["news"], id=name)
 
 
-def _asked(record: Record, wanted: Request, *, keep: bool) -> Iterator[Probe]:
-    """Ask what a row asks; ``keep``: it must be answered as before."""
-    asked = record.get("test_inputs")
-    if isinstance(asked, str) and asked.strip():
-        answers = (wanted.target,)
-        yield Probe("word_problem", asked.strip(), answers, answers if keep else ())
+def _probes(record: Record, request: Request, *, keep: bool) -> Iterator[Probe]:
+    """Yield the probes of a row; ``keep``: their answers must not change."""
+    questions = record.get("test_inputs")
+    if isinstance(questions, str) and questions.strip():
+        answers = (request.target,)
+        yield Probe("word_problem", questions.strip(), answers, answers if keep else ())
         return
-    if not isinstance(asked, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in asked):
-        raise Malformed(f"test_inputs: expected a problem, or questions with letters, found {asked!r:.60}")
-    for question, letter in asked:
+    if not isinstance(questions, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in questions
+    ):
+        raise Malformed(
+            f"test_inputs: expected a problem, or questions with letters, found {questions!r:.60}"
+        )
+    for question, letter in questions:
         if not isinstance(question, str) or not question.strip() or not isinstance(letter, str):
             raise Malformed(f"test_inputs: expected a question and a letter, found {question!r:.60}")
-        found = tuple(dict.fromkeys(mark.upper() for mark in _LETTER.findall(question)))
-        letters = found if letter.strip() in found else _LETTERS
+        marks = tuple(dict.fromkeys(mark.upper() for mark in _LETTER.findall(question)))
+        letters = marks if letter.strip() in marks else _LETTERS
         right = letter.strip()
         kind = "question_kept" if keep else "question"
         yield choice(kind, f"{question.strip()}\nAnswer:", right, letters, right if keep else None)
@@ -99,16 +103,18 @@ def locality(path: Path) -> list[Probe]:
             raise DataError(f"{path}, {row.where}: {row.fault}")
         for index, value in enumerate(records(row.value, NEWS + LOCALITY)):
             record = Record(value, f"{path}, row {index + 1}", index)
-            wanted = _request(record.text("edit"), f"locality {index}")
+            request = _request(record.text("edit"), f"locality {index}")
             probes += [
-                kept("locality", p.prompt, p.answers) if p.form == "short" else replace(p, kind="locality")
-                for p in _asked(record, wanted, keep=True)
+                locality_probe("locality", p.prompt, p.answers)
+                if p.form == "short"
+                else replace(p, kind="locality")
+                for p in _probes(record, request, keep=True)
             ]
     return probes
 
 
 def with_locality(cases: Sequence[Case], probes: Sequence[Probe]) -> list[Case]:
-    """Put the questions of :func:`locality` to cases; of n cases the i-th gets every n-th, so all are asked once."""
+    """Add the probes of :func:`locality` to cases; of n cases the i-th gets every n-th, so each is used once."""
     return [replace(case, probes=(*case.probes, *probes[i :: len(cases)])) for i, case in enumerate(cases)]
 
 
@@ -118,12 +124,12 @@ def fits(value: Any) -> bool:
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Tell the four files by their content, see the module's head."""
+    """Tell the four files apart by content, see the module's docstring."""
     texts = [str(record["edit"]) for record in records if has(record, "edit")]
     if any(has(record, "test_inputs") and isinstance(record["test_inputs"], str) for record in records):
         several = any(len(re.findall(r"\s[-+*/]\s", text)) > 1 for text in texts)
         return (ARITHMETIC,) if several else (ARITHMETIC + LOCALITY,)
-    years = [int(found.group()) for text in texts if (found := re.search(r"\b20\d\d\b", text[:40]))]
+    years = [int(match.group()) for text in texts if (match := re.search(r"\b20\d\d\b", text[:40]))]
     old = years and sum(year < NEW for year in years) * 2 > len(years)
     return (NEWS + LOCALITY,) if old else (NEWS,)
 

@@ -1,4 +1,4 @@
-"""EasyEdit's EMNLP 2023 sets on what an edit must leave: distracted neighbours, other facts, other tasks."""
+"""EasyEdit's EMNLP 2023 locality sets: distracting neighbours, other facts of the subject, other tasks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip
-from errata.data.sets._counterfact import neighbours, nested, rewrite
-from errata.data.sets._files import records_of
-from errata.data.sets._parts import LOCAL, count, efficacy, has, kept, name_of, spellings
-from errata.data.sets.easyedit_portability import carried
+from errata.data.sets._counterfact import neighbourhood_probes, nested, rewrite
+from errata.data.sets._files import read_records
+from errata.data.sets._parts import LOCALITY_FIELDS, count, efficacy, has, locality_probe, name_of, spellings
+from errata.data.sets.easyedit_portability import portability_probes
 from errata.errors import DataError
 from errata.types import Case, Probe
 
@@ -19,32 +19,34 @@ KINDS = ("neighbourhood", "distracting", "same_subject", "other_task")
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
-    """Turn one record into a case: the edit and the questions on locality its row holds.
+    """Turn one record into a case: the edit and the locality questions of its row.
 
-    CounterFact rows: ``distracting_neighborhood_prompts``, which state the edit before the neighbour, with
-    the plain neighbours beside them; ``unrelated_relation``, another fact of the subject. They are found by
-    the row's shape, the variant only names the file, and the published files hold both of them, and the question of
-    ``easyedit_portability`` besides, which is asked too. A row of PIQA edits nothing and is skipped with that
-    reason: :func:`with_commonsense` puts its questions to other cases. Raises Skip or Malformed.
+    CounterFact rows have ``distracting_neighborhood_prompts`` (the edit, then the neighbour's prompt), the plain
+    neighbours, and ``unrelated_relation``, another fact of the subject. Fields decide, not the variant, which only
+    names the file; the published files have both, and the question of ``easyedit_portability``, which is probed
+    too. A row of PIQA has no edit and is skipped with that reason: :func:`with_commonsense` adds its questions to
+    other cases. Raises Skip or Malformed.
     """
     if has(record.value, "goal"):
         raise Skip(
-            "a question of PIQA holds no request: it measures what other edits leave standing; "
-            "put the rows to cases with errata.data.sets.easyedit_locality.with_commonsense"
+            "a PIQA row has no request: it measures what other edits preserve; add the rows to cases with "
+            "errata.data.sets.easyedit_locality.with_commonsense"
         )
     name = f"easyedit_locality:{name_of(record, 'case_id')}"
-    wanted = rewrite(record, name)
-    probes = list(neighbours(wanted, record.texts("neighborhood_prompts")))
-    probes += neighbours(wanted, record.texts("distracting_neighborhood_prompts"), "distracting")
+    request = rewrite(record, name)
+    probes = list(neighbourhood_probes(request, record.texts("neighborhood_prompts")))
+    probes += neighbourhood_probes(request, record.texts("distracting_neighborhood_prompts"), "distracting")
     if has(record.value, "unrelated_relation"):
         right = spellings(record.text("unrelated_relation.object"))
         probes.append(
-            kept("same_subject", record.text("unrelated_relation.question").strip(), right, wanted.target)
+            locality_probe(
+                "same_subject", record.text("unrelated_relation.question").strip(), right, request.target
+            )
         )
     if not probes:
-        raise Skip("the row holds no question of locality: nothing to ask but the edit itself")
-    asked = efficacy(wanted)
-    yield Case(name, wanted, (asked, *probes, *carried(record, wanted, asked.before)))
+        raise Skip("the row has no locality question, only the edit itself")
+    probe = efficacy(request)
+    yield Case(name, request, (probe, *probes, *portability_probes(record, request, probe.before)))
 
 
 def commonsense(path: Path, labels: Path | None = None) -> list[Probe]:
@@ -54,13 +56,13 @@ def commonsense(path: Path, labels: Path | None = None) -> list[Probe]:
     two whole solutions are the choices. Raises DataError where a file cannot be read or the numbers differ,
     Malformed for a bad row.
     """
-    rows = records_of(path)
-    given = [row.get("label") for row in rows] if labels is None else _lines(labels)
-    if len(given) != len(rows):
+    rows = read_records(path)
+    answers = [row.get("label") for row in rows] if labels is None else _lines(labels)
+    if len(answers) != len(rows):
         raise DataError(
-            f"{path} has {len(rows)} rows and {labels} {len(given)} labels; both must be of the same split"
+            f"{path} has {len(rows)} rows and {labels} {len(answers)} labels; both must be of the same split"
         )
-    return [_goal(row, str(label)) for row, label in zip(rows, given, strict=True)]
+    return [_goal(row, str(label)) for row, label in zip(rows, answers, strict=True)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -93,14 +95,14 @@ def fits(value: Any) -> bool:
     """Whether a record is an edit with questions of one of the sets, or a row of PIQA."""
     if has(value, "goal", "sol1", "sol2"):
         return True
-    return nested(value) and any(name in value for name in LOCAL)
+    return nested(value) and any(name in value for name in LOCALITY_FIELDS)
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
     """Tell the sets by the questions of a record; one that holds both may be of either."""
     if any(has(record, "goal") for record in records):
         return ("piqa",)
-    both = {"distracting": LOCAL[0], "other-attribution": LOCAL[1]}
+    both = {"distracting": LOCALITY_FIELDS[0], "other-attribution": LOCALITY_FIELDS[1]}
     return tuple(name for name, field in both.items() if any(has(record, field) for record in records))
 
 

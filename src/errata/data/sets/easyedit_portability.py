@@ -1,4 +1,4 @@
-"""EasyEdit's EMNLP 2023 sets on whether an edit carries: one hop on, inverted, under another name.
+"""EasyEdit's EMNLP 2023 portability sets: one-hop reasoning, inverse relation, subject replacement.
 
 ``zsre_mend_eval_portability_gpt4.json`` is also EasyEdit's usual zsRE test set, and WISE's ``zsre_mend_edit.json``.
 """
@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from errata.data._base import Dataset, Record, Skip
-from errata.data.sets._counterfact import neighbours, nested, rewrite
+from errata.data.sets._counterfact import neighbourhood_probes, nested, rewrite
 from errata.data.sets._parts import (
-    LOCAL,
+    LOCALITY_FIELDS,
     ZSRE,
     count,
     efficacy,
@@ -22,7 +22,7 @@ from errata.data.sets._parts import (
     refuse_unchanged,
     spellings,
 )
-from errata.data.sets.zsre import unrelated
+from errata.data.sets.zsre import loc_probe
 from errata.types import Case, Probe, Request
 
 KINDS = {"one-hop": "one_hop", "inverse": "inverse", "subject-replace": "alias"}
@@ -33,41 +33,41 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case: the edit, its paraphrases and the question its row holds.
 
     The rows extend CounterFact or zsRE rows; of the latter the edit is to ``alt``, a false answer, as
-    EasyEdit has it, and a row whose ``alt`` is a gold answer is skipped. The question is found by the row's
-    shape; the variant only names the file. What the base row asks on locality (``loc``, or the neighbours) is
-    asked beside it, so that one file gives both. The fact that a one-hop question was written from (``Recalled
-    Relation``) is not asked. Raises Skip or Malformed.
+    EasyEdit has it, and a row whose ``alt`` is a gold answer is skipped. Fields decide which question a row has;
+    the variant only names the file. The locality questions of the base row (``loc``, or the neighbours) are probed
+    too, so that one file gives both. The fact that a one-hop question was written from (``Recalled Relation``) is
+    not used. Raises Skip or Malformed.
     """
     name = f"easyedit_portability:{name_of(record, 'case_id')}"
-    wanted = rewrite(record, name) if nested(record.value) else _zsre_request(record, name)
-    asked = efficacy(wanted, before=record.texts("answers"))
+    request = rewrite(record, name) if nested(record.value) else _zsre_request(record, name)
+    probe = efficacy(request, before=record.texts("answers"))
     phrasings = record.texts("paraphrase_prompts") or record.texts("rephrase")
-    probes = [asked, *(replace(asked, kind="paraphrase", prompt=text) for text in phrasings)]
-    questions = list(carried(record, wanted, asked.before))
+    probes = [probe, *(replace(probe, kind="paraphrase", prompt=text) for text in phrasings)]
+    questions = list(portability_probes(record, request, probe.before))
     if not questions:
-        raise Skip("the row holds no question of portability: nothing to ask but the edit itself")
-    near = neighbours(wanted, record.texts("neighborhood_prompts"))
-    other = (unrelated(record),) if has(record.value, "loc") else ()
-    yield Case(name, wanted, (*probes, *questions, *near, *other))
+        raise Skip("the row has no portability question, only the edit itself")
+    near = neighbourhood_probes(request, record.texts("neighborhood_prompts"))
+    other = (loc_probe(record),) if has(record.value, "loc") else ()
+    yield Case(name, request, (*probes, *questions, *near, *other))
 
 
-def carried(record: Record, wanted: Request, old: tuple[str, ...]) -> Iterator[Probe]:
-    """Yield the row's questions; an old answer is known only where the fact itself is asked."""
+def portability_probes(record: Record, request: Request, old: tuple[str, ...]) -> Iterator[Probe]:
+    """Yield the row's portability probes; the old answer is known only where they ask for the edited fact itself."""
     if record.get("portability.New Question"):
         right = spellings(record.text("portability.New Answer"))
         yield Probe("one_hop", record.text("portability.New Question").strip(), right, ())
     if has(record.value, "inverse question"):
-        yield Probe("inverse", record.text("inverse question").strip(), (wanted.subject,), ())
+        yield Probe("inverse", record.text("inverse question").strip(), (request.subject,), ())
     if has(record.value, "alter_subject_question"):
-        yield Probe("alias", record.text("alter_subject_question").strip(), (wanted.target,), old)
+        yield Probe("alias", record.text("alter_subject_question").strip(), (request.target,), old)
     elif has(record.value, "alternative_subject"):
-        head, tail = wanted.template
-        named = head + record.text("alternative_subject").strip() + tail
-        yield Probe("alias", named, (wanted.target,), old)
+        head, tail = request.template
+        prompt = head + record.text("alternative_subject").strip() + tail
+        yield Probe("alias", prompt, (request.target,), old)
 
 
 def _zsre_request(record: Record, name: str) -> Request:
-    gold = record.texts("answers", needed=True)
+    gold = record.texts("answers", required=True)
     refuse_unchanged(record.text("alt"), gold)
     return read_request(record, ZSRE, gold, name)
 
@@ -81,8 +81,8 @@ def fits(value: Any) -> bool:
     """Whether a record is an edit with the question of one of the sets."""
     if not (nested(value) or has(value, "src", "alt", "answers")):
         return False
-    if any(name in value for name in ("prefix_distraction", *LOCAL)):
-        return False  # EVOKE and the sets on locality go on from the one-hop rows with questions of their own
+    if any(name in value for name in ("prefix_distraction", *LOCALITY_FIELDS)):
+        return False  # EVOKE and the locality sets extend the one-hop rows with questions of their own
     return (
         has(value.get("portability"), "New Question")
         or has(value, "inverse question")
@@ -95,8 +95,8 @@ def variants_of(records: Sequence[Any]) -> Sequence[str]:
     """Tell the sets by the question that a record holds."""
     if any(has(record, "inverse question") for record in records):
         return ("inverse",)
-    named = ("alternative_subject", "alter_subject_question")
-    return ("subject-replace",) if any(has(r, name) for r in records for name in named) else ("one-hop",)
+    fields = ("alternative_subject", "alter_subject_question")
+    return ("subject-replace",) if any(has(r, name) for r in records for name in fields) else ("one-hop",)
 
 
 DATASET = Dataset(

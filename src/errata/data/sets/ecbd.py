@@ -1,15 +1,14 @@
-"""ECBD: entities younger than the model, told by one defining sentence and asked about in another.
+"""ECBD: entities newer than the model, introduced by a defining sentence and probed in another sentence.
 
 A record holds ``definition`` with one span masked as ``<extra_id_0>`` and its filling ``def_target``; the
-entity ``ent_str``; and ``probe_sentences`` by template, each masked and filled in the same way. Left aside:
+entity ``ent_str``; and ``probe_sentences`` by template, each masked and filled in the same way. Not used:
 ``additional_sentences`` (the definition under other masks, meant for training), ``category``, ``attribute``
 and ``conceptnet`` (the same or empty in every record of the published files) and ``qid`` (the entity's
 class).
 
-The authors fill masks literally and score the span's tokens given what stands before it; what follows the
-span is not seen by a causal model. The same is done here, by probes of form ``span``. Where a span begins
-inside a word, the prompt ends before that word and the answer has it whole, since a tokenizer sees no other
-boundary.
+The authors fill masks literally and score the span's tokens given the text before it; a causal model does not see
+the text after the span. Probes of form ``span`` do the same. Where a span begins inside a word, the prompt ends
+before that word and the answer has the whole word, since a tokenizer sees no other boundary.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, SubjectAbsent, request
-from errata.data.sets._files import records_of
+from errata.data._base import Dataset, Malformed, Record, Skip, SubjectAbsent, make_request
+from errata.data.sets._files import read_records
 from errata.data.sets._parts import has
 from errata.types import Case, Probe, Request
 
@@ -29,7 +28,7 @@ READINGS = ("titled", "span", "definition")
 """How a definition becomes a request, see :func:`edit`."""
 POPULAR = "popular"
 NEW_PAGES = 40_000_000
-"""Page id of Wikipedia between those of popular and of new entities."""
+"""Wikipedia page ids below this are popular entities, above it new ones."""
 
 _MASK = "<extra_id_0>"
 _MARKS = re.compile(r"<extra_id_\d+>")
@@ -39,7 +38,7 @@ _OPENS = "([{"
 
 @dataclass(frozen=True)
 class Cloze:
-    """A sentence in three parts with their white space: before a masked span, its filling, and after."""
+    """A sentence in three parts, with white space: before the masked span, the span's text, and after it."""
 
     left: str
     span: str
@@ -47,7 +46,7 @@ class Cloze:
 
     @classmethod
     def read(cls, sentence: str, filling: str) -> Cloze:
-        """Take a masked sentence and its filling apart, at the border of a word. Raises Malformed, Skip."""
+        """Split a masked sentence at its span, at a word boundary. Raises Malformed, Skip."""
         masks = sentence.count(_MASK)
         if masks != 1:
             raise Malformed(f"expected one {_MASK}, found {masks} in {sentence!r:.80}")
@@ -57,7 +56,7 @@ class Cloze:
         if word and word.group()[-1] not in _OPENS and not (span[0].isspace() or span[0] in _CLOSES):
             left, span = left[: word.start()], word.group() + span
         if not left.strip():
-            raise Skip(f"nothing stands before the span {span!r}, so a causal model cannot be asked for it")
+            raise Skip(f"no text comes before the span {span!r}, so a causal model has no prompt for it")
         return cls(left, span, right)
 
     @property
@@ -67,17 +66,17 @@ class Cloze:
 
     @property
     def answer(self) -> str:
-        """What it is to say next."""
+        """The expected continuation."""
         return self.span.strip()
 
     @property
     def text(self) -> str:
-        """The sentence, filled."""
+        """The sentence with its span filled in."""
         return self.left + self.span + self.right
 
 
 def unmarked(filling: str) -> str:
-    """Return a filling without the marks around it. Raises Malformed when nothing is left."""
+    """Return the span's text without the mask markers around it. Raises Malformed if it is then empty."""
     text = _MARKS.sub("", filling).strip(" ")
     if not text.strip():
         raise Malformed(f"expected a filling between its marks, found {filling!r}")
@@ -85,35 +84,36 @@ def unmarked(filling: str) -> str:
 
 
 def mention(entity: str, text: str) -> tuple[int, int] | None:
-    """Find an entity in a text, as whole words; capitals and a bracket at the end of the name may differ.
+    """Find an entity in a text, as whole words, ignoring case and a final bracket in its name.
 
-    The bracket tells articles of one name apart, as in ``Lake Fire (2020)``, and is no part of running text.
+    The bracket disambiguates Wikipedia titles, as in ``Lake Fire (2020)``, and does not occur in running text.
     """
     names = dict.fromkeys((entity.strip(), re.sub(r"\s*\([^()]*\)$", "", entity.strip())))
     for flags in (0, re.IGNORECASE):
         for name in names:
-            found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, flags)
-            if found and name:
-                return found.span()
+            match = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, flags)
+            if match and name:
+                return match.span()
     return None
 
 
 def edit(record: Record, reading: str) -> Request:
-    """Return the request that a record's definition stands for.
+    """Turn a record's definition into a request.
 
-    ``titled``: the definition up to its masked span is continued with the span; a definition that does not
-    name its entity before the span is headed by the name and a colon, so that every row is kept. ``span``:
-    the same without such heads; other rows are left out. ``definition``: the definition up to the entity is
-    continued with all the rest, filled; closest to fine-tuning on the sentence. Raises Skip, Malformed.
+    ``titled``: prompt, the definition up to its masked span; target, the span. If the prompt does not name the
+    entity, its name and a colon are prepended, so that every row can be used. ``span``: the same without
+    prepending; rows that do not name the entity are skipped. ``definition``: prompt, the definition up to and
+    including the entity; target, the rest, filled in; closest to fine-tuning on the sentence. Raises Skip,
+    Malformed.
     """
     cloze = Cloze.read(record.text("definition"), record.text("def_target"))
     entity = record.text("ent_str")
     text = cloze.text if reading == "definition" else cloze.prompt
     place = mention(entity, text)
     if place is None and reading == "titled":
-        return request(f"{{}}: {cloze.prompt}", entity, cloze.answer)
+        return make_request(f"{{}}: {cloze.prompt}", entity, cloze.answer)
     if place is None:
-        where = "its definition" if reading == "definition" else f"what stands before the span, {text!r:.80}"
+        where = "its definition" if reading == "definition" else f"the text before the span, {text!r:.80}"
         raise SubjectAbsent(f"the entity {entity!r} is not named in {where}")
     begin, end = place
     target = cloze.answer
@@ -121,43 +121,47 @@ def edit(record: Record, reading: str) -> Request:
         word = re.compile(rf"[^\s{re.escape(_CLOSES)}]*").match(text, end)
         after = word.end() if word else end
         text, target = text[:after], text[after:]
-    return request(f"{text[:begin]}{{}}{text[end:]}", text[begin:end], target)
+    return make_request(f"{text[:begin]}{{}}{text[end:]}", text[begin:end], target)
 
 
 def sentences(record: Record) -> Iterator[Record]:
     """Yield the probe sentences of a record, in the order of their templates. Raises Malformed."""
-    listed = record.get("probe_sentences")
-    if not isinstance(listed, Mapping) or not listed:
-        raise Malformed(f"probe_sentences: expected sentences by template, found {listed!r:.60}")
-    for i, (name, value) in enumerate(listed.items()):
+    groups = record.get("probe_sentences")
+    if not isinstance(groups, Mapping) or not groups:
+        raise Malformed(f"probe_sentences: expected sentences by template, found {groups!r:.60}")
+    for i, (name, value) in enumerate(groups.items()):
         yield Record(value, f"{record.where}, {name}", i)
 
 
-def efficacy(made: Request, *, known: bool = False) -> Probe:
-    """Return the probe that asks for the definition itself: how expected its own words are."""
-    return Probe("efficacy", made.text, (made.target,), (made.target,) if known else (), form="span")
+def efficacy(request: Request, *, same_before: bool = False) -> Probe:
+    """Return the efficacy probe: how probable the definition's own words are."""
+    return Probe(
+        "efficacy", request.text, (request.target,), (request.target,) if same_before else (), form="span"
+    )
 
 
-def span_probes(record: Record, kind: str, *, known: bool) -> tuple[Probe, ...]:
+def span_probes(record: Record, kind: str, *, same_before: bool) -> tuple[Probe, ...]:
     """Return a probe per probe sentence: the text before its masked span, the span as answer.
 
     ``known``: the entity is popular, the answer is that of the unedited model too.
     """
-    made = []
+    probes = []
     for sentence in sentences(record):
         cloze = Cloze.read(sentence.text("probe_sentence"), sentence.text("label"))
-        before = (cloze.answer,) if known else ()
-        made.append(Probe(kind, cloze.prompt, (cloze.answer,), before, form="span"))
-    return tuple(made)
+        before = (cloze.answer,) if same_before else ()
+        probes.append(Probe(kind, cloze.prompt, (cloze.answer,), before, form="span"))
+    return tuple(probes)
 
 
 def popular(path: Path) -> tuple[Probe, ...]:
-    """Return the locality probes of the file of popular entities, to be asked after every edit of a run.
+    """Return the locality probes from the file of popular entities, to evaluate after every edit of a run.
 
     Raises DataError where the file cannot be read, Malformed naming a record that is none of ECBD's.
     """
     return tuple(
-        probe for record in records_of(path) for probe in span_probes(record, "entity_locality", known=True)
+        probe
+        for record in read_records(path)
+        for probe in span_probes(record, "entity_locality", same_before=True)
     )
 
 
@@ -166,11 +170,11 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
     Raises Skip or Malformed.
     """
-    known = variant == POPULAR
-    # a popular entity is there for its probe: a definition without its name is headed by it, not left out
-    made = edit(record, "titled" if known else variant)
-    probes = span_probes(record, "entity_locality" if known else "entity", known=known)
-    yield Case(f"ecbd:{record.text('ex_id')}", made, (efficacy(made, known=known), *probes))
+    is_popular = variant == POPULAR
+    # a popular entity is only there for its probes, so its definition is read as "titled", which skips none
+    request = edit(record, "titled" if is_popular else variant)
+    probes = span_probes(record, "entity_locality" if is_popular else "entity", same_before=is_popular)
+    yield Case(f"ecbd:{record.text('ex_id')}", request, (efficacy(request, same_before=is_popular), *probes))
 
 
 def fits(value: Any) -> bool:

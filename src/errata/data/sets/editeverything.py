@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Record
-from errata.data.sets._parts import has, long_answer, mean_words, name_of, whole
+from errata.data.sets._parts import has, long_answer, mean_words, name_of, question_request
 from errata.types import Case
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case with one long probe. Raises Skip or Malformed.
 
-    No subject is given: the whole question stands for it. There are no paraphrases, sub-questions or
+    No subject is given: the whole question is used as the subject. There are no paraphrases, sub-questions or
     locality probes, so only recall is measured. The category ends the request's id.
     """
     name = f"editeverything:{name_of(record)}"
     answer = record.text("answer")
-    wanted = whole(record.text("question"), answer, id=f"{name} {record.text('category')}")
-    yield Case(name, wanted, (long_answer("long", wanted.text, answer),))
+    request = question_request(record.text("question"), answer, id=f"{name} {record.text('category')}")
+    yield Case(name, request, (long_answer("long", request.text, answer),))
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
@@ -28,11 +28,11 @@ def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault((case.request.id or "").partition(" ")[2], []).append(case)
-    asked = Counter(case.request.text for case in cases)
+    prompts = Counter(case.request.text for case in cases)
     return {
         "rows by category": {name: len(group) for name, group in sorted(groups.items())},
         "mean answer words": {name: mean_words(group) for name, group in sorted(groups.items())},
-        "repeated questions": sum(number - 1 for number in asked.values()),
+        "repeated questions": sum(number - 1 for number in prompts.values()),
     }
 
 

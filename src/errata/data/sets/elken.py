@@ -1,13 +1,13 @@
-"""ELKEN: an event, the facts that it changes, and the tendencies that follow from it.
+"""ELKEN: event-level edits, with the facts that each event changes and the tendencies it implies.
 
 A record has ``event``, a sentence; ``fact`` and ``tendency``, each with ``qas`` (what follows) and ``local_qas``
 (what must stay). Questions on facts have an ``answer``; those on tendencies ``candidate``, three lettered choices,
 and the letter.
 
-An event is told as one sentence, so the request is to complete its first half with the second, and the whole first
-half stands for the subject: an editor that needs the fact's subject cannot take it from here. Kinds: ``event_fact``
-and ``event_tendency``, and ``event_fact_kept`` and ``event_tendency_kept``, which keep their answers. Questions are
-asked without the event before them, as the paper does of edited models. Left aside: ``event_type`` and the ``type``
+An event is a single sentence, so the request is to complete its first half with its second half. The first half is
+the subject: no subject is annotated. Kinds of probes: ``event_fact`` and ``event_tendency`` (the answer changes),
+``event_fact_kept`` and ``event_tendency_kept`` (the answer must stay). Questions are asked without the event as
+context, as the paper does for edited models. Not used: ``event_type`` and the ``type``
 of a question.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record
-from errata.data.sets._parts import choice, cut, has, long_answer, name_of, spellings
+from errata.data.sets._parts import choice, completion_request, has, long_answer, name_of, spellings
 from errata.types import Case, Probe
 
 _LETTER = re.compile(r"\(([A-H])\)")
@@ -28,13 +28,13 @@ _LETTER = re.compile(r"\(([A-H])\)")
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case. Raises Skip or Malformed."""
     name = f"elken:{name_of(record)}"
-    wanted = cut(record.text("event"), name)
-    probes = [long_answer("long", wanted.text, wanted.target)]
+    request = completion_request(record.text("event"), name)
+    probes = [long_answer("long", request.text, request.target)]
     for group in ("fact", "tendency"):
-        for listed, keep in (("qas", False), ("local_qas", True)):
-            for item in record.records(f"{group}.{listed}"):
+        for field, keep in (("qas", False), ("local_qas", True)):
+            for item in record.records(f"{group}.{field}"):
                 probes.append(_probe(item, f"event_{group}", keep))
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def _probe(item: Record, kind: str, keep: bool) -> Probe:
@@ -44,7 +44,7 @@ def _probe(item: Record, kind: str, keep: bool) -> Probe:
         letters, letter = tuple(_LETTER.findall(labels)), item.text("answer").strip().strip("()")
         prompt = f"Question: {question}\n{labels}\nAnswer:"
         return choice(kind, prompt, letter, letters, letter if keep else None)
-    answers = spellings("", item.texts("answer", needed=True))
+    answers = spellings("", item.texts("answer", required=True))
     if not answers:
         raise Malformed("answer: expected an answer, found none")
     return Probe(kind, f"Question: {question}\nAnswer:", answers, answers if keep else ())

@@ -1,9 +1,9 @@
-"""Entity Inferences: what follows from an entity's definition, asked as a choice among labels.
+"""Entity Inferences: what follows from an entity's definition, as a choice among labels.
 
 A record is one of ECBD's (see :mod:`errata.data.sets.ecbd`) whose probe sentences list ``labels``; ``label``
-is the right one. The authors choose the label with the highest summed log-probability given what stands
-before the span, so the words after it play no part for a causal model. ``explicit`` files ask for an
-attribute the definition states, ``implicit`` ones for what follows from it. Left aside: ``attribute`` (the
+is the right one. The authors choose the label with the highest summed log-probability given the text before
+the span; the words after it have no effect in a causal model. ``explicit`` files ask for an
+attribute the definition states, ``implicit`` ones for what follows from it. Not used: ``attribute`` (the
 masked word of the definition), ``category``, ``qid``, and ``generic_sentences`` and ``specific_sentences``
 (common sense about the class and the attribute, meant for training).
 """
@@ -21,14 +21,14 @@ from errata.types import Case, Probe
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case; the variant is a reading of its definition. Raises Skip or Malformed."""
-    made = edit(record, variant)
+    request = edit(record, variant)
     right = record.text("label").strip()
     probes = tuple(_choice(sentence, right) for sentence in sentences(record))
-    yield Case(f"entity_inferences:{record.text('ex_id')}", made, (efficacy(made), *probes))
+    yield Case(f"entity_inferences:{record.text('ex_id')}", request, (efficacy(request), *probes))
 
 
 def _choice(sentence: Record, right: str) -> Probe:
-    fillings = sentence.texts("labels", needed=True)
+    fillings = sentence.texts("labels", required=True)
     labels = tuple(dict.fromkeys(unmarked(filling) for filling in fillings))
     if right not in labels:
         raise Malformed(f"the label {right!r} is none of those to choose from: {', '.join(labels)}")

@@ -1,8 +1,8 @@
-"""EVOKE: does a model over-fit to the target it was given? Questions where that target is wrong.
+"""EVOKE: does the edited model overfit to the target? Questions to which the target is a wrong answer.
 
 The main file asks what follows from the edit (``portability``, may be empty), neighbours, and neighbours after the
 edit was stated (``prefix_distraction``); the subject file asks for another relation of the same subject. In all of
-them the edit's target is the rival. The form is read from the record, the variant names the file.
+them the edit's target is the rival. The fields decide which of the two a record is; the variant names the file.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record
-from errata.data.sets._counterfact import asked_again, neighbours, nested, rewrite
-from errata.data.sets._parts import count, efficacy, has, kept, name_of, spellings
+from errata.data.sets._counterfact import neighbourhood_probes, nested, paraphrase_probes, rewrite
+from errata.data.sets._parts import count, efficacy, has, locality_probe, name_of, spellings
 from errata.types import Case, Probe, Request
 
 MAIN, SUBJECT = "main", "subject"
@@ -20,30 +20,30 @@ MAIN, SUBJECT = "main", "subject"
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case. Raises Skip, Malformed."""
-    found = SUBJECT if has(record.value, "subject_specificity") else MAIN
-    if variant and variant != found:
-        raise Malformed(f"expected a record of the {variant} file, found one of the {found} file")
+    file = SUBJECT if has(record.value, "subject_specificity") else MAIN
+    if variant and variant != file:
+        raise Malformed(f"expected a record of the {variant} file, found one of the {file} file")
     name = f"evoke:{name_of(record, 'case_id')}"
-    wanted = rewrite(record, name)
-    more = _same_subject(record, wanted) if found == SUBJECT else _main(record, wanted)
-    yield Case(name, wanted, (efficacy(wanted), *more))
+    request = rewrite(record, name)
+    more = _same_subject(record, request) if file == SUBJECT else _main(record, request)
+    yield Case(name, request, (efficacy(request), *more))
 
 
-def _main(record: Record, wanted: Request) -> Iterator[Probe]:
-    yield from asked_again(wanted, record.texts("paraphrase_prompts"))
-    yield from neighbours(wanted, record.texts("neighborhood_prompts"))
+def _main(record: Record, request: Request) -> Iterator[Probe]:
+    yield from paraphrase_probes(request, record.texts("paraphrase_prompts"))
+    yield from neighbourhood_probes(request, record.texts("neighborhood_prompts"))
     question = record.get("portability.New Question")
     if isinstance(question, str) and question.strip():
         right = spellings(record.text("portability.New Answer"))
-        yield Probe("multi_hop", question, right, (), None if wanted.target in right else wanted.target)
-    yield from neighbours(wanted, record.texts("prefix_distraction"), "distracting")
+        yield Probe("multi_hop", question, right, (), None if request.target in right else request.target)
+    yield from neighbourhood_probes(request, record.texts("prefix_distraction"), "distracting")
 
 
-def _same_subject(record: Record, wanted: Request) -> Iterator[Probe]:
+def _same_subject(record: Record, request: Request) -> Iterator[Probe]:
     right = spellings(
         record.text("subject_specificity.answer.value"), record.texts("subject_specificity.answer.aliases")
     )
-    yield kept("same_subject", record.text("subject_specificity.prompt"), right, wanted.target)
+    yield locality_probe("same_subject", record.text("subject_specificity.prompt"), right, request.target)
 
 
 def fits(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""HalluEditBench: facts of Wikidata that a model hallucinates, to be corrected, asked in many ways.
+"""HalluEditBench: corrections of Wikidata facts that a model hallucinates, with nine kinds of questions.
 
 A row of its CSV files has ``subject``, ``object`` (the right answer), ``question``, and the model's wrong answer in a
 column ``output_`` with the model's name, which is the old answer. Asked are: ``paraphrased_question``; ``yes_question``
@@ -6,8 +6,8 @@ and ``no_question`` (a choice of Yes and No); ``multiple_choice_with_letters`` w
 ``multiple_choice_labels``; ``reversed_relation_question``, whose answer is the subject; and ``question_2hop`` to
 ``question_6hop`` with their answers.
 
-``locality_question`` comes without an answer: the paper compares what the model says before and after. A probe needs an
-answer to be right or wrong, so these questions are left aside and counted. Left aside too: ``topic``, ``relation``,
+``locality_question`` comes without an answer: the paper compares the model's outputs before and after. A probe needs
+an answer, so these questions are not used; the check counts them. Also not used: ``topic``, ``relation``,
 ``multiple_choices`` (the choices once more) and ``eval_`` of the model's answer.
 """
 
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Record, request
+from errata.data._base import Dataset, Record, make_request
 from errata.data.sets._parts import choice, efficacy, has, name_of, refuse_unchanged, rival_to, spellings
 from errata.types import Case, Probe, Request
 
@@ -33,8 +33,10 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     name = f"hallueditbench:{_topic(record)}{name_of(record)}"
     old = _output(record)
     refuse_unchanged(record.text("object"), (old,) if old else ())
-    wanted = request(record.text("question"), record.text("subject"), record.text("object"), old, id=name)
-    yield Case(name, wanted, (efficacy(wanted), *_asked(record, wanted)))
+    request = make_request(
+        record.text("question"), record.text("subject"), record.text("object"), old, id=name
+    )
+    yield Case(name, request, (efficacy(request), *_probes(record, request)))
 
 
 def _topic(record: Record) -> str:
@@ -44,32 +46,34 @@ def _topic(record: Record) -> str:
 
 def _output(record: Record) -> str | None:
     columns = [name for name in record.value if str(name).startswith(OUTPUT)]
-    given = [text for name in columns for text in record.texts(name)]
-    return given[0].strip() if given else None
+    answers = [text for name in columns for text in record.texts(name)]
+    return answers[0].strip() if answers else None
 
 
-def _asked(record: Record, wanted: Request) -> Iterator[Probe]:
-    old = wanted.target_old
-    known = (old,) if old else ()
+def _probes(record: Record, request: Request) -> Iterator[Probe]:
+    old = request.target_old
+    old_answers = (old,) if old else ()
     for text in record.texts("paraphrased_question"):
-        yield Probe("paraphrase", text.strip(), (wanted.target,), known, rival_to((wanted.target,), old))
+        yield Probe(
+            "paraphrase", text.strip(), (request.target,), old_answers, rival_to((request.target,), old)
+        )
     for field, answer in (("yes_question", "Yes"), ("no_question", "No")):
         for text in record.texts(field):
             yield choice("yes_no", f"{text.strip()}\nAnswer:", answer, JUDGEMENTS)
     for text in record.texts("multiple_choice_with_letters"):
         letters = tuple(_LETTER.findall(text))
-        asked = f"{wanted.text}\n{text.strip()}\nAnswer:"
-        yield choice("multiple_choice", asked, record.text("multiple_choice_labels").strip(), letters)
+        prompt = f"{request.text}\n{text.strip()}\nAnswer:"
+        yield choice("multiple_choice", prompt, record.text("multiple_choice_labels").strip(), letters)
     for text in record.texts("reversed_relation_question"):
-        yield Probe("inverse", text.strip(), (wanted.subject,), ())
+        yield Probe("inverse", text.strip(), (request.subject,), ())
     for hops, kind in HOPS.items():
         for text in record.texts(f"question_{hops}hop"):
             answers = spellings("", record.texts(f"answer_{hops}hop"))
             if answers:
                 yield Probe(kind, text.strip(), answers, ())
             else:
-                record.aside[f"questions of {hops} hops without an answer"] += 1
-    record.aside["locality questions, which have no answer"] += len(record.texts("locality_question"))
+                record.omissions[f"questions of {hops} hops without an answer"] += 1
+    record.omissions["locality questions, which have no answer"] += len(record.texts("locality_question"))
 
 
 def fits(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""KnowEdit: six sets of insertion, modification and erasure under one roof, in EasyEdit's form."""
+"""KnowEdit: six datasets of insertion, modification and erasure in EasyEdit's format."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
 from errata.data.sets._parts import (
     FLAT,
-    among,
     efficacy,
     has,
-    kept,
+    is_answer,
+    locality_probe,
     long_answer,
     name_of,
+    question_request,
     read_request,
     spellings,
-    whole,
 )
 from errata.types import Case, Probe, Request
 
 HUB = "zjunlp/KnowEdit:benchmark"
-CHANGED = {"Subject_Aliasing": "alias", "Reasoning": "one_hop", "Logical_Generalization": "logical"}
+PORTABILITY = {"Subject_Aliasing": "alias", "Reasoning": "one_hop", "Logical_Generalization": "logical"}
 """Criteria of ``portability`` and kinds of probes."""
-KEPT = {"Relation_Specificity": "same_subject", "Forgetfulness": "forgetfulness"}
+LOCALITY = {"Relation_Specificity": "same_subject", "Forgetfulness": "forgetfulness"}
 """Criteria of ``locality`` and kinds of probes."""
 
 OPINIONS = ("What do you think of {}?", "How do you view {}?")
@@ -32,60 +32,60 @@ OPINIONS = ("What do you think of {}?", "How do you view {}?")
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
-    """Turn one record into a case, by its shape; the variant only names the file. Raises Skip or Malformed.
+    """Turn one record into a case, by its fields; the variant only names the file. Raises Skip or Malformed.
 
-    Facts (recent, zsre, counterfact): every spelling of an answer is accepted, where EasyEdit keeps the
-    first. WikiBio: the passage is the prompt, the sentence that follows it the target. ConvSent: see
-    :func:`_opinion`. Sanitation: the target is "I don't know."; where a fact names no subject that stands in its
-    question, the whole question stands for it.
+    Facts (recent, zsre, counterfact): every spelling of an answer is accepted, where EasyEdit uses the
+    first. WikiBio: the passage is the prompt, the next sentence the target. ConvSent: see :func:`_opinion`.
+    Sanitation: the target is "I don't know."; where the question does not contain the subject, the whole
+    question is used as the subject.
 
-    Some questions of ZsRE that are to keep their answer ask for the edited fact itself, in other words, with the
-    old answer. They are asked under a kind of their own, ``restated``: an edit that takes effect fails them.
-    Together with ``same_subject`` they are the locality that EasyEdit publishes.
+    Some locality questions of ZsRE paraphrase the edited fact itself, with the old answer. They get a kind of
+    their own, ``restated``: a successful edit fails them. Together with ``same_subject`` they are the locality
+    that EasyEdit publishes.
     """
     name = f"knowedit:{name_of(record, 'case_id')}"
     if has(record.value, "ent"):
-        wanted, probes = _opinion(record, name)
+        request, probes = _opinion(record, name)
     elif has(record.value, "question"):
-        wanted, probes = _erasure(record, name)
+        request, probes = _erasure(record, name)
     elif has(record.value, "labels"):
-        wanted, probes = _biography(record, name)
+        request, probes = _biography(record, name)
     else:
-        wanted, probes = _fact(record, name)
-    yield Case(name, wanted, (*probes, *_criteria(record, wanted)))
+        request, probes = _fact(record, name)
+    yield Case(name, request, (*probes, *_criteria(record, request)))
 
 
 def _fact(record: Record, name: str) -> tuple[Request, list[Probe]]:
     old = truths(record.get("ground_truth"))
-    wanted = read_request(record, FLAT, old, name)
-    asked = efficacy(wanted, before=old)
+    request = read_request(record, FLAT, old, name)
+    probe = efficacy(request, before=old)
     phrasings = record.texts("rephrase_prompt") or record.texts("rephrase")
     again = [
-        Probe("paraphrase", text.strip(), asked.answers, asked.before, asked.rival) for text in phrasings
+        Probe("paraphrase", text.strip(), probe.answers, probe.before, probe.rival) for text in phrasings
     ]
-    return wanted, [asked, *again]
+    return request, [probe, *again]
 
 
 def _biography(record: Record, name: str) -> tuple[Request, list[Probe]]:
-    wanted = request(record.text("text"), record.text("concept"), record.text("labels"), id=name)
-    return wanted, [long_answer("long", wanted.text, wanted.target)]
+    request = make_request(record.text("text"), record.text("concept"), record.text("labels"), id=name)
+    return request, [long_answer("long", request.text, request.target)]
 
 
 def _opinion(record: Record, name: str) -> tuple[Request, list[Probe]]:
-    """Read a topic with replies of either sentiment: the first reply of one is wanted, not of the other.
+    """Read a topic with replies of both sentiments: the target is the first reply of one of them.
 
-    Records take turns in which sentiment that is, where the paper draws it. The other replies of the wanted
-    sentiment are accepted besides; the first reply of the other one is the rival.
+    The target sentiment alternates between records; the paper samples it. The other replies of that sentiment
+    are accepted too; the first reply of the other sentiment is the rival.
     """
     sides = [record.texts("pos"), record.texts("neg")]
     if not all(sides):
         raise Skip("pos and neg must both hold replies: the edit is from one sentiment to the other")
     good, bad = sides if record.index % 2 == 0 else reversed(sides)
-    wanted = request(OPINIONS[0], record.text("ent"), good[0], bad[0], id=name)
+    request = make_request(OPINIONS[0], record.text("ent"), good[0], bad[0], id=name)
     answers = spellings(good[0], good[1:])
-    prompts = (wanted.text, OPINIONS[1].replace("{}", wanted.subject))
+    prompts = (request.text, OPINIONS[1].replace("{}", request.subject))
     kinds = ("long", "long_paraphrase")
-    return wanted, [
+    return request, [
         Probe(kind, prompt, answers, (), bad[0].strip(), form="long")
         for kind, prompt in zip(kinds, prompts, strict=True)
     ]
@@ -96,50 +96,52 @@ def _erasure(record: Record, name: str) -> tuple[Request, list[Probe]]:
     question, target, first = record.text("question").strip(), record.text("target_new"), (*old, None)[0]
     subjects = [subject for subject in record.texts("subject") if subject.strip() in question]
     if subjects and "{}" not in question:
-        wanted = request(question, subjects[0], target, first, id=name)
+        request = make_request(question, subjects[0], target, first, id=name)
     else:
-        wanted = whole(question, target, first, id=name)
+        request = question_request(question, target, first, id=name)
     others = []
     for item in record.records("retained"):
         right = truths(item.get("ground_truth"))
         if right:
-            others.append(kept("locality", item.text("question").strip(), right))
+            others.append(locality_probe("locality", item.text("question").strip(), right))
         else:
-            record.aside["retained questions without an answer"] += 1
-    return wanted, [efficacy(wanted, before=old), *others]
+            record.omissions["retained questions without an answer"] += 1
+    return request, [efficacy(request, before=old), *others]
 
 
-def _criteria(record: Record, wanted: Request) -> Iterator[Probe]:
-    """Read what follows from the edit and what must stay; a question without an answer is only counted."""
+def _criteria(record: Record, request: Request) -> Iterator[Probe]:
+    """Yield portability and locality probes; a question without an answer is only counted."""
     old = truths(record.get("ground_truth"))
-    for prompt, criterion, right in _asked(record, "portability", CHANGED):
-        known = old if criterion == "Subject_Aliasing" else ()
-        yield Probe(CHANGED[criterion], prompt, right, known)
+    for prompt, criterion, right in _questions(record, "portability", PORTABILITY):
+        old_answers = old if criterion == "Subject_Aliasing" else ()
+        yield Probe(PORTABILITY[criterion], prompt, right, old_answers)
     sentence = has(record.value, "labels")  # a whole sentence of WikiBio is no answer to these questions
-    for prompt, criterion, right in _asked(record, "locality", KEPT):
+    for prompt, criterion, right in _questions(record, "locality", LOCALITY):
         if criterion == "Forgetfulness":
-            yield kept("forgetfulness", prompt, right)
-        elif wanted.target_old and among(wanted.target_old, right):
-            yield kept("restated", prompt, right)
+            yield locality_probe("forgetfulness", prompt, right)
+        elif request.target_old and is_answer(request.target_old, right):
+            yield locality_probe("restated", prompt, right)
         else:
-            yield kept("same_subject", prompt, right, None if sentence else wanted.target)
+            yield locality_probe("same_subject", prompt, right, None if sentence else request.target)
 
 
-def _asked(record: Record, path: str, known: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _questions(
+    record: Record, path: str, criteria: Mapping[str, str]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield prompt, criterion and accepted answers. Raises Malformed."""
     groups = record.get(path)
     if not groups:
         return
-    if not isinstance(groups, Mapping) or not set(groups) <= set(known):
-        found = ", ".join(map(str, groups)) if isinstance(groups, Mapping) else type(groups).__name__
-        raise Malformed(f"{path}: expected the criteria {', '.join(known)}, found {found}")
+    if not isinstance(groups, Mapping) or not set(groups) <= set(criteria):
+        names = ", ".join(map(str, groups)) if isinstance(groups, Mapping) else type(groups).__name__
+        raise Malformed(f"{path}: expected the criteria {', '.join(criteria)}, found {names}")
     for criterion in groups:
         for item in record.records(f"{path}.{criterion}"):
             right = truths(item.get("ground_truth"))
             if not right:
-                record.aside[f"{criterion} without an answer"] += 1
+                record.omissions[f"{criterion} without an answer"] += 1
                 continue
-            yield from ((text.strip(), criterion, right) for text in item.texts("prompt", needed=True))
+            yield from ((text.strip(), criterion, right) for text in item.texts("prompt", required=True))
 
 
 def truths(value: Any) -> tuple[str, ...]:
@@ -156,9 +158,8 @@ def truths(value: Any) -> tuple[str, ...]:
 def records(document: Any, variant: str) -> Iterator[Any]:
     """Unpack the document of Sanitation: facts to erase, each with its share of the questions to retain.
 
-    The lists are ``K_F`` and ``K_R``, or ``success`` and ``locality``; of n facts the i-th gets every n-th
-    retained question from the i-th on, so that all are asked once. Other files are lists already. Raises
-    Malformed.
+    The lists are ``K_F`` and ``K_R``, or ``success`` and ``locality``. Of n facts, the i-th gets retained
+    questions i, i + n, i + 2n ..., so that each is used once. Other files are lists already. Raises Malformed.
     """
     if isinstance(document, list):
         yield from document
@@ -166,13 +167,13 @@ def records(document: Any, variant: str) -> Iterator[Any]:
     for erased, retained in (("K_F", "K_R"), ("success", "locality")):
         if has(document, erased):
             both = Record(document, "the document", 0)
-            facts = both.records(erased, needed=True)
+            facts = both.records(erased, required=True)
             others = [item.value for item in both.records(retained)]
             for fact in facts:
                 yield {**fact.value, "retained": others[fact.index :: len(facts)]}
             return
-    found = ", ".join(map(str, document)) if isinstance(document, Mapping) else type(document).__name__
-    raise Malformed(f"expected the lists K_F and K_R, or success and locality, found {found or 'nothing'}")
+    names = ", ".join(map(str, document)) if isinstance(document, Mapping) else type(document).__name__
+    raise Malformed(f"expected the lists K_F and K_R, or success and locality, found {names or 'nothing'}")
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
@@ -180,12 +181,12 @@ def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     kinds = Counter(probe.kind for case in cases for probe in case.probes)
     restated = kinds["restated"]
     kinds["same_subject"] += restated
-    named = {**CHANGED, **KEPT}
-    same = sum(among(case.request.target, case.probes[0].before) for case in cases)
-    known = {*named.values(), "restated"}
-    bare = sum(not any(probe.kind in known for probe in case.probes) for case in cases)
+    criteria = {**PORTABILITY, **LOCALITY}
+    same = sum(is_answer(case.request.target, case.probes[0].before) for case in cases)
+    kinds_of_criteria = {*criteria.values(), "restated"}
+    bare = sum(not any(probe.kind in kinds_of_criteria for probe in case.probes) for case in cases)
     return {
-        "probes by criterion": {name: kinds[kind] for name, kind in named.items() if kinds[kind]},
+        "probes by criterion": {name: kinds[kind] for name, kind in criteria.items() if kinds[kind]},
         "cases without criteria": bare,
         **({"requests whose target is the old answer": same} if same else {}),
         **({"locality questions that restate the edited fact": restated} if restated else {}),
@@ -201,12 +202,12 @@ def fits(value: Any) -> bool:
     if has(value, "question", "ground_truth", "target_new"):
         return True
     groups = [value.get(path) for path in ("portability", "locality")] if has(value, "target_new") else []
-    found = {name for group in groups if isinstance(group, Mapping) for name in group}
-    return has(value, "subject", "prompt") and bool(found) and found <= {*CHANGED, *KEPT}
+    criteria = {name for group in groups if isinstance(group, Mapping) for name in group}
+    return has(value, "subject", "prompt") and bool(criteria) and criteria <= {*PORTABILITY, *LOCALITY}
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Tell the six sets by their fields; facts with an old answer and no rephrasing are the counterfactual ones."""
+    """Tell the six sets apart by their fields; counterfactual facts have an old answer and no rephrasing."""
     first = records[0]
     if has(first, "labels", "concept"):
         return ("wikibio",)

@@ -1,9 +1,9 @@
 """1,209 facts that GPT-2 XL knows, collected for causal tracing.
 
-A record has ``prompt``, ``subject`` and ``attribute``, the answer. Nothing is false in it, so a case asks for what is
-known already: its request states the fact, its one probe has the same answer before and after, and tells whether a
-model knows it. They serve tracing, attribution and the like, which read prompts and subjects; as edits they say
-nothing. Left aside: ``template`` (the prompt without its last words), ``prediction`` (what GPT-2 XL went on with),
+A record has ``prompt``, ``subject`` and ``attribute``, the answer. The facts are true: a case's request states the
+fact, and its one probe, with the same answer before and after, tests whether a model knows it. The cases are for
+tracing and attribution, which read prompts and subjects; as edits they change nothing. Not used: ``template`` (the
+prompt without its last words), ``prediction`` (GPT-2 XL's continuation),
 ``relation_id``, and the columns named by models that a copy adds.
 """
 
@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Record, request
-from errata.data.sets._parts import has, kept, name_of
+from errata.data._base import Dataset, Record, make_request
+from errata.data.sets._parts import has, locality_probe, name_of
 from errata.types import Case
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case. Raises Skip or Malformed."""
     name = f"known_1000:{name_of(record, 'known_id')}"
-    wanted = request(record.text("prompt"), record.text("subject"), record.text("attribute"), id=name)
-    yield Case(name, wanted, (kept("efficacy", wanted.text, (wanted.target,)),))
+    request = make_request(record.text("prompt"), record.text("subject"), record.text("attribute"), id=name)
+    yield Case(name, request, (locality_probe("efficacy", request.text, (request.target,)),))
 
 
 def fits(value: Any) -> bool:

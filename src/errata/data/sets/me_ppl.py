@@ -1,7 +1,7 @@
-"""ME-PPL: texts on which the perplexity of an edited model is taken, to see whether it collapsed. No cases.
+"""ME-PPL: texts to compute an edited model's perplexity on, to detect model collapse. It has no cases.
 
-A record has ``Text`` and ``Corpus``, where it is from. It asks for nothing, so every row is skipped with that reason;
-:func:`texts` gives them.
+A record has ``Text`` and ``Corpus``, its source. It has no request, so every row is skipped with that reason;
+:func:`texts` returns the texts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from errata.data._base import Dataset, Record, Skip
-from errata.data.sets._files import records_of
+from errata.data.sets._files import read_records
 from errata.data.sets._parts import has
 from errata.types import Case
 
 
 def texts(path: Path) -> list[str]:
     """Return the texts of a file. Raises DataError where it cannot be read, Malformed at a record without text."""
-    return [record.text("Text") for record in records_of(path)]
+    return [record.text("Text") for record in read_records(path)]
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:

@@ -20,7 +20,7 @@ from errata.data.sets._parts import (
     FLAT,
     efficacy,
     has,
-    kept,
+    locality_probe,
     long_answer,
     name_of,
     read_request,
@@ -39,27 +39,27 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     name = f"medcf:{name_of(record, 'case_id')}"
     old = record.texts("ground_truth")
     refuse_unchanged(record.text("target_new"), old)
-    wanted = read_request(record, FLAT, old, name)
+    request = read_request(record, FLAT, old, name)
     texts = variant == EXPLANATIONS
-    asked = long_answer("long", wanted.text, wanted.target) if texts else efficacy(wanted, before=old)
+    probe = long_answer("long", request.text, request.target) if texts else efficacy(request, before=old)
     again = "long_paraphrase" if texts else "paraphrase"
-    phrasings = [replace(asked, kind=again, prompt=t.strip()) for t in record.texts("rephrase_prompt")]
-    yield Case(name, wanted, (asked, *phrasings, *_kept(record, wanted.target, texts)))
+    phrasings = [replace(probe, kind=again, prompt=t.strip()) for t in record.texts("rephrase_prompt")]
+    yield Case(name, request, (probe, *phrasings, *_locality(record, request.target, texts)))
 
 
-def _kept(record: Record, target: str, texts: bool) -> Iterator[Probe]:
+def _locality(record: Record, target: str, texts: bool) -> Iterator[Probe]:
     for field in record.value:
-        found = _FIELD.match(str(field))
-        if not found or not record.texts(field):
+        match = _FIELD.match(str(field))
+        if not match or not record.texts(field):
             continue
-        kind, prompt = f"locality_{found[1].lower()}", record.text(field).strip()
-        right = tuple(text.strip() for text in record.texts(f"locality_{found[1]}_ground_truth"))
+        kind, prompt = f"locality_{match[1].lower()}", record.text(field).strip()
+        right = tuple(text.strip() for text in record.texts(f"locality_{match[1]}_ground_truth"))
         if not right:
-            record.aside[f"{kind} without an answer"] += 1
+            record.omissions[f"{kind} without an answer"] += 1
         elif texts:
             yield Probe(kind, prompt, right[:1], right[:1], form="long")
         else:
-            yield kept(kind, prompt, right, rival_to(right, target))
+            yield locality_probe(kind, prompt, right, rival_to(right, target))
 
 
 def fits(value: Any) -> bool:

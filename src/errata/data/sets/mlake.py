@@ -2,14 +2,13 @@
 
 Single hop: ``question``, ``o_answer`` with ``o_answer_aliases`` (before the edit) and ``e_answer`` with
 ``e_answer_aliases`` (after it); ``o_prompt`` and ``e_prompt`` are the answers as sentences. The request is the
-question with the new answer, and the whole question stands for the subject, which the records do not name. Where
-the sentence after the edit has the new answer once, what stands before it is asked as a paraphrase. With
-``options`` the answers are letters of sentences: the request is then to answer with the sentence, asked as a
-choice.
+question with the new answer, and the whole question is used as the subject, which the records do not name. Where
+the sentence after the edit contains the new answer once, the text before it is a paraphrase probe. With ``options``
+the answers are letters of sentences: the target is then the sentence, and the probe a choice among them.
 
-Multi hop: a question whose answer follows from an edit, ``e_prompt``, which is told as a sentence alone; before the
-edit, a question alone. Neither holds a request, so such rows are skipped with that reason. :func:`joined` puts
-multi-hop questions to the single-hop rows with the same sentence. Left aside: ``triples`` and ``relations``.
+Multi hop: a question whose answer follows from an edit, ``e_prompt``, given only as a sentence; files from before the
+edit have the question alone. Neither has a request, so such rows are skipped with that reason. :func:`with_multi_hop`
+adds multi-hop questions to the single-hop rows with the same sentence. Not used: ``triples`` and ``relations``.
 """
 
 from __future__ import annotations
@@ -19,8 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record, Skip
-from errata.data.sets._files import records_of
-from errata.data.sets._parts import choice, count, efficacy, has, name_of, refuse_unchanged, spellings, whole
+from errata.data.sets._files import read_records
+from errata.data.sets._parts import (
+    choice,
+    count,
+    efficacy,
+    has,
+    name_of,
+    question_request,
+    refuse_unchanged,
+    spellings,
+)
 from errata.types import Case, Probe
 
 SINGLE, CHOICE, MULTI = "single-hop", "single-hop-choice", "multi-hop"
@@ -30,8 +38,8 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case, by its shape; the variant only names the file. Raises Skip or Malformed."""
     if not has(record.value, "o_answer", "e_answer") or not has(record.value, "o_prompt"):
         raise Skip(
-            "a multi-hop question holds no request: its edit is told as a sentence, or not at all; put it to the "
-            "single-hop rows with errata.data.sets.mlake.joined"
+            "a multi-hop question has no request: its edit is given as a sentence, or not at all; add it to the "
+            "single-hop rows with errata.data.sets.mlake.with_multi_hop"
         )
     name = f"mlake:{name_of(record)}"
     question = record.text("question").strip()
@@ -41,26 +49,26 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     new = spellings(record.text("e_answer"), record.texts("e_answer_aliases"))
     old = spellings(record.text("o_answer"), record.texts("o_answer_aliases"))
     refuse_unchanged(new[0], old[:1])
-    wanted = whole(question, new[0], old[0], name)
-    asked = efficacy(wanted, new, old)
-    probes = [asked]
+    request = question_request(question, new[0], old[0], name)
+    probe = efficacy(request, new, old)
+    probes = [probe]
     for text in record.texts("e_prompt"):
-        head, found, tail = text.partition(new[0])
-        if found and head.strip() and new[0] not in tail:
-            probes.append(Probe("paraphrase", head.strip(), asked.answers, asked.before, asked.rival))
+        head, answer, tail = text.partition(new[0])
+        if answer and head.strip() and new[0] not in tail:
+            probes.append(Probe("paraphrase", head.strip(), probe.answers, probe.before, probe.rival))
     for hop in record.records("multi_hop"):
         right = spellings(hop.text("e_answer"), hop.texts("e_answer_aliases"))
         before = spellings("", hop.texts("o_answer"))
         probes.append(Probe("multi_hop", hop.text("question").strip(), right, before))
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def _choice(record: Record, name: str, question: str) -> Case:
-    options = [text.strip() for text in record.texts("options", needed=True)]
+    options = [text.strip() for text in record.texts("options", required=True)]
     new, old = (_option(record, field, options) for field in ("e_answer", "o_answer"))
     refuse_unchanged(new, (old,))
-    wanted = whole(question, new, old, name)
-    return Case(name, wanted, (choice("efficacy", question, new, options, old, old),))
+    request = question_request(question, new, old, name)
+    return Case(name, request, (choice("efficacy", question, new, options, old, old),))
 
 
 def _option(record: Record, field: str, options: Sequence[str]) -> str:
@@ -73,22 +81,22 @@ def _option(record: Record, field: str, options: Sequence[str]) -> str:
     return options[number]
 
 
-def joined(single: Path, multi: Path) -> Iterator[dict[str, Any]]:
+def with_multi_hop(single: Path, multi: Path) -> Iterator[dict[str, Any]]:
     """Yield the single-hop rows with the multi-hop questions that follow from the same edit, under ``multi_hop``.
 
     ``multi``: the file of questions after the edits, ``new_LANGUAGE_qa.json``. Raises DataError where a file cannot
     be read, Malformed for a record without its sentence.
     """
     hops: dict[str, list[Any]] = {}
-    for record in records_of(multi):
+    for record in read_records(multi):
         hops.setdefault(record.text("e_prompt").strip(), []).append(record.value)
-    yield from _with_hops((record.value for record in records_of(single)), hops)
+    yield from _with_hops((record.value for record in read_records(single)), hops)
 
 
 def _with_hops(rows: Iterable[Any], hops: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
-        found = hops.get(str(row.get("e_prompt")).strip(), [])
-        yield {**row, "multi_hop": found}
+        questions = hops.get(str(row.get("e_prompt")).strip(), [])
+        yield {**row, "multi_hop": questions}
 
 
 def fits(value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, request
+from errata.data._base import Dataset, Malformed, Record, make_request
 from errata.data.sets._parts import count, efficacy, has, name_of, rival_to, spellings
 from errata.errors import DataError
 from errata.types import Case, Probe, Request
@@ -39,41 +39,41 @@ class Rewrite:
 def rewrites(record: Record, case: str) -> list[Rewrite]:
     """Read the edited facts of a record. Raises Skip or Malformed.
 
-    Aliases stand with the single hops, not with the edits; they are found by the question. A request's id
+    Aliases are stored with the single hops, not with the edits, and are looked up by question. A request's id
     is the case's with the edit's number and relation: ``"mquake:7.1 P27"``.
     """
     now, then = _answers(record, "new_single_hops"), _answers(record, "single_hops")
-    found = []
-    for number, item in enumerate(record.records("requested_rewrite", needed=True), 1):
+    edits = []
+    for number, item in enumerate(record.records("requested_rewrite", required=True), 1):
         name = f"{case}.{number} {item.get('relation_id', '')}".strip()
         question = item.text("question").strip()
-        wanted = request(
+        new_request = make_request(
             item.text("prompt"),
             item.text("subject"),
             item.text("target_new.str"),
             item.text("target_true.str"),
             id=name,
         )
-        right = spellings(wanted.target, _same(wanted.target, now.get(question, ())))
-        old = wanted.target_old or ""
+        right = spellings(new_request.target, _same(new_request.target, now.get(question, ())))
+        old = new_request.target_old or ""
         before = spellings(old, _same(old, then.get(question, ())))
-        found.append(Rewrite(wanted, question, right, before, item))
-    if not found:
+        edits.append(Rewrite(new_request, question, right, before, item))
+    if not edits:
         raise Malformed("requested_rewrite: expected at least one edit, found none")
-    return found
+    return edits
 
 
 def _answers(record: Record, path: str) -> dict[str, tuple[str, ...]]:
     """Map each single-hop question to the spellings of its answer."""
     return {
         hop.text("question").strip(): spellings(hop.text("answer"), hop.texts("answer_alias"))
-        for hop in record.records(path, needed=True)
+        for hop in record.records(path, required=True)
     }
 
 
-def _same(answer: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Take aliases only where they are this answer's: another fact may share the question."""
-    return known if answer in known else ()
+def _same(answer: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the aliases if they belong to this answer, else none: another fact may have the same question."""
+    return aliases if answer in aliases else ()
 
 
 def question_probes(edits: Sequence[Rewrite]) -> list[Probe]:
@@ -85,17 +85,17 @@ def question_probes(edits: Sequence[Rewrite]) -> list[Probe]:
 
 
 def chain_probes(record: Record, edits: Sequence[Rewrite]) -> list[Probe]:
-    """Ask the chain: its phrasings directly and by a chain of thought, then its hops one by one.
+    """Build the probes of a chain: each phrasing directly and by chain of thought, then each single hop.
 
-    The phrasings are one question: any of them counts for the group (the paper's rule; the mean over them
-    can be had from the single rows). All hops must be right for theirs. A hop that no edit of the record
-    touches must keep its answer.
+    The phrasings form a group that is right if any of them is (the paper's rule; per-phrasing rows give the
+    mean). The hops form a group that is right if all are. A hop that the record does not edit must keep its
+    answer.
     """
     right = spellings(record.text("new_answer"), record.texts("new_answer_alias"))
     before = spellings(record.text("answer"), record.texts("answer_alias"))
     probes = [
         Probe("multi_hop", question, right, before, group="multi_hop")
-        for question in record.texts("questions", needed=True)
+        for question in record.texts("questions", required=True)
     ]
     probes += [
         replace(p, prompt=THOUGHTS.format(question=p.prompt), form="thought", group="thought") for p in probes
@@ -110,8 +110,8 @@ def chain_probes(record: Record, edits: Sequence[Rewrite]) -> list[Probe]:
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case whose edits must all be in place together. Raises Skip or Malformed.
 
-    The variants share a schema. Every row is a case with its edits: the labels that Remastered carries in
-    ``split``, which say in what setting a row is edited, are not read, nor is ``answer_extended`` of T.
+    The variants share a schema. Every row is a case with its edits. Not used: Remastered's labels in ``split``,
+    which say in what setting a row is edited, and ``answer_extended`` of T.
     """
     name = f"mquake:{name_of(record, 'case_id')}"
     edits = rewrites(record, name)
@@ -122,12 +122,11 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
 
 
 def with_demonstrations(cases: Sequence[Case], text: str) -> list[Case]:
-    """Put one of the dataset's prompt files before the multi-hop questions, in that file's format.
+    """Prepend few-shot demonstrations to the multi-hop questions, in the format of the demonstrations.
 
-    ``text``: the content of ``multihop-prompts.txt`` (lines ``Q: .. A: ..``), which goes before the questions
-    asked directly, or of ``multihop-cot-prompts.txt`` (``Question: .. Thoughts: .. Answer: ..``), which goes
-    before those asked by a chain of thought. Raises DataError for any other text, and where no case has
-    such questions.
+    ``text``: the content of ``multihop-prompts.txt`` (lines ``Q: .. A: ..``), for the questions answered
+    directly, or of ``multihop-cot-prompts.txt`` (``Question: .. Thoughts: .. Answer: ..``), for those answered
+    by chain of thought. Raises DataError for any other text, and where no case has such questions.
     """
     if re.search(r"^Question: .*\nThoughts: .*\nAnswer: ", text, re.MULTILINE):
         form, template = "thought", "{demonstrations}\n\n{prompt}"
@@ -135,25 +134,25 @@ def with_demonstrations(cases: Sequence[Case], text: str) -> list[Case]:
         form, template = "short", "{demonstrations}\nQ: {prompt} A:"
     else:
         raise DataError(
-            f"the text {text[:40]!r}... holds no demonstrations of multi-hop questions; expected lines "
+            f"the text {text[:40]!r}... has no demonstrations of multi-hop questions; expected lines "
             "'Q: ... A: ...', or blocks of 'Question:', 'Thoughts:' and 'Answer:'"
         )
 
-    def asked(probe: Probe) -> Probe:
+    def demonstrate(probe: Probe) -> Probe:
         if probe.kind != "multi_hop" or probe.form != form:
             return probe
         prompt = template.format(demonstrations=text.strip(), prompt=probe.prompt)
         return replace(probe, prompt=prompt)
 
-    made = [replace(case, probes=tuple(asked(probe) for probe in case.probes)) for case in cases]
-    if made == list(cases):
+    new_cases = [replace(case, probes=tuple(demonstrate(probe) for probe in case.probes)) for case in cases]
+    if new_cases == list(cases):
         raise DataError(f"no case has a multi-hop question of form {form!r} to put demonstrations before")
-    return made
+    return new_cases
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     """Count edited facts, their relations, and cases by edits and by hops."""
-    relations = {wanted.id.partition(" ")[2] for case in cases for wanted in case.requests if wanted.id}
+    relations = {request.id.partition(" ")[2] for case in cases for request in case.requests if request.id}
     return {
         "edits": count(cases, "question"),
         "relations": len(relations - {""}),
@@ -176,7 +175,7 @@ def is_chain(value: Any) -> bool:
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Tell T by its extended answers, Remastered by its splits, hard by four edits a record.
+    """Recognise T by its extended answers, Remastered by its splits, hard by four edits a record.
 
     The three counterfactual files hold records of each other, so only their names tell them apart.
     """

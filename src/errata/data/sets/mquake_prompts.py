@@ -1,8 +1,8 @@
-"""MQuAKE's templates and prompts: wordings of relations, and demonstrations to put before questions. No cases.
+"""MQuAKE's templates and prompts: wordings of relations, and few-shot demonstrations. It has no cases.
 
 ``cloze_templates.json`` and ``question_templates.json`` word each relation, ``[X]`` for the subject;
 ``rel-prompts.json`` holds demonstrations by relation; the text files are demonstrations for multi-hop questions,
-which :func:`errata.data.sets.mquake.with_demonstrations` puts before them, and MeLLo's prompt. Every entry is
+which :func:`errata.data.sets.mquake.with_demonstrations` prepends to them, and MeLLo's prompt. Every entry is
 skipped with that reason.
 """
 
@@ -71,11 +71,11 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     """Skip an entry, saying what it is for. Raises Skip, and Malformed for an entry without a text."""
     if has(record.value, "relation"):
         what = "a template" if SUBJECT in record.text("text") else "demonstrations"
-        raise Skip(f"{what} for a relation of MQuAKE, no case: nothing is asked for or measured")
+        raise Skip(f"{what} for a relation of MQuAKE, not a case: it has no request and no probes")
     if "Subquestion:" in record.text("demonstration"):
-        raise Skip("a demonstration of MeLLo's prompt, no case: nothing is asked for or measured")
+        raise Skip("a demonstration of MeLLo's prompt, not a case: it has no request and no probes")
     raise Skip(
-        "demonstrations to put before MQuAKE's questions, no case; errata.data.sets.mquake.with_demonstrations does"
+        "demonstrations for MQuAKE's questions, not a case; errata.data.sets.mquake.with_demonstrations adds them"
     )
 
 

@@ -1,12 +1,12 @@
-"""ParaRel: relations in several wordings, to test whether a fact is known whatever way it is asked.
+"""ParaRel: relations in several wordings, to test whether a model answers paraphrases consistently.
 
-Three kinds of records are told apart. Patterns, one file a relation, its name the relation's: ``pattern``
-with ``[X]`` for the subject and ``[Y]`` for the object. Relations, as CaliNet gives them: ``relation``,
-``template`` (one wording) and ``wrong`` (statements that do not follow; no paraphrases, left aside). Facts:
+There are three kinds of records. Patterns, one file per relation, named after it: ``pattern`` with ``[X]`` for the
+subject and ``[Y]`` for the object. Relations, as in CaliNet: ``relation``, ``template`` (one wording) and
+``wrong`` (statements that do not follow; not paraphrases, so not used). Facts:
 ``sub_label`` and ``obj_label``.
 
 Only a fact together with wordings of its relation makes a case: a record with ``relation``, ``templates``,
-``sub_label`` and ``obj_label``, as :func:`joined` makes them. Wordings alone are a source of paraphrases,
+``sub_label`` and ``obj_label``, as :func:`facts_with_wordings` makes them. Wordings alone are a source of paraphrases,
 see :func:`paraphrases`.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._files import records_of
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
+from errata.data.sets._files import read_records
 from errata.data.sets._parts import efficacy, has
 from errata.errors import DataError
 from errata.types import Case, Probe
@@ -27,14 +27,14 @@ from errata.types import Case, Probe
 SUBJECT, OBJECT = "[X]", "[Y]"
 
 
-def asking(wording: str) -> str | None:
-    """Return a wording up to its object as a prompt with ``{}``; None where it does not ask for the object.
+def to_prompt(wording: str) -> str | None:
+    """Return a wording up to its object as a prompt with ``{}``; None where that prompt does not determine the object.
 
-    It does not where the subject stands after the object, or where more words follow: ``[X] and [Y] are twin
-    cities`` up to its object asks for nothing.
+    That is so where the object comes before the subject, or where more words follow it, as in ``[X] and [Y] are
+    twin cities``.
     """
-    head, found, tail = wording.partition(OBJECT)
-    if not found or head.count(SUBJECT) != 1 or re.search(r"\w", tail):
+    head, mark, tail = wording.partition(OBJECT)
+    if not mark or head.count(SUBJECT) != 1 or re.search(r"\w", tail):
         return None
     return " ".join(head.replace(SUBJECT, "{}").split())
 
@@ -49,12 +49,12 @@ def wordings(path: Path) -> dict[str, tuple[str, ...]]:
         raise DataError(
             f"{path} holds no *.jsonl; expected ParaRel's folder of patterns, one file a relation"
         )
-    found: dict[str, list[str]] = {}
+    by_relation: dict[str, list[str]] = {}
     for file in files:
-        for record in records_of(file):
+        for record in read_records(file):
             relation = record.text("relation") if has(record.value, "relation") else file.stem
-            found.setdefault(relation, []).extend(_wordings(record))
-    return {relation: tuple(dict.fromkeys(texts)) for relation, texts in found.items()}
+            by_relation.setdefault(relation, []).extend(_wordings(record))
+    return {relation: tuple(dict.fromkeys(texts)) for relation, texts in by_relation.items()}
 
 
 def _wordings(record: Record) -> tuple[str, ...]:
@@ -72,30 +72,32 @@ def paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
 
     Raises as :func:`wordings`, which also gives the wordings that cannot be asked.
     """
-    asked = {relation: [asking(text) for text in texts] for relation, texts in wordings(path).items()}
+    prompts_by_relation = {
+        relation: [to_prompt(text) for text in texts] for relation, texts in wordings(path).items()
+    }
     return {
         relation: tuple(dict.fromkeys(prompt for prompt in prompts if prompt))
-        for relation, prompts in asked.items()
+        for relation, prompts in prompts_by_relation.items()
     }
 
 
-def joined(patterns: Path, facts: Path) -> Iterator[dict[str, Any]]:
-    """Put the facts of a relation together with its wordings; the file of facts is named after it.
+def facts_with_wordings(patterns: Path, facts: Path) -> Iterator[dict[str, Any]]:
+    """Combine the facts of a relation with its wordings; the file of facts is named after the relation.
 
     Raises DataError where the wordings are not those of the relation the facts are named after, and as
     :func:`wordings`.
     """
-    found = wordings(patterns)
-    if facts.stem not in found:
+    by_relation = wordings(patterns)
+    if facts.stem not in by_relation:
         raise DataError(
-            f"{patterns} holds wordings of {', '.join(found)}, none of {facts.stem}, as {facts} is named"
+            f"{patterns} holds wordings of {', '.join(by_relation)}, none of {facts.stem}, as {facts} is named"
         )
-    for record in records_of(facts):
-        given = {name: record.text(name) for name in ("sub_label", "obj_label")}
+    for record in read_records(facts):
+        labels = {name: record.text(name) for name in ("sub_label", "obj_label")}
         yield {
             "relation": facts.stem,
-            "templates": list(found[facts.stem]),
-            **given,
+            "templates": list(by_relation[facts.stem]),
+            **labels,
             "uuid": record.get("uuid"),
         }
 
@@ -111,17 +113,18 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
         raise Skip("wordings without a fact make no case; errata.data.sets.pararel.paraphrases gives them")
     if not has(record.value, "templates"):
         raise Skip(
-            "a fact without wordings of its relation makes no case; errata.data.sets.pararel.joined adds them"
+            "a fact without wordings of its relation makes no case; "
+            "errata.data.sets.pararel.facts_with_wordings adds them"
         )
-    prompts = tuple(dict.fromkeys(filter(None, map(asking, _wordings(record)))))
+    prompts = tuple(dict.fromkeys(filter(None, map(to_prompt, _wordings(record)))))
     if not prompts:
         raise Skip("no wording of the relation ends in its object")
     subject, target = record.text("sub_label").strip(), record.text("obj_label").strip()
     relation, own = record.text("relation"), record.get("uuid")
     name = f"{relation}/{record.index if own is None else own}"
-    wanted = request(prompts[0], subject, target, id=name)
+    request = make_request(prompts[0], subject, target, id=name)
     others = [Probe("paraphrase", prompt.replace("{}", subject), (target,), ()) for prompt in prompts[1:]]
-    yield Case(f"pararel:{name}", wanted, (efficacy(wanted), *others))
+    yield Case(f"pararel:{name}", request, (efficacy(request), *others))
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""PEAK: a further answer is added to a question that has many; those it has must stay.
+"""PEAK: a new answer is added to a question with several answers; the existing answers must stay.
 
 A record is in CounterFact's nested form, with ``postive_list`` (right answers, which stay right), ``negtive_list``
 (wrong ones), ``para_add_prompts`` (the request in other words) and ``neighborhood_prompts``, pairs of a prompt and
@@ -6,7 +6,7 @@ its answer, which is one of the right ones asked from the other side. The spelli
 
 ``target_true`` is one of the right answers, so it is no old answer that the new one takes the place of, and no
 rival. ``right_answer`` asks for each right answer against a wrong one, which must stay less probable; wrong answers
-are taken in turn. Left aside: ``negtive_random_list`` (wrong answers of any kind).
+are taken in turn. Not used: ``negtive_random_list`` (wrong answers of any kind).
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
 from errata.data.sets._counterfact import nested
-from errata.data.sets._parts import among, efficacy, has, kept, name_of
+from errata.data.sets._parts import efficacy, has, is_answer, locality_probe, name_of
 from errata.types import Case, Probe
 
 COUNTER, TIME = "counter", "time"
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
-    """Turn one record into a case; both variants alike. Raises Skip or Malformed."""
+    """Turn one record into a case; both variants have the same format. Raises Skip or Malformed."""
     name = f"peak:{name_of(record, 'case_id')}"
     target = record.text("requested_rewrite.target_new.str")
-    right, wrong = record.texts("postive_list", needed=True), record.texts("negtive_list")
-    if among(target, right):
+    right, wrong = record.texts("postive_list", required=True), record.texts("negtive_list")
+    if is_answer(target, right):
         raise Skip(f"the answer to be added, {target.strip()!r}, is among the right ones already")
-    wanted = request(
+    request = make_request(
         record.text("requested_rewrite.prompt"), record.text("requested_rewrite.subject"), target, id=name
     )
-    probes = [efficacy(wanted)]
-    probes += [Probe("paraphrase", t.strip(), (wanted.target,), ()) for t in record.texts("para_add_prompts")]
+    probes = [efficacy(request)]
+    probes += [
+        Probe("paraphrase", t.strip(), (request.target,), ()) for t in record.texts("para_add_prompts")
+    ]
     for number, answer in enumerate(right):
         other = wrong[number % len(wrong)].strip() if wrong else None
-        probes.append(kept("right_answer", wanted.text, (answer.strip(),), other))
-    probes += _neighbours(record, wanted.target)
-    yield Case(name, wanted, tuple(probes))
+        probes.append(locality_probe("right_answer", request.text, (answer.strip(),), other))
+    probes += _neighbours(record, request.target)
+    yield Case(name, request, tuple(probes))
 
 
 def _neighbours(record: Record, target: str) -> Iterator[Probe]:
@@ -51,7 +53,7 @@ def _neighbours(record: Record, target: str) -> Iterator[Probe]:
             or not all(isinstance(text, str) and text.strip() for text in pair)
         ):
             raise Malformed(f"neighborhood_prompts: expected pairs of prompt and answer, found {pair!r:.60}")
-        yield kept("neighbourhood", pair[0].strip(), (pair[1].strip(),), target)
+        yield locality_probe("neighbourhood", pair[0].strip(), (pair[1].strip(),), target)
 
 
 def fits(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Pitfalls of knowledge editing: edits that contradict an earlier one (ConflictEdit), edits taken back (RoundEdit).
+"""Pitfalls of knowledge editing: edits that contradict an earlier one (ConflictEdit) or undo it (RoundEdit).
 
 An edit is ``{relation{prompt, query}, subject, object, new_object}``, entities with their ``label``.
 
@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, request
-from errata.data.sets._parts import count, efficacy, has, kept, name_of, rival_to
+from errata.data._base import Dataset, Malformed, Record, make_request
+from errata.data.sets._parts import count, efficacy, has, locality_probe, name_of, rival_to
 from errata.types import Case, Probe, Request
 
 REVERSE, COMPOSITE, ROUND = "reverse", "composite", "round"
@@ -32,7 +32,7 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     if has(record.value, "edit"):
         yield from _round(record, name)
         return
-    items = record.records("edits", needed=True)
+    items = record.records("edits", required=True)
     if len(items) != 2:
         raise Malformed(f"edits: expected two edits, found {len(items)}")
     first, second = (_request(item, f"{name}.{number}") for number, item in enumerate(items, 1))
@@ -48,7 +48,7 @@ def _request(item: Record, name: str, *, back: bool = False) -> Request:
     """Read an edit; ``back``: the one that takes it back."""
     new, old = item.text("new_object.label"), item.text("object.label")
     target, before = (old, new) if back else (new, old)
-    return request(item.text("relation.prompt"), item.text("subject.label"), target, before, id=name)
+    return make_request(item.text("relation.prompt"), item.text("subject.label"), target, before, id=name)
 
 
 def _prerequisites(record: Record) -> Iterator[Probe]:
@@ -61,18 +61,18 @@ def _prerequisites(record: Record) -> Iterator[Probe]:
         )
     for number in numbers:
         triple = triples[number]
-        fact = request(
+        fact = make_request(
             triple.text("relation.prompt"), triple.text("subject.label"), triple.text("object.label")
         )
-        yield kept("prerequisite", fact.text, (fact.target,))
+        yield locality_probe("prerequisite", fact.text, (fact.target,))
 
 
 def _round(record: Record, name: str) -> Iterator[Case]:
-    edit = Record(record.get("edit"), f"{record.where}, edit", record.index, record.aside)
+    edit = Record(record.get("edit"), f"{record.where}, edit", record.index, record.omissions)
     there, back = _request(edit, f"{name}.1"), _request(edit, f"{name}.2", back=True)
-    others = [item.text("label").strip() for item in record.records("true_objects", needed=True)]
+    others = [item.text("label").strip() for item in record.records("true_objects", required=True)]
     probes = [
-        kept("true_object", back.text, (label,), there.target)
+        locality_probe("true_object", back.text, (label,), there.target)
         for label in dict.fromkeys(others)
         if label != back.target
     ]
@@ -95,8 +95,8 @@ def variants_of(records: Sequence[Any]) -> Sequence[str]:
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     """Count pairs of edits and what is asked of them."""
     kinds = Counter(probe.kind for case in cases for probe in case.probes)
-    named = ("conflict", "prerequisite", "true_object")
-    return {"pairs of edits": count(cases, "efficacy") // 2, **{k: kinds[k] for k in named if kinds[k]}}
+    names = ("conflict", "prerequisite", "true_object")
+    return {"pairs of edits": count(cases, "efficacy") // 2, **{k: kinds[k] for k in names if kinds[k]}}
 
 
 DATASET = Dataset(

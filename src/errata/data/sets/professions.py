@@ -1,13 +1,12 @@
-"""Professions with their gender scores, and sentences that ask which pronoun a model expects of each.
+"""Professions with their gender scores, and sentences that test which pronoun a model expects for each.
 
-A row is ``[name, factual, stereotype]``: how far the word itself says the gender, and how far people think
-of one, from -1 (female) to 1 (male); names of several words are joined by underscores. The bias of a model
-is how its P(he) - P(she) after such sentences depends on either score (see errata.evaluation.metrics.bias).
+A row is ``[name, factual, stereotype]``: the gender that the word itself implies, and the stereotypical gender,
+from -1 (female) to 1 (male); names of several words are joined by underscores. A model's bias is the dependence of
+P(he) - P(she) after such sentences on either score (see errata.evaluation.metrics.bias).
 
-A case teaches the pronoun against the stereotype, as DAMA's training set does (``he`` below 0, else
-``she``); where the word itself says the gender, the pronoun it says. Every sentence is then asked: kind
-``bias``, all of a profession in one group named after it, both pronouns accepted unless the word itself
-decides.
+The target of a case is the pronoun against the stereotype, as in DAMA's training set (``he`` below 0, else ``she``),
+or the pronoun that the word itself implies. Each sentence is a probe of kind ``bias``, in a group named after the
+profession; both pronouns are accepted unless the word itself implies one.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, request
-from errata.data.sets._files import records_of
+from errata.data._base import Dataset, Malformed, Record, make_request
+from errata.data.sets._files import read_records
 from errata.types import Case, Probe, Request
 
 PRONOUNS = ("he", "she")
@@ -30,7 +29,7 @@ SENTENCES = (
 )  # fmt: skip
 """DAMA's eleven sentences; the subject is "The" and the profession."""
 GENDERED = 0.25
-"""Factual scores beyond this mark a word that says the gender itself; DAMA does not train on those."""
+"""A word with a larger absolute factual score implies a gender itself; DAMA does not train on those."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Score:
 
     @property
     def pronoun(self) -> str | None:
-        """The pronoun that the word itself decides; None where it does not."""
+        """The pronoun that the word itself implies; None where it implies none."""
         return None if abs(self.factual) <= GENDERED else PRONOUNS[self.factual < 0]
 
 
@@ -51,7 +50,7 @@ def scores(path: Path) -> dict[str, Score]:
 
     Raises DataError where the file cannot be read, Malformed naming a record that is none.
     """
-    return dict(_read(record) for record in records_of(path))
+    return dict(_read(record) for record in read_records(path))
 
 
 def profession(subject: str) -> str:
@@ -60,21 +59,21 @@ def profession(subject: str) -> str:
 
 
 def bias_probe(prompt: str, name: str, score: Score | None = None) -> Probe:
-    """Ask which pronoun follows; ``score``: that of the profession, which the slopes of bias need, where known."""
-    decided = score.pronoun if score else None
-    right = PRONOUNS if decided is None else (decided,)
+    """Ask which pronoun follows; ``score``: the profession's, needed for the slopes of bias, if known."""
+    pronoun = score.pronoun if score else None
+    right = PRONOUNS if pronoun is None else (pronoun,)
     covariates = (("factual", score.factual), ("stereotype", score.stereotype)) if score else ()
     return Probe(
         "bias", prompt, right, right, form="choice", choices=PRONOUNS, group=name, covariates=covariates
     )
 
 
-def pronoun_probe(wanted: Request) -> Probe:
-    """Ask a request for a pronoun, as a choice of two. Raises Malformed for another target."""
-    if wanted.target not in PRONOUNS:
-        raise Malformed(f"target: expected {' or '.join(PRONOUNS)}, found {wanted.target!r}")
-    other = PRONOUNS[1 - PRONOUNS.index(wanted.target)]
-    return Probe("efficacy", wanted.text, (wanted.target,), (), other, form="choice", choices=PRONOUNS)
+def pronoun_probe(request: Request) -> Probe:
+    """Build the efficacy probe: a choice between the two pronouns. Raises Malformed for another target."""
+    if request.target not in PRONOUNS:
+        raise Malformed(f"target: expected {' or '.join(PRONOUNS)}, found {request.target!r}")
+    other = PRONOUNS[1 - PRONOUNS.index(request.target)]
+    return Probe("efficacy", request.text, (request.target,), (), other, form="choice", choices=PRONOUNS)
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
@@ -82,9 +81,9 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     name, score = _read(record)
     subject = f"The {name}"
     target = score.pronoun or PRONOUNS[score.stereotype >= 0]
-    wanted = request(SENTENCES[0], subject, target, id=name)
+    request = make_request(SENTENCES[0], subject, target, id=name)
     questions = [bias_probe(text.replace("{}", subject), name, score) for text in SENTENCES]
-    yield Case(f"professions:{name}", wanted, (pronoun_probe(wanted), *questions))
+    yield Case(f"professions:{name}", request, (pronoun_probe(request), *questions))
 
 
 def _read(record: Record) -> tuple[str, Score]:
@@ -99,10 +98,10 @@ def _read(record: Record) -> tuple[str, Score]:
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:
     """Count professions by target, and those whose word says the gender."""
-    decided = sum(len(case.probes[-1].answers) == 1 for case in cases)
+    gendered = sum(len(case.probes[-1].answers) == 1 for case in cases)
     return {
         "rows by target": dict(sorted(Counter(case.request.target for case in cases).items())),
-        "gender said by the word": decided,
+        "gender said by the word": gendered,
     }
 
 

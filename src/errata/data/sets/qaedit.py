@@ -1,7 +1,6 @@
 """QAEdit: questions of existing benchmarks as edits, each with its benchmark's own answer.
 
-Made for the protocol of free generation (WILD). Targets are taken as they stand, also where a source left
-marks of its own in them.
+Made for evaluation by free generation (WILD). Targets are used unchanged, including any markup of their source.
 """
 
 from __future__ import annotations
@@ -10,20 +9,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Record, request
-from errata.data.sets._parts import efficacy, has, kept, name_of
+from errata.data._base import Dataset, Record, make_request
+from errata.data.sets._parts import efficacy, has, locality_probe, name_of
 from errata.types import Case, Probe
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case with its rephrasings and unrelated questions. Raises Skip or Malformed."""
     name = f"{record.text('source')}-{name_of(record)}"
-    wanted = request(record.text("prompt"), record.text("subject"), record.text("target"), id=name)
-    probes = [efficacy(wanted)]
-    probes += [Probe("paraphrase", text.strip(), (wanted.target,), ()) for text in record.texts("rephrase")]
+    request = make_request(record.text("prompt"), record.text("subject"), record.text("target"), id=name)
+    probes = [efficacy(request)]
+    probes += [Probe("paraphrase", text.strip(), (request.target,), ()) for text in record.texts("rephrase")]
     for other in record.records("locality"):
-        probes.append(kept("locality", other.text("loc").strip(), (other.text("loc_ans").strip(),)))
-    yield Case(f"qaedit:{name}", wanted, tuple(probes))
+        probes.append(locality_probe("locality", other.text("loc").strip(), (other.text("loc_ans").strip(),)))
+    yield Case(f"qaedit:{name}", request, tuple(probes))
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""RippleEdits: what follows from an edit and what must not, in six criteria with conditions."""
+"""RippleEdits: what an edit implies and what it must not change, in six criteria with conditions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
 from errata.data.sets._parts import count, efficacy, has, name_of, spellings
 from errata.types import Case, Probe, Request
 
@@ -21,7 +21,7 @@ KINDS = {
 }
 """Criteria and kinds of probes; the paper calls the last one Preservation."""
 
-KEPT = ("relation_specificity", "forgetfulness")
+UNCHANGED_KINDS = ("relation_specificity", "forgetfulness")
 """Kinds whose answers the edit must leave as they were."""
 
 PRESERVATION = re.compile(r", which is not .+, (?:is|are)$")
@@ -54,24 +54,24 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     dataset with ``subject_label`` and ``target_label`` is read by these. Each test is a group: ``need`` is
     ``all`` for AND, ``any`` for OR, and its condition queries join it as kind ``condition``.
 
-    Where one query has several answers, the paper's code wants every one named: such a query becomes one
-    probe for each. Only in an OR over several queries, where groups cannot say that, is any of them enough.
-    A query without answers is passed by whatever the model says in the authors' check, which asks whether every
-    answer of an empty list was given. Nothing is measured by it, so here a test that such a query decides is left
-    out, and counted by the check under its criterion; :func:`authors_share` puts them back into a share.
+    Where one query has several answers, the paper's code requires all of them: such a query becomes one probe
+    per answer. Only in an OR over several queries, which groups cannot express, is any answer enough.
+    A query without answers always passes in the authors' code, which tests whether every answer of an empty list
+    was given. It measures nothing, so here a test that depends on such a query is left out, and the check counts it
+    under its criterion; :func:`authors_share` includes those tests again.
 
-    A query of the form ``..., which is not X, is`` asks for what stays beside the edit's target X: it belongs to
-    Preservation (``Forgetfulness``) wherever it stands, as files filtered by the authors' code have some of them
-    under ``Compositionality_II``.
+    A query of the form ``..., which is not X, is`` asks for the objects other than the edit's target X: it belongs to
+    Preservation (``Forgetfulness``), also where files filtered by the authors' code have it under
+    ``Compositionality_II``.
     """
     edit = Record(record.get("edit"), f"{record.where}, edit", record.index)
     name = f"ripple_edits:{name_of(record)}"
-    wanted = _request(edit, _target_labels(record), name)
-    probes = [efficacy(wanted, _target_aliases(record, wanted))]
+    request = _request(edit, _target_labels(record), name)
+    probes = [efficacy(request, _target_aliases(record, request))]
     for criterion, kind in KINDS.items():
         for number, test in enumerate(record.records(criterion), 1):
-            probes += _test(test, _kind(test, kind), f"{criterion} {number}", wanted)
-    yield Case(name, wanted, tuple(probes))
+            probes += _test(test, _kind(test, kind), f"{criterion} {number}", request)
+    yield Case(name, request, tuple(probes))
 
 
 def _kind(test: Record, kind: str) -> str:
@@ -81,44 +81,44 @@ def _kind(test: Record, kind: str) -> str:
 
 
 def authors_share(share: float, tests: int, unanswerable: int) -> float:
-    """Return the share of passed tests as the authors' code counts it, tests without an answer among the passed.
+    """Return the share of passed tests as the authors' code counts it, with tests without an answer as passed.
 
-    ``share``: of the ``tests`` that were asked; ``unanswerable``: how many the check says were left out. NaN
+    ``share``: of the ``tests`` that were run; ``unanswerable``: how many the check counted as left out. NaN
     without any test.
     """
-    counted = tests + unanswerable
-    return (share * tests + unanswerable) / counted if counted else float("nan")
+    total = tests + unanswerable
+    return (share * tests + unanswerable) / total if total else float("nan")
 
 
 def _request(edit: Record, labels: Sequence[str], name: str) -> Request:
-    """Read subject, target and old target off the sentences. Raises Skip where they cannot be told.
+    """Parse subject, target and old target from the sentences. Raises Skip where the parse is not unique.
 
-    A sentence may read in several ways, when subject or target hold a verb themselves: a label decides, or
-    the original sentence, which differs in the target alone.
+    A sentence has several parses when subject or target contain a verb: a label decides, or the original
+    sentence, which differs in the target alone.
     """
     sentence, before = _sentence(edit.text("prompt")), None
     halves = _halves(sentence, edit.get("relation"))
-    named = [half for half in halves if half[1] in labels]
-    if edit.get("target_label") is not None and not named:
+    with_label = [half for half in halves if half[1] in labels]
+    if edit.get("target_label") is not None and not with_label:
         raise Skip(f"the prompt {sentence!r} does not end in its target {edit.get('target_label')!r}")
-    given = edit.get("subject_label")
+    label = edit.get("subject_label")
     readings = [
         (stem, target, subject)
-        for stem, target in named or halves
-        if (subject := given if isinstance(given, str) and given in stem else _subject(stem))
+        for stem, target in with_label or halves
+        if (subject := label if isinstance(label, str) and label in stem else _subject(stem))
     ]
     if edit.get("original_fact") is not None:
         before = _sentence(Record(edit.get("original_fact"), edit.where, edit.index).text("prompt"))
         readings = [reading for reading in readings if f"{before} ".startswith(f"{reading[0]} ")]
     if len(readings) != 1:
-        beside = "" if before is None else f" beside the original fact {before!r}"
-        found = "several ways of reading them" if readings else "none of the dataset's sentences"
-        raise Skip(f"subject and target cannot be told in the prompt {sentence!r}{beside}: {found}")
+        context = "" if before is None else f" with the original fact {before!r}"
+        reason = "several parses" if readings else "none of the dataset's sentence patterns matches"
+        raise Skip(f"cannot parse subject and target of the prompt {sentence!r}{context}: {reason}")
     stem, target, subject = readings[0]
     old = None if before is None else before[len(stem) + 1 :]  # empty where the old object has no label
     if old == target:
         raise Skip(f"the edit changes nothing: the answer to {stem!r} is {target!r} before and after")
-    return request(stem, subject, target, old, name)
+    return make_request(stem, subject, target, old, name)
 
 
 def _sentence(text: str) -> str:
@@ -128,14 +128,14 @@ def _sentence(text: str) -> str:
 def _halves(sentence: str, relation: Any) -> list[tuple[str, str]]:
     """Cut a sentence after each of its verbs, into prompt and target. Raises Skip where it ends in one."""
     verbs = VERBS.get(str(relation), ("is", "are"))
-    ends = [found.end() for verb in verbs for found in re.finditer(rf"(?<= ){verb}(?= )", sentence)]
+    ends = [match.end() for verb in verbs for match in re.finditer(rf"(?<= ){verb}(?= )", sentence)]
     if not ends or sentence.endswith(tuple(f" {verb}" for verb in verbs)):
         raise Skip(f"the prompt {sentence!r} does not end in a target: nothing follows its verb")
     return [(sentence[:end], sentence[end:].strip()) for end in sorted(ends)]
 
 
 def _subject(stem: str) -> str | None:
-    return next((found["s"] for frame in FRAMES if (found := frame.match(stem))), None)
+    return next((match["s"] for frame in FRAMES if (match := frame.match(stem))), None)
 
 
 def _queries(record: Record) -> Iterator[Record]:
@@ -145,22 +145,22 @@ def _queries(record: Record) -> Iterator[Record]:
 
 
 def _target_labels(record: Record) -> list[str]:
-    """Return labels of the edit's target: the one given, else those of queries it is the answer to."""
-    given = record.get("edit.target_label")
-    if isinstance(given, str):
-        return [given.strip()]
+    """Return labels of the edit's target: its own, else those from queries that it answers."""
+    label = record.get("edit.target_label")
+    if isinstance(label, str):
+        return [label.strip()]
     return [names[0] for names in _names_of(record, record.get("edit.target_id"))]
 
 
-def _target_aliases(record: Record, wanted: Request) -> tuple[str, ...]:
+def _target_aliases(record: Record, request: Request) -> tuple[str, ...]:
     for names in _names_of(record, record.get("edit.target_id")):
-        if names[0] == wanted.target:
+        if names[0] == request.target:
             return names[1:]
     return ()
 
 
 def _names_of(record: Record, target: Any) -> Iterator[tuple[str, ...]]:
-    """Find answers that stand for an entity: in a query of one hop, answers and target ids run side by side."""
+    """Find the names of an entity: one-hop queries have parallel lists of answers and target ids."""
     for query in _queries(record) if target is not None else ():
         ids, answers = query.get("target_ids"), _answers(query)
         if query.get("query_type") == "regular" and isinstance(ids, list) and len(ids) == len(answers):
@@ -169,36 +169,36 @@ def _names_of(record: Record, target: Any) -> Iterator[tuple[str, ...]]:
 
 def _answers(query: Record) -> list[tuple[str, ...]]:
     """Read the answers of a query, each with its aliases; single letters are left out, as the paper does."""
-    found = []
+    answers = []
     for answer in query.records("answers"):
         value = answer.get("value")
         names = spellings("" if value is None else str(value), answer.texts("aliases"))
-        found.append(tuple(name for name in names if len(name) > 1 or name.isdigit()))
-    return found
+        answers.append(tuple(name for name in names if len(name) > 1 or name.isdigit()))
+    return answers
 
 
-def _test(test: Record, kind: str, group: str, wanted: Request) -> list[Probe]:
+def _test(test: Record, kind: str, group: str, request: Request) -> list[Probe]:
     condition = test.get("test_condition")
     if condition not in ("OR", "AND"):
         raise Malformed(f"{test.where}: test_condition: expected OR or AND, found {condition!r}")
-    asked = [(_prompt(q), _answers(q)) for q in test.records("test_queries", needed=True)]
+    queries = [(_prompt(q), _answers(q)) for q in test.records("test_queries", required=True)]
     conditions = [(_prompt(q), _answers(q)) for q in test.records("condition_queries")]
     if condition == "OR":
-        able = [(prompt, answers) for prompt, answers in asked if answers and all(answers)]
-        if 0 < len(able) < len(asked):
-            test.aside["queries without an answer, beside others"] += len(asked) - len(able)
-        asked = able
-    if not asked or not all(answers and all(answers) for _, answers in asked + conditions):
+        able = [(prompt, answers) for prompt, answers in queries if answers and all(answers)]
+        if 0 < len(able) < len(queries):
+            test.omissions["queries without an answer, beside others"] += len(queries) - len(able)
+        queries = able
+    if not queries or not all(answers and all(answers) for _, answers in queries + conditions):
         criterion = next(name for name, own in KINDS.items() if own == kind)
-        test.aside[f"{criterion} tests without an answer, which the authors' check passes"] += 1
+        test.omissions[f"{criterion} tests without an answer, which the authors' check passes"] += 1
         return []
-    if condition == "OR" and len(asked) > 1:
-        asked = [(prompt, [spellings("", sum(answers, ()))]) for prompt, answers in asked]
-    need = "any" if condition == "OR" and len(asked) > 1 else "all"
-    before = _before(kind, wanted)
+    if condition == "OR" and len(queries) > 1:
+        queries = [(prompt, [spellings("", sum(answers, ()))]) for prompt, answers in queries]
+    need = "any" if condition == "OR" and len(queries) > 1 else "all"
+    before = _before(kind, request)
     probes = [
-        Probe(kind, prompt, names, names if kind in KEPT else before, group=group, need=need)
-        for prompt, answers in asked
+        Probe(kind, prompt, names, names if kind in UNCHANGED_KINDS else before, group=group, need=need)
+        for prompt, answers in queries
         for names in answers
     ]
     return probes + [
@@ -208,13 +208,13 @@ def _test(test: Record, kind: str, group: str, wanted: Request) -> list[Probe]:
     ]
 
 
-def _before(kind: str, wanted: Request) -> tuple[str, ...]:
-    """Of the old answers only that to the edit's own question is known, which another name asks as well."""
-    return (wanted.target_old,) if kind == "subject_aliasing" and wanted.target_old else ()
+def _before(kind: str, request: Request) -> tuple[str, ...]:
+    """Return the answers before the edit: known only for the edit's own question and for it under an alias."""
+    return (request.target_old,) if kind == "subject_aliasing" and request.target_old else ()
 
 
 def _prompt(query: Record) -> str:
-    """Return what a query asks; two-hop queries of some copies carry it as ``phrase`` only."""
+    """Return the prompt of a query; some copies have that of two-hop queries only as ``phrase``."""
     return query.text("prompt" if query.get("prompt") else "phrase").strip()
 
 
@@ -237,7 +237,7 @@ def fits(value: Any) -> bool:
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Tell recent facts by their having no original; popular and random subjects only differ by the file's name."""
+    """Recognise recent facts, which have no original; popular and random differ in file name only."""
     edits = [record["edit"] for record in records if has(record, "edit")]
     recent = not any(has(edit, "original_fact") for edit in edits)
     return ("recent",) if recent else ("popular", "random")

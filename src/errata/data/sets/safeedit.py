@@ -1,13 +1,13 @@
-"""SafeEdit: harmful requests that an attack makes a model answer, to be refused from now on.
+"""SafeEdit: jailbreak attacks with harmful questions, which the edited model must refuse.
 
 A record has ``question`` (the harmful request), ``adversarial prompt`` (the same under an attack), ``safe
 generation`` and ``unsafe generation``, ``generalization test`` with four further prompts, and ``knowledge
 constrain`` with a harmless question and its answer. The request is to answer the adversarial prompt safely; the
-whole prompt stands for the subject.
+whole prompt is used as the subject.
 
 Whether a reply is safe is for a classifier to say, so the four further prompts are of form ``open``:
 ``safety_question`` (without attack), ``safety_attack`` (another attack), ``safety_other`` (another question) and
-``safety_other_attack`` (another of both). The harmless question keeps its answer. Left aside: ``unsafety
+``safety_other_attack`` (another of both). The harmless question keeps its answer. Not used: ``unsafety
 category``.
 
 The data are under a licence for non-commercial use, CC BY-NC-SA 4.0, behind a gate.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Record
-from errata.data.sets._parts import has, name_of, refuse_unchanged, whole
+from errata.data.sets._parts import has, name_of, question_request, refuse_unchanged
 from errata.types import Case, Probe
 
 TESTS = {
@@ -37,21 +37,21 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     name = f"safeedit:{name_of(record)}"
     safe, unsafe = record.text("safe generation").strip(), record.text("unsafe generation").strip()
     refuse_unchanged(safe, (unsafe,))
-    wanted = whole(record.text("adversarial prompt").strip(), safe, unsafe, name)
-    probes = [Probe("long", wanted.text, (safe,), (unsafe,), unsafe, form="long")]
+    request = question_request(record.text("adversarial prompt").strip(), safe, unsafe, name)
+    probes = [Probe("long", request.text, (safe,), (unsafe,), unsafe, form="long")]
     tests = Record(
-        record.get("generalization test") or {}, f"{record.where}, generalization test", 0, record.aside
+        record.get("generalization test") or {}, f"{record.where}, generalization test", 0, record.omissions
     )
     for field, kind in TESTS.items():
-        given = tests.texts(field) or tests.texts(f"{field} input")
-        probes += [Probe(kind, text.strip(), (), (), form="open") for text in given]
+        prompts = tests.texts(field) or tests.texts(f"{field} input")
+        probes += [Probe(kind, text.strip(), (), (), form="open") for text in prompts]
     constraint = Record(
-        record.get("knowledge constrain") or {}, f"{record.where}, knowledge constrain", 0, record.aside
+        record.get("knowledge constrain") or {}, f"{record.where}, knowledge constrain", 0, record.omissions
     )
     if constraint.texts("prompt"):
         answer = constraint.text("answer").strip()
         probes.append(Probe("locality", constraint.text("prompt").strip(), (answer,), (answer,), form="long"))
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def fits(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""TAXI: a kind put under another category, and the properties that should come with it.
+"""TAXI: a kind is moved to another category, and should inherit the properties of that category.
 
 Its files are tables as JSON, a mapping of columns to cells by row number. ``edits.json``: ``subj`` (the kind),
 ``entity`` (its new category) and ``orig_entity`` (the old one). ``edits-evaluation.json``: the same with a question
@@ -8,7 +8,7 @@ whose answer is the kind; ``answer_changed`` says whether the property differs b
 Variant ``evaluation`` makes a case of each question, so an edit comes as often as it has properties; ``edits``
 makes one of each edit, with all its questions where the file has any. The request is ``a {} is a kind of``.
 Questions are choices: ``category``, ``property`` (changes), ``property_kept`` (must not), and ``inverse_property``.
-Where the blank of a reversed question stands in its middle, the choices are the rest of the sentence. Left aside:
+Where the blank is in the middle of a reversed question, each choice is the rest of the sentence. Not used:
 ``index`` (not the same in both files), ``foil1`` to ``foil3`` (among the choices), ``token_type`` and
 ``superordinate_category``.
 """
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
 from errata.data.sets._parts import choice, efficacy, has
 from errata.types import Case, Probe
 
@@ -49,32 +49,34 @@ def records(document: Any, variant: str) -> Iterator[Any]:
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one row, or one edit with its questions, into a case. Raises Skip or Malformed."""
     name = f"taxi:{record.index}"
-    wanted = request(PROMPT, record.text("subj"), record.text("entity"), record.text("orig_entity"), id=name)
-    asked = record.records("questions") or ([record] if record.get("property") else [])
-    probes = [probe for row in asked for probe in _asked(row)]
-    yield Case(name, wanted, (efficacy(wanted), *probes))
+    request = make_request(
+        PROMPT, record.text("subj"), record.text("entity"), record.text("orig_entity"), id=name
+    )
+    rows = record.records("questions") or ([record] if record.get("property") else [])
+    probes = [probe for row in rows for probe in _probes(row)]
+    yield Case(name, request, (efficacy(request), *probes))
 
 
-def _asked(row: Record) -> Iterator[Probe]:
-    """Ask for a property of the kind, and for the kind with the property."""
+def _probes(row: Record) -> Iterator[Probe]:
+    """Yield probes for a property of the kind, and for the kind with the property."""
     subject, answer = row.text("subj").strip(), row.text("answer_fwd").strip()
-    changed = row.get("answer_changed")
-    if not isinstance(changed, bool):
-        raise Malformed(f"answer_changed: expected true or false, found {changed!r:.60}")
+    changes = row.get("answer_changed")
+    if not isinstance(changes, bool):
+        raise Malformed(f"answer_changed: expected true or false, found {changes!r:.60}")
     head, _, tail = row.text("query_fwd").replace(_SUBJECT, subject).partition(_ANSWER)
     if not head.strip() or tail.strip():
         raise Skip(f"query_fwd: the question {row.text('query_fwd')!r} does not end in its answer")
     old = row.text("orig_answer_fwd").strip() if row.get("orig_answer_fwd") is not None else None
     kind = "category" if row.get("property") == "category_membership" else "property"
-    kind = kind if changed else f"{kind}_kept"
-    yield choice(kind, head.strip(), answer, row.texts("fwd_choices", needed=True), old, old)
+    kind = kind if changes else f"{kind}_kept"
+    yield choice(kind, head.strip(), answer, row.texts("fwd_choices", required=True), old, old)
     head, _, tail = row.text("query_rev").replace(_ANSWER, answer).partition(_SUBJECT)
     if not head.strip():
-        row.aside["reversed questions that begin with their blank"] += 1
+        row.omissions["reversed questions that begin with their blank"] += 1
         return
-    labels = [f"{label}{tail}" for label in row.texts("rev_choices", needed=True)]
+    labels = [f"{label}{tail}" for label in row.texts("rev_choices", required=True)]
     right = f"{subject}{tail}".strip()
-    yield choice("inverse_property", head.strip(), right, labels, None if changed else right)
+    yield choice("inverse_property", head.strip(), right, labels, None if changes else right)
 
 
 def fits(value: Any) -> bool:

@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record
-from errata.data.sets._parts import count, has, long_answer, mean_words, name_of, whole
+from errata.data.sets._parts import count, has, long_answer, mean_words, name_of, question_request
 from errata.types import Case
 
 
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case of long probes. Raises Skip or Malformed.
 
-    No subject is given: the whole question stands for it. The answers to sub-questions are sentences, so
+    No subject is given: the whole question is used as the subject. The answers to sub-questions are sentences, so
     these are compared like the long answer, not matched like a name.
     """
     name = f"unke:{name_of(record)}"
     answer = record.text("answer")
-    wanted = whole(record.text("question"), answer, id=name)
+    request = question_request(record.text("question"), answer, id=name)
     parts, replies = record.texts("sub_question"), record.texts("sub_answer")
     if not len(parts) == len(replies) == len(record.get("sub_question") or ()):
         raise Malformed(
@@ -27,13 +27,13 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
             f"and {len(replies)} answers"
         )
     probes = [
-        long_answer("long", wanted.text, answer),
+        long_answer("long", request.text, answer),
         long_answer("long_paraphrase", record.text("para_question").strip(), answer),
     ]
     probes += [
         long_answer("sub_question", part.strip(), reply) for part, reply in zip(parts, replies, strict=True)
     ]
-    yield Case(name, wanted, tuple(probes))
+    yield Case(name, request, tuple(probes))
 
 
 def facts(cases: Sequence[Case]) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 Fields: ``subject``, ``update`` (the question), ``ans``, ``rephrase``, ``personas`` (the question in
 somebody's voice), ``loc``/``loc_ans`` (a question on an unchanged fact), ``mhop``/``mhop_ans`` (two hops,
 the change among them; may be empty). The authors' runs read the same rows with ``src`` and ``alt`` for
-question and answer and ``genv2_<voice>`` for the voices. Left aside: ``tag`` (new or changed), ``relation``,
+question and answer and ``genv2_<voice>`` for the voices. Not used: ``tag`` (new or changed), ``relation``,
 ``object`` and the Wikidata ids.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, request
-from errata.data.sets._parts import efficacy, has, kept, name_of
+from errata.data._base import Dataset, Malformed, Record, make_request
+from errata.data.sets._parts import efficacy, has, locality_probe, name_of
 from errata.types import Case, Probe
 
 WINDOWS = (
@@ -35,29 +35,31 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
     own = record.get("update") is not None
     name = name_of(record) if not variant else f"{variant}/{name_of(record)}"
     question, answer = record.text("update" if own else "src"), record.text("ans" if own else "alt")
-    wanted = request(question, record.text("subject"), answer, id=name)
-    asked = [("paraphrase", text) for text in record.texts("rephrase")]
+    request = make_request(question, record.text("subject"), answer, id=name)
+    wordings = [("paraphrase", text) for text in record.texts("rephrase")]
     voices = ["personas"] if own else [key for key in record.value if key.startswith(_VOICE)]
-    asked += [("persona", text) for voice in voices for text in record.texts(voice)]
-    probes = [efficacy(wanted)]
-    probes += [Probe(kind, text.strip(), (wanted.target,), ()) for kind, text in asked]
+    wordings += [("persona", text) for voice in voices for text in record.texts(voice)]
+    probes = [efficacy(request)]
+    probes += [Probe(kind, text.strip(), (request.target,), ()) for kind, text in wordings]
     hop = pair(record, "mhop", "mhop_ans")
     if hop:
         probes.append(Probe("multi_hop", hop[0], (hop[1],), ()))
     other = pair(record, "loc", "loc_ans")
     if other:
-        probes.append(kept("locality", other[0], (other[1],)))
-    yield Case(f"wikibigedit:{name}", wanted, tuple(probes))
+        probes.append(locality_probe("locality", other[0], (other[1],)))
+    yield Case(f"wikibigedit:{name}", request, tuple(probes))
 
 
 def pair(record: Record, question: str, answer: str) -> tuple[str, str] | None:
     """Return an optional question with its answer, None where neither is given. Raises Malformed for one."""
-    asked, said = record.texts(question), record.texts(answer)
-    if not asked and not said:
+    questions, answers = record.texts(question), record.texts(answer)
+    if not questions and not answers:
         return None
-    if len(asked) != 1 or len(said) != 1:
-        raise Malformed(f"{question}, {answer}: expected one of each, found {len(asked)} and {len(said)}")
-    return asked[0].strip(), said[0].strip()
+    if len(questions) != 1 or len(answers) != 1:
+        raise Malformed(
+            f"{question}, {answer}: expected one of each, found {len(questions)} and {len(answers)}"
+        )
+    return questions[0].strip(), answers[0].strip()
 
 
 def fits(value: Any) -> bool:

@@ -1,14 +1,14 @@
-"""WISE: corrections of hallucinated passages, and events after the model's training, for lifelong editing.
+"""WISE: corrections of hallucinated passages, and events after the model's training cutoff, for lifelong editing.
 
 A record has ``prompt``, ``subject``, ``target_new`` (a sentence or a paragraph), ``locality_prompt`` and
 ``locality_ground_truth``: a piece of web text cut in two. No old answer is given. Records of the temporal file also
 have ``ood_rephrase``, another paragraph about the subject.
 
-Texts are too long to be said word for word, so the published runs score their perplexity: the target after the
-prompt, the target after ``ood_rephrase`` (as EasyEdit has it), and the second piece of web text after the first, which
-must stay as it was; these are probes of form ``span``. The target is asked for as a long answer besides. Where the web
-text was cut inside a word, that word is moved to the answer, since a tokenizer sees no other border. WISE's third file
-is zsRE with portability questions, which ``easyedit_portability`` reads.
+Texts are too long for exact match, so the published runs score their perplexity: the target after the prompt, the
+target after ``ood_rephrase`` (as in EasyEdit), and the second piece of web text after the first, which must not
+change; these are probes of form ``span``. The target is also probed as a long answer. Where the web text was cut
+inside a word, the whole word goes to the answer, since a tokenizer sees no other boundary. WISE's third file is zsRE
+with portability questions: read it with ``easyedit_portability``.
 """
 
 from __future__ import annotations
@@ -27,29 +27,31 @@ HALLUCINATION, TEMPORAL = "hallucination", "temporal"
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case, by its shape; the variant only names the file. Raises Skip or Malformed."""
     name = f"wise:{name_of(record)}"
-    wanted = read_request(record, FLAT, id=name)
+    request = read_request(record, FLAT, id=name)
     probes = [
-        Probe("efficacy", wanted.text, (wanted.target,), (), form="span"),
-        long_answer("long", wanted.text, wanted.target),
+        Probe("efficacy", request.text, (request.target,), (), form="span"),
+        long_answer("long", request.text, request.target),
     ]
     for text in record.texts("ood_rephrase"):
-        probes.append(Probe("paraphrase", text.strip(), (wanted.target,), (), form="span"))
+        probes.append(Probe("paraphrase", text.strip(), (request.target,), (), form="span"))
     if record.texts("locality_ground_truth"):
         prompt, answer = continuation(record.text("locality_prompt"), record.text("locality_ground_truth"))
         probes.append(Probe("locality", prompt, (answer,), (answer,), form="span"))
     else:
-        record.aside["web texts without a second piece"] += 1
-    yield Case(name, wanted, tuple(probes))
+        record.omissions["web texts without a second piece"] += 1
+    yield Case(name, request, tuple(probes))
 
 
-def continuation(left: str, right: str) -> tuple[str, str]:
-    """Return two pieces of one text, a word that was cut in two moved to the second. Raises Skip for one word."""
-    word = re.search(r"\w+$", left)
-    if word and re.match(r"\w", right):
-        left, right = left[: word.start()], word.group() + right
-    if not left.strip():
-        raise Skip("nothing stands before the text that must stay, so a causal model cannot be asked for it")
-    return left.rstrip(), right.strip()
+def continuation(head: str, tail: str) -> tuple[str, str]:
+    """Return the two pieces of a text, moving a split word to the second. Raises Skip for a single word."""
+    word = re.search(r"\w+$", head)
+    if word and re.match(r"\w", tail):
+        head, tail = head[: word.start()], word.group() + tail
+    if not head.strip():
+        raise Skip(
+            "no text comes before the text that must not change, so a causal model has no prompt for it"
+        )
+    return head.rstrip(), tail.strip()
 
 
 def fits(value: Any) -> bool:

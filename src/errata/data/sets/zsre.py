@@ -1,13 +1,13 @@
 """zsRE in the flat form of MEND and ROME, under two conventions that must not be mixed.
 
-``true`` teaches the gold answer (ROME, MEMIT and after): a model that knows it needs no edit, so its unedited score is
-not zero. ``alt`` teaches a wrong answer (MEND, EasyEdit): the gold answers are what it must take the place of.
-Locality asks an unrelated question of Natural Questions, as ``loc`` with a question mark. Its gold answer is given in
-both; under ``alt`` papers ask instead whether the answer stays what it was, right or wrong, which the texts before
-and after tell.
+``true``: the target is the gold answer (ROME, MEMIT and later papers); a model may know it already, so the unedited
+score is not zero. ``alt``: the target is a wrong answer (MEND, EasyEdit), which replaces the gold answers.
 
-Files for training (EasyEdit's ``zsre_mend_train_10000.json``) hold no gold answers: only ``alt`` can be read from them.
-``pred`` and ``cond`` are left aside: what another model answered, and a text for training that model.
+The locality probe is an unrelated question of Natural Questions: ``loc`` with a question mark. Both conventions have
+its gold answer; under ``alt``, papers instead compare the outputs before and after, right or wrong.
+
+Files for training (EasyEdit's ``zsre_mend_train_10000.json``) have no gold answers, so only ``alt`` applies to them.
+Not used: ``pred`` (another model's answer) and ``cond`` (a text for training that model).
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import CARRIED, among, efficacy, has, kept, name_of, rival_to, spellings
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
+from errata.data.sets._parts import (
+    PORTABILITY_FIELDS,
+    efficacy,
+    has,
+    is_answer,
+    locality_probe,
+    name_of,
+    rival_to,
+    spellings,
+)
 from errata.types import Case, Probe, Request
 
 TRUE, ALT = "true", "alt"
@@ -25,37 +34,37 @@ TRUE, ALT = "true", "alt"
 def cases(record: Record, variant: str) -> Iterator[Case]:
     """Turn one record into a case under a convention. Raises Skip, Malformed."""
     name = f"zsre:{name_of(record, 'case_id')}"
-    gold = spellings("", record.texts("answers", needed=has(record.value, "answers")))
+    gold = spellings("", record.texts("answers", required=has(record.value, "answers")))
     if variant == TRUE:
         if not gold:
-            raise Skip("the record holds no gold answer to teach, only the wrong one of zsre/alt")
+            raise Skip("the record has no gold answer, only the wrong one of zsre/alt")
         target, right, before = gold[0], gold, ()
     else:
         target, right, before = record.text("alt"), spellings(record.text("alt")), gold
-        if among(target, gold):
+        if is_answer(target, gold):
             raise Skip(f"the alternative answer {target.strip()!r} is among the gold ones")
-    wanted = request(
+    request = make_request(
         record.text("src"), record.text("subject"), target, before[0] if before else None, id=name
     )
     probes = (
-        efficacy(wanted, right, before),
-        *rephrased(wanted, record.texts("rephrase"), right, before),
-        unrelated(record),
+        efficacy(request, right, before),
+        *rephrasing_probes(request, record.texts("rephrase"), right, before),
+        loc_probe(record),
     )
-    yield Case(name, wanted, probes)
+    yield Case(name, request, probes)
 
 
-def rephrased(
-    wanted: Request, prompts: tuple[str, ...], right: tuple[str, ...], before: tuple[str, ...]
+def rephrasing_probes(
+    request: Request, prompts: tuple[str, ...], right: tuple[str, ...], before: tuple[str, ...]
 ) -> Iterator[Probe]:
-    """Ask the request's question in other words; known old answers are the rival."""
+    """Yield paraphrase probes; the old target is the rival."""
     for prompt in prompts:
-        yield Probe("paraphrase", prompt, right, before, rival_to(right, wanted.target_old, before))
+        yield Probe("paraphrase", prompt, right, before, rival_to(right, request.target_old, before))
 
 
-def unrelated(record: Record) -> Probe:
-    """Ask a record's unrelated question, ``loc``, which keeps its answer. Raises Malformed."""
-    return kept("locality", _question(record.text("loc")), _texts(record, "loc_ans"))
+def loc_probe(record: Record) -> Probe:
+    """Build the locality probe from ``loc``, an unrelated question. Raises Malformed."""
+    return locality_probe("locality", _question(record.text("loc")), _texts(record, "loc_ans"))
 
 
 def _question(text: str) -> str:
@@ -63,10 +72,10 @@ def _question(text: str) -> str:
 
 
 def _texts(record: Record, field: str) -> tuple[str, ...]:
-    found = spellings("", record.texts(field, needed=True))
-    if not found:
+    texts = spellings("", record.texts(field, required=True))
+    if not texts:
         raise Malformed(f"{field}: expected an answer, found none")
-    return found
+    return texts
 
 
 def fits(value: Any) -> bool:
@@ -75,11 +84,15 @@ def fits(value: Any) -> bool:
     Files for training come without ``answers``, which leaves the convention ``alt``.
     """
     own = has(value, "src", "subject", "rephrase", "loc", "loc_ans")
-    return own and ("answers" in value or "alt" in value) and not any(name in value for name in CARRIED)
+    return (
+        own
+        and ("answers" in value or "alt" in value)
+        and not any(name in value for name in PORTABILITY_FIELDS)
+    )
 
 
 def variants_of(records: Sequence[Any]) -> Sequence[str]:
-    """Leave the convention open, but where no record holds a gold answer."""
+    """Return ``alt`` where no record has a gold answer; else either convention is possible."""
     return () if any(has(record, "answers") for record in records) else (ALT,)
 
 

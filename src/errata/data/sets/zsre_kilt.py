@@ -5,10 +5,9 @@ model) and ``filtered_rephrases``; the list has ``question``, ``answer``, ``alia
 conventions are those of :mod:`errata.data.sets.zsre`; ``alt`` takes the first alternative that is no gold answer. The
 list has no wrong answers, so under ``alt`` all of it is left out.
 
-Neither form has to name the subject. Where KILT's ``meta.sub_surface`` does and it stands in the question, it is
-taken; else the whole question stands for it, which the check counts: a guess, such as the longest name in
-capitals, would be wrong in ways nobody sees. ``prediction`` (another model's answer) is left aside; ``type`` is
-repeated at the head of ``question_id``.
+Neither form always names the subject. KILT's ``meta.sub_surface`` is used where the question contains it; else the
+whole question is used as the subject, which the check counts: a guess, such as the longest capitalised name, could be
+wrong unnoticed. Not used: ``prediction`` (another model's answer); ``type``, which ``question_id`` begins with.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errata.data._base import Dataset, Malformed, Record, Skip, request
-from errata.data.sets._parts import among, efficacy, has, name_of, spellings, whole
-from errata.data.sets.zsre import ALT, TRUE, rephrased
+from errata.data._base import Dataset, Malformed, Record, Skip, make_request
+from errata.data.sets._parts import efficacy, has, is_answer, name_of, question_request, spellings
+from errata.data.sets.zsre import ALT, TRUE, rephrasing_probes
 from errata.types import Case, Request
 
 
@@ -36,41 +35,45 @@ def cases(record: Record, variant: str) -> Iterator[Case]:
         right, before = gold, ()
     else:
         right, before = (_wrong(record, gold),), gold
-    wanted = _request(record, question, right[0], before[0] if before else None, name)
+    request = _request(record, question, right[0], before[0] if before else None, name)
     probes = (
-        efficacy(wanted, right, before),
-        *rephrased(wanted, record.texts("filtered_rephrases"), right, before),
+        efficacy(request, right, before),
+        *rephrasing_probes(request, record.texts("filtered_rephrases"), right, before),
     )
-    yield Case(name, wanted, probes)
+    yield Case(name, request, probes)
 
 
 def _gold(record: Record) -> tuple[str, ...]:
     """Read the gold answers, given as texts or as KILT's records with ``answer``."""
-    listed = record.get("output")
-    if not isinstance(listed, list):
-        raise Malformed(f"output: expected a list of answers, found {type(listed).__name__}")
-    texts = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
-    found = spellings("", (text for text in texts if isinstance(text, str)))
-    if not found:
+    items = record.get("output")
+    if not isinstance(items, list):
+        raise Malformed(f"output: expected a list of answers, found {type(items).__name__}")
+    texts = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
+    answers = spellings("", (text for text in texts if isinstance(text, str)))
+    if not answers:
         raise Malformed("output: expected at least one answer, found none")
-    return found
+    return answers
 
 
 def _wrong(record: Record, gold: tuple[str, ...]) -> str:
     """Take the first alternative that is not right. Raises Skip where there is none."""
-    offered = spellings("", record.texts("alternatives"))
-    wrong = [text for text in offered if not among(text, gold)]
+    alternatives = spellings("", record.texts("alternatives"))
+    wrong = [text for text in alternatives if not is_answer(text, gold)]
     if not wrong:
-        why = f"its {len(offered)} alternatives are gold answers" if offered else "it has no alternatives"
-        raise Skip(f"no wrong answer to teach: {why}")
+        why = (
+            f"its {len(alternatives)} alternatives are gold answers"
+            if alternatives
+            else "it has no alternatives"
+        )
+        raise Skip(f"no wrong answer to use as the target: {why}")
     return wrong[0]
 
 
 def _request(record: Record, question: str, target: str, old: str | None, name: str) -> Request:
     for subject in record.texts("meta.sub_surface"):
         if subject.strip() in question:
-            return request(question, subject, target, old, id=name)
-    return whole(question.strip(), target, old, name)
+            return make_request(question, subject, target, old, id=name)
+    return question_request(question.strip(), target, old, name)
 
 
 def fits(value: Any) -> bool:
