@@ -270,10 +270,9 @@ def _check_request(host: Host, request: Request | ImageRequest) -> None:
                 host.logits(images[:1])  # the model itself says whether it takes such images
     elif isinstance(request, Request):
         answer = host.encode_answer(request.text, request.target)
-        if host.window is not None and len(answer.ids) > host.window:
-            raise RequestError(
-                f"prompt and target are {len(answer.ids)} tokens, the model's window is {host.window}"
-            )
+        length = host.length(answer.ids)
+        if host.window is not None and length > host.window:
+            raise RequestError(f"prompt and target are {length} tokens, the model's window is {host.window}")
 
 
 def _file_corpus(path: Path) -> Corpus:

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Protocol, TypeVar
 
 from errata.errors import ConfigError, shown
@@ -32,14 +32,15 @@ LONGEST_NAME = 100
 class Registry(Generic[T]):
     """A lazy table: every public module of a package defines one entry under a fixed attribute.
 
-    The names are the module names, so there is no list to maintain; other packages add entries through the
-    entry-point group with the name of the package.
+    The names are the file names, so none is listed by hand; other packages add theirs through the entry-point
+    group.
     """
 
-    def __init__(self, package: str, attribute: str, kind: type[T] | str) -> None:
+    def __init__(self, package: str, attribute: str, kind: type[T] | str, *, group: str) -> None:
         self._package = package
         self._attribute = attribute
         self._kind = kind
+        self._group = group
 
     def names(self) -> list[str]:
         """List every name, sorted; nothing is imported but the package itself."""
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
             module = importlib.import_module(f"{self._package}.{name}")
             entry = getattr(module, self._attribute)
         elif name in self._foreign():
-            entry = self._foreign()[name].load()
+            entry = _load(self._foreign()[name])
         else:
             raise ConfigError(unknown(name, self.names(), self._package.rpartition(".")[2].rstrip("s")))
         if getattr(entry, "name", None) != name:
@@ -79,7 +80,7 @@ class Registry(Generic[T]):
 
     def _foreign(self) -> dict:
         own = self._own()
-        points = {point.name: point for point in entry_points(group=self._package)}
+        points = {point.name: point for point in entry_points(group=self._group)}
         clash = sorted(own & set(points))
         if clash:
             raise ConfigError(
@@ -152,7 +153,19 @@ class Records(Generic[R]):
                 for attribute in self._attributes:
                     yield from _each(module.__name__, getattr(module, attribute, ()))
         for point in entry_points(group=self._group):
-            yield from _each(str(point.value), point.load())
+            yield from _each(str(point.value), _load(point))
+
+
+def _load(point: EntryPoint) -> Any:
+    """Load what another package brings. Raises ConfigError naming the package where it cannot be loaded."""
+    try:
+        return point.load()
+    except Exception as error:
+        owner = point.dist.name if point.dist else "an installed package"
+        raise ConfigError(
+            f"cannot load {point.value} of {owner}, entry point {point.name!r} of {point.group}: "
+            f"{type(error).__name__}: {error}; mend or uninstall that package"
+        ) from error
 
 
 def _each(origin: str, value: Any) -> Iterator[tuple[str, Any]]:

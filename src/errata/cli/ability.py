@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 Tasks = Annotated[
     list[str],
@@ -65,3 +66,6 @@ def _show(found: dict[str, dict[str, dict[str, Any]]], name: str) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+VERB = Verb("ability", command, order=70)

@@ -1,4 +1,7 @@
-"""The command line: a thin skin over the Python interface. Imports nothing heavy until a verb runs."""
+"""The command line: a thin skin over the Python interface. Imports nothing heavy until a verb runs.
+
+Every file of this package that defines ``VERB`` or ``VERBS`` is found here; see :class:`errata.cli._verb.Verb`.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from errata.cli import (
-    ability,
-    ask,
-    bench,
-    data,
-    demo,
-    edit,
-    evaluate,
-    judge,
-    lab,
-    methods,
-    model,
-    refit,
-    report,
-    show,
-    stats,
+from errata.cli._verb import Verb
+from errata.registry import Records
+
+REGISTRY: Records[Verb] = Records(
+    "errata.cli", ("VERB", "VERBS"), Verb, group="errata.verbs", order=lambda verb: verb.order
 )
 
 
@@ -63,22 +55,8 @@ app = typer.Typer(
     "broken file); 2 bad input, nothing was changed; 130 interrupted. Every command takes --json.",
 )
 
-app.command("demo")(demo.command)
-app.command("edit")(edit.command)
-app.command("ask")(ask.command)
-app.command("eval")(evaluate.command)
-app.command("bench")(bench.command)
-app.command("report")(report.command)
-app.command("judge")(judge.command)
-app.command("ability")(ability.command)
-app.command("refit")(refit.refit)
-app.command("retract")(refit.retract)
-app.command("show")(show.command)
-app.command("methods")(methods.command)
-app.command("model")(model.command)
-app.command("stats")(stats.command)
-app.add_typer(data.app, name="data")
-app.add_typer(lab.app, name="lab")
+for verb in REGISTRY.values():
+    verb.add_to(app)
 
 
 @app.callback(invoke_without_command=True)

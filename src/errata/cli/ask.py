@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits.edit import Placement
@@ -78,3 +79,6 @@ def _print_notes(name: str, placement: Placement, dtype: str) -> None:
     worst = max(placement.lost.values(), default=0.0)
     if worst >= 1e-3:  # in float32 it is a millionth
         print(f"{name}: rounding to {dtype} lost up to {worst:.1%} of a weight's change; --no-merge keeps it")
+
+
+VERB = Verb("ask", command, order=20)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.bench.plan import Plan
@@ -150,3 +151,6 @@ def _evaluation(found: Outcome) -> dict[str, float | None]:
             name = "unedited" if document["cell"].get("rank") == 0 else "edited"
             costs[name].append(document["cost"]["observe"]["per_case"])
     return {name: sum(values) / len(values) if values else None for name, values in costs.items()}
+
+
+VERB = Verb("bench", command, order=40)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common, outputs
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.data._base import Dataset
@@ -275,3 +276,6 @@ def fetch(
         (path, common.size(path), lock.source, lock.commit or "", lock.sha256) for path, lock in locks if lock
     ]
     common.table(None, ("file", "size", "from", "commit", "sha256"), rows)
+
+
+VERB = Verb("data", app, order=130)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common, outputs
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.types import Case, Observation, Probe
@@ -126,3 +127,6 @@ def _print(document: dict[str, Any], method: str, count: int) -> None:
         print("the weights are bit-identical to the start")
     else:
         print("THE WEIGHTS DIFFER FROM THE START")
+
+
+VERB = Verb("demo", command, order=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from errata.cli import checks, common, outputs
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.host.load import Host
@@ -143,3 +144,6 @@ def _report(document: dict, json: bool) -> None:
             f"{document['requests']} requests and all settings are fine; {document['method']} would write "
             f"{document['output']} (dry run: nothing was fitted or written)"
         )
+
+
+VERB = Verb("edit", command, order=10)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common, outputs
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.bench.runner import Report
@@ -204,3 +205,6 @@ def _number(entry: dict[str, Any] | None, metric: Metric) -> str:
     low, high = entry["ci"]
     interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
     return f"{before} > {entry['after']:.3f}{interval}"
+
+
+VERB = Verb("eval", command, order=30)

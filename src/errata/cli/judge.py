@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.bench.judging import JudgedCell
@@ -65,3 +66,6 @@ def _show(cells: Mapping[str, JudgedCell], judge: str) -> None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+VERB = Verb("judge", command, order=60)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 app = typer.Typer(no_args_is_help=True, help="The embedded world and its model: look, check, train.")
 
@@ -145,3 +146,6 @@ def _place(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+VERB = Verb("lab", app, order=140)

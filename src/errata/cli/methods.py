@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 
 def command(
@@ -89,3 +90,6 @@ def _yes(value: bool) -> str:
 
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+VERB = Verb("methods", command, order=100)

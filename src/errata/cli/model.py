@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 
 def command(
@@ -51,3 +52,6 @@ def command(
     common.table("editable sites", ("layer", "part", "module", "d_in", "d_out", "stored"), rows, right=(3, 4))
     if layout.refused:
         print(f"not editable: {layout.refused}")
+
+
+VERB = Verb("model", command, order=110)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common, outputs
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits import WeightEdit
@@ -97,3 +98,6 @@ def _finish(
     common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
     done = "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
     print(f"{len(requests)} requests in one edit, norm {made.norm():.4g}; {done}")
+
+
+VERBS = (Verb("refit", refit, order=80), Verb("retract", retract, order=81))

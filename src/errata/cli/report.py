@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.report.read import Run
@@ -112,3 +113,6 @@ def _print(table: Table, *, right: bool = True) -> None:
         print(common.safe(f"  {note}"))
     if table.notes:
         print()
+
+
+VERB = Verb("report", command, order=50)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits import Edit
@@ -94,3 +95,6 @@ def _share(lost: dict[str, float] | None, name: str) -> tuple[str, ...]:
     if lost is None:
         return ()
     return (f"{lost[name]:.2%}" if name in lost else "packed: not merged",)
+
+
+VERB = Verb("show", command, order=90)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import common
+from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.host.layout import Site
@@ -233,3 +234,6 @@ def _show_cost(document: dict[str, Any], json: bool) -> None:
     if document["kept_already"]:
         print(f"kept already: layers {', '.join(map(str, document['kept_already']))}")
     print("dry run: nothing was computed or written")
+
+
+VERB = Verb("stats", command, order=120)

@@ -139,13 +139,15 @@ class _Manner:
 
     def _answer(self, host: Host, prompt: str, answer: str, form: Form) -> tokens.Answer:
         """Tokenise an answer after its prompt, with at least one token before it; a long one cut to fit."""
-        made = host.encode_answer(prompt, answer)
-        if not made.start:
+        row = host.encode_answer(prompt, answer)
+        if not row.start:
             begin = host.encode_base(prompt)
-            made = tokens.Answer((*begin, *made.ids), len(begin))
-        if form == "long" and host.window is not None and made.start < host.window:
-            made = tokens.Answer(made.ids[: host.window], made.start)
-        return made
+            row = tokens.Answer((*begin, *row.ids), len(begin))
+        if form == "long" and host.window is not None and not host.fills:
+            excess = host.length(row.ids) - host.window
+            if 0 < excess < len(row.target):
+                row = tokens.Answer(row.ids[:-excess], row.start)
+        return row
 
 
 def observe(
@@ -261,10 +263,11 @@ def _too_long(host: Host, plan: _Plan) -> str | None:
     if host.window is None:
         return None
     answers = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
-    longest = max(len(plan.prompt), len(plan.base), *(len(answer.ids) for answer in answers), 0)
+    prompt = max((host.length(row) for row in (plan.prompt, plan.base) if row), default=0)
+    longest = max(prompt, *(host.length(answer.ids) for answer in answers), 0)
     if longest <= host.window:
         return None
-    what = "prompt" if max(len(plan.prompt), len(plan.base)) > host.window else "prompt and answer"
+    what = "prompt" if prompt > host.window else "prompt and answer"
     return (
         f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or leave the case out"
     )

@@ -250,6 +250,10 @@ class Host:
         """Whether an answer takes places in what is read, rather than following it."""
         return False
 
+    def length(self, row: tokens.Ids) -> int:
+        """Return how many tokens the window must hold for a row."""
+        return len(row)
+
     def room(self, row: tokens.Ids) -> int | None:
         """Return how many tokens may still be added to a row; None where nothing sets a bound."""
         return None if self.window is None else max(1, self.window - len(row))

@@ -116,6 +116,11 @@ class Seq2SeqHost(Host):
         row = self.encode_framed(framed)
         return tokens.Answer((*row, *target), len(row))
 
+    def length(self, row: Ids) -> int:
+        """Return the longer of the two sides, each of which the window holds by itself."""
+        place = row.index(BREAK)
+        return max(place, len(row) - place - 1)
+
     def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> Pairs:
         """Pad rows; the encoder's side always on the right, since its places may count from the left.
 

@@ -60,6 +60,10 @@ class SlotHost(Host, ABC):
         """Arguments of the model's forward, without positions: families count them each in its own way."""
         return passes.arguments(self.model) - {"position_ids"}
 
+    def length(self, row: Ids) -> int:
+        """Return how many tokens are read: the answer fills places among them."""
+        return row.index(BREAK)
+
     @abstractmethod
     def room(self, row: Ids) -> int:
         """Return how many tokens may still be added to a row."""

@@ -9,4 +9,4 @@ from errata.registry import Registry
 if TYPE_CHECKING:
     from errata.methods._method import Method
 
-REGISTRY: Registry[Method] = Registry("errata.methods", "METHOD", "Method")
+REGISTRY: Registry[Method] = Registry("errata.methods", "METHOD", "Method", group="errata.methods")

@@ -6,16 +6,16 @@ Implements Sec. 3.2 and 3.3: integrated gradients of the answer's probability pe
            one of the operations. A neuron's value is its column c of the down-projection:
              update    c - l1 e(old) + l2 e(new)     (Sec. 5.1)      suppress  0 (activation 0)
              erase     0, or e(unknown token)        (Sec. 5.2)      amplify   2 c (activation doubled)
-Departs    A method sees the request only, so its prompt behind sampled prefixes stands in for the
-           paper's paraphrases, p adapts to each request and not to a relation's average, and erase
-           takes the requests' neurons, not the 20 most common ones of a relation.
-           e is a row of the OUTPUT embedding, which the paper's BERT ties to the input one. Ports also
-           attribute activations before the nonlinearity, or a gate alone; here a neuron is what the
-           down-projection multiplies. Gated neurons are often negative: ``signed`` turns their column's change round.
-           l1 and l2 are in norms of the column, e at unit length (authors' code), or plain (ports):
-           ``scale``. Answers of several tokens are attributed token by token, masks' one by one.
-           Of several requests each updates its own neurons; a neuron of two gets both changes, as
-           from two fits; what is suppressed, erased or amplified is so once.
+Departs    A method sees the request only, so its prompt behind sampled prefixes stands in for the paper's
+           paraphrases, p adapts to each request and not to a relation's average, and erase takes the requests'
+           neurons, not the 20 most common ones of a relation. e is a row of the OUTPUT embedding, which the paper's
+           BERT ties to the input one. Ports also attribute activations before the nonlinearity, or a gate alone; here
+           a neuron is what the down-projection multiplies. Gated neurons are often negative: ``signed`` turns
+           their column's change round. l1 and l2 are in norms of the column, e at unit length (authors' code), or
+           plain (ports): ``scale``. Answers of several tokens are attributed token by token, masks' one by one.
+           Of several requests each updates its own neurons; a neuron of two gets both changes, as from two fits.
+Limits     A few neurons can only replace an answer that depends on the feed-forwards where it is read. In the tests'
+           BERT of two layers these carry less than 5 % of its probability: update moves it, but stays behind the old.
 Needs      Gradients; context prefixes written by the model
 """
 

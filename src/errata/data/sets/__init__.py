@@ -5,4 +5,4 @@ from __future__ import annotations
 from errata.data._base import Dataset
 from errata.registry import Registry
 
-REGISTRY: Registry[Dataset] = Registry("errata.data.sets", "DATASET", Dataset)
+REGISTRY: Registry[Dataset] = Registry("errata.data.sets", "DATASET", Dataset, group="errata.datasets")

@@ -9,4 +9,6 @@ from errata.registry import Registry
 if TYPE_CHECKING:
     from errata.edits.routers._router import Router
 
-ROUTERS: Registry[type[Router]] = Registry("errata.edits.routers", "ROUTER", "type of a router")
+ROUTERS: Registry[type[Router]] = Registry(
+    "errata.edits.routers", "ROUTER", "type of a router", group="errata.routers"
+)
