@@ -70,7 +70,7 @@ def leverages(edit: Edit) -> list[float]:
     known = _checked(edit, solved=False)
     least = [1.0] * len(known.provenance.requests)
     for record in known.records.values():
-        for group, share in zip(record.requests, record.leverages().tolist(), strict=True):
+        for group, share in zip(record.requests, map(float, record.leverages().cpu()), strict=True):
             for request in group:
                 least[request] = min(least[request], share)
     return least

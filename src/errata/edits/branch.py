@@ -30,13 +30,13 @@ Delta = LowRank | Tensor
 class Branches:
     """What stands beside one linear map; also the hook that adds it."""
 
-    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     """By edit digest, oriented ``[d_out, d_in]``; replaced, never changed, for another thread may be reading."""
-    stored: Mapping[str, Delta] = field(default_factory=dict)
+    stored: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     """The same, oriented as the weight is stored."""
-    numbers: Mapping[str, int | None] = field(default_factory=dict)
+    numbers: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
     """Edit sets whose rows get each delta; None: all rows."""
-    ready: dict[str, Delta] = field(default_factory=dict)
+    ready: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """The deltas on the device and in the precision of the last call."""
 
     def __call__(self, given: Tensor, said: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -44,11 +44,11 @@ class Provenance:
     """How the host was named when the edit was made."""
     seed: int = 0
     """Seed of all randomness in the fit."""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Versions of errata, torch, transformers and Python."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the fit reports: losses, norms, steps."""
-    prompt_format: Mapping[str, Any] = field(default_factory=dict)
+    prompt_format: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How prompts were put: template, system prompt, thinking, join; empty in files of earlier versions."""
     parents: tuple[str, ...] = ()
     """Digests of the edits this one was made from: gone on from, refitted or retracted from."""
@@ -78,7 +78,7 @@ class Placement:
     """Of the edit."""
     host: str
     """Fingerprint of the host without edits."""
-    lost: Mapping[str, float] = field(default_factory=dict)
+    lost: Mapping[str, float] = field(default_factory=dict[str, float])
     """By merged parameter, what rounding cost: ||(W' - W) - delta|| / ||delta||."""
     unmerged: tuple[str, ...] = ()
     """Parameters whose change is added to their module's output instead, which costs no precision."""
@@ -184,7 +184,7 @@ class Edit(ABC):
     def on(
         self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
-    ) -> Iterator[Placement]:  # fmt: skip
+    ) -> Generator[Placement, None, None]:  # fmt: skip
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
         mine = True
         try:

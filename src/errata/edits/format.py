@@ -16,6 +16,7 @@ from torch import Tensor
 
 from errata import files
 from errata.checksum import FIELD, checksum
+from errata.edits.header import is_object
 from errata.errors import EditError
 
 VERSION = 3
@@ -64,6 +65,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise EditError(f"{source} is truncated or not an edit file ({reason(error)})") from error
 
 
+def _open(source: Path) -> Any:
+    """Open a safetensors file; the package leaves open what it returns."""
+    return safe_open(source, "pt")
+
+
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not source.is_file():
         raise EditError(f"{source} does not exist" if not source.exists() else f"{source} is no regular file")
@@ -77,18 +83,18 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise EditError(
             f"{source} is truncated or not an edit file: a header of {length:,} bytes in {size:,} bytes"
         )
-    with safe_open(source, "pt") as file:
-        metadata = file.metadata() or {}
+    with _open(source) as file:
+        metadata: Mapping[str, str] = file.metadata() or {}
         text = metadata.get(KEY)
         if text is None:
             raise EditError(f"{source} is a safetensors file but not an edit: its header has no {KEY!r}")
-        header = json.loads(text)
-        version = header.get("format") if isinstance(header, dict) else None
-        if type(version) is not int or not 1 <= version <= VERSION:
+        header: object = json.loads(text)
+        version = header.get("format") if is_object(header) else None
+        if not is_object(header) or type(version) is not int or not 1 <= version <= VERSION:
             raise EditError(
                 f"{source} has format {_cut(version)}, expected 1 to {VERSION}; it is damaged, or of a newer errata"
             )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check(source, header, tensors)
     return tensors, header
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class EditGroup:
     @contextmanager
     def on(
         self, host: Host, *, foreign: bool = False, merge: bool | None = None
-    ) -> Iterator[tuple[Placement, ...]]:
+    ) -> Generator[tuple[Placement, ...], None, None]:
         """Have all of them in place inside the block only, or none; options as of :meth:`Edit.place`."""
         with ExitStack() as stack:
             yield tuple(

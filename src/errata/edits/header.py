@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from errata.types import ImageRecord, Request
 
@@ -18,23 +18,38 @@ NAMES: dict[type, str] = {
 }
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value read from JSON is an object; its keys are texts then."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a value read from JSON is a list."""
+    return isinstance(value, list)
+
+
 def take(holder: Any, name: str, kind: type, where: str) -> Any:
     """Return a field of an object. Raises ValueError where it is missing or of another type."""
-    if not isinstance(holder, dict) or name not in holder:
+    if not is_object(holder) or name not in holder:
         raise ValueError(f"{where} has no {name}")
     return typed(holder[name], kind, f"{where}: {name}")
 
 
 def typed(value: Any, kind: type, where: str) -> Any:
     """Return a value if it is of a type; whole numbers are numbers, true and false are not."""
+    own = _type(value)
     if kind is float:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     else:
-        fine = type(value) is kind
+        fine = own is kind
     if not fine:
-        actual = "no finite number" if isinstance(value, float) else NAMES.get(type(value), "nothing")
+        actual = "no finite number" if isinstance(value, float) else NAMES.get(own, "nothing")
         raise ValueError(f"{where}: expected {NAMES[kind]}, found {actual}")
     return float(value) if kind is float else value
+
+
+def _type(value: object) -> type[object]:
+    return type(value)
 
 
 def texts(holder: Any, name: str, where: str) -> tuple[str, ...]:

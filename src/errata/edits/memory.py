@@ -92,7 +92,7 @@ class MemoryEdit(Edit):
     router: Router
     """Decides by what it sees at the first intervention's module."""
     provenance: Provenance
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What a method needs to go on from here."""
     log: tuple[Mapping[str, Any], ...] = ()
     """What each request did to the entries, as plain data: enough to build them again without some requests."""
@@ -139,14 +139,14 @@ class MemoryEdit(Edit):
         cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> MemoryEdit:
         """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
-        interventions = []
+        interventions: list[Intervention] = []
         for number, item in enumerate(fields.take(body, "interventions", list, "the header")):
             where = f"interventions[{number}]"
             module, operation, positions = (
                 fields.take(item, name, str, where) for name in ("module", "operation", "positions")
             )
-            payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}  # type: ignore[arg-type]
-            interventions.append(Intervention(module, operation, payload, positions))  # type: ignore[arg-type]
+            payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
+            interventions.append(Intervention(module, operation, payload, positions))
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
@@ -281,7 +281,7 @@ class _Act:
             question = Question(
                 inputs[here, at].float(),
                 output[here.to(output.device), at.to(output.device)].float(),
-                lambda: self._texts(routing, here.tolist(), at.tolist()),
+                lambda: self._texts(routing, list(map(int, here.cpu())), list(map(int, at.cpu()))),
             )
             decided[here] = self.router.decide(question).to(decided.device)
         return decided

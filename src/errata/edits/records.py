@@ -106,7 +106,7 @@ class Record:
         Raises EditError when a column serves requests both in and out of the selection.
         """
         place = {request: i for i, request in enumerate(requests)}
-        columns = []
+        columns: list[int] = []
         for column, group in enumerate(self.requests):
             inside = [request for request in group if request in place]
             if inside and len(inside) < len(group):

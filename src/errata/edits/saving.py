@@ -8,7 +8,6 @@ and warns.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.edits.frames import stack_level
 from errata.errors import EditError
 from errata.host import locking, placement
 from errata.host.load import BRANCHES
 
 SAVE = "save_pretrained"
+CALLERS = ("errata", "torch", "transformers")
+"""Packages whose frames a warning is not about."""
 INSTEAD = "take it back and apply it again with merge=True to have it in the weights"
 
 
@@ -31,7 +33,7 @@ class _Save:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model
+        model = self.model
         with locking.of(model).shared:
             if len(args) < 3 and kwargs.get("state_dict") is None:
                 values, missing = _merged(model)
@@ -40,7 +42,7 @@ class _Save:
                 kwargs["state_dict"] = {**state, **values}
             else:
                 _warn({}, list(_standing(model)))
-            return type(model).save_pretrained(model, *args, **kwargs)
+            return getattr(type(model), SAVE)(model, *args, **kwargs)
 
 
 class _Watch:
@@ -53,13 +55,13 @@ class _Watch:
         if names and not self.quiet:
             warnings.warn(
                 f"an edit stands beside {_listed(names)} and is not in this state dict: {INSTEAD}",
-                stacklevel=_caller(),
+                stacklevel=stack_level(*CALLERS),
             )
 
     @staticmethod
     def plain(model: nn.Module) -> Mapping[str, Tensor]:
         """Return a model's state dict without the warning."""
-        watches = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, _Watch)]
+        watches = [hook for hook in _hooks(model).values() if isinstance(hook, _Watch)]
         for watch in watches:
             watch.quiet = True
         try:
@@ -71,8 +73,9 @@ class _Watch:
 
 def watch(model: nn.Module) -> None:
     """Have saving the model mind the edits beside its weights."""
-    if not any(isinstance(hook, _Watch) for hook in model._state_dict_pre_hooks.values()):
-        model.register_state_dict_pre_hook(_Watch())
+    if not any(isinstance(hook, _Watch) for hook in _hooks(model).values()):
+        # PyTorch does not say what a hook is
+        model.register_state_dict_pre_hook(_Watch())  # pyright: ignore[reportUnknownMemberType]
     if hasattr(type(model), SAVE) and SAVE not in model.__dict__:
         model.__dict__[SAVE] = _Save(model)
 
@@ -81,9 +84,14 @@ def unwatch(model: nn.Module) -> None:
     """Save the model as ever."""
     if isinstance(model.__dict__.get(SAVE), _Save):
         del model.__dict__[SAVE]
-    watches = [key for key, hook in model._state_dict_pre_hooks.items() if isinstance(hook, _Watch)]
-    for key in watches:
-        model._state_dict_pre_hooks.pop(key, None)
+    hooks = _hooks(model)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Watch)]:
+        hooks.pop(key, None)
+
+
+def _hooks(model: nn.Module) -> dict[int, object]:
+    """Return what is called before a state dict is taken, by number; PyTorch has no public list of these."""
+    return model.__dict__["_state_dict_pre_hooks"]
 
 
 def _standing(model: nn.Module) -> Mapping[str, Any]:
@@ -95,7 +103,8 @@ def _merged(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Return weights with what stands beside them, and the names of those where that cannot be."""
     from errata.edits.overlay import composed
 
-    values, missing = {}, []
+    values: dict[str, Tensor] = {}
+    missing: list[str] = []
     for name, branch in _standing(model).items():
         if placement.obstacle(model, name) is not None:
             missing.append(name)
@@ -114,27 +123,16 @@ def _warn(values: Mapping[str, Tensor], missing: list[str]) -> None:
         warnings.warn(
             f"an edit stands beside {_listed(list(values))}; in the saved model it is merged, rounded to {dtypes}: "
             "take it back first to save the model without it, and save the edit itself with edit.save(path)",
-            stacklevel=_caller(),
+            stacklevel=stack_level(*CALLERS),
         )
     if missing:
         warnings.warn(
             f"an edit stands beside {_listed(missing)} and is not in the saved model, whose weight cannot be "
             "written: save the edit itself with edit.save(path) and apply it again after loading",
-            stacklevel=_caller(),
+            stacklevel=stack_level(*CALLERS),
         )
 
 
 def _listed(names: list[str]) -> str:
     rest = f" and {len(names) - 1} other weights" if len(names) > 1 else ""
     return f"{names[0]}{rest}"
-
-
-def _caller() -> int:
-    """Return how many frames up the first caller outside torch, transformers and errata is."""
-    level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None:
-        level += 1
-        if frame.f_globals.get("__name__", "").split(".")[0] not in ("errata", "torch", "transformers"):
-            break
-        frame = frame.f_back
-    return level

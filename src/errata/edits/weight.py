@@ -11,7 +11,6 @@ the only way with packed weights.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,12 +25,14 @@ from errata.edits import format as file_format
 from errata.edits import header as fields
 from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Placement, Provenance
+from errata.edits.frames import stack_level
 from errata.edits.records import Record, contiguous_copy
 from errata.errors import EditError
 from errata.host import locking, placed, placement
 from errata.host.identity import content
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
+from errata.linalg.routines import norm
 
 WARN_ABOVE_SHARE_LOST = 0.5
 """Share of a change that rounding may eat before a warning is given."""
@@ -51,9 +52,9 @@ class WeightEdit(Edit):
     transposed: frozenset[str]
     """Parameters stored ``[d_in, d_out]``."""
     provenance: Provenance
-    records: Mapping[str, Record] = field(default_factory=dict)
+    records: Mapping[str, Record] = field(default_factory=dict[str, Record])
     """By parameter path, what a closed-form delta was solved from; see :mod:`errata.edits.algebra`."""
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What a method needs to go on from here: running statistics, queues, projections."""
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class WeightEdit(Edit):
                 f"merging edit {self.digest} lost {lost[worst]:.0%} of its change of {worst} in "
                 f"{host.model.get_parameter(worst).dtype} rounding: most of the edit was lost; use "
                 "merge=False or float32",
-                stacklevel=_outside(),
+                stacklevel=stack_level("errata", "contextlib"),
             )
 
     def trial(self, host: Host, *, foreign: bool = False) -> dict[str, float]:
@@ -212,7 +213,8 @@ class WeightEdit(Edit):
         unmerged = {n for n in self.deltas if merge is False or (merge is None and _is_packed(host, n))}
         fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)}
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
-        lost, moved = {}, bool(fits)
+        lost: dict[str, float] = {}
+        moved = bool(fits)
         for name, delta in fits.items():
             branch.attach(host.model, name, self._key, delta, self._stored(name), number)
         for name, weight in weights.items():
@@ -251,7 +253,7 @@ class WeightEdit(Edit):
 
     def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
-        found = {}
+        weights: dict[str, nn.Parameter] = {}
         for name in names:
             delta = self.deltas[name]
             try:
@@ -263,10 +265,10 @@ class WeightEdit(Edit):
                 raise EditError(f"weight {name!r} cannot be written: {reason}")
             shape = tuple(reversed(delta.shape)) if name in self.transposed else tuple(delta.shape)
             thin = isinstance(delta, LowRank) and weight.ndim > 2
-            found_shape = tuple(weight.flatten(1).shape) if thin else tuple(weight.shape)
-            if found_shape != shape:
-                raise EditError(f"weight {name!r} is {found_shape}, the edit expects {shape}")
-            found[name] = weight
+            actual = tuple(weight.flatten(1).shape) if thin else tuple(weight.shape)
+            if actual != shape:
+                raise EditError(f"weight {name!r} is {actual}, the edit expects {shape}")
+            weights[name] = weight
             self._refuse_changed(host, name, weight)
         twins = placement.sharing(host.model, names)
         if twins is not None:
@@ -274,7 +276,7 @@ class WeightEdit(Edit):
                 f"weight {twins[0]!r} shares its memory with {twins[1]!r}, so writing one changes the other; "
                 "use merge=False, or untie them first"
             )
-        return found
+        return weights
 
     def _refuse_changed(self, host: Host, name: str, weight: Tensor) -> None:
         """Raise EditError where something else has changed a weight on which other edits stand."""
@@ -372,7 +374,7 @@ class WeightEdit(Edit):
                 deltas[stem] = LowRank(parts[name], parts[f"{stem}.A"])
             elif part == "dense":
                 deltas[stem] = parts[name]
-        records = {}
+        records: dict[str, Record] = {}
         for name, facts in fields.typed(body.get("records", {}), dict, "records").items():
             where = f"records of {name[:80]!r}"
             read = fields.record(facts, where, len(provenance.requests))
@@ -402,7 +404,7 @@ class WeightEdit(Edit):
 
 
 def _norm(delta: Delta) -> float:
-    return delta.norm() if isinstance(delta, LowRank) else float(delta.double().norm())
+    return delta.norm() if isinstance(delta, LowRank) else float(norm(delta.double()))
 
 
 def _contiguous(delta: Delta) -> Delta:
@@ -445,10 +447,10 @@ def _is_packed(host: Host, name: str) -> bool:
 @torch.no_grad()
 def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
     """||(W' - W) - delta|| / ||delta||, with the delta as stored; 0 for a delta of zeros."""
-    wanted = overlay.multiplied(delta, weight)
-    total = float(wanted.norm())
-    realised = weight.to(wanted.dtype) - before.to(weight.device, wanted.dtype)
-    return float((realised - wanted).norm()) / total if total else 0.0
+    exact = overlay.multiplied(delta, weight)
+    total = float(norm(exact))
+    realised = weight.to(exact.dtype) - before.to(weight.device, exact.dtype)
+    return float(norm(realised - exact)) / total if total else 0.0
 
 
 @torch.no_grad()
@@ -463,14 +465,3 @@ def _write(weight: nn.Parameter, stands: overlay.Overlay, deltas: Mapping[str, D
     if not torch.equal(weight, value):
         raise EditError(f"weight {name!r} did not take the change: reading it back gave other numbers")
     stands.journal = (entry,)
-
-
-def _outside() -> int:
-    """Return how many frames up the first caller outside the library is, for warnings."""
-    level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None:
-        level += 1
-        if frame.f_globals.get("__name__", "").split(".")[0] not in ("errata", "contextlib"):
-            break
-        frame = frame.f_back
-    return level

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from errata.linalg import routines
 from errata.linalg.moments import Moments
 from errata.linalg.solve import CostMatrix
 
@@ -42,22 +43,24 @@ def principal(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: int) -> Ten
     Raises ValueError where all weighted keys are zero.
     """
     weighted = keys.double() * weights.double()
-    white = weighted if cost.factor is None else _solve(cost.factor.to(keys.device), weighted)
+    white = (
+        weighted if cost.factor is None else routines.solve_triangular(cost.factor.to(keys.device), weighted)
+    )
     wide = white.shape[0] <= white.shape[1]
-    values, vectors = torch.linalg.eigh(white @ white.mT if wide else white.mT @ white)  # ascending
+    values, vectors = routines.eigh(white @ white.mT if wide else white.mT @ white)  # ascending
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     if not float(values[0]) > 0:
         raise ValueError("all keys are zero: they have no direction")
     left = vectors if wide else white @ vectors  # [m, r], columns as long as may be
     left = left[:, values > NEGLIGIBLE * values[0]]
     if cost.factor is not None:
-        left = _solve(cost.factor.to(keys.device).mT, left, upper=True)
+        left = routines.solve_triangular(cost.factor.to(keys.device).mT, left, upper=True)
     return orthonormal(left.mT)
 
 
 def orthonormal(rows: Tensor) -> Tensor:
     """Return an orthonormal basis of independent rows ``[r, m]``, float64."""
-    return torch.linalg.qr(rows.double().mT).Q.mT.contiguous()
+    return routines.qr(rows.double().mT)[0].mT.contiguous()
 
 
 def least_squares(features: Tensor, targets: Tensor) -> Tensor:
@@ -66,8 +69,4 @@ def least_squares(features: Tensor, targets: Tensor) -> Tensor:
     ``features`` ``[p, n]``, ``targets`` ``[d, n]``; one p x p system, float64.
     """
     features, targets = features.double(), targets.double()
-    return targets @ features.mT @ torch.linalg.pinv(features @ features.mT, hermitian=True)
-
-
-def _solve(factor: Tensor, right: Tensor, *, upper: bool = False) -> Tensor:
-    return torch.linalg.solve_triangular(factor, right, upper=upper)
+    return targets @ features.mT @ routines.pseudo_inverse(features @ features.mT)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errata.linalg import routines
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -50,9 +52,9 @@ class LowRank:
 
     __rmul__ = __mul__
 
-    def to(self, *args: object, **kwargs: object) -> LowRank:
-        """Move or convert both factors."""
-        return LowRank(self.B.to(*args, **kwargs), self.A.to(*args, **kwargs))  # type: ignore[arg-type]
+    def to(self, dtype: torch.dtype | None = None, *, device: torch.device | str | None = None) -> LowRank:
+        """Convert or move both factors; None leaves the dtype or the device as it is."""
+        return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
 
     def norm(self) -> float:
         """Frobenius norm, from two r x r Gram matrices in float64."""
@@ -61,9 +63,9 @@ class LowRank:
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """Return the best approximation of a rank and the share of squared norm it discards."""
-        left, left_r = torch.linalg.qr(self.B)
-        right, right_r = torch.linalg.qr(self.A.mT)
-        u, s, vh = torch.linalg.svd(left_r @ right_r.mT)
+        left, left_r = routines.qr(self.B)
+        right, right_r = routines.qr(self.A.mT)
+        u, s, vh = routines.svd(left_r @ right_r.mT)
         kept = min(rank, s.numel())
         energy = float(s.square().sum())
         lost = float(s[kept:].square().sum()) / energy if energy else 0.0
@@ -75,9 +77,9 @@ class LowRank:
         The share is that of the product's own energy where the rows of A are orthonormal, in whatever metric.
         Computed in float64, returned in the dtype of A.
         """
-        u, s, vh = torch.linalg.svd(self.B.double(), full_matrices=False)
+        u, s, vh = routines.svd(self.B.double())
         total = s.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         rank = min(len(s), 1 + int((s.square().cumsum(0) / total < energy).sum()))
         left, right = u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()
-        scale = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+        scale = (routines.norm(left, 0) / routines.norm(right, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
         return LowRank(left / scale, right * scale[:, None]).to(self.A.dtype)

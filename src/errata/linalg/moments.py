@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from errata.linalg import routines
 
 BLOCK = 256
 """Width of a block column of the second moment."""
@@ -96,7 +98,7 @@ class Moments:
         full = self.total.new_empty(width, width)
         for k, column in enumerate(self.columns):
             start, stop = k * BLOCK, k * BLOCK + column.shape[1]
-            diagonal, below = column.split([stop - start, width - stop])
+            diagonal, below = column.split_with_sizes([stop - start, width - stop])
             full[start:stop, start:stop] = diagonal.tril() + diagonal.tril(-1).mT
             full[stop:, start:stop] = below
             full[start:stop, stop:] = below.mT
@@ -138,14 +140,14 @@ def _size(column: Tensor) -> Tensor:
     """Squared norm of a symmetric matrix's block column, what is below the diagonal block counted twice."""
     width = column.shape[1]
     diagonal, below = (
-        torch.linalg.vector_norm(part, dtype=torch.float64)
+        routines.norm(part, dtype=torch.float64)
         for part in column.split_with_sizes([width, column.shape[0] - width])
     )
     return diagonal.square() + 2 * below.square()
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> Generator[None, None, None]:
     """Multiply float32 matrices in float32 inside the block: no TF32 on CUDA, no bfloat16 on a CPU.
 
     Both are switches of the whole program; they are as before on exit. Run nothing else inside.
@@ -174,7 +176,7 @@ class Eigen:
 def eigen(matrix: Tensor) -> Eigen:
     """Decompose a symmetric matrix ``[m, m]`` in float64, where it lies; about 9 m^3 operations."""
     matrix = matrix.double()
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    values, vectors = routines.eigh((matrix + matrix.mT) / 2)
     # laid out by rows, as it will be once stored and read: products with it then have the same bits
     return Eigen(values, vectors.contiguous())
 
@@ -188,13 +190,13 @@ def condition(matrix: Tensor) -> float:
     """
     matrix = matrix.double()
     width = matrix.shape[0]
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
+    factor = routines.cholesky(matrix)
+    if factor is None:
         return math.inf
     start = torch.randn(width, min(8, width), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = start.to(matrix.device)
     largest = _largest(lambda basis: matrix @ basis, start)
-    smallest = 1 / _largest(lambda basis: torch.cholesky_solve(basis, factor), start)
+    smallest = 1 / _largest(lambda basis: routines.cholesky_solve(factor, basis), start)
     resolved = smallest > largest * width * torch.finfo(torch.float64).eps
     return largest / smallest if resolved else math.inf
 
@@ -202,6 +204,6 @@ def condition(matrix: Tensor) -> float:
 def _largest(apply: Callable[[Tensor], Tensor], basis: Tensor, steps: int = 30) -> float:
     """Find the largest eigenvalue of a positive definite map from a starting basis ``[m, p]``."""
     for _ in range(steps):
-        basis = torch.linalg.qr(apply(basis)).Q
+        basis = routines.qr(apply(basis))[0]
     small = basis.mT @ apply(basis)
-    return float(torch.linalg.eigvalsh((small + small.mT) / 2)[-1])
+    return float(routines.eigenvalues((small + small.mT) / 2)[-1])

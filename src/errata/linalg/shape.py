@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from errata.linalg import routines
 from errata.linalg.lowrank import LowRank
 
 
@@ -25,7 +26,7 @@ def largest_singular(matrix: Tensor) -> float:
     """Return the largest singular value, from the smaller Gram matrix in float64."""
     wide = matrix.double()
     gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
-    return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+    return float(routines.eigenvalues(gram)[-1].clamp_min(0).sqrt())
 
 
 def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
@@ -34,12 +35,12 @@ def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
     The result, added to the delta, is the restrained delta; its rank is the number of such values.
     """
     if isinstance(delta, LowRank):
-        left, left_r = torch.linalg.qr(delta.B.double())
-        right, right_r = torch.linalg.qr(delta.A.double().mT)
-        u, s, vh = torch.linalg.svd(left_r @ right_r.mT)
+        left, left_r = routines.qr(delta.B.double())
+        right, right_r = routines.qr(delta.A.double().mT)
+        u, s, vh = routines.svd(left_r @ right_r.mT)
         u, vh = left @ u, vh @ right.mT
     else:
-        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        u, s, vh = routines.svd(delta.double())
     over = s > bound
     # log_a s - log_a bound + bound: continuous at the bound, and what grows beyond it grows slowly
     new = (s[over] / bound).log() / math.log(base) + bound
@@ -54,8 +55,8 @@ def leading_inputs(weight: Tensor, energy: float) -> Tensor:
     As many right singular vectors as hold at most a share of the energy, and one more.
     """
     rows = weight.double()
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    rows = rows / routines.norm(rows, 1)[:, None].clamp_min(1e-12)
+    _, s, vh = routines.svd(rows)
     held = s.square().cumsum(0) / s.square().sum()
     count = min(int((held <= energy).sum()) + 1, len(s))
     return vh[:count].mT
@@ -63,15 +64,15 @@ def leading_inputs(weight: Tensor, energy: float) -> Tensor:
 
 def damped(delta: LowRank | Tensor, directions: Tensor, strength: float) -> LowRank | Tensor:
     """Multiply a delta by I - strength V V^T on its input side, ``directions`` V ``[d_in, r]``."""
-    if isinstance(delta, LowRank):
-        return LowRank(delta.B, damped(delta.A, directions, strength))  # type: ignore[arg-type]
-    wide = delta.double()
-    return (wide - strength * (wide @ directions) @ directions.mT).to(delta.dtype)
+    right = delta.A if isinstance(delta, LowRank) else delta
+    wide = right.double()
+    right = (wide - strength * (wide @ directions) @ directions.mT).to(right.dtype)
+    return LowRank(delta.B, right) if isinstance(delta, LowRank) else right
 
 
 def condensed(columns: Tensor) -> Tensor:
     """Return at most m columns with the same sum of outer products as the given ones ``[m, n]``."""
     if columns.shape[1] <= columns.shape[0]:
         return columns
-    values, vectors = torch.linalg.eigh(columns.double() @ columns.double().mT)
+    values, vectors = routines.eigh(columns.double() @ columns.double().mT)
     return (vectors * values.clamp_min(0).sqrt()).to(columns.dtype)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from errata.linalg import routines
 from errata.linalg.lowrank import LowRank
 
 RIDGE = 1e-5
@@ -109,7 +110,7 @@ class CostMatrix:
         """Return M^-1 right, ``[m, n]`` float64."""
         right = right.double()
         if self.factor is not None:
-            right = torch.cholesky_solve(right, self.factor.to(right.device))
+            right = routines.cholesky_solve(self.factor.to(right.device), right)
         elif self.basis is not None:
             basis = self.basis.to(right.device).double()
             inside = basis.mT @ right
@@ -139,8 +140,8 @@ def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     used = ridge
     while used <= max(ridge, MOST_RIDGE):
-        factor, info = torch.linalg.cholesky_ex(matrix + used * mean * eye)
-        if int(info) == 0:
+        factor = routines.cholesky(matrix + used * mean * eye)
+        if factor is not None:
             return factor, used
         used = max(10 * used, 1e-12)
     raise ValueError("the matrix has eigenvalues far below zero: it is no second moment")
@@ -164,7 +165,7 @@ def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) ->
     keys = history_keys.double()
     gram = keys.mT @ past
     gram = (gram + gram.mT) / 2 + torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return solved - past @ torch.cholesky_solve(keys.mT @ solved, _factor(gram, 0.0)[0])
+    return solved - past @ routines.cholesky_solve(_factor(gram, 0.0)[0], keys.mT @ solved)
 
 
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
@@ -172,10 +173,10 @@ def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float
     keys, solved = keys.double(), solved.double()
     gram = keys.mT @ solved  # [n, n]
     gram = (gram + gram.mT) / 2 + gamma * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0 or not torch.isfinite(factor).all():
+    factor = routines.cholesky(gram)
+    if factor is None or not torch.isfinite(factor).all():
         raise ValueError("the keys are zero, not finite or linearly dependent; gamma > 0 is needed")
-    left = torch.cholesky_solve(residuals.double().mT, factor).mT  # [d, n]
+    left = routines.cholesky_solve(factor, residuals.double().mT).mT  # [d, n]
     dtype = torch.float64 if residuals.dtype == torch.float64 else torch.float32
     return balanced(left, solved.mT).to(dtype)
 
@@ -187,7 +188,7 @@ def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: flo
     """
     keys, residuals, matrix = keys.double(), residuals.double(), matrix.double()
     system = gamma * matrix + keys @ keys.mT
-    return torch.linalg.solve(system, keys @ residuals.mT).mT
+    return routines.solve(system, keys @ residuals.mT).mT
 
 
 def key_basis(keys: Tensor, solved: Tensor, *, floor: float = 1e-6) -> Tensor:
@@ -201,7 +202,7 @@ def key_basis(keys: Tensor, solved: Tensor, *, floor: float = 1e-6) -> Tensor:
     gram = keys.mT @ solved
     if not torch.isfinite(gram).all():
         raise ValueError("the keys are not finite")
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, vectors = routines.eigh((gram + gram.mT) / 2)
     large = values > floor * values[-1]
     if not float(values[-1]) > 0:
         raise ValueError("the keys are zero")
@@ -211,7 +212,7 @@ def key_basis(keys: Tensor, solved: Tensor, *, floor: float = 1e-6) -> Tensor:
 def square_factor(factor: Tensor) -> Tensor:
     """Return L ``[m, m]``, float64, with L L^T = P P^T for P ``[m, p]`` of many columns."""
     wide = factor.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    values, vectors = routines.eigh(wide @ wide.mT)
     return vectors * values.clamp_min(0).sqrt()
 
 
@@ -236,10 +237,10 @@ def influence(keys: Tensor, solved: Tensor, *, gamma: float) -> Tensor:
     gram = keys.double().mT @ solved.double()
     gram = (gram + gram.mT) / 2
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + gamma * eye, gram).diagonal().clamp(0, 1)
+    return routines.solve(gram + gamma * eye, gram).diagonal().clamp(0, 1)
 
 
 def balanced(left: Tensor, right: Tensor) -> LowRank:
     """Pair factors ``[d, r]`` and ``[r, m]`` with equal column norms, so that float32 suits both."""
-    scale = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+    scale = (routines.norm(left, 0) / routines.norm(right, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
     return LowRank(left / scale, right * scale[:, None])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from errata.edits.header import is_list
 from errata.edits.records import contiguous_copy
 
 NONE = -1
@@ -91,5 +92,5 @@ class Router(ABC):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Router:
         """Build a router from what :meth:`tensors` and :meth:`facts` gave. Raises TypeError or ValueError."""
-        values = {**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}}
+        values = {**tensors, **{name: tuple(v) if is_list(v) else v for name, v in facts.items()}}
         return cls(**values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errata.edits.routers._router import Question, Router
+from errata.linalg.routines import norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Margin(Router):
         """Return the change's norm less the threshold ``[rows, entries]``."""
         inputs = question.inputs.float()
         moved = torch.einsum("eoi,ri->reo", self.changes.to(inputs), inputs)  # [rows, entries, d_out]
-        return moved.norm(dim=2) - self.threshold
+        return norm(moved, 2) - self.threshold
 
 
 ROUTER = Margin
