@@ -106,7 +106,9 @@ def _show(report: dict[str, Any]) -> None:
 @app.command("train")
 def train(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
-    shape: Annotated[str, typer.Option(help="Architecture: llama (as shipped), gpt2 or qwen3.")] = "llama",
+    shape: Annotated[
+        str | None, typer.Option(help="Architecture: llama, gpt2 or qwen3; default: the shipped model's.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     precision: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="Type that matrices are multiplied in.")
