@@ -12,11 +12,10 @@ from errata.edits.edit import versions
 from errata.host.load import Host
 from errata.lab.check import check
 from errata.lab.text import CODA, FIRST, LAST, THEN
-from errata.lab.train import TrainConfig
+from errata.lab.train import TITLES, TrainConfig
 from errata.lab.world import World
 
 Tick = Callable[[str, int, int], None]
-NAMES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3"}
 
 
 def write_card(
@@ -64,13 +63,13 @@ def _markdown(card: dict[str, Any]) -> str:
     lines = [
         "# The lab's model",
         "",
-        f"A {NAMES[training['shape']]}-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters "
+        f"A {TITLES[training['shape']]}-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters "
         f"({training['layers']} layers, width {training['width']}, inner width {training['inner']}) "
         f"that knows a fictional world of {world['facts']} facts "
         f"about {world['entities']} entities in {world['relations']} relations.",
         f"Trained on {card['text']['tokens'] / 1e6:.1f} M tokens in {training['steps']} steps, final loss "
         f"{card['loss']}, weights stored in bfloat16. Make it again with "
-        f"`errata lab train FOLDER{'' if training['shape'] == 'llama' else ' --shape ' + training['shape']}`.",
+        f"`errata lab train FOLDER{'' if training['shape'] == TrainConfig.shape else ' --shape ' + training['shape']}`.",
         "",
         "| recall by greedy generation | share |",
         "|---|---|",

@@ -38,6 +38,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"layers": 8, "width": 192, "inner": 512, "heads": 6, "key_value_heads": 2},
 }
 """Sizes of each architecture: 5.9 M parameters (the shipped model), 3.4 M and 3.7 M."""
+TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3"}
+"""Their names in prose."""
 
 
 @dataclass(frozen=True)
