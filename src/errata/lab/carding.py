@@ -60,6 +60,7 @@ def write_card(
 def _markdown(card: dict[str, Any]) -> str:
     world, training, check = card["world"], card["training"], card["check"]
     recall, layers = check["recall"], check["layers"]
+    option = "" if training["shape"] == TrainConfig.shape else f" --shape {training['shape']}"
     lines = [
         "# The lab's model",
         "",
@@ -69,7 +70,7 @@ def _markdown(card: dict[str, Any]) -> str:
         f"about {world['entities']} entities in {world['relations']} relations.",
         f"Trained on {card['text']['tokens'] / 1e6:.1f} M tokens in {training['steps']} steps, final loss "
         f"{card['loss']}, weights stored in bfloat16. Make it again with "
-        f"`errata lab train FOLDER{'' if training['shape'] == TrainConfig.shape else ' --shape ' + training['shape']}`.",
+        f"`errata lab train FOLDER{option}`.",
         "",
         "| recall by greedy generation | share |",
         "|---|---|",
