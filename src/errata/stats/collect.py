@@ -25,19 +25,11 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.stats import cache
+from errata.types import Corpus
 
 BATCH_TOKENS = 4096
 ROW_TOKENS = 512
 SAVE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Texts to take statistics over, with a name that says where they come from."""
-
-    name: str
-    texts: Callable[[], Iterable[str]]
-    """Makes the texts anew, in the same order each time."""
 
 
 @locking.exclusive
