@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata import lab as lab
     from errata import methods as methods
-    from errata.api import check_edit, edit, evaluate, load
+    from errata.api import check_edit, edit, evaluate, load, prepare
+    from errata.bench.evaluate import Report
     from errata.bench.judging import JudgedCell, judge_run
-    from errata.bench.runner import Report
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
     from errata.host.load import Host
-    from errata.types import Case, ImageRequest, Probe, Request
+    from errata.job import Job
+    from errata.types import AskOptions, Case, ImageRequest, Probe, Request
 
 _HOME = {
     "load": "errata.api",
+    "prepare": "errata.api",
     "edit": "errata.api",
     "check_edit": "errata.api",
     "evaluate": "errata.api",
@@ -32,11 +34,13 @@ _HOME = {
     "retract": "errata.edits.algebra",
     "leverages": "errata.edits.algebra",
     "Host": "errata.host.load",
+    "Job": "errata.job",
+    "AskOptions": "errata.types",
     "Request": "errata.types",
     "ImageRequest": "errata.types",
     "Probe": "errata.types",
     "Case": "errata.types",
-    "Report": "errata.bench.runner",
+    "Report": "errata.bench.evaluate",
     "EditCheck": "errata.evaluation.check",
     "JudgeSettings": "errata.evaluation.judge",
     "JudgedCell": "errata.bench.judging",
@@ -45,12 +49,14 @@ _HOME = {
 }
 
 __all__ = [
+    "AskOptions",
     "Case",
     "Edit",
     "EditCheck",
     "ErrataError",
     "Host",
     "ImageRequest",
+    "Job",
     "JudgeSettings",
     "JudgedCell",
     "Probe",
@@ -64,6 +70,7 @@ __all__ = [
     "leverages",
     "load",
     "methods",
+    "prepare",
     "refit",
     "retract",
 ]

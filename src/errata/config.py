@@ -25,7 +25,8 @@ C = TypeVar("C")
 RESERVED = frozenset(
     (
         "after", "at", "batch_size", "cases", "corpus", "edit", "examples", "host", "join", "keep", "max_new_tokens",
-        "method", "on_progress", "probes", "requests", "schedule", "seed", "system", "template", "thinking",
+        "method", "on_progress", "probes", "requests", "run_folder", "schedule", "seed", "system", "template",
+        "thinking",
     )
 )  # fmt: skip
 """Keywords that stand beside a method's settings where Python calls it; no setting may have such a name."""

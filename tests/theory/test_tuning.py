@@ -11,6 +11,7 @@ import torch
 import errata
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.job import workspace
 from errata.locate.contexts import Context
 from errata.locate.problems import prompt_end
 from errata.locate.values import ValueConfig, optimise
@@ -373,7 +374,7 @@ def test_unke_writes_one_block_in_the_shapes_it_is_stored_in(family):
 def test_unke_loses_nothing_to_padding_or_batches():
     """Rows run one at a time, unpadded, give the same edit as rows run together."""
     host = wide("llama")
-    work = errata.api.workspace(host, seed=0)
+    work = workspace(host, seed=0)
     method = errata.methods.REGISTRY.get("unke")
     deltas = []
     for size in (None, 1):

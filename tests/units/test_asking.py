@@ -8,7 +8,7 @@ import errata
 from errata.errors import ConfigError
 from errata.evaluation import observe
 from errata.evaluation.metrics import matching
-from errata.types import Case, Probe
+from errata.types import AskOptions, Case, Probe
 from tests.models import fresh
 
 REQUEST = errata.Request("{} was born in", "Ada", "Esk", "Merrin")
@@ -31,7 +31,7 @@ def test_template_and_length_reach_both_sides(template):
     for side in ("before", "after"):
         if side == "after":
             edit.apply_(host)
-        said = observe.observe(host, CASE.probes, template=template, max_new_tokens=3)
+        said = observe.observe(host, CASE.probes, AskOptions(template=template, max_new_tokens=3))
         assert texts(report, side) == [matching.first_answer(observation.text) for observation in said]
 
 

@@ -24,7 +24,7 @@ from errata.evaluation.observe import observe
 from errata.host.load import Host
 from errata.host.prompts import PromptFormat
 from errata.lab.world import World
-from errata.types import Case, Probe, Request
+from errata.types import AskOptions, Case, Probe, Request
 
 pytestmark = pytest.mark.xdist_group("chinese")  # its models are taught once, in one process
 
@@ -232,7 +232,7 @@ def test_what_is_known_is_scored_as_known(taught):
         Probe("efficacy", prompt, (answer,), (answer,))
         for prompt, answer in zip(prompts, taught.answers.values(), strict=True)
     ]
-    forced = [all(seen.answer_top) for seen in observe(taught.host, probes, generate=False)]
+    forced = [all(seen.answer_top) for seen in observe(taught.host, probes, AskOptions(generate=False))]
     assert forced == known
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from errata import Request, api, files, lab
+from errata import Request, files, lab
 from errata.bench import published, recipe, results
 from errata.cli import common
 from errata.cli.main import app
@@ -34,6 +34,7 @@ from errata.errors import (
 from errata.evaluation import ability
 from errata.report import card
 from errata.report import files as reports
+from errata.stats.corpora import file_corpus
 
 LAUGH = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{'bcdefghij'[i]}: &{'bcdefghij'[i]} [{', '.join(['*' + 'abcdefghi'[i]] * 9)}]\n" for i in range(9)
@@ -151,7 +152,7 @@ def test_a_corpus_ends_in_one_message(line, tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "Some words."}\n' + line + "\n")
     with pytest.raises(DataError, match="line 2"):
-        list(api._file_corpus(path).texts())
+        list(file_corpus(path).texts())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from errata.errors import EditError, HostError, RequestError
 from errata.evaluation.observe import observe
 from errata.host.build import new_model
 from errata.host.load import Host, generate_rows, sample_rows
-from errata.types import Case, Probe
+from errata.types import AskOptions, Case, Probe
 from tests.models import COMMON, FAMILIES, ROTARY, fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -89,14 +89,14 @@ def test_hybrids_are_edited_and_restored(family):
     start = host.weights_hash()
     edit = errata.edit(host, REQUEST, method="memit", tokens=300, steps=20)
     probe = Probe("efficacy", REQUEST.text, (REQUEST.target,), ())
-    before = observe(host, [probe], generate=False)[0].answer_logprobs
+    before = observe(host, [probe], AskOptions(generate=False))[0].answer_logprobs
     with edit.on(host):
-        assert observe(host, [probe], generate=False)[0].answer_logprobs != before
+        assert observe(host, [probe], AskOptions(generate=False))[0].answer_logprobs != before
     assert host.weights_hash() == start
     # what is written at the subject hardly reaches the answer of a random model; the descent of all weights does
     tuned = errata.edit(host, REQUEST, method="ft")
     with tuned.on(host):
-        assert sum(observe(host, [probe], generate=False)[0].answer_logprobs) > sum(before)
+        assert sum(observe(host, [probe], AskOptions(generate=False))[0].answer_logprobs) > sum(before)
     assert host.weights_hash() == start
 
 

@@ -162,7 +162,7 @@ def is_interruption(code: int, out: str, err: str, *, number: int = 130, word: s
     ("prelude", "verb"),
     [
         ("strike('errata.cli.common', 'plain_warnings')", "edit"),
-        ("strike('errata.host.load', 'load')\nstrike('errata.api', 'open_host')", "edit"),
+        ("strike('errata.host.load', 'load')\nstrike('errata.loading', 'open_host')", "edit"),
         ("strike('errata.training.tune:torch.autograd', 'grad', 1)", "edit"),
         (HALF_WRITTEN, "edit"),
         ("strike('errata.api', 'answer_requests', 1)", "edit"),
@@ -195,7 +195,7 @@ def test_ctrl_c_at_several_moments(programs, model, cases, tmp_path, prelude, ve
 
 
 def test_sigterm_ends_likewise(programs, model, tmp_path):
-    code = f"{STRIKE}\nstrike('errata.api', 'open_host', number=signal.SIGTERM)\n{RUN}"
+    code = f"{STRIKE}\nstrike('errata.loading', 'open_host', number=signal.SIGTERM)\n{RUN}"
     ended = programs.run(code, "edit", *EDIT, "--model", str(model), "-o", "e.safetensors", cwd=tmp_path)
     is_interruption(*ended, number=143, word="terminated")
     assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from errata.errors import EditError
 from errata.evaluation.observe import observe
 from errata.host import hooks
 from errata.host.load import draw_rows, generate_rows, sample_rows
+from errata.types import AskOptions
 from tests.models import fresh
 
 IN = ["Ada Brenner was born in", "Bruno", "Merrin is", "Ada Brenner lives in the town of"]
@@ -139,8 +140,8 @@ def test_scores_stand_behind_the_decision_of_their_own_prompt(family):
         for answer in ("Merrin", "Merrin harp", "the town of Merrin")
     ]
     with edit.on(host):
-        together = observe(host, probes, max_new_tokens=4)
-        alone = [observe(host, [probe], max_new_tokens=4)[0] for probe in probes]
+        together = observe(host, probes, AskOptions(max_new_tokens=4))
+        alone = [observe(host, [probe], AskOptions(max_new_tokens=4))[0] for probe in probes]
         for probe, one in zip(probes, alone, strict=True):
             answer = host.encode_answer(probe.prompt, probe.answers[0])
             ends = torch.tensor([answer.start - 1])

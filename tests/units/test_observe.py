@@ -13,7 +13,7 @@ from errata.evaluation import observe as room
 from errata.evaluation.observe import observe
 from errata.host import continuing, stopping
 from errata.host.load import Host, draw_rows, generate_rows
-from errata.types import Probe
+from errata.types import AskOptions, Probe
 from tests.models import FAMILIES, fresh, tokenizer
 
 PROMPTS = [
@@ -100,7 +100,7 @@ def test_a_model_without_attention_is_run_whole_and_scored_alike():
     settings = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     host = Host(new_model("mamba", settings, seed=0).float(), tokenizer(), name="tiny mamba")
     assert not host.continues
-    for asked, seen in zip(SIXTEEN, observe(host, SIXTEEN, max_new_tokens=4), strict=True):
+    for asked, seen in zip(SIXTEEN, observe(host, SIXTEEN, AskOptions(max_new_tokens=4)), strict=True):
         expected = by_hand(host, asked.prompt, asked.answers[0])
         assert seen.answer_logprobs == pytest.approx(expected, abs=1e-4) and seen.text
     drawn = observe(host, [probe("Ada was", form="open")])[0].text
@@ -141,8 +141,8 @@ def test_a_long_neighbour_takes_no_room_from_a_short_prompt():
     row = host.encode_prompt(long)
     assert 30 < len(row) < 40, "chosen to leave room for a few tokens only"
     asked = [probe("Ada", "Esk"), probe(long, "Esk")]
-    seen = observe(host, asked, max_new_tokens=20)
-    assert seen[0].text == observe(host, asked[:1], max_new_tokens=20)[0].text
+    seen = observe(host, asked, AskOptions(max_new_tokens=20))
+    assert seen[0].text == observe(host, asked[:1], AskOptions(max_new_tokens=20))[0].text
     said = continuing.greedy(host, continuing.begin(host, [row]), [40 - len(row)], "sentence")[0]
     assert seen[1].text == stopping.cut(host.tokenizer.decode(said, skip_special_tokens=True), "sentence")
     with pytest.raises(RequestError, match="window is 40"):
@@ -164,7 +164,7 @@ def test_a_prompt_is_run_once_for_its_text_and_all_its_answers(monkeypatch):
     probes = [
         probe("Ada was born in", answer, rival="Merrin sen") for answer in ("Tallow", "Esk", "Oa", "Tal")
     ]
-    observe(host, probes, max_new_tokens=3)
+    observe(host, probes, AskOptions(max_new_tokens=3))
     prompt = host.encode_prompt("Ada was born in")
     assert shapes[0] == (1, len(prompt))
     tails = {
@@ -209,26 +209,30 @@ def test_each_form_stops_where_its_answer_ends(speaker):
     forms = ("short", "thought", "long")
     short, thought, long = (
         seen.text
-        for seen in observe(speaker, [probe(LESSON, "Esk", form=f) for f in forms], max_new_tokens=64)
+        for seen in observe(
+            speaker, [probe(LESSON, "Esk", form=f) for f in forms], AskOptions(max_new_tokens=64)
+        )
     )
     assert short.strip().startswith("She was born by the sea.") and "Esk" not in short
     assert thought.rstrip().endswith("The answer is Esk.") and "She lives in Merrin." in thought
     assert long == THOUGHT
-    limited = observe(speaker, [probe(LESSON, "x", form="long")], long_tokens=5)[0].text
+    limited = observe(speaker, [probe(LESSON, "x", form="long")], AskOptions(long_tokens=5))[0].text
     assert 0 < len(limited) < len(long) and long.startswith(limited)
-    limited = observe(speaker, [probe(LESSON, "x", form="thought")], thought_tokens=5)[0].text
+    limited = observe(speaker, [probe(LESSON, "x", form="thought")], AskOptions(thought_tokens=5))[0].text
     assert 0 < len(limited) < len(thought) and long.startswith(limited)
 
 
 def test_a_question_gets_a_cue_and_is_answered_by_a_line(speaker):
     asked = probe("Where is Bruno?", "Merrin")
-    raw, cued = (observe(speaker, [asked], template=t, max_new_tokens=64)[0] for t in ("raw", "question"))
+    raw, cued = (
+        observe(speaker, [asked], AskOptions(template=t, max_new_tokens=64))[0] for t in ("raw", "question")
+    )
     assert cued.text == SHORT.split("\n")[0], "two sentences, one line"
     assert raw.text != cued.text
     behind = by_hand(speaker, "Where is Bruno?\nAnswer:", "Merrin")
     assert cued.answer_logprobs == pytest.approx(behind, abs=1e-4), "scored behind what is continued"
     assert raw.answer_logprobs == pytest.approx(by_hand(speaker, asked.prompt, "Merrin"), abs=1e-4)
-    own_cue = observe(speaker, [probe(ASKED, "Merrin")], template="auto", max_new_tokens=64)[0]
+    own_cue = observe(speaker, [probe(ASKED, "Merrin")], AskOptions(template="auto", max_new_tokens=64))[0]
     assert own_cue.text == cued.text, "auto is question without a chat template; a cue is not doubled"
 
 
@@ -258,14 +262,14 @@ def test_a_text_that_is_not_asked_for_is_not_generated(monkeypatch):
 
     monkeypatch.setattr(continuing, "_say", refuse)
     observe(host, [probe("Ada", "Esk", form="span"), probe("Ada", "a", form="choice", choices=("a", "b"))])
-    observe(host, [probe("Ada", "Esk"), probe("Ada", form="open")], generate=False)
+    observe(host, [probe("Ada", "Esk"), probe("Ada", form="open")], AskOptions(generate=False))
     with pytest.raises(AssertionError, match="generated"):
         observe(host, [probe("Ada", "Esk")])
 
 
 def test_a_long_answer_is_scored_as_far_as_it_fits():
     host = fresh("gpt2", n_positions=40)
-    seen = observe(host, [probe("Ada", "was born in " * 20, form="long")], long_tokens=4)[0]
+    seen = observe(host, [probe("Ada", "was born in " * 20, form="long")], AskOptions(long_tokens=4))[0]
     made = host.encode_answer("Ada", "was born in " * 20)
     assert len(seen.answer_logprobs) == 40 - made.start < len(made.target)
 
@@ -349,13 +353,13 @@ def test_chat_is_the_models_own_template_with_an_empty_system_prompt(template, s
     host = chatting(template)
     written = f"{system}<user>Where is Ada?\n<assistant>\n"
     asked = probe("Where is Ada?", "Tallow", rival="Esk")
-    seen = observe(host, [asked], template="chat")[0]
+    seen = observe(host, [asked], AskOptions(template="chat"))[0]
     row = host.encode_prompt(host.tokenizer.bos_token + written, special=False)
     assert row.count(host.tokenizer.bos_token_id) == 1 and row[0] == host.tokenizer.bos_token_id
     assert host.tokenizer.decode(row[1:]) == written
     assert seen.text == generate_rows(host, [row], room.MAX_NEW_TOKENS, "end")[0]
     assert seen.answer_logprobs == pytest.approx(by_hand(host, written, "Tallow"), abs=1e-4)
-    assert observe(host, [asked], template="auto")[0] == seen
+    assert observe(host, [asked], AskOptions(template="auto"))[0] == seen
     raw = observe(host, [asked])[0]
     assert raw.answer_logprobs == pytest.approx(by_hand(host, asked.prompt, "Tallow"), abs=1e-4)
 
@@ -365,7 +369,7 @@ def test_a_chat_template_without_a_begin_token_gets_none():
     written = "<system>\n<user>Where is Ada?\n<assistant>\n"
     row = host.encode_prompt(written, special=False)
     assert host.tokenizer.bos_token_id not in row
-    seen = observe(host, [probe("Where is Ada?", "Tallow")], template="chat")[0]
+    seen = observe(host, [probe("Where is Ada?", "Tallow")], AskOptions(template="chat"))[0]
     assert seen.text == generate_rows(host, [row], room.MAX_NEW_TOKENS, "end")[0]
     assert seen.answer_logprobs == pytest.approx(by_hand(host, written, "Tallow", special=False), abs=1e-4)
 
@@ -373,14 +377,16 @@ def test_a_chat_template_without_a_begin_token_gets_none():
 def test_a_template_that_is_not_there_is_refused():
     host = fresh("llama")
     with pytest.raises(ConfigError, match="no chat template"):
-        observe(host, [probe("Ada", "Esk")], template="chat")
+        observe(host, [probe("Ada", "Esk")], AskOptions(template="chat"))
     with pytest.raises(ConfigError, match="template"):
-        observe(host, [probe("Ada", "Esk")], template="questions")  # type: ignore[arg-type]
+        observe(host, [probe("Ada", "Esk")], AskOptions(template="questions"))  # type: ignore[arg-type]
 
 
 def test_a_context_stands_before_every_prompt():
     host = fresh("llama")
-    seen = observe(host, [probe("Ada was born in", "Tallow")], context="The rain fell on the old road. ")[0]
+    seen = observe(
+        host, [probe("Ada was born in", "Tallow")], AskOptions(context="The rain fell on the old road. ")
+    )[0]
     prompt = "The rain fell on the old road.\n\nAda was born in"
     assert seen.answer_logprobs == pytest.approx(by_hand(host, prompt, "Tallow"), abs=1e-4)
     assert seen.text == host.generate(prompt, max_new_tokens=room.MAX_NEW_TOKENS)

@@ -16,7 +16,7 @@ from errata.host.load import Host
 from errata.host.prompts import PromptFormat
 from errata.locate.contexts import Context
 from errata.locate.problems import value_problems
-from errata.types import Case, Probe, Request
+from errata.types import AskOptions, Case, Probe, Request
 from tests.models import fresh
 
 PLAIN = (
@@ -107,9 +107,11 @@ def test_what_a_template_does_not_know_is_refused(template, settings, message):
 def test_settings_that_do_not_belong_together_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         PromptFormat(**settings)
-    assert prompts.prompt_format(PromptFormat(), thinking="off") == PromptFormat("chat", thinking=False)
+    assert prompts.prompt_format(PromptFormat(), AskOptions(thinking="off")) == PromptFormat(
+        "chat", thinking=False
+    )
     with pytest.raises(ConfigError, match="on or off"):
-        prompts.prompt_format(PromptFormat(), thinking="maybe")
+        prompts.prompt_format(PromptFormat(), AskOptions(thinking="maybe"))
 
 
 @pytest.mark.parametrize(
@@ -205,5 +207,7 @@ def test_thoughts_are_no_answer(monkeypatch):
     assert host.generate("Where?").strip() == "Esk"
     monkeypatch.setattr("errata.host.load.generate_rows", lambda *_: ["I think. Esk"])
     assert host.generate("Where?") == "<think>I think. Esk", "thoughts without an end are marked"
-    (seen,) = observe(host, [Probe("efficacy", "Where?", ("Esk",), ())], max_new_tokens=2, thought_tokens=3)
+    (seen,) = observe(
+        host, [Probe("efficacy", "Where?", ("Esk",), ())], AskOptions(max_new_tokens=2, thought_tokens=3)
+    )
     assert "<think>" in seen.text or "</think>" not in seen.text

@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import errata
-from errata.bench import runner
+from errata import job
+from errata.bench import runner, unedited
 from errata.bench.schedule import Schedule
 from errata.cli.main import app
 from errata.edits.weight import WeightEdit
@@ -201,11 +202,12 @@ def test_the_last_batch_tells_learning_from_forgetting():
 def test_each_probe_is_asked_once_before_and_once_a_checkpoint(host, monkeypatch):
     asked: list[list[Probe]] = []
 
-    def count(model, probes, **more):
+    def count(model, probes, *rest, **more):
         asked.append(list(probes))
-        return observe(model, probes, **more)
+        return observe(model, probes, *rest, **more)
 
-    monkeypatch.setattr(runner, "observe", count)
+    for module in (unedited, runner):
+        monkeypatch.setattr(module, "observe", count)
     table = made(4)
     errata.evaluate(host, table, method="ft", schedule="sequential:2", at="each", **options("ft"))
     every = [p for case in table for p in case.probes]
@@ -280,7 +282,7 @@ def test_what_does_not_belong_together_is_refused(host, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean 'neighbourhood'"):
         errata.evaluate(host, table, method="ft", probes=["neighborhood"])
     once = replace(REGISTRY.get("ft"), sequential=False)
-    monkeypatch.setattr(runner, "REGISTRY", {"ft": once})
+    monkeypatch.setattr(job, "REGISTRY", {"ft": once})
     with pytest.raises(ConfigError, match="does not go on from an earlier edit.*batch:N"):
         errata.evaluate(host, table, method="ft", schedule="sequential:1")
 
@@ -303,7 +305,7 @@ def test_perplexity_before_and_after_and_overflow_is_infinite(host, monkeypatch)
         good = REGISTRY.get("ft").fit(model, requests, config, work)
         return WeightEdit(deltas, frozenset(), good.provenance)
 
-    monkeypatch.setattr(runner, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=broken)})
+    monkeypatch.setattr(job, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=broken)})
     report = errata.evaluate(host, table, method="ft", schedule="batch:2", **options("ft"))
     point = report.checkpoints[0]
     assert 1 < point.perplexity_before < 10_000 and point.perplexity_after == float("inf")

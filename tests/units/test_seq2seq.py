@@ -9,7 +9,6 @@ import torch
 from tokenizers import processors
 
 import errata
-from errata import api
 from errata.edits import WeightEdit
 from errata.edits.edit import Provenance
 from errata.errors import ConfigError, HostError, RequestError
@@ -18,6 +17,7 @@ from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
 from errata.host.seq2seq import BREAK, Seq2SeqHost
+from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.types import Case, Probe
 from tests.models import TEXTS, fresh
@@ -206,7 +206,7 @@ def test_methods_that_need_subject_and_answer_in_one_stack_refuse_it(host, name)
         errata.edit(host, request, method=name)
     method = REGISTRY.get(name)
     with pytest.raises(ConfigError, match="encoder-decoders"):
-        method.run(host, [request], method.config(), api.workspace(host, seed=0))
+        method.run(host, [request], method.config(), workspace(host, seed=0))
     assert host.weights_hash() == before
 
 

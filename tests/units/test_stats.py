@@ -21,6 +21,7 @@ from errata.edits.edit import Provenance
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError, ErrataError, HostError
 from errata.host import hooks
+from errata.job import workspace
 from errata.linalg import moments as maths
 from errata.stats import cache, collect
 from errata.stats.collect import Corpus, cost, eigen_of, facts, public_corpus, row_tokens, second_moments
@@ -367,7 +368,7 @@ def test_an_eigendecomposition_is_made_once_and_read_after(tmp_path, monkeypatch
 
 
 def file_corpus(path: Path) -> Corpus:
-    made = api.workspace(fresh("llama"), seed=0, corpus=path).corpus
+    made = workspace(fresh("llama"), seed=0, corpus=path).corpus
     assert made is not None
     return made
 
@@ -506,7 +507,7 @@ def test_what_the_command_keeps_is_what_an_edit_reads(saved, monkeypatch):
     assert shown.exit_code == 0 and "--set tokens=600" in shown.stdout
     host = api.load(saved / "model")
     monkeypatch.setattr(collect, "_collect", lambda *_: pytest.fail("collected again"))
-    work = api.workspace(host, seed=0, corpus=saved / "texts.txt")
+    work = workspace(host, seed=0, corpus=saved / "texts.txt")
     assert list(work.costs(host, [host.layout.site(1)], 600)) == [host.layout.site(1)]
 
 

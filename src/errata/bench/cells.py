@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errata import config as settings
 from errata.bench import health, summing
 from errata.bench.plan import Cell
 from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
 from errata.bench.rooms import Room
-from errata.bench.runner import Look, Seen, Tick, check_method, resumed
+from errata.bench.runner import Look, Seen, Tick, check_schedule, count_edited_cases
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
 from errata.evaluation.observe import check as check_probes
+from errata.job import Job
 from errata.types import Case
 
 START = "start.json"
@@ -41,7 +41,15 @@ class Sheet:
     fits: list[float | None] = field(default_factory=list)
     """What fitting those took."""
     edit: Edit | None = None
-    """Of a sequence, what stands for them."""
+    """Of a sequence, the edit of those."""
+    after: Edit | None = None
+    """Of a sequence, an edit of its first cases from elsewhere, to continue from where the folder has none."""
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    """Called with every record that was written."""
+    on_edit: Callable[[Edit], None] = lambda edit: None
+    """Of a sequence, called with the edit of every checkpoint once its records were written."""
+    saves_edits: bool = True
+    """Whether a sequence's newest edit is saved, so that a stopped cell can be continued."""
     finished: bool = False
     """Whether nothing is left to be observed."""
 
@@ -144,10 +152,15 @@ class Sheet:
         """Append lines to the rows."""
         self.guard()
         self.journal.append(*records)
+        for record in records:
+            self.on_record(record)
 
     def keep(self, edits: int, edit: Edit) -> None:
         """Keep a sequence's newest edit in place of the older ones, after the rows that it stands for."""
         self.guard()
+        self.on_edit(edit)
+        if not self.saves_edits:
+            return
         edit.save(self.edit_file(edits))
         for path in self._edit_files():
             if path != self.edit_file(edits):
@@ -173,32 +186,35 @@ def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
     host = room.host(cell)
     health.reset_peak(host)
     try:
-        check_probes(host, room.cases(cell), **room.asking(cell))
-    except RequestError as error:
-        raise Refused(str(error)) from error
-    try:
-        method = check_method(cell.method, cell.plan)
-        config = settings.make(method.config, cell.settings, method.name)
-        room.check(method, cell)
-    except ConfigError as error:
+        check_probes(host, room.cases(cell), room.ask(cell))
+        job = room.job(cell)
+        if job is not None:
+            check_schedule(job.method, cell.plan)
+    except (ConfigError, RequestError) as error:
         raise Refused(str(error)) from error
     sheet.begin(host.fingerprint, room.cases(cell))
     edit = sheet.edit
     if not sheet.finished:
-        if sheet.edit is not None:
-            start = resumed(sheet.edit, method, room.cases(cell), cell.plan, cell.seed)
-            if start != sheet.done:
-                raise DataError(
-                    f"the kept edit of {cell.id} stands for {start} cases, its rows for {sheet.done}"
-                )
-        edit = _fill(room, cell, sheet, tick, method=method, config=config)
+        _check_start(room, cell, sheet)
+        edit = _fill(room, cell, sheet, tick, job)
     return summing.measured(host, edit, room.neutral(cell).prompts)
 
 
-def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edit | None:
+def _check_start(room: Room, cell: Cell, sheet: Sheet) -> None:
+    """Set how many cases the edit to continue from is of. Raises DataError where the rows are of others."""
+    edit = sheet.edit or sheet.after
+    if edit is None:
+        return
+    count = count_edited_cases(edit, room.cases(cell), cell.plan, cell.seed)
+    if sheet.edit is not None and count != sheet.done:
+        raise DataError(f"the saved edit of {cell.id} is of {count} cases, its rows of {sheet.done}")
+    sheet.edit, sheet.done = edit, count
+
+
+def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, job: Job | None) -> Edit | None:
     """Fit and observe what is left; return the last edit."""
-    neutral = room.neutral(cell)
-    engine = room.engine(cell, texts=neutral.texts, prompts=neutral.prompts, lenient=True, tick=tick, **given)
+    neutral, lenient = room.neutral(cell), room.live is None
+    engine = room.engine(cell, job, texts=neutral.texts, prompts=neutral.prompts, lenient=lenient, tick=tick)
     engine.fit_seconds = math.fsum(seconds for seconds in sheet.fits if seconds is not None)
     sequence = cell.plan.kind == "sequential"
     edit: Edit | None = None
@@ -217,6 +233,8 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, **given: Any) -> Edi
         if first:
             raise Refused(str(error)) from error
         raise
+    if not lenient:
+        return edit
     reasons = [line.record.get("refused") for line in sheet.journal if line.record["type"] == "case"]
     if all(reasons):  # nothing was edited, so there is nothing to compare
         sheet.void()
@@ -243,7 +261,7 @@ def _case(seen: Seen) -> dict[str, Any]:
 def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:
     """Word the line of a look at several edits."""
     neutral, host = room.neutral(cell), room.host(cell)
-    heavy = health.weights(look.edit, host)
+    sizes = health.weights(look.edit, host, ratios=room.health)
     return {
         "type": "look",
         "edits": look.edits,
@@ -251,11 +269,11 @@ def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, A
         "perplexity_after": look.perplexity,
         "last_batch_efficacy": look.last_batch_efficacy,
         "fit_seconds": fit_seconds,
-        **heavy,
+        **sizes,
         "digest": look.edit.digest,
         "bytes": look.edit.size,
         "collapse": health.condition(
             look.continued, neutral.continued, (neutral.perplexity, look.perplexity),
-            list((heavy["norm_ratio"] or {}).values()),
-        ),
+            list((sizes["norm_ratio"] or {}).values()),
+        ) if room.health else None,
     }  # fmt: skip

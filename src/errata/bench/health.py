@@ -33,16 +33,17 @@ def open_prompts(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(" ".join(words[:WORDS]) for words in long))[:PROMPTS]
 
 
-def weights(edit: Edit, host: Host) -> dict[str, Any]:
+def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
     """Describe a weight edit beside the unedited weights, which must be in place.
 
     ``norm``: Frobenius norm of all changes; ``norm_ratio``: ||D|| / ||W|| by weight; ``spectral_ratio``: largest
     singular value of W + D over that of W, by weight. Other edits have no such numbers: all None.
+    ``ratios``: False measures the norm alone.
     """
     if not isinstance(edit, WeightEdit):
         return {"norm": None, "norm_ratio": None, "spectral_ratio": None}
     norms, spectra = {}, {}
-    for name, delta in edit.deltas.items():
+    for name, delta in edit.deltas.items() if ratios else ():
         weight = _stored(host, name)
         if weight is None:
             continue

@@ -168,7 +168,7 @@ def _read(
 
     Raises ConfigError where another dataset of the recipe has its name.
     """
-    together = schedule.together and spec.source.startswith("lab:")
+    together = schedule.together and sources.is_lab(spec.source)
     name = replace(spec, source=f"{spec.source} together").name if together else spec.name
     if name not in read:
         return name, sources.read(

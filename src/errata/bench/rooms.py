@@ -1,39 +1,42 @@
-"""What a worker holds open: one model at a time, its workspaces, cases, and what it says unedited."""
+"""What a worker holds open: one model at a time, its workspaces, cases, and its unedited answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata import lab
 from errata.bench import health, results, sources
 from errata.bench.plan import Cell, Plan
-from errata.bench.runner import Engine, counted, held_out
+from errata.bench.runner import Engine, Tick, counted, neutral_texts
 from errata.bench.unedited import Unedited
+from errata.edits.group import EditGroup
 from errata.errors import DataError
 from errata.evaluation.metrics import perplexity
 from errata.host.prompts import PromptFormat, prompt_format
-from errata.types import Case
+from errata.job import Job, prepare, workspace
+from errata.loading import load
+from errata.types import AskOptions, Case
 
 if TYPE_CHECKING:  # methods are reached through the registry only
     from errata.host.load import Host
-    from errata.methods._method import Method, Workspace
-
-TEXTS = 200
+    from errata.methods._method import Workspace
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What a run needs from the rooms above: functions of modules, so that other processes can import them."""
+class Live:
+    """What an evaluation in this process brings along, where a run would open, read and prepare it."""
 
-    open: Callable[..., Any]
-    """As :func:`errata.api.load`."""
-    workspace: Callable[..., Any]
-    """As :func:`errata.api.workspace`."""
-    check: Callable[[Any, Any], None]
-    """As :func:`errata.api.check_kind`: raises where a method edits another kind of model."""
+    host: Host
+    cases: Sequence[Case]
+    work: Workspace
+    ask: AskOptions
+    job: Job | None = None
+    """Fits the cases' requests; None where edits are given."""
+    edit: EditGroup | None = None
+    """Edits to evaluate as they are."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Room:
 
     folder: Path
     plan: Plan
-    tools: Tools
+    live: Live | None = None
+    """Of an evaluation in this process: what need not be opened."""
+    health: bool = True
+    """Whether to measure beyond the rows: open texts, spectra of weights, latency."""
+    tick: Tick = lambda what, done, total: None
     _model: str | None = None
     _host: Any = None
     _hash: str = ""
@@ -68,10 +75,12 @@ class Room:
         if self._model != cell.model:
             self.close()
             spec = self.plan.model(cell.model)
-            host = self.tools.open(spec.name, device=spec.device, dtype=spec.dtype)
-            self._host = host.with_prompt_format(
-                prompt_format(PromptFormat(), template=spec.template)
-            )  # fits and questions alike
+            if self.live is not None:
+                self._host = self.live.host
+            else:
+                host = load(spec.name, device=spec.device, dtype=spec.dtype)
+                # fits and questions alike
+                self._host = host.with_prompt_format(prompt_format(PromptFormat(), self.ask(cell)))
             self._model, self._hash = cell.model, self._host.weights_hash()
         return self._host
 
@@ -93,20 +102,37 @@ class Room:
             self.close()
         return same
 
-    def check(self, method: Method, cell: Cell) -> None:
-        """Raise ConfigError where a method edits another kind of model than a cell's."""
-        self.tools.check(method, self.host(cell))
+    def job(self, cell: Cell) -> Job | None:
+        """Return what fits a cell's cases; None where edits are given. Raises ConfigError as ``prepare`` does.
+
+        Requests that the host cannot take are left to the fit: such a case counts, the others go on.
+        """
+        if self.live is not None:
+            return self.live.job
+        requests = [request for case in self.cases(cell) for request in case.requests]
+        return prepare(
+            self.host(cell),
+            requests,
+            method=cell.method,
+            options=cell.settings,
+            work=self.work(cell),
+            check=False,
+        )
 
     def work(self, cell: Cell) -> Workspace:
         """Return the workspace of a cell's model and seed; sharing it saves time and changes nothing."""
         host = self.host(cell)
+        if self.live is not None:
+            return self.live.work
         if cell.seed not in self._works:
             corpus = self.plan.recipe.corpus
-            self._works[cell.seed] = self.tools.workspace(host, seed=cell.seed, corpus=corpus)
+            self._works[cell.seed] = workspace(host, seed=cell.seed, corpus=corpus)
         return self._works[cell.seed]
 
     def cases(self, cell: Cell) -> Sequence[Case]:
         """Return a cell's cases. Raises DataError where they are no longer those of the plan."""
+        if self.live is not None:
+            return self.live.cases
         if cell.dataset not in self._cases:
             facts = self.plan.datasets[cell.dataset]
             cases, found = sources.again(facts)
@@ -118,34 +144,42 @@ class Room:
             self._cases[cell.dataset] = cases
         return self._cases[cell.dataset]
 
-    def asking(self, cell: Cell) -> dict[str, Any]:
-        """Return how a cell's probes are asked: options of :func:`errata.evaluation.observe.observe`."""
-        return {
-            "max_new_tokens": self.plan.recipe.max_new_tokens,
-            "template": self.plan.model(cell.model).template,
-        }
+    def ask(self, cell: Cell) -> AskOptions:
+        """Return how a cell's probes are asked."""
+        if self.live is not None:
+            return self.live.ask
+        template, recipe = self.plan.model(cell.model).template, self.plan.recipe
+        return AskOptions(template, max_new_tokens=recipe.max_new_tokens)
 
     def unedited(self, cell: Cell) -> Unedited:
         """Return what the unedited host answers to a cell's cases."""
         if cell.dataset not in self._unedited:
-            folder = self.folder / results.UNEDITED
+            cases = self.cases(cell)
             self._unedited[cell.dataset] = Unedited(
-                folder, self.host(cell), self.cases(cell), self.asking(cell)
-            )
+                self.folder / results.UNEDITED, self.host(cell), cases, self.ask(cell),
+                chunk=None if self.live is None else len(cases),
+                on_progress=lambda done, total: self.tick("before", done, total),
+            )  # fmt: skip
         return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
-        """Return neutral text and what a cell's unedited host makes of it."""
+        """Return neutral text and what a cell's unedited host makes of it; none where nobody will look at it."""
+        if cell.plan.kind == "single" and not self.health:
+            return Neutral((), 0, math.nan, (), ())
         if cell.seed not in self._neutral:
-            host, work = self.host(cell), self.work(cell)
-            texts = lab.neutral_texts(TEXTS) if host.name == lab.NAME else held_out(host, work)
-            prompts = health.open_prompts(texts)
-            said, continued = self.engine(cell, texts=texts, prompts=prompts).health()
-            tokens = counted(texts, said)
-            self._neutral[cell.seed] = Neutral(texts, tokens, perplexity.of_texts(said), prompts, continued)
+            texts = neutral_texts(self.host(cell), self.work(cell))
+            prompts = health.open_prompts(texts) if self.health else []
+            logprobs, continued = self.engine(cell, None, texts=texts, prompts=prompts).health()
+            tokens = counted(texts, logprobs)
+            self._neutral[cell.seed] = Neutral(
+                texts, tokens, perplexity.of_texts(logprobs), prompts, continued
+            )
         return self._neutral[cell.seed]
 
-    def engine(self, cell: Cell, **more: Any) -> Engine:
+    def engine(self, cell: Cell, job: Job | None, **more: Any) -> Engine:
         """Return what fits and observes a cell's cases."""
-        given: Mapping[str, Any] = {"before": self.unedited(cell).of, "asking": self.asking(cell), **more}
-        return Engine(self.host(cell), self.cases(cell), self.work(cell), cell.plan, **given)
+        edit = None if self.live is None else self.live.edit
+        return Engine(
+            self.host(cell), self.cases(cell), cell.plan, before=self.unedited(cell).of, job=job, edit=edit,
+            ask=self.ask(cell), **more,
+        )  # fmt: skip

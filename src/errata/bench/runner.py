@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from errata import config as settings
-from errata.bench import machine
-from errata.bench.results import finite
-from errata.bench.schedule import SINGLE, Schedule
-from errata.edits import group as groups
-from errata.edits.edit import Edit, versions
+from errata.bench.schedule import Schedule
+from errata.edits.edit import Edit
 from errata.edits.group import EditGroup
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity, retention
-from errata.evaluation.observe import check as check_probes
 from errata.evaluation.observe import logprobs, observe, unique
 from errata.host.load import Host
 from errata.host.prompts import PromptFormat
+from errata.job import Job
 from errata.locate.contexts import sampled_corpus
-from errata.methods import REGISTRY
 from errata.registry import unknown
-from errata.types import Case, Observation, Row
+from errata.types import DEFAULT_ASK, AskOptions, Case, Observation, Row
 
 if TYPE_CHECKING:  # methods are reached through the registry only
     from errata.methods._method import Method, Workspace
@@ -47,121 +40,6 @@ CHUNK = 32
 """Cases asked together: what batches are made of, so never a matter of where a run was stopped."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One look at a host that has several edits in place."""
-
-    edits: int
-    """How many: in a sequence all so far, in a batch those of one group."""
-    summary: Mapping[str, Mapping[str, Any]]
-    """Averages over the cases of these edits, as in :class:`Report`."""
-    perplexity_before: float
-    """Per token of neutral text, without any edit."""
-    perplexity_after: float
-    """The same with the edits in place; infinite where the host's numbers overflow."""
-    last_batch_efficacy: float | None
-    """Share of the requests fitted last that free generation answers with the target: what was learned,
-    before later edits can undo it. None where efficacy was not asked."""
-    fit_seconds: float
-    """Time spent on fits since the run began."""
-    norm: float | None
-    """Frobenius norm of all that stands on the weights."""
-    digest: str | None
-    """Identity of the edit that stands for them all."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an evaluation found: averages, every row, and what it took."""
-
-    summary: Mapping[str, Mapping[str, Any]]
-    """``{"<kind>.<protocol>": {"before", "after", "n", "ci"}}``; of a sequence, at its end."""
-    rows: Sequence[Row]
-    """Every row; of a sequence, those of all checkpoints, each with its number of edits in the detail."""
-    meta: Mapping[str, Any]
-    """Times, memory, versions, seed, host and method."""
-    checkpoints: Sequence[Checkpoint] = ()
-    """Looks at a host with several edits in place, in order; none where cases are edited one by one."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return one JSON-ready document.
-
-        ``{"summary", "rows", "meta"}``, and ``"checkpoints"`` where there are any: a list of ``{"edits",
-        "summary", "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds", "norm",
-        "digest"}``, see :class:`Checkpoint`. In the rows of a sequence, ``detail["checkpoint"]`` is the
-        checkpoint's ``edits``. JSON has no name for numbers that are not finite: they become the texts
-        ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float`` reads.
-        """
-        document: dict[str, Any] = {
-            "summary": {name: dict(entry) for name, entry in self.summary.items()},
-            "rows": [asdict(row) for row in self.rows],
-            "meta": dict(self.meta),
-        }
-        if self.checkpoints:
-            document["checkpoints"] = [asdict(point) for point in self.checkpoints]
-        return finite(document)
-
-
-def evaluate(
-    host: Host,
-    cases: Sequence[Case],
-    *,
-    method: str | None = None,
-    edit: Edit | Sequence[Edit] | None = None,
-    work: Workspace,
-    options: Mapping[str, Any] | None = None,
-    schedule: Schedule = SINGLE,
-    at: str | Sequence[int] | None = None,
-    probes: Sequence[str] | None = None,
-    texts: Sequence[str] | None = None,
-    after: Edit | None = None,
-    keep: Callable[[Report, Edit], None] | None = None,
-    asking: Mapping[str, Any] | None = None,
-    tick: Tick = lambda what, done, total: None,
-) -> Report:
-    """Measure a method on a schedule, or given edits, all in place together, on all cases.
-
-    Exactly one of ``method`` and ``edit`` must be given. ``probes``: kinds to ask, None asks all. The
-    host's weights are as before afterwards; ``meta["weights_restored"]`` says whether their bytes were
-    found so.
-
-    Several edits at once: ``texts`` are what perplexity is measured on, None takes text that the host or
-    the workspace's corpus gives. Of a sequence: ``at`` says after how many edits to look
-    (:meth:`Schedule.checkpoints`), ``after`` is the edit of its first cases to go on from, ``keep`` is
-    handed the report so far and the edit at every checkpoint. ``asking``: options of
-    :func:`errata.evaluation.observe.observe`. Raises ConfigError for what does not belong together.
-    """
-    given = groups.group(edit)
-    if (method is None) == (given is None):
-        raise ConfigError("evaluate takes either a method or an edit")
-    if not cases:
-        raise ConfigError("evaluate needs at least one case")
-    if schedule.kind != "sequential" and any(option is not None for option in (at, after, keep)):
-        raise ConfigError(
-            f"checkpoints, and edits to keep or go on from, belong to sequential:N, not {schedule}"
-        )
-    if given is not None and schedule != SINGLE:
-        raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
-    entry = check_method(method, schedule) if method else None
-    marks = schedule.checkpoints(len(cases), at) if schedule.kind == "sequential" else ()
-    start = 0 if after is None or entry is None else resumed(after, entry, cases, schedule, work.seed)
-    config = settings.make(entry.config, options or {}, entry.name) if entry else None
-    evaluation = _Evaluation(
-        Engine(
-            host, _asked(cases, probes), work, schedule, before=lambda case: (), method=entry,
-            config=config, edit=given, asking=dict(asking or {}), tick=tick,
-        ), dict(options or {}), after,
-    )  # fmt: skip
-    score.check_packages(evaluation.engine.cases)
-    check_probes(host, evaluation.engine.cases, **evaluation.engine.asking)
-    start_hash = host.weights_hash()
-    evaluation.observe_before(texts)
-    with closing(evaluation.engine.events(marks, start, after)) as events:
-        for event in events:
-            evaluation.add(event, keep)
-    return evaluation.report(restored=host.weights_hash() == start_hash)
-
-
 def held_out(host: Host, work: Workspace) -> list[str]:
     """Return running text for perplexity: the end of the workspace's corpus, else text the host writes.
 
@@ -172,9 +50,15 @@ def held_out(host: Host, work: Workspace) -> list[str]:
     return list(deque(corpus.texts(), maxlen=TEXTS))
 
 
-def check_method(name: str, schedule: Schedule) -> Method:
-    """Look a method up. Raises ConfigError where it cannot follow the schedule."""
-    method = REGISTRY.get(name)
+def neutral_texts(host: Host, work: Workspace) -> list[str]:
+    """Return running text for perplexity: the host's own neutral texts, else :func:`held_out` ones."""
+    own = host.resources.neutral_texts
+    return held_out(host, work) if own is None else list(own(TEXTS))
+
+
+def check_schedule(method: Method, schedule: Schedule) -> None:
+    """Raise ConfigError where a method cannot follow the schedule."""
+    name = method.name
     if schedule.kind == "batch" and schedule.size > 1 and not method.batch:
         raise ConfigError(
             f"{name} takes one request at a time, so it has no {schedule}; use single or sequential:{schedule.size}"
@@ -184,11 +68,10 @@ def check_method(name: str, schedule: Schedule) -> Method:
             f"{name} does not go on from an earlier edit, so it has no {schedule}; use "
             + ("single or batch:N" if method.batch else "single")
         )
-    return method
 
 
-def _asked(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[Case]:
-    """Leave only probes of some kinds. Raises ConfigError for kinds that no case has."""
+def with_probes(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[Case]:
+    """Return cases with only their probes of some kinds. Raises ConfigError for kinds that no case has."""
     if kinds is None:
         return cases
     known = sorted({probe.kind for case in cases for probe in case.probes})
@@ -198,17 +81,15 @@ def _asked(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[Case]
     return [replace(case, probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
-def resumed(after: Edit, method: Method, cases: Sequence[Case], schedule: Schedule, seed: int) -> int:
-    """Return how many cases an edit stands for. Raises ConfigError unless it is this run's beginning."""
-    if after.provenance.method != method.name:
-        raise ConfigError(f"cannot go on with {method.name} from an edit made by {after.provenance.method}")
+def count_edited_cases(after: Edit, cases: Sequence[Case], schedule: Schedule, seed: int) -> int:
+    """Return how many cases an edit is of. Raises ConfigError unless they are the first ones, fitted alike."""
     requests = after.provenance.requests
-    asked = [request for case in cases for request in case.requests]
+    expected = [request for case in cases for request in case.requests]
     for i, request in enumerate(requests):
-        wanted = asked[i] if i < len(asked) else None
-        if request != wanted:
+        other = expected[i] if i < len(expected) else None
+        if request != other:
             raise ConfigError(
-                f"cannot go on: request {i + 1} of the edit is {request}, of the cases {wanted}; "
+                f"cannot go on: request {i + 1} of the edit is {request}, of the cases {other}; "
                 "give the cases that the edit was made from, in their order"
             )
     ends = [0, *itertools.accumulate(len(case.requests) for case in cases)]
@@ -271,29 +152,24 @@ class Engine:
 
     host: Host
     cases: Sequence[Case]
-    work: Workspace
     schedule: Schedule
     before: Callable[[Case], Sequence[Observation]]
     """What the unedited host says to a case's probes."""
-    method: Method | None = None
-    config: Any = None
+    job: Job | None = None
+    """Fits the cases' requests; None where edits are given."""
     edit: EditGroup | None = None
-    """Given to be measured as they are."""
+    """Edits to evaluate as they are."""
     texts: Sequence[str] = ()
     """Neutral texts, read at every look."""
     prompts: Sequence[str] = ()
     """Beginnings of running text, continued at every look."""
-    asking: Mapping[str, Any] = field(default_factory=dict)
-    """Options of :func:`errata.evaluation.observe.observe`."""
+    ask: AskOptions = DEFAULT_ASK
+    """How probes are asked."""
     lenient: bool = False
     """Whether a case edited alone that cannot be fitted counts as unedited, rather than ending the stream."""
     tick: Tick = lambda what, done, total: None
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
-    fitted: int = 0
-    """Cases fitted so far."""
-    looked: int = 0
-    """Cases observed so far, each as often as it was."""
     fits: list[float | None] = field(default_factory=list)
     """Seconds by case; None for cases that were fitted in an earlier run."""
 
@@ -355,15 +231,14 @@ class Engine:
 
     def _fit(self, group: range, after: Any) -> Edit:
         """Fit some cases, alone or on top of an edit: in one fit where the method takes several requests."""
-        assert self.method is not None
+        assert self.job is not None
         requests = [request for i in group for request in self.cases[i].requests]
         at = time.perf_counter()
         edit: Any = after
-        for some in [requests] if self.method.batch else [[request] for request in requests]:
-            edit = self.method.run(self.host, some, self.config, self.work, after=edit)
+        for some in [requests] if self.job.method.batch else [[request] for request in requests]:
+            edit = self.job.fit(some, after=edit)
         took = time.perf_counter() - at
         self.fit_seconds += took
-        self.fitted += len(group)
         self.fits += [took / len(group)] * len(group)
         return edit
 
@@ -406,14 +281,13 @@ class Engine:
             known = [self.before(case) for case in chunk]
             at = time.perf_counter()
             with edit.on(self.host):
-                said = dict(zip(probes, observe(self.host, probes, **self.asking), strict=True))
+                said = dict(zip(probes, observe(self.host, probes, self.ask), strict=True))
             scored = [
                 score.rows(case, old, [said[p] for p in case.probes], checkpoint=edits)
                 for case, old in zip(chunk, known, strict=True)
             ]
             took = time.perf_counter() - at
             self.observe_seconds += took
-            self.looked += len(chunk)
             if label is not None:
                 self.tick(label, begin + len(chunk), len(cases))
             for i, (case, rows) in enumerate(zip(chunk, scored, strict=True)):
@@ -422,104 +296,6 @@ class Engine:
                 yield Seen(
                     case, rows, edits, fit, took / len(chunk), edit if isinstance(edit, Edit) else None
                 )
-
-
-@dataclass
-class _Evaluation:
-    """One evaluation in memory: its engine, what it knows of the unedited host, and what it found so far."""
-
-    engine: Engine
-    options: dict[str, Any]
-    after: Edit | None = None
-    """Stands for a sequence's first cases."""
-    wall: float = field(default_factory=time.perf_counter)
-    cpu: float = field(default_factory=time.process_time)
-    rows: list[Row] = field(default_factory=list)
-    points: list[Checkpoint] = field(default_factory=list)
-    text_tokens: int = 0
-    perplexity_before: float = math.nan
-    _since: int = 0
-    """Rows at the last look."""
-
-    def observe_before(self, texts: Sequence[str] | None) -> None:
-        """Ask every probe once without an edit, and measure neutral text if edits come together."""
-        engine = self.engine
-        probes = unique(p for case in engine.cases for p in case.probes)
-
-        def ticked(done: int, total: int) -> None:
-            engine.tick("before", done, total)
-
-        seen = dict(
-            zip(probes, observe(engine.host, probes, on_progress=ticked, **engine.asking), strict=True)
-        )
-        engine.before = lambda case: [seen[probe] for probe in case.probes]
-        if engine.schedule.kind == "single":
-            return
-        engine.texts = list(texts) if texts is not None else held_out(engine.host, engine.work)
-        found = logprobs(engine.host, engine.texts)
-        self.text_tokens = counted(engine.texts, found)
-        self.perplexity_before = perplexity.of_texts(found)
-
-    def add(self, event: Seen | Look, keep: Callable[[Report, Edit], None] | None) -> None:
-        """Take in what the engine saw; at a look, hand over what is found so far."""
-        if isinstance(event, Seen):
-            self.rows += event.rows
-            return
-        edit, table = event.edit, self.rows[self._since :]
-        self._since = len(self.rows)
-        self.points.append(
-            Checkpoint(
-                edits=event.edits,
-                summary=score.summarise(table, seed=self.engine.work.seed),
-                perplexity_before=self.perplexity_before,
-                perplexity_after=event.perplexity,
-                last_batch_efficacy=event.last_batch_efficacy,
-                fit_seconds=self.engine.fit_seconds,
-                norm=edit.summary().get("norm"),
-                digest=edit.digest,
-            )
-        )
-        if keep is not None:
-            keep(self.report(restored=None), edit)
-
-    def report(self, *, restored: bool | None) -> Report:
-        """Put together what was found so far; ``restored`` None: the run is not over."""
-        engine = self.engine
-        sequence = engine.schedule.kind == "sequential"
-        summary = self.points[-1].summary if sequence else score.summarise(self.rows, seed=engine.work.seed)
-        made_by = engine.edit.method if engine.edit else engine.method and engine.method.name
-        meta: dict[str, Any] = {
-            "cases": len(engine.cases),
-            "method": made_by,
-            "schedule": given_edits(engine.edit) if engine.edit else str(engine.schedule),
-            "options": self.options,
-            "asking": dict(engine.asking),
-            "seconds": time.perf_counter() - self.wall,
-            "cpu_seconds": time.process_time() - self.cpu,
-            "fit_seconds_per_case": engine.fit_seconds / max(1, engine.fitted),
-            "observe_seconds_per_case": engine.observe_seconds / max(1, engine.looked),
-            "peak_memory_mb": machine.peak_memory_mb(),
-            "versions": versions(),
-            "seed": engine.work.seed,
-            "host": engine.host.name,
-            "host_fingerprint": engine.host.fingerprint,
-            "weights_restored": restored,
-            "rome_scores": score.rome_scores(summary),
-        }
-        if engine.schedule.kind != "single":
-            meta["perplexity_of"] = {"texts": len(engine.texts), "tokens": self.text_tokens}
-        if sequence:
-            meta["finished"] = restored is not None
-            meta["after"] = None
-            if self.after is not None:
-                digest = self.after.digest if self.after is not None else None
-                meta["after"] = {"digest": digest, "edits": len(self.after.provenance.requests)}
-        return Report(summary, list(self.rows), meta, tuple(self.points))
-
-
-def given_edits(edits: EditGroup) -> str:
-    """Word what is measured where there is no schedule."""
-    return "given edit" if len(edits.edits) == 1 else f"{len(edits.edits)} given edits"
 
 
 def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:

@@ -12,7 +12,6 @@ from errata.bench import results, workers
 from errata.bench.jobs import OVER, Job, Jobs
 from errata.bench.plan import Plan
 from errata.bench.results import is_sealed, read_document, read_run, read_sealed, write_sealed
-from errata.bench.rooms import Tools
 from errata.bench.runner import Tick
 from errata.errors import ConfigError, DataError
 
@@ -37,7 +36,7 @@ class Outcome:
 
 
 def execute(
-    plan: Plan, folder: Path, tools: Tools, *, resume: bool = False, jobs: int = 1,
+    plan: Plan, folder: Path, *, resume: bool = False, jobs: int = 1,
     executor: Executor = "local", only: str | None = None, tick: Tick = lambda what, done, total: None,
 ) -> Outcome:  # fmt: skip
     """Work a plan's cells off into a folder and return how they ended.
@@ -59,11 +58,11 @@ def execute(
         table.forget_attempts()
         table.reopen(("failed", "refused"), chosen)
     if executor == "ray":
-        workers.work_on_ray(folder, tools, chosen, jobs, tick)
+        workers.work_on_ray(folder, chosen, jobs, tick)
     elif jobs > 1:
-        workers.work_in_processes(folder, tools, chosen, jobs, tick)
+        workers.work_in_processes(folder, chosen, jobs, tick)
     else:
-        workers.work(folder, tools, chosen, tick=tick)
+        workers.work(folder, chosen, tick=tick)
     return replace(outcome(folder, chosen), damaged=damaged)
 
 

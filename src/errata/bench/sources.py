@@ -17,6 +17,11 @@ BESIDE = ("locality", "entity_locality", "other_task")
 """Kinds of probes on what no edit touches, whatever it is about: they may be put to cases of any dataset."""
 
 
+def is_lab(source: str) -> bool:
+    """Whether a source names cases of the lab's world: ``lab:N``."""
+    return source.startswith(f"{lab.NAME}:")
+
+
 def read(
     source: str,
     *,
@@ -34,13 +39,12 @@ def read(
     "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is one of the cases as read and
     added to, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
     """
-    is_lab = source.startswith(f"{lab.NAME}:")
-    cases, rows, check = _drawn(source, seed, together) if is_lab else _loaded(source)
+    cases, rows, check = _drawn(source, seed, together) if is_lab(source) else _loaded(source)
     cases, examples = _demonstrated(cases, demonstrations)
     cases, added = _beside(cases, beside)
     return cases, {
         "source": source,
-        "together": together and is_lab,
+        "together": together and is_lab(source),
         "sha256": digest(cases),
         "rows": rows,
         "cases": len(cases),

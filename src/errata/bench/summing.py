@@ -85,13 +85,13 @@ def tag(room: Room, cell: Cell) -> dict[str, Any]:
         "dataset": cell.dataset,
         "dataset_sha256": facts["sha256"],
         "convention": check.get("variant") or None,
-        "prompt_template": room.plan.model(cell.model).template,
+        "prompt_template": room.ask(cell).template,
         "decode": DECODE,
         "matcher": MATCHER,
         "locality_mode": LOCALITY,
         "edits": cases if cell.plan.kind == "sequential" else min(size, cases),
         "batch": min(size, cases),
-        "max_new_tokens": room.plan.recipe.max_new_tokens,
+        "max_new_tokens": room.ask(cell).max_new_tokens,
         "dtype": str(room.host(cell).dtype).removeprefix("torch."),
     }
 

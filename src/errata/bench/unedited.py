@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from errata.bench.runner import CHUNK
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
 from errata.host.load import Host
-from errata.types import Case, Observation, Probe, plain_probe
+from errata.types import AskOptions, Case, Observation, Probe, plain_probe
 
 FORMAT = 1
 SPREAD = "next_logprobs"
@@ -48,11 +48,16 @@ class _Chunk:
 class Unedited:
     """Observations of some cases by a host without edits."""
 
-    def __init__(self, folder: Path, host: Host, cases: Sequence[Case], options: Mapping[str, Any]) -> None:
-        """``options``: those of :func:`errata.evaluation.observe.observe`. Nothing is observed yet."""
-        self.folder, self.host, self.cases, self.options = folder, host, cases, dict(options)
-        self._chunk_of = {case.id: place // CHUNK for place, case in enumerate(cases)}
-        if len(self._chunk_of) != len(cases):
+    def __init__(
+        self, folder: Path, host: Host, cases: Sequence[Case], ask: AskOptions, *, chunk: int | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:  # fmt: skip
+        """``chunk``: how many cases are observed together, default :data:`CHUNK`. Nothing is observed yet."""
+        self.folder, self.host, self.cases, self.ask = folder, host, cases, ask
+        self.on_progress = on_progress
+        self._size = chunk or CHUNK
+        self._chunk_of = {case.id: place // self._size for place, case in enumerate(cases)}
+        if len(self._chunk_of) != len(cases) > self._size:
             raise DataError(
                 f"{len(cases)} cases have {len(self._chunk_of)} different names; name each its own"
             )
@@ -68,11 +73,11 @@ class Unedited:
 
     def seconds(self) -> float:
         """Return what observing all cases took, in seconds, whenever that was."""
-        return sum(self._at(i).seconds for i in range(-(-len(self.cases) // CHUNK)))
+        return sum(self._at(i).seconds for i in range(-(-len(self.cases) // self._size)))
 
     def _at(self, place: int) -> _Chunk:
         if self._held is None or self._held[0] != place:
-            cases = self.cases[place * CHUNK : (place + 1) * CHUNK]
+            cases = self.cases[place * self._size : (place + 1) * self._size]
             self._held = (place, self._chunk(unique(probe for case in cases for probe in case.probes)))
         return self._held[1]
 
@@ -82,7 +87,7 @@ class Unedited:
             "host": self.host.fingerprint,
             "dtype": str(self.host.dtype),
             "device": self.host.device.type,
-            "options": self.options,
+            "options": self.ask.to_dict(),
         }
         questions = json.dumps([plain_probe(probe) for probe in probes], sort_keys=True)
         key = hashlib.sha256((json.dumps(facts, sort_keys=True) + questions).encode()).hexdigest()[:24]
@@ -102,7 +107,7 @@ class Unedited:
         from safetensors.torch import save_file
 
         at = time.perf_counter()
-        seen = observe(self.host, probes, **self.options)
+        seen = observe(self.host, probes, self.ask, on_progress=self.on_progress)
         seconds = time.perf_counter() - at
         spreads = {str(i): one.next_logprobs for i, one in enumerate(seen) if one.next_logprobs is not None}
         whole = {name: spread.cpu().clone() for name, spread in spreads.items()}  # rows of one tensor

@@ -19,7 +19,7 @@ from errata.bench import cells, plan, results, summing
 from errata.bench.cells import Refused, Sheet
 from errata.bench.jobs import OVER, Jobs, Lease, LeaseLost, State, new_owner
 from errata.bench.results import read_run
-from errata.bench.rooms import Room, Tools
+from errata.bench.rooms import Room
 from errata.bench.runner import Tick
 from errata.errors import ConfigError, DataError
 
@@ -29,15 +29,13 @@ PATIENCE = 10.0
 """Seconds that a worker has to end when it is told to."""
 
 
-def work(
-    folder: Path, tools: Tools, chosen: Sequence[str], *, tick: Tick = lambda what, done, total: None
-) -> None:
+def work(folder: Path, chosen: Sequence[str], *, tick: Tick = lambda what, done, total: None) -> None:
     """Take cells until none of the chosen ones is left, those that others hold and lose included.
 
     A cell that fails is marked so and does not end the work.
     """
     made = plan.restore(read_run(folder))
-    jobs, room, owner = Jobs(folder / results.JOBS), Room(folder, made, tools), new_owner()
+    jobs, room, owner = Jobs(folder / results.JOBS), Room(folder, made), new_owner()
     by_id = {cell.id: cell for cell in made.cells}
     with threads(made.recipe.threads):
         while True:
@@ -98,7 +96,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: int, tick: Tick) -> None:
+def work_in_processes(folder: Path, chosen: Sequence[str], count: int, tick: Tick) -> None:
     """Work with several processes. One that dies is replaced, unless it died before it took a cell.
 
     Raises DataError for that.
@@ -107,7 +105,7 @@ def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: 
     seen = 0
 
     def start() -> BaseProcess:
-        process = context.Process(target=_work_apart, args=(folder, tools, chosen), daemon=True)
+        process = context.Process(target=_work_apart, args=(folder, chosen), daemon=True)
         with _interrupts_held():
             process.start()
         return process
@@ -140,7 +138,7 @@ def work_in_processes(folder: Path, tools: Tools, chosen: Sequence[str], count: 
                 process.join()
 
 
-def _work_apart(folder: Path, tools: Tools, chosen: Sequence[str]) -> None:
+def _work_apart(folder: Path, chosen: Sequence[str]) -> None:
     """Work in a process of its own, which its parent ends: what is half-written is then taken away again."""
 
     def end(number: int, frame: Any) -> None:
@@ -148,7 +146,7 @@ def _work_apart(folder: Path, tools: Tools, chosen: Sequence[str]) -> None:
 
     signal.signal(signal.SIGTERM, end)
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
-    work(folder, tools, chosen)
+    work(folder, chosen)
 
 
 @contextmanager
@@ -167,7 +165,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_on_ray(folder: Path, tools: Tools, chosen: Sequence[str], count: int, tick: Tick) -> None:
+def work_on_ray(folder: Path, chosen: Sequence[str], count: int, tick: Tick) -> None:
     """Work with Ray tasks, here or on the cluster that ``RAY_ADDRESS`` names; all must see the folder.
 
     Raises ConfigError where Ray is not installed.
@@ -181,7 +179,7 @@ def work_on_ray(folder: Path, tools: Tools, chosen: Sequence[str], count: int, t
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         task: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=0)(work).remote
-        waiting = [task(folder.resolve(), tools, list(chosen)) for _ in range(min(count, len(chosen)))]
+        waiting = [task(folder.resolve(), list(chosen)) for _ in range(min(count, len(chosen)))]
         jobs = Jobs(folder / results.JOBS)
         while waiting:
             done, waiting = ray.wait(waiting, timeout=1.0)

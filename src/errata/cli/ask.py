@@ -1,4 +1,4 @@
-"""errata ask: put prompts to a model, with and without edits."""
+"""errata ask: generate answers to prompts, with and without edits."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ def command(
     stay exact. Quantised weights are never merged.
     """
     from errata.edits import Edit
+    from errata.job import with_prompt_options
 
     edits = [Edit.load(path) for path in edit or []]
     host = common.open_host(model, device, dtype)
-    host = common.put_prompts(host, template, system, thinking, chat=chat, edits=edits)
+    ask = common.ask_options(template, system, thinking, chat=chat)
+    host = with_prompt_options(host, ask, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)
     edited = None
     placements: list[Placement] = []

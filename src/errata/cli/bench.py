@@ -52,7 +52,7 @@ def command(
     try:
         with common.progress(not json) as tick:
             found = runs.execute(
-                plan, folder, tools(), resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
+                plan, folder, resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
                 only=only, tick=tick,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -65,14 +65,6 @@ def command(
         _show(found)
     if found.failed:
         raise typer.Exit(1)
-
-
-def tools() -> Any:
-    """Return what a run needs from the Python interface."""
-    from errata import api
-    from errata.bench.rooms import Tools
-
-    return Tools(api.load, api.workspace, api.check_kind)
 
 
 def _document(found: Outcome) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from errata.edits import Edit
     from errata.host.load import Host
-    from errata.types import Case, Request
+    from errata.types import AskOptions, Case, Request
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, a hub name, or a folder with a saved model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -27,7 +26,11 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, key=value; repeatable.")
 ]
 CorpusFile = Annotated[
-    Path | None, typer.Option("--corpus", help="Text file for statistics; default: the host's own text.")
+    Path | None,
+    typer.Option(
+        "--corpus",
+        help="Text file for statistics; default: text sampled from the model (lab: its own corpus).",
+    ),
 ]
 Examples = Annotated[
     str | None,
@@ -36,7 +39,7 @@ Examples = Annotated[
         help="Facts with paraphrases and neighbours for methods that need them (ike): as for --cases.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
 ]
@@ -44,7 +47,7 @@ Foreign = Annotated[
 TemplateName = Annotated[
     str | None,
     typer.Option(
-        "--template", help="How a prompt is put: raw, question, chat or auto; default: as the edit, or raw."
+        "--template", help="Prompt format: raw, question, chat or auto; default: that of the edit, or raw."
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Short for --template chat.")]
@@ -82,25 +85,18 @@ def open_host(model: str, device: str, dtype: str) -> Host:
     return api.load(model, device=device, dtype=dtype)
 
 
-def put_prompts(
-    host: Host, template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
-    chat: bool = False, edits: Sequence[Edit] = (), after: Edit | None = None,
-) -> Host:  # fmt: skip
-    """Return the host with prompts put as the options say. Raises ConfigError for --chat beside another template."""
-    from errata import api
+def ask_options(
+    template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
+    chat: bool = False, max_new_tokens: int | None = None,
+) -> AskOptions:  # fmt: skip
+    """Return how the model is asked. Raises ConfigError for --chat beside another template."""
     from errata.errors import ConfigError
+    from errata.types import AskOptions
+    from errata.types.asking import MAX_NEW_TOKENS
 
     if chat and template not in (None, "chat"):
         raise ConfigError(f"--chat is --template chat, found --template {template} beside it; leave one out")
-    return api.put(
-        host,
-        template="chat" if chat else template,
-        system=system,
-        thinking=thinking,
-        join=join,
-        edits=edits,
-        after=after,
-    )
+    return AskOptions("chat" if chat else template, system, thinking, join, max_new_tokens or MAX_NEW_TOKENS)
 
 
 def read_what(

@@ -179,13 +179,13 @@ def show(
 
 def _case(source: str, wanted: str) -> Case:
     """Find a case by name or number, reading no further than needed."""
-    from errata import lab
+    from errata.bench.sources import is_lab
     from errata.data import reading
     from errata.errors import DataError
 
-    is_lab = source.startswith(f"{lab.NAME}:")
+    cases = common.read_cases(source, 0) if is_lab(source) else reading.iterate(source)
     number = 0
-    for number, found in enumerate(common.read_cases(source, 0) if is_lab else reading.iterate(source), 1):
+    for number, found in enumerate(cases, 1):
         if wanted in (found.id, str(number)):
             return found
     if not number:

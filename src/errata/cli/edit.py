@@ -12,6 +12,7 @@ from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.host.load import Host
+    from errata.job import Job
     from errata.types import ImageRequest, Request
 
 
@@ -26,7 +27,7 @@ What = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
 After = Annotated[
     Path | None,
-    typer.Option("--after", help="An edit of the same method to go on from; the file stands for both."),
+    typer.Option("--after", help="Continue from this edit (same method); the new file includes it."),
 ]
 BatchSize = Annotated[
     str,
@@ -38,7 +39,9 @@ Strict = Annotated[
     bool,
     typer.Option("--strict", help="Exit code 1 if any request is not answered with its target afterwards."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, fit and write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Validate inputs and print the job; do not fit or write.")
+]
 
 
 def command(
@@ -60,8 +63,8 @@ def command(
 ) -> None:  # fmt: skip
     """Fit an edit and write it to a file; the model itself is not changed.
 
-    Afterwards every request is put to the model with the edit in place, and those that it does not answer with
-    their target are named. A file that is there already is replaced only with --force, or by the same edit again.
+    Afterwards the model is asked every request with the edit applied, and those that it does not answer with
+    their target are listed. An existing file is replaced only with --force, or by the same edit again.
     """
     from errata import api
     from errata import config as configs
@@ -70,30 +73,30 @@ def command(
 
     options = configs.parse_assignments(settings or [])
     entry = REGISTRY.get(method)
-    config = configs.make(entry.config, options, method)
-    texts = _texts(what, subject, target, target_old, pictures="image_classifier" in entry.hosts)
+    config = configs.make(entry.config, options, method)  # before a large model is opened
+    pictures = "image_classifier" in entry.hosts
+    texts = _texts(what, subject, target, target_old, pictures=pictures)
     repeatable = bool(texts) and not (after or corpus)
     earlier = outputs.earlier_edit(output, force=force, repeatable=repeatable)
     before = Edit.load(after) if after else None
+    ask = common.ask_options(template, system, thinking, join, chat=chat)
     host = common.open_host(model, device, dtype)
-    api.check_kind(entry, host)
-    host = common.put_prompts(host, template, system, thinking, join, chat=chat, after=before)
-    requests = texts or [_pairs(what, host, subject, target)]
-    api.check_requests(host, requests)
-    outputs.check_repeat(
-        output, earlier, host, texts, config=config, method=method, options=options, seed=seed
-    )
-    if dry_run:
-        _report({"dry_run": True, "requests": len(requests), "method": method, "output": str(output)}, json)
-        return
-    with common.progress(not json) as tick:
-        made = api.edit(
-            host, requests, method=method, seed=seed, after=before, batch_size=batch_size, corpus=corpus,
-            examples=examples, on_progress=tick, **options,
+    with common.progress(not (json or dry_run)) as tick:
+        job = api.prepare(
+            host, texts or _pairs(what, host, subject, target), method=method, options=config, seed=seed,
+            after=before, batch_size=batch_size, corpus=corpus, examples=examples, ask=ask, on_progress=tick,
         )  # fmt: skip
-        path = outputs.save_edit(made, output, earlier)
-        outcome = checks.texts(host, made, tick) if texts else checks.images(host, made, requests)
-    checks.report(outcome, path, made, model, json=json, strict=strict)
+        outputs.check_repeat(output, earlier, job, options)
+        if not dry_run:
+            edit = job.run()
+            path = outputs.save_edit(edit, output, earlier)
+            outcome = (
+                checks.texts(job.host, edit, tick) if texts else checks.images(job.host, edit, job.requests)
+            )
+    if dry_run:
+        _show_job(job, output, json)
+    else:
+        checks.report(outcome, path, edit, model, json=json, strict=strict)
 
 
 def _texts(
@@ -121,29 +124,39 @@ def _is_folder(what: str) -> bool:
         return False
 
 
-def _pairs(what: str, host: Host, subject: str | None, target: str | None) -> ImageRequest:
-    """Read pairs of images in the host's size; subject names what the changed ones show, target the originals."""
+def _pairs(what: str, host: Host, subject: str | None, target: str | None) -> list[ImageRequest]:
+    """Read pairs of images in the host's size; subject names what the changed ones show, target the originals.
+
+    None for a host that takes no images, which the method does not edit.
+    """
     from errata.data.images import read_pairs
     from errata.host.images import ImageHost
 
-    assert isinstance(host, ImageHost)
-    return read_pairs(
-        what,
-        size=host.size,
-        channels=host.channels,
-        concept=target or "original",
-        replacement=subject or "changed",
-    )
+    if not isinstance(host, ImageHost):
+        return []
+    concept, replacement = target or "original", subject or "changed"
+    return [
+        read_pairs(what, size=host.size, channels=host.channels, concept=concept, replacement=replacement)
+    ]
 
 
-def _report(document: dict, json: bool) -> None:
+def _show_job(job: Job, output: Path, json: bool) -> None:
+    """Print what a fit would do."""
+    document = job.to_dict()
     if json:
-        common.emit(document)
-    else:
-        print(
-            f"{document['requests']} requests and all settings are fine; {document['method']} would write "
-            f"{document['output']} (dry run: nothing was fitted or written)"
-        )
+        common.emit({"dry_run": True, **document, "output": str(output)})
+        return
+    rows = [(name, value) for name, value in document.items() if name not in ("settings", "prompt_format")]
+    rows += [(name, value) for name, value in document["prompt_format"].items() if value is not None]
+    rows += [
+        (name, "chosen for the model" if value is None else value)
+        for name, value in document["settings"].items()
+    ]
+    common.table("job", ("", "value"), rows)
+    print(
+        f"{document['requests']} requests and all settings are fine; {document['method']} would write "
+        f"{output} (dry run: nothing was fitted or written)"
+    )
 
 
 VERB = Verb("edit", command, order=10)

@@ -1,4 +1,4 @@
-"""errata eval: measure a method or an edit on cases."""
+"""errata eval: evaluate a method or an edit on cases."""
 
 from __future__ import annotations
 
@@ -11,32 +11,42 @@ from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
-    from errata.bench.runner import Report
+    from errata.bench.evaluate import Report
     from errata.edits import Edit
     from errata.evaluation.metrics import Metric
 
 ScheduleName = Annotated[
     str,
     typer.Option(
-        help="single: each case alone; batch:N: N in one fit; sequential:N: N after N, all staying."
+        help="single: one case at a time, undone after each; batch:N: N cases per fit, undone; sequential:N: N cases "
+        "per fit, edits accumulate."
     ),
 ]
-Looks = Annotated[
+Checkpoints = Annotated[
     str | None,
-    typer.Option("--at", help="Sequence: look after 10,50,100 edits, or each, every:N, decades, end."),
+    typer.Option(
+        "--at",
+        help="Evaluate after these numbers of edits (sequential only): 10,50,100, each, every:N, decades or end.",
+    ),
 ]
 Kinds = Annotated[
     str | None, typer.Option("--probes", help="Kinds of probes to ask: efficacy,paraphrase; default: all.")
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Also write the JSON document here; sequence: at every checkpoint."),
+    typer.Option(
+        "--output", "-o", help="Also write the JSON document here; sequential: at every checkpoint."
+    ),
 ]
 KeepEdit = Annotated[
-    Path | None, typer.Option("--keep-edit", help="Sequence: write the edit here at every checkpoint.")
+    Path | None, typer.Option("--keep-edit", help="Sequential: write the edit here at every checkpoint.")
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run-folder", help="Keep the run in this new folder; default: a temporary one."),
 ]
 After = Annotated[
-    Path | None, typer.Option("--after", help="Sequence: go on from this kept edit of the first cases.")
+    Path | None, typer.Option("--after", help="Sequential: continue from this edit of the first cases.")
 ]
 
 
@@ -49,22 +59,22 @@ def command(
         typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),
     ] = None,
     schedule: ScheduleName = "single",
-    at: Looks = None,
-    probes: Kinds = None,
+    at: Checkpoints = None, probes: Kinds = None,
     template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
     thinking: common.Thinking = None, join: common.JoinName = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None, examples: common.Examples = None,
-    output: Output = None,
-    keep_edit: KeepEdit = None,
-    after: After = None,
+    output: Output = None, keep_edit: KeepEdit = None, after: After = None, run_folder: RunFolder = None,
     force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Measure a method on a schedule (edit, observe, take back), or saved edits, before and after."""
-    from errata import api
+    """Evaluate a method, or saved edits: ask every probe before and after, then undo the edit.
+
+    An evaluation is a benchmark run of one cell; --run-folder keeps it, for errata report.
+    """
     from errata import config as configs
+    from errata.bench.evaluate import evaluate
     from errata.bench.schedule import Schedule
     from errata.edits import Edit
     from errata.errors import ConfigError
@@ -72,24 +82,22 @@ def command(
     if (method is None) == (not edit):
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
-    plan = Schedule.parse(schedule)
+    parsed = Schedule.parse(schedule)
     if output is not None:
         outputs.check_report_name(output)
     if keep_edit is not None:  # a sequence may go on in the file that it goes on from
         outputs.check_new_edit(keep_edit, force=force or keep_edit == after)
-    given = [Edit.load(path) for path in edit or []]
+    edits = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
-    table = common.read_cases(cases, seed, together=plan.together)
+    ask = common.ask_options(template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens)
+    source = common.read_cases(cases, seed, together=parsed.together)
     host = common.open_host(model, device, dtype)
-    host = common.put_prompts(host, template, system, thinking, join, chat=chat, edits=given, after=earlier)
-    keep = _keeper(output, keep_edit) if keep_edit or (output and plan.kind == "sequential") else None
+    keep = _keeper(output, keep_edit) if keep_edit or (output and parsed.kind == "sequential") else None
     with common.progress(not json) as tick:
-        report = api.evaluate(
-            host, table, method=method, edit=given or None, seed=seed, schedule=plan, at=at,
+        report = evaluate(
+            host, source, method=method, edit=edits or None, options=options, seed=seed, schedule=parsed, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
-            keep=keep, template=host.prompt_format.template, max_new_tokens=max_new_tokens, corpus=corpus,
-            examples=examples,
-            on_progress=tick, **options,
+            keep=keep, ask=ask, corpus=corpus, examples=examples, run_folder=run_folder, on_progress=tick,
         )  # fmt: skip
     document = report.to_dict()
     if output is not None:

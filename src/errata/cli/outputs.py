@@ -1,18 +1,17 @@
-"""Where verbs may write: what is there already is replaced with --force only, and that is settled before the work."""
+"""Where verbs may write: existing files are replaced with --force only, which is checked before the work."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from errata.edits import Edit
-    from errata.host.load import Host
-    from errata.types import Request
+    from errata.job import Job
 
 SUFFIX = ".safetensors"
 """Of edit files."""
@@ -72,29 +71,24 @@ def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
         raise _replaces(path, "there already, and no edit that can be read") from error
 
 
-def check_repeat(
-    path: Path, earlier: Edit | None, host: Host, requests: Sequence[Request], *, method: str, config: Any,
-    options: Collection[str], seed: int,
-) -> None:  # fmt: skip
-    """Raise EditError unless a fit repeats the one that an earlier edit comes from: then nothing is lost.
+def check_repeat(path: Path, earlier: Edit | None, job: Job, options: Collection[str]) -> None:
+    """Raise EditError unless a job repeats the one that an earlier edit comes from: then nothing is lost.
 
-    ``config``: the settings of the fit; those not named in ``options`` may still be left open.
+    ``options``: the settings that were given; others may still be left open.
     """
-    from errata.edits.edit import versions
-
     if earlier is None:
         return
-    old = earlier.provenance
-    settings, given = _plain(old.config), _plain(asdict(config))
+    old, new = earlier.provenance, job.provenance
+    old_settings, settings = _plain(old.config), _plain(new.config)
     differences = {
-        "method": old.method != method,
-        "requests": _plain([r.to_dict() for r in requests]) != _plain([_fields(r) for r in old.requests]),
-        "seed": old.seed != seed,
-        "model": old.host != host.fingerprint,
-        "versions": dict(old.versions) != versions(),
+        "method": old.method != new.method,
+        "requests": _plain([_fields(r) for r in new.requests]) != _plain([_fields(r) for r in old.requests]),
+        "seed": old.seed != new.seed,
+        "model": old.host != new.host,
+        "versions": dict(old.versions) != dict(new.versions),
         "settings": any(
-            value != settings.get(name)
-            for name, value in given.items()
+            value != old_settings.get(name)
+            for name, value in settings.items()
             if name in options or value is not None
         ),
     }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.host.layout import Site
     from errata.host.load import Host
     from errata.linalg.moments import Moments
-    from errata.stats.collect import Corpus
+    from errata.types import Corpus
 
 FILES = (".txt", ".jsonl", ".md", ".text")
 
@@ -89,18 +89,16 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 def _corpus(host: Host, name: str | None, seed: int) -> Corpus:
     """Find the texts: a file, else a public dataset; without a name those that an edit would take."""
-    from errata import api
     from errata.locate.contexts import sampled_corpus
     from errata.stats.collect import public_corpus
+    from errata.stats.corpora import file_corpus
 
     if name is None:
-        return api.workspace(host, seed=seed).corpus or sampled_corpus(host, seed=seed)
+        return host.resources.corpus or sampled_corpus(host, seed=seed)
     path = Path(name).expanduser()
     if not path.exists() and path.suffix.lower() not in FILES:
         return public_corpus(name)
-    made = api.workspace(host, seed=seed, corpus=path).corpus
-    assert made is not None
-    return made
+    return file_corpus(path)
 
 
 def _facts(host: Host, corpus: Corpus, tokens: int) -> dict[str, Any]:

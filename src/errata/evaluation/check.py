@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from errata.evaluation.metrics import matching
 from errata.evaluation.observe import observe
 from errata.host.load import Host
-from errata.types import Form, Probe, Request
+from errata.types import DEFAULT_ASK, AskOptions, Form, Probe, Request
 
 SHORT_TOKENS = 16
 """New tokens of an answer to a short target; a longer target gets more."""
@@ -70,15 +69,14 @@ def compare_answers(requests: Sequence[Request], before: Sequence[str], after: S
 
 
 def answer_requests(
-    host: Host, requests: Sequence[Request], *, options: Mapping[str, Any] | None = None,
+    host: Host, requests: Sequence[Request], *, options: AskOptions = DEFAULT_ASK,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:  # fmt: skip
     """Return the host's greedily generated answer to each request, in its present state, in batches of bounded size.
 
-    Each answer may be as long as its target needs, up to the window. ``options``: those of
-    :func:`errata.evaluation.observe.observe`.
+    Each answer may be as long as its target needs, up to the window. ``options``: how
+    prompts are formatted.
     """
-    observe_options = {name: value for name, value in (options or {}).items() if name != "max_new_tokens"}
     groups: dict[tuple[Form, int], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(_length(host, request), []).append(i)
@@ -92,9 +90,8 @@ def answer_requests(
             for i in indices
         ]
         observations = observe(
-            host, probes, max_new_tokens=limit, long_tokens=limit,
+            host, probes, replace(options, max_new_tokens=limit, long_tokens=limit),
             on_progress=lambda now, total, start=start: on_progress(start + min(now, total), len(requests)),
-            **observe_options,
         )  # fmt: skip
         for i, observation in zip(indices, observations, strict=True):
             texts[i] = observation.text

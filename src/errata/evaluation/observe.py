@@ -19,8 +19,7 @@ from errata.errors import RequestError
 from errata.host import prompts, tokens
 from errata.host.load import Host, draw_rows, generate_rows
 from errata.host.prompts import Template
-from errata.types import Case, Form, Observation, Probe, kind_of
-from errata.writing import Join
+from errata.types import DEFAULT_ASK, AskOptions, Case, Form, Observation, Probe, kind_of
 
 if TYPE_CHECKING:  # opens transformers
     from errata.host.continuing import Begun
@@ -30,9 +29,6 @@ Ids = tuple[int, ...]
 
 SCORE_TOKENS = 8192
 GENERATE_TOKENS = 8192
-MAX_NEW_TOKENS = 24
-THOUGHT_TOKENS = 200
-LONG_TOKENS = 512
 OPEN_TOKENS = 100
 """Tokens of running text, the prompt's included (ROME's fluency, arXiv 2202.05262)."""
 OPEN_TOP_K = 5
@@ -85,15 +81,12 @@ class _Manner:
     """The host with the prompt format that is asked for."""
     plain: Host
     """The same host, prompts as they stand."""
-    context: str
-    generate: bool
-    short: int
-    thought: int
-    long: int
+    options: AskOptions
 
     def plan(self, probe: Probe) -> _Plan:
         """Tokenise what a probe asks."""
-        text = f"{self.context.rstrip()}\n\n{probe.prompt}" if self.context.strip() else probe.prompt
+        context = self.options.context
+        text = f"{context.rstrip()}\n\n{probe.prompt}" if context.strip() else probe.prompt
         host = self.plain if self._uncued(probe.form) else self.host
         framed = host.frame(text)
         saying = self._saying(probe.form, framed)
@@ -115,24 +108,27 @@ class _Manner:
     @property
     def _template(self) -> Template:
         """The template, ``auto`` settled."""
-        wanted = self.host.prompt_format.template
-        if wanted == "auto":
+        template = self.host.prompt_format.template
+        if template == "auto":
             return "chat" if tokens.has_chat(self.host.tokenizer) else "question"
-        return wanted
+        return template
 
     def _uncued(self, form: Form) -> bool:
         """Whether a form is put as it stands: running text always, choices and spans without an answer cue."""
         return form == "open" or (self._template == "question" and form in ("choice", "span"))
 
     def _saying(self, form: Form, framed: prompts.Framed) -> _Saying | None:
-        if not self.generate or form not in SAID:
+        options = self.options
+        if not options.generate or form not in SAID:
             return None
         if form == "open":
             return _Saying(OPEN_TOKENS, drawn=True)
-        limit = {"short": self.short, "thought": self.thought, "long": self.long}[form]
+        limit = {
+            "short": options.max_new_tokens, "thought": options.thought_tokens, "long": options.long_tokens
+        }[form]  # fmt: skip
         if not framed.special:
             thinks = framed.text != framed.scored
-            return _Saying(limit + self.thought * int(thinks), "end", block=framed.open_block)
+            return _Saying(limit + options.thought_tokens * int(thinks), "end", block=framed.open_block)
         if form == "short":
             return _Saying(limit, "sentence" if self._template == "raw" else "line")
         return _Saying(limit, "thought" if form == "thought" else "passage")
@@ -153,16 +149,8 @@ class _Manner:
 def observe(
     host: Host,
     probes: Sequence[Probe],
+    options: AskOptions = DEFAULT_ASK,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    thought_tokens: int = THOUGHT_TOKENS,
-    long_tokens: int = LONG_TOKENS,
-    template: Template | None = None,
-    system: str | None = None,
-    thinking: bool | None = None,
-    join: Join | None = None,
-    context: str = "",
-    generate: bool = True,
     seed: int = 0,
     batch_tokens: int = SCORE_TOKENS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -170,25 +158,17 @@ def observe(
     """Return what the host says to each probe: text and log-probabilities, each as its form asks.
 
     Texts are greedy and end at their natural stop; those of form ``open`` are drawn among the five most
-    probable tokens, each with a random state of its own made from ``seed``. ``max_new_tokens``,
-    ``thought_tokens`` and ``long_tokens`` bound what is said to the forms short, thought and long.
+    probable tokens, each with a random state of its own made from ``seed``.
 
-    ``template``, ``system``, ``thinking``, ``join``: how prompts are put, see
-    :class:`errata.host.prompts.PromptFormat`; those left out are the host's own. Raw prompts are continued as
-    they stand; behind the cue of ``question`` a short answer ends at a line break; in a conversation the answer
-    ends where the model ends it, and a model that may think first gets ``thought_tokens`` more. Log-probabilities
-    stand behind the same text, with its thinking block closed. ``context``: an unrelated text put before every
-    prompt.
+    ``options``: how prompts are formatted, where what is left out is the host's own format, and the longest answer
+    of each form. Raw prompts are continued as they are; behind the cue of ``question`` a short answer ends at a line
+    break; in a conversation the answer ends where the model ends it, and a model that may think first gets
+    ``thought_tokens`` more. Log-probabilities are taken behind the same text, with its thinking block closed.
 
     Raises ConfigError for a template that is not known or not there, RequestError for a prompt or answer that
     does not fit the window.
     """
-    settings = prompts.prompt_format(
-        host.prompt_format, template=template, system=system, thinking=thinking, join=join
-    )
-    manner = _manner(
-        host, settings, context, generate, short=max_new_tokens, thought=thought_tokens, long=long_tokens
-    )
+    manner = _manner(host, options)
     plans = [manner.plan(probe) for probe in probes]
     for probe, plan in zip(probes, plans, strict=True):
         if (complaint := _too_long(host, plan)) is not None:
@@ -207,26 +187,12 @@ def observe(
     return seen
 
 
-def check(
-    host: Host,
-    cases: Iterable[Case],
-    *,
-    template: Template | None = None,
-    system: str | None = None,
-    thinking: bool | None = None,
-    join: Join | None = None,
-    context: str = "",
-    generate: bool = True,
-    **_: object,
-) -> None:
+def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) -> None:
     """Raise RequestError naming every case with a probe that the host cannot be asked, before anything runs.
 
-    Options as of :func:`observe`: prompts count as they are put, answers behind them, in the model's window.
+    Options as of :func:`observe`: formatted prompts count, answers behind them, in the model's window.
     """
-    settings = prompts.prompt_format(
-        host.prompt_format, template=template, system=system, thinking=thinking, join=join
-    )
-    manner = _manner(host, settings, context, generate)
+    manner = _manner(host, options)
     complaints = []
     for case in cases:
         for probe in case.probes:
@@ -242,20 +208,10 @@ def check(
         raise RequestError("\n".join(complaints[:SHOWN]) + more)
 
 
-def _manner(
-    host: Host, settings: prompts.PromptFormat, context: str, generate: bool, *, short: int = MAX_NEW_TOKENS,
-    thought: int = THOUGHT_TOKENS, long: int = LONG_TOKENS,
-) -> _Manner:  # fmt: skip
-    plain = prompts.PromptFormat(join=settings.join)
-    return _Manner(
-        host.with_prompt_format(settings),
-        host.with_prompt_format(plain),
-        context,
-        generate,
-        short,
-        thought,
-        long,
-    )
+def _manner(host: Host, options: AskOptions) -> _Manner:
+    chosen = prompts.prompt_format(host.prompt_format, options)
+    plain = prompts.PromptFormat(join=chosen.join)
+    return _Manner(host.with_prompt_format(chosen), host.with_prompt_format(plain), options)
 
 
 def _too_long(host: Host, plan: _Plan) -> str | None:

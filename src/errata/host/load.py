@@ -21,6 +21,7 @@ from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
 from errata.host.open import quiet as quiet
 from errata.host.passes import Pass, Ran
+from errata.types import Resources
 
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
@@ -45,6 +46,8 @@ class Host:
         self.tokenizer = tokenizer
         self.name = name
         self.prompt_format = prompts.PromptFormat()
+        self.resources = Resources()
+        """Texts and examples of its own, that fits and evaluations take by default."""
         self.position_tables: tuple[int, ...] = ()
         """How many tokens its tables of positions have room for, as found when it was opened."""
         self.model.eval()

@@ -14,6 +14,7 @@ import regex
 
 from errata.errors import ConfigError
 from errata.registry import unknown
+from errata.types import AskOptions
 from errata.writing import JOINS, Join, after_thoughts, closes_block, last_block, strip, unclosed_block
 
 Template = Literal["raw", "question", "chat", "auto"]
@@ -61,33 +62,26 @@ class PromptFormat:
         """Return the settings as plain data."""
         return asdict(self)
 
-    def asking(self) -> dict[str, Any]:
-        """Return the settings that say something as options of :func:`errata.evaluation.observe.observe`."""
-        plain = {"system": None, "thinking": None, "join": "auto"}
-        return {name: value for name, value in asdict(self).items() if value != plain.get(name, "")}
-
     @property
     def is_default(self) -> bool:
         """Whether prompts stand as they are."""
         return self == PromptFormat()
 
 
-def prompt_format(
-    base: PromptFormat, *, template: str | None = None, system: str | None = None,
-    thinking: bool | str | None = None, join: str | None = None,
-) -> PromptFormat:  # fmt: skip
-    """Return a format with the settings that are given in place of its own; thinking may be ``on`` or ``off``.
+def prompt_format(base: PromptFormat, ask: AskOptions) -> PromptFormat:
+    """Return a format with the prompt fields that the options set in place of its own.
 
-    A system prompt or thinking without a template means ``chat``, where the base has none.
+    A system prompt or thinking without a template means ``chat``, where the base has none. Raises ConfigError for
+    settings that are not known or do not belong together.
     """
+    changes: dict[str, Any] = {name: value for name, value in ask.prompt_fields.items() if value is not None}
+    thinking = changes.get("thinking")
     if isinstance(thinking, str):
         if thinking not in ("on", "off"):
             raise ConfigError(f"thinking must be on or off, found {thinking!r:.40}")
-        thinking = thinking == "on"
-    given = {"template": template, "system": system, "thinking": thinking, "join": join}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        changes["thinking"] = thinking == "on"
     if (
-        template is None
+        ask.template is None
         and base.template in ("raw", "question")
         and ("system" in changes or "thinking" in changes)
     ):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from errata.lab.cases import case_of, cases, neutral_texts
 from errata.lab.world import World, default_world
+from errata.types import Corpus, Resources
 
 if TYPE_CHECKING:
     from errata.host.load import Host
-    from errata.stats.collect import Corpus
 
 NAME = "lab"
+EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
+"""How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
 __all__ = [
     "NAME",
@@ -27,6 +29,7 @@ __all__ = [
     "default_world",
     "load",
     "neutral_texts",
+    "resources",
     "world",
 ]
 
@@ -47,7 +50,14 @@ def load(*, device: str = "auto", dtype: str = "auto") -> Host:
     """Open the shipped model."""
     from errata.host.load import load as open_host
 
-    return open_host(folder(), device=device, dtype=dtype, name=NAME)
+    host = open_host(folder(), device=device, dtype=dtype, name=NAME)
+    host.resources = resources()
+    return host
+
+
+def resources() -> Resources:
+    """Return the texts and examples of the lab's world that its model is measured and edited with."""
+    return Resources(corpus(), neutral_texts, lambda: cases(EXAMPLES, seed=EXAMPLE_SEED))
 
 
 def card() -> dict[str, Any]:
@@ -61,7 +71,6 @@ def corpus(documents: int = 4000) -> Corpus:
     import random
 
     from errata.lab.text import Writer
-    from errata.stats.collect import Corpus
 
     def texts() -> Iterable[str]:
         stream = Writer(default_world()).documents(random.Random("errata-statistics"))

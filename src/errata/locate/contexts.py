@@ -10,8 +10,7 @@ import regex
 
 from errata.host.load import Host, sample_rows
 from errata.host.tokens import encode_prompt
-from errata.stats.collect import Corpus
-from errata.types import Request
+from errata.types import Corpus, Request
 from errata.writing import TERMINAL, is_unspaced
 
 STARTS = ("The", "Therefore", "Because", "I", "You")

@@ -23,8 +23,8 @@ from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
 from errata.stats import external
-from errata.stats.collect import Corpus, eigen_of, second_moments
-from errata.types import Case, Request
+from errata.stats.collect import eigen_of, second_moments
+from errata.types import Case, Corpus, Request
 
 
 class Shape(NamedTuple):
@@ -108,6 +108,15 @@ class Method:
             f"the {own.plural}{why}"
         )
 
+    def check_after(self, after: Edit | None) -> None:
+        """Raise ConfigError where the method cannot continue from an edit."""
+        if after is None:
+            return
+        if not self.sequential:
+            raise ConfigError(f"{self.name} does not go on from an earlier edit: fit all requests together")
+        if after.provenance.method != self.name:
+            raise ConfigError(f"cannot go on with {self.name} from an edit made by {after.provenance.method}")
+
     def run(
         self,
         host: Host,
@@ -130,12 +139,9 @@ class Method:
     ) -> Edit:
         self.check_kind(host)
         self._refuse_routed(host, after)
+        self.check_after(after)
         if after is None:
             return self.fit(host, requests, config, work)
-        if not self.sequential:
-            raise ConfigError(f"{self.name} does not go on from an earlier edit: fit all requests together")
-        if after.provenance.method != self.name:
-            raise ConfigError(f"cannot go on with {self.name} from an edit made by {after.provenance.method}")
         with after.on(host):
             later = self.fit(host, requests, config, replace(work, after=after))
         return after.then(later, cumulative=self.cumulative)

@@ -25,19 +25,11 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.stats import cache
+from errata.types import Corpus
 
 BATCH_TOKENS = 4096
 ROW_TOKENS = 512
 SAVE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Texts to compute statistics over, with a name for their source."""
-
-    name: str
-    texts: Callable[[], Iterable[str]]
-    """Yields the texts again on each call, in the same order."""
 
 
 @locking.exclusive

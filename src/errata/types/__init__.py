@@ -1,7 +1,9 @@
 """Frozen records that every room uses. Importing them loads the standard library only."""
 
+from errata.types.asking import DEFAULT_ASK, AskOptions
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
+from errata.types.resources import Corpus, Resources
 from errata.types.text import (
     SLOT,
     Case,
@@ -17,9 +19,12 @@ from errata.types.text import (
 )
 
 __all__ = [
+    "DEFAULT_ASK",
     "KINDS",
     "SLOT",
+    "AskOptions",
     "Case",
+    "Corpus",
     "Form",
     "ImageRecord",
     "ImageRequest",
@@ -27,6 +32,7 @@ __all__ = [
     "Observation",
     "Probe",
     "Request",
+    "Resources",
     "Row",
     "image_problems",
     "kind_of",

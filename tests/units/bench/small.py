@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from errata.bench import plan, recipe, runs
-from errata.cli.bench import tools
 from tests.models import fresh
 
 NEW_TOKENS = 6
@@ -66,7 +65,7 @@ def document(model: Path, cases: Path, *blocks: dict[str, Any], **more: Any) -> 
 
 def execute(words: dict[str, Any], folder: Path, **more: Any) -> runs.Outcome:
     """Run a recipe in this process."""
-    return runs.execute(plan.make(recipe.parse(words)), folder, tools(), **more)
+    return runs.execute(plan.make(recipe.parse(words)), folder, **more)
 
 
 def lines(folder: Path, cell: str) -> list[dict[str, Any]]:

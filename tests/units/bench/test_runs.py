@@ -16,7 +16,8 @@ import torch
 import yaml
 
 import errata
-from errata.bench import plan, recipe, runner, workers
+from errata import job
+from errata.bench import plan, recipe, workers
 from errata.bench.jobs import Jobs
 from errata.bench.results import read_run
 from errata.bench.schedule import Schedule
@@ -27,6 +28,7 @@ from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace
+from errata.types import AskOptions
 from tests.units.bench.small import (
     NAMES,
     NEW_TOKENS,
@@ -161,7 +163,9 @@ def test_the_unedited_host_scores_as_before_and_the_oracle_is_asked_with_its_fac
     for line, case in zip(found, given, strict=True):
         fact = "".join(f"New fact: {r.text} {r.target}.\n" for r in case.requests)
         probes = [replace(probe, prompt=fact + probe.prompt) for probe in case.probes]
-        before, after = (observe(host, asked, max_new_tokens=NEW_TOKENS) for asked in (case.probes, probes))
+        before, after = (
+            observe(host, asked, AskOptions(max_new_tokens=NEW_TOKENS)) for asked in (case.probes, probes)
+        )
         expected = score.rows(case, before, after)
         for row, wanted in zip(line["rows"], expected, strict=True):
             assert row["prompt"] == wanted.prompt
@@ -255,7 +259,7 @@ def test_a_sequence_killed_after_a_look_goes_on_from_its_edit(model, cases, tmp_
         return REGISTRY.get("ft").fit(host, requests, config, work)
 
     patched = pytest.MonkeyPatch()
-    patched.setattr(runner, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=count)})
+    patched.setattr(job, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=count)})
     with patched.context():
         found = execute(words, folder, resume=True, only="tuned")
     patched.undo()
@@ -346,7 +350,7 @@ def test_a_cell_that_fails_or_is_refused_does_not_end_the_run(model, cases, tmp_
         "pmet": replace(REGISTRY.get("pmet"), sequential=False, batch=False),
         **{name: REGISTRY.get(name) for name in ("rewrite", "none", "in_prompt")},
     }
-    monkeypatch.setattr(runner, "REGISTRY", methods)
+    monkeypatch.setattr(job, "REGISTRY", methods)
     words = document(
         model, cases, {"methods": ["rome", "memit", "rewrite"]},
         {"methods": ["pmet"], "schedule": "sequential:5"},
@@ -388,7 +392,7 @@ def test_requests_of_one_case_are_fitted_together(model):
     for batch, expected in ((True, [["Esk", "Oa"]]), (False, [["Esk"], ["Oa"]])):
         asked.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "REGISTRY", {"ft": replace(good, fit=watch, batch=batch)})
+            patch.setattr(job, "REGISTRY", {"ft": replace(good, fit=watch, batch=batch)})
             report = errata.evaluate(host, [case], method="ft", steps=1)
         assert asked == expected and len(report.rows) >= 2
     kept: list[WeightEdit] = []
@@ -429,7 +433,7 @@ def test_a_worker_that_lost_its_cell_leaves_it_to_the_other(words, whole, tmp_pa
     monkeypatch.setattr(
         Jobs.__init__, "__kwdefaults__", {**(Jobs.__init__.__kwdefaults__ or {}), "lease": 0.6}
     )
-    monkeypatch.setattr(runner, "REGISTRY", {"ft": replace(good, fit=slow)})
+    monkeypatch.setattr(job, "REGISTRY", {"ft": replace(good, fit=slow)})
     found = execute(words, folder, only="tuned")
     assert [job.state for job in found.jobs] == ["done"] * 2
     ours = [job.cell for job in found.jobs if job.cell not in lost]
@@ -478,7 +482,7 @@ def test_the_command_shows_a_plan_and_the_outcome(words, tmp_path, monkeypatch):
         raise RuntimeError("no")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=fails)})
+        patch.setattr(job, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=fails)})
         assert "RuntimeError: no" in run("-o", "other", code=1)
     assert plan.restore(read_run(tmp_path / "other")).cells
 

@@ -1,0 +1,202 @@
+"""Jobs: all that a fit needs, validated once, whoever asks for it: Python, the command line or a benchmark."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from errata import config as settings
+from errata.bench import sources
+from errata.edits import Edit
+from errata.edits.edit import Provenance
+from errata.errors import ConfigError, RequestError, shown
+from errata.host.images import ImageHost
+from errata.host.load import Host
+from errata.host.prompts import prompt_format, recorded_format
+from errata.methods import REGISTRY
+from errata.methods._method import Method, Workspace, provenance
+from errata.stats.cache import cache_dir
+from errata.stats.corpora import as_corpus
+from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
+
+OnProgress = Callable[[str, int, int], None]
+
+EXAMPLE_SEED = 1_000_003
+"""Seed that named sources of examples are drawn with; no measurement uses it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fit that was validated: nothing of it is checked again, nothing is left open but how long it takes."""
+
+    method: Method
+    config: Any
+    """The method's settings; what is None is chosen for the model when fitting."""
+    host: Host
+    """With prompts formatted as the options say."""
+    requests: tuple[Request | ImageRequest, ...]
+    work: Workspace
+    """Seed, corpus, examples and the cache of statistics."""
+    after: Edit | None = None
+    """The edit that the result continues from and includes."""
+
+    def run(self) -> Edit:
+        """Fit all requests and return the edit; the host is left as it was."""
+        return self.fit(self.requests, self.after)
+
+    def fit(self, requests: Sequence[Request | ImageRequest], after: Edit | None = None) -> Edit:
+        """Fit some requests with this job's method and settings, alone or continuing from an edit."""
+        return self.method.run(self.host, requests, self.config, self.work, after=after)  # type: ignore[arg-type]
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the edit will be recorded to come from, but for settings that the fit chooses and its notes."""
+        work = replace(self.work, after=self.after)
+        return provenance(self.method.name, self.host, self.requests, self.config, work)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as plain data, requests counted."""
+        return {
+            "method": self.method.name,
+            "settings": settings.plain(self.config),
+            "model": self.host.name,
+            "kind": self.host.kind,
+            "prompt_format": self.host.prompt_format.to_dict(),
+            "requests": len(self.requests),
+            "seed": self.work.seed,
+            "batch_size": self.work.batch_size or "auto",
+            "corpus": None if self.work.corpus is None else self.work.corpus.name,
+            "after": None if self.after is None else self.after.digest,
+        }
+
+
+def prepare(
+    host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *, method: str,
+    options: Mapping[str, Any] | object | None = None, seed: int = 0, after: Edit | None = None,
+    batch_size: int | str = "auto", corpus: str | os.PathLike[str] | Corpus | None = None,
+    examples: str | Sequence[Case] | None = None, ask: AskOptions = DEFAULT_ASK,
+    work: Workspace | None = None, check: bool = True, on_progress: OnProgress = lambda *_: None,
+) -> Job:  # fmt: skip
+    """Validate everything that a fit needs and return the job; nothing is fitted.
+
+    ``options``: the method's settings by name, or an instance of its settings class. ``after``, ``batch_size``,
+    ``corpus``, ``examples``: as of :func:`errata.edit`. ``ask``: how prompts are formatted. ``work``: a workspace to
+    share, in place of ``seed``, ``corpus`` and ``examples``. ``check``: False leaves requests that the host cannot
+    take to the fit, as benchmarks do, where such a case is counted and the others go on.
+
+    Raises ConfigError for unknown methods or settings, for a method that edits other kinds of model and for an edit
+    that cannot be continued, RequestError listing every request that the host cannot take, DataError for a corpus or
+    examples that cannot be read.
+    """
+    entry = REGISTRY.get(method)
+    config = options
+    if not isinstance(config, entry.config):
+        config = settings.make(entry.config, options or {}, method)  # type: ignore[arg-type]
+    check_kind(entry, host)
+    entry.check_after(after)
+    host = with_prompt_options(host, ask, after=after)
+    requests = (requests,) if isinstance(requests, (Request, ImageRequest)) else tuple(requests)
+    if check:
+        check_requests(host, requests)
+    size = _batch_size(batch_size)
+    if work is None:
+        work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
+        work.batch_size = size
+    return Job(entry, config, host, requests, work, after)
+
+
+def with_prompt_options(
+    host: Host, ask: AskOptions, *, edits: Sequence[Edit] = (), after: Edit | None = None
+) -> Host:
+    """Return the host with prompts formatted as asked for; what is left out is as the edits were made, if they agree.
+
+    ``edits``: those whose answers are asked for. ``after``: one to continue from. Raises ConfigError for an unknown
+    format, and for one that ``after`` was not made with.
+    """
+    fields = ask.prompt_fields
+    if isinstance(host, ImageHost) and any(value is not None for value in fields.values()):
+        raise ConfigError(
+            f"{host.name} is an image classifier: it takes no prompts, so leave {', '.join(fields)} out"
+        )
+    base = host.prompt_format
+    recorded = {
+        recorded_format(one.provenance.prompt_format) for one in (*edits, *([after] if after else ()))
+    }
+    if base.is_default and len(recorded) == 1 and ask.template is None:
+        (base,) = recorded
+    chosen = prompt_format(base, ask)
+    if after is not None and {chosen} != recorded:
+        raise ConfigError(
+            f"the edit to go on from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, asked is "
+            f"{chosen.to_dict()}; use the same, or leave template, system, thinking and join out"
+        )
+    return host.with_prompt_format(chosen)
+
+
+def workspace(
+    host: Host, *, seed: int, corpus: str | os.PathLike[str] | Corpus | None = None,
+    examples: str | Sequence[Case] | None = None, on_progress: OnProgress = lambda *_: None,
+) -> Workspace:  # fmt: skip
+    """Return what fits work with: seed, corpus, examples and cache; those left out are the host's own."""
+    if isinstance(examples, str):
+        examples = sources.read(examples, seed=EXAMPLE_SEED)[0]
+    own = host.resources.examples or tuple
+    given = None if examples is None else tuple(examples)
+    return Workspace(
+        seed=seed, corpus=host.resources.corpus if corpus is None else as_corpus(corpus),
+        load_examples=own if given is None else lambda: given or (), folder=cache_dir(), on_progress=on_progress,
+    )  # fmt: skip
+
+
+def check_kind(method: Method, host: Host) -> None:
+    """Raise ConfigError where a method edits another kind of model than the host is, naming methods that do."""
+    try:
+        method.check_kind(host)
+    except ConfigError as error:
+        fitting = [name for name in REGISTRY if host.kind in REGISTRY.get(name).hosts]
+        raise ConfigError(f"{error}; methods for those: {', '.join(fitting) or 'none'}") from None
+
+
+def check_requests(host: Host, requests: Sequence[Request | ImageRequest]) -> None:
+    """Raise RequestError listing every request that the host cannot take."""
+    complaints = []
+    for i, request in enumerate(requests):
+        try:
+            _check_request(host, request)
+        except RequestError as error:
+            complaints.append(f"request {request.id or i + 1}: {error}")
+    if complaints:
+        raise RequestError("\n".join(complaints))
+    if not requests:
+        raise RequestError("no requests given")
+
+
+def _check_request(host: Host, request: Request | ImageRequest) -> None:
+    expected = ImageRequest if isinstance(host, ImageHost) else Request
+    if not isinstance(request, expected):
+        raise RequestError(
+            f"{host.name} takes an errata.{expected.__name__}, found {type(request).__name__} {shown(request, 80)}"
+        )
+    if isinstance(host, ImageHost) and isinstance(request, ImageRequest):
+        for images in (request.original, request.reference):
+            if images is not None:
+                host.logits(images[:1])  # the model itself says whether it takes such images
+    elif isinstance(request, Request):
+        answer = host.encode_answer(request.text, request.target)
+        length = host.length(answer.ids)
+        if host.window is not None and length > host.window:
+            raise RequestError(f"prompt and target are {length} tokens, the model's window is {host.window}")
+
+
+def _batch_size(size: int | str) -> int | None:
+    if size == "auto":
+        return None
+    try:
+        number = int(size)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"batch size {size!r}: expected auto or a number from 1")
+    return number

@@ -1,0 +1,57 @@
+"""Open a model of any kind: the lab's, a saved one, or one that is in memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from errata import lab
+from errata.errors import ConfigError
+from errata.host.images import is_image_classifier, load_images
+from errata.host.load import Host
+from errata.host.load import load as open_host
+from errata.stats.corpora import as_corpus
+from errata.types import Corpus
+
+
+def load(
+    model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, *, device: str = "auto",
+    dtype: Any = "auto", revision: str | None = None, trust_remote_code: bool = False,
+    corpus: str | os.PathLike[str] | Corpus | None = None,
+) -> Host:  # fmt: skip
+    """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
+
+    An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``, an encoder-decoder as
+    a ``Seq2SeqHost``, a masked language model as a ``MaskedHost``, a text classifier as a ``ClassifierHost``;
+    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"`` is always
+    the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
+    auto, float32, float16, bfloat16. ``corpus``: a text file, or an ``errata.types.Corpus``, that fits and
+    evaluations of this host take statistics and neutral text from unless told otherwise; ``host.resources`` holds it.
+    Raises HostError when the model cannot be opened or cannot be trusted to be edited, DataError for a corpus that
+    cannot be read.
+    """
+    host = _open(
+        model, tokenizer, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if corpus is not None:
+        host.resources = replace(host.resources, corpus=as_corpus(corpus), neutral_texts=None)
+    return host
+
+
+def _open(
+    model: str | os.PathLike[str] | nn.Module, tokenizer: Any, *, device: str, dtype: Any,
+    revision: str | None, trust_remote_code: bool,
+) -> Host:  # fmt: skip
+    if isinstance(model, str) and model == lab.NAME:
+        return lab.load(device=device, dtype=dtype)
+    if is_image_classifier(model):
+        if tokenizer is not None:
+            raise ConfigError("an image classifier takes no tokenizer; leave it out")
+        return load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return open_host(
+        model, tokenizer, device=device, dtype=dtype, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip

@@ -1,0 +1,32 @@
+"""Texts and examples that belong to a model: what statistics and neutral text are taken from by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from errata.types.text import Case
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts to take statistics over, with a name that says where they come from."""
+
+    name: str
+    texts: Callable[[], Iterable[str]]
+    """Makes the texts anew, in the same order each time."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a host brings along for fits and evaluations; everything may be left out.
+
+    Set ``host.resources`` to give a model its own, or its corpus alone with ``errata.load(..., corpus=...)``.
+    """
+
+    corpus: Corpus | None = None
+    """Texts for statistics; None: text sampled from the model."""
+    neutral_texts: Callable[[int], Sequence[str]] | None = None
+    """Returns that many texts that no edit is about, for perplexity; None: the end of the corpus."""
+    examples: Callable[[], Sequence[Case]] | None = None
+    """Returns facts with their probes for methods that learn from examples; None: there are none."""
