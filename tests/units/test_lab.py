@@ -149,7 +149,7 @@ def test_a_request_about_the_world_becomes_a_case():
     assert case.request.target_old == default_world().get("Ada Brenner", "born_in")
     with pytest.raises(RequestError, match="did you mean 'Ada Brenner'"):
         errata.lab.case_of(errata.Request("{} was born in", "Ada Bremner", "Tallow"))
-    with pytest.raises(RequestError, match="no wording"):
+    with pytest.raises(RequestError, match="not a wording"):
         errata.lab.case_of(errata.Request("{} was baked in", "Ada Brenner", "Tallow"))
 
 

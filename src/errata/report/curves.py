@@ -71,7 +71,7 @@ def _retention(seen: Mapping[int, Sequence[tuple[str, float]]]) -> tuple[Age, ..
     strata: dict[int, list[tuple[int, str, float]]] = {}
     for edits, cases in seen.items():
         for i, (case, success) in enumerate(cases, 1):
-            age = retention.Recalled(i, edits, success).age
+            age = retention.EditRecall(i, edits, success).age
             start = max(start for start in retention.STRATA if start <= age)
             strata.setdefault(start, []).append((age, case, success))
     return tuple(
