@@ -38,7 +38,7 @@ from errata.host.kinds import CAUSAL, MASKED
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.locate.contexts import prompt_behind
+from errata.locate.contexts import prompt_after_prefix
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, greedy_tokens, questions, refine, unshared
 from errata.methods._method import Method, Workspace, provenance, resolve_layers
@@ -118,7 +118,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     neurons_of = []
     for i, (request, before) in enumerate(zip(requests, old, strict=True)):
         answer = request.target if config.operation == "amplify" else before
-        prompts = [prompt_behind(host, prefix, request) for prefix in prefixes]
+        prompts = [prompt_after_prefix(host, prefix, request) for prefix in prefixes]
         sets = coarse_sets(
             host, prompts, answer, list(sites.values()),
             steps=config.steps, rule=config.rule, threshold=config.threshold,
