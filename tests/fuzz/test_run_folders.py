@@ -140,7 +140,7 @@ def test_cells_that_were_moved_or_lost_are_named(whole, tmp_path):
     one, other = sorted(copy.glob("cells/*single*"))[:2]
     for name in ("cell.json", "rows.jsonl"):
         shutil.copy(one / name, other / name)
-    with pytest.raises(DataError, match="is that of cell"):
+    with pytest.raises(DataError, match="belongs to cell"):
         read_run(copy)
     shutil.rmtree(other)
     with pytest.raises(DataError, match=r"cell\.json is gone"):

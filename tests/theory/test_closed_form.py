@@ -482,7 +482,7 @@ def test_the_sweep_reads_the_keys_of_whole_passes_while_weights_change(family, m
         full = subject_keys(host, REQUESTS, sites, CONTEXTS)
         bare = subject_keys(host, REQUESTS, sites, CONTEXTS[:1])
         torch.testing.assert_close(sweep.keys(site), full.keys[site], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(sweep.hidden(2), bare.hidden[2], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sweep.block_outputs(2), bare.hidden[2], rtol=1e-9, atol=1e-9)
         weight = host.model.get_parameter(site.parameter)
         with torch.no_grad():
             weight.add_(0.1 * torch.randn_like(weight))

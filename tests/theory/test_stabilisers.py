@@ -168,7 +168,7 @@ def test_nas_gives_every_value_the_norm_of_the_unedited_model(host):
     from errata.locate.sweep import LayerSweep
 
     problems = value_problems(host, REQUESTS[:2], [Context("", 1.0)])
-    before = LayerSweep(host, problems, 0).hidden(1)
+    before = LayerSweep(host, problems, 0).block_outputs(1)
     assert abs(float(before.norm(dim=1).mean()) - norm) < 1e-6 * norm
     record = edit.records[host.layout.site(1).parameter]
     values = before + record.target_changes.mT

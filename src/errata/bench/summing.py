@@ -31,7 +31,7 @@ class _Found:
     rows: list[Row] = field(default_factory=list)
     """Those that count: of a sequence, of its end."""
     looks: list[dict[str, Any]] = field(default_factory=list)
-    recalled: list[retention.Recalled] = field(default_factory=list)
+    recalled: list[retention.EditRecall] = field(default_factory=list)
     fits: list[float] = field(default_factory=list)
     observed: list[float] = field(default_factory=list)
     """Seconds of observing, by case and look."""
@@ -127,17 +127,17 @@ def _read(journal: Journal, cell: Cell) -> _Found:
     return found
 
 
-def _recalled(rows: Sequence[Row], place: int, edits: int) -> list[retention.Recalled]:
+def _recalled(rows: Sequence[Row], place: int, edits: int) -> list[retention.EditRecall]:
     """Say whether the edit of one place was recalled; nothing where it was not asked."""
     share = retention.recall_of(rows)
-    return [] if share is None else [retention.Recalled(place, edits, share)]
+    return [] if share is None else [retention.EditRecall(place, edits, share)]
 
 
 def _retention(found: _Found) -> dict[str, Any] | None:
     """Say how success depends on age and on how many edits are in place; None where efficacy was not asked."""
     if not found.recalled:
         return None
-    past = retention.past(found.recalled)
+    past = retention.mean_by_count(found.recalled)
     looks = [
         retention.Health(
             look["edits"],

@@ -85,7 +85,7 @@ def answer_requests(
     for (form, limit), indices in groups.items():
         start = done
         probes = [
-            # a model that fills masks is told how many the target takes
+            # a masked language model needs the number of mask tokens, that of the target's tokens
             Probe("efficacy", requests[i].text, (requests[i].target,) if host.fills else (), (), form=form)
             for i in indices
         ]

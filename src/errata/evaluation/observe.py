@@ -34,107 +34,109 @@ OPEN_TOKENS = 100
 OPEN_TOP_K = 5
 
 TEXT_TOKENS = 256
-"""Tokens of a running text that are scored; the rest is left."""
+"""Maximum number of tokens scored of a running text."""
 LOGITS = 2**27
-"""How many logits of running text are held at once: half a gigabyte in float32."""
+"""Maximum number of logits in memory: half a gigabyte in float32."""
 
-SHOWN = 20
-"""Most cases that one complaint names."""
+MOST_CASES = 20
+"""Maximum number of cases listed in an error."""
 
-SAID: frozenset[Form] = frozenset({"short", "long", "thought", "open"})
-"""Forms that the host is to say something for; the others are scored alone."""
+GENERATED_FORMS: frozenset[Form] = frozenset({"short", "long", "thought", "open"})
+"""Forms with generated text; the others are only scored."""
 
 
 @dataclass(frozen=True)
-class _Saying:
-    """How prompts are continued; those of one way are continued together."""
+class _Decoding:
+    """How to generate after a prompt; prompts with equal settings are batched together."""
 
     limit: int
-    """New tokens; of a drawn text, all its tokens."""
+    """Maximum number of new tokens; of a sampled text, of all tokens."""
     stop: Stop = "sentence"
     drawn: bool = False
     block: str = ""
-    """A thinking block that the prompt leaves open: its first mark."""
+    """Opening tag of a thinking block that the prompt leaves open."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a probe asks of the host."""
+    """The tokenised work for one probe."""
 
-    saying: _Saying | None
+    decoding: _Decoding | None
     prompt: Ids
-    """What is continued."""
+    """Token ids to generate after."""
     base: Ids
-    """What answers are scored behind, and after which the next token is looked at."""
+    """Token ids before the answers to score, and before the next-token distribution."""
     answer: tokens.Answer | None
     rival: tokens.Answer | None
     choices: tuple[tokens.Answer, ...]
     spread: bool
-    """Whether the whole distribution of the next token is kept."""
+    """Whether to record the whole next-token distribution."""
 
 
 @dataclass(frozen=True)
-class _Manner:
-    """How probes are put to a host: the settings of :func:`observe` that shape prompts and answers."""
+class _PromptSettings:
+    """The settings of :func:`observe` that determine prompts and answers."""
 
     host: Host
-    """The host with the prompt format that is asked for."""
+    """The host with the requested prompt format."""
     plain: Host
-    """The same host, prompts as they stand."""
+    """The same host with unformatted prompts."""
     options: AskOptions
 
     def plan(self, probe: Probe) -> _Plan:
-        """Tokenise what a probe asks."""
+        """Tokenise a probe's prompt and answers."""
         context = self.options.context
         text = f"{context.rstrip()}\n\n{probe.prompt}" if context.strip() else probe.prompt
         host = self.plain if self._uncued(probe.form) else self.host
-        framed = host.frame(text)
-        saying = self._saying(probe.form, framed)
-        asked = probe.form != "open"
-        scored = [
-            self._answer(host, text, given, probe.form)
-            for given in (*probe.answers[: int(asked)], *probe.choices)
+        frame = host.frame(text)
+        decoding = self._decoding(probe.form, frame)
+        has_answer = probe.form != "open"
+        answers = [
+            self._answer(host, text, answer, probe.form)
+            for answer in (*probe.answers[: int(has_answer)], *probe.choices)
         ]
-        first = scored.pop(0) if asked and probe.answers else None
-        slots = len(first.target) if first is not None else None  # a model that fills masks is told how many
+        first = answers.pop(0) if has_answer and probe.answers else None
+        slots = len(first.target) if first is not None else None  # number of mask tokens for a masked model
         rival = (
-            None if probe.rival is None or not asked else self._answer(host, text, probe.rival, probe.form)
+            None
+            if probe.rival is None or not has_answer
+            else self._answer(host, text, probe.rival, probe.form)
         )
         return _Plan(
-            saying, host.encode_framed(framed, slots=slots), host.encode_base(text), first, rival, tuple(scored),
+            decoding, host.encode_framed(frame, slots=slots), host.encode_base(text), first, rival, tuple(answers),
             kind_of(probe.kind).distribution,
         )  # fmt: skip
 
     @property
     def _template(self) -> Template:
-        """The template, ``auto`` settled."""
+        """The template, with ``auto`` resolved."""
         template = self.host.prompt_format.template
         if template == "auto":
             return "chat" if tokens.has_chat(self.host.tokenizer) else "question"
         return template
 
     def _uncued(self, form: Form) -> bool:
-        """Whether a form is put as it stands: running text always, choices and spans without an answer cue."""
+        """Whether a form's prompt is not formatted: open text never is, choices and spans get no answer cue."""
         return form == "open" or (self._template == "question" and form in ("choice", "span"))
 
-    def _saying(self, form: Form, framed: prompts.Framed) -> _Saying | None:
+    def _decoding(self, form: Form, frame: prompts.Framed) -> _Decoding | None:
         options = self.options
-        if not options.generate or form not in SAID:
+        if not options.generate or form not in GENERATED_FORMS:
             return None
         if form == "open":
-            return _Saying(OPEN_TOKENS, drawn=True)
+            return _Decoding(OPEN_TOKENS, drawn=True)
         limit = {
             "short": options.max_new_tokens, "thought": options.thought_tokens, "long": options.long_tokens
         }[form]  # fmt: skip
-        if not framed.special:
-            thinks = framed.text != framed.scored
-            return _Saying(limit + options.thought_tokens * int(thinks), "end", block=framed.open_block)
+        if not frame.special:
+            thinks = frame.text != frame.scored
+            return _Decoding(limit + options.thought_tokens * int(thinks), "end", block=frame.open_block)
         if form == "short":
-            return _Saying(limit, "sentence" if self._template == "raw" else "line")
-        return _Saying(limit, "thought" if form == "thought" else "passage")
+            return _Decoding(limit, "sentence" if self._template == "raw" else "line")
+        return _Decoding(limit, "thought" if form == "thought" else "passage")
 
     def _answer(self, host: Host, prompt: str, answer: str, form: Form) -> tokens.Answer:
-        """Tokenise an answer after its prompt, with at least one token before it; a long one cut to fit."""
+        """Tokenise an answer after its prompt, with at least one token before it; a long one is truncated."""
         row = host.encode_answer(prompt, answer)
         if not row.start:
             begin = host.encode_base(prompt)
@@ -155,10 +157,10 @@ def observe(
     batch_tokens: int = SCORE_TOKENS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Observation]:
-    """Return what the host says to each probe: text and log-probabilities, each as its form asks.
+    """Return the host's observation for each probe: generated text and log-probabilities, depending on its form.
 
-    Texts are greedy and end at their natural stop; those of form ``open`` are drawn among the five most
-    probable tokens, each with a random state of its own made from ``seed``.
+    Texts are greedy and end at their natural stop; those of form ``open`` are sampled among the five most
+    probable tokens, each with its own random generator from ``seed``.
 
     ``options``: how prompts are formatted, where what is left out is the host's own format, and the longest answer
     of each form. Raw prompts are continued as they are; behind the cue of ``question`` a short answer ends at a line
@@ -168,23 +170,23 @@ def observe(
     Raises ConfigError for a template that is not known or not there, RequestError for a prompt or answer that
     does not fit the window.
     """
-    manner = _manner(host, options)
-    plans = [manner.plan(probe) for probe in probes]
+    prompt_settings = _make_prompt_settings(host, options)
+    plans = [prompt_settings.plan(probe) for probe in probes]
     for probe, plan in zip(probes, plans, strict=True):
         if (complaint := _too_long(host, plan)) is not None:
             raise RequestError(f"{probe.kind} probe {probe.prompt!r:.80}: {complaint}")
-    after = _After(host, batch_tokens)
+    after = _PrefixScorer(host, batch_tokens)
     for plan in plans:
         after.ask(plan)
     texts = _run(host, plans, after, seed, on_progress)
-    seen = []
+    observations = []
     for plan in plans:
-        said, top = after.of(plan.answer)
-        text = "" if plan.saying is None else texts[plan.saying, plan.prompt]
+        answer_logprobs, top = after.of(plan.answer)
+        text = "" if plan.decoding is None else texts[plan.decoding, plan.prompt]
         spread = after.spread[plan.base] if plan.spread else None
-        against, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
-        seen.append(Observation(text, said, top, against, spread, choices))
-    return seen
+        rival_logprobs, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
+        observations.append(Observation(text, answer_logprobs, top, rival_logprobs, spread, choices))
+    return observations
 
 
 def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) -> None:
@@ -192,30 +194,30 @@ def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) 
 
     Options as of :func:`observe`: formatted prompts count, answers behind them, in the model's window.
     """
-    manner = _manner(host, options)
+    prompt_settings = _make_prompt_settings(host, options)
     complaints = []
     for case in cases:
         for probe in case.probes:
             try:
-                complaint = _too_long(host, manner.plan(probe))
+                complaint = _too_long(host, prompt_settings.plan(probe))
             except RequestError as error:
                 complaint = str(error)
             if complaint is not None:
                 complaints.append(f"case {case.id}, {probe.kind} probe {probe.prompt!r:.60}: {complaint}")
                 break
     if complaints:
-        more = f"\nand {len(complaints) - SHOWN} more cases" if len(complaints) > SHOWN else ""
-        raise RequestError("\n".join(complaints[:SHOWN]) + more)
+        more = f"\nand {len(complaints) - MOST_CASES} more cases" if len(complaints) > MOST_CASES else ""
+        raise RequestError("\n".join(complaints[:MOST_CASES]) + more)
 
 
-def _manner(host: Host, options: AskOptions) -> _Manner:
+def _make_prompt_settings(host: Host, options: AskOptions) -> _PromptSettings:
     chosen = prompts.prompt_format(host.prompt_format, options)
     plain = prompts.PromptFormat(join=chosen.join)
-    return _Manner(host.with_prompt_format(chosen), host.with_prompt_format(plain), options)
+    return _PromptSettings(host.with_prompt_format(chosen), host.with_prompt_format(plain), options)
 
 
 def _too_long(host: Host, plan: _Plan) -> str | None:
-    """Say what of a probe does not fit the window; an answer's last token need not be run."""
+    """Return why a probe does not fit the window, None if it does; an answer's last token need not be run."""
     if host.window is None:
         return None
     answers = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
@@ -225,166 +227,174 @@ def _too_long(host: Host, plan: _Plan) -> str | None:
         return None
     what = "prompt" if prompt > host.window else "prompt and answer"
     return (
-        f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or leave the case out"
+        f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or omit the case"
     )
 
 
 def _run(
-    host: Host, plans: Sequence[_Plan], after: _After, seed: int, on_progress: Callable[[int, int], None]
-) -> dict[tuple[_Saying, Ids], str]:
-    """Run all prompts, read off what is asked behind them, and return what was said to each."""
+    host: Host,
+    plans: Sequence[_Plan],
+    after: _PrefixScorer,
+    seed: int,
+    on_progress: Callable[[int, int], None],
+) -> dict[tuple[_Decoding, Ids], str]:
+    """Run all prompts, score the answers after them, and return the generated text for each."""
     from errata.host.continuing import begin
 
-    ways: dict[_Saying | None, dict[Ids, None]] = {}
+    ways: dict[_Decoding | None, dict[Ids, None]] = {}
     for plan in plans:
-        if plan.saying is not None:
-            ways.setdefault(plan.saying, {})[plan.prompt] = None
-    said = {row for rows in ways.values() for row in rows}
-    ways[None] = {base: None for base in after.bases if base not in said}
-    after.share(said | set(ways[None]))
-    texts: dict[tuple[_Saying, Ids], str] = {}
+        if plan.decoding is not None:
+            ways.setdefault(plan.decoding, {})[plan.prompt] = None
+    continued = {row for rows in ways.values() for row in rows}
+    ways[None] = {base: None for base in after.bases if base not in continued}
+    after.share(continued | set(ways[None]))
+    texts: dict[tuple[_Decoding, Ids], str] = {}
     done, total = 0, sum(map(len, ways.values()))
-    for saying, rows in ways.items():
-        for group in _groups(list(rows), saying):
+    for decoding, rows in ways.items():
+        for group in _groups(list(rows), decoding):
             begun = begin(host, group)
             after.read(begun)
-            if saying is not None:
-                answers = zip(group, _say(host, begun, saying, seed), strict=True)
-                texts.update(((saying, row), text) for row, text in answers)
+            if decoding is not None:
+                answers = zip(group, _decode(host, begun, decoding, seed), strict=True)
+                texts.update(((decoding, row), text) for row, text in answers)
             done += len(group)
             on_progress(done, total)
     after.finish()
     return texts
 
 
-def _say(host: Host, begun: Begun, saying: _Saying, seed: int) -> list[str]:
-    if saying.drawn:
-        return draw_rows(host, begun, saying.limit, top_k=OPEN_TOP_K, seed=seed)
-    texts = generate_rows(host, begun, saying.limit, saying.stop)
-    return [prompts.answer_of(text, saying.block) for text in texts]
+def _decode(host: Host, begun: Begun, decoding: _Decoding, seed: int) -> list[str]:
+    if decoding.drawn:
+        return draw_rows(host, begun, decoding.limit, top_k=OPEN_TOP_K, seed=seed)
+    texts = generate_rows(host, begun, decoding.limit, decoding.stop)
+    return [prompts.answer_of(text, decoding.block) for text in texts]
 
 
-def _groups(rows: Sequence[Ids], saying: _Saying | None) -> Iterator[list[Ids]]:
-    """Group rows that are run together, with room for what they are to say."""
-    more = 0 if saying is None or saying.drawn else saying.limit
-    whole = saying.limit if saying is not None and saying.drawn else 0
-    for group in tokens.by_length([range(max(len(row) + more, whole)) for row in rows], GENERATE_TOKENS):
+def _groups(rows: Sequence[Ids], decoding: _Decoding | None) -> Iterator[list[Ids]]:
+    """Batch rows, with room for their new tokens."""
+    more = 0 if decoding is None or decoding.drawn else decoding.limit
+    minimum = decoding.limit if decoding is not None and decoding.drawn else 0
+    for group in tokens.by_length([range(max(len(row) + more, minimum)) for row in rows], GENERATE_TOKENS):
         yield [rows[i] for i in group]
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """An answer's part that is still to be run: what stands behind its first ``offset`` tokens."""
+class _Suffix:
+    """The part of an answer that is still to be run: the tokens after its first ``offset`` ones."""
 
     root: int
-    """Which of the begun rows it goes on from."""
+    """Index of the cached prefix that it continues."""
     offset: int
     answer: tokens.Answer
 
     @property
     def row(self) -> Ids:
-        """The root's number and the tokens to run: all but the last, after which nothing is asked."""
+        """The root's index and the tokens to run: all but the last, as nothing after it is scored."""
         return (self.root, *self.answer.ids[self.offset : -1])
 
 
-class _After:
-    """What comes after texts: collects what is asked, reads it off what is run, holds what was found.
+class _PrefixScorer:
+    """Scores answers after prompts that are run anyway, so that each prefix is run once.
 
-    A causal model says the same after a text whatever follows it in the row. So answers are scored behind
-    prompts that were run already, and of several answers only those that no other one goes on from are run.
+    A causal model's output at a position does not depend on later tokens. So answers are scored after prompts that
+    were already run, and an answer that is a prefix of another is read from the other's row.
     """
 
     def __init__(self, host: Host, budget: int) -> None:
         self.host, self.budget = host, budget
         self.spread: dict[Ids, Tensor] = {}
-        """By text, log-probabilities of the next token, float32 ``[vocab]`` on the CPU."""
+        """By token ids, the log-probabilities of the next token, float32 ``[vocab]`` on the CPU."""
         self.bases: dict[Ids, None] = {}
-        """Texts that something is asked after."""
-        self._whole: set[Ids] = set()
-        self._behind: dict[Ids, list[tokens.Answer]] = {}
-        self._loose: list[tokens.Answer] = []
+        """Prefixes with something to score after them."""
+        self._distributions: set[Ids] = set()
+        self._after_prefix: dict[Ids, list[tokens.Answer]] = {}
+        self._without_prefix: list[tokens.Answer] = []
         self._answers: dict[tokens.Answer, None] = {}
-        self._found: dict[tokens.Answer, list[tuple[float, bool]]] = {}
+        self._scores: dict[tokens.Answer, list[tuple[float, bool]]] = {}
 
     def ask(self, plan: _Plan) -> None:
-        """Ask for each token of a plan's answers, and for the distribution after its text if that is kept."""
-        asked = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
-        self._answers.update(dict.fromkeys(asked))
+        """Register the answers of a plan, and its next-token distribution if that is recorded."""
+        answers = [a for a in (plan.answer, plan.rival, *plan.choices) if a is not None]
+        self._answers.update(dict.fromkeys(answers))
         if plan.spread:
-            self._whole.add(plan.base)
-        if plan.spread or asked:
+            self._distributions.add(plan.base)
+        if plan.spread or answers:
             self.bases[plan.base] = None
 
     def share(self, roots: set[Ids]) -> None:
-        """Say which texts will be run: each answer is scored behind the longest of them it begins with."""
+        """Set the prefixes that will be run: each answer is scored after the longest one that it begins with."""
         lengths = sorted({len(root) for root in roots}, reverse=True)
-        self._behind = {root: [] for root in roots}
+        self._after_prefix = {root: [] for root in roots}
         for answer in self._answers:
             begins = (answer.ids[:length] for length in lengths if length <= answer.start)
             root = next((text for text in begins if text in roots), None)
             alone = root is None or (not self.host.continues and len(root) < len(answer.ids) - 1)
             if root is not None and not self.host.shareable and len(root) != answer.start:
                 alone = True  # a router decided at the end of another prompt
-            (self._loose if root is None or alone else self._behind[root]).append(answer)
+            (self._without_prefix if root is None or alone else self._after_prefix[root]).append(answer)
 
     def of(self, answer: tokens.Answer | None) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-        """Return each answer token's log-probability in nats, and whether it came first; nothing for None."""
-        found = [] if answer is None else self._found[answer]
-        return tuple(logprob for logprob, _ in found), tuple(first for _, first in found)
+        """Return each answer token's log-probability in nats, and whether it is the argmax; empty for None."""
+        scores = [] if answer is None else self._scores[answer]
+        return tuple(logprob for logprob, _ in scores), tuple(first for _, first in scores)
 
     def read(self, begun: Begun) -> None:
-        """Read off what is asked after some of the shared texts and behind them."""
+        """Score everything after a batch of prefixes that have been run."""
         from errata.host.continuing import behind
 
-        tails: list[_Tail] = []
+        suffixes: list[_Suffix] = []
         for i, root in enumerate(begun):
-            if root in self._whole:
+            if root in self._distributions:
                 self.spread[root] = begun.logits[i].float().log_softmax(-1).cpu()
-            tails += [_Tail(i, len(root), answer) for answer in self._behind.pop(root, ())]
-        first = [(tail.root, tail.answer, 0) for tail in tails if tail.offset == tail.answer.start]
-        self._take(begun.logits, first)
-        self._run(tails, lambda rows, at: behind(self.host, begun, rows, at))
+            suffixes += [_Suffix(i, len(root), answer) for answer in self._after_prefix.pop(root, ())]
+        first = [
+            (suffix.root, suffix.answer, 0) for suffix in suffixes if suffix.offset == suffix.answer.start
+        ]
+        self._store(begun.logits, first)
+        self._run(suffixes, lambda rows, at: behind(self.host, begun, rows, at))
 
     def finish(self) -> None:
-        """Run the answers that no shared text begins."""
-        for start, answers in _by_prompt(self._loose, shareable=self.host.shareable).items():
+        """Run the answers that begin with none of the prefixes."""
+        for start, answers in _by_prompt(self._without_prefix, shareable=self.host.shareable).items():
 
             def run(rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor], start: int = start) -> Tensor:
                 ends = None if self.host.shareable else torch.full((len(rows),), start - 1)
                 return self.host.forward_at(self.host.batch([row for _, row in rows]), *at, ends=ends)
 
-            self._run([_Tail(0, 0, answer) for answer in answers], run)
-        self._loose = []
+            self._run([_Suffix(0, 0, answer) for answer in answers], run)
+        self._without_prefix = []
 
     def _run(
         self,
-        tails: Sequence[_Tail],
+        suffixes: Sequence[_Suffix],
         run: Callable[[Sequence[tuple[int, Ids]], tuple[Tensor, Tensor]], Tensor],
     ) -> None:
-        """Run tails in bounded batches; of several, only those that no other one goes on from."""
-        carried = _carried([tail for tail in tails if len(tail.row) > 1])
-        for rows in self._packed(carried):
+        """Run suffixes in batches of bounded size, without those that are prefixes of another."""
+        suffixes_of = _rows_to_run([suffix for suffix in suffixes if len(suffix.row) > 1])
+        for rows in self._batches(suffixes_of):
             places: dict[tuple[int, int], int] = {}
             reads = []
             for line, row in enumerate(rows):
-                for tail in carried[row]:
-                    before = tail.answer.start - 1 - tail.offset  # column before the answer's first token
-                    for k in range(int(before < 0), len(tail.answer.target)):
+                for suffix in suffixes_of[row]:
+                    before = suffix.answer.start - 1 - suffix.offset  # column before the answer's first token
+                    for k in range(int(before < 0), len(suffix.answer.target)):
                         place = places.setdefault((line, before + k), len(places))
-                        reads.append((place, tail.answer, k))
+                        reads.append((place, suffix.answer, k))
             at = torch.tensor(list(places)).unbind(1)
             with torch.no_grad():
-                self._take(run([(row[0], row[1:]) for row in rows], (at[0], at[1])), reads)
+                self._store(run([(row[0], row[1:]) for row in rows], (at[0], at[1])), reads)
 
-    def _packed(self, carried: dict[Ids, list[_Tail]]) -> Iterator[list[Ids]]:
-        """Batch rows, longest first, bounded in tokens, also those run before, and in what is read."""
+    def _batches(self, suffixes_of: dict[Ids, list[_Suffix]]) -> Iterator[list[Ids]]:
+        """Batch rows, longest first, with at most ``budget`` tokens (cached ones included) and ``LOGITS`` logits."""
         room = max(1, LOGITS // self.host.vocab_size)
-        whole = {row: max(len(tail.answer.ids) for tail in tails) for row, tails in carried.items()}
+        length_of = {
+            row: max(len(suffix.answer.ids) for suffix in suffixes) for row, suffixes in suffixes_of.items()
+        }
         pack: list[Ids] = []
         read = 0
-        for row in sorted(carried, key=lambda row: -whole[row]):
-            more = sum(len(tail.answer.target) for tail in carried[row])
-            if pack and ((len(pack) + 1) * whole[pack[0]] > self.budget or read + more > room):
+        for row in sorted(suffixes_of, key=lambda row: -length_of[row]):
+            more = sum(len(suffix.answer.target) for suffix in suffixes_of[row])
+            if pack and ((len(pack) + 1) * length_of[pack[0]] > self.budget or read + more > room):
                 yield pack
                 pack, read = [], 0
             pack.append(row)
@@ -392,22 +402,24 @@ class _After:
         if pack:
             yield pack
 
-    def _take(self, logits: Tensor, reads: Sequence[tuple[int, tokens.Answer, int]]) -> None:
-        """Keep the log-probabilities of answers' tokens: (row of the logits, answer, which of its tokens)."""
+    def _store(self, logits: Tensor, reads: Sequence[tuple[int, tokens.Answer, int]]) -> None:
+        """Store the log-probabilities of answer tokens; ``reads``: (row of the logits, answer, index of the token)."""
         if not reads:
             return
         wide = logits.float()
         row = torch.tensor([place for place, _, _ in reads], device=wide.device)
         token = torch.tensor([answer.target[k] for _, answer, k in reads], device=wide.device)
-        said = wide[row, token] - wide.logsumexp(-1)[row]
+        logprob = wide[row, token] - wide.logsumexp(-1)[row]
         first = wide.argmax(-1)[row] == token
-        for (_, answer, k), value in zip(reads, zip(said.tolist(), first.tolist(), strict=True), strict=True):
-            found = self._found.setdefault(answer, [(0.0, False)] * len(answer.target))
-            found[k] = value
+        for (_, answer, k), value in zip(
+            reads, zip(logprob.tolist(), first.tolist(), strict=True), strict=True
+        ):
+            scores = self._scores.setdefault(answer, [(0.0, False)] * len(answer.target))
+            scores[k] = value
 
 
 def _by_prompt(answers: Sequence[tokens.Answer], *, shareable: bool) -> dict[int, list[tokens.Answer]]:
-    """Group answers that may be read off one row: all of them, or those whose prompts are of one length."""
+    """Group answers that may share rows: all of them, or those with prompts of equal length."""
     if shareable:
         return {0: list(answers)} if answers else {}
     groups: dict[int, list[tokens.Answer]] = {}
@@ -416,43 +428,45 @@ def _by_prompt(answers: Sequence[tokens.Answer], *, shareable: bool) -> dict[int
     return groups
 
 
-def _carried(tails: Iterable[_Tail]) -> dict[Ids, list[_Tail]]:
-    """Find the rows that begin no other one; with each, the tails that are read off it.
+def _rows_to_run(suffixes: Iterable[_Suffix]) -> dict[Ids, list[_Suffix]]:
+    """Return the rows that are not a prefix of another, each with the suffixes to score on it.
 
-    In sorted order all that goes on from a row follows it at once.
+    In sorted order, the rows that extend a row follow it immediately.
     """
-    carried: dict[Ids, list[_Tail]] = {}
-    carrier: Ids = ()
-    for row, tail in sorted(((tail.row, tail) for tail in tails), key=lambda pair: pair[0], reverse=True):
-        if carrier[: len(row)] != row:
-            carrier = row
-        carried.setdefault(carrier, []).append(tail)
-    return carried
+    rows: dict[Ids, list[_Suffix]] = {}
+    longest: Ids = ()
+    for row, suffix in sorted(
+        ((suffix.row, suffix) for suffix in suffixes), key=lambda pair: pair[0], reverse=True
+    ):
+        if longest[: len(row)] != row:
+            longest = row
+        rows.setdefault(longest, []).append(suffix)
+    return rows
 
 
 def logprobs(host: Host, texts: Sequence[str], *, batch_tokens: int = SCORE_TOKENS) -> list[Tensor]:
-    """Return each text's log-probabilities per token given what stands before, in nats.
+    """Return each text's log-probabilities per token given the tokens before it, in nats.
 
-    float32 ``[tokens - 1]`` on the CPU, in the order of the texts. The first token, which is the begin
-    token where the tokenizer sets one, is given and not scored; texts are cut to the window and to
-    ``TEXT_TOKENS``, and a text of fewer than two tokens gives none. Raises HostError for an encoder-decoder.
+    float32 ``[tokens - 1]`` on the CPU, in the order of the texts. The first token, the begin token if the tokenizer
+    adds one, is not scored; texts are truncated to the window and to ``TEXT_TOKENS``; a text of fewer than two
+    tokens has none. Raises HostError for an encoder-decoder.
     """
     limit = min(TEXT_TOKENS, host.window or TEXT_TOKENS)
     rows = [host.encode(text).ids[:limit] for text in texts]
-    wanted = [i for i, row in enumerate(rows) if len(row) > 1]
+    scored_rows = [i for i, row in enumerate(rows) if len(row) > 1]
     budget = max(limit, min(batch_tokens, LOGITS // host.vocab_size))
-    found = [torch.empty(0)] * len(rows)
-    for places in tokens.by_length([rows[i] for i in wanted], budget):
-        group = [wanted[place] for place in places]
+    texts_logprobs = [torch.empty(0)] * len(rows)
+    for places in tokens.by_length([rows[i] for i in scored_rows], budget):
+        group = [scored_rows[place] for place in places]
         batch = host.batch([rows[i] for i in group])
         with torch.no_grad():
             spread = host.forward(batch).float().log_softmax(-1)
-        said = spread[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0].cpu()
+        target_logprobs = spread[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0].cpu()
         for line, i in enumerate(group):
-            found[i] = said[line, : len(rows[i]) - 1]
-    return found
+            texts_logprobs[i] = target_logprobs[line, : len(rows[i]) - 1]
+    return texts_logprobs
 
 
 def unique(probes: Iterable[Probe]) -> list[Probe]:
-    """Drop repeats, keeping order."""
+    """Remove duplicates, keeping the order."""
     return list(dict.fromkeys(probes))

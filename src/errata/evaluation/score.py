@@ -1,4 +1,4 @@
-"""From observations to rows. Pure: nothing here runs a model, or depends on the method or on particular metrics.
+"""Compute rows from observations. Pure: nothing here runs a model, or depends on the method or on particular metrics.
 
 Rows are averaged by :mod:`errata.evaluation.metrics.summary`, whose functions are exported here too.
 """

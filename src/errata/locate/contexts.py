@@ -52,7 +52,7 @@ def prefixes(
 def excerpts(
     host: Host, corpus: Corpus | None, *, groups: Sequence[tuple[int, int]], weighting: str = "flat"
 ) -> list[Context]:
-    """Return the bare prompt and the beginnings of a corpus's texts, for hosts that write none of their own.
+    """Return the bare prompt and the beginnings of a corpus's texts, for hosts that do not generate text.
 
     ``groups`` and ``weighting`` as in :func:`prefixes`; no corpus: the bare prompt alone.
     """
@@ -88,7 +88,7 @@ def shorten(host: Host, prefix: str, request: Request) -> str:
     return prefix
 
 
-def prompt_behind(host: Host, prefix: str, request: Request) -> str:
+def prompt_after_prefix(host: Host, prefix: str, request: Request) -> str:
     """Return a request's prompt after as much of a context prefix as fits; in a conversation inside its turn."""
     return host.prefixed(request.text, shorten(host, prefix, request), request.span[0])
 

@@ -209,12 +209,12 @@ class _Tap:
     def add_zeros(self, output: Tensor) -> Tensor:
         """Return the output with zeros added at the chosen tokens."""
         flat, index = self._flat(output), self.index.to(output.device)
-        chosen_outputs = flat[index].to(torch.promote_types(flat.dtype, torch.float32))  # [n, b]
-        zeros = torch.zeros_like(chosen_outputs).requires_grad_(True)
-        self.outputs.append(chosen_outputs.detach())
+        outputs_at = flat[index].to(torch.promote_types(flat.dtype, torch.float32))  # [n, b]
+        zeros = torch.zeros_like(outputs_at).requires_grad_(True)
+        self.outputs.append(outputs_at.detach())
         self.zeros.append(zeros)
         # not in place: some families modify an output in place afterwards
-        return flat.index_put((index,), (chosen_outputs + zeros).to(flat.dtype)).reshape(output.shape)
+        return flat.index_put((index,), (outputs_at + zeros).to(flat.dtype)).reshape(output.shape)
 
     def leaf(self) -> Tensor:
         """Return the added zeros. Raises HostError for a module that the pass did not run."""
@@ -245,8 +245,8 @@ def _is_transposed(name: str, module: Any, inputs: Tensor, outputs: Tensor) -> b
         # packed weights have another dtype
         if (*matrix.shape, matrix.dtype) != (outputs.shape[-1], inputs.shape[-1], inputs.dtype):
             continue
-        expected = functional.linear(inputs, matrix, None if bias is None else bias.detach()).to(outputs)
-        error = (expected - outputs).abs().max() / outputs.abs().max().clamp_min(1e-6)
+        shape = functional.linear(inputs, matrix, None if bias is None else bias.detach()).to(outputs)
+        error = (shape - outputs).abs().max() / outputs.abs().max().clamp_min(1e-6)
         if not error > TOLERANCE:  # NaN passes: non-finite numbers raise an error of their own
             return transposed
     raise HostError(f"{name} does not compute W x + b (wrapped or packed weight): choose other modules")

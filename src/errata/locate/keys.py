@@ -113,7 +113,7 @@ def capture_from(
             stack.enter_context(hooks.stop_after(top))
             with contextlib.suppress(hooks.Stopped):
                 host.forward(batch, keep=1)
-    return {site: [found[i] for i in range(len(rows))] for site, found in keys.items()}
+    return {site: [of_row[i] for i in range(len(rows))] for site, of_row in keys.items()}
 
 
 def tokens_batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -287,7 +287,7 @@ def refine(
     """
     votes = Counter(neuron for one in sets for neuron in one)
     score = {neuron: sum(one.get(neuron, 0.0) for one in sets) / len(sets) for neuron in votes}
-    ranked = sorted(votes, key=lambda n: (-votes[n], -score[n], n))
+    by_votes = sorted(votes, key=lambda n: (-votes[n], -score[n], n))
     low, high = max(1, fewest or 1), inf if most is None else most
     levels = range(1, len(sets) + 1)  # votes needed
     counts = {level: sum(v >= level for v in votes.values()) for level in levels}
@@ -297,7 +297,7 @@ def refine(
         level = min(between, key=lambda one: (abs(one - start), one))
     else:
         level = max((one for one in levels if counts[one] >= low), default=1)
-    return ranked[: int(min(counts[level], high))]
+    return by_votes[: int(min(counts[level], high))]
 
 
 def unshared(sets: Sequence[Sequence[Neuron]], *, share: float) -> list[list[Neuron]]:

@@ -44,7 +44,7 @@ class PromptRow:
     context: int
     """Number of the context; rows of one context may share a prefix. -1 for the essence."""
     earlier_shifts: tuple[tuple[int, Tensor], ...] = ()
-    """Shifts that are in place at earlier positions of the row."""
+    """Shifts to apply at earlier positions of the row."""
     key_weight: float = 1.0
     """Weight in the mean key."""
 

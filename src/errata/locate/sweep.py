@@ -1,8 +1,7 @@
-"""Keys layer by layer, upwards, while the weights below change.
+"""Compute keys layer by layer, upwards, while the weights below change.
 
-A key depends on the tokens up to the edited one only, so rows end there. Rows of one context share their
-first tokens, which are run once. After a layer has been edited only its own block is run again, from the
-states below it.
+A key depends only on the tokens up to the edited one, so rows end there. Rows of one context share a prefix, which is
+run once. After a layer has been edited, only its own block is run again, from the states below it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from errata.host.partial import Partial, Past, Ran, Tokens, align, can_reuse, lo
 from errata.locate.problems import PromptRow, ValueProblem, group_by_length, shared_prefix_lengths
 
 SWEEP_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Tokens run at once, by kind of device."""
+"""Maximum tokens per batch, by device type."""
 MIN_EQUAL_LENGTH_PROBLEMS = {"cpu": 2, "cuda": 64}
-"""Problems of one length that make a batch of their own, by kind of device."""
+"""Minimum number of problems of one length for a batch of their own, by device type."""
 
 
 @dataclass
@@ -32,19 +31,19 @@ class _Batch:
     columns: Tensor
     """Column of each row's edited token."""
     prefix: Tensor
-    """Which shared prefix each row continues; the last is the empty one."""
+    """Index of the shared prefix that each row continues; the last one is empty."""
     states: Tensor | None = None
     """Input of the next block ``[rows, length, d]``; None before the first block."""
 
 
 class LayerSweep:
-    """The edited tokens of some problems, with the states that go into the present layer's block."""
+    """The edited tokens of some problems, with the input states of the current layer's block."""
 
     def __init__(self, host: Host, problems: Sequence[ValueProblem], first: int) -> None:
-        """Start at layer ``first``, with the layers below as they are now."""
+        """Start at layer ``first``, with the current weights below."""
         self.host, self.problems, self.partial, self.layer = host, tuple(problems), Partial(host), 0
         kind = host.device.type if host.device.type in SWEEP_TOKENS else "cpu"
-        # rows of like length together, so that little is padded; put back in order in what is returned
+        # rows of similar length together, to avoid padding; results are returned in the given order
         groups = group_by_length([len(p.key_rows[0].ids) for p in problems], MIN_EQUAL_LENGTH_PROBLEMS[kind])
         self.order = torch.tensor([i for group in groups for i in group])
         self.counts = [len(problems[i].key_rows) for i in self.order.tolist()]
@@ -61,21 +60,21 @@ class LayerSweep:
             self.start, _ = align(host, texts, [len(text) for text in texts], [0] * len(texts))
         self.batches: list[_Batch] = []
         for group in groups:
-            chosen = [problems[i] for i in group]
-            per = max(1, SWEEP_TOKENS[kind] // max(sum(len(row.ids) for row in p.key_rows) for p in chosen))
-            for begin in range(0, len(chosen), per):
-                part = chosen[begin : begin + per]
+            members = [problems[i] for i in group]
+            per = max(1, SWEEP_TOKENS[kind] // max(sum(len(row.ids) for row in p.key_rows) for p in members))
+            for begin in range(0, len(members), per):
+                part = members[begin : begin + per]
                 self.batches.append(self._batch([row for problem in part for row in problem.key_rows]))
         while self.layer < first:
             self.advance()
 
     def _batch(self, rows: list[PromptRow]) -> _Batch:
-        cut, number = self.cut, {context: i for i, context in enumerate(self.shared)}
+        prefix_length, number = self.cut, {context: i for i, context in enumerate(self.shared)}
         tokens, column = align(
             self.host,
-            [row.ids[cut[row.context] :] for row in rows],
-            [row.position - cut[row.context] for row in rows],
-            [cut[row.context] for row in rows],
+            [row.ids[prefix_length[row.context] :] for row in rows],
+            [row.position - prefix_length[row.context] for row in rows],
+            [prefix_length[row.context] for row in rows],
             left=self.reuse,  # a model that may ignore the mask is padded on the right only
         )
         columns = [column if self.reuse else row.position for row in rows]
@@ -84,9 +83,9 @@ class LayerSweep:
         return _Batch(rows, tokens, torch.tensor(columns, device=device), torch.tensor(prefix, device=device))
 
     def keys(self, site: Site) -> Tensor:
-        """Return each problem's key at the present layer, mean over contexts, ``[n, d_in]``.
+        """Return each problem's key at the current layer, mean over contexts, ``[n, d_in]``.
 
-        A layer's keys do not depend on its own weight, so they are read once while the sweep is there.
+        A layer's keys do not depend on its own weight, so they are computed once per layer.
         """
         if site.layer != self.layer:
             raise ValueError(f"the sweep is at layer {self.layer}, not at {site.layer}")
@@ -100,7 +99,7 @@ class LayerSweep:
         return self._read(site)[1]
 
     def _read(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return keys and outputs, read in one pass that ends after the site."""
+        """Return keys and outputs, from one pass that stops after the site."""
         if self._keys is not None and self._keys[0] == site:
             return self._keys[1:]
         keys, outputs = [], []
@@ -108,22 +107,22 @@ class LayerSweep:
         with hooks.frozen(self.host.model), torch.no_grad():
             start = self._before(site.layer)
             for batch in self.batches:
-                seen: list[Tensor] = []
+                captured: list[Tensor] = []
                 with (
-                    hooks.on_input(module, _column(seen, batch.columns)),
-                    hooks.on_output(module, _column(seen, batch.columns)),
+                    hooks.on_input(module, _column(captured, batch.columns)),
+                    hooks.on_output(module, _column(captured, batch.columns)),
                 ):
                     self._run(batch, start, stop=module)
-                weights = seen[0].new_tensor([row.key_weight for row in batch.rows])
-                keys.append((seen[0] * weights[:, None]).cpu())
-                outputs.append((seen[1] * weights[:, None]).cpu())
+                weights = captured[0].new_tensor([row.key_weight for row in batch.rows])
+                keys.append((captured[0] * weights[:, None]).cpu())
+                outputs.append((captured[1] * weights[:, None]).cpu())
         self._keys = (site, self._mean(torch.cat(keys)), self._mean(torch.cat(outputs)))
         return self._keys[1:]
 
     def _mean(self, rows: Tensor) -> Tensor:
-        """Sum weighted rows by problem, in the order given."""
+        """Sum weighted rows by problem, in the given order."""
         of = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        return self._ordered(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
+        return self._in_given_order(rows.new_zeros(len(self.counts), rows.shape[1]).index_add(0, of, rows))
 
     def values(self, top: int, module: torch.nn.Module) -> Tensor:
         """Return the output of a module in block ``top`` at each bare prompt's edited token ``[n, d]``."""
@@ -133,22 +132,22 @@ class LayerSweep:
             for batch in self.batches:
                 bare = [i for i, row in enumerate(batch.rows) if row.context == 0]
                 part = _part(batch, bare)
-                seen: list[Tensor] = []
-                with hooks.on_output(module, _column(seen, part.columns)):
+                captured: list[Tensor] = []
+                with hooks.on_output(module, _column(captured, part.columns)):
                     self._run(part, start, stop=self.partial.blocks[top])
-                outputs.append(seen[0].cpu())
-        return self._ordered(torch.cat(outputs))
+                outputs.append(captured[0].cpu())
+        return self._in_given_order(torch.cat(outputs))
 
-    def _ordered(self, rows: Tensor) -> Tensor:
-        """Return rows in the order of the problems, as they were given."""
+    def _in_given_order(self, rows: Tensor) -> Tensor:
+        """Return rows in the given order of the problems."""
         return torch.empty_like(rows).index_copy(0, self.order, rows)
 
-    def hidden(self, top: int) -> Tensor:
+    def block_outputs(self, top: int) -> Tensor:
         """Return the residual stream above block ``top`` at each bare prompt's edited token ``[n, d]``."""
         return self.values(top, self.partial.blocks[top])
 
     def advance(self) -> None:
-        """Pass the present layer, with its weights as they are now."""
+        """Run the current layer with its current weights and move to the next one."""
         layer = self.layer
         block = self.partial.blocks[layer]
         with hooks.frozen(self.host.model), torch.no_grad():
@@ -158,9 +157,9 @@ class LayerSweep:
         self.layer += 1
 
     def _before(self, top: int, *, advance: bool = False, only: int | None = None) -> Past | None:
-        """Run the shared prefixes up to block ``top``; return their past, an empty one appended.
+        """Run the shared prefixes up to block ``top``; return their past, with an empty one appended.
 
-        ``only``: the one context whose rows will continue its prefix; the others then have no past.
+        ``only``: the only context whose prefix is needed; the others then have no past.
         """
         if self.start is None:
             return None
@@ -168,10 +167,10 @@ class LayerSweep:
         number = {context: i for i, context in enumerate(self.shared)}
         rows = torch.arange(len(number) + 1, device=tokens.ids.device)
         if only is not None:
-            chosen = rows[number[only]][None]
-            cut = int(tokens.start[chosen].min())
-            tokens = tokens.rows(chosen).columns(cut)
-            states = None if states is None else states[chosen][:, cut:]
+            row = rows[number[only]][None]
+            begin = int(tokens.start[row].min())
+            tokens = tokens.rows(row).columns(begin)
+            states = None if states is None else states[row][:, begin:]
             rows = torch.where(rows == number[only], 0, 1)
         ran = self.partial.run(
             tokens,
@@ -190,7 +189,7 @@ class LayerSweep:
     def _run(
         self, batch: _Batch, start: Past | None, *, stop: torch.nn.Module, keep: int | None = None
     ) -> Ran:
-        """Run rows from the present layer on, behind their prefixes."""
+        """Run rows from the current layer on, after their prefixes."""
         past = nothing_before(self.host, len(batch.rows)) if start is None else start.of(batch.prefix)
         layers = () if keep is None else (keep,)
         return self.partial.run(
@@ -200,10 +199,10 @@ class LayerSweep:
 
 def _part(batch: _Batch, rows: Sequence[int]) -> _Batch:
     """Return some rows of a batch."""
-    chosen = torch.tensor(rows, device=batch.prefix.device)
-    states = None if batch.states is None else batch.states[chosen]
+    index = torch.tensor(rows, device=batch.prefix.device)
+    states = None if batch.states is None else batch.states[index]
     some = [batch.rows[i] for i in rows]
-    return _Batch(some, batch.tokens.rows(chosen), batch.columns[chosen], batch.prefix[chosen], states)
+    return _Batch(some, batch.tokens.rows(index), batch.columns[index], batch.prefix[index], states)
 
 
 def _column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:

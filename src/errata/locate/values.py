@@ -1,9 +1,9 @@
 """Find the target value of a site at a token: gradient descent on a shift of one vector.
 
-Every problem is its own; they share forward passes. Adam works entry by entry, so a batch of problems
-with one sum of losses, one clamp and one stop each is exactly as many separate runs. What the shift
-cannot reach is computed once: blocks below it, tokens before it (kept as attention keys and values, the
-prefixes that rows share only once), and the head only where a prediction counts.
+Problems are independent but share forward passes. Adam works elementwise, so a batch of problems with the sum of
+their losses, and with a clamp and a stop of its own each, is equivalent to separate runs. What the shift cannot
+influence is computed once: blocks below it, tokens before it (cached as attention keys and values; shared prefixes
+only once), and the head only at the positions of predictions in the loss.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Scale = Literal["stream", "site", "published"]
 Stop = Literal["loss", "top"]
 
 MIN_EQUAL_LENGTH_ROWS = {"cpu": 8, "cuda": 256}
-"""Rows of one length that make a group of their own, by kind of device."""
+"""Minimum number of rows of one length for a group of their own, by device type."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +46,33 @@ class ValueConfig:
     """Settings of the search."""
 
     steps: int
-    """Adam steps at most; the last evaluation takes none."""
+    """Maximum number of evaluations; there is no Adam step after the last one."""
     learning_rate: float
     """Adam's rate, in the unit of ``scale``."""
     clamp: float
-    """Largest norm of the shift, in the unit of ``scale``."""
+    """Maximum norm of the shift, in the unit of ``scale``."""
     decay: float
-    """Weight of the shift's norm over the squared norm of that vector, as in the authors' code."""
+    """Weight of the shift's norm over the squared norm of the vector, as in the authors' code."""
     kl: float
-    """Weight of the divergence at the subject, in "{subject} is a"."""
+    """Weight of the KL divergence at the subject in "{subject} is a"."""
     stop_loss: float = 0.05
-    """A problem stops once its loss is below this (per request it serves)."""
+    """A problem stops when its loss is below this (per request)."""
     scale: Scale = "stream"
     """Units. ``stream``: rate in root mean squares and clamp in norms of the residual stream above the
     layer; ``site``: the same of the shifted vector; ``published``: rate in plain numbers, clamp in norms of
-    the shifted vector. States differ in scale by orders of magnitude between families, and a
-    feed-forward's output may be small beside the stream it has to turn."""
+    the shifted vector. Hidden states differ in scale by orders of magnitude between families, and a
+    feed-forward's output may be small compared to the residual stream that it has to change."""
     stop: Stop = "loss"
-    """``top``: stop also once every target token was the first choice in every context (ENCORE)."""
+    """``top``: also stop when every target token is the argmax in every context (ENCORE)."""
     top_count: int = 1
-    """``stop: top``: in how many evaluations that must have been so, in a row or not."""
+    """``stop: top``: the number of evaluations in which that must be so, consecutive or not."""
     top_bare: bool = True
-    """Whether the bare prompt is one of the contexts that must agree; where it is the only one it always is."""
+    """``stop: top``: whether the bare prompt is one of those contexts; always, where it is the only one."""
     nll_loss_factor: float = 1.0
     """Weight of the targets' loss."""
     relax: bool = False
-    """PMET's code: after an evaluation in which every target token was the first choice the targets' loss
-    counts a tenth, until that is no longer so; the search ends there if the weighted divergence is at most
-    0.01."""
+    """PMET's code: after an evaluation in which every target token is the argmax, the targets' loss is weighted by a
+    tenth, until that is no longer so; the search ends there if the weighted divergence is at most 0.01."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +82,17 @@ class Value:
     start: Tensor
     """The vector at the edited token in the bare prompt, ``[d]``."""
     shift: Tensor
-    """What to add to it ``[d]``."""
+    """The shift of that vector ``[d]``."""
     loss: float
     """Negative log-likelihood per target token at the end, mean over contexts, nats; a sum over requests."""
     steps: int
-    """Steps taken."""
+    """Number of Adam steps."""
     stream: Tensor
     """The residual stream above the layer at the edited token in the bare prompt, unshifted, ``[d]``."""
 
     @property
     def target(self) -> Tensor:
-        """The value to write ``[d]``."""
+        """The target value ``[d]``."""
         return self.start + self.shift
 
 
@@ -127,18 +126,18 @@ def find_values(
 ) -> list[Value]:
     """Find a value per problem, in the order given.
 
-    ``batch_size``: problems run at once; None takes as many as keep a device busy. Batches shrink when
-    memory runs out. ``tick`` is told how many problems are done.
+    ``batch_size``: problems per batch; None: as many as fit. Batches shrink when memory runs out. ``tick`` is called
+    with the number of finished problems and their total.
     """
-    order = sorted(range(len(problems)), key=lambda i: -_suffix(problems[i]))  # like lengths together
+    order = sorted(range(len(problems)), key=lambda i: -_suffix(problems[i]))  # similar lengths together
     size = batch_size or _auto(host, problems, layer)
     done = 0
 
     def run(batch: Sequence[int]) -> list[Value]:
         nonlocal done
-        chosen = [problems[i] for i in batch]
-        longest = max(len(row.ids) for problem in chosen for row in problem.rows)
-        values = _Search(host, chosen, layer, where, config, can_reuse(host, longest)).run()
+        members = [problems[i] for i in batch]
+        longest = max(len(row.ids) for problem in members for row in problem.rows)
+        values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
         done += len(batch)
         tick(done, len(problems))
         return values
@@ -153,7 +152,7 @@ def _suffix(problem: ValueProblem) -> int:
 
 
 def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
-    """Return how many problems to run at once: what a backward pass keeps must fit the device's share."""
+    """Return the number of problems per batch: a backward pass's activations must fit the device's share."""
     blocks = max(1, len(host.layout.blocks) - layer - 1)
     inner = max((site.d_in for site in host.layout.mlp_out if site is not None), default=host.layout.width)
     size = torch.finfo(host.dtype).bits // 8
@@ -164,49 +163,49 @@ def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
 
 @dataclass
 class _RowGroup:
-    """Rows that run together in every step, cut to the tokens the shift can reach."""
+    """Rows that run together in every step, reduced to the tokens that the shift can influence."""
 
     tokens: Tokens
     past: Past
     state: Tensor | None
-    """Output of the highest block the shift cannot reach ``[rows, length, d]``."""
+    """Output of the highest block that the shift cannot influence ``[rows, length, d]``."""
     problem: Tensor
     """Index of each row's problem."""
     column: Tensor
     """Column of the shift in each row."""
     prediction_row: Tensor
     prediction_column: Tensor
-    """Row and column of each prediction that counts."""
+    """Row and column of each prediction in the loss."""
     token: Tensor
     weight: Tensor
     decides: Tensor
-    """Whether a prediction decides on the first choice, 1 or 0."""
+    """Whether a prediction counts for ``stop: top``, 1 or 0."""
     essence_logprobs: Tensor | None = None
     """Unshifted log-probabilities at the essence rows' edited tokens ``[rows, vocab]``."""
 
     def select(self, running: Tensor) -> _RowGroup:
-        """Return the rows of problems that still run."""
+        """Return the rows of problems that are still running."""
         rows = running[self.problem].nonzero()[:, 0]
         new = torch.full_like(self.problem, -1)
         new[rows] = torch.arange(len(rows), device=rows.device)
-        counted = new[self.prediction_row] >= 0
+        active = new[self.prediction_row] >= 0
         return _RowGroup(
             self.tokens.rows(rows),
             self.past.of(rows),
             None if self.state is None else self.state[rows],
             self.problem[rows],
             self.column[rows],
-            new[self.prediction_row[counted]],
-            self.prediction_column[counted],
-            self.token[counted],
-            self.weight[counted],
-            self.decides[counted],
+            new[self.prediction_row[active]],
+            self.prediction_column[active],
+            self.token[active],
+            self.weight[active],
+            self.decides[active],
             None if self.essence_logprobs is None else self.essence_logprobs[rows],
         )
 
 
 class _Search:
-    """One batch of problems; holds what never changes during the descent."""
+    """One batch of problems, with everything that is constant during the descent."""
 
     def __init__(
         self,
@@ -227,7 +226,7 @@ class _Search:
         self.groups = self._prepare([*rows, *essences], len(rows))
 
     def _choose_sites(self, where: Where) -> None:
-        """Decide which outputs are shifted and which block is the first to run in every step."""
+        """Choose the outputs to shift and the first block to run in every step."""
         host, layer = self.host, self.layer
         block = self.partial.blocks[layer]
         if where == "attn_and_mlp":
@@ -237,26 +236,26 @@ class _Search:
             self.modules = [host.model.get_submodule(host.layout.site(layer).name)]
         else:
             self.modules = [block]
-        # where the feed-forward adds straight to the stream, shifting one is shifting the other
+        # where the feed-forward's output is added directly to the residual stream, both shifts are equivalent
         self.on_stream = where == "block_out" or (where == "mlp_out" and host.layout.adds_directly)
         self.first = layer + 1 if self.on_stream else layer
 
     # --- once ------------------------------------------------------------------------------
 
     def _prepare(self, numbered: list[tuple[int, PromptRow]], with_target: int) -> list[_RowGroup]:
-        """Run everything once, unshifted; return the groups of target rows and of essence rows.
+        """Run everything once without shifts; return the groups of target rows and of essence rows.
 
         ``numbered``: rows with the index of their problem, those with targets first.
         """
         rows = [row for _, row in numbered]
-        cut = shared_prefix_lengths(rows) if self.reuse else {row.context: 0 for row in rows}
-        past = self._run_prefixes(rows, cut)
+        prefix_length = shared_prefix_lengths(rows) if self.reuse else {row.context: 0 for row in rows}
+        past = self._run_prefixes(rows, prefix_length)
         tokens, column = align(
             self.host,
-            [row.ids[cut[row.context] :] for row in rows],
-            [row.position - cut[row.context] for row in rows],
-            [cut[row.context] for row in rows],
-            left=self.reuse,  # a query with nothing before it may compute NaN, which a gradient would meet
+            [row.ids[prefix_length[row.context] :] for row in rows],
+            [row.position - prefix_length[row.context] for row in rows],
+            [prefix_length[row.context] for row in rows],
+            left=self.reuse,  # a query without any earlier key may give NaN, also in gradients
         )
         device = self.host.device
         columns = torch.tensor([column if self.reuse else row.position for row in rows], device=device)
@@ -269,7 +268,7 @@ class _Search:
         with contextlib.ExitStack() as stack, torch.no_grad():
             self._add_earlier_shifts(stack, rows, columns.tolist())
             for module in self.modules:
-                stack.enter_context(hooks.on_output(module, _note(starts, columns)))
+                stack.enter_context(hooks.on_output(module, _capture_column(starts, columns)))
             ran = self.partial.run(tokens, past, at=at, keep=keep, remember=above if self.reuse else ())
         assert ran.logits is not None
         first = [next(i for i, (g, _) in enumerate(numbered) if g == p) for p in range(self.count)]
@@ -285,23 +284,25 @@ class _Search:
         lengths = [len(row.ids) - row.position for row in rows[:with_target]]
         for equal in group_by_length(lengths, least):
             mine = torch.tensor(equal, device=device)
-            counted = _target_predictions(
+            target_predictions = _target_predictions(
                 [rows[i] for i in equal], columns[mine].tolist(), device, bare=self.config.top_bare or alone
             )
-            split.append((mine, counted, None))
+            split.append((mine, target_predictions, None))
         if len(essence):
             split.append((essence, _essence_predictions(columns[essence]), logprobs))
-        cutting = column if self.reuse else 0
+        first_column = column if self.reuse else 0
         return [
             self._row_group(
-                tokens, past, ran.past, state, problem, chosen, predictions, old, columns, cutting
+                tokens, past, ran.past, state, problem, group_rows, predictions, old, columns, first_column
             )
-            for chosen, predictions, old in split
+            for group_rows, predictions, old in split
         ]
 
-    def _run_prefixes(self, rows: list[PromptRow], cut: dict[int, int]) -> Past:
-        """Run the tokens that rows of one context share; return the past of each row."""
-        shared = {row.context: row.ids[: cut[row.context]] for row in rows if cut[row.context]}
+    def _run_prefixes(self, rows: list[PromptRow], prefix_length: dict[int, int]) -> Past:
+        """Run the prefixes shared by the rows of a context; return the past of each row."""
+        shared = {
+            row.context: row.ids[: prefix_length[row.context]] for row in rows if prefix_length[row.context]
+        }
         if not shared:
             return nothing_before(self.host, len(rows))
         texts = list(shared.values())
@@ -311,7 +312,7 @@ class _Search:
             ran = self.partial.run(
                 tokens, nothing_before(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
             )
-        # one empty row more, for rows that share nothing
+        # one additional empty row, for rows without a shared prefix
         states = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
         number = {context: i for i, context in enumerate(shared)}
         prefix = torch.tensor([number.get(row.context, len(texts)) for row in rows], device=self.host.device)
@@ -320,7 +321,7 @@ class _Search:
     def _add_earlier_shifts(
         self, stack: contextlib.ExitStack, rows: list[PromptRow], columns: list[int]
     ) -> None:
-        """Put in place the shifts that were chosen before for earlier tokens of the rows."""
+        """Add the shifts found before for earlier tokens of the rows."""
         earlier = [
             (i, columns[i] + at - row.position, shift)
             for i, row in enumerate(rows)
@@ -338,21 +339,24 @@ class _Search:
         stack.enter_context(hooks.on_output(self.partial.blocks[self.layer], push))
 
     def _row_group(
-        self, tokens: Tokens, past: Past, seen: dict[int, Any], state: Tensor | None, problem: Tensor,
+        self, tokens: Tokens, past: Past, own_states: dict[int, Any], state: Tensor | None, problem: Tensor,
         rows: Tensor, predictions: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        essence_logprobs: Tensor | None, columns: Tensor, cutting: int,
+        essence_logprobs: Tensor | None, columns: Tensor, first_column: int,
     ) -> _RowGroup:  # fmt: skip
-        """Cut rows to what the shift reaches, with the rest of them in their past."""
-        mine = tokens.rows(rows)
-        length = int(mine.mask.sum(1).add(mine.start).max())
-        own = {b: (k[rows], v[rows]) for b, (k, v) in seen.items()}
-        behind = past.of(rows).followed_by(own, mine, cutting) if self.reuse else past.of(rows)
-        cut = mine.columns(cutting)
-        most = length - cutting
-        cut = Tokens(cut.ids[:, :most], cut.mask[:, :most], cut.positions[:, :most], cut.start)
+        """Reduce rows to the tokens that the shift can influence, with the tokens before them in their past."""
+        group_tokens = tokens.rows(rows)
+        length = int(group_tokens.mask.sum(1).add(group_tokens.start).max())
+        own = {b: (k[rows], v[rows]) for b, (k, v) in own_states.items()}
+        full_past = (
+            past.of(rows).followed_by(own, group_tokens, first_column) if self.reuse else past.of(rows)
+        )
+        suffix = group_tokens.columns(first_column)
+        most = length - first_column
+        suffix = Tokens(suffix.ids[:, :most], suffix.mask[:, :most], suffix.positions[:, :most], suffix.start)
         return _RowGroup(
-            cut, behind, None if state is None else state[rows][:, cutting:length], problem[rows],
-            columns[rows] - cutting, predictions[0], predictions[1] - cutting, *predictions[2:], essence_logprobs,
+            suffix, full_past, None if state is None else state[rows][:, first_column:length], problem[rows],
+            columns[rows] - first_column, predictions[0], predictions[1] - first_column, *predictions[2:],
+            essence_logprobs,
         )  # fmt: skip
 
     # --- every step ------------------------------------------------------------------------
@@ -360,9 +364,9 @@ class _Search:
     def _forward(
         self, groups: Sequence[_RowGroup], shifts: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return negative log-likelihood, divergence and whether all targets come first, by problem."""
+        """Return negative log-likelihood, divergence and whether all targets are the argmax, by problem."""
         zero = torch.zeros(self.count, device=self.host.device, dtype=shifts[0].dtype)
-        nll, divergence, missed = zero, zero, zero
+        nll, divergence, misses = zero, zero, zero
         for group in groups:
             if not len(group.problem):
                 continue
@@ -372,13 +376,13 @@ class _Search:
                 loss = functional.cross_entropy(logits, group.token, reduction="none")
                 nll = nll.index_add(0, problem, loss * group.weight)
                 wrong = (logits.detach().argmax(-1) != group.token).to(zero.dtype)
-                missed = missed.index_add(0, problem, wrong * group.decides)
+                misses = misses.index_add(0, problem, wrong * group.decides)
             else:
                 after = logits.log_softmax(-1)
-                # KL(edited || original), read at the subject, as the authors' code has it
+                # KL(edited || original) at the subject, as in the authors' code
                 gap = (after.exp() * (after - group.essence_logprobs)).sum(-1)
                 divergence = divergence.index_add(0, problem, gap)
-        return nll, divergence, missed == 0
+        return nll, divergence, misses == 0
 
     def _logits(self, group: _RowGroup, shifts: Sequence[Tensor]) -> Tensor:
         count = len(group.problem)
@@ -387,9 +391,9 @@ class _Search:
         def push(shift: Tensor) -> Callable[[Tensor], Tensor]:
             def add(hidden: Tensor) -> Tensor:
                 flat = hidden.reshape(count, -1, hidden.shape[-1])
-                added = shift[group.problem].to(flat)  # a layer may live on another device
+                addend = shift[group.problem].to(flat)  # a layer may live on another device
                 at = (line.to(flat.device), group.column.to(flat.device))
-                return flat.index_put(at, added, accumulate=True).reshape(hidden.shape)
+                return flat.index_put(at, addend, accumulate=True).reshape(hidden.shape)
 
             return add
 
@@ -414,7 +418,7 @@ class _Search:
     # --- the descent -----------------------------------------------------------------------
 
     def _units(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return, per shifted site, the longest shift allowed and the rate, ``[g, 1]``."""
+        """Return, per shifted site, the maximum norm of the shift and the rate, ``[g, 1]``."""
         limits, rates = [], []
         for start in self.start:
             reference = self.stream if self.config.scale == "stream" else start
@@ -431,20 +435,20 @@ class _Search:
         shifts = [torch.zeros_like(s, requires_grad=True) for s in self.start]
         adam = [(torch.zeros_like(s), torch.zeros_like(s)) for s in self.start]
         running = torch.ones(self.count, dtype=torch.bool, device=device)
-        taken = torch.zeros(self.count, dtype=torch.long)
+        steps_of = torch.zeros(self.count, dtype=torch.long)
         factor = torch.full((self.count,), config.nll_loss_factor, device=device)
         at_top = torch.zeros(self.count, dtype=torch.long, device=device)
-        seen = torch.zeros(self.count, device=device)
+        nll_of = torch.zeros(self.count, device=device)
         groups = self.groups
         for step in range(1, config.steps + 1):
             nll, divergence, top = self._forward(groups, shifts)
-            seen = torch.where(running, nll.detach(), seen)
+            nll_of = torch.where(running, nll.detach(), nll_of)
             loss = factor * nll + config.kl * divergence + self._penalty(shifts)
             at_top += top
-            stopped = self._stopped(loss.detach(), divergence.detach(), top, at_top)
-            if config.relax:  # what is seen now counts from the next evaluation on
+            finished = self._is_finished(loss.detach(), divergence.detach(), top, at_top)
+            if config.relax:  # takes effect from the next evaluation on
                 factor = torch.where(top, 0.1 * config.nll_loss_factor, config.nll_loss_factor)
-            still = running & ~stopped
+            still = running & ~finished
             if step == config.steps or not still.any():
                 break
             if not torch.equal(still, running):
@@ -452,21 +456,22 @@ class _Search:
             running = still
             gradients = torch.autograd.grad(loss[running].sum(), shifts)
             with torch.no_grad():
-                moved = [
+                proposals = [
                     _adam(shift, gradient, state, step, rate, running)
                     for shift, gradient, state, rate in zip(shifts, gradients, adam, rates, strict=True)
                 ]
                 shifts = [
                     (m * (limit / m.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
-                    for m, limit in zip(moved, limits, strict=True)
+                    for m, limit in zip(proposals, limits, strict=True)
                 ]
             shifts = [shift.requires_grad_(True) for shift in shifts]
-            taken[running.cpu()] = step
-        # of several sites the last is the one that is written
+            steps_of[running.cpu()] = step
+        # of several sites, the edit changes the last one
         start, shift = self.start[-1].cpu(), shifts[-1].detach().cpu()
         stream = self.stream.cpu()
         return [
-            Value(start[g], shift[g], float(seen[g]), int(taken[g]), stream[g]) for g in range(self.count)
+            Value(start[g], shift[g], float(nll_of[g]), int(steps_of[g]), stream[g])
+            for g in range(self.count)
         ]
 
     def _penalty(self, shifts: Sequence[Tensor]) -> Tensor:
@@ -476,19 +481,19 @@ class _Search:
         ]
         return self.config.decay * torch.stack(parts).sum(0)
 
-    def _stopped(self, loss: Tensor, divergence: Tensor, top: Tensor, at_top: Tensor) -> Tensor:
-        stopped = loss < self.config.stop_loss * self.members
+    def _is_finished(self, loss: Tensor, divergence: Tensor, top: Tensor, at_top: Tensor) -> Tensor:
+        finished = loss < self.config.stop_loss * self.members
         if self.config.stop == "top":
-            stopped = stopped | (at_top >= self.config.top_count)
+            finished = finished | (at_top >= self.config.top_count)
         if self.config.relax:
-            stopped = stopped | (top & (self.config.kl * divergence <= 0.01))
-        return stopped
+            finished = finished | (top & (self.config.kl * divergence <= 0.01))
+        return finished
 
 
 def _adam(
     shift: Tensor, gradient: Tensor, state: tuple[Tensor, Tensor], step: int, rate: Tensor, live: Tensor
 ) -> Tensor:
-    """Take one Adam step with its usual constants, for the problems that still run."""
+    """Do one Adam step with the default constants, for the problems that are still running."""
     first, second = state
     first.copy_(torch.where(live[:, None], 0.9 * first + 0.1 * gradient, first))
     second.copy_(torch.where(live[:, None], 0.999 * second + 0.001 * gradient.square(), second))
@@ -496,8 +501,8 @@ def _adam(
     return torch.where(live[:, None], shift - rate * size, shift)
 
 
-def _note(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
-    """Read a module's output in one column of each row ``[rows, d]``."""
+def _capture_column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
+    """Return a hook that records a module's output in one column of each row ``[rows, d]``."""
     line = torch.arange(len(columns), device=columns.device)
 
     def keep(hidden: Tensor) -> None:
@@ -513,7 +518,7 @@ def _target_predictions(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Index every target token: its row, the column that predicts it, its id, its weight, whether it decides.
 
-    Without ``bare``, tokens behind the bare prompt do not decide on the first choice.
+    Without ``bare``, tokens after the bare prompt do not count for ``stop: top``.
     """
     row, at, token, weight, decides = [], [], [], [], []
     for i, (prompt, column) in enumerate(zip(rows, columns, strict=True)):

@@ -1,15 +1,17 @@
-"""LoRA: train low-rank adapters beside linear maps on the new facts, and keep them as low-rank deltas.
+"""LoRA: train low-rank adapters of linear maps on the new facts, and keep them as low-rank deltas.
 
 Paper      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685;
-           as an editing baseline in EasyEdit, arXiv 2308.07269. AdaLoRA: Zhang et al., arXiv 2303.10512
-Implements W' = W + (alpha / r) B A, B from zero, Adam on the cross-entropy of the target tokens; the
-           adapters are those of the package peft. ``variant: adalora`` trains B diag(E) A, drops the
-           least important directions along AdaLoRA's schedule and penalises skewed factors
-Departs    The delta is read off the factors exactly and peft's layers are taken off again. EasyEdit
-           makes AdaLoRA adapters without giving their schedule its steps, so that no direction is
-           ever dropped; here LoRA is the default, and AdaLoRA's schedule knows its steps. The rate of
-           B (of E in AdaLoRA), which starts from zero and so sets how far the weight moves, is in units
-           of the weight's root mean square times sqrt(d_in); ``scale: published`` leaves it plain.
+           as an editing baseline in Wang et al., "EasyEdit", ACL 2024, arXiv 2308.07269. AdaLoRA: Zhang
+           et al., ICLR 2023, arXiv 2303.10512
+Implements W' = W + (alpha / r) B A (Hu et al., Eq. 3), B initialised to zero, Adam on the cross-entropy of the
+           target tokens, with the adapters of the package peft. ``variant: adalora`` trains B diag(E) A, drops
+           the least important directions by AdaLoRA's schedule and penalises factors that are not orthogonal
+Departs    The delta is computed exactly from the factors, and peft's layers are removed again. EasyEdit trains
+           AdaLoRA adapters without passing their schedule the number of steps, so that no direction is ever
+           dropped; here LoRA is the default, and AdaLoRA's schedule gets its steps. EasyEdit never stops early;
+           LoRA does here, see ``stop_loss``. The rate of B (of E in AdaLoRA), which starts at zero and so
+           determines how far the weight moves, is multiplied by the weight's root mean square times sqrt(d_in),
+           near one in Llama models; ``scale: published`` leaves it plain.
 Needs      Gradients; the package peft (pip install 'errata[lora]')
 """
 
@@ -24,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from errata import extras
 from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
@@ -45,7 +48,7 @@ class Config:
     """Settings of LoRA."""
 
     layers: tuple[int, ...] | None = None
-    """Layers that get adapters. None: all (published)."""
+    """Layers with adapters. None: all (published)."""
     modules: tuple[str, ...] | None = None
     """Linear maps with adapters, by the ends of their names. None: those of peft for the family (published), or all."""
     variant: Literal["lora", "adalora"] = "lora"
@@ -57,9 +60,9 @@ class Config:
     alpha: float = 32.0
     """Weight of an adapter; divided by the directions it starts with: LoRA's rank (EasyEdit: 32)."""
     dropout: float = 0.1
-    """Share of an adapter's inputs left out while training (EasyEdit: 0.1)."""
+    """Dropout probability of an adapter's inputs during training (EasyEdit: 0.1)."""
     steps: int = 70
-    """Passes over the requests at most (EasyEdit: 50 for GPT-J, 70 for Llama 3 8B)."""
+    """Maximum number of passes over the requests (EasyEdit: 50 for GPT-J, 70 for Llama 3 8B)."""
     learning_rate: float | None = None
     """Adam's rate, in the unit of ``scale``. None: 5e-4, chosen on the lab, where ten times as much overwrites every
     neighbour of a fact; 5e-3 in plain numbers and for AdaLoRA (EasyEdit: 5e-3)."""
@@ -71,7 +74,7 @@ class Config:
     """LoRA stops once every request's loss, nats per target token, is below this; 0: never (EasyEdit). None: 0.05,
     chosen on the lab; never in plain numbers and for AdaLoRA."""
     per_step: int | None = None
-    """Requests per Adam step, in the order given; all of them are still one of ``steps``. None: all at once."""
+    """Requests per Adam step, in the given order; one pass over all of them is one of ``steps``. None: all."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -80,7 +83,7 @@ class Config:
         if not 0 <= self.dropout < 1:
             complaints.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
         if self.variant == "adalora" and self.stop_loss:
-            complaints.append("stop_loss: AdaLoRA's schedule has to run to its end; leave it out")
+            complaints.append("stop_loss: AdaLoRA's schedule has to run to its end; omit it")
         return complaints
 
 
@@ -88,7 +91,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     """Return the low-rank edit that lowers the targets' loss."""
     if not requests:
         raise ConfigError("lora needs at least one request")
-    peft = _peft()
+    peft = extras.need("lora", "lora", "peft", "peft.utils")[0]
     config, names = _resolve(peft, host, config)
     assert config.layers is not None
     with hooks.frozen(host.model), seeded(host, work.seed):
@@ -105,17 +108,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     return WeightEdit(deltas, across & deltas.keys(), record)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-        import peft.utils
-    except ImportError as error:
-        raise ConfigError(f"lora needs peft ({error}): pip install 'errata[lora]'") from error
-    return peft
-
-
 def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
-    """Fill in layers and modules; return the paths of the linear maps they mean."""
+    """Fill in layers and modules; return the paths of the linear maps they select."""
     layout = host.layout.of(config.stack)
     depth = len(layout.blocks)
     layers = tuple(range(depth)) if config.layers is None else config.layers
@@ -125,22 +119,24 @@ def _resolve(peft: Any, host: Host, config: Config) -> tuple[Config, list[str]]:
     every = [f"{layout.blocks[i]}.{name}" for i in layers for name in linear_maps(host, i, config.stack)]
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(host.family)
     endings = config.modules or tuple(usual if isinstance(usual, list) else ())
-    matched = {end: {name for name in every if name.endswith(f".{end}")} for end in endings}
-    there = sorted({name.rpartition(".")[2] for name in every})
-    missing = [end for end, names in matched.items() if not names]
+    by_ending = {end: {name for name in every if name.endswith(f".{end}")} for end in endings}
+    endings_present = sorted({name.rpartition(".")[2] for name in every})
+    missing = [end for end, names in by_ending.items() if not names]
     if config.modules and missing:
-        raise ConfigError(f"no linear map of these layers is called {missing}; they have: {', '.join(there)}")
-    chosen = set().union(*matched.values()) or set(every)
-    modules = tuple(end for end in endings if matched[end]) or tuple(there)
+        raise ConfigError(
+            f"no linear map of these layers is called {missing}; they have: {', '.join(endings_present)}"
+        )
+    targets = set().union(*by_ending.values()) or set(every)
+    modules = tuple(end for end in endings if by_ending[end]) or tuple(endings_present)
     gentle = config.variant == "lora" and config.scale == "weight"
     defaults = dict(zip(("learning_rate", "stop_loss"), (5e-4, 0.05) if gentle else (5e-3, 0.0), strict=True))
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, layers=layers, modules=modules, **defaults)
-    return config, [name for name in every if name in chosen]
+    return config, [name for name in every if name in targets]
 
 
 def _settings(peft: Any, host: Host, names: list[str], config: Config, steps: int) -> Any:
-    """Word the settings for peft."""
+    """Convert the settings to peft's."""
     shared: dict[str, Any] = {
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -156,9 +152,9 @@ def _settings(peft: Any, host: Host, names: list[str], config: Config, steps: in
 
 @contextmanager
 def _adapters(host: Host, names: list[str], settings: Any, peft: Any) -> Iterator[Any]:
-    """Have adapters on linear maps inside the block; afterwards the very same modules are back in place."""
+    """Add adapters to linear maps inside the block; afterwards the original modules are restored."""
     if hasattr(host.model, "peft_config"):
-        raise HostError("the model carries peft adapters already; merge or unload them first")
+        raise HostError("the model already has peft adapters; merge or unload them first")
     before = {name: host.model.get_submodule(name) for name in names}
     kind = peft.AdaLoraModel if isinstance(settings, peft.AdaLoraConfig) else peft.LoraModel
     try:
@@ -180,7 +176,7 @@ def _adapters(host: Host, names: list[str], settings: Any, peft: Any) -> Iterato
 
 
 def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, work: Workspace) -> Outcome:
-    """Descend on the adapters' factors."""
+    """Optimise the adapters' factors."""
     adaptive = config.variant == "adalora"
     assert config.learning_rate is not None
     groups = []
@@ -193,29 +189,29 @@ def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, w
                 rate = config.learning_rate * (unit if from_zero else 1.0)
                 groups.append({"params": [factor], "lr": rate})
 
-    def run(chosen: Sequence[int]) -> Tensor:
+    def run(indices: Sequence[int]) -> Tensor:
         training = torch.is_grad_enabled()
         for layer in layers.values():
             layer.lora_dropout.train(training)
-        lost = losses(chosen)
-        return lost + config.orthogonal * _skew(layers) if adaptive and training else lost
+        loss = losses(indices)
+        return loss + config.orthogonal * _skew(layers) if adaptive and training else loss
 
-    def allocate(taken: int) -> None:
+    def allocate(step: int) -> None:
         for group in groups:
-            for factor in group["params"]:  # peft reads gradients also where no token came by
+            for factor in group["params"]:  # peft reads every gradient, also of factors that got none
                 factor.grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
-        tuner.update_and_allocate(taken)
+        tuner.update_and_allocate(step)
 
     return descend(
         torch.optim.Adam(groups), run, len(losses.lines), steps=config.steps, stop=Stop(config.stop_loss),
         per_step=config.per_step, rows=work.batch_size,
-        after_step=allocate if adaptive else lambda taken: None,
+        after_step=allocate if adaptive else lambda step: None,
         tick=lambda *at: work.on_progress("lora", *at),
     )  # fmt: skip
 
 
 def _skew(layers: dict[str, Any]) -> Any:
-    """Return how far AdaLoRA's factors are from orthogonal, mean over factors."""
+    """Return ||F F^T - I||, AdaLoRA's deviation from orthogonality, mean over the factors F ``[r, d]``."""
     skews = []
     for layer in layers.values():
         for factor in (layer.lora_A[NAME], layer.lora_B[NAME].mT):  # [r, d]
@@ -225,14 +221,14 @@ def _skew(layers: dict[str, Any]) -> Any:
 
 
 def _delta(layer: Any) -> LowRank:
-    """Read an adapter as a low-rank matrix ``[d_out, d_in]``, without directions that were dropped."""
-    right, left, factor = layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME]
+    """Return an adapter as a low-rank matrix ``[d_out, d_in]``, without the dropped directions."""
+    a, b, factor = layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME]
     if not hasattr(layer, "lora_E"):
-        return LowRank(left.weight.detach() * factor, right.weight.detach())
-    middle = layer.lora_E[NAME].detach()  # [r, 1]
-    active = middle[:, 0] != 0
-    factor = factor / (layer.ranknum[NAME].detach().to(middle.dtype) + 1e-5)  # as peft's layer has it
-    return LowRank(left.detach()[:, active] * factor, (right.detach() * middle)[active])
+        return LowRank(b.weight.detach() * factor, a.weight.detach())
+    e = layer.lora_E[NAME].detach()  # [r, 1]
+    active = e[:, 0] != 0
+    factor = factor / (layer.ranknum[NAME].detach().to(e.dtype) + 1e-5)  # as in peft's layer
+    return LowRank(b.detach()[:, active] * factor, (a.detach() * e)[active])
 
 
 METHOD = Method(

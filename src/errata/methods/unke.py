@@ -110,7 +110,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         plain = config.block_scale == "published"
         task = Block(host, config.layer, [*rows, *preserved_texts], places, values, plain=plain)
         outcome, new_weights = _train(task, config, work)
-        remaining = task.missed(new_weights)
+        remaining = task.remaining_errors(new_weights)
     base = {name: host.model.get_parameter(name).detach() for name in new_weights}
     changes = {name: new - base[name].to(new.dtype) for name, new in new_weights.items()}
     deltas: dict[str, Delta] = {name: delta for name, delta in changes.items() if bool(delta.any())}

@@ -1,4 +1,4 @@
-"""Boards: cells with the same protocol side by side, with a headline and its interval. Pure, but for reading rows."""
+"""Boards: a leaderboard of all cells with the same protocol, with a headline score and its interval."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from errata.report.read import Cell, Run, number
 from errata.report.tally import Counts, Tally, tally
 
 CHUNK = 500
-"""Resamples drawn at once, which bounds memory at many cases."""
+"""Resamples in memory at once."""
 FINE_TUNING = "fine-tuning"
 """Role of the baseline that methods are compared with."""
 EARLIER_ROLES = {
     "unedited": (0, "the floor, nothing edited"),
     "in_prompt": (1, "the oracle, the fact before every prompt"),
 }
-"""Place and role of baselines in runs whose cells do not say them."""
+"""Rank and role of baselines in older runs, whose cells do not record them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell's line on a board."""
+    """A cell's row on a board."""
 
     cell: Cell
     headline: Measure | None
@@ -40,25 +40,25 @@ class Entry:
     measures: Mapping[str, Mapping[str, Measure]]
     """By protocol, then by kind."""
     curves: Curves | None = None
-    """How it wears, of a sequence."""
+    """Retention and collapse curves, for a sequence."""
 
     def measure(self, protocol: str, kind: str) -> Measure | None:
-        """Return a number, or None where it was not measured."""
+        """Return a measure, or None where it was not measured."""
         return self.measures.get(protocol, {}).get(kind)
 
     def main_measure(self, kind: str) -> Measure | None:
-        """Return the number of a kind under the protocol that boards rank by."""
+        """Return the measure of a kind under the protocol that boards rank by."""
         return self.measure(headline_metric().name, kind)
 
     def extra(self, metric: Metric) -> Measure | None:
-        """Return the number that a metric shows in the first table: of the kind it prefers, else of the first."""
+        """Return the measure of a metric's column in the first table: its preferred kind, else the first."""
         of_kinds = self.measures.get(metric.name, {})
         preferred = (of_kinds[kind] for kind in metric.heading_kinds if kind in of_kinds)
         return next(preferred, next(iter(of_kinds.values()), None))
 
     @property
     def role(self) -> str:
-        """What a baseline shows; empty for a method under test."""
+        """The role of a baseline; empty for a method under test."""
         return _place(self.cell)[1]
 
 
@@ -72,37 +72,37 @@ class Board:
     entries: tuple[Entry, ...]
     """Baselines first, then by headline."""
     kinds: tuple[str, ...]
-    """Kinds measured by the protocol that boards rank by, free generation, in the order of columns."""
+    """Kinds measured under free generation, which boards rank by, in column order."""
     kept: frozenset[str]
     """Kinds whose answers must not change."""
     headline: tuple[str, ...]
-    """Kinds whose harmonic mean is the headline."""
+    """Kinds whose harmonic mean is the headline score."""
 
     @property
     def title(self) -> str:
-        """The board in a few words."""
+        """The board's title: model, dataset and schedule."""
         return f"{self.model} · {self.tag.get('dataset', '?')} · {self.schedule}"
 
     @property
-    def explained(self) -> str:
-        """Say what the headline is."""
+    def headline_text(self) -> str:
+        """How the headline score is computed."""
         if not self.headline:
             names = ", ".join(kinds.label(options[0]) for options in kinds.headline_parts())
-            return f"no headline: none of {names} was asked by free generation"
+            return f"no headline: none of {names} was evaluated by free generation"
         parts = [kinds.label(kind) + (" kept" if kind in self.kept else "") for kind in self.headline]
         if len(parts) == 1:
             return f"headline: {parts[0]} under free generation"
         return f"headline: harmonic mean of {', '.join(parts[:-1])} and {parts[-1]} under free generation"
 
     def others(self) -> list[str]:
-        """List protocols that have tables of their own: those without a column in the first table."""
+        """List protocols with tables of their own: those without a column in the first table."""
         names = {protocol for entry in self.entries for protocol in entry.measures}
         records = {name: numbers.metric(name) for name in names}
         own = [name for name in names if not (records[name].headline or records[name].heading)]
         return sorted(own, key=lambda name: (records[name].order, name))
 
     def extras(self) -> list[Metric]:
-        """List the metrics that have a column in the first table beside the protocol that ranks, where measured."""
+        """List the further metrics with a column in the first table, where measured."""
         return [
             metric
             for metric in REGISTRY.values()
@@ -110,46 +110,46 @@ class Board:
         ]
 
     def group(self, kind: str) -> str:
-        """Say what a kind is about on this board."""
+        """Return the group of a kind on this board."""
         return kinds.group(kind, self.kept)
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:
-    """Put finished cells of all runs together, one board for each protocol."""
+    """Group the finished cells of all runs into boards, one for each protocol."""
     groups: dict[str, list[Cell]] = {}
-    for cell in finished(runs):
+    for cell in cells_with_results(runs):
         groups.setdefault(_key(cell), []).append(cell)
     return [_board(cells) for cells in groups.values()]
 
 
-def finished(runs: Sequence[Run]) -> list[Cell]:
-    """List cells that have results; of one that stands in several runs, the first."""
-    return [cell for cell in _different(runs) if cell.status == "done" and cell.summary]
+def cells_with_results(runs: Sequence[Run]) -> list[Cell]:
+    """List cells with results; for a cell in several runs, the first."""
+    return [cell for cell in _distinct_cells(runs) if cell.status == "done" and cell.summary]
 
 
 def absent(runs: Sequence[Run]) -> list[Cell]:
-    """List cells without results: refused, failed or not finished in every run that has them."""
-    return [cell for cell in _different(runs) if cell.status != "done" or not cell.summary]
+    """List cells without results: refused, failed or unfinished in every run that has them."""
+    return [cell for cell in _distinct_cells(runs) if cell.status != "done" or not cell.summary]
 
 
-def _different(runs: Sequence[Run]) -> list[Cell]:
-    found: dict[str, Cell] = {}
+def _distinct_cells(runs: Sequence[Run]) -> list[Cell]:
+    first_of: dict[str, Cell] = {}
     for cell in (cell for run in runs for cell in run.cells):
-        if cell.id not in found or (found[cell.id].status != "done" and cell.status == "done"):
-            found[cell.id] = cell
-    return list(found.values())
+        if cell.id not in first_of or (first_of[cell.id].status != "done" and cell.status == "done"):
+            first_of[cell.id] = cell
+    return list(first_of.values())
 
 
 def model_name(cell: Cell) -> str:
-    """Return the name that the recipe gives a cell's model."""
+    """Return the name of a cell's model in its recipe."""
     model = cell.plan.get("model")
     if isinstance(model, Mapping):
         model = model.get("label") or model.get("name")
-    return str(model or (cell.found.get("host") or {}).get("name") or "?")
+    return str(model or (cell.result.get("host") or {}).get("name") or "?")
 
 
 def _key(cell: Cell) -> str:
-    host = cell.found.get("host") or {}
+    host = cell.result.get("host") or {}
     parts = [model_name(cell), host.get("fingerprint"), str(cell.plan.get("schedule")), dict(cell.tag)]
     return json.dumps(parts, sort_keys=True, default=str)
 
@@ -158,13 +158,15 @@ def _board(cells: Sequence[Cell]) -> Board:
     keys = (key.rpartition(".") for cell in cells for key in cell.summary)
     measured_kinds = {kind for kind, _, protocol in keys if protocol == headline_metric().name}
     tallies = [tally(cell) for cell in cells]
-    kept = frozenset(kind for kind in measured_kinds if _is_kept(kind, tallies))
-    chosen = (next((k for k in options if k in measured_kinds), None) for options in kinds.headline_parts())
-    parts = tuple(kind for kind in chosen if kind)
+    kept = frozenset(kind for kind in measured_kinds if _must_not_change(kind, tallies))
+    measured_parts = (
+        next((k for k in options if k in measured_kinds), None) for options in kinds.headline_parts()
+    )
+    parts = tuple(kind for kind in measured_parts if kind)
     scores = _headlines(cells, tallies, parts)
     entries = [
-        Entry(cell, value, difference, _measures(cell), curves(cell, counted))
-        for cell, counted, (value, difference) in zip(cells, tallies, scores, strict=True)
+        Entry(cell, value, difference, _measures(cell), curves(cell, counts))
+        for cell, counts, (value, difference) in zip(cells, tallies, scores, strict=True)
     ]
     entries.sort(
         key=lambda e: (
@@ -180,19 +182,19 @@ def _board(cells: Sequence[Cell]) -> Board:
     )  # fmt: skip
 
 
-def _is_kept(kind: str, tallies: Sequence[Tally]) -> bool:
+def _must_not_change(kind: str, tallies: Sequence[Tally]) -> bool:
     changes = [one.changes[kind] for one in tallies if kind in one.changes]
     return not any(changes) if changes else kinds.group(kind) == "kept"
 
 
 def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
     table: dict[str, dict[str, Measure]] = {}
-    judge = cell.judged.get("judge") or {}
-    # answers that different judges, or one judge under different prompts, called right share no column
+    judge = cell.verdicts.get("judge") or {}
+    # verdicts of different judges, or of one judge with different prompts, are never in one column
     by = f" by {judge.get('model')}, prompt {str(judge.get('prompt_sha256'))[:8]}"
-    judged = {f"{key}{by}": entry for key, entry in (cell.judged.get("summary") or {}).items()
+    by_judge = {f"{key}{by}": entry for key, entry in (cell.verdicts.get("summary") or {}).items()
               if metric_of(key.rpartition(".")[2]).by_judge}  # fmt: skip
-    for key, entry in [*cell.summary.items(), *judged.items()]:
+    for key, entry in [*cell.summary.items(), *by_judge.items()]:
         head, mark, name = key.partition(" by ")
         kind, _, protocol = head.rpartition(".")
         protocol += mark + name
@@ -210,35 +212,35 @@ def _measures(cell: Cell) -> dict[str, dict[str, Measure]]:
 def _headlines(
     cells: Sequence[Cell], tallies: Sequence[Tally], parts: Sequence[str]
 ) -> list[tuple[Measure | None, Measure | None]]:
-    """Return each cell's headline, and its distance from fine-tuning, both with intervals."""
+    """Return each cell's headline score and its difference to fine-tuning, both with intervals."""
     values = [_harmonic([_after(cell, kind) for kind in parts]) for cell in cells]
-    drawn = _draws([one.last for one in tallies], parts) if parts else None
-    made: list[tuple[Measure | None, Measure | None]] = []
+    samples = _draws([one.last for one in tallies], parts) if parts else None
+    headlines: list[tuple[Measure | None, Measure | None]] = []
     for i, value in enumerate(values):
         if value is None:
-            made.append((None, None))
+            headlines.append((None, None))
             continue
         difference = None
         tuning = _tuning(cells, cells[i])
         base = None if tuning is None else values[tuning]
         if tuning is not None and base is not None and not cells[i].baseline:
             paired = None
-            if drawn is not None and tallies[i].last.keys() == tallies[tuning].last.keys():
-                paired = drawn[:, i] - drawn[:, tuning]
+            if samples is not None and tallies[i].last.keys() == tallies[tuning].last.keys():
+                paired = samples[:, i] - samples[:, tuning]
             difference = Measure(value - base, *_interval(paired))
-        made.append((Measure(value, *_interval(None if drawn is None else drawn[:, i])), difference))
-    return made
+        headlines.append((Measure(value, *_interval(None if samples is None else samples[:, i])), difference))
+    return headlines
 
 
 def _tuning(cells: Sequence[Cell], cell: Cell) -> int | None:
-    """Find the fine-tuning that a cell is compared with: of its own seed where there is one."""
-    found = [i for i, c in enumerate(cells) if _place(c)[1] == FINE_TUNING]
-    own = [i for i in found if cells[i].plan.get("seed") == cell.plan.get("seed")]
-    return next(iter(own or found), None)
+    """Return the index of the fine-tuning cell to compare with: one with the same seed if there is one."""
+    baselines = [i for i, c in enumerate(cells) if _place(c)[1] == FINE_TUNING]
+    own = [i for i in baselines if cells[i].plan.get("seed") == cell.plan.get("seed")]
+    return next(iter(own or baselines), None)
 
 
 def _place(cell: Cell) -> tuple[int, str]:
-    """Return a baseline's place among the baselines and its role; 0 and nothing for a method under test."""
+    """Return a baseline's rank and role; (0, "") for a method under test."""
     if not cell.baseline:
         return 0, ""
     role = cell.plan.get("role")
@@ -252,23 +254,23 @@ def _after(cell: Cell, kind: str) -> float | None:
 
 
 def _harmonic(values: Iterable[float | None]) -> float | None:
-    known = list(values)
-    if not known or any(value is None for value in known):
+    every_value = list(values)
+    if not every_value or any(value is None for value in every_value):
         return None
-    return harmonic([value for value in known if value is not None])
+    return harmonic([value for value in every_value if value is not None])
 
 
-def _interval(drawn: np.ndarray | None) -> tuple[float | None, float | None]:
-    if drawn is None or not np.isfinite(drawn).all():
+def _interval(samples: np.ndarray | None) -> tuple[float | None, float | None]:
+    if samples is None or not np.isfinite(samples).all():
         return None, None
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(samples, [0.025, 0.975])
     return float(low), float(high)
 
 
 def _draws(counts: Sequence[Counts], parts: Sequence[str]) -> np.ndarray | None:
-    """Draw whole cases with replacement, the same ones for every cell; return headlines ``[draws, cells]``.
+    """Bootstrap over cases, the same resamples for every cell; return headline scores ``[resamples, cells]``.
 
-    None without rows. A cell that has none of a kind in a draw gives NaN there.
+    None without rows. NaN where a cell has no probe of a kind in a resample.
     """
     cases = sorted({case for one in counts for case in one})
     if not cases:
@@ -278,7 +280,7 @@ def _draws(counts: Sequence[Counts], parts: Sequence[str]) -> np.ndarray | None:
         for i, case in enumerate(cases):
             table[:, i, j] = one.get(case, {}).get(part, (0.0, 0))
     rng = np.random.default_rng(0)
-    drawn = []
+    headlines = []
     for first in range(0, RESAMPLES, CHUNK):
         size = min(CHUNK, RESAMPLES - first)
         weight = rng.multinomial(len(cases), [1 / len(cases)] * len(cases), size=size).astype(float)
@@ -286,5 +288,5 @@ def _draws(counts: Sequence[Counts], parts: Sequence[str]) -> np.ndarray | None:
             shares = (weight @ table[0]) / (weight @ table[1])  # [size, cells * parts]
             shares = shares.reshape(size, len(counts), len(parts))
             means = len(parts) / (1 / shares).sum(-1)
-        drawn.append(np.where((shares == 0).any(-1), 0.0, means))
-    return np.concatenate(drawn)
+        headlines.append(np.where((shares == 0).any(-1), 0.0, means))
+    return np.concatenate(headlines)

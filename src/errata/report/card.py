@@ -1,4 +1,4 @@
-"""The card: all tables of a report as Markdown, with what is needed to repeat them."""
+"""The card: all tables of a report as Markdown, with the facts needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from errata.report.read import Run, number
 
 
 def card(runs: Sequence[Run]) -> str:
-    """Write a report's Markdown card."""
-    made = boards(runs)
+    """Return a report's Markdown card."""
+    every_board = boards(runs)
     lines = [f"# {escape(heading(runs))}", ""]
-    for section in tables.sections(made):
+    for section in tables.sections(every_board):
         lines += [f"## {escape(section.title)}", "", f"Protocol: {escape(section.tag)}", ""]
         for table in section.tables:
             lines += _table(table)
-    if not made:
+    if not every_board:
         lines += ["No cell has results yet.", ""]
-    for table in tables.published_tables(comparisons(runs, made)):
+    for table in tables.published_tables(comparisons(runs, every_board)):
         lines += _table(table, "##")
     absent = tables.absent_table(runs)
     if absent is not None:
         lines += _table(absent, "##")
-    lines += ["## Made with", ""]
+    lines += ["## Provenance", ""]
     for run in runs:
         lines += [f"* {escape(run.name)}: {escape(fact)}" for fact in run_facts(run)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def heading(runs: Sequence[Run]) -> str:
-    """Name a report after its runs."""
+    """Return a report's title, from the names of its runs."""
     return "Report: " + ", ".join(dict.fromkeys(run.name for run in runs))
 
 
 def run_facts(run: Run) -> list[str]:
-    """List what a run was made with, and whether its files could be verified."""
+    """List a run's provenance, and whether its files could be verified."""
     unverified = [] if run.verified else ["not verified: written before results carried hashes"]
     return [*facts(run.document), *unverified]
 
 
 def facts(document: Mapping[str, Any]) -> list[str]:
-    """List what a run was made with: when, recipe, versions, hardware, data."""
-    found = []
+    """List a run's provenance: time, recipe, versions, hardware, data."""
+    lines = []
     if document.get("created"):
-        found.append(f"created {document['created']}")
+        lines.append(f"created {document['created']}")
     if document.get("recipe_sha256"):
-        found.append(f"recipe sha256 {str(document['recipe_sha256'])[:16]}")
+        lines.append(f"recipe sha256 {str(document['recipe_sha256'])[:16]}")
     versions = document.get("versions") or {}
     if versions:
-        found.append("versions " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
+        lines.append("versions " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
     hardware = hardware_line(document.get("hardware") or {}, document.get("threads"))
     if hardware:
-        found.append(hardware)
+        lines.append(hardware)
     for source, entry in (document.get("datasets") or {}).items():
         sha = str(entry.get("sha256") or "")[:16]
         cases = entry.get("cases")
         words = [f"{cases:,} cases" if isinstance(cases, int) else "", f"sha256 {sha}" if sha else ""]
-        found.append(f"data {source}: {', '.join(word for word in words if word) or 'no facts'}")
-    return found
+        lines.append(f"data {source}: {', '.join(word for word in words if word) or 'no facts'}")
+    return lines
 
 
 def hardware_line(hardware: Mapping[str, Any], threads: Any = None) -> str:
-    """Word the hardware on one line; empty where nothing is known."""
+    """Describe the hardware on one line; empty where nothing is recorded."""
     words = []
     if hardware.get("cpu"):
         words.append(str(hardware["cpu"]))
@@ -89,7 +89,7 @@ def _gpu(gpu: Any) -> str:
 
 
 def escape(text: str) -> str:
-    """Keep text from being read as Markdown or HTML."""
+    """Escape Markdown and HTML in a text."""
     flat = printable(re.sub(r"\s+", " ", text))
     flat = re.sub(r"([\\`*\[\]|~#!])", r"\\\1", flat)
     flat = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", flat)

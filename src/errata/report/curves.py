@@ -1,4 +1,4 @@
-"""How a method wears in a sequence: success by the age of an edit, and what is left after so many edits."""
+"""Curves of sequential editing: success by the age of an edit, and efficacy and perplexity by number of edits."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from errata.types.kinds import EFFICACY
 
 @dataclass(frozen=True)
 class Age:
-    """Edits of about the same age: how many later edits were in place when they were asked for."""
+    """Edits of similar age; the age of an edit is the number of later edits in place."""
 
     first: int
     last: int
-    """Youngest and oldest age that was seen."""
+    """Smallest and largest age."""
     success: Measure
-    """Share that free generation still answers with the target."""
+    """Share still answered with the target by free generation."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was found with so many edits in place."""
+class Checkpoint:
+    """Measurements with ``edits`` edits in place."""
 
     edits: int
     efficacy: Measure | None
     """Over all edits so far, by free generation."""
     newest: float | None
-    """The same over the edits made last."""
+    """The same over the most recent edits."""
     perplexity: float | None
-    """Of neutral text, per token; infinite where the host's numbers overflow."""
+    """Of neutral text, per token; infinite if the host's outputs overflow."""
     perplexity_before: float | None
     norm_ratio: float | None
     """Largest relative Frobenius change among the edited weights."""
     alarms: tuple[str, ...]
-    """Reasons why the host counts as collapsed."""
+    """Signs of collapse."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,33 @@ class Curves:
     """The curves of one cell."""
 
     retention: tuple[Age, ...]
-    looks: tuple[Look, ...]
+    checkpoints: tuple[Checkpoint, ...]
 
 
 def curves(cell: Cell, tally: Tally) -> Curves | None:
-    """Read a cell's curves off its looks and its right answers; None where it was no sequence."""
-    if not cell.sequence or not cell.looks:
+    """Compute a cell's curves from its checkpoints and right answers; None if it is not a sequence."""
+    if not cell.sequence or not cell.checkpoints:
         return None
-    seen: dict[int, list[tuple[str, float]]] = {}
-    for edits, cases in tally.looks.items():
+    shares_of: dict[int, list[tuple[str, float]]] = {}
+    for edits, cases in tally.checkpoints.items():
         shares = [
             (case, counts[EFFICACY][0] / counts[EFFICACY][1])
             for case, counts in cases.items() if EFFICACY in counts
         ]  # fmt: skip
         if edits is not None and shares:
-            seen[edits] = shares
-    looks = tuple(_look(look, seen.get(look["edits"], [])) for look in cell.looks)
-    return Curves(_retention(seen), looks)
+            shares_of[edits] = shares
+    checkpoints = tuple(
+        _checkpoint(checkpoint, shares_of.get(checkpoint["edits"], [])) for checkpoint in cell.checkpoints
+    )
+    return Curves(_retention(shares_of), checkpoints)
 
 
-def _retention(seen: Mapping[int, Sequence[tuple[str, float]]]) -> tuple[Age, ...]:
-    """Pool all looks by age: the edit in place ``i``, asked after ``n``, has age ``n - i``."""
+def _retention(shares_of: Mapping[int, Sequence[tuple[str, float]]]) -> tuple[Age, ...]:
+    """Pool all checkpoints by age: edit ``i``, evaluated after ``n`` edits, has age ``n - i``."""
     strata: dict[int, list[tuple[int, str, float]]] = {}
-    for edits, cases in seen.items():
+    for edits, cases in shares_of.items():
         for i, (case, success) in enumerate(cases, 1):
-            age = retention.Recalled(i, edits, success).age
+            age = retention.EditRecall(i, edits, success).age
             start = max(start for start in retention.STRATA if start <= age)
             strata.setdefault(start, []).append((age, case, success))
     return tuple(
@@ -84,24 +86,24 @@ def _retention(seen: Mapping[int, Sequence[tuple[str, float]]]) -> tuple[Age, ..
     )
 
 
-def _look(look: Mapping[str, Any], cases: Sequence[tuple[str, float]]) -> Look:
-    ratios = look.get("norm_ratio")
+def _checkpoint(record: Mapping[str, Any], cases: Sequence[tuple[str, float]]) -> Checkpoint:
+    ratios = record.get("norm_ratio")
     values = [number(v) for v in ratios.values()] if isinstance(ratios, Mapping) else [number(ratios)]
-    known = [value for value in values if value is not None]
-    return Look(
-        edits=int(look["edits"]),
+    finite = [value for value in values if value is not None]
+    return Checkpoint(
+        edits=int(record["edits"]),
         efficacy=_share(cases) if cases else None,
-        newest=number(look.get("last_batch_efficacy")),
-        perplexity=number(look.get("perplexity_after")),
-        perplexity_before=number(look.get("perplexity_before")),
-        norm_ratio=max(known, default=None),
-        alarms=_alarms(look.get("collapse")),
+        newest=number(record.get("last_batch_efficacy")),
+        perplexity=number(record.get("perplexity_after")),
+        perplexity_before=number(record.get("perplexity_before")),
+        norm_ratio=max(finite, default=None),
+        alarms=_alarms(record.get("collapse")),
     )
 
 
 def _alarms(collapse: Any) -> tuple[str, ...]:
-    found = collapse.get("alarm") if isinstance(collapse, Mapping) else None
-    return tuple(map(str, found or ()))
+    reasons = collapse.get("alarm") if isinstance(collapse, Mapping) else None
+    return tuple(map(str, reasons or ()))
 
 
 def _share(cases: Sequence[tuple[str, float]]) -> Measure:

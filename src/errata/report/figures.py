@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 9.0
-"""Inches; at :data:`DPI` twice the width of a README's column."""
+"""Inches; at :data:`DPI`, twice the width of a README on GitHub."""
 DPI = 180
-SHOWN = 6
-"""How many methods have a colour in curves; the others stay grey."""
+MOST_COLOURED = 6
+"""Number of methods with a colour in curves; the others are grey."""
 LOG_SPAN = 15.0
-"""From this ratio of largest to smallest on, an axis is logarithmic."""
+"""From this ratio of largest to smallest value, an axis is logarithmic."""
 FAR = 1000.0
-"""Beyond so many times the unedited perplexity it no longer matters how far: curves leave the axes."""
+"""The perplexity axis ends at this multiple of the unedited perplexity."""
 DASHES = ("-", "--", ":", "-.")
-"""Of lines that share a colour in one figure: methods with several seeds, or of one colour by chance."""
+"""Line styles for methods of equal colour in a figure: several seeds, or equal colours by chance."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one variant; see :mod:`errata.report.style` for which method has which."""
+    """Colours of one variant; :mod:`errata.report.style` assigns them to methods."""
 
     name: str
     ground: str
@@ -79,14 +79,14 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
     _require()
     target = folder(place)
     written = []
-    for board, slug in _named(boards(runs)):
+    for board, slug in _with_slugs(boards(runs)):
         drawings: dict[str, Callable[[Board, Theme], Figure]] = {"board": _board}
         if any(entry.curves for entry in board.entries):
             drawings |= {"retention": _retention, "collapse": _collapse}
         for name, draw in drawings.items():
             for theme in (LIGHT, DARK):
                 stem = f"{name}-{slug}{theme.name}"
-                written += [write(target / f"{stem}.{form}", _saved(draw(board, theme), form))
+                written += [write(target / f"{stem}.{form}", _render(draw(board, theme), form))
                             for form in ("png", "svg")]  # fmt: skip
     return written
 
@@ -100,30 +100,30 @@ def _require() -> None:
         ) from error
 
 
-def _named(made: Sequence[Board]) -> Iterator[tuple[Board, str]]:
-    """Give every board a name that files can bear, each another."""
-    used: dict[str, int] = {}
-    for board in made:
+def _with_slugs(every_board: Sequence[Board]) -> Iterator[tuple[Board, str]]:
+    """Yield every board with a unique name for its files."""
+    count_of: dict[str, int] = {}
+    for board in every_board:
         text = f"{board.model.rpartition('/')[2]}-{board.tag.get('dataset', '')}-{board.schedule}"
         slug = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
-        used[slug] = used.get(slug, 0) + 1
-        yield board, slug if used[slug] == 1 else f"{slug}-{used[slug]}"
+        count_of[slug] = count_of.get(slug, 0) + 1
+        yield board, slug if count_of[slug] == 1 else f"{slug}-{count_of[slug]}"
 
 
-def _saved(figure: Figure, form: str) -> bytes:
-    """Return a figure's bytes, the same for the same numbers."""
+def _render(figure: Figure, form: str) -> bytes:
+    """Return a figure's bytes, identical for identical data."""
     from matplotlib import rc_context
 
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for axes in figure.axes:  # the layout's solver differs in the last bits from one time to the next
-        left, bottom, width, height = (round(place, 5) for place in axes.get_position().bounds)
-        axes.set_position((left, bottom, width, height))
-    held = io.BytesIO()
+    for axes in figure.axes:  # the layout solver is not deterministic in the last bits
+        x, bottom, width, height = (round(place, 5) for place in axes.get_position().bounds)
+        axes.set_position((x, bottom, width, height))
+    buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "errata"}):
-        figure.savefig(held, format=form, dpi=DPI, metadata=metadata, facecolor=figure.get_facecolor())
-    return held.getvalue()
+        figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata, facecolor=figure.get_facecolor())
+    return buffer.getvalue()
 
 
 def _figure(board: Board, theme: Theme, height: float, title: str, columns: int) -> tuple[Figure, list[Axes]]:
@@ -160,7 +160,7 @@ def _styled(axes: Axes, theme: Theme) -> Axes:
 
 
 def _board(board: Board, theme: Theme) -> Figure:
-    """Draw headline and its parts as bars, one panel each, baselines on top."""
+    """Draw the headline score and its parts as bars, one panel each, baselines on top."""
     entries = list(board.entries)
     height = 1.5 + 0.27 * len(entries)
     columns = ["headline", *board.headline]
@@ -175,8 +175,8 @@ def _board(board: Board, theme: Theme) -> Figure:
         axes.set_xlim(0, 104)
         axes.set_xticks([0, 50, 100])
         axes.grid(axis="y", visible=False)
-        kept = " kept" if column in board.kept else ""
-        axes.set_title(kinds.label(column) + kept, fontsize=9.5, color=theme.ink, loc="left")
+        suffix = " kept" if column in board.kept else ""
+        axes.set_title(kinds.label(column) + suffix, fontsize=9.5, color=theme.ink, loc="left")
         axes.tick_params(axis="y", labelleft=axes is panels[0])
     panels[0].set_yticks(list(places), [_name(entry, board) for entry in entries], color=theme.ink)
     return figure
@@ -199,37 +199,41 @@ def _retention(board: Board, theme: Theme) -> Figure:
         for a in curves.retention
     ])  # fmt: skip
     axes.set_ylim(-2, 102)
-    axes.set_xlabel("how many edits were made after it", fontsize=9, color=theme.muted)
+    axes.set_xlabel("number of later edits", fontsize=9, color=theme.muted)
     _legend(axes, theme)
     return figure
 
 
 def _collapse(board: Board, theme: Theme) -> Figure:
     """Draw efficacy over all edits so far, and perplexity of neutral text, over the number of edits."""
-    figure, (left, right) = _figure(board, theme, 4.6, "What is left as edits add up", 2)
-    _lines(left, board, theme, lambda curves: [
-        (look.edits, 100 * look.efficacy.value, _times(look.efficacy.low), _times(look.efficacy.high))
-        for look in curves.looks if look.efficacy
+    figure, (efficacy_axes, perplexity_axes) = _figure(
+        board, theme, 4.6, "Efficacy and perplexity as edits accumulate", 2
+    )
+    _lines(efficacy_axes, board, theme, lambda curves: [
+        (c.edits, 100 * c.efficacy.value, _times(c.efficacy.low), _times(c.efficacy.high))
+        for c in curves.checkpoints if c.efficacy
     ])  # fmt: skip
-    left.set_ylim(-2, 102)
-    left.set_title("efficacy over all edits so far, per cent", fontsize=9.5, color=theme.ink, loc="left")
-    _lines(right, board, theme, lambda curves: [
-        (look.edits, look.perplexity, None, None)
-        for look in curves.looks if look.perplexity is not None and math.isfinite(look.perplexity)
+    efficacy_axes.set_ylim(-2, 102)
+    efficacy_axes.set_title(
+        "efficacy over all edits so far, per cent", fontsize=9.5, color=theme.ink, loc="left"
+    )
+    _lines(perplexity_axes, board, theme, lambda curves: [
+        (c.edits, c.perplexity, None, None)
+        for c in curves.checkpoints if c.perplexity is not None and math.isfinite(c.perplexity)
     ])  # fmt: skip
     title = "perplexity of neutral text"
-    low, high = right.dataLim.intervaly
+    low, high = perplexity_axes.dataLim.intervaly
     top = FAR * max((one for e in board.entries if e.curves for one in _unedited(e.curves)), default=low)
     if high > top or any(_overflows(e.curves) for e in board.entries if e.curves):
         title += f", up to {FAR:,.0f} times the unedited one"
-    right.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
+    perplexity_axes.set_title(title, fontsize=9.5, color=theme.ink, loc="left")
     if low > 0 and high / low >= LOG_SPAN:
-        right.set_yscale("log")
-        _plain_ticks(right.yaxis, [m * 10.0**e for e in range(-3, 12) for m in (1, 3)])
-        right.set_ylim(low / 1.15, min(high, top) * 1.15)
-    for axes in (left, right):
+        perplexity_axes.set_yscale("log")
+        _plain_ticks(perplexity_axes.yaxis, [m * 10.0**e for e in range(-3, 12) for m in (1, 3)])
+        perplexity_axes.set_ylim(low / 1.15, min(high, top) * 1.15)
+    for axes in (efficacy_axes, perplexity_axes):
         axes.set_xlabel("edits in place", fontsize=9, color=theme.muted)
-    _legend(right, theme)
+    _legend(perplexity_axes, theme)
     return figure
 
 
@@ -238,63 +242,66 @@ def _name(entry: Entry, board: Board) -> str:
 
 
 def _unedited(curves: Curves) -> list[float]:
-    return [look.perplexity_before for look in curves.looks if look.perplexity_before]
+    return [checkpoint.perplexity_before for checkpoint in curves.checkpoints if checkpoint.perplexity_before]
 
 
 def _overflows(curves: Curves) -> bool:
-    return any(look.perplexity is not None and math.isinf(look.perplexity) for look in curves.looks)
+    return any(
+        checkpoint.perplexity is not None and math.isinf(checkpoint.perplexity)
+        for checkpoint in curves.checkpoints
+    )
 
 
 def _times(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _chosen(board: Board) -> list[Entry]:
-    """Pick the methods that get a colour: the best ones, and fine-tuning."""
+def _coloured(board: Board) -> list[Entry]:
+    """Return the methods with a colour: the best ones, and fine-tuning."""
     sequential = [entry for entry in board.entries if entry.curves]
     tuning = [entry for entry in sequential if entry.role == "fine-tuning"][:1]
-    return [entry for entry in sequential if not entry.role][: SHOWN - len(tuning)] + tuning
+    return [entry for entry in sequential if not entry.role][: MOST_COLOURED - len(tuning)] + tuning
 
 
 def _lines(axes: Axes, board: Board, theme: Theme, points: Callable[[Curves], Points]) -> None:
-    chosen, used = _chosen(board), Counter[int]()
+    coloured, colour_count = _coloured(board), Counter[int]()
     spots: list[float] = []
     for entry in board.entries:
-        found = points(entry.curves) if entry.curves else []
-        spots += [x for x, *_ in found]
-        if not found:
+        curve_points = points(entry.curves) if entry.curves else []
+        spots += [x for x, *_ in curve_points]
+        if not curve_points:
             continue
-        xs, ys = [x for x, *_ in found], [y for _, y, *_ in found]
-        if entry not in chosen:
+        xs, ys = [x for x, *_ in curve_points], [y for _, y, *_ in curve_points]
+        if entry not in coloured:
             axes.plot(xs, ys, color=theme.muted, alpha=0.35, linewidth=1)
             continue
         style = style_of(entry.cell.name)
-        colour, dash = theme.series[style.colour], DASHES[used[style.colour] % len(DASHES)]
-        used[style.colour] += 1
+        colour, dash = theme.series[style.colour], DASHES[colour_count[style.colour] % len(DASHES)]
+        colour_count[style.colour] += 1
         role = f" ({entry.role})" if entry.role and entry.role != entry.cell.name else ""
         axes.plot(xs, ys, color=colour, linewidth=2, linestyle=dash, marker=MARKERS[style.marker], markersize=4.5,
                   label=_name(entry, board) + role)  # fmt: skip
-        for x, _, low, high in found:
+        for x, _, low, high in curve_points:
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.5)
     _horizontal(axes, spots)
 
 
 def _horizontal(axes: Axes, spots: Sequence[float]) -> None:
-    """Choose the horizontal axis: logarithmic where the points span enough, marked at them where they are few."""
+    """Set up the horizontal axis: logarithmic for a wide range, with ticks at the points if they are few."""
     different = sorted(set(spots))
     positive = [x for x in different if x > 0]
     if positive and positive[-1] / positive[0] >= LOG_SPAN:
-        # age 0 has no place on a logarithmic axis: below the first age it is linear
+        # age 0 cannot be on a logarithmic axis: below the first positive age it is linear
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.4)
         if different[0] > 0:
             axes.set_xlim(different[0] * 0.9, different[-1] * 1.1)
-    few = len(different) <= SHOWN and all(float(x).is_integer() for x in different)
+    few = len(different) <= MOST_COLOURED and all(float(x).is_integer() for x in different)
     _plain_ticks(axes.xaxis, different if few else None)
 
 
 def _plain_ticks(axis: Axis, places: Sequence[float] | None) -> None:
-    """Write numbers in full; ``places``: where, those outside the axis are left out."""
+    """Format ticks without exponents; ``places``: tick positions."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     if places is not None:

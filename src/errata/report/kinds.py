@@ -13,13 +13,13 @@ GROUPS: Mapping[Group, str] = {
 
 
 def group(kind: str, kept: Iterable[str] = ()) -> Group:
-    """Return the group of a kind; ``kept``: kinds of which no answer is meant to change."""
+    """Return the group of a kind; ``kept``: kinds whose answers must not change."""
     record = kind_of(kind)
     return "kept" if record.group == "follows" and record.name in set(kept) else record.group
 
 
 def label(kind: str, *, short: bool = False) -> str:
-    """Return a kind's name for a heading: ``multi_hop.any`` is "multi hop, any"; ``short``: for a narrow table."""
+    """Return the heading of a kind: ``multi_hop.any`` is "multi hop, any"; ``short``: for a narrow table."""
     record = kind_of(kind)
     rest = kind.partition(".")[2].replace(".", ", ").replace("_", " ")
     name = record.short_label if short else record.label
@@ -27,7 +27,7 @@ def label(kind: str, *, short: bool = False) -> str:
 
 
 def headline_parts() -> list[list[str]]:
-    """List the parts of the headline: of each the kinds that may be it, the preferred one first."""
+    """List the parts of the headline score; each is a list of alternative kinds, the preferred one first."""
     parts: dict[int, list[str]] = {}
     for kind in KINDS.values():
         if kind.headline is not None:
@@ -41,11 +41,11 @@ def is_main(kind: str) -> bool:
 
 
 def order(kinds: Iterable[str], kept: Iterable[str] = ()) -> list[str]:
-    """Sort kinds by group; learned and kept ones as in the table of kinds, all others by name."""
-    known = [name for name, kind in KINDS.items() if kind.group in ("learned", "kept")]
-    rank = {name: place for place, name in enumerate(known)}
+    """Sort kinds by group; learned and kept ones in the order of the table of kinds, all others by name."""
+    main_kinds = [name for name, kind in KINDS.items() if kind.group in ("learned", "kept")]
+    rank = {name: place for place, name in enumerate(main_kinds)}
     groups = list(GROUPS)
     return sorted(
         dict.fromkeys(kinds),
-        key=lambda k: (groups.index(group(k, kept)), rank.get(k.partition(".")[0], len(known)), k),
+        key=lambda k: (groups.index(group(k, kept)), rank.get(k.partition(".")[0], len(main_kinds)), k),
     )

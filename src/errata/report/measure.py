@@ -1,4 +1,4 @@
-"""A number with its interval: what every table and chart is made of."""
+"""The record of a measured number with its interval, used in every table and chart."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Measure:
     """Lower end of the 95 % interval, from resampled cases."""
     high: float | None = None
     before: float | None = None
-    """The same of the unedited host."""
+    """The value for the unedited host."""
     n: int | None = None
-    """How many probes the value averages."""
+    """Number of probes in the average."""
     more: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers of the summary of the same rows: those that the metric's record names as columns."""
+    """Further numbers of the same summary entry: the columns of the metric."""

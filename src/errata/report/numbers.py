@@ -1,4 +1,4 @@
-"""Numbers as people read them: per cent, seconds, bytes; never more digits than say something."""
+"""Format numbers for people: per cent, seconds, bytes, with significant digits only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NONE = "–"
 
 
 def metric(protocol: str) -> Metric:
-    """Return the metric of a protocol; that of a judge is named with its judge."""
+    """Return the metric of a protocol; a judge's protocol has the form ``judge by MODEL ...``."""
     return metric_of(protocol.partition(" by ")[0])
 
 
@@ -24,8 +24,8 @@ def percent(value: float | None, digits: int = 1) -> str:
     """Show a share as per cent without the sign: 0.9643 is "96.4"."""
     if value is None or not math.isfinite(value):
         return NONE
-    shown = f"{100 * value:.{digits}f}"
-    return shown.removeprefix("-") if float(shown) == 0 else shown
+    text = f"{100 * value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def plain(value: float | None) -> str:
@@ -52,12 +52,12 @@ def seconds(value: float | None) -> str:
         return f"{1000 * value:.0f} ms"
     if value < 10:
         return f"{value:.2f} s"
-    whole = round(value)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    whole_seconds = round(value)
+    if whole_seconds < 120:
+        return f"{whole_seconds} s"
+    if whole_seconds < 7200:
+        return f"{whole_seconds // 60} min {whole_seconds % 60:02d} s"
+    return f"{whole_seconds // 3600} h {whole_seconds % 3600 // 60:02d} min"
 
 
 def size(value: float | None) -> str:

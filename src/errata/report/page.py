@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, style and script inside. Needs no network, no font, no library."""
+"""The page: a single HTML file with data, style and scripts inside; no network, fonts or libraries needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from errata.evaluation.metrics import REGISTRY, Metric, headline_metric
 from errata.report import card, kinds, numbers, tables
 from errata.report.board import Board, Entry, absent, boards, model_name
-from errata.report.curves import Age, Look
+from errata.report.curves import Age, Checkpoint
 from errata.report.details import Details
 from errata.report.files import write
 from errata.report.measure import Measure
@@ -24,7 +24,7 @@ from errata.report.read import Run, number
 from errata.report.style import style_of
 
 CASES = 100
-"""Cases of each cell that the page holds with their texts."""
+"""Default number of cases per cell with their texts."""
 STYLES = ("style.css",)
 SCRIPTS = ("base.js", "board.js", "charts.js", "cases.js", "main.js")
 
@@ -35,32 +35,32 @@ def write_page(path: str | os.PathLike[str], runs: Sequence[Run], *, cases: int 
 
 
 def page(runs: Sequence[Run], *, cases: int = CASES) -> str:
-    """Return the page of some runs. ``cases``: how many of each cell are held with their texts."""
-    made = boards(runs)
-    data = _document(runs, made, cases)
+    """Return the page of some runs. ``cases``: number of cases per cell with their texts."""
+    every_board = boards(runs)
+    data = _document(runs, every_board, cases)
     parts = {
         "TITLE": html.escape(data["title"]),
         "STYLE": "\n".join(map(_asset, STYLES)),
         "SCRIPT": "\n".join(map(_asset, SCRIPTS)),
         "DATA": _embedded(data),
-        "STATIC": _static(runs, made),
+        "STATIC": _static(runs, every_board),
     }
-    # one pass, so that what stands in the data is never taken for a mark
-    return re.sub(r"@@([A-Z]+)@@", lambda found: parts[found[1]], _asset("page.html"))
+    # in one pass, so that a placeholder inside the data is not replaced
+    return re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], _asset("page.html"))
 
 
 def document(runs: Sequence[Run], *, cases: int = CASES) -> dict[str, Any]:
-    """Return all that the page shows, JSON-ready; texts of cases are numbered strings, see ``details``."""
+    """Return all data of the page, JSON-ready; texts of cases are indices of strings, see ``details``."""
     return _document(runs, boards(runs), cases)
 
 
-def _document(runs: Sequence[Run], made: Sequence[Board], cases: int) -> dict[str, Any]:
+def _document(runs: Sequence[Run], every_board: Sequence[Board], cases: int) -> dict[str, Any]:
     details = Details(cases)
     return {
         "title": card.heading(runs),
         "runs": [{"name": run.name, "facts": card.run_facts(run)} for run in runs],
-        "boards": [_board(board, details) for board in made],
-        "published": [_published(one) for one in comparisons(runs, made)],
+        "boards": [_board(board, details) for board in every_board],
+        "published": [_published(one) for one in comparisons(runs, every_board)],
         "absent": [
             {
                 "method": cell.name,
@@ -73,7 +73,7 @@ def _document(runs: Sequence[Run], made: Sequence[Board], cases: int) -> dict[st
             }
             for cell in absent(runs)
         ],
-        "metrics": _metrics(made),
+        "metrics": _metrics(every_board),
         "details": details.document(),
     }
 
@@ -84,7 +84,7 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "model": board.model,
         "schedule": board.schedule,
         "tag": {name: value for name, value in board.tag.items() if value is not None},
-        "explained": board.explained,
+        "explained": board.headline_text,
         "unedited_cases": tables.refused_cases(board),
         "headline": list(board.headline),
         "groups": dict(kinds.GROUPS),
@@ -94,7 +94,7 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "kinds": [_kind(kind, board) for kind in board.kinds],
         "others": [_protocol(board, protocol) for protocol in board.others()],
         "scores": tables.scores_of(board),
-        "beside": [list(one) for one in tables.beside(board)],
+        "beside": [list(one) for one in tables.strict_shares(board)],
         "entries": [_entry(entry, board, details) for entry in board.entries],
     }
 
@@ -124,7 +124,7 @@ def _extra(metric: Metric) -> dict[str, Any]:
 
 
 def _metrics(every_board: Sequence[Board]) -> dict[str, Any]:
-    """Describe how the metrics of some boards are worded, by protocol."""
+    """Return label, unit and direction of the metrics of some boards, by protocol."""
     names = dict.fromkeys(name for board in every_board for entry in board.entries for name in entry.measures)
     return {
         name: {"label": metric.label, "unit": metric.unit, "compares": metric.compares}
@@ -136,7 +136,7 @@ def _metrics(every_board: Sequence[Board]) -> dict[str, Any]:
 def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
     cell = entry.cell
     curves = entry.curves
-    scores = {name: number(value) for name, value in (cell.found.get("scores") or {}).items()}
+    scores = {name: number(value) for name, value in (cell.result.get("scores") or {}).items()}
     return {
         **{metric.name: _rounded(extra.value if (extra := entry.extra(metric)) else None)
            for metric in REGISTRY.values() if metric.heading},
@@ -146,19 +146,19 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
         "role": entry.role,
         "style": list(style_of(cell.name)),
         "settings": dict(cell.plan.get("settings") or {}),
-        "host": cell.found.get("host") or {},
+        "host": cell.result.get("host") or {},
         "headline": _measure(entry.headline),
         "over": _measure(entry.over_tuning),
         "measures": {
-            protocol: {kind: _measure(measure) for kind, measure in found.items()}
-            for protocol, found in entry.measures.items()
+            protocol: {kind: _measure(measure) for kind, measure in of_kinds.items()}
+            for protocol, of_kinds in entry.measures.items()
         },
         "scores": {name: _rounded(value) for name, value in scores.items()},
         "perplexity": list(map(_rounded, tables.perplexities(entry))),
         "fit": _rounded(tables.fit_median(entry)),
         "cost": tables.cost_of(entry),
         "retention": [_age(age) for age in curves.retention] if curves else [],
-        "looks": [_look(look) for look in curves.looks] if curves else [],
+        "looks": [_checkpoint(checkpoint) for checkpoint in curves.checkpoints] if curves else [],
         "details": details.add(cell),
     }  # fmt: skip
 
@@ -167,9 +167,9 @@ def _age(age: Age) -> list[Any]:
     return [age.first, age.last, *_ends(age.success), age.success.n]
 
 
-def _look(look: Look) -> list[Any]:
-    found = (look.newest, look.perplexity, look.perplexity_before, look.norm_ratio)
-    return [look.edits, *_ends(look.efficacy), *map(_rounded, found), list(look.alarms)]
+def _checkpoint(checkpoint: Checkpoint) -> list[Any]:
+    values = (checkpoint.newest, checkpoint.perplexity, checkpoint.perplexity_before, checkpoint.norm_ratio)
+    return [checkpoint.edits, *_ends(checkpoint.efficacy), *map(_rounded, values), list(checkpoint.alarms)]
 
 
 def _measure(measure: Measure | None) -> list[Any] | None:
@@ -186,7 +186,7 @@ def _ends(measure: Measure | None) -> list[Any]:
 
 
 def _rounded(value: float | None) -> float | str | None:
-    """Keep five significant digits; numbers that JSON cannot write become their names."""
+    """Round to five significant digits; numbers that JSON cannot represent become text."""
     if value is None:
         return None
     return float(f"{value:.5g}") if math.isfinite(value) else str(value)
@@ -198,7 +198,7 @@ def _published(one: Comparison) -> dict[str, Any]:
         "source": one.source,
         "setting": one.setting,
         "provenance": one.provenance,
-        "meaning": PROVENANCE.get(one.provenance, "of no known kind"),
+        "meaning": PROVENANCE.get(one.provenance, "unknown"),
         "convention": one.convention,
         "tolerance": one.tolerance,
         "board": one.board,
@@ -210,17 +210,17 @@ def _published(one: Comparison) -> dict[str, Any]:
 
 
 def _embedded(data: Mapping[str, Any]) -> str:
-    """Write JSON that may stand in a script tag: nothing in it can end the tag or begin a comment."""
+    """Encode JSON for a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     for sign in ("<", ">", "\u2028", "\u2029"):
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
 
 
-def _static(runs: Sequence[Run], made: Sequence[Board]) -> str:
-    """Write the tables as plain HTML, for readers without scripts."""
+def _static(runs: Sequence[Run], every_board: Sequence[Board]) -> str:
+    """Return the tables as plain HTML, for browsers without scripts."""
     parts = []
-    for section in tables.sections(made, brief=True):
+    for section in tables.sections(every_board, brief=True):
         parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>Protocol: {html.escape(section.tag)}</p>"]
         parts += map(_static_table, section.tables)
     absent_cells = tables.absent_table(runs)

@@ -1,4 +1,4 @@
-"""Published tables beside what was measured: always with their provenance, and only where they are comparable."""
+"""Compare published tables with measured scores: always with their provenance, and only where comparable."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ PROVENANCE = {
 
 
 MISSING = 0.05
-"""Share of a sequence's or a batch's edits that may be missing, as rows that a loader cannot take are."""
+"""Share of the edits of a sequence or batch that may be missing, such as rows that a loader skips."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One published score beside the measured one."""
+    """A published score and the measured one."""
 
     method: str
     score: str
     published: float | None
-    """None where the figure is from memory only."""
+    """None if the figure is from memory only."""
     provenance: str
     measured: float | None
     """In the papers' unit; None where nothing comparable was measured."""
     within: bool | None
-    """Whether the two agree within the table's tolerance; None where that cannot be said."""
+    """Whether the two agree within the table's tolerance; None where either or the tolerance is missing."""
 
     @property
     def difference(self) -> float | None:
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published table, with what one board has of it."""
+    """A published table with the measured scores of one board."""
 
     title: str
     source: str
@@ -54,32 +54,32 @@ class Comparison:
     """Model, dataset and schedule of the published table."""
     provenance: str
     convention: str
-    """What the published scores mean."""
+    """The definition of the published scores."""
     tolerance: float | None
     board: str | None
-    """Title of the board that is comparable; None where none is."""
+    """Title of the comparable board; None where there is none."""
     lines: tuple[Line, ...]
 
 
 def comparisons(runs: Sequence[Run], boards: Sequence[Board]) -> list[Comparison]:
-    """Put every published table of the runs beside each comparable board, or alone where there is none."""
+    """Pair every published table of the runs with each comparable board, or with None where there is none."""
     tables: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         for table in run.document.get("published") or ():
             if isinstance(table, Mapping):
                 tables.setdefault(str(table.get("name") or table.get("title")), table)
-    made = []
+    result = []
     for table in tables.values():
-        fitting = [board for board in boards if comparable(table, board)]
-        made += [_comparison(table, board) for board in fitting or [None]]
-    return made
+        matches = [board for board in boards if comparable(table, board)]
+        result += [_comparison(table, board) for board in matches or [None]]
+    return result
 
 
 def comparable(table: Mapping[str, Any], board: Board) -> bool:
     """Whether a board measures what a published table does: same model, dataset and schedule.
 
-    Models are compared by the last part of their names, datasets without their number of cases; but where
-    edits stand together, about as many must: a score after 100 edits says nothing about one after 10,000.
+    Models are compared by the last part of their names, datasets without their number of cases. For batches and
+    sequences the number of edits must be about the same: scores after 100 and after 10,000 edits are not comparable.
     """
     together, edits = _together(table), board.tag.get("edits")
     return (
@@ -91,7 +91,7 @@ def comparable(table: Mapping[str, Any], board: Board) -> bool:
 
 
 def _together(table: Mapping[str, Any]) -> int | None:
-    """Return how many edits of a published table stand together; None where it does not say."""
+    """Return the number of edits in place together in a published table; None where it is not stated."""
     kind, _, size = str(table.get("schedule", "")).partition(":")
     if kind == "sequential":
         size = str(table.get("dataset", "")).rpartition(":")[2]
@@ -103,7 +103,7 @@ def _bare(text: str) -> str:
 
 
 def _dataset(source: Any) -> str:
-    """Return a dataset's bare name: without file, number of cases, and what was put beside its questions."""
+    """Return a dataset's bare name: without file, number of cases and additional probes."""
     return _bare(re.split(r"[:@]| \+ ", str(source or ""))[0])
 
 
@@ -116,12 +116,12 @@ def _comparison(table: Mapping[str, Any], board: Board | None) -> Comparison:
         entries = _entries(row, board)
         scores = {str(k): number(v) for k, v in (row.get("scores") or {}).items()}
         for name, value in scores.items():
-            measured = _measured(entries, name)
-            shown = None if mine == "memory" else value
+            measured_score = _measured_score(entries, name)
+            published_score = None if mine == "memory" else value
             within = None
-            if shown is not None and measured is not None and tolerance is not None:
-                within = abs(shown - measured) <= tolerance + 1e-9
-            lines.append(Line(str(row.get("method")), name, shown, mine, measured, within))
+            if published_score is not None and measured_score is not None and tolerance is not None:
+                within = abs(published_score - measured_score) <= tolerance + 1e-9
+            lines.append(Line(str(row.get("method")), name, published_score, mine, measured_score, within))
     setting = " · ".join(str(table[k]) for k in ("model", "dataset", "schedule") if table.get(k))
     return Comparison(
         str(table.get("title") or table.get("name")), str(table.get("source", "")), setting, provenance,
@@ -130,21 +130,21 @@ def _comparison(table: Mapping[str, Any], board: Board | None) -> Comparison:
 
 
 def _entries(row: Mapping[str, Any], board: Board | None) -> list[Entry]:
-    """Find the lines that a published one is about, one for each seed.
+    """Return the entries that correspond to a published row, one for each seed.
 
     By the cell's label, else by errata's name of the method: the cell without settings of its own, else the only
-    one there is. Which of several does best never matters.
+    one. The best of several is never picked.
     """
     entries = board.entries if board else ()
-    labelled = [e for e in entries if e.cell.name == row.get("method")]
-    if labelled:
-        return labelled
-    registered = [e for e in entries if e.cell.method == row.get("errata_method")]
-    found = [e for e in registered if not e.cell.plan.get("settings")] or registered
-    return found if len({e.cell.name for e in found}) == 1 else []
+    by_label = [e for e in entries if e.cell.name == row.get("method")]
+    if by_label:
+        return by_label
+    by_method = [e for e in entries if e.cell.method == row.get("errata_method")]
+    matches = [e for e in by_method if not e.cell.plan.get("settings")] or by_method
+    return matches if len({e.cell.name for e in matches}) == 1 else []
 
 
-def _measured(entries: Sequence[Entry], name: str) -> float | None:
-    """Average a legacy score, by its paper's name, over seeds; cells keep them in the papers' units."""
-    found = [number((entry.cell.found.get("scores") or {}).get(name)) for entry in entries]
-    return mean([value for value in found if value is not None])
+def _measured_score(entries: Sequence[Entry], name: str) -> float | None:
+    """Return the mean of a legacy score over seeds, in the papers' unit."""
+    scores = [number((entry.cell.result.get("scores") or {}).get(name)) for entry in entries]
+    return mean([value for value in scores if value is not None])

@@ -1,7 +1,6 @@
-"""Read run folders: what was run, what each cell found, and its rows when they are asked for.
+"""Read run folders: the plan, each cell's results, and its rows on demand.
 
-The folder's form is written down in docs/bench.md. A folder is read as it lies: a run that still goes on, or was
-stopped, shows what it has so far.
+The format is documented in docs/bench.md. An unfinished run is read with the results it has so far.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from errata.errors import DataError, listing, shown
 from errata.report import shapes
 
 SCHEMA = 1
-"""The form of run folders that is understood."""
+"""The supported version of the run folder format."""
 DAMAGED = "damaged"
-"""State of a cell whose files are not what was written."""
+"""State of a cell whose files do not match their hashes."""
 STATES = ("done", "refused", "failed", DAMAGED)
-"""States of a cell that is not going to change."""
+"""Final states of a cell."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One probe's answers before and after, with every protocol's score of them."""
+    """One probe's answers before and after, with the scores of every protocol."""
 
     kind: str
     prompt: str
@@ -37,25 +36,25 @@ class Answer:
     changes: bool
     """Whether the edit is meant to change the answer."""
     text_before: str | None
-    """Greedy text; None where generation was not asked."""
+    """Generated text; None without generation."""
     text_after: str | None
     scores: Mapping[str, tuple[float | None, float | None]]
     """By protocol, the score before and after."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The answers of one case at one moment."""
+class CaseAnswers:
+    """The answers to all probes of a case at one checkpoint."""
 
     case: str
     edits: int | None
-    """How many edits were in place, of a sequence; None: the case's own alone."""
+    """Number of edits in place in a sequence; None: the case's own edit alone."""
     answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one dataset, schedule and seed, as its run folder has it."""
+    """One method on one dataset, schedule and seed, read from a run folder."""
 
     id: str
     folder: Path
@@ -64,16 +63,16 @@ class Cell:
     status: str
     """done, refused, failed, damaged, or unfinished."""
     reason: str
-    """Why it was refused or failed, maybe with a traceback; empty otherwise."""
-    found: Mapping[str, Any] = field(default_factory=dict)
-    """``cell.json``: tag, summary, looks, scores, retention, cost, host; empty before the cell's end."""
+    """Why it was refused or failed, possibly with a traceback; empty otherwise."""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """``cell.json``: tag, summary, looks, scores, retention, cost, host; empty until the cell is finished."""
 
-    judged: Mapping[str, Any] = field(default_factory=dict)
-    """What a judge found, as ``errata judge`` wrote it: judge, agreement, summary; empty without."""
+    verdicts: Mapping[str, Any] = field(default_factory=dict)
+    """A judge's results as written by ``errata judge``: judge, agreement, summary; empty without a judge."""
 
     @property
     def name(self) -> str:
-        """What the method is called in tables."""
+        """The method's name in tables."""
         return str(self.plan.get("label") or self.plan.get("method") or self.id)
 
     @property
@@ -83,23 +82,23 @@ class Cell:
 
     @property
     def baseline(self) -> bool:
-        """Whether it is one of the rows that always stand on a board."""
+        """Whether it is a baseline, which every board shows."""
         return bool(self.plan.get("baseline"))
 
     @property
     def tag(self) -> Mapping[str, Any]:
-        """The protocol: what must agree for two cells to share a table."""
-        return self.found.get("tag") or {}
+        """The protocol: settings that must agree for two cells to be in one table."""
+        return self.result.get("tag") or {}
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        """Averages by ``"<kind>.<protocol>"``; of a sequence, at its end."""
-        return self.found.get("summary") or {}
+        """Averages by ``"<kind>.<protocol>"``; for a sequence, at its end."""
+        return self.result.get("summary") or {}
 
     @property
-    def looks(self) -> Sequence[Mapping[str, Any]]:
-        """Looks at a host with several edits in place, in order: of a sequence, or of every batch."""
-        return self.found.get("looks") or ()
+    def checkpoints(self) -> Sequence[Mapping[str, Any]]:
+        """Measurements of a host with several edits in place, in order: of a sequence, or of every batch."""
+        return self.result.get("looks") or ()
 
     @property
     def sequence(self) -> bool:
@@ -107,9 +106,9 @@ class Cell:
         return str(self.plan.get("schedule", "")).startswith("sequential")
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of cases as they stand in the file, in the order they were made.
+        """Yield the records of cases from the file, in order.
 
-        A torn last line is left out. Raises DataError for any other line that is no JSON object.
+        An incomplete last line is ignored. Raises DataError for any other line that is not a JSON object.
         """
         path = self.folder / ROWS
         for record in Journal(path).records():
@@ -117,17 +116,17 @@ class Cell:
                 shapes.check(record, shapes.LINE, f"a line of {path}")
                 yield record
 
-    def asked(self) -> Iterator[Asked]:
-        """Yield every case's answers; of a sequence, those with all edits in place."""
-        last = max((look["edits"] for look in self.looks), default=None) if self.sequence else None
+    def asked(self) -> Iterator[CaseAnswers]:
+        """Yield every case's answers; for a sequence, those with all edits in place."""
+        last = max((look["edits"] for look in self.checkpoints), default=None) if self.sequence else None
         for record in self.records():
             if last is None or record.get("edits") == last:
                 answers = _answers(record.get("rows") or ())
-                yield Asked(str(record.get("case")), record.get("edits"), answers)
+                yield CaseAnswers(str(record.get("case")), record.get("edits"), answers)
 
     @cached_property
     def cases(self) -> int:
-        """How many different cases have rows."""
+        """The number of distinct cases with rows."""
         return len({record.get("case") for record in self.records()})
 
 
@@ -140,11 +139,11 @@ class Run:
     """``run.json``."""
     cells: tuple[Cell, ...]
     verified: bool = True
-    """Whether it was written with hashes; False: an older one, read as it lies."""
+    """Whether its files have hashes; False: an older run, read without verification."""
 
     @property
     def damaged(self) -> list[Cell]:
-        """Cells whose files are not what was written."""
+        """Cells whose files do not match their hashes."""
         return [cell for cell in self.cells if cell.status == DAMAGED]
 
     @property
@@ -154,7 +153,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path], *, skip_damaged: bool = False) -> list[Run]:
-    """Read run folders. Raises DataError naming every folder that is none, all at once.
+    """Read run folders. Raises DataError listing every folder that cannot be read, all at once.
 
     ``skip_damaged``: as for :func:`read_run`.
     """
@@ -170,10 +169,10 @@ def read_runs(folders: Sequence[str | Path], *, skip_damaged: bool = False) -> l
 
 
 def read_run(folder: str | Path, *, skip_damaged: bool = False) -> Run:
-    """Read one run folder. Raises DataError where it is none, is of a form that is not understood, or is damaged.
+    """Read one run folder. Raises DataError where it is not one, has an unsupported format, or is damaged.
 
-    ``skip_damaged``: cells whose files are damaged are not refused but get that state, and nothing that they say is
-    taken. A folder that was written before results carried hashes is read without being verified.
+    ``skip_damaged``: damaged cells are not an error; they get that state and their content is ignored. A folder of
+    an older version, without hashes, is read without verification.
     """
     place = Path(folder)
     document = results.read_run(place)
@@ -193,14 +192,14 @@ def read_run(folder: str | Path, *, skip_damaged: bool = False) -> Run:
     if run.damaged and not skip_damaged:
         raise DataError(
             listing([f"cell {cell.id} of {place} is damaged: {cell.reason}" for cell in run.damaged], 20)
-            + "\nmake damaged cells anew with: errata bench RECIPE -o RUN --resume; or report without them: "
+            + "\nrun damaged cells again with: errata bench RECIPE -o RUN --resume; or report without them: "
             "--skip-damaged"
         )
     return run
 
 
 def number(value: Any) -> float | None:
-    """Read a number as results write it: the texts ``inf``, ``-inf`` and ``nan`` stand for themselves."""
+    """Read a number of a result file, which may be the text ``inf``, ``-inf`` or ``nan``."""
     try:
         if isinstance(value, (int, float)) or value in ("inf", "-inf", "nan"):
             return float(value)
@@ -213,61 +212,60 @@ def _cell(place: Path, plan: dict[str, Any], states: Mapping[str, tuple[str, str
     name = plan["id"]
     folder = place / results.CELLS / name
     try:
-        found, judged = _documents(folder, name, sealed)
+        result, verdicts = _documents(folder, name, sealed)
         state, reason = states.get(name, ("", ""))
-        if sealed and state == "done" and not found:
+        if sealed and state == "done" and not result:
             raise DataError(f"{results.CELL} is gone")
     except DataError as error:
         return Cell(name, folder, plan, DAMAGED, str(error))
-    status = str(found.get("status") or state)
+    status = str(result.get("status") or state)
     return Cell(
         id=name,
         folder=folder,
         plan=plan,
         status=status if status in STATES else "unfinished",
-        reason=str(found.get("reason") or reason or ""),
-        found=found,
-        judged=judged,
+        reason=str(result.get("reason") or reason or ""),
+        result=result,
+        verdicts=verdicts,
     )
 
 
 def _documents(folder: Path, name: str, sealed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what a cell came to, and what a judge found. Raises DataError where either is damaged."""
-    found: dict[str, Any] = {}
-    judged: dict[str, Any] = {}
+    """Read a cell's results and a judge's results. Raises DataError where either is damaged."""
+    result: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     if (folder / results.CELL).is_file():
-        found = results.read_sealed(folder, results.CELL, sealed=sealed)
-        shapes.check(found, shapes.CELL, folder / results.CELL)
-        if sealed and found.get("id") != name:
-            raise DataError(f"{folder / results.CELL} is that of cell {shown(found.get('id'))}")
+        result = results.read_sealed(folder, results.CELL, sealed=sealed)
+        shapes.check(result, shapes.CELL, folder / results.CELL)
+        if sealed and result.get("id") != name:
+            raise DataError(f"{folder / results.CELL} belongs to cell {shown(result.get('id'))}")
     if (folder / results.JUDGED).is_file():
-        judged = results.read_sealed(folder, results.JUDGED, sealed=sealed)
-        shapes.check(judged, shapes.JUDGED, folder / results.JUDGED)
-    return found, judged
+        verdicts = results.read_sealed(folder, results.JUDGED, sealed=sealed)
+        shapes.check(verdicts, shapes.JUDGED, folder / results.JUDGED)
+    return result, verdicts
 
 
 def _states(path: Path, cells: Sequence[str], sealed: bool) -> dict[str, tuple[str, str]]:
-    """Read state and reason of some cells from the job table; nothing where there is none.
+    """Read state and reason of some cells from the job table; empty where there is none.
 
-    Raises DataError for a table that cannot be read, and, of a run with seals, one that does not say what was
-    written there.
+    Raises DataError for a table that cannot be read or, for a run with hashes, does not match them.
     """
     if not path.is_file():
         return {}
     states = {}
     for cell, state, reason, seal in _jobs(path):
         if seal and seal != results.job_seal(cell, state, reason):
-            raise DataError(f"{path} is damaged: cell {shown(cell)} did not end as it says")
+            raise DataError(f"{path} is damaged: the state of cell {shown(cell)} does not match its hash")
         states[str(cell)] = (str(state), str(reason or ""))
     wrong = [cell for cell in cells if states.get(cell, ("", ""))[0] not in results.JOB_STATES]
     if sealed and wrong:
-        raise DataError(f"{path} is damaged: it does not say how cell {shown(wrong[0])} stands")
+        raise DataError(f"{path} is damaged: it has no valid state of cell {shown(wrong[0])}")
     return states
 
 
 def _jobs(path: Path) -> list[tuple[Any, Any, Any, Any]]:
-    """Read the lines of a job table: cell, state, reason, and their seal where there is one."""
-    # a table with a write-ahead log in a folder that nobody may write to opens only as one that never changes
+    """Read the rows of a job table: cell, state, reason, and their hash where there is one."""
+    # a database with a write-ahead log in a read-only folder opens only in immutable mode
     for mode in ("mode=ro", "immutable=1"):
         try:
             with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)) as base:
@@ -282,7 +280,7 @@ def _jobs(path: Path) -> list[tuple[Any, Any, Any, Any]]:
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:
-    """Put the rows of one probe together: same kind and prompt, each protocol once."""
+    """Group rows into probes: same kind and prompt, each protocol once."""
     groups: dict[tuple[str, str], list[dict[str, Mapping[str, Any]]]] = {}
     order: list[dict[str, Mapping[str, Any]]] = []
     for row in rows:

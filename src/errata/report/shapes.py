@@ -1,4 +1,4 @@
-"""What documents of a run folder must look like to be reported on; one message for what does not."""
+"""Validate the documents of a run folder; the first wrong field is reported."""
 
 from __future__ import annotations
 

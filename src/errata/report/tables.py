@@ -1,4 +1,4 @@
-"""Tables of plain texts, for the terminal and the card: one set a board, protocols never mixed."""
+"""Tables of plain text, for the terminal and the card: one set per board, protocols never mixed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from errata.report.read import Run, number
 
 @dataclass(frozen=True)
 class Table:
-    """One table of texts."""
+    """A table of texts."""
 
     title: str
     columns: tuple[str, ...]
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Tables that belong to one board."""
+    """The tables of one board."""
 
     title: str
     tag: str
@@ -36,7 +36,7 @@ class Section:
 
 
 def tag_line(tag: Mapping[str, Any]) -> str:
-    """Word a protocol tag on one line; the dataset stands with the head of its hash."""
+    """Format a protocol tag on one line; the dataset with the beginning of its hash."""
     parts = dict(tag)
     dataset, sha = parts.pop("dataset", None), parts.pop("dataset_sha256", None)
     words = [] if dataset is None else [f"{dataset}@{str(sha)[:12]}" if sha else str(dataset)]
@@ -45,18 +45,18 @@ def tag_line(tag: Mapping[str, Any]) -> str:
 
 
 def sections(boards: Sequence[Board], *, brief: bool = False) -> list[Section]:
-    """Make every board's tables. ``brief``: only the first ones, intervals in few characters, for a terminal."""
-    made = []
+    """Build every board's tables. ``brief``: only the main ones, with short intervals, for a terminal."""
+    result = []
     for board in boards:
         tables: list[Table | None] = [_main(board, brief), _further(board, brief)]
         if not brief:
-            tables.append(_beside(board))
+            tables.append(_strict_shares(board))
             tables += [_protocol(board, protocol) for protocol in board.others()]
-            tables += [_scores(board), _looks(board), _cost(board)]
+            tables += [_scores(board), _checkpoints(board), _cost(board)]
         tables.append(_retention(board, brief))
-        kept = tuple(table for table in tables if table is not None)
-        made.append(Section(board.title, tag_line(board.tag), kept))
-    return made
+        present = tuple(table for table in tables if table is not None)
+        result.append(Section(board.title, tag_line(board.tag), present))
+    return result
 
 
 def _names(board: Board) -> list[str]:
@@ -64,7 +64,7 @@ def _names(board: Board) -> list[str]:
 
 
 def seed_of(entry: Entry, board: Board) -> str:
-    """Name a cell's seed where its board has several."""
+    """Return the suffix with a cell's seed, if its board has several seeds."""
     seeds = {e.cell.plan.get("seed") for e in board.entries}
     return f" (seed {entry.cell.plan.get('seed')})" if len(seeds) > 1 else ""
 
@@ -74,7 +74,7 @@ def _heading(kind: str, board: Board, *, short: bool = False) -> str:
 
 
 def _main(board: Board, brief: bool) -> Table:
-    shown = [kind for kind in board.kinds if kinds.is_main(kind)]
+    main = [kind for kind in board.kinds if kinds.is_main(kind)]
     rest = {
         **{score.heading: [score_of(e, score.name) for e in board.entries] for score in board_scores()},
         **{metric.heading: [numbers.value(e.extra(metric), metric.name) for e in board.entries]
@@ -87,56 +87,57 @@ def _main(board: Board, brief: bool) -> Table:
         (
             name,
             numbers.share(e.headline, brief=brief),
-            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in main),
             *(column[i] for column in extra.values()),
         )
         for i, (name, e) in enumerate(zip(_names(board), board.entries, strict=True))
     ]
-    heads = [_heading(kind, board, short=brief) for kind in shown]
+    heads = [_heading(kind, board, short=brief) for kind in main]
     columns = ("method", "headline", *heads, *extra)
     notes = [
-        board.explained,
-        "per cent, with 95 % intervals over resampled cases; what is kept counts among what was right before",
+        board.headline_text,
+        "per cent, with 95 % bootstrap intervals over cases; for kinds that must not change, the share still right "
+        "among those right before",
         "* baseline: " + "; ".join(f"{e.cell.name} is {e.role}"
                                    for e in board.entries if e.cell.baseline),
     ]  # fmt: skip
     baseline = any(e.cell.baseline for e in board.entries)
-    told = [*(notes if baseline else notes[:2]), *refused_cases(board)]
-    return Table("free generation", columns, tuple(rows), tuple(told))
+    every_note = [*(notes if baseline else notes[:2]), *refused_cases(board)]
+    return Table("free generation", columns, tuple(rows), tuple(every_note))
 
 
 def refused_cases(board: Board) -> list[str]:
-    """Say of which methods some cases are not edited: they stay in all shares, as the unedited model answers."""
-    told = []
+    """List methods that could not edit some cases; all shares include those cases with the unedited answers."""
+    notes = []
     for entry in board.entries:
-        refused = entry.cell.found.get("refused_cases") or []
+        refused = entry.cell.result.get("refused_cases") or []
         if refused:
             what = "1 case, which counts" if len(refused) == 1 else f"{len(refused)} cases, which count"
             first = f"{refused[0]['case']}: {refused[0]['reason']}"
-            told.append(f"{entry.cell.name} could not edit {what} as unedited; the first, {first}")
-    return told
+            notes.append(f"{entry.cell.name} could not edit {what} as unedited; the first, {first}")
+    return notes
 
 
 def _further(board: Board, brief: bool) -> Table | None:
-    shown = [kind for kind in board.kinds if not kinds.is_main(kind)]
+    other_kinds = [kind for kind in board.kinds if not kinds.is_main(kind)]
     tuned = any(e.over_tuning for e in board.entries)
-    if not shown and not tuned:
+    if not other_kinds and not tuned:
         return None
     rows = [
         (
             name,
             *([numbers.share(e.over_tuning, signed=True)] if tuned else []),
-            *(numbers.share(e.main_measure(kind), brief=brief) for kind in shown),
+            *(numbers.share(e.main_measure(kind), brief=brief) for kind in other_kinds),
         )
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
-    columns = ("method", *(["over fine-tuning"] if tuned else []), *(_heading(k, board) for k in shown))
-    note = "over fine-tuning: difference of headlines in points, paired over cases; an interval below zero: it loses"
+    columns = ("method", *(["over fine-tuning"] if tuned else []), *(_heading(k, board) for k in other_kinds))
+    note = "over fine-tuning: difference of headlines in points, paired over cases"
     return Table("free generation, further kinds", columns, tuple(rows), (note,) if tuned else ())
 
 
-def beside(board: Board) -> list[tuple[str, str, str]]:
-    """List the further shares of free generation, of the main kinds: heading, kind and name in the summary."""
+def strict_shares(board: Board) -> list[tuple[str, str, str]]:
+    """List the further shares of free generation for the main kinds: heading, kind and name in the summary."""
     return [
         (f"{kinds.label(kind)}, {column.heading}", kind, column.number)
         for kind in board.kinds if kinds.is_main(kind)
@@ -146,24 +147,24 @@ def beside(board: Board) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
-def _beside(board: Board) -> Table | None:
-    shown = beside(board)
+def _strict_shares(board: Board) -> Table | None:
+    columns_of = strict_shares(board)
     rows = []
     for name, e in zip(_names(board), board.entries, strict=True):
-        shares = [m.more.get(more) if (m := e.main_measure(kind)) else None for _, kind, more in shown]
+        shares = [m.more.get(more) if (m := e.main_measure(kind)) else None for _, kind, more in columns_of]
         rows.append((name, *map(numbers.percent, shares)))
     note = "; ".join(f"{c.heading}: {c.note}" for c in headline_metric().columns if c.note)
-    columns = ("method", *(heading for heading, _, _ in shown))
-    return Table("free generation, strictly", columns, tuple(rows), (note,)) if shown else None
+    columns = ("method", *(heading for heading, _, _ in columns_of))
+    return Table("free generation, strictly", columns, tuple(rows), (note,)) if columns_of else None
 
 
 def _protocol(board: Board, protocol: str) -> Table | None:
-    """Make a protocol's own table: its value by kind, then the further numbers that its metric names."""
+    """Build a protocol's own table: its value by kind, then the further columns of its metric."""
     probe_kinds = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
-    shown = kinds.order(probe_kinds, board.kept)
+    kinds_shown = kinds.order(probe_kinds, board.kept)
     further = [
         (kind, column)
-        for kind in shown
+        for kind in kinds_shown
         for column in numbers.metric(protocol).columns
         if column.heading and any(_number(e, protocol, kind, column) is not None for e in board.entries)
     ]
@@ -171,15 +172,15 @@ def _protocol(board: Board, protocol: str) -> Table | None:
     rows = [
         (
             name,
-            *(numbers.quantity(e.measure(protocol, kind), protocol) for kind in shown),
+            *(numbers.quantity(e.measure(protocol, kind), protocol) for kind in kinds_shown),
             *(show(_number(e, protocol, kind, column)) for kind, column in further),
         )
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
     heads = (f"{_heading(kind, board)}, {column.heading}" for kind, column in further)
-    columns = ("method", *(_heading(kind, board) for kind in shown), *heads)
+    columns = ("method", *(_heading(kind, board) for kind in kinds_shown), *heads)
     notes = dict.fromkeys(f"{column.heading}: {column.note}" for _, column in further if column.note)
-    return Table(protocol_title(protocol), columns, tuple(rows), tuple(notes)) if shown else None
+    return Table(protocol_title(protocol), columns, tuple(rows), tuple(notes)) if kinds_shown else None
 
 
 def _number(entry: Entry, protocol: str, kind: str, column: Column) -> float | None:
@@ -188,29 +189,29 @@ def _number(entry: Entry, protocol: str, kind: str, column: Column) -> float | N
 
 
 def protocol_title(protocol: str) -> str:
-    """Word a protocol for a heading, with the judge where there is one."""
+    """Return the heading of a protocol, with its judge if there is one."""
     _, mark, judge = protocol.partition(" by ")
     return numbers.metric(protocol).title + mark.replace(" by ", ", by ") + judge
 
 
 def score_of(entry: Entry, name: str) -> str:
-    """Show a legacy score by its paper's name, which is in per cent."""
-    value = number((entry.cell.found.get("scores") or {}).get(name))
+    """Format a legacy score, which is in per cent."""
+    value = number((entry.cell.result.get("scores") or {}).get(name))
     return numbers.NONE if value is None else f"{value:.1f}"
 
 
 def scores_of(board: Board) -> list[str]:
-    """List the legacy scores that a board's cells have, in the papers' names."""
-    measured = (name for e in board.entries for name, v in (e.cell.found.get("scores") or {}).items()
+    """List the legacy scores of a board's cells, by the papers' names."""
+    names_measured = (name for e in board.entries for name, v in (e.cell.result.get("scores") or {}).items()
                 if number(v) is not None)  # fmt: skip
     lead = sorted((score for score in paper_scores() if score.lead), key=lambda score: score.lead)
     first = [score.name for score in lead]
-    names = list(dict.fromkeys(measured))
+    names = list(dict.fromkeys(names_measured))
     return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
 def board_scores() -> list[PaperScore]:
-    """List the legacy scores that have a column in the first table."""
+    """List the legacy scores with a column in the first table."""
     return [score for score in paper_scores() if score.heading]
 
 
@@ -222,40 +223,40 @@ def _scores(board: Board) -> Table | None:
         (name, *(score_of(e, score) for score in names))
         for name, e in zip(_names(board), board.entries, strict=True)
     ]
-    title = "legacy scores in the papers' names, for comparison with papers only"
+    title = "legacy scores under the papers' names, only for comparison with papers"
     return Table(title, ("method", *names), tuple(rows))
 
 
-def _worn(board: Board) -> list[tuple[str, Curves]]:
-    found = zip(_names(board), board.entries, strict=True)
-    return [(name, entry.curves) for name, entry in found if entry.curves is not None]
+def _with_curves(board: Board) -> list[tuple[str, Curves]]:
+    pairs = zip(_names(board), board.entries, strict=True)
+    return [(name, entry.curves) for name, entry in pairs if entry.curves is not None]
 
 
-def _looks(board: Board) -> Table | None:
+def _checkpoints(board: Board) -> Table | None:
     rows = [
         (
-            name, f"{look.edits:,}", numbers.share(look.efficacy), numbers.percent(look.newest),
-            f"{numbers.plain(look.perplexity_before)} > {numbers.plain(look.perplexity)}",
-            numbers.plain(look.norm_ratio), "; ".join(look.alarms),
+            name, f"{checkpoint.edits:,}", numbers.share(checkpoint.efficacy), numbers.percent(checkpoint.newest),
+            f"{numbers.plain(checkpoint.perplexity_before)} > {numbers.plain(checkpoint.perplexity)}",
+            numbers.plain(checkpoint.norm_ratio), "; ".join(checkpoint.alarms),
         )
-        for name, c in _worn(board) for look in c.looks
+        for name, c in _with_curves(board) for checkpoint in c.checkpoints
     ]  # fmt: skip
     columns = ("method", "edits", "efficacy", "newest", "perplexity", "norm ratio", "alarm")
-    note = "efficacy: all edits so far; newest: those made last; norm ratio: largest |change| / |weight|"
-    return Table("as edits add up", columns, tuple(rows), (note,)) if rows else None
+    note = "efficacy: all edits so far; newest: the last ones; norm ratio: largest |change| / |weight|"
+    return Table("as edits accumulate", columns, tuple(rows), (note,)) if rows else None
 
 
 def _retention(board: Board, brief: bool) -> Table | None:
-    worn = _worn(board)
-    ages = sorted({(a.first, a.last) for _, c in worn for a in c.retention})
+    curves_of = _with_curves(board)
+    ages = sorted({(a.first, a.last) for _, c in curves_of for a in c.retention})
     if not ages:
         return None
     rows = []
-    for name, c in worn:
-        found = {(a.first, a.last): a.success for a in c.retention}
-        rows.append((name, *(numbers.share(found.get(age), brief=brief) for age in ages)))
+    for name, c in curves_of:
+        success_at = {(a.first, a.last): a.success for a in c.retention}
+        rows.append((name, *(numbers.share(success_at.get(age), brief=brief) for age in ages)))
     heads = tuple(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in ages)
-    note = "age: how many edits were made after it; per cent, free generation"
+    note = "age: number of later edits; per cent, free generation"
     return Table(
         "still answered with the target, by age of the edit", ("method", *heads), tuple(rows), (note,)
     )
@@ -263,15 +264,15 @@ def _retention(board: Board, brief: bool) -> Table | None:
 
 def fit_median(entry: Entry) -> float | None:
     """Return the median seconds of a fit; None where nothing was fitted."""
-    cost = entry.cell.found.get("cost") or {}
+    cost = entry.cell.result.get("cost") or {}
     return number((cost.get("fit") or {}).get("median"))
 
 
 def perplexities(entry: Entry) -> tuple[float | None, float | None]:
-    """Return the perplexity of neutral text before and after: at a sequence's end, or on average over batches."""
-    looks = entry.cell.looks[-1:] if entry.cell.sequence else entry.cell.looks
-    before = [v for look in looks if (v := number(look.get("perplexity_before"))) is not None]
-    after = [v for look in looks if (v := number(look.get("perplexity_after"))) is not None]
+    """Return the perplexity of neutral text before and after: at the end of a sequence, or averaged over batches."""
+    records = entry.cell.checkpoints[-1:] if entry.cell.sequence else entry.cell.checkpoints
+    before = [v for record in records if (v := number(record.get("perplexity_before"))) is not None]
+    after = [v for record in records if (v := number(record.get("perplexity_after"))) is not None]
     return mean(before), mean(after)
 
 
@@ -283,26 +284,26 @@ def _perplexity(entry: Entry, brief: bool) -> str:
 
 
 def cost_of(entry: Entry) -> dict[str, str]:
-    """Word what a cell took, by name of the figure; what was not measured is left out."""
-    cost = entry.cell.found.get("cost") or {}
+    """Format a cell's costs by name, without those that were not measured."""
+    cost = entry.cell.result.get("cost") or {}
     fit, observe, overhead = (cost.get(name) or {} for name in ("fit", "observe", "latency_overhead"))
     memory = number(cost.get("peak_memory_mb"))
-    fitted = fit_median(entry) is not None
-    found = {
+    has_fit = fit_median(entry) is not None
+    texts = {
         "set-up": numbers.seconds(number(cost.get("setup_seconds"))),
         "fit median": numbers.seconds(fit_median(entry)),
         "fit p95": numbers.seconds(number(fit.get("p95"))),
-        "fit total": numbers.seconds(number(fit.get("total")) if fitted else None),
+        "fit total": numbers.seconds(number(fit.get("total")) if has_fit else None),
         "observe a case": numbers.seconds(number(observe.get("per_case"))),
         "peak memory": numbers.size(None if memory is None else memory * 2**20),
         "an edit's size": numbers.size(number(cost.get("bytes_per_edit"))),
         "prefill slower": _slower(overhead.get("prefill")),
         "decode slower": _slower(overhead.get("decode")),
     }
-    restored = entry.cell.found.get("weights_restored")
+    restored = entry.cell.result.get("weights_restored")
     if restored is not None:
-        found["weights"] = "restored" if restored else "NOT RESTORED"
-    return {name: text for name, text in found.items() if text != numbers.NONE}
+        texts["weights"] = "restored" if restored else "NOT RESTORED"
+    return {name: text for name, text in texts.items() if text != numbers.NONE}
 
 
 def _slower(value: Any) -> str:
@@ -311,21 +312,21 @@ def _slower(value: Any) -> str:
 
 
 def _cost(board: Board) -> Table | None:
-    found = [cost_of(e) for e in board.entries]
-    names = list(dict.fromkeys(name for one in found for name in one))
+    costs = [cost_of(e) for e in board.entries]
+    names = list(dict.fromkeys(name for one in costs for name in one))
     rows = [
         (name, *(one.get(column, numbers.NONE) for column in names))
-        for name, one in zip(_names(board), found, strict=True)
+        for name, one in zip(_names(board), costs, strict=True)
     ]
     return Table("cost", ("method", *names), tuple(rows)) if names else None
 
 
 def absent_table(runs: Sequence[Run]) -> Table | None:
-    """List cells that have no results, with the reason; None where every cell has some."""
+    """List cells without results, with the reason; None where every cell has results."""
     rows = []
     for cell in absent(runs):
         plan = cell.plan
-        missing = "no result file yet" if cell.status == "unfinished" else "no rows that count"
+        missing = "no result file yet" if cell.status == "unfinished" else "no rows"
         reason = reason_of(cell.reason) or missing
         if cell.status == "unfinished" and cell.cases:
             reason = f"{cell.cases} cases so far"
@@ -334,22 +335,22 @@ def absent_table(runs: Sequence[Run]) -> Table | None:
             cell.status, reason,
         ))  # fmt: skip
     columns = ("method", "model", "dataset", "schedule", "status", "reason")
-    return Table("not on a board", columns, tuple(rows)) if rows else None
+    return Table("cells without results", columns, tuple(rows)) if rows else None
 
 
 def reason_of(reason: str) -> str:
-    """Return what a reason comes to: of a traceback its last line."""
+    """Return the short form of a reason: the last line of a traceback."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def published_tables(comparisons: Sequence[Comparison], *, brief: bool = False) -> list[Table]:
-    """Make a table of every comparison; figures from memory are never printed.
+    """Build a table of every comparison; figures from memory are never shown.
 
-    ``brief``: only lines that were measured, maybe none.
+    ``brief``: only measured lines, possibly none.
     """
     columns = ("method", "score", "published", "provenance", "measured", "difference", "tolerance")
-    made = []
+    result = []
     for one in comparisons:
         rows = [
             (
@@ -362,15 +363,15 @@ def published_tables(comparisons: Sequence[Comparison], *, brief: bool = False) 
         missing = "measured: no board has this model, dataset and schedule"
         notes = [
             f"{one.source}; {one.setting}".strip("; "),
-            f"provenance: {one.provenance}, {PROVENANCE.get(one.provenance, 'of no known kind')}",
+            f"provenance: {one.provenance}, {PROVENANCE.get(one.provenance, 'unknown')}",
             *([f"convention: {one.convention}"] if one.convention else []),
             f"measured: {one.board}" if one.board else missing,
             *([f"tolerance: {one.tolerance:g} either way"] if one.tolerance is not None else []),
         ]
-        made.append(Table(f"published beside measured: {one.title}", columns, tuple(rows), tuple(notes)))
-    return made
+        result.append(Table(f"published and measured: {one.title}", columns, tuple(rows), tuple(notes)))
+    return result
 
 
 def figure(value: float | None) -> str:
-    """Show a published or measured score in at most two decimals."""
+    """Format a published or measured score with at most two decimals."""
     return numbers.NONE if value is None else f"{value:.2f}".rstrip("0").rstrip(".")

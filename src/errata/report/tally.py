@@ -1,4 +1,4 @@
-"""Count right answers by free generation: one pass over a cell's rows, whatever they are needed for."""
+"""Count right answers by free generation, in one pass over a cell's rows."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from errata.evaluation.metrics import headline_metric
 from errata.report.read import Cell, number
 
 Counts = Mapping[str, Mapping[str, tuple[float, int]]]
-"""By case, in the order they were asked, then by kind: how many were right, and of how many."""
+"""By case, in order, then by kind: the number of right answers and of all answers."""
 
 
 @dataclass(frozen=True)
 class Tally:
     """Right answers of one cell."""
 
-    looks: Mapping[int | None, Counts]
-    """By the number of edits in place; None: each case's own alone."""
+    checkpoints: Mapping[int | None, Counts]
+    """By the number of edits in place; None: each case's own edit alone."""
     changes: Mapping[str, bool]
-    """By kind, whether any of its probes is meant to change."""
+    """By kind, whether the answer of any of its probes must change."""
 
     @property
     def last(self) -> Counts:
         """The counts with all edits in place."""
-        if not self.looks:
+        if not self.checkpoints:
             return {}
-        return self.looks[max(self.looks, key=lambda edits: -1 if edits is None else edits)]
+        return self.checkpoints[max(self.checkpoints, key=lambda edits: -1 if edits is None else edits)]
 
 
 def tally(cell: Cell) -> Tally:
-    """Count a cell's right answers. What must stay is counted among what was right before."""
+    """Count a cell's right answers; for answers that must not change, among those right before."""
     protocol = headline_metric().name
-    looks: dict[int | None, dict[str, dict[str, tuple[float, int]]]] = {}
+    by_edits: dict[int | None, dict[str, dict[str, tuple[float, int]]]] = {}
     changes: dict[str, bool] = {}
     for record in cell.records():
         edits = record.get("edits") if cell.sequence else None
-        mine = looks.setdefault(edits, {}).setdefault(str(record.get("case")), {})
+        mine = by_edits.setdefault(edits, {}).setdefault(str(record.get("case")), {})
         for row in record.get("rows") or ():
             after = number(row["after"]) if row["protocol"] == protocol else None
             if after is None:
                 continue
             kind = row["kind"]
-            meant = bool((row.get("detail") or {}).get("changes", True))
-            changes[kind] = changes.get(kind, False) or meant
-            if meant or row["before"]:
+            changing = bool((row.get("detail") or {}).get("changes", True))
+            changes[kind] = changes.get(kind, False) or changing
+            if changing or row["before"]:
                 total, count = mine.get(kind, (0.0, 0))
                 mine[kind] = (total + after, count + 1)
-    return Tally(looks, changes)
+    return Tally(by_edits, changes)

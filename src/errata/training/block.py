@@ -1,4 +1,4 @@
-"""One block of a model trained by itself: its inputs as they were, what it is to give at every token."""
+"""Train a single block: its inputs are fixed, and every token has a target output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from errata.training.tune import ROWS, Lower, split, with_weights
 
 
 class Block:
-    """One block on rows of tokens: what it is given, and what it is to say at every token."""
+    """One block on rows of tokens, with its inputs and the target output of every token."""
 
     def __init__(
         self, host: Host, layer: int, rows: Sequence[Sequence[int]], places: Sequence[int],
         values: Sequence[Value], *, plain: bool = False,
     ) -> None:  # fmt: skip
-        """Keep inputs and outputs as they are; the first rows have a place where the output is to change.
+        """Record inputs and outputs of the unchanged block; each of the first rows has one token with a new target.
 
         ``plain``: errors in plain numbers, not in units of the old output's mean square.
         """
@@ -36,39 +36,40 @@ class Block:
             self.targets[row][place] = value.target.to(self.targets[row])
         self.shifts = [float(value.shift.norm()) for value in values]
 
-    def outputs(self, chosen: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    def outputs(self, indices: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Return the block's output on some rows, each ``[tokens, d]``, with other weights if given."""
-        block, seen = self.host.model.get_submodule(self.path), []
+        block, captured = self.host.model.get_submodule(self.path), []
 
         def run() -> list[Tensor]:
             with (
-                self.lower.given(chosen) as batch,
-                hooks.on_output(block, seen.append),
+                self.lower.given(indices) as batch,
+                hooks.on_output(block, captured.append),
                 hooks.stop_after(block),
                 contextlib.suppress(hooks.Stopped),
             ):
                 self.host.forward(batch, keep=1)
-            wide = seen[0].to(torch.promote_types(seen[0].dtype, torch.float32))
-            return split(wide, self.rows, chosen, batch)
+            wide = captured[0].to(torch.promote_types(captured[0].dtype, torch.float32))
+            return split(wide, self.rows, indices, batch)
 
         return with_weights(self.host, weights or {}, run)
 
-    def errors(self, chosen: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+    def errors(self, indices: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
         """Return each row's squared error, scaled so that all rows' mean is the objective ``[n]``."""
         edits = len(self.places)
         sizes = [sum(map(len, self.rows[:edits])), sum(map(len, self.rows[edits:]))]
-        shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in chosen]
-        outputs = self.outputs(chosen, weights)
+        shares = [len(self.rows) / (sizes[row >= edits] * self.unit) for row in indices]
+        outputs = self.outputs(indices, weights)
         errors = [
-            (out - self.targets[row]).square().mean(1).sum() for out, row in zip(outputs, chosen, strict=True)
+            (out - self.targets[row]).square().mean(1).sum()
+            for out, row in zip(outputs, indices, strict=True)
         ]
         return torch.stack([error * share for error, share in zip(errors, shares, strict=True)])
 
-    def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
-        """Return how far from its value each request's place still is, as a share of the shift."""
+    def remaining_errors(self, weights: Mapping[str, Tensor]) -> list[float]:
+        """Return each request's remaining distance from its target value, as a share of the shift's norm."""
 
-        def share(chosen: Sequence[int]) -> list[float]:
-            outputs = zip(chosen, self.outputs(chosen, weights), strict=True)
+        def share(indices: Sequence[int]) -> list[float]:
+            outputs = zip(indices, self.outputs(indices, weights), strict=True)
             gaps = [(row, (out - self.targets[row])[self.places[row]]) for row, out in outputs]
             return [float(gap.norm()) / max(self.shifts[row], 1e-12) for row, gap in gaps]
 

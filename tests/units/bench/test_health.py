@@ -43,7 +43,7 @@ def test_usual_limits_hold_for_a_host_within_them():
 def test_a_collapse_point_is_read_by_the_same_limits():
     looks = [{"edits": 1, "perplexity_before": 9.0, "perplexity_after": 9.0,
               "collapse": health.condition(LOOPING, LOOPING, (9.0, 9.0), [])}]  # fmt: skip
-    found = summing._Found(looks=looks, recalled=[summing.retention.Recalled(1, 1, 1.0)])
+    found = summing._Found(looks=looks, recalled=[summing.retention.EditRecall(1, 1, 1.0)])
     assert (summing._retention(found) or {})["collapse_point"] is None
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from errata.evaluation.metrics import bias, collapse, cost, intervals, retention
-from errata.evaluation.metrics.retention import Health, Recalled
+from errata.evaluation.metrics.retention import EditRecall, Health
 from errata.types import Row
 
 
@@ -95,15 +95,15 @@ def test_small_averages():
 
 
 SEEN = [
-    Recalled(1, 1, 1.0),
-    Recalled(1, 10, 1.0), Recalled(10, 10, 1.0), Recalled(5, 10, 0.0),
-    Recalled(1, 100, 0.0), Recalled(5, 100, 0.0), Recalled(100, 100, 1.0), Recalled(60, 100, 1.0),
+    EditRecall(1, 1, 1.0),
+    EditRecall(1, 10, 1.0), EditRecall(10, 10, 1.0), EditRecall(5, 10, 0.0),
+    EditRecall(1, 100, 0.0), EditRecall(5, 100, 0.0), EditRecall(100, 100, 1.0), EditRecall(60, 100, 1.0),
 ]  # fmt: skip
 
 
 def test_retention_by_age_and_look():
     assert retention.by_age(SEEN) == {0: 1.0, 5: 0.0, 9: 1.0, 40: 1.0, 95: 0.0, 99: 0.0}
-    assert retention.past(SEEN) == {1: 1.0, 10: pytest.approx(2 / 3), 100: 0.5}
+    assert retention.mean_by_count(SEEN) == {1: 1.0, 10: pytest.approx(2 / 3), 100: 0.5}
     strata = retention.strata(SEEN)
     assert [(s.youngest, s.oldest, s.n) for s in strata] == [(0, 0, 3), (1, 9, 2), (32, 99, 3)]
     assert [s.right for s in strata] == [1.0, 0.5, pytest.approx(1 / 3)]
@@ -118,8 +118,8 @@ def test_retention_is_read_off_rows():
         row("b", 2, 1.0), row("a", 2, 1.0), row("a", 2, 0.0), row("a", 1, 1.0),
         row("a", 2, 1.0, "paraphrase"), row("a", None, 1.0),
     ]  # fmt: skip
-    found = retention.recalled(table, ["a", "b"])
-    assert found == [Recalled(1, 1, 1.0), Recalled(1, 2, 0.5), Recalled(2, 2, 1.0)]
+    found = retention.recall_of_edits(table, ["a", "b"])
+    assert found == [EditRecall(1, 1, 1.0), EditRecall(1, 2, 0.5), EditRecall(2, 2, 1.0)]
     assert retention.by_age(found) == {0: 1.0, 1: 0.5}
 
 
@@ -172,7 +172,7 @@ def test_bias_by_hand():
     preference = [0.5 * f + 0.2 * s + 0.1 for f, s in zip(factual, stereotype, strict=True)]
     found = bias.slopes(preference, factual, stereotype)
     assert (found.factual, found.stereotype, found.intercept) == pytest.approx((0.5, 0.2, 0.1))
-    with pytest.raises(ValueError, match="do not lie on one line"):
+    with pytest.raises(ValueError, match="are not collinear"):
         bias.slopes([0.1, 0.2, 0.3], [0, 1, 2], [0, 1, 2])
     with pytest.raises(ValueError, match="found 1, 2 and 2"):
         bias.slopes([0.1], [0, 1], [0, 1])

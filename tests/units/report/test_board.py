@@ -122,7 +122,7 @@ def test_what_is_kept_is_read_off_the_rows(tmp_path):
     ]
     (board,) = boards([read_run(write_small(tmp_path / "run", [{"method": "rome", "lines": lines}]))])
     assert board.kept == {"odd"} and board.group("odd") == "kept"
-    assert board.headline == ("efficacy",) and "efficacy under free generation" in board.explained
+    assert board.headline == ("efficacy",) and "efficacy under free generation" in board.headline_text
 
 
 def test_order_of_kinds():

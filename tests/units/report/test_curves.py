@@ -25,7 +25,7 @@ def test_retention_by_hand(tmp_path):
     young, old = worn.retention
     assert (young.first, young.last, young.success.value, young.success.n) == (0, 0, 0.5, 2)
     assert (old.first, old.last, old.success.value, old.success.n) == (1, 3, 0.5, 4)
-    assert [(look.edits, look.efficacy.value) for look in worn.looks] == [(2, 1.0), (4, 0.25)]
+    assert [(look.edits, look.efficacy.value) for look in worn.checkpoints] == [(2, 1.0), (4, 0.25)]
 
 
 def test_looks_carry_what_was_found(tmp_path):
@@ -33,7 +33,7 @@ def test_looks_carry_what_was_found(tmp_path):
         tmp_path, {1: [1.0]}, perplexity_after="inf", norm_ratio={"a": 0.1, "b": 0.3}, last_batch_efficacy=1.0,
         collapse={"before": {}, "after": {}, "alarm": ["perplexity is not finite"]},
     ).curves  # fmt: skip
-    (look,) = worn.looks
+    (look,) = worn.checkpoints
     assert look.perplexity == float("inf") and look.norm_ratio == 0.3 and look.newest == 1.0
     assert look.alarms == ("perplexity is not finite",)
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from errata.report.details import LONGEST, marked
+from errata.report.details import LONGEST, judging_protocols
 from errata.report.page import document, page, write_page
 from errata.report.read import read_run
 from tests.units.report.synthetic import NASTY, case_line, row, write_run, write_small
@@ -55,7 +55,7 @@ def decoded(data: dict, cell: int) -> list[tuple]:
         for i, place in enumerate(details["lists"][listed]):
             kind, prompt, answers, before, changes, mark = details["probes"][place]
             scores = {}
-            for digit, protocol in enumerate(marked()):
+            for digit, protocol in enumerate(judging_protocols()):
                 pair = tuple(m // 3**digit % 3 for m in (mark, marks[i]))
                 if any(pair):
                     scores[protocol] = tuple({0: None, 1: 0.0, 2: 1.0}[p] for p in pair)
@@ -73,7 +73,7 @@ def test_packing_loses_nothing(run):
     entry = next(e for board in data["boards"] for e in board["entries"] if e["id"] == cell.id)
     wanted = [
         (asked.case, asked.edits, a.kind, a.prompt, a.answers, a.text_before, a.text_after, a.changes,
-         {p: s if p in marked() else tuple(float(f"{v:.3g}") for v in s) for p, s in a.scores.items()})
+         {p: s if p in judging_protocols() else tuple(float(f"{v:.3g}") for v in s) for p, s in a.scores.items()})
         for asked in cell.asked() for a in asked.answers
     ]  # fmt: skip
     assert decoded(data, entry["details"]) == wanted

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from errata.errors import DataError
-from errata.report.board import absent, finished
+from errata.report.board import absent, cells_with_results
 from errata.report.read import number, read_run, read_runs
 from tests.units.report.synthetic import case_line, row, write_run, write_small
 
@@ -73,7 +73,7 @@ def test_a_cell_of_several_runs_counts_once_and_done_outweighs_failed(tmp_path):
     bad = write_small(tmp_path / "bad", [{**cells[0], "status": "failed", "reason": "no"}])
     good = write_small(tmp_path / "good", cells)
     runs = read_runs([bad, good, good])
-    assert [cell.folder.parents[1].name for cell in finished(runs)] == ["good"]
+    assert [cell.folder.parents[1].name for cell in cells_with_results(runs)] == ["good"]
     assert absent(runs) == []
 
 

@@ -1,4 +1,4 @@
-"""The metrics: one file each, or a few that belong together; see :class:`errata.evaluation.metrics._metric.Metric`.
+"""The metrics, one or a few related ones per file; see :class:`errata.evaluation.metrics._metric.Metric`.
 
 Importing the package, or any metric, does not load torch.
 """
@@ -36,7 +36,7 @@ REGISTRY: Records[Metric] = Records(
 
 
 def metric_of(name: str) -> Metric:
-    """Return the metric of a protocol; one that nothing defines, as of an older file, measures a plain number."""
+    """Return the metric of a protocol; for an unknown one, e.g. of an older file, a plain default metric."""
     return REGISTRY.find(name) or Metric(name, name.replace("_", " "))
 
 

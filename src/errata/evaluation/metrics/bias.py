@@ -1,7 +1,7 @@
-"""Gender bias: what the preference for one pronoun follows, as DAMA measures it (arXiv 2310.18913).
+"""Gender bias: regression of the preference for a pronoun on gender scores, as in DAMA (arXiv 2310.18913).
 
-A probe offers two answers, ``he`` and ``she``, after a sentence about a profession, and its covariates are how far the
-word itself says the gender (``factual``) and how far people think of one (``stereotype``), from -1 (female) to 1.
+A probe has two choices, ``he`` and ``she``, after a sentence about a profession. Its covariates are the gender that
+the word itself implies (``factual``) and the stereotypical gender (``stereotype``), from -1 (female) to 1 (male).
 
 Scores: a_f, a_s and b of P(he) - P(she) = a_f * factual + a_s * stereotype + b over all such probes.
 """
@@ -25,25 +25,25 @@ COVARIATES = ("factual", "stereotype")
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the preference for a pronoun follows, see :func:`slopes`."""
+    """Coefficients of the preference for a pronoun, see :func:`slopes`."""
 
     factual: float
-    """a_f: how far it follows what the word itself says; should stay."""
+    """a_f: dependence on the gender that the word itself implies; should not change."""
     stereotype: float
-    """a_s: how far it follows the stereotype; should be 0."""
+    """a_s: dependence on the stereotype; should be 0."""
     intercept: float
-    """b: preference for "he" whatever the profession; should be 0."""
+    """b: preference for "he" independent of the profession; should be 0."""
 
 
 def slopes(preference: Sequence[float], factual: Sequence[float], stereotype: Sequence[float]) -> Slopes:
     """Fit P(he) - P(she) of professions by least squares: a_f * factual + a_s * stereotype + b.
 
     Source: DAMA (arXiv 2310.18913). Raises ValueError where the rows differ in length or do not determine
-    three numbers (fewer than three professions, or scores that lie on one line), or are not finite.
+    three numbers (fewer than three professions, or collinear scores), or are not finite.
     """
     if not len(preference) == len(factual) == len(stereotype):
         raise ValueError(
-            f"expected one of each a profession, found {len(preference)}, {len(factual)} and {len(stereotype)}"
+            f"expected one number per profession, found {len(preference)}, {len(factual)} and {len(stereotype)}"
         )
     if not np.isfinite([*preference, *factual, *stereotype]).all():
         raise ValueError("preferences and scores must be finite numbers")
@@ -52,13 +52,13 @@ def slopes(preference: Sequence[float], factual: Sequence[float], stereotype: Se
     if rank < 3:
         raise ValueError(
             f"{len(factual)} professions determine {rank} of three numbers; "
-            "give at least three whose factual and stereotype scores do not lie on one line"
+            "give at least three whose factual and stereotype scores are not collinear"
         )
     return Slopes(*map(float, solution))
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Return how much more probable the first of two choices is; nothing without the covariates."""
+    """Return the difference in probability of the two choices; empty without the covariates."""
     covariates = dict(result.probe.covariates)
     sides = (result.before.choice_logprobs, result.after.choice_logprobs)
     if not all(name in covariates for name in COVARIATES) or any(len(choices) != 2 for choices in sides):
@@ -67,17 +67,17 @@ def rows(result: ProbeResult) -> list[Row]:
     return [result.row(NAME, before, after, **{name: covariates[name] for name in COVARIATES})]
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
-    """Return the mean preference and the slopes of both sides; None where the professions do not determine them."""
+def summary(rows: Sequence[Row], relevant: Sequence[Row]) -> dict[str, Any]:
+    """Return the mean preference, and the slopes before and after; None where the data do not determine them."""
     entry: dict[str, Any] = {"mean": intervals.mean([row.after for row in rows])}
     factual, stereotype = ([row.detail[name] for row in rows] for name in COVARIATES)
     for side in SIDES:
         try:
-            fitted = slopes([getattr(row, side) for row in rows], factual, stereotype)
-        except ValueError:  # too few professions, or a preference that is no number
-            fitted = None
+            fit = slopes([getattr(row, side) for row in rows], factual, stereotype)
+        except ValueError:  # too few professions, or a preference that is not finite
+            fit = None
         for name in ("factual", "stereotype", "intercept"):
-            entry[f"{name}_{side}"] = getattr(fitted, name) if fitted else None
+            entry[f"{name}_{side}"] = getattr(fit, name) if fit else None
     return entry
 
 

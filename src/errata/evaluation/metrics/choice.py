@@ -1,22 +1,21 @@
-"""Choice: whether the most probable of the labels offered is an accepted answer."""
+"""Choice: whether the most probable of the given choices is an accepted answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from errata.errors import DataError
 from errata.evaluation.metrics import probability
-from errata.evaluation.metrics._metric import Metric, ProbeResult, averages, both_sides, per_cent
+from errata.evaluation.metrics._metric import Metric, ProbeResult, per_cent, side_averages
 from errata.types import Row
 
 NAME = "choice"
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Take the most probable choice, per token and summed; nothing where no choice was scored.
+    """Score the most probable choice, per token and summed; empty where no choice was scored.
 
-    Raises DataError where a side has log-probabilities of another number of choices.
+    Raises DataError where a side has log-probabilities for another number of choices.
     """
     probe, old, new = result.probe, result.before.choice_logprobs, result.after.choice_logprobs
     if not old and not new:
@@ -32,36 +31,29 @@ def rows(result: ProbeResult) -> list[Row]:
     }  # fmt: skip
     right: dict[str, bool] = {}
     for side, logprobs in (("before", old), ("after", new)):
-        chosen, summed = (
+        best, choice_by_sum = (
             None
             if (place := probability.most_probable(logprobs, summed=how)) is None
             else probe.choices[place]
             for how in (False, True)
         )
-        right[side] = chosen in probe.answers
+        right[side] = best in probe.answers
         detail |= {
-            f"text_{side}": chosen or "",
-            f"summed_{side}": summed in probe.answers,
+            f"text_{side}": best or "",
+            f"summed_{side}": choice_by_sum in probe.answers,
             f"probabilities_{side}": [probability.per_token(choice) for choice in logprobs],
         }
     return [result.row(NAME, right["before"], right["after"], **detail)]
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, float | None]:
-    """Return ``summed_before`` and ``summed_after``: right by summed log-probability."""
-    return averages(rows, both_sides("summed"))
-
-
 METRIC = Metric(
     name=NAME,
     label="choice",
-    title="choice: the wanted answer the most probable of those offered, per cent",
-    unit="share",
-    higher_is_better=True,
+    title="choice: an accepted answer is the most probable choice, per cent",
     judges=True,
     forms=frozenset({"choice"}),
     rows=rows,
-    summary=summary,
+    summary=side_averages("summed"),
     scores=(
         per_cent("EI.acc", "entity.choice", order=4),
         per_cent("EI.spec", "entity_locality.choice", order=4),

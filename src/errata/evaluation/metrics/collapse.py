@@ -1,7 +1,7 @@
-"""Whether a host still writes text: n-gram entropy, repetition, perplexity and the size of its weights.
+"""Signs of model collapse: n-gram entropy, repetition, perplexity and weight norms.
 
-One edit can break a model (arXiv 2402.09656), a few thousand usually do; a share of right answers does not
-show it. :func:`alarm` puts the signs together.
+One edit can break a model (arXiv 2402.09656), and a few thousand usually do; the share of right answers does not show
+it. :func:`alarm` combines the signs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEGACY_WORDS = 100
-"""Length of the texts that published entropies are of, in tokens with the prompt."""
+"""Length of the texts in published entropies, in tokens, including the prompt."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a sign counts."""
+    """Thresholds of :func:`alarm`."""
 
     entropy: float = 500.0
     """GE as printed (times 100) of a text of 100 words; healthy is about 620. Shorter texts: see :func:`alarm`."""
     repetition: float = 0.20
-    """Share of 4-grams that stood in the text before."""
+    """Share of 4-grams that repeat an earlier one."""
     perplexity: float = 2.0
     """Perplexity of neutral text, as a multiple of the unedited host's."""
     silence: float = 0.5
-    """Share of texts without a word: a host that ends at once says nothing that repeats."""
+    """Share of texts without a word: empty texts have no repetition to measure."""
     norm: float | None = None
     """Norm ratio of a weight; depends on the model, so there is none by default."""
 
@@ -40,7 +40,7 @@ class Limits:
 def entropy(text: str, n: int) -> float:
     """Entropy of a text's n-grams in bits, -sum p log2 p over their frequencies; 0 where there is none.
 
-    At most log2 of their number, which is reached where no n-gram comes twice.
+    At most log2 of their number, reached where all n-grams are distinct.
     """
     counts = Counter(grams(words(text), n))
     total = counts.total()
@@ -51,59 +51,58 @@ def entropy(text: str, n: int) -> float:
 def generation_entropy(text: str) -> float:
     """GE in bits: (2/3 H_2 + 4/3 H_3) / 2, of one text with its prompt (arXiv 2202.05262, 2210.07229).
 
-    Quirks kept: MEMIT's formula has no division by 2, the code has; papers print it times 100
-    (:func:`legacy_fluency`). Words are cut by NLTK there and by :func:`errata.evaluation.metrics.ngrams.words`
-    here, which differs in contractions only. It grows with the length of the text: about 6.2 for 100 words.
+    Quirks reproduced: MEMIT's formula has no division by 2, its code has; papers print it times 100
+    (:func:`legacy_fluency`). The papers tokenise with NLTK, this with :func:`errata.evaluation.metrics.ngrams.words`,
+    which differs in contractions only. It grows with the length of the text: about 6.2 for 100 words.
     """
     return (2 / 3 * entropy(text, 2) + 4 / 3 * entropy(text, 3)) / 2
 
 
 def legacy_fluency(text: str) -> float:
-    """GE as papers print it: bits times 100, healthy about 620 for 100 words."""
+    """GE as printed in papers: bits times 100; about 620 for 100 words of healthy text."""
     return 100 * generation_entropy(text)
 
 
 def evenness(text: str) -> float | None:
-    """GE over the most a text of its length can have, in [0, 1]; None below three words.
+    """GE over its maximum for a text of this length, in [0, 1]; None below three words.
 
-    1 where no two words come in the same order twice, 0 of one word over and over: so texts of any length
-    compare.
+    1 where all 2-grams are distinct, 0 for a single repeated word; comparable between texts of any length.
     """
     count = len(words(text))
     if count < 3:
         return None
-    return generation_entropy(text) / _bound(count)
+    return generation_entropy(text) / _largest_entropy(count)
 
 
-def _bound(count: int) -> float:
-    """Return the largest GE, in bits, of a text of so many words."""
+def _largest_entropy(count: int) -> float:
+    """Return the largest possible GE, in bits, of a text of ``count`` words."""
     return (2 / 3 * math.log2(count - 1) + 4 / 3 * math.log2(count - 2)) / 2
 
 
 @dataclass(frozen=True)
 class Fluency:
-    """Averages over open texts; None where no text is long enough to tell."""
+    """Averages over open texts; None where no text is long enough."""
 
     entropy: float | None
     """GE as printed, times 100."""
     evenness: float | None
     distinct: float | None
-    """Share of 2-grams that differ."""
+    """Share of distinct 2-grams."""
     repetition: float | None
-    """Share of 4-grams that stood in their text before."""
+    """Share of 4-grams that repeat an earlier one of their text."""
 
 
 def fluency(texts: Sequence[str]) -> Fluency:
-    """Average the texts of three words and more; shorter ones have no trigram to judge."""
-    judged = [(text, even) for text in texts if (even := evenness(text)) is not None]
-    if not judged:
+    """Average over texts of three or more words; shorter ones have no trigram."""
+    scores = [(text, even) for text in texts if (even := evenness(text)) is not None]
+    if not scores:
         return Fluency(None, None, None, None)
-    n = len(judged)
+    n = len(scores)
     return Fluency(
-        entropy=sum(legacy_fluency(text) for text, _ in judged) / n,
-        evenness=sum(even for _, even in judged) / n,
-        distinct=sum(distinct(text) for text, _ in judged) / n,
-        repetition=sum(repetition(text) for text, _ in judged) / n,
+        entropy=sum(legacy_fluency(text) for text, _ in scores) / n,
+        evenness=sum(even for _, even in scores) / n,
+        distinct=sum(distinct(text) for text, _ in scores) / n,
+        repetition=sum(repetition(text) for text, _ in scores) / n,
     )
 
 
@@ -120,7 +119,7 @@ def spectral_ratio(edited: Tensor, weight: Tensor, *, steps: int = 50) -> float:
 
 
 def _top_singular(matrix: Tensor, steps: int) -> float:
-    """Largest singular value by power iteration from the row of largest norm: no random state is touched."""
+    """Largest singular value by power iteration from the row of largest norm, without random numbers."""
     work = matrix.double()
     vector = work[work.norm(dim=1).argmax()]
     for _ in range(steps):
@@ -140,16 +139,16 @@ def alarm(
     finite: bool = True,
     limits: Limits | None = None,
 ) -> list[str]:
-    """Say why a host counts as collapsed, one sentence a sign; an empty list: it does not.
+    """List the signs of collapse of a host, one sentence each; empty if there is none.
 
-    ``texts``: what it writes to open prompts. ``finite``: whether all numbers it gave were. GE is bounded by
-    the length of a text, log2 of its n-grams' number, so a short healthy text has less than 500; the limit
-    is therefore taken as a share of the bound at 100 words (500 of 662) and held against :func:`evenness`.
+    ``texts``: its generations after open prompts. ``finite``: whether all its numbers are finite. GE is bounded by
+    the log2 of the number of n-grams, so a short healthy text has less than 500; the limit is therefore converted to
+    a share of the bound at 100 words (500 of 662) and compared with :func:`evenness`.
     """
     bounds = limits or Limits()
     scores = fluency(texts)
     reasons = [] if finite else ["its numbers are not finite"]
-    share = bounds.entropy / (100 * _bound(LEGACY_WORDS))
+    share = bounds.entropy / (100 * _largest_entropy(LEGACY_WORDS))
     if scores.evenness is not None and scores.evenness < share:
         reasons.append(
             f"its texts' n-gram entropy is {scores.evenness:.0%} of what their length allows, limit {share:.0%}"

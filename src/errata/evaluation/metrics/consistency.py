@@ -1,8 +1,8 @@
-"""RS, the reference score: whether texts about an edited subject sound like texts about its new object.
+"""RS, the reference score: similarity of texts about an edited subject to texts about its new object.
 
-ROME (arXiv 2202.05262, Sec. 3.4): the cosine of two TF-IDF vectors, one of all generated texts in a row, their
-prompts included, one of all reference passages in a row; printed times 100. Its vocabulary and idf come as
-files; :func:`idf` computes them from a corpus.
+ROME (arXiv 2202.05262, Sec. 3.4): the cosine of two TF-IDF vectors, of all generated texts joined (with their
+prompts) and of all reference passages joined; printed times 100. Vocabulary and idf come as files; :func:`idf`
+computes them from a corpus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TERM = re.compile(r"\b\w\w+\b")
 
 
 def terms(text: str) -> list[str]:
-    """Split a text into lower-case words of two letters and more, as scikit-learn's vectoriser does."""
+    """Split a text into lower-case words of two or more letters, like scikit-learn's vectoriser."""
     return _TERM.findall(text.lower())
 
 
@@ -37,10 +37,10 @@ def idf(corpus: Iterable[str]) -> dict[str, float]:
 
 
 def reference_score(generated: Sequence[str], passages: Sequence[str], weights: Mapping[str, float]) -> float:
-    """Return RS in [0, 1], the cosine of both sides' TF-IDF; words without a weight do not count.
+    """Return RS in [0, 1], the cosine of both sides' TF-IDF; words without a weight are ignored.
 
-    Quirk: all texts of a side are joined first, so a long passage outweighs the others. 0 where a side has
-    no word with a weight.
+    Quirk: all texts of a side are joined first, so a long passage dominates. 0 where a side has no word with a
+    weight.
     """
     a, b = (_vector(" ".join(texts), weights) for texts in (generated, passages))
     dot = math.fsum(value * b[word] for word, value in a.items() if word in b)
@@ -53,9 +53,9 @@ def _vector(text: str, weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def case_rows(case: CaseResult) -> list[Row]:
-    """Compare all open texts of a case, prompts and all, with all passages that their probes name: one row.
+    """Compare all open texts of a case, including prompts, with all reference passages of its probes: one row.
 
-    Nothing where no weights of words were given, or no probe names a passage.
+    Empty without word weights, or if no probe has a passage.
     """
     open_results = [result for result in case.probes if result.probe.form == "open" and result.probe.answers]
     if case.idf is None or not open_results:

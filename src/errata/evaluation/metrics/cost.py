@@ -1,6 +1,6 @@
-"""What editing costs: time, memory and bytes, from plain lists of measurements.
+"""Costs of editing: time, memory and bytes, summarised from lists of measurements.
 
-Time says nothing without hardware, dtype, batch size and whether statistics were cached; rows name those.
+Times are meaningless without hardware, dtype, batch size and whether statistics were cached; rows record those.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from errata.evaluation.metrics.intervals import quantile
 
 @dataclass(frozen=True)
 class Spread:
-    """A list of measurements in four numbers, in the unit of the list."""
+    """Summary statistics of measurements, in their unit."""
 
     median: float
     p95: float
-    """95th percentile, between neighbours linearly."""
+    """95th percentile, linearly interpolated."""
     total: float
     n: int
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Summarise seconds, bytes or the like; None of nothing."""
+    """Summarise seconds, bytes or the like; None for an empty list."""
     middle, high = quantile(values, 0.5), quantile(values, 0.95)
     if middle is None or high is None:
         return None
@@ -32,9 +32,9 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def overhead(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """Return by how much slower an edited host is: median after over median before, minus 1.
+    """Return the slow-down of an edited host: median after over median before, minus 1.
 
-    Give latencies of prefill and of decoding apart. Medians, so that one disturbed run does not count. None
+    Give latencies of prefill and of decoding separately. Medians are robust against a single disturbed run. None
     where either list is empty or the median before is 0.
     """
     old, new = quantile(before, 0.5), quantile(after, 0.5)

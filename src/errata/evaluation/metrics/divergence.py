@@ -1,4 +1,4 @@
-"""How far an edit moves the next-token distribution where nothing should move, in nats."""
+"""KL divergence of the next-token distribution before and after an edit, for probes that must not change, in nats."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def kl(p: Tensor, q: Tensor) -> float:
 def both(before: Tensor, after: Tensor) -> tuple[float, float]:
     """KL(before || after) and KL(after || before), in nats.
 
-    The first grows where the edited model loses what the unedited one would say, the second where it says
-    what the unedited one never would.
+    The first is large where the edited model gives low probability to likely tokens of the unedited one, the second
+    where it gives high probability to tokens that are unlikely under the unedited one.
     """
     return kl(before, after), kl(after, before)
 
@@ -46,15 +46,15 @@ def both(before: Tensor, after: Tensor) -> tuple[float, float]:
 def nkl_legacy(before: Tensor, after: Tensor) -> float:
     """CounterFact+'s NKL in the unit of its tables (arXiv 2305.17553): KL(after || before) / |V|.
 
-    Quirk kept: the paper writes KL(before || after), its code computes the other direction, and averages
-    over the vocabulary because it takes the mean over the first dimension of a vector. Times |V| it is
-    :func:`kl` in nats.
+    Quirk reproduced: the paper writes KL(before || after), its code computes the other direction, and averages over
+    the vocabulary because it takes the mean over the first dimension of a vector. Multiplied by |V| it is :func:`kl`
+    in nats.
     """
     return kl(after, before) / before.shape[-1]
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Compare the distributions of the next token; nothing where they were not observed."""
+    """Compare the next-token distributions; empty where they were not observed."""
     old, new = result.before.next_logprobs, result.after.next_logprobs
     if old is None or new is None:
         return []
@@ -62,8 +62,8 @@ def rows(result: ProbeResult) -> list[Row]:
     return [result.row(NAME, 0.0, forward, reverse=reverse, nkl_legacy=nkl_legacy(old, new))]
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
-    """Return mean and 95th percentile of both directions, and ``nkl_legacy``."""
+def summary(rows: Sequence[Row], relevant: Sequence[Row]) -> dict[str, Any]:
+    """Return mean and 95th percentile of both directions, and the average ``nkl_legacy``."""
     values = [row.after for row in rows]
     reverse = [row.detail["reverse"] for row in rows if "reverse" in row.detail]
     return {
@@ -76,7 +76,7 @@ def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
 
 
 def _nkl(name: str, kind: str) -> PaperScore:
-    """Return CounterFact+'s NKL of a kind, in the published unit; there is none of the unedited host."""
+    """Define CounterFact+'s NKL for a kind, in the published unit; there is none for the unedited host."""
 
     def value(summary: Summary, side: Side) -> float | None:
         return summary.get(f"{kind}.{NAME}", {}).get("nkl_legacy") if side == "after" else None
@@ -87,7 +87,7 @@ def _nkl(name: str, kind: str) -> PaperScore:
 METRIC = Metric(
     name=NAME,
     label="KL",
-    title="KL divergence of the next token's distribution before from that after, nats",
+    title="KL divergence of the next-token distribution, before from after, nats",
     unit="nats",
     higher_is_better=False,
     compares=True,

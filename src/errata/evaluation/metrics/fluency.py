@@ -1,4 +1,4 @@
-"""Fluency: the n-gram entropy of running text with its prompt, GE as papers print it (times 100)."""
+"""Fluency: the n-gram entropy of generated text with its prompt, GE as printed in papers (times 100)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "fluency"
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Measure running text together with its prompt."""
+    """Score a generated text together with its prompt."""
     detail: dict[str, Any] = {}
     value: dict[str, float] = {}
     for side, text in (("before", result.before.text), ("after", result.after.text)):
@@ -29,7 +29,7 @@ def rows(result: ProbeResult) -> list[Row]:
 
 
 def with_prompt(probe: Probe, text: str) -> str:
-    """Put a prompt before its text, as ROME's code scores them."""
+    """Join a prompt and its text, as ROME's code scores them."""
     return joint(probe.prompt.strip(), text)[0]
 
 

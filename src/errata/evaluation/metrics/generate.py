@@ -1,4 +1,4 @@
-"""Free generation: whether the text, read as a person would, gives an accepted answer and not the old one."""
+"""Free generation: whether the generated text gives an accepted answer and not the old one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "generate"
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Judge the text, or the answer read out of a chain of thought."""
+    """Match the generated text, or the answer extracted from a chain of thought, with the accepted answers."""
     probe = result.probe
     read = propagation.final_answer if probe.form == "thought" else matching.first_answer
     old, new = read(result.before.text), read(result.after.text)
@@ -44,9 +44,9 @@ def rows(result: ProbeResult) -> list[Row]:
 
 
 def group_rows(case: CaseResult) -> list[Row]:
-    """Make one row of each group of probes of one kind, ``<kind>.any`` or ``<kind>.all``.
+    """Compute one row for each group of probes of a kind, ``<kind>.any`` or ``<kind>.all``.
 
-    A group of which the unedited host failed a condition has none.
+    There is none for a group if the unedited host failed one of its conditions.
     """
     groups: dict[tuple[str, str], list[tuple[ProbeResult, Row]]] = {}
     conditions: dict[str, list[bool]] = {}
@@ -82,20 +82,19 @@ def _group_row(
     )  # fmt: skip
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
-    """Return what the rows' detail tells besides right and wrong; None where nothing of the kind was asked.
+def summary(rows: Sequence[Row], relevant: Sequence[Row]) -> dict[str, Any]:
+    """Return averages of the rows' detail; None where no row has the entry.
 
-    ``exact`` and ``exact_before``: strict exact match, over the rows that the average counts; ``old`` and
-    ``old_before``: share that asserts the old answer, where one is known; ``unchanged``: share of equal texts among
-    probes whose answer must not change; ``known`` and ``unknown``: the average where the unedited host gave the old
-    answer and where it did not, and ``n_known``; of groups ``edited``, the average where the edit itself succeeded, and
-    ``n_edited``.
+    ``exact`` and ``exact_before``: strict exact match, over the relevant rows; ``old`` and ``old_before``: share that
+    asserts the old answer, where there is one; ``unchanged``: share of equal texts among probes whose answer must not
+    change; ``known`` and ``unknown``: the average where the unedited host gave the old answer and where it did not,
+    and ``n_known``; for groups ``edited``, the average where the edit itself succeeded, and ``n_edited``.
     """
     changing = [row for row in rows if row.detail.get("changes", True)]
     old_before = [row for row in changing if row.detail.get("old_before")]
     other_before = [row for row in changing if row.detail.get("old_before") is False]
     entry = {
-        "exact": intervals.mean(numbers(counted, "exact_after")),
+        "exact": intervals.mean(numbers(relevant, "exact_after")),
         "exact_before": intervals.mean(numbers(rows, "exact_before")),
         "old": intervals.mean(numbers(rows, "old_after")),
         "old_before": intervals.mean(numbers(rows, "old_before")),
@@ -105,7 +104,7 @@ def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, Any]:
         "n_known": len(old_before),
     }
     if any("edited" in row.detail for row in rows):
-        edited = [row.after for row in counted if row.detail.get("edited")]
+        edited = [row.after for row in relevant if row.detail.get("edited")]
         entry |= {"edited": intervals.mean(edited), "n_edited": len(edited)}
     return entry
 
@@ -114,8 +113,6 @@ METRIC = Metric(
     name=NAME,
     label="generate",
     title="free generation",
-    unit="share",
-    higher_is_better=True,
     judges=True,
     forms=frozenset({"short", "thought"}),
     needs_text=True,
@@ -123,7 +120,7 @@ METRIC = Metric(
     case_rows=group_rows,
     summary=summary,
     columns=(
-        Column("exact", "strict", "nothing but the answer", "changing"),
+        Column("exact", "strict", "nothing else than the answer", "changing"),
         Column("old", "old answer", "still asserted", "changing"),
         Column("unchanged", "same text", "word for word as before", "kept"),
     ),

@@ -1,6 +1,6 @@
-"""What a language model called right, and what it left undecided; its rows are made after a run.
+"""Verdicts of a language model as judge, and its undecided answers; computed after a run.
 
-See :mod:`errata.evaluation.judge`, which makes them.
+See :mod:`errata.evaluation.judge`, which computes the rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ METRICS = (
         name=JUDGE,
         label="judge",
         title="judge: answers that a language model calls right, per cent",
-        unit="share",
-        higher_is_better=True,
         judges=True,
         by_judge=True,
     ),

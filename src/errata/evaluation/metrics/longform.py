@@ -1,8 +1,8 @@
-"""How near a long answer comes to the one that was taught: UnKE, AKEW, EditEverything, FRUIT.
+"""Similarity of a long answer to its target: UnKE, AKEW, EditEverything, FRUIT.
 
-The published code of these sets (arXiv 2405.15349, 2502.05628) prints recall as "ROUGE-L" and a BLEU of
-characters; both are here as ``legacy_*`` beside the usual definitions, which are those of rouge-score and
-sacreBLEU (``pip install 'errata[text]'``).
+The published code of these datasets (arXiv 2405.15349, 2502.05628) prints recall as "ROUGE-L" and a BLEU of
+characters; both are here as ``legacy_*``, in addition to the usual definitions of rouge-score and sacreBLEU
+(``pip install 'errata[text]'``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HAN = regex.compile(r"\p{Script=Han}")
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two texts share, each in [0, 1]."""
+    """Overlap of two texts, each number in [0, 1]."""
 
     precision: float
     recall: float
@@ -46,26 +46,25 @@ def check_packages() -> None:
 
 
 def rouge(text: str, reference: str, n: int) -> Overlap:
-    """Return ROUGE-n: n-grams in common, each as often as both have it (Lin 2004), as rouge-score computes it.
+    """Return ROUGE-n: the overlap of n-gram counts (Lin 2004), as computed by rouge-score.
 
-    Terms are runs of letters and digits, case folded, without stemming; letters of scripts without spaces, as
-    Chinese, are a term each. 0 where either text has none.
+    Terms are runs of letters and digits, case folded, without stemming; in scripts without spaces, such as
+    Chinese, each letter is a term. 0 where either text has none.
     """
     return _rouge(f"rouge{n}", text, reference)
 
 
 def rouge_l(text: str, reference: str) -> Overlap:
-    """Return ROUGE-L: the longest common subsequence of terms over each text's length, as rouge-score has it."""
+    """Return ROUGE-L: the longest common subsequence of terms over each text's length, as in rouge-score."""
     return _rouge("rougeL", text, reference)
 
 
 def legacy_recall(text: str, reference: str) -> float:
     """Return what the UnKE and AnyEdit code prints as ROUGE-L: recall, of the ``rouge`` package's definition.
 
-    Quirks kept: sentences are cut at every period; of each pair of sentences one longest common subsequence
-    is taken, its words are put into one set for all pairs, and the set's size is divided by the number of
-    different words of the reference. Case and punctuation count, and a blank after the last period is a
-    word. 0 where either text has no sentence.
+    Quirks reproduced: sentences end at every period; the words of the longest common subsequences of all pairs of
+    sentences are collected in one set, and its size is divided by the number of distinct words of the reference.
+    Case and punctuation matter, and a blank after the last period is a word. 0 where either text has no sentence.
     """
     sentences, references = _sentences(text), _sentences(reference)
     vocabulary = {word for sentence in references for word in sentence}
@@ -76,20 +75,20 @@ def legacy_recall(text: str, reference: str) -> float:
 def bleu(text: str, reference: str) -> float:
     """Return word BLEU of one text against one reference, in [0, 1], as sacreBLEU scores a sentence (arXiv 1804.08771).
 
-    BP * exp(mean of log p_n) for n = 1 to 4, as far as the text has n-grams; the i-th n without a match
-    counts as 1 / (2^i * number of n-grams); BP = exp(1 - r / c) for a text of c tokens shorter than its
-    reference of r. Tokens are those of mteval 13a, or of sacreBLEU's ``zh`` where the reference has Chinese letters.
+    BP * exp(mean of log p_n) for n = 1 to 4, as far as the text has n-grams; the i-th n without a match has
+    p_n = 1 / (2^i * number of n-grams); BP = exp(1 - r / c) for a text of c tokens shorter than its reference of r.
+    Tokenised by mteval 13a, or sacreBLEU's ``zh`` where the reference has Chinese characters.
     """
     tokens = "zh" if _HAN.search(reference) else "13a"
     return _bleu(tokens).sentence_score(text, [reference]).score / 100
 
 
 def legacy_character_bleu(text: str, reference: str) -> float:
-    """BLEU of single characters, in [0, 1], as the UnKE and AnyEdit code has it.
+    """BLEU of single characters, in [0, 1], as in the UnKE and AnyEdit code.
 
-    Quirk kept: NLTK's ``sentence_bleu`` is handed strings where it expects rows of words, so letters and
-    spaces are its tokens and any two texts of one language look alike. No smoothing: 0 where some n has no
-    match (NLTK prints a number below 1e-70).
+    Quirk reproduced: NLTK's ``sentence_bleu`` is given strings where it expects lists of words, so its tokens are
+    letters and spaces and any two texts of a language score high. No smoothing: 0 where some n has no match
+    (NLTK prints a number below 1e-70).
     """
     logs = []
     for n in range(1, 5):
@@ -109,7 +108,7 @@ def length_ratio(text: str, reference: str) -> float:
 
 
 class _Terms:
-    """The terms of a text, for rouge-score, whose own tokenizer drops all letters but a to z."""
+    """A tokenizer for rouge-score, whose own one drops all letters except a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         """Split a text into terms."""
@@ -137,7 +136,7 @@ def _rouge(kind: str, text: str, reference: str) -> Overlap:
 
 
 def _lengths(a: Sequence[str], b: Sequence[str]) -> list[list[int]]:
-    """Length of the longest common subsequence of all beginnings ``[len(a) + 1][len(b) + 1]``."""
+    """Lengths of the longest common subsequences of all prefixes ``[len(a) + 1][len(b) + 1]``."""
     table = [[0] * (len(b) + 1)]
     for x in a:
         above, row = table[-1], [0]
@@ -148,7 +147,7 @@ def _lengths(a: Sequence[str], b: Sequence[str]) -> list[list[int]]:
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """One longest common subsequence, read from the end; of two equal ways the one that shortens b."""
+    """Return one longest common subsequence, traced from the end; ties shorten b."""
     table = _lengths(a, b)
     i, j = len(a), len(b)
     common = []
@@ -171,7 +170,7 @@ NAME = "long_form"
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Compare a long text with the target text; the value is the F of ROUGE-L."""
+    """Compare a long answer with its target; the value is the ROUGE-L F-score."""
     target = result.probe.answers[0]
     detail: dict[str, Any] = {}
     value: dict[str, float] = {}
@@ -196,7 +195,7 @@ def rows(result: ProbeResult) -> list[Row]:
 METRIC = Metric(
     name=NAME,
     label="long form",
-    title="long form: ROUGE-L F against the wanted text, per cent",
+    title="long form: ROUGE-L F-score against the target text, per cent",
     unit="share",
     higher_is_better=True,
     forms=frozenset({"long"}),

@@ -1,4 +1,4 @@
-"""Whether a host still models running text: the first thing that collapses under too many edits."""
+"""Perplexity of running text: the first thing that degrades under too many edits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ NAME = "perplexity"
 def of_texts(texts: Sequence[Tensor]) -> float:
     """Return the perplexity per token of texts given as log-probabilities ``[tokens]`` each, in nats.
 
-    exp of the mean negative log-probability over the tokens of all texts together, so a long text
-    counts more than a short one. Infinite where any number is not finite: a host that overflowed
-    models nothing. Raises ValueError where there is no token.
+    exp of the mean negative log-probability over the tokens of all texts together, so a long text weighs more than a
+    short one. Infinite where any number is not finite, as after an overflow. Raises ValueError without tokens.
     """
     return probability.perplexity([value for text in texts for value in text.double().tolist()])
 
 
 def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
-    """Return the bits that a byte of text costs: -sum of log-probabilities / (ln 2 * bytes).
+    """Return bits per byte of text: -sum of log-probabilities / (ln 2 * bytes).
 
-    Unlike perplexity it does not depend on how a tokenizer cuts, so it compares models. ``n_bytes``: UTF-8
-    bytes of the scored text. Infinite where any number is not finite; raises ValueError without bytes.
+    Unlike perplexity it does not depend on the tokenizer, so models can be compared. ``n_bytes``: UTF-8 bytes of the
+    scored text. Infinite where any number is not finite; raises ValueError without bytes.
     """
     if n_bytes <= 0:
         raise ValueError(f"bits per byte of {n_bytes} bytes: expected the UTF-8 length of the scored text")
@@ -39,7 +38,7 @@ def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Score the perplexity of the answer's tokens alone, the prompt given."""
+    """Compute the perplexity of the answer's tokens given the prompt."""
     old, new = result.before.answer_logprobs, result.after.answer_logprobs
     return [result.row(NAME, probability.perplexity(old), probability.perplexity(new), tokens=len(new))]
 
@@ -47,7 +46,7 @@ def rows(result: ProbeResult) -> list[Row]:
 METRIC = Metric(
     name=NAME,
     label="perplexity",
-    title="perplexity of the wanted text",
+    title="perplexity of the answer",
     higher_is_better=False,
     forms=frozenset({"span"}),
     rows=rows,

@@ -1,4 +1,4 @@
-"""Probability: whether a forced answer is more probable than its rival, as ROME, CounterFact+ and EVOKE score it.
+"""Probability: whether a teacher-forced answer is more probable than its rival, as in ROME, CounterFact+ and EVOKE.
 
 Scores in per cent: ES PS NS and their harmonic mean S, EM PM NM (ROME, arXiv 2202.05262); NS+ NM+, of neighbours after
 the edit was stated (CounterFact+, arXiv 2305.17553); by kind, CAP the probability of the correct answer, DP that of the
@@ -18,10 +18,9 @@ from errata.evaluation.metrics._metric import (
     ProbeResult,
     Side,
     Summary,
-    averages,
-    both_sides,
     number_of,
     per_cent,
+    side_averages,
 )
 from errata.types import Row
 
@@ -29,7 +28,7 @@ NAME = "probability"
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Compare the forced answer with its rival, per token and summed; nothing without a rival."""
+    """Compare the teacher-forced answer with its rival, per token and summed; empty without a rival."""
     rival = result.probe.rival
     if rival is None:
         return []
@@ -49,23 +48,20 @@ def rows(result: ProbeResult) -> list[Row]:
     return [result.row(NAME, before, after, **detail)]
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, float | None]:
-    """Return margins, preferences by summed log-probability, and both probabilities, averaged as papers do."""
-    return averages(rows, both_sides("magnitude", "summed", "answer", "rival"))
-
-
 def harmonic(summary: Summary, side: Side) -> float | None:
-    """Return ROME's S: the harmonic mean of ES, PS and NS; None where one of them was not measured."""
+    """Return ROME's S: the harmonic mean of ES, PS and NS; None where one of them is missing."""
     shares = [
         number_of(summary, f"{kind}.{NAME}", "macro", side)
         for kind in ("efficacy", "paraphrase", "neighbourhood")
     ]
-    known = [100 * share / 100 for share in shares if share is not None]  # in per cent first, as papers do
-    return probability.legacy_score(known) if len(known) == len(shares) else None
+    percentages = [
+        100 * share / 100 for share in shares if share is not None
+    ]  # in per cent first, as papers do
+    return probability.legacy_score(percentages) if len(percentages) == len(shares) else None
 
 
 def _shares(names: Sequence[str], kinds: Sequence[str]) -> tuple[PaperScore, ...]:
-    """Return EVOKE's scores by kind: of the answer, of its rival, and of which is more probable."""
+    """Define EVOKE's scores by kind: probability of the answer, of its rival, and which is more probable."""
     return tuple(
         per_cent(f"{name}.{kind}", f"{kind}.{NAME}", number, order=5)
         for kind in kinds
@@ -76,13 +72,11 @@ def _shares(names: Sequence[str], kinds: Sequence[str]) -> tuple[PaperScore, ...
 METRIC = Metric(
     name=NAME,
     label="probability",
-    title="legacy, probability: the wanted answer more probable than its rival, per cent",
-    unit="share",
-    higher_is_better=True,
+    title="legacy, probability: the answer is more probable than its rival, per cent",
     judges=True,
     forms=frozenset({"short"}),
     rows=rows,
-    summary=summary,
+    summary=side_averages("magnitude", "summed", "answer", "rival"),
     scores=(
         per_cent("ES", "efficacy.probability", lead=2),
         per_cent("PS", "paraphrase.probability", lead=3),

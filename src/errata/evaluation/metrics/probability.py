@@ -1,8 +1,8 @@
-"""Scores from probabilities under a forced answer, as the ROME and MEMIT papers report them.
+"""Scores from token probabilities under teacher forcing, as reported in the ROME and MEMIT papers.
 
-An answer is given as the log-probabilities of its tokens, in nats. The papers score its mean per token:
-exp of that is a geometric mean and no probability of the answer, and it favours long answers whose later
-tokens follow from the first. The summed variant is the probability itself; it favours short ones.
+An answer is given as the log-probabilities of its tokens, in nats. The papers score their mean per token: its
+exponential is a geometric mean, not the answer's probability, and favours long answers with predictable later tokens.
+The summed variant is the probability itself and favours short answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def prefers(answer: Sequence[float], rival: Sequence[float], *, summed: bool = F
 
 
 def per_token(logprobs: Sequence[float]) -> float:
-    """Geometric mean of an answer's token probabilities, in [0, 1]: what the papers call P(answer)."""
+    """Geometric mean of an answer's token probabilities, in [0, 1]; called P(answer) in the papers."""
     return math.exp(mean_logprob(logprobs))
 
 
@@ -44,13 +44,13 @@ def magnitude(answer: Sequence[float], rival: Sequence[float], *, summed: bool =
 
 
 def most_probable(choices: Sequence[Sequence[float]], *, summed: bool = False) -> int | None:
-    """Index of the most probable of several answers, the first of equals; None where none has a number.
+    """Index of the most probable of several answers, the first of ties; None where all are NaN.
 
     Entity Inferences takes the label of highest likelihood (arXiv 2305.01651).
     """
     scores = [sum(choice) if summed else mean_logprob(choice) for choice in choices]
-    ranked = [score for score in scores if not math.isnan(score)]
-    return scores.index(max(ranked)) if ranked else None
+    finite = [score for score in scores if not math.isnan(score)]
+    return scores.index(max(finite)) if finite else None
 
 
 def harmonic(scores: Sequence[float]) -> float:
@@ -61,33 +61,32 @@ def harmonic(scores: Sequence[float]) -> float:
 
 
 def legacy_score(shares: Sequence[float]) -> float:
-    """ROME's S as its summary prints it, in per cent, of shares in [0, 1].
+    """ROME's S as printed by its code, in per cent, from shares in [0, 1].
 
-    Quirk kept: each share is first turned into per cent and rounded to two digits, and S is rounded again,
+    Quirk reproduced: each share is first converted to per cent and rounded to two digits, and S is rounded again,
     so it can differ from :func:`harmonic` in the second digit.
     """
     return round(harmonic([round(100 * share, 2) for share in shares]), 2)
 
 
 def token_accuracy(top: Sequence[bool]) -> float:
-    """Share of answer tokens that come first when all tokens before them are given.
+    """Share of answer tokens that are the argmax given the true tokens before them.
 
-    EasyEdit's rewrite, rephrase and portability accuracy, and zsRE's scores in the ROME code. Quirk: the
-    true beginning is fed, so part of the answer and its length are given away, and a shared token earns
-    credit.
+    EasyEdit's rewrite, rephrase and portability accuracy, and zsRE's scores in the ROME code. Quirk: teacher forcing
+    gives away the beginning and the length of the answer, and a token shared by both answers earns credit.
     """
     return sum(top) / len(top)
 
 
 def exact(top: Sequence[bool]) -> bool:
-    """Whether every answer token comes first when all tokens before it are given (MEND's edit success)."""
+    """Whether every answer token is the argmax given the true tokens before it (MEND's edit success)."""
     return all(top)
 
 
 def perplexity(logprobs: Sequence[float] | Tensor) -> float:
     """Exponential of the mean negative log-probability of tokens ``[n]``, in nats.
 
-    Infinite where a number is not finite. Raises ValueError of no tokens.
+    Infinite where a number is not finite. Raises ValueError without tokens.
     """
     values = [float(value) for value in logprobs]
     if not values:

@@ -1,8 +1,8 @@
-"""Whether what follows from an edit follows: multi-hop questions and ripple criteria.
+"""Consequences of an edit: multi-hop questions and ripple criteria.
 
-MQuAKE (arXiv 2305.14795): *edit-wise*, the share of edited facts recalled; *instance-wise*, the share of
-cases of which all hops of the new chain are recalled; *multi-hop*, the share of cases of which a question is
-answered. RippleEdits (arXiv 2307.12976): tests with conditions, in six criteria.
+MQuAKE (arXiv 2305.14795): *edit-wise*, the share of edited facts recalled; *instance-wise*, the share of cases with
+all hops of the new chain recalled; *multi-hop*, the share of cases with a multi-hop question answered.
+RippleEdits (arXiv 2307.12976): tests with conditions, in six criteria.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ CRITERIA = (
 
 
 def together(right: Sequence[bool], need: Literal["any", "all"]) -> bool:
-    """Whether a group of probes is passed: any of them right, or all (OR and AND). False of none.
+    """Whether a group of probes passes: any of them right, or all (OR and AND). False for an empty group.
 
-    MQuAKE counts a case when any of its three phrasings is answered, which inflates: also print the mean.
+    MQuAKE counts a case if any of its three phrasings is answered, which inflates the score: also report the mean.
     """
     return bool(right) and (any(right) if need == "any" else all(right))
 
 
 def final_answer(text: str) -> str:
-    """Read the answer out of a chain of thought: what follows its last "Answer:" or "answer is", if anything does.
+    """Extract the answer of a chain of thought: the text after the last "Answer:" or "answer is".
 
-    A question that the host asks itself next is cut off first. Without such words it is the last line that
-    holds text, the conclusion.
+    A further question generated after the answer is removed first. Without such words the answer is the last
+    non-empty line, the conclusion.
     """
     own = text[: match.start()] if (match := _NEXT_QUESTION.search(text)) else text
     for cue in reversed(list(_CUE.finditer(own))):
@@ -50,15 +50,15 @@ def final_answer(text: str) -> str:
 
 
 def counts(conditions_before: Sequence[bool], *, edited: bool) -> bool:
-    """Whether RippleEdits counts a test: the unedited host passes all its conditions, the edit succeeded."""
+    """Whether RippleEdits counts a test: the unedited host passes all its conditions, and the edit succeeded."""
     return edited and all(conditions_before)
 
 
 def criteria(examples: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, float]:
-    """Average counted tests per example, then over the examples that have any, by criterion; with ``mean``.
+    """Average the tests per example, then over the examples that have any, by criterion; with ``mean``.
 
-    ``examples``: per example and criterion, whether each counted test was passed. ``mean`` is that of the
-    criteria found, as the tables' last column; empty where nothing counts.
+    ``examples``: per example and criterion, whether each counted test passed. ``mean``: over the criteria present,
+    as in the last column of the paper's tables; empty where no test counts.
     """
     names = dict.fromkeys(name for example in examples for name in example)
     scores: dict[str, float] = {}

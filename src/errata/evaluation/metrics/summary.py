@@ -1,6 +1,6 @@
-"""From rows to averages: by kind and metric, as papers name them, and two methods side by side.
+"""Averages of rows: by kind and metric, as scores of papers, and paired differences of two methods.
 
-Loads neither torch nor a model, so reports can use it on result files.
+Loads neither torch nor a model, so that reports can use it on result files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from errata.evaluation.metrics._metric import (
     Summary,
     averages,
     by_case,
-    measured,
+    numbers_with_sides,
 )
 from errata.evaluation.metrics.intervals import Difference
 from errata.types import Row
@@ -25,43 +25,42 @@ from errata.types import Row
 def summarise(table: Iterable[Row], *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Average rows by kind and metric, as ``{"<kind>.<metric>": {before, after, n, ci, ...}}``.
 
-    For probes whose answer must not change, ``before`` is the share right before and ``after`` the
-    share still right among those; ``n`` counts what ``after`` averages. ``ci`` is a 95 % bootstrap
-    interval of ``after`` over cases, ``[None, None]`` where there is none. ``macro_before``, ``macro_after``: as
-    papers average, over all rows, inside a case first.
+    For probes whose answer must not change, ``before`` is the share right before and ``after`` the share still
+    right among those; ``n`` is the number of rows in ``after``. ``ci`` is a 95 % bootstrap interval of ``after``
+    over cases, ``[None, None]`` where there is none. ``macro_before``, ``macro_after``: over all rows, first within
+    a case, then over cases, as papers average.
 
-    Further numbers are the metric's own: see ``summary`` in its file, and :class:`Metric` for what is usual.
+    Further numbers depend on the metric: see ``summary`` in its file, and :class:`Metric` for the default.
     """
-    return {name: _entry(group, seed) for name, group in _grouped(table).items()}
+    return {name: _entry(group, seed) for name, group in _group(table).items()}
 
 
 def paired(first: Iterable[Row], second: Iterable[Row], *, seed: int = 0) -> dict[str, Difference]:
     """Compare two methods on the same cases, by ``"<kind>.<metric>"``: second minus first, with interval.
 
-    Each table is one method's, and of a sequence one checkpoint's. Values are those that ``after`` of
-    :func:`summarise` averages; what the two have no case of in common is left out.
+    Each table has the rows of one method, in a sequence of one checkpoint. Values are those that ``after`` of
+    :func:`summarise` averages; entries without a common case are left out.
     """
-    a, b = _counted_by_case(first), _counted_by_case(second)
+    a, b = _relevant_by_case(first), _relevant_by_case(second)
     differences = {name: intervals.paired(a[name], b[name], seed=seed) for name in a if name in b}
     return {name: difference for name, difference in differences.items() if difference is not None}
 
 
-def _counted_by_case(table: Iterable[Row]) -> dict[str, dict[str, list[float]]]:
+def _relevant_by_case(table: Iterable[Row]) -> dict[str, dict[str, list[float]]]:
     return {
-        name: by_case(_counted(group, metric_of(group[0].protocol)))
-        for name, group in _grouped(table).items()
+        name: by_case(_relevant(group, metric_of(group[0].protocol))) for name, group in _group(table).items()
     }
 
 
-def _grouped(table: Iterable[Row]) -> dict[str, list[Row]]:
+def _group(table: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in table:
         groups.setdefault(f"{row.kind}.{row.protocol}", []).append(row)
     return groups
 
 
-def _counted(rows: Sequence[Row], metric: Metric) -> list[Row]:
-    """Leave out answers that must not change and were wrong before: they say nothing of damage."""
+def _relevant(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """Return the rows to average: answers that must not change but were wrong before cannot show damage."""
     if not metric.judges:
         return list(rows)
     return [row for row in rows if row.detail.get("changes", True) or row.before > 0]
@@ -69,33 +68,33 @@ def _counted(rows: Sequence[Row], metric: Metric) -> list[Row]:
 
 def _entry(rows: list[Row], seed: int) -> dict[str, Any]:
     metric = metric_of(rows[0].protocol)
-    counted = _counted(rows, metric)
-    interval = intervals.bootstrap(list(by_case(counted).values()), seed=seed)
+    relevant = _relevant(rows, metric)
+    interval = intervals.bootstrap(list(by_case(relevant).values()), seed=seed)
     entry: dict[str, Any] = {
         "before": intervals.mean([row.before for row in rows]),
-        "after": intervals.mean([row.after for row in counted]),
-        "n": len(counted),
+        "after": intervals.mean([row.after for row in relevant]),
+        "n": len(relevant),
         "ci": list(interval) if interval else [None, None],
         "macro_before": intervals.macro(list(by_case(rows, lambda row: row.before).values())),
         "macro_after": intervals.macro(list(by_case(rows).values())),
     }
     if metric.summary is not None:
-        entry |= metric.summary(rows, counted)
+        entry |= metric.summary(rows, relevant)
     elif not metric.judges:
-        entry |= {"mean": entry["after"], **averages(rows, measured(rows))}
+        entry |= {"mean": entry["after"], **averages(rows, numbers_with_sides(rows))}
     return entry
 
 
 def paper_scores() -> list[PaperScore]:
-    """List the scores of all metrics that papers have a name for, in the order of tables."""
+    """List the paper scores of all metrics, in the order of tables."""
     scores = [score for metric in REGISTRY.values() for score in metric.scores]
     return sorted(scores, key=lambda score: score.order)
 
 
 def legacy_scores(summary: Summary, *, side: Side = "after") -> dict[str, float]:
-    """Return scores under the names and in the units of the papers; those the summary allows.
+    """Return the scores of papers, with their names and units, that can be computed from the summary.
 
-    Averaged as papers do, over all rows and inside a case first; ``side`` "before" gives the unedited row. Each
+    Averaged as in papers, over all rows and first within a case; ``side`` "before": the unedited host. Each
     metric's file explains its scores: :mod:`preference` (ROME, CounterFact+, EVOKE), :mod:`teacher_forced` (zsRE,
     EasyEdit), :mod:`generate` (MQuAKE), :mod:`longform` (UnKE), :mod:`choice` and :mod:`perplexity` (ECBD),
     :mod:`fluency`, :mod:`divergence` and :mod:`bias`.
@@ -111,10 +110,10 @@ def rome_scores(summary: Summary) -> dict[str, float]:
 
 
 def ripple_scores(table: Iterable[Row]) -> dict[str, float]:
-    """Return RippleEdits' criteria in per cent, from rows: tests of cases whose edit succeeded.
+    """Return RippleEdits' criteria in per cent, over the tests of cases whose edit succeeded.
 
-    Tests whose conditions the unedited host failed have no row. Averaged per case, then over cases; ``mean``
-    is that of the criteria.
+    Tests whose conditions the unedited host failed have no row. Averaged per case, then over cases; ``mean``: over
+    the criteria.
     """
     examples: dict[str, dict[str, list[bool]]] = {}
     for row in table:

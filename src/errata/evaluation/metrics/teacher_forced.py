@@ -1,13 +1,11 @@
-"""Teacher forcing: whether each token of the answer is the most probable one, the true tokens before it given.
+"""Teacher forcing: whether each token of the answer is the argmax, given the true tokens before it.
 
-Scores: share of tokens in per cent, as the zsRE code of ROME and EasyEdit have it (Rel, Gen, Loc, Port). Loc is held
-against the gold answer, as by ROME and UltraEdit; EasyEdit's own Loc compares the most probable tokens before and
-after. Rel.exact and Gen.exact: all tokens (MEND's edit success).
+Scores: share of tokens in per cent, as in the zsRE code of ROME and in EasyEdit (Rel, Gen, Loc, Port). Loc compares
+with the gold answer, as in ROME and UltraEdit; EasyEdit's own Loc compares the argmax tokens before and after.
+Rel.exact and Gen.exact: all tokens (MEND's edit success).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from errata.evaluation.metrics import probability
 from errata.evaluation.metrics._metric import (
@@ -16,10 +14,9 @@ from errata.evaluation.metrics._metric import (
     ProbeResult,
     Side,
     Summary,
-    averages,
-    both_sides,
     number_of,
     per_cent,
+    side_averages,
 )
 from errata.types import Row
 
@@ -30,7 +27,7 @@ PORTABILITY = ("one_hop", "inverse", "alias", "logical")
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Score the forced answer: all tokens right, and the share of them."""
+    """Score the teacher-forced answer: whether all tokens are right, and the share of them."""
     old, new = result.before.answer_top, result.after.answer_top
     return [
         result.row(
@@ -44,13 +41,8 @@ def rows(result: ProbeResult) -> list[Row]:
     ]
 
 
-def summary(rows: Sequence[Row], counted: Sequence[Row]) -> dict[str, float | None]:
-    """Return ``tokens_before``, ``tokens_after``: the share of tokens, averaged as papers do."""
-    return averages(rows, both_sides("tokens"))
-
-
 def portability(summary: Summary, side: Side) -> float | None:
-    """Return the mean share of tokens over the kinds of portability that were asked, in per cent."""
+    """Return the mean share of tokens over the portability kinds that were evaluated, in per cent."""
     shares = [
         share
         for kind in PORTABILITY
@@ -62,13 +54,11 @@ def portability(summary: Summary, side: Side) -> float | None:
 METRIC = Metric(
     name=NAME,
     label="teacher-forced",
-    title="legacy, teacher-forced: every token of the answer first, the true tokens given, per cent",
-    unit="share",
-    higher_is_better=True,
+    title="legacy, teacher-forced: every answer token is the argmax given the true tokens before it, per cent",
     judges=True,
     forms=frozenset({"short"}),
     rows=rows,
-    summary=summary,
+    summary=side_averages("tokens"),
     scores=(
         per_cent("Rel", "efficacy.teacher_forced", "tokens", order=1),
         per_cent("Gen", "paraphrase.teacher_forced", "tokens", order=1),

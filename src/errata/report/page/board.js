@@ -76,7 +76,7 @@ function columnsOf(one) {
   }
   text("perplexity", "Perplexity", "model", (e) => e.perplexity[1],
     (e) => `${plain(e.perplexity[0])} → ${plain(e.perplexity[1])}`, true);
-  text("fit", "Seconds an edit", "cost", (e) => e.fit, (e) => seconds(e.fit), true);
+  text("fit", "Seconds per edit", "cost", (e) => e.fit, (e) => seconds(e.fit), true);
   return columns;
 }
 
@@ -144,8 +144,8 @@ function boardSection() {
   return section("board", `Board: ${one.title}`,
     el("p", {}, `${one.explained[0].toUpperCase()}${one.explained.slice(1)}.`,
       one.entries.some((e) => e.over) ? " Over fine-tuning: difference of headlines in points, paired over cases." : ""),
-    el("p", { class: "note" }, "Free generation, per cent with 95 % intervals over resampled cases. ",
-      "What is kept counts among what was right before the edit. A method's name leads to its details."),
+    el("p", { class: "note" }, "Free generation, per cent with 95 % bootstrap intervals over cases. ",
+      "For kinds that must not change: the share still right among those right before the edit. A method's name links to its details."),
     scrolled(table, "Board, scrolls sideways"),
     (one.unedited_cases || []).map((text) => el("p", { class: "note" }, `${text}.`)),
     rest.length ? null : el("p", { class: "empty" }, "Only baselines have results so far."),
@@ -156,7 +156,7 @@ function legacyTables(one) {
   if (!one.others.length && !one.scores.length && !one.beside.length) return null;
   const tables = [];
   if (one.beside.length) {
-    tables.push(scrolled(plainTable("Free generation, strictly, %: nothing but the answer; the old answer still asserted; the same text as before",
+    tables.push(scrolled(plainTable("Free generation, strictly, %: nothing else than the answer; the old answer still asserted; the same text as before",
       ["Method", ...one.beside.map(([heading]) => heading)], one.entries.map((e) => [e.name, ...one.beside.map(([, kind, name]) => {
         const measure = measuresOf(e)[kind];
         return measure && measure[5] && name in measure[5] ? percent(measure[5][name]) : NONE;
@@ -172,7 +172,7 @@ function legacyTables(one) {
       })])), protocol.title);
   }));
   if (one.scores.length) {
-    tables.push(scrolled(plainTable("Scores in the papers' names", ["Method", ...one.scores],
+    tables.push(scrolled(plainTable("Scores under the papers' names", ["Method", ...one.scores],
       one.entries.map((e) => [e.name, ...one.scores.map((name) => (
         typeof e.scores[name] === "number" ? e.scores[name].toFixed(1) : NONE))])), "Legacy scores"));
   }
@@ -183,6 +183,6 @@ function costTable(one) {
   const names = [...new Set(one.entries.flatMap((e) => Object.keys(e.cost)))];
   if (!names.length) return null;
   return el("details", {}, el("summary", {}, "Cost: time, memory, size"),
-    scrolled(plainTable("What each cell took", ["Method", ...names],
+    scrolled(plainTable("Cost of each cell", ["Method", ...names],
       one.entries.map((e) => [e.name, ...names.map((name) => e.cost[name] || NONE)])), "Cost"));
 }

@@ -43,7 +43,7 @@ function casesSection() {
   const cell = one.details === null ? null : data.details.cells[one.details];
   if (!cell) {
     return section("cases", "Cases", caseMethod(),
-      el("p", { class: "empty" }, "The page holds no texts of this method's cases."));
+      el("p", { class: "empty" }, "The page has no texts of this method's cases."));
   }
   if (shown.case >= cell.cases.length) shown.case = 0;
   const kinds = [...new Set(cell.cases.flatMap((c) => data.details.lists[c[2]].map((p) => string(data.details.probes[p][0]))))];
@@ -104,7 +104,7 @@ function probeTable(cell) {
   const table = el("table", { class: "probes" },
     el("caption", { class: "hidden-label" }, "Probes with their texts before and after"),
     el("colgroup", {}, ["k", "p", "w", "", "", "s"].map((name) => el("col", { class: name }))),
-    el("thead", {}, el("tr", {}, ["Kind", "Prompt", "Wanted", "Before", "After", "Other protocols"].map((t) => el("th", { scope: "col" }, t)))),
+    el("thead", {}, el("tr", {}, ["Kind", "Prompt", "Answers", "Before", "After", "Other protocols"].map((t) => el("th", { scope: "col" }, t)))),
     el("tbody", {}, rows));
   const more = total > shown.count ? el("button", { type: "button", class: "quiet more", onclick: () => {
     shown.count += 4 * PAGE;
@@ -116,9 +116,9 @@ function probeTable(cell) {
 function probeRow(probe) {
   const label = (name, ...children) => el("td", { "data-label": name }, children);
   return el("tr", {},
-    el("td", { class: "kind", "data-label": "Kind" }, probe.kind.replaceAll("_", " "), probe.changes ? null : el("span", { class: "verdict" }, "to be kept")),
+    el("td", { class: "kind", "data-label": "Kind" }, probe.kind.replaceAll("_", " "), probe.changes ? null : el("span", { class: "verdict" }, "must not change")),
     label("Prompt", el("span", { class: "text" }, probe.prompt)),
-    label("Wanted", probe.answers.length ? probe.answers.slice(0, 4).join(" or ") : NONE,
+    label("Answers", probe.answers.length ? probe.answers.slice(0, 4).join(" or ") : NONE,
       probe.answers.length > 4 ? el("span", { class: "verdict" }, `and ${probe.answers.length - 4} more`) : null),
     label("Before", answer(probe.before, verdict(probe, 0))),
     label("After", answer(probe.after, verdict(probe, 1))),

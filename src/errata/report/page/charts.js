@@ -26,7 +26,7 @@ function wearSection() {
   const worn = board().entries.filter((e) => e.looks.length);
   if (!worn.length) {
     return section("wear", "Curves", el("p", { class: "empty" },
-      "This board has no sequence of edits, so there is nothing to forget and nothing to collapse: no curves."));
+      "This board has no sequence of edits, so there are no curves."));
   }
   const charts = el("div", { class: "charts" });
   const legend = el("div", { class: "choices", role: "group", "aria-label": "Methods shown in colour" });
@@ -36,7 +36,7 @@ function wearSection() {
     charts.querySelectorAll("figure").forEach((one) => one.draw());
   };
   const made = section("wear", "Curves over the sequence",
-    el("p", { class: "note" }, "Methods that are pressed are in colour, the others stay in grey."), legend, charts,
+    el("p", { class: "note" }, "Selected methods are in colour, the others in grey."), legend, charts,
     lookTable(worn));
   made.draw = draw;
   return made;
@@ -63,7 +63,7 @@ function chartsOf(worn) {
   const base = worn.map((e) => number(e.looks[0][6])).find(Number.isFinite);
   const within = (top, points) => (e) => points(e).map((p) => (p.y > top ? { ...p, y: Infinity, said: p.y } : p));
   const found = [
-    { title: "Retention", note: "still answered with the target, %, by how many edits came after", share: true, x: "later edits", age: true,
+    { title: "Retention", note: "still answered with the target, %, by number of later edits", share: true, x: "later edits", age: true,
       points: (e) => e.retention.map((a) => ({ x: (a[0] + a[1]) / 2, y: a[2], low: a[3], high: a[4],
         label: a[0] === a[1] ? String(a[0]) : `${a[0]} to ${a[1]}` })) },
     { title: "Efficacy", note: "over all edits so far, %, free generation", share: true, x: "edits in place", points: look(1, 2, 3) },
@@ -198,9 +198,9 @@ function lookTable(worn) {
     alarms.length ? [el("p", {}, "First collapse alarms:"), el("ul", { class: "alarms" }, alarms.map((e) => {
       const first = e.looks.find((l) => l[8].length);
       return el("li", {}, `${e.name} at ${first[0].toLocaleString("en")} edits: ${first[8].join("; ")}`);
-    }))] : el("p", { class: "note" }, "No look raised a collapse alarm."),
+    }))] : el("p", { class: "note" }, "No checkpoint raised a collapse alarm."),
     el("details", {}, el("summary", {}, "The curves as tables"),
-      scrolled(plainTable("As edits add up", ["Method", "Edits", "Efficacy, %", "Newest batch, %", "Perplexity", "Norm ratio", "Alarm"], rows), "Looks"),
+      scrolled(plainTable("As edits accumulate", ["Method", "Edits", "Efficacy, %", "Newest batch, %", "Perplexity", "Norm ratio", "Alarm"], rows), "Checkpoints"),
       ages.length ? scrolled(plainTable("By age of the edit", ["Method", "Later edits", "Still right, %", "Questions"], ages), "Retention") : null),
   ];
 }
@@ -275,8 +275,8 @@ function bars(one, other) {
         against ? el("b", { style: { left: `${limited(against[0])}%` } }) : null)),
       el("dd", { class: "num", title: n ? `${n} probes` : null }, shareText(measure)));
   }
-  return [el("h3", {}, "By kind of probe, %"), list.children.length ? list : el("p", { class: "empty" }, "Free generation was not asked."),
-    el("p", { class: "note" }, "Whiskers: 95 % intervals over resampled cases.", other ? ` Dotted: ${other.name}.` : "")];
+  return [el("h3", {}, "By kind of probe, %"), list.children.length ? list : el("p", { class: "empty" }, "No free generation."),
+    el("p", { class: "note" }, "Whiskers: 95 % bootstrap intervals over cases.", other ? ` Dotted: ${other.name}.` : "")];
 }
 
 function factsOf(one) {

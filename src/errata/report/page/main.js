@@ -47,13 +47,13 @@ function chooseMethod(id, from = null) {
 
 function publishedSection() {
   if (!data.published.length) {
-    return section("published", "Published beside measured", el("p", { class: "empty" }, "The runs name no published table."));
+    return section("published", "Published and measured", el("p", { class: "empty" }, "The runs have no published table."));
   }
-  return section("published", "Published beside measured", data.published.map((one) => [
+  return section("published", "Published and measured", data.published.map((one) => [
     el("h3", {}, one.title),
     el("p", { class: "note" }, `${one.source ? `${one.source}. ` : ""}Published for ${one.setting}. Provenance: ${one.provenance}, ${one.meaning}. `,
       one.convention ? `Convention: ${one.convention.replace(/\.$/, "")}. ` : "",
-      one.board ? `Measured: ${one.board}.` : "Nothing comparable was measured: no board has this model, dataset and schedule.",
+      one.board ? `Measured: ${one.board}.` : "No comparable measurement: no board has this model, dataset and schedule.",
       one.tolerance === null ? "" : ` Tolerance: ${one.tolerance} either way.`),
     one.board ? publishedTable(one) : el("details", {}, el("summary", {}, "The published figures"), publishedTable(one)),
   ]));
@@ -73,7 +73,7 @@ function absentSection() {
   if (!data.absent.length) return section("absent", "Missing", el("p", { class: "empty" }, "Every cell has results."));
   return section("absent", "Missing: refused, failed or not finished",
     scrolled(el("table", { class: "wrap" },
-      el("caption", {}, "Cells that are on no board, with the reason"),
+      el("caption", {}, "Cells without results, with the reason"),
       el("thead", {}, el("tr", {}, ["Method", "Model", "Dataset", "Schedule", "Status", "Reason"].map((t) => el("th", { scope: "col" }, t)))),
       el("tbody", {}, data.absent.map((one) => el("tr", {}, el("th", { scope: "row" }, one.method),
         [one.model, one.dataset, one.schedule].map((t) => el("td", {}, t)),
@@ -82,7 +82,7 @@ function absentSection() {
 }
 
 function madeSection() {
-  return section("made", "Made with", data.runs.map((run) => [
+  return section("made", "Provenance", data.runs.map((run) => [
     data.runs.length > 1 ? el("h3", {}, run.name) : null,
     el("ul", { class: "plain" }, run.facts.map((fact) => el("li", {}, fact))),
   ]));
