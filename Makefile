@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/errata demo examples/facts.jsonl
 
-# two processes of one thread each; a run does not depend on how many there are
+# two processes of one thread each, a file to a process, so that what its tests share is made once; a run does not depend
+# on how many there are
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

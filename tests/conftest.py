@@ -11,8 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Keep statistics made by tests out of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Keep statistics made by tests out of the user's cache; all processes of a run have one folder."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "cache"
+        folder.mkdir(exist_ok=True)
+    else:
+        folder = tmp_path_factory.mktemp("cache")
     old = os.environ.get("ERRATA_CACHE")
     os.environ["ERRATA_CACHE"] = str(folder)
     yield folder

@@ -311,7 +311,7 @@ def found_values(host, config) -> list:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.slow), "opt"])
 def test_unke_moves_the_question_s_last_token_to_its_value(family):
     host = wide(family)
     steps = 1500 if family == "gemma2" else 250  # its norm behind the feed-forward slows the descent

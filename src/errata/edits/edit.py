@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -257,11 +257,13 @@ class Edit(ABC):
 
 def versions() -> dict[str, str]:
     """Versions of what decides an edit's numbers."""
+    packages = {name: _version(name) for name in ("errata", "torch", "transformers")}
+    return {**packages, "python": platform.python_version()}
+
+
+@lru_cache(maxsize=8)
+def _version(package: str) -> str:
+    """Return the version of an installed package, whose metadata take a while to read."""
     from importlib.metadata import version
 
-    return {
-        "errata": version("errata"),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-    }
+    return version(package)

@@ -11,8 +11,7 @@ Departs    A method sees the request only, so its prompt after sampled prefixes 
            applies to the requests' neurons, not to the 20 most common ones of a relation.
            e is a row of the OUTPUT embedding; the paper's BERT ties it to the input embedding, for which
            EleutherAI's port for GPT-2 uses the position embeddings. That port attributes activations before
-           the nonlinearity, EasyEdit's Llama path the gate alone; here a neuron is what the
-           down-projection multiplies. Gated neurons are often negative, so that adding to their column has
+           the nonlinearity, EasyEdit's Llama path the gate; here a neuron is what the down-projection multiplies. Gated neurons are often negative, so that adding to their column has
            the opposite effect: ``signed`` reverses the change. l1 and l2 are in norms of the column, with e
            at unit length, as in the authors' code; the ports use both plain: ``scale``. Answers of
            several tokens, which the paper lacks, are attributed token by token, masks one by one. A neuron
