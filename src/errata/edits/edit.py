@@ -6,11 +6,12 @@ import json
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -102,7 +103,7 @@ class Edit(ABC):
 
     @abstractmethod
     def parts(self) -> Mapping[str, Tensor]:
-        """Return all tensors of the edit, by the names they have in its file."""
+        """Return all tensors ``[...]`` of the edit, by the names they have in its file."""
 
     @abstractmethod
     def body(self) -> Mapping[str, Any]:
@@ -111,7 +112,7 @@ class Edit(ABC):
     @classmethod
     @abstractmethod
     def restore(cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance) -> Edit:
-        """Build an edit from what :meth:`parts` and :meth:`body` gave. Raises ValueError or KeyError."""
+        """Build an edit from what :meth:`parts` ``[...]`` and :meth:`body` gave. Raises ValueError or KeyError."""
 
     @property
     def size(self) -> int:
@@ -212,7 +213,7 @@ class Edit(ABC):
     def load(path: str | os.PathLike[str]) -> Edit:
         """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
         tensors, header = file_format.read(path)
-        family = {kind.kind: kind for kind in Edit.__subclasses__()}
+        family = {kind.kind: kind for kind in _concrete(Edit)}
         named = header.get("kind")
         kind = family.get(named) if isinstance(named, str) else None
         if kind is None:
@@ -227,7 +228,17 @@ class Edit(ABC):
             ) from error
         return edit
 
-    def overruled(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
+    def joint_provenance(self, later: Edit) -> Provenance:
+        """Return the later edit's provenance with the requests of both and this edit as its parent."""
+        requests = (*self.provenance.requests, *later.provenance.requests)
+        return replace(later.provenance, requests=requests, parents=(self.digest,))
+
+    def require_in_place(self, host: Host) -> None:
+        """Raise EditError unless the edit is in place on a host."""
+        if not self.in_place(host):
+            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+
+    def overridden_checks(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
             return ()
@@ -253,6 +264,14 @@ class Edit(ABC):
         if placement.adapters(host.model):
             return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
         return ""
+
+
+def _concrete(kind: type[Edit]) -> Iterator[type[Edit]]:
+    """Yield the kinds of edit that can be built, at any depth below one."""
+    for below in kind.__subclasses__():
+        if not isabstract(below):
+            yield below
+        yield from _concrete(below)
 
 
 def versions() -> dict[str, str]:

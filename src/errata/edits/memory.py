@@ -7,7 +7,7 @@ row. So a row says the same alone and in any batch, with a cache and without one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from errata.edits import header as fields
-from errata.edits.edit import Edit, Outside, Placement, Provenance
+from errata.edits.edit import Provenance
 from errata.edits.records import contiguous_copy
 from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
+from errata.edits.runtime import RuntimeEdit
 from errata.errors import ConfigError, EditError
-from errata.host import locking, placed
+from errata.host import placed
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.load import Host
 from errata.host.passes import Routing
@@ -83,7 +84,7 @@ class Intervention:
 
 
 @dataclass(frozen=True, eq=False)
-class MemoryEdit(Edit):
+class MemoryEdit(RuntimeEdit):
     """Interventions whose entries speak for the rows that a router takes."""
 
     kind: ClassVar[str] = "memory"
@@ -113,7 +114,7 @@ class MemoryEdit(Edit):
         return self.interventions[0].entries
 
     def parts(self) -> Mapping[str, Tensor]:
-        """Return payloads, the router's tensors and the state."""
+        """Return payloads ``[entries, ...]``, the router's tensors and the state."""
         tensors = {
             f"{number}.{name}": tensor
             for number, one in enumerate(self.interventions)
@@ -138,7 +139,10 @@ class MemoryEdit(Edit):
     def restore(
         cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> MemoryEdit:
-        """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
+        """Build the edit from its file's tensors, payloads ``[entries, ...]``, and header.
+
+        Raises ValueError or KeyError where they do not fit.
+        """
         interventions: list[Intervention] = []
         for number, item in enumerate(fields.take(body, "interventions", list, "the header")):
             where = f"interventions[{number}]"
@@ -154,31 +158,10 @@ class MemoryEdit(Edit):
         )
         return cls(tuple(interventions), router, provenance, state, log)
 
-    def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
-    ) -> Placement:
-        """Put the interventions in place; weights stay as they are, so ``merge=True`` is refused.
-
-        Raises EditError, with nothing changed, for another host, one that has no such module, an edit that is in
-        place already or holds numbers that are not finite.
-        """
-        return locking.alone(host, self._place, host, foreign, merge, rows)
-
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
-        if merge:
-            raise EditError(f"a {self.kind} edit acts while the model runs and cannot be merged into weights")
-        overrides = self.overruled(host, foreign=foreign)
-        if self.in_place(host):
-            raise EditError(f"edit {self.digest} is active on this host already")
-        self._check(host)
-        member = placed.set_number(host.model, rows)
-        try:
-            for number, one in enumerate(self.interventions):
-                placed.attach(host.model, one.module, _Act(self, number, host, member))
-            return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
-        except BaseException:  # an interrupt, too, must leave nothing half done
-            placed.remove(host.model, self.digest)
-            raise
+    def _attach(self, host: Host, number: int | None) -> None:
+        for index in range(len(self.interventions)):
+            act = _ActiveIntervention(self, index, host, number)
+            placed.attach(host.model, act.intervention.module, act)
 
     def _check(self, host: Host) -> None:
         for name, tensor in self.parts().items():
@@ -194,36 +177,6 @@ class MemoryEdit(Edit):
             except AttributeError as error:
                 raise EditError(f"the host has no module {one.module!r}, at which the edit acts") from error
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
-        """Take the interventions off; ``outside`` does not matter, since no weight was changed.
-
-        Raises EditError if the edit is not in place.
-        """
-        locking.alone(host, self._revert, host)
-
-    def _revert(self, host: Host) -> None:
-        if not self.in_place(host):
-            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
-        placed.remove(host.model, self.digest)
-
-    def in_place(self, host: Host) -> bool:
-        """Whether an intervention of the edit is in place on a host."""
-        return self.digest in placed.on(host.model).digests
-
-    def then(self, later: Edit, *, cumulative: bool = False) -> MemoryEdit:
-        """Return a fit that went on from this edit as the edit of both: its entries hold this one's already.
-
-        Raises EditError where they do not.
-        """
-        if not isinstance(later, MemoryEdit) or not cumulative:
-            raise EditError(f"a fit that goes on from a {self.kind} edit must give one with all its entries")
-        provenance = replace(
-            later.provenance,
-            requests=(*self.provenance.requests, *later.provenance.requests),
-            parents=(self.digest,),
-        )
-        return replace(later, provenance=provenance)
-
     def summary(self) -> dict[str, Any]:
         """Describe the edit: provenance, entries, where they act and what decides."""
         return {
@@ -237,14 +190,15 @@ class MemoryEdit(Edit):
         }
 
 
-class _Act:
+class _ActiveIntervention:
     """An intervention of an edit that is in place; what the hook runs."""
 
-    def __init__(self, edit: MemoryEdit, number: int, host: Host, member: int | None) -> None:
-        self.number = member
-        self.digest, self.router, self.first = edit.digest, edit.router, number == 0
-        self.order = (edit.provenance.created, edit.digest)
-        self.intervention = edit.interventions[number]
+    def __init__(self, edit: MemoryEdit, index: int, host: Host, number: int | None) -> None:
+        """Take an edit's intervention by its index; ``number``: the edit set whose rows it acts on, None all rows."""
+        self.number = number
+        self.digest, self.router, self.first = edit.digest, edit.router, index == 0
+        self.order = edit.order
+        self.intervention = edit.interventions[index]
         self.tokenizer = host.tokenizer
         self.ready: dict[str, Tensor] = {}
 

@@ -94,7 +94,7 @@ class Running:
         return (vectors - self.mean) / (self.variance.sqrt() + least)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Return the state as tensors by part, to be stored; :meth:`restored` reads them back.
+        """Return the count ``[1]``, mean and spread ``[m]`` as tensors, to be stored; :meth:`restored` reads them back.
 
         In float32, counts are exact up to 2^24 vectors and to 6e-8 of their size beyond.
         """
@@ -103,5 +103,5 @@ class Running:
 
     @staticmethod
     def restored(tensors: Mapping[str, Tensor]) -> Running:
-        """Build the statistics from what :meth:`tensors` gave."""
+        """Build the statistics from what :meth:`tensors` gave: count ``[1]``, mean and spread ``[m]``."""
         return Running(int(tensors["count"][0]), tensors["mean"].double(), tensors["spread"].double())

@@ -23,7 +23,7 @@ def largest_entries(delta: Tensor, weight: Tensor, share: float) -> Tensor:
 
 
 def largest_singular(matrix: Tensor) -> float:
-    """Return the largest singular value, from the smaller Gram matrix in float64."""
+    """Return the largest singular value of a matrix ``[d, m]``, from the smaller Gram matrix in float64."""
     wide = matrix.double()
     gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
     return float(routines.eigenvalues(gram)[-1].clamp_min(0).sqrt())
@@ -32,7 +32,7 @@ def largest_singular(matrix: Tensor) -> float:
 def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
     """Return what brings singular values over a bound down to ``bound + log_base(s / bound)``.
 
-    The result, added to the delta, is the restrained delta; its rank is the number of such values.
+    The result ``[d_out, d_in]``, added to the delta, is the restrained delta; its rank is the number of such values.
     """
     if isinstance(delta, LowRank):
         left, left_r = routines.qr(delta.B.double())

@@ -58,7 +58,7 @@ class CostMatrix:
 
     @staticmethod
     def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> CostMatrix:
-        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``.
+        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``, ``matrix`` ``[m, m]``.
 
         The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
         ValueError for a matrix that is zero, not finite or far from positive semidefinite.
@@ -86,7 +86,7 @@ class CostMatrix:
     ) -> CostMatrix:
         """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
 
-        The smaller of the two complementary bases is kept.
+        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; the smaller of the two complementary bases is kept.
         """
         small = values < below
         label = f"{name} under {below:.9g}"
@@ -224,7 +224,8 @@ def leverage(keys: Tensor, cost: CostMatrix) -> Tensor:
 def similar_pairs(keys: Tensor, solved: Tensor, above: float) -> list[tuple[int, int]]:
     """Return pairs (i, j), i < j, of keys whose whitened forms have a cosine above a bound.
 
-    With Y = M^-1 K the cosine is k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.
+    ``keys`` K and ``solved`` Y = M^-1 K, both ``[m, n]``; the cosine is
+    k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.
     """
     gram = keys.double().mT @ solved.double()
     size = gram.diagonal().clamp_min(1e-300).sqrt()

@@ -446,7 +446,10 @@ def make_record(
     task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor, solved: Tensor,
     *, gamma: float = 1.0,
 ) -> Record:  # fmt: skip
-    """Return the record of a layer's solution, with changes relative to the host without edits."""
+    """Return the record of a layer's solution, with changes relative to the host without edits.
+
+    ``residual`` ``[d_out, n]`` at the layer's n keys; ``solved`` M^-1 times the keys, ``[d_in, n]``.
+    """
     keys, before = layer.keys, task.earlier_delta(layer.site)
     absolute = residual if before is None else residual + before.to(keys.dtype) @ keys
     return Record(keys, absolute, solved.to(keys.dtype), gamma, cost.label, layer.requests)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.edits.weight import Delta, WeightEdit, added
+from errata.edits.weight import Delta, WeightEdit, add_deltas
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg import shape
@@ -76,7 +76,7 @@ class Nas(Step):
     on: ClassVar[str] = "values"
 
     def values(self, targets: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Rescale; the norm is the mean over the first fit's vectors before they are shifted."""
+        """Rescale ``[n, d]``; the norm is the mean over the first fit's vectors before they are shifted."""
         norm = state.setdefault("nas.norm", start.norm(dim=1).mean()[None])
         return targets * (norm / targets.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
@@ -127,8 +127,8 @@ class Prune(Step):
         original, total = context.weight, delta
         if before is not None:
             original = original - (before.dense() if isinstance(before, LowRank) else before)
-            total = added(before, delta)
-        return added(delta, shape.excess(total, shape.largest_singular(original), self.base))
+            total = add_deltas(before, delta)
+        return add_deltas(delta, shape.excess(total, shape.largest_singular(original), self.base))
 
 
 @dataclass(frozen=True)

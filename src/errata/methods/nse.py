@@ -24,7 +24,7 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.records import Record
-from errata.edits.weight import WeightEdit, added
+from errata.edits.weight import WeightEdit, add_deltas
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
@@ -80,7 +80,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             correction = _one_pass(task.with_initial_state(), next_sweep, values, costs)
         if correction.norm() == 0:
             break
-        deltas = {name: added(edit.deltas[name], delta) for name, delta in correction.deltas.items()}
+        deltas = {name: add_deltas(edit.deltas[name], delta) for name, delta in correction.deltas.items()}
         edit = replace(edit, deltas=deltas)
     return _with_final_keys(task, edit, costs, problems)
 

@@ -65,7 +65,10 @@ class Block:
         return torch.stack([error * share for error, share in zip(errors, shares, strict=True)])
 
     def missed(self, weights: Mapping[str, Tensor]) -> list[float]:
-        """Return how far from its value each request's place still is, as a share of the shift."""
+        """Return how far from its value each request's place still is, as a share of the shift.
+
+        ``weights``: by parameter, tensors of its own shape ``[d_out, d_in]``.
+        """
 
         def share(chosen: Sequence[int]) -> list[float]:
             outputs = zip(chosen, self.outputs(chosen, weights), strict=True)

@@ -82,7 +82,7 @@ class Router(ABC):
         return chosen, Calibration(bound, share_in, share_out)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors, by field."""
+        """Return the tensors ``[entries, ...]``, by field."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def facts(self) -> dict[str, Any]:
@@ -91,6 +91,6 @@ class Router(ABC):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Router:
-        """Build a router from what :meth:`tensors` and :meth:`facts` gave. Raises TypeError or ValueError."""
+        """Build a router from :meth:`tensors` ``[entries, ...]`` and :meth:`facts`. Raises TypeError or ValueError."""
         values = {**tensors, **{name: tuple(v) if is_list(v) else v for name, v in facts.items()}}
         return cls(**values)

@@ -36,7 +36,7 @@ class Radius(Router):
         return self.radii.to(distances) - distances
 
     def decide(self, question: Question) -> Tensor:
-        """Return the nearest entry where the row is inside its radius, the border included."""
+        """Return the nearest entry, int64 ``[rows]``, where the row is inside its radius, the border included."""
         distances = self.distances(question.inputs)
         if not distances.shape[1]:
             return torch.full((len(distances),), NONE, device=distances.device)

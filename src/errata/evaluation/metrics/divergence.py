@@ -35,7 +35,7 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def both(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """KL(before || after) and KL(after || before), in nats.
+    """KL(before || after) and KL(after || before) of log-probabilities ``[vocab]``, in nats.
 
     The first grows where the edited model loses what the unedited one would say, the second where it says
     what the unedited one never would.
@@ -48,7 +48,7 @@ def nkl_legacy(before: Tensor, after: Tensor) -> float:
 
     Quirk kept: the paper writes KL(before || after), its code computes the other direction, and averages
     over the vocabulary because it takes the mean over the first dimension of a vector. Times |V| it is
-    :func:`kl` in nats.
+    :func:`kl` in nats. Log-probabilities ``[vocab]``.
     """
     return kl(after, before) / before.shape[-1]
 

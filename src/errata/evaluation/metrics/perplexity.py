@@ -29,8 +29,9 @@ def of_texts(texts: Sequence[Tensor]) -> float:
 def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
     """Return the bits that a byte of text costs: -sum of log-probabilities / (ln 2 * bytes).
 
-    Unlike perplexity it does not depend on how a tokenizer cuts, so it compares models. ``n_bytes``: UTF-8
-    bytes of the scored text. Infinite where any number is not finite; raises ValueError without bytes.
+    Unlike perplexity it does not depend on how a tokenizer cuts, so it compares models. ``texts``:
+    log-probabilities ``[tokens]`` of each, in nats; ``n_bytes``: UTF-8 bytes of the scored text.
+    Infinite where any number is not finite; raises ValueError without bytes.
     """
     if n_bytes <= 0:
         raise ValueError(f"bits per byte of {n_bytes} bytes: expected the UTF-8 length of the scored text")
