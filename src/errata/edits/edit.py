@@ -19,7 +19,7 @@ from torch import Tensor
 
 from errata.checksum import checksum
 from errata.edits import format as file_format
-from errata.edits.header import provenance
+from errata.edits.header import provenance_fields
 from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.load import Host
@@ -31,18 +31,18 @@ Outside = Literal["refuse", "discard", "leave"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that is needed to say where an edit comes from and to make it again."""
+    """Where an edit comes from: all that is needed to fit it again."""
 
     method: str
     """Registered name of the method."""
     requests: tuple[Request | ImageRecord, ...]
-    """What was asked for; of image requests names, number and a content hash, never pixels."""
+    """The requests; of image requests names, number and a content hash, never pixels."""
     config: Mapping[str, Any]
     """The method's settings, resolved: nothing left to a default."""
     host: str
     """Fingerprint of the unedited host."""
     host_name: str = ""
-    """How the host was named when the edit was made."""
+    """Name of the host when the edit was fitted."""
     seed: int = 0
     """Seed of all randomness in the fit."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -50,11 +50,11 @@ class Provenance:
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the fit reports: losses, norms, steps."""
     prompt_format: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """How prompts were put: template, system prompt, thinking, join; empty in files of earlier versions."""
+    """How prompts were formatted: template, system prompt, thinking, join; empty in files of earlier versions."""
     parents: tuple[str, ...] = ()
-    """Digests of the edits this one was made from: gone on from, refitted or retracted from."""
+    """Digests of the edits this one was made from: continued, refitted or retracted from."""
     created: str = ""
-    """When it was made, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
+    """When it was fitted, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
     the same fit gives the same edit at any time."""
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Provenance:
         object.__setattr__(self, "requests", recorded)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that counts into an edit's digest, as plain data."""
+        """Return what an edit's digest covers of its provenance, as plain data."""
         return {name: value for name, value in asdict(self).items() if name != "created"}
 
 
@@ -127,7 +127,7 @@ class Edit(ABC):
 
         ``foreign`` lets it onto another host than it was made for. ``merge``: whether to write into weights, which
         rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of an
-        edit set; the edit then acts only on rows of a batch that are said to belong to it, as by
+        edit set; the edit then acts only on rows of a batch that belong to it, as by
         ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, where the edit cannot be in
         place.
         """
@@ -145,9 +145,9 @@ class Edit(ABC):
 
     @abstractmethod
     def then(self, later: Any, *, cumulative: bool = False) -> Edit:
-        """Return one edit for this one and a fit of the same method that went on from it.
+        """Return one edit for this one and a later fit of the same method that continued it.
 
-        ``cumulative``: whether the later one holds this one's change already. Raises EditError where the two do
+        ``cumulative``: whether the later one includes this one's change. Raises EditError where the two do
         not add up.
         """
 
@@ -187,16 +187,16 @@ class Edit(ABC):
         beside: bool | None = None,
     ) -> Generator[Placement, None, None]:  # fmt: skip
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
-        mine = True
+        placed_here = True
         try:
             try:
                 receipt = self.apply_(host, foreign=foreign, merge=merge, rows=rows, beside=beside)
             except ErrataError:
-                mine = False  # refused, with nothing changed; what is in place is another's
+                placed_here = False  # refused, with nothing changed; what is in place is another's
                 raise
             yield receipt
         finally:
-            if mine and self.in_place(host):
+            if placed_here and self.in_place(host):
                 self.revert_(host)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -214,13 +214,13 @@ class Edit(ABC):
         """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
         tensors, header = file_format.read(path)
         family = {kind.kind: kind for kind in _concrete(Edit)}
-        named = header.get("kind")
-        kind = family.get(named) if isinstance(named, str) else None
+        name = header.get("kind")
+        kind = family.get(name) if isinstance(name, str) else None
         if kind is None:
-            label = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
+            label = repr(name)[:80] if isinstance(name, str) else f"a {type(name).__name__}"
             raise EditError(f"{path} holds an edit of kind {label}, known: {', '.join(sorted(family))}")
         try:
-            edit = kind.restore(tensors, header, Provenance(**provenance(header.get("provenance"))))
+            edit = kind.restore(tensors, header, Provenance(**provenance_fields(header.get("provenance"))))
             file_format.check_digest(header, edit.digest, tensors)
         except Exception as error:  # whatever wrong fields make of what is built of them
             raise EditError(

@@ -1,7 +1,7 @@
-"""Edits that leave all weights as they are and act at sites while the model runs, on rows that a router takes.
+"""Edits that change no weight: interventions at sites while the model runs, on rows that a router accepts.
 
 A router decides once for each row, at the last token of its prompt; the decision holds for all later tokens of the
-row. So a row says the same alone and in any batch, with a cache and without one.
+row. So a row has the same output alone and in any batch, with a cache and without one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Intervention:
 
 @dataclass(frozen=True, eq=False)
 class MemoryEdit(RuntimeEdit):
-    """Interventions whose entries speak for the rows that a router takes."""
+    """Interventions whose entries act on the rows that a router assigns to them."""
 
     kind: ClassVar[str] = "memory"
 
@@ -94,7 +94,7 @@ class MemoryEdit(RuntimeEdit):
     """Decides by what it sees at the first intervention's module."""
     provenance: Provenance
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What a method needs to go on from here."""
+    """What a method needs to continue from here."""
     log: tuple[Mapping[str, Any], ...] = ()
     """What each request did to the entries, as plain data: enough to build them again without some requests."""
 
@@ -144,17 +144,18 @@ class MemoryEdit(RuntimeEdit):
         Raises ValueError or KeyError where they do not fit.
         """
         interventions: list[Intervention] = []
-        for number, item in enumerate(fields.take(body, "interventions", list, "the header")):
+        for number, item in enumerate(fields.get_field(body, "interventions", list, "the header")):
             where = f"interventions[{number}]"
             module, operation, positions = (
-                fields.take(item, name, str, where) for name in ("module", "operation", "positions")
+                fields.get_field(item, name, str, where) for name in ("module", "operation", "positions")
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
             interventions.append(Intervention(module, operation, payload, positions))
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
-            fields.typed(entry, dict, "log") for entry in fields.take(body, "log", list, "the header")
+            fields.check_type(entry, dict, "log")
+            for entry in fields.get_field(body, "log", list, "the header")
         )
         return cls(tuple(interventions), router, provenance, state, log)
 
@@ -203,7 +204,7 @@ class _ActiveIntervention:
         self.ready: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
-        """Return the output ``[rows, length, d_out]`` with what the entries that speak make of it."""
+        """Return the output ``[rows, length, d_out]``, changed at the tokens that the chosen entries act on."""
         if inputs.ndim != 3:
             raise ConfigError(
                 f"{self.intervention.module} is handed {list(inputs.shape)}, not [rows, tokens, entries]: a memory "
@@ -213,23 +214,23 @@ class _ActiveIntervention:
         ends = routing.ends(rows, length).to(inputs.device)
         entry = routing.decision(self.digest, lambda: self._decide(inputs, output, ends, routing))
         entry = entry.to(output.device)
-        spoken = entry != NONE
+        selected = entry != NONE
         members = routing.members(self.number, rows)
         if members is not None:
-            spoken = spoken & members.to(spoken.device)
-        acting = spoken[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
+            selected = selected & members.to(selected.device)
+        acting = selected[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output
         row = acting.nonzero()[:, 0]
         wide = torch.promote_types(output.dtype, torch.float32)
-        given, before = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
+        x, y = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
         with torch.autocast(output.device.type, enabled=False):
-            after = self._apply(given, before, entry[row])
+            after = self._apply(x, y, entry[row])
         return output.masked_scatter(acting[..., None], after.to(output.dtype))
 
     def _decide(self, inputs: Tensor, output: Tensor, ends: Tensor, routing: Routing) -> Tensor:
         here = (ends >= 0).nonzero()[:, 0]
-        decided = torch.full((len(ends),), NONE, device=inputs.device)
+        entries = torch.full((len(ends),), NONE, device=inputs.device)
         if self.first and len(here):
             at = ends[here]
             question = Question(
@@ -237,8 +238,8 @@ class _ActiveIntervention:
                 output[here.to(output.device), at.to(output.device)].float(),
                 lambda: self._texts(routing, list(map(int, here.cpu())), list(map(int, at.cpu()))),
             )
-            decided[here] = self.router.decide(question).to(decided.device)
-        return decided
+            entries[here] = self.router.decide(question).to(entries.device)
+        return entries
 
     def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
         prompts = [routing.prompt(row, end) for row, end in zip(rows, ends, strict=True)]
@@ -271,7 +272,7 @@ class _ActiveIntervention:
         return output + torch.einsum("nso,ns->no", part["values"], active)
 
     def _part(self, name: str, like: Tensor) -> Tensor:
-        held = self.ready.get(name)
-        if held is None or (held.device, held.dtype) != (like.device, like.dtype):
-            held = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
-        return held
+        cached = self.ready.get(name)
+        if cached is None or (cached.device, cached.dtype) != (like.device, like.dtype):
+            cached = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
+        return cached

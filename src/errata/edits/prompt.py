@@ -1,4 +1,4 @@
-"""Edits that leave the model as it is and put a text before prompts that a router takes: in-context editing."""
+"""Edits that change no weight and prepend a text to prompts that a router accepts: in-context editing."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TEXT_ROUTERS = ("always", "lexical")
 
 @dataclass(frozen=True, eq=False)
 class PromptEdit(RuntimeEdit):
-    """Texts, of which the one that a router chooses is put before a prompt."""
+    """Texts, of which a router chooses the one that is prepended to a prompt."""
 
     kind: ClassVar[str] = "prompt"
 
     contexts: tuple[str, ...]
-    """By entry, what is put before a prompt; none: prompts stay as they are."""
+    """By entry, the text to prepend; none: prompts stay as they are."""
     router: Router
     """Decides by the prompt's text."""
     provenance: Provenance
@@ -42,7 +42,7 @@ class PromptEdit(RuntimeEdit):
             )
 
     def rewrite(self, prompt: str) -> str:
-        """Return the prompt with the text of the entry that speaks for it; the prompt itself where none does."""
+        """Return the prompt with the text of its entry prepended; the prompt itself where no entry is chosen."""
         if not self.contexts:
             return prompt
         entry = int(self.router.decide(Question(torch.zeros(1, 0), torch.zeros(1, 0), lambda: [prompt])))
@@ -73,7 +73,7 @@ class PromptEdit(RuntimeEdit):
         Raises ValueError or KeyError where they do not fit.
         """
         router = _stored.restore(parts, body)
-        return cls(fields.texts(body, "contexts", "the header"), router, provenance)
+        return cls(fields.get_texts(body, "contexts", "the header"), router, provenance)
 
     def _check(self, host: Host) -> None:
         if host.tokenizer is None:

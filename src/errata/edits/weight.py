@@ -378,14 +378,14 @@ class WeightEdit(Edit):
             elif part == "dense":
                 deltas[stem] = parts[name]
         records: dict[str, Record] = {}
-        for name, facts in fields.typed(body.get("records", {}), dict, "records").items():
+        for name, facts in fields.check_type(body.get("records", {}), dict, "records").items():
             where = f"records of {name[:80]!r}"
-            read = fields.record(facts, where, len(provenance.requests))
+            read = fields.record_fields(facts, where, len(provenance.requests))
             stored = {part: parts[f"{name}.record.{part}"] for part in Record.PARTS}
-            fields.fits(stored, read, deltas[name], where)
+            fields.check_shapes(stored, read, deltas[name], where)
             records[name] = Record.restore(read, stored)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
-        transposed = frozenset(fields.texts(body, "transposed", "the header"))
+        transposed = frozenset(fields.get_texts(body, "transposed", "the header"))
         if not transposed <= deltas.keys():
             raise ValueError(f"{min(transposed - deltas.keys())[:80]!r} is called transposed and not changed")
         return cls(deltas, transposed, provenance, records, state)

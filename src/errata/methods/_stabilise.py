@@ -109,7 +109,7 @@ class Sphere(Step):
 
     def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Multiply by I - strength V V^T on the input side, also for transposed weights."""
-        return shape.damped(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
+        return shape.damp(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Simie(Step):
         size = state.setdefault(f"{site.parameter}.simie.size", keys.square().sum(0).mean()[None])
         earlier_keys = state.get(f"{site.parameter}.simie.keys")
         token_keys = keys if earlier_keys is None else torch.cat([earlier_keys, keys], 1)
-        state[f"{site.parameter}.simie.keys"] = shape.condensed(token_keys)
+        state[f"{site.parameter}.simie.keys"] = shape.condense(token_keys)
         ridge = CostMatrix.identity(self.weight * float(size))
         changes = torch.zeros(site.d_out, token_keys.shape[1], dtype=keys.dtype)
         changes[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys

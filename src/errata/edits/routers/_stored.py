@@ -26,7 +26,7 @@ def body_of(router: Router) -> dict[str, Any]:
 
 def restore(parts: Mapping[str, Tensor], body: Mapping[str, Any]) -> Router:
     """Build the router from its edit file's tensors ``[entries, ...]`` and header. Raises ValueError or KeyError."""
-    stored = fields.take(body, "router", dict, "the header")
-    kind = ROUTERS.get(fields.take(stored, "name", str, "router"))
+    stored = fields.get_field(body, "router", dict, "the header")
+    kind = ROUTERS.get(fields.get_field(stored, "name", str, "router"))
     tensors = {n.removeprefix(PREFIX): t for n, t in parts.items() if n.startswith(PREFIX)}
-    return kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
+    return kind.restore(tensors, fields.get_field(stored, "facts", dict, "router"))
