@@ -18,8 +18,8 @@ FIELD = "sha256"
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Return the hash of a JSON header, without its hash, and of tensors by name, dtype, shape and bytes.
 
-    64 hex digits. It is a field of the header rather than a second text beside it, for safetensors writes
-    several texts in any order, and a file is to have the same bytes whenever it says the same.
+    Tensors ``[...]`` of any shape; 64 hex digits. It is a field of the header rather than a second text beside it,
+    for safetensors writes several texts in any order, and equal content is to give equal bytes.
     """
     import torch
 

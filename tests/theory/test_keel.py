@@ -8,7 +8,7 @@ import torch
 import errata
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, conditioned, key_basis, square_factor, update
+from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor, update
 from errata.locate.keys import capture_from
 from errata.methods import keel
 from tests.models import fresh
@@ -104,7 +104,7 @@ def test_a_step_lowers_a_linear_loss_to_zero():
 def test_earlier_keys_join_the_cost(cost):
     cost, matrix = cost
     keys, past = random(12, 3, seed=1), random(12, 20, seed=4)
-    solved = conditioned(cost.solve(keys), past, cost.solve(past))
+    solved = solve_with_history(cost.solve(keys), past, cost.solve(past))
     joined = matrix + past @ past.mT
     torch.testing.assert_close(solved, torch.linalg.solve(joined, keys))
     small = square_factor(past)

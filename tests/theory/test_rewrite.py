@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import errata
 from errata.errors import ConfigError, HostError, RequestError
-from errata.linalg.directions import fair_share, least_squares, principal, shrunk
+from errata.linalg.directions import least_squares, principal_directions, shrink, shrinkage_share
 from errata.linalg.moments import Moments
 from errata.linalg.solve import CostMatrix, update
 from tests.images import fresh_images, pairs
@@ -168,11 +168,11 @@ def test_shrinkage_fades_with_what_was_seen():
     moments = Moments.empty(6)
     moments.update_(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).double())
     assert int(torch.linalg.matrix_rank(moments.second)) == 3  # fewer than the width
-    assert fair_share(moments) == pytest.approx(2 / 3)
-    factor = shrunk(moments, fair_share(moments)).factor
+    assert shrinkage_share(moments) == pytest.approx(2 / 3)
+    factor = shrink(moments, shrinkage_share(moments)).factor
     expected = moments.second / 3 + 2 / 3 * moments.second.trace() / 6 * torch.eye(6).double()
     torch.testing.assert_close(factor @ factor.mT, expected, rtol=1e-4, atol=1e-4)
-    exact = shrunk(moments, 0.0).factor
+    exact = shrink(moments, 0.0).factor
     torch.testing.assert_close(exact @ exact.mT, moments.second, atol=1e-4, rtol=0)
 
 
@@ -224,12 +224,12 @@ def test_principal_is_the_same_by_places_and_by_entries():
     cost = CostMatrix.of(root @ root.mT)
     few = torch.randn(7, 4, generator=generator).double()
     many = torch.cat([few / 2**0.5] * 4, 1)  # twice the energy at every key, and more places than entries
-    one, two = (principal(k, torch.ones(k.shape[1]), cost, 3) for k in (few, many))
+    one, two = (principal_directions(k, torch.ones(k.shape[1]), cost, 3) for k in (few, many))
     same_span(one, two)
     torch.testing.assert_close(one @ one.mT, torch.eye(3).double())
-    assert principal(few[:, :1], torch.ones(1), cost, 3).shape == (1, 7)  # one key, one direction
+    assert principal_directions(few[:, :1], torch.ones(1), cost, 3).shape == (1, 7)  # one key, one direction
     with pytest.raises(ValueError, match="zero"):
-        principal(few * 0, torch.ones(4), cost, 1)
+        principal_directions(few * 0, torch.ones(4), cost, 1)
 
 
 def test_least_squares_is_the_smallest_where_there_are_many():

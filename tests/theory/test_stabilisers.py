@@ -150,10 +150,10 @@ def test_simie_of_one_key_shrinks_by_the_ridge():
 
 def test_many_columns_condense_to_as_many_as_there_are_entries():
     columns = torch.randn(5, 40).double()
-    small = shape.condensed(columns)
+    small = shape.condense(columns)
     assert small.shape == (5, 5)
     torch.testing.assert_close(small @ small.mT, columns @ columns.mT)
-    assert shape.condensed(columns[:, :3]) is not None and shape.condensed(columns[:, :3]).shape == (5, 3)
+    assert shape.condense(columns[:, :3]) is not None and shape.condense(columns[:, :3]).shape == (5, 3)
 
 
 def test_nas_gives_every_value_the_norm_of_the_unedited_model(host):
@@ -202,3 +202,13 @@ def test_every_step_is_described():
     assert set(_stabilise.STEPS) == {"nas", "rect", "sphere", "prune", "simie"}
     for name in _stabilise.STEPS:
         assert f"\n{name} " in _stabilise.__doc__
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+def test_the_excess_of_factors_is_that_of_their_product_also_beyond_full_rank(rank):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator).double() for size in ((5, rank), (rank, 12)))
+    delta, bound = LowRank(left, right), 0.5 * float(torch.linalg.svdvals(left @ right)[0])
+    thin, dense_ = (shape.excess(one, bound, 1.2).dense() for one in (delta, delta.dense()))
+    assert thin.any(), "some singular values are above the bound"
+    torch.testing.assert_close(thin, dense_)

@@ -394,7 +394,7 @@ def test_a_model_saved_with_edits_beside_its_weights_has_them_merged_and_says_so
     edit.revert_(live)
     edit.apply_(live, merge=False)
     held = bits(live)
-    with pytest.warns(UserWarning, match="stands beside .* in the saved model it is merged") as caught:
+    with pytest.warns(UserWarning, match="unmerged edit of .* in the saved model it is merged") as caught:
         live.model.save_pretrained(tmp_path / "one")
     assert {w.filename for w in caught} == {__file__} and len(caught) == 1
     assert same(live, held), "the live model is as it was"

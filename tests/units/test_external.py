@@ -226,7 +226,7 @@ def test_a_file_is_read_again_once_it_changed_and_its_records_do_not_join(host, 
     other = errata.edit(host, REQUEST, **options)
     assert other.digest != first.digest
     with pytest.raises(EditError, match="different cost matrices"):
-        first.records[site.parameter].joined(other.records[site.parameter])
+        first.records[site.parameter].join(other.records[site.parameter])
 
 
 def test_the_ridge_on_c_is_part_of_what_records_are_under(host, site):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import errata
 from errata.cli.main import app
 from errata.edits import Provenance, WeightEdit
-from errata.edits.algebra import numbered
+from errata.edits.algebra import find_request
 from errata.edits.records import Record
 from errata.errors import EditError
 
@@ -76,7 +76,7 @@ def test_an_id_goes_before_a_number_and_that_is_told(tmp_path):
     )
     assert [one["subject"] for one in document["retracted"]] == ["Bruno Holner", "Nova Trading"]
     assert document["notes"] == ["'1' is taken as the id of request 3, not as number 1"]
-    assert numbered(solved("1", "2", "3"), "2") == (1, None), "the same request either way"
+    assert find_request(solved("1", "2", "3"), "2") == (1, None), "the same request either way"
 
 
 @pytest.mark.parametrize("name", ["0", "4", "-1", "1.0", "", "nobody", "²", "1" * 50])
@@ -84,7 +84,7 @@ def test_what_names_no_request_is_refused_with_those_there_are(tmp_path, name):
     with pytest.raises(
         EditError, match=r"no request .* 1 \('ada'\), 2, 3: give an id, or a number from 1 to 3"
     ):
-        numbered(solved("ada", None, None), name)
+        find_request(solved("ada", None, None), name)
 
 
 def test_whole_numbers_in_python_are_indices():

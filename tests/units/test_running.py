@@ -96,12 +96,12 @@ def test_one_vector_has_no_variance():
 
 def test_state_goes_through_tensors_unchanged():
     running = Running.of(data())
-    back = Running.restored(running.tensors())
+    back = Running.restore(running.tensors())
     assert back.count == 60
     assert torch.equal(back.mean, running.mean) and torch.equal(back.spread, running.spread)
     narrow = running.tensors(torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in narrow.values())
-    again = Running.restored(narrow).tensors(torch.float32)
+    again = Running.restore(narrow).tensors(torch.float32)
     assert all(torch.equal(again[part], narrow[part]) for part in Running.PARTS)
 
 

@@ -55,12 +55,12 @@ def retract(
     taken as the id, and that is told.
     """
     from errata.edits import Edit
-    from errata.edits.algebra import numbered
+    from errata.edits.algebra import find_request
     from errata.edits.algebra import retract as without
 
     outputs.check_new_edit(output, force=force)
     given = Edit.load(edit)
-    found = [numbered(given, text) for text in request]
+    found = [find_request(given, text) for text in request]
     places = sorted({place for place, _ in found})
     made = without(given, places)
     retracted = [{"number": i + 1, **given.provenance.requests[i].to_dict()} for i in places]

@@ -1,9 +1,9 @@
-"""Edits that stand beside a weight: the module's output gets delta @ input, and the weight stays.
+"""Unmerged deltas: a module's output gets delta @ input added, and its weight is not written.
 
 Thin factors are applied one after the other and never multiplied out. All branches of a module are
 summed with its output in float32 (float64 for float64 models), in an order that depends on the edits
 alone, and cast once to the output's dtype. So nothing is lost to 16-bit weights, packed weights can be
-edited, and taking a branch away leaves the bits that were there all along.
+edited, and removing a branch needs no write.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Delta = LowRank | Tensor
 
 @dataclass
 class Branches:
-    """What stands beside one linear map; also the hook that adds it."""
+    """The unmerged deltas of one linear map; also the hook that applies them."""
 
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     """By edit digest, oriented ``[d_out, d_in]``; replaced, never changed, for another thread may be reading."""
     stored: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
-    """The same, oriented as the weight is stored."""
+    """Those that act on all rows, oriented as the weight is stored."""
     numbers: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
     """Edit sets whose rows get each delta; None: all rows."""
     ready: dict[str, Delta] = field(default_factory=dict[str, Delta])
     """The deltas on the device and in the precision of the last call."""
 
-    def __call__(self, given: Tensor, said: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Return the module's output ``[..., d_out]`` with all deltas applied to its input ``[..., d_in]``."""
-        wide = torch.promote_types(torch.promote_types(given.dtype, said.dtype), torch.float32)
-        with torch.autocast(said.device.type, enabled=False):
-            key = given.to(said.device, wide)
-            total = said.to(wide)
+        wide = torch.promote_types(torch.promote_types(inputs.dtype, output.dtype), torch.float32)
+        with torch.autocast(output.device.type, enabled=False):
+            key = inputs.to(output.device, wide)
+            total = output.to(wide)
             for digest, delta in sorted(self.deltas.items()):
                 members = self._members(digest, key)
                 if members is None:
@@ -52,7 +52,7 @@ class Branches:
                 elif bool(members.any()):
                     change = _product(self._ready(digest, delta, key), key)
                     total = total + change * members.to(change)[:, None, None]
-        return total.to(said.dtype)
+        return total.to(output.dtype)
 
     def _members(self, digest: str, key: Tensor) -> Tensor | None:
         number = self.numbers.get(digest)
@@ -67,11 +67,11 @@ class Branches:
         return current.members(number, len(key))
 
     def _ready(self, digest: str, delta: Delta, key: Tensor) -> Delta:
-        known = self.ready.get(digest)
-        tensor = known.A if isinstance(known, LowRank) else known
-        if known is None or tensor is None or (tensor.device, tensor.dtype) != (key.device, key.dtype):
-            known = self.ready[digest] = delta.to(device=key.device, dtype=key.dtype)
-        return known
+        cached = self.ready.get(digest)
+        tensor = cached.A if isinstance(cached, LowRank) else cached
+        if cached is None or tensor is None or (tensor.device, tensor.dtype) != (key.device, key.dtype):
+            cached = self.ready[digest] = delta.to(device=key.device, dtype=key.dtype)
+        return cached
 
 
 def _product(delta: Delta, key: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ def _product(delta: Delta, key: Tensor) -> Tensor:
     return functional.linear(key, delta)
 
 
-def standing(model: nn.Module) -> dict[str, Branches]:
-    """Return what stands beside each module, by the parameter it stands for.
+def branches_of(model: nn.Module) -> dict[str, Branches]:
+    """Return a model's unmerged deltas by parameter.
 
     Kept on the model, so that two hosts of it agree; not to be written to.
     """
@@ -91,11 +91,10 @@ def standing(model: nn.Module) -> dict[str, Branches]:
 def attach(
     model: nn.Module, name: str, digest: str, delta: Delta, stored: Delta, number: int | None = None
 ) -> None:
-    """Let a delta ``[d_out, d_in]`` stand beside the weight ``name``; ``stored``: as that weight is stored.
+    """Add an unmerged delta ``[d_out, d_in]`` to the module of the weight ``name``.
 
-    ``number``: the edit set whose rows get it, None all rows.
-
-    It counts as standing from the first step on, so that :func:`detach` undoes whatever was done.
+    ``stored``: the delta as that weight is stored. ``number``: the edit set whose rows get it, None all rows.
+    It counts as in place from the first step on, so that :func:`detach` undoes whatever was done.
     """
     branches: dict[str, Branches] = model.__dict__.setdefault(BRANCHES, {})
     branch = branches.setdefault(name, Branches())
@@ -108,13 +107,13 @@ def attach(
 
 
 def detach(model: nn.Module, name: str, digest: str) -> None:
-    """Take a delta away; the hook goes with the last one, and before it is forgotten."""
+    """Remove a delta; with the last one the hook is removed, before the delta is."""
     branches: dict[str, Branches] = model.__dict__[BRANCHES]
     branch = branches[name]
-    left = {key: delta for key, delta in branch.deltas.items() if key != digest}
-    if left:
+    rest = {key: delta for key, delta in branch.deltas.items() if key != digest}
+    if rest:
         branch.ready = {key: delta for key, delta in branch.ready.items() if key != digest}
-        branch.deltas = left
+        branch.deltas = rest
         return
     with contextlib.suppress(AttributeError):  # a module that is gone took its hook along
         hooks.leave(model.get_submodule(_path(name)), branch)
@@ -125,20 +124,20 @@ def detach(model: nn.Module, name: str, digest: str) -> None:
         del model.__dict__[BRANCHES]
 
 
-def fitted(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
-    """Return a delta as it stands beside a weight, ``[d_out, d_in]``.
+def for_module(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
+    """Return a delta as the module of a weight applies it, ``[d_out, d_in]``.
 
     ``transposed``: as in the edit, whether a dense delta is ``[d_out, d_in]`` where the weight is stored
-    the other way round. Raises EditError where nothing can stand beside: no linear map, another shape,
-    sharded.
+    the other way round. Raises EditError where the module takes no unmerged delta: it is no linear map, is
+    sharded, or has another shape.
     """
     module = _module(host, name)
     reason = placement.obstacle(host.model, name, beside=True)
     if reason is not None:
-        raise EditError(f"nothing can stand beside {name!r}: {reason}")
+        raise EditError(f"the change of {name!r} cannot stay unmerged: {reason}")
     if len(delta.shape) != 2:
         raise EditError(
-            f"a change of shape {tuple(delta.shape)} cannot stand beside {name!r}: it is no matrix"
+            f"the change of {name!r} cannot stay unmerged: its shape is {tuple(delta.shape)}, and a matrix is needed"
         )
     either = isinstance(delta, LowRank) or transposed  # else as stored, whichever way that is
     like = torch.empty(0, device=placement.runs_on(module), dtype=host.dtype)
@@ -149,7 +148,7 @@ def fitted(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
         if linear is not None and linear[0] == d_out and (either or linear[1] == stored):
             return turned
     raise EditError(
-        f"nothing can stand beside {name!r}: {type(module).__name__} does not compute W x + b with W of "
+        f"the change of {name!r} cannot stay unmerged: {type(module).__name__} does not compute W x + b with W of "
         f"shape {tuple(delta.shape)}; apply the edit with merge=True"
     )
 
@@ -171,10 +170,12 @@ def _module(host: Host, name: str) -> nn.Module:
     if not isinstance(weight, Tensor) and not placement.is_packed(module):
         raise EditError(f"the host has no weight {name!r}, which the edit changes")
     if name.rpartition(".")[2] != "weight" or isinstance(module, nn.Embedding):
-        raise EditError(f"nothing can stand beside {name!r}: it is no linear map's weight; apply it merged")
+        raise EditError(
+            f"the change of {name!r} cannot stay unmerged: it is no linear map's weight; apply it merged"
+        )
     if isinstance(weight, Tensor) and weight.ndim != 2:
         raise EditError(
-            f"nothing can stand beside {name!r}: its shape is {list(weight.shape)}, and a linear map's weight "
-            "has two axes; apply the edit with merge=True"
+            f"the change of {name!r} cannot stay unmerged: its shape is {list(weight.shape)}, and a "
+            "linear map's weight has two axes; apply the edit with merge=True"
         )
     return module

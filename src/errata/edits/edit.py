@@ -6,11 +6,12 @@ import json
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from errata.checksum import checksum
 from errata.edits import format as file_format
-from errata.edits.header import provenance
+from errata.edits.header import provenance_fields
 from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.load import Host
@@ -30,18 +31,18 @@ Outside = Literal["refuse", "discard", "leave"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that is needed to say where an edit comes from and to make it again."""
+    """Where an edit comes from: all that is needed to fit it again."""
 
     method: str
     """Registered name of the method."""
     requests: tuple[Request | ImageRecord, ...]
-    """What was asked for; of image requests names, number and a content hash, never pixels."""
+    """The requests; of image requests names, number and a content hash, never pixels."""
     config: Mapping[str, Any]
     """The method's settings, resolved: nothing left to a default."""
     host: str
     """Fingerprint of the unedited host."""
     host_name: str = ""
-    """How the host was named when the edit was made."""
+    """Name of the host when the edit was fitted."""
     seed: int = 0
     """Seed of all randomness in the fit."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -49,11 +50,11 @@ class Provenance:
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the fit reports: losses, norms, steps."""
     prompt_format: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """How prompts were put: template, system prompt, thinking, join; empty in files of earlier versions."""
+    """How prompts were formatted: template, system prompt, thinking, join; empty in files of earlier versions."""
     parents: tuple[str, ...] = ()
-    """Digests of the edits this one was made from: gone on from, refitted or retracted from."""
+    """Digests of the edits this one was made from: continued, refitted or retracted from."""
     created: str = ""
-    """When it was made, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
+    """When it was fitted, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
     the same fit gives the same edit at any time."""
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Provenance:
         object.__setattr__(self, "requests", recorded)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that counts into an edit's digest, as plain data."""
+        """Return what an edit's digest covers of its provenance, as plain data."""
         return {name: value for name, value in asdict(self).items() if name != "created"}
 
 
@@ -102,7 +103,7 @@ class Edit(ABC):
 
     @abstractmethod
     def parts(self) -> Mapping[str, Tensor]:
-        """Return all tensors of the edit, by the names they have in its file."""
+        """Return all tensors ``[...]`` of the edit, by the names they have in its file."""
 
     @abstractmethod
     def body(self) -> Mapping[str, Any]:
@@ -111,7 +112,7 @@ class Edit(ABC):
     @classmethod
     @abstractmethod
     def restore(cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance) -> Edit:
-        """Build an edit from what :meth:`parts` and :meth:`body` gave. Raises ValueError or KeyError."""
+        """Build an edit from what :meth:`parts` ``[...]`` and :meth:`body` gave. Raises ValueError or KeyError."""
 
     @property
     def size(self) -> int:
@@ -126,7 +127,7 @@ class Edit(ABC):
 
         ``foreign`` lets it onto another host than it was made for. ``merge``: whether to write into weights, which
         rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of an
-        edit set; the edit then acts only on rows of a batch that are said to belong to it, as by
+        edit set; the edit then acts only on rows of a batch that belong to it, as by
         ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, where the edit cannot be in
         place.
         """
@@ -144,9 +145,9 @@ class Edit(ABC):
 
     @abstractmethod
     def then(self, later: Any, *, cumulative: bool = False) -> Edit:
-        """Return one edit for this one and a fit of the same method that went on from it.
+        """Return one edit for this one and a later fit of the same method that continued it.
 
-        ``cumulative``: whether the later one holds this one's change already. Raises EditError where the two do
+        ``cumulative``: whether the later one includes this one's change. Raises EditError where the two do
         not add up.
         """
 
@@ -186,16 +187,16 @@ class Edit(ABC):
         beside: bool | None = None,
     ) -> Generator[Placement, None, None]:  # fmt: skip
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
-        mine = True
+        placed_here = True
         try:
             try:
                 receipt = self.apply_(host, foreign=foreign, merge=merge, rows=rows, beside=beside)
             except ErrataError:
-                mine = False  # refused, with nothing changed; what is in place is another's
+                placed_here = False  # refused, with nothing changed; what is in place is another's
                 raise
             yield receipt
         finally:
-            if mine and self.in_place(host):
+            if placed_here and self.in_place(host):
                 self.revert_(host)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -212,14 +213,14 @@ class Edit(ABC):
     def load(path: str | os.PathLike[str]) -> Edit:
         """Read an edit from a file. Raises EditError for a foreign, damaged or pickled one."""
         tensors, header = file_format.read(path)
-        family = {kind.kind: kind for kind in Edit.__subclasses__()}
-        named = header.get("kind")
-        kind = family.get(named) if isinstance(named, str) else None
+        family = {kind.kind: kind for kind in _concrete(Edit)}
+        name = header.get("kind")
+        kind = family.get(name) if isinstance(name, str) else None
         if kind is None:
-            label = repr(named)[:80] if isinstance(named, str) else "nothing that names one"
+            label = repr(name)[:80] if isinstance(name, str) else f"a {type(name).__name__}"
             raise EditError(f"{path} holds an edit of kind {label}, known: {', '.join(sorted(family))}")
         try:
-            edit = kind.restore(tensors, header, Provenance(**provenance(header.get("provenance"))))
+            edit = kind.restore(tensors, header, Provenance(**provenance_fields(header.get("provenance"))))
             file_format.check_digest(header, edit.digest, tensors)
         except Exception as error:  # whatever wrong fields make of what is built of them
             raise EditError(
@@ -227,7 +228,17 @@ class Edit(ABC):
             ) from error
         return edit
 
-    def overruled(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
+    def joint_provenance(self, later: Edit) -> Provenance:
+        """Return the later edit's provenance with the requests of both and this edit as its parent."""
+        requests = (*self.provenance.requests, *later.provenance.requests)
+        return replace(later.provenance, requests=requests, parents=(self.digest,))
+
+    def require_in_place(self, host: Host) -> None:
+        """Raise EditError unless the edit is in place on a host."""
+        if not self.in_place(host):
+            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+
+    def overridden_checks(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
             return ()
@@ -253,6 +264,14 @@ class Edit(ABC):
         if placement.adapters(host.model):
             return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
         return ""
+
+
+def _concrete(kind: type[Edit]) -> Iterator[type[Edit]]:
+    """Yield the kinds of edit that can be built, at any depth below one."""
+    for below in kind.__subclasses__():
+        if not isabstract(below):
+            yield below
+        yield from _concrete(below)
 
 
 def versions() -> dict[str, str]:

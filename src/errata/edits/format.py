@@ -32,7 +32,7 @@ LONGEST_HEADER = 100_000_000
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write a file whole or not at all, with one hash over header and tensors.
 
-    Raises EditError where the path cannot be written.
+    Tensors ``[...]`` of any shape are stored row by row. Raises EditError where the path cannot be written.
     """
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = {**header, "format": VERSION, "protection": PROTECTION}
@@ -51,7 +51,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and header. Raises EditError for anything that is not a whole edit file.
+    """Read tensors ``[...]`` and header. Raises EditError for anything that is not a whole edit file.
 
     Files of version 1 have no hash and are told by their header, which then may hold nothing of version 2: a
     file whose hash was taken out is not one of those.
@@ -120,7 +120,7 @@ def _check(source: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def check_digest(header: Mapping[str, Any], digest: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless an edit is the one its header names; up to version 2 tensors alone counted."""
+    """Raise ValueError unless an edit is the one its header names; up to version 2 tensors ``[...]`` alone counted."""
     recorded = header.get("digest")
     if not isinstance(recorded, str):
         raise ValueError("the header has no digest")
@@ -130,7 +130,7 @@ def check_digest(header: Mapping[str, Any], digest: str, tensors: Mapping[str, T
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Name tensors by their names, shapes, dtypes and bytes, 16 hex digits."""
+    """Hash tensors ``[...]`` by their names, shapes, dtypes and bytes, 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -28,14 +28,14 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
-def take(holder: Any, name: str, kind: type, where: str) -> Any:
+def get_field(holder: Any, name: str, kind: type, where: str) -> Any:
     """Return a field of an object. Raises ValueError where it is missing or of another type."""
     if not is_object(holder) or name not in holder:
         raise ValueError(f"{where} has no {name}")
-    return typed(holder[name], kind, f"{where}: {name}")
+    return check_type(holder[name], kind, f"{where}: {name}")
 
 
-def typed(value: Any, kind: type, where: str) -> Any:
+def check_type(value: Any, kind: type, where: str) -> Any:
     """Return a value if it is of a type; whole numbers are numbers, true and false are not."""
     own = _type(value)
     if kind is float:
@@ -52,13 +52,13 @@ def _type(value: object) -> type[object]:
     return type(value)
 
 
-def texts(holder: Any, name: str, where: str) -> tuple[str, ...]:
+def get_texts(holder: Any, name: str, where: str) -> tuple[str, ...]:
     """Return a field that is a list of texts."""
-    listed = take(holder, name, list, where)
-    return tuple(typed(item, str, f"{where}: {name}[{i}]") for i, item in enumerate(listed))
+    listed = get_field(holder, name, list, where)
+    return tuple(check_type(item, str, f"{where}: {name}[{i}]") for i, item in enumerate(listed))
 
 
-def provenance(stored: Any) -> dict[str, Any]:
+def provenance_fields(stored: Any) -> dict[str, Any]:
     """Return the fields of a provenance. Raises ValueError for missing, unknown or mistyped ones."""
     where = "provenance"
     kinds = {
@@ -66,55 +66,55 @@ def provenance(stored: Any) -> dict[str, Any]:
         "notes": dict, "prompt_format": dict, "created": str,
     }  # fmt: skip
     optional = {"host_name", "seed", "versions", "notes", "prompt_format", "created"}
-    typed(stored, dict, where)
+    check_type(stored, dict, where)
     unknown = sorted(set(stored) - {*kinds, "requests", "parents", "overrides"})
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
-    known = {n: take(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
+    known = {n: get_field(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
     for name, version in known.get("versions", {}).items():
-        typed(version, str, f"{where}: versions[{name[:80]!r}]")
-    requests = take(stored, "requests", list, where)
+        check_type(version, str, f"{where}: versions[{name[:80]!r}]")
+    requests = get_field(stored, "requests", list, where)
     known["requests"] = tuple(_request(item, f"{where}: requests[{i}]") for i, item in enumerate(requests))
-    known["parents"] = texts(stored, "parents", where) if "parents" in stored else ()
+    known["parents"] = get_texts(stored, "parents", where) if "parents" in stored else ()
     if stored.get(
         "overrides"
     ):  # of files before version 3, whose edits recorded what they were applied against
-        known["notes"] = {**known.get("notes", {}), "overrides": list(texts(stored, "overrides", where))}
+        known["notes"] = {**known.get("notes", {}), "overrides": list(get_texts(stored, "overrides", where))}
     return known
 
 
 def _request(stored: Any, where: str) -> Request | ImageRecord:
-    typed(stored, dict, where)
+    check_type(stored, dict, where)
     text = "prompt" in stored
     needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
     optional = ("target_old", "id") if text else ("id",)
     unknown = sorted(set(stored) - {*needed, *optional} - ({"pairs"} if not text else set()))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
-    fields = {name: take(stored, name, str, where) for name in needed}
+    fields = {name: get_field(stored, name, str, where) for name in needed}
     for name in optional:
         if stored.get(name) is not None:
-            fields[name] = take(stored, name, str, where)
-    return Request(**fields) if text else ImageRecord(**fields, pairs=take(stored, "pairs", int, where))
+            fields[name] = get_field(stored, name, str, where)
+    return Request(**fields) if text else ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
 
 
-def record(facts: Any, where: str, requests: int) -> dict[str, Any]:
+def record_fields(facts: Any, where: str, requests: int) -> dict[str, Any]:
     """Return the facts of a record. Raises ValueError for mistyped ones and for requests that are not there."""
-    groups = take(facts, "requests", list, where)
+    groups = get_field(facts, "requests", list, where)
     for group in groups:
-        for number in typed(group, list, f"{where}: requests"):
-            if not 0 <= typed(number, int, f"{where}: requests") < requests:
+        for number in check_type(group, list, f"{where}: requests"):
+            if not 0 <= check_type(number, int, f"{where}: requests") < requests:
                 raise ValueError(f"{where}: serves request {number % 10**12}, and there are {requests}")
     return {
-        "gamma": take(facts, "gamma", float, where),
-        "metric": take(facts, "metric", str, where),
+        "gamma": get_field(facts, "gamma", float, where),
+        "metric": get_field(facts, "metric", str, where),
         "requests": groups,
-        "solves": take(facts, "solves", bool, where),
-        "price": take(facts, "price", float, where),
+        "solves": get_field(facts, "solves", bool, where),
+        "price": get_field(facts, "price", float, where),
     }
 
 
-def fits(parts: Mapping[str, Any], facts: Mapping[str, Any], delta: Any, where: str) -> None:
+def check_shapes(parts: Mapping[str, Any], facts: Mapping[str, Any], delta: Any, where: str) -> None:
     """Raise ValueError unless a record's tensors belong to its facts and to the delta ``[d_out, d_in]``."""
     columns = len(facts["requests"])
     out, into = (delta.shape[0], delta.shape[-1]) if len(delta.shape) == 2 else (None, None)

@@ -1,13 +1,13 @@
-"""Edits that leave all weights as they are and act at sites while the model runs, on rows that a router takes.
+"""Edits that change no weight: interventions at sites while the model runs, on rows that a router accepts.
 
 A router decides once for each row, at the last token of its prompt; the decision holds for all later tokens of the
-row. So a row says the same alone and in any batch, with a cache and without one.
+row. So a row has the same output alone and in any batch, with a cache and without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from errata.edits import header as fields
-from errata.edits.edit import Edit, Outside, Placement, Provenance
+from errata.edits.edit import Provenance
 from errata.edits.records import contiguous_copy
 from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
+from errata.edits.runtime import RuntimeEdit
 from errata.errors import ConfigError, EditError
-from errata.host import locking, placed
+from errata.host import placed
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.load import Host
 from errata.host.passes import Routing
@@ -83,8 +84,8 @@ class Intervention:
 
 
 @dataclass(frozen=True, eq=False)
-class MemoryEdit(Edit):
-    """Interventions whose entries speak for the rows that a router takes."""
+class MemoryEdit(RuntimeEdit):
+    """Interventions whose entries act on the rows that a router assigns to them."""
 
     kind: ClassVar[str] = "memory"
 
@@ -93,7 +94,7 @@ class MemoryEdit(Edit):
     """Decides by what it sees at the first intervention's module."""
     provenance: Provenance
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What a method needs to go on from here."""
+    """What a method needs to continue from here."""
     log: tuple[Mapping[str, Any], ...] = ()
     """What each request did to the entries, as plain data: enough to build them again without some requests."""
 
@@ -113,7 +114,7 @@ class MemoryEdit(Edit):
         return self.interventions[0].entries
 
     def parts(self) -> Mapping[str, Tensor]:
-        """Return payloads, the router's tensors and the state."""
+        """Return payloads ``[entries, ...]``, the router's tensors and the state."""
         tensors = {
             f"{number}.{name}": tensor
             for number, one in enumerate(self.interventions)
@@ -138,47 +139,30 @@ class MemoryEdit(Edit):
     def restore(
         cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> MemoryEdit:
-        """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
+        """Build the edit from its file's tensors, payloads ``[entries, ...]``, and header.
+
+        Raises ValueError or KeyError where they do not fit.
+        """
         interventions: list[Intervention] = []
-        for number, item in enumerate(fields.take(body, "interventions", list, "the header")):
+        for number, item in enumerate(fields.get_field(body, "interventions", list, "the header")):
             where = f"interventions[{number}]"
             module, operation, positions = (
-                fields.take(item, name, str, where) for name in ("module", "operation", "positions")
+                fields.get_field(item, name, str, where) for name in ("module", "operation", "positions")
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
             interventions.append(Intervention(module, operation, payload, positions))
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
-            fields.typed(entry, dict, "log") for entry in fields.take(body, "log", list, "the header")
+            fields.check_type(entry, dict, "log")
+            for entry in fields.get_field(body, "log", list, "the header")
         )
         return cls(tuple(interventions), router, provenance, state, log)
 
-    def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
-    ) -> Placement:
-        """Put the interventions in place; weights stay as they are, so ``merge=True`` is refused.
-
-        Raises EditError, with nothing changed, for another host, one that has no such module, an edit that is in
-        place already or holds numbers that are not finite.
-        """
-        return locking.alone(host, self._place, host, foreign, merge, rows)
-
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
-        if merge:
-            raise EditError(f"a {self.kind} edit acts while the model runs and cannot be merged into weights")
-        overrides = self.overruled(host, foreign=foreign)
-        if self.in_place(host):
-            raise EditError(f"edit {self.digest} is active on this host already")
-        self._check(host)
-        member = placed.set_number(host.model, rows)
-        try:
-            for number, one in enumerate(self.interventions):
-                placed.attach(host.model, one.module, _Act(self, number, host, member))
-            return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
-        except BaseException:  # an interrupt, too, must leave nothing half done
-            placed.remove(host.model, self.digest)
-            raise
+    def _attach(self, host: Host, number: int | None) -> None:
+        for index in range(len(self.interventions)):
+            act = _ActiveIntervention(self, index, host, number)
+            placed.attach(host.model, act.intervention.module, act)
 
     def _check(self, host: Host) -> None:
         for name, tensor in self.parts().items():
@@ -194,36 +178,6 @@ class MemoryEdit(Edit):
             except AttributeError as error:
                 raise EditError(f"the host has no module {one.module!r}, at which the edit acts") from error
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
-        """Take the interventions off; ``outside`` does not matter, since no weight was changed.
-
-        Raises EditError if the edit is not in place.
-        """
-        locking.alone(host, self._revert, host)
-
-    def _revert(self, host: Host) -> None:
-        if not self.in_place(host):
-            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
-        placed.remove(host.model, self.digest)
-
-    def in_place(self, host: Host) -> bool:
-        """Whether an intervention of the edit is in place on a host."""
-        return self.digest in placed.on(host.model).digests
-
-    def then(self, later: Edit, *, cumulative: bool = False) -> MemoryEdit:
-        """Return a fit that went on from this edit as the edit of both: its entries hold this one's already.
-
-        Raises EditError where they do not.
-        """
-        if not isinstance(later, MemoryEdit) or not cumulative:
-            raise EditError(f"a fit that goes on from a {self.kind} edit must give one with all its entries")
-        provenance = replace(
-            later.provenance,
-            requests=(*self.provenance.requests, *later.provenance.requests),
-            parents=(self.digest,),
-        )
-        return replace(later, provenance=provenance)
-
     def summary(self) -> dict[str, Any]:
         """Describe the edit: provenance, entries, where they act and what decides."""
         return {
@@ -237,19 +191,20 @@ class MemoryEdit(Edit):
         }
 
 
-class _Act:
+class _ActiveIntervention:
     """An intervention of an edit that is in place; what the hook runs."""
 
-    def __init__(self, edit: MemoryEdit, number: int, host: Host, member: int | None) -> None:
-        self.number = member
-        self.digest, self.router, self.first = edit.digest, edit.router, number == 0
-        self.order = (edit.provenance.created, edit.digest)
-        self.intervention = edit.interventions[number]
+    def __init__(self, edit: MemoryEdit, index: int, host: Host, number: int | None) -> None:
+        """Take an edit's intervention by its index; ``number``: the edit set whose rows it acts on, None all rows."""
+        self.number = number
+        self.digest, self.router, self.first = edit.digest, edit.router, index == 0
+        self.order = edit.order
+        self.intervention = edit.interventions[index]
         self.tokenizer = host.tokenizer
         self.ready: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
-        """Return the output ``[rows, length, d_out]`` with what the entries that speak make of it."""
+        """Return the output ``[rows, length, d_out]``, changed at the tokens that the chosen entries act on."""
         if inputs.ndim != 3:
             raise ConfigError(
                 f"{self.intervention.module} is handed {list(inputs.shape)}, not [rows, tokens, entries]: a memory "
@@ -259,23 +214,23 @@ class _Act:
         ends = routing.ends(rows, length).to(inputs.device)
         entry = routing.decision(self.digest, lambda: self._decide(inputs, output, ends, routing))
         entry = entry.to(output.device)
-        spoken = entry != NONE
+        selected = entry != NONE
         members = routing.members(self.number, rows)
         if members is not None:
-            spoken = spoken & members.to(spoken.device)
-        acting = spoken[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
+            selected = selected & members.to(selected.device)
+        acting = selected[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output
         row = acting.nonzero()[:, 0]
         wide = torch.promote_types(output.dtype, torch.float32)
-        given, before = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
+        x, y = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
         with torch.autocast(output.device.type, enabled=False):
-            after = self._apply(given, before, entry[row])
+            after = self._apply(x, y, entry[row])
         return output.masked_scatter(acting[..., None], after.to(output.dtype))
 
     def _decide(self, inputs: Tensor, output: Tensor, ends: Tensor, routing: Routing) -> Tensor:
         here = (ends >= 0).nonzero()[:, 0]
-        decided = torch.full((len(ends),), NONE, device=inputs.device)
+        entries = torch.full((len(ends),), NONE, device=inputs.device)
         if self.first and len(here):
             at = ends[here]
             question = Question(
@@ -283,8 +238,8 @@ class _Act:
                 output[here.to(output.device), at.to(output.device)].float(),
                 lambda: self._texts(routing, list(map(int, here.cpu())), list(map(int, at.cpu()))),
             )
-            decided[here] = self.router.decide(question).to(decided.device)
-        return decided
+            entries[here] = self.router.decide(question).to(entries.device)
+        return entries
 
     def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
         prompts = [routing.prompt(row, end) for row, end in zip(rows, ends, strict=True)]
@@ -317,7 +272,7 @@ class _Act:
         return output + torch.einsum("nso,ns->no", part["values"], active)
 
     def _part(self, name: str, like: Tensor) -> Tensor:
-        held = self.ready.get(name)
-        if held is None or (held.device, held.dtype) != (like.device, like.dtype):
-            held = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
-        return held
+        cached = self.ready.get(name)
+        if cached is None or (cached.device, cached.dtype) != (like.device, like.dtype):
+            cached = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
+        return cached

@@ -51,7 +51,7 @@ class Record:
     """Whether the delta is the formula's solution; not so once it was reshaped afterwards."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by their names in files."""
+        """Return keys ``[d_in, n]``, target changes ``[d_out, n]`` and M^-1 K ``[d_in, n]`` by their names in files."""
         return {name: getattr(self, part) for name, part in self.PARTS.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -65,8 +65,8 @@ class Record:
         }
 
     @staticmethod
-    def restored(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
-        """Build a record from what :meth:`facts` and :meth:`tensors` gave."""
+    def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
+        """Build a record of n columns from what :meth:`facts` and :meth:`tensors`, each ``[d, n]``, gave."""
         return Record(
             **{Record.PARTS[name]: tensor for name, tensor in tensors.items()},
             gamma=facts["gamma"],
@@ -80,11 +80,11 @@ class Record:
         """Return the record with its tensors stored row by row."""
         return replace(self, **{part: contiguous_copy(getattr(self, part)) for part in self.PARTS.values()})
 
-    def shifted(self, by: int) -> Record:
+    def shift_requests(self, by: int) -> Record:
         """Return the record with its request indices moved."""
         return replace(self, requests=tuple(tuple(i + by for i in group) for group in self.requests))
 
-    def joined(self, other: Record) -> Record:
+    def join(self, other: Record) -> Record:
         """Put two records side by side, at the other's cost scale. Raises EditError when cost matrices differ."""
         if (self.cost, self.gamma) != (other.cost, other.gamma):
             raise EditError(
@@ -112,7 +112,7 @@ class Record:
             if inside and len(inside) < len(group):
                 numbers = ", ".join(str(request + 1) for request in group)
                 raise EditError(
-                    f"requests {numbers} (counted from 1) share one value, sought for all of them: they go together "
+                    f"requests {numbers} (counted from 1) share one value, optimised for all of them: they go together "
                     "or stay together"
                 )
             if inside:
@@ -136,7 +136,7 @@ class Record:
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor with the strides a file would give it, axes of length one included.
+    """Return a copy of a tensor ``[...]`` with the strides a file would give it, axes of length one included.
 
     Products pick their kernel by strides, and kernels differ in the last bit.
     """

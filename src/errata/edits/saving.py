@@ -1,9 +1,8 @@
-"""What is saved of a model while edits stand beside its weights: a warning, and the edits, where they can be.
+"""How a model with unmerged edits is saved: with a warning, and with the edits, where they can be merged.
 
-``save_pretrained`` writes weights, and an edit beside a weight is none. So that the saved model says what the
-live one says, such edits are merged in what is written, rounded as weights are; a warning says so, and also
-what could not be merged. ``state_dict`` stays what it is, for it may be loaded into this very model again,
-and warns.
+``save_pretrained`` writes weights only. So that the saved model gives the same outputs as the live one, unmerged
+edits are merged in what is written, rounded as weights are; a warning says so, and also what could not be merged.
+``state_dict`` stays as it is, for it may be loaded into this very model again, and warns.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from errata.host.load import BRANCHES
 SAVE = "save_pretrained"
 CALLERS = ("errata", "torch", "transformers")
 """Packages whose frames a warning is not about."""
-INSTEAD = "take it back and apply it again with merge=True to have it in the weights"
+INSTEAD = "revert it and apply it again with merge=True to have it in the weights"
 
 
 class _Save:
-    """Stands in for a model's ``save_pretrained`` while edits stand beside its weights."""
+    """Replaces a model's ``save_pretrained`` while it has unmerged edits."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -41,20 +40,20 @@ class _Save:
                 state = dict(_Watch.plain(model))
                 kwargs["state_dict"] = {**state, **values}
             else:
-                _warn({}, list(_standing(model)))
+                _warn({}, list(_unmerged(model)))
             return getattr(type(model), SAVE)(model, *args, **kwargs)
 
 
 class _Watch:
-    """Warns when a state dict is taken while edits stand beside weights; an object, so that copies have one."""
+    """Warns when a state dict is taken of a model with unmerged edits; an object, so that copies have one."""
 
     quiet = False
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        names = list(_standing(module))
+        names = list(_unmerged(module))
         if names and not self.quiet:
             warnings.warn(
-                f"an edit stands beside {_listed(names)} and is not in this state dict: {INSTEAD}",
+                f"an unmerged edit of {_names(names)} is not in this state dict: {INSTEAD}",
                 stacklevel=stack_level(*CALLERS),
             )
 
@@ -72,7 +71,7 @@ class _Watch:
 
 
 def watch(model: nn.Module) -> None:
-    """Have saving the model mind the edits beside its weights."""
+    """Have the model saved with its unmerged edits."""
     if not any(isinstance(hook, _Watch) for hook in _hooks(model).values()):
         # PyTorch does not say what a hook is
         model.register_state_dict_pre_hook(_Watch())  # pyright: ignore[reportUnknownMemberType]
@@ -81,7 +80,7 @@ def watch(model: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Save the model as ever."""
+    """Have the model saved as it was before :func:`watch`."""
     if isinstance(model.__dict__.get(SAVE), _Save):
         del model.__dict__[SAVE]
     hooks = _hooks(model)
@@ -94,25 +93,25 @@ def _hooks(model: nn.Module) -> dict[int, object]:
     return model.__dict__["_state_dict_pre_hooks"]
 
 
-def _standing(model: nn.Module) -> Mapping[str, Any]:
+def _unmerged(model: nn.Module) -> Mapping[str, Any]:
     return model.__dict__.get(BRANCHES, {})
 
 
 @torch.no_grad()
 def _merged(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights with what stands beside them, and the names of those where that cannot be."""
-    from errata.edits.overlay import composed
+    """Return weights with their unmerged deltas added, and the names of those that cannot be written."""
+    from errata.edits.overlay import weight_with
 
     values: dict[str, Tensor] = {}
     missing: list[str] = []
-    for name, branch in _standing(model).items():
+    for name, branch in _unmerged(model).items():
         if placement.obstacle(model, name) is not None:
             missing.append(name)
             continue
         weight = model.get_parameter(name)
-        value = composed(weight.detach(), branch.stored, weight.dtype, weight.device)
+        value = weight_with(weight.detach(), branch.stored, weight.dtype, weight.device)
         if not torch.isfinite(value).all():
-            raise EditError(f"the edit beside {name!r} would overflow {weight.dtype} in the saved model")
+            raise EditError(f"the unmerged edit of {name!r} would overflow {weight.dtype} in the saved model")
         values[name] = value
     return values, missing
 
@@ -121,18 +120,18 @@ def _warn(values: Mapping[str, Tensor], missing: list[str]) -> None:
     if values:
         dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in values.values()}))
         warnings.warn(
-            f"an edit stands beside {_listed(list(values))}; in the saved model it is merged, rounded to {dtypes}: "
-            "take it back first to save the model without it, and save the edit itself with edit.save(path)",
+            f"the model has an unmerged edit of {_names(list(values))}; in the saved model it is merged, rounded to "
+            f"{dtypes}: revert it first to save the model without it, and save the edit itself with edit.save(path)",
             stacklevel=stack_level(*CALLERS),
         )
     if missing:
         warnings.warn(
-            f"an edit stands beside {_listed(missing)} and is not in the saved model, whose weight cannot be "
+            f"an unmerged edit of {_names(missing)} is not in the saved model, whose weight cannot be "
             "written: save the edit itself with edit.save(path) and apply it again after loading",
             stacklevel=stack_level(*CALLERS),
         )
 
 
-def _listed(names: list[str]) -> str:
+def _names(names: list[str]) -> str:
     rest = f" and {len(names) - 1} other weights" if len(names) > 1 else ""
     return f"{names[0]}{rest}"

@@ -1,28 +1,29 @@
 """Edits that change weights. The only place where a host's weight is written.
 
-A host keeps, per touched weight, a copy of the original bits and the deltas that are active, see
+A host keeps, per changed weight, a copy of the original bits and the active deltas, see
 :mod:`errata.edits.overlay`. The weight is always base + sum of deltas, summed in float32 (in float64 for
 float64 weights) in an order that depends on the edits alone, and cast once. So edits can come and go in any
 order, and the last one to go leaves the original bits. After every write the weight is read back.
 
-A delta may also stand beside its weight instead, see :mod:`errata.edits.branch`: exact in 16 bits, and
-the only way with packed weights.
+A delta may also stay unmerged, see :mod:`errata.edits.branch`: exact in 16 bits, and the only way with
+packed weights.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from errata.edits import branch, overlay
+from errata.edits import branch
 from errata.edits import format as file_format
 from errata.edits import header as fields
+from errata.edits import overlay as overlays
 from errata.edits.branch import Delta
 from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.frames import stack_level
@@ -71,7 +72,7 @@ class WeightEdit(Edit):
 
         So the sum does not depend on what an edit says of itself besides its numbers.
         """
-        return overlay.key_of(file_format.tensor_digest(self.parts()), self.digest)
+        return overlays.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
     def place(
         self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
@@ -86,29 +87,29 @@ class WeightEdit(Edit):
         and acts on the rows that belong to the set.
 
         Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
-        another shape, not where it can be edited or changed by something else while an edit stands on it, the
-        edit is active already, or it would vanish in the weights' precision.
+        another shape, not where it can be edited or changed by something else while an edit is merged into it,
+        the edit is active already, or it would vanish in the weights' precision.
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
     def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if rows is not None and merge:
             raise EditError(f"a weight has no rows: an edit of the set {rows!r} cannot be merged")
-        overrides = self.overruled(host, foreign=foreign)
+        overrides = self.overridden_checks(host, foreign=foreign)
         self._refuse_active(host)
         try:
             number = placed.set_number(host.model, rows)
-            lost, moved = self._put(host, merge if rows is None else False, number)
-            self._check_rounding(host, lost, moved)
+            lost, changed = self._put(host, merge if rows is None else False, number)
+            self._check_rounding(host, lost, changed)
             unmerged = tuple(name for name in self.deltas if name not in lost)
             return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
 
-    def _check_rounding(self, host: Host, lost: Mapping[str, float], moved: bool) -> None:
+    def _check_rounding(self, host: Host, lost: Mapping[str, float], changed: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
-        if not moved and self.norm() > 0:
+        if not changed and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
                 "use merge=False (--no-merge), or load the model in float32"
@@ -131,7 +132,7 @@ class WeightEdit(Edit):
         return locking.alone(host, self._trial, host, foreign)
 
     def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
-        self.overruled(host, foreign=foreign)
+        self.overridden_checks(host, foreign=foreign)
         self._refuse_active(host)
         try:
             return self._put(host, None)[0]
@@ -139,117 +140,120 @@ class WeightEdit(Edit):
             self._remove(host)
 
     def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
-        """Take the deltas away again, also after a change or a revert that was interrupted half-way.
+        """Take the deltas off, also after a change or a revert that was interrupted half-way.
 
         A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
         something else has changed meanwhile (a training step, a merged adapter, a loaded checkpoint) is not
-        written over: ``outside`` says what to do with it. ``refuse`` raises EditError and changes nothing;
-        ``discard`` restores the original bits; ``leave`` keeps such a weight as it is and forgets what
-        stood on it.
+        overwritten: ``outside`` says what to do with it. ``refuse`` raises EditError and changes nothing;
+        ``discard`` restores the original bits; ``leave`` keeps such a weight as it is and forgets the
+        edits merged into it.
 
         Raises EditError if the edit is not active, or a weight cannot be written; the original bits are kept.
         """
         locking.alone(host, self._revert, host, outside)
 
     def _revert(self, host: Host, outside: Outside) -> None:
-        if not self.in_place(host):
-            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
-        names = sorted(self._merged(host))
+        self.require_in_place(host)
+        names = sorted(self._merged_names(host))
         obstacles = {name: self._obstacle(host, name, outside) for name in names}
-        left = [name for name, problem in obstacles.items() if problem is not None]
-        if left and outside != "leave":
-            raise EditError(f"{obstacles[left[0]]}; nothing was taken back, and the original bits are kept")
-        for name in left:
-            for digest in list(host.overlays[name].deltas):
-                overlay.forget(host.model, name, digest)
+        blocked = [name for name, problem in obstacles.items() if problem is not None]
+        if blocked and outside != "leave":
+            raise EditError(
+                f"{obstacles[blocked[0]]}; nothing was taken back, and the original bits are kept"
+            )
+        for name in blocked:
+            for key in list(host.overlays[name].deltas):
+                overlays.drop_delta(host.model, name, key)
         self._remove(host)
 
     def in_place(self, host: Host) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
-        return bool(self._merged(host) or self._aside(host))
+        return bool(self._merged_names(host) or self._unmerged_names(host))
 
     def _refuse_active(self, host: Host) -> None:
-        names = self._merged(host) | self._aside(host)
+        names = self._merged_names(host) | self._unmerged_names(host)
         if names:
             half = "" if len(names) == len(self.deltas) else ", in part, after an interrupt: revert it first"
             raise EditError(f"edit {self.digest} is active on this host already{half}")
 
     def _obstacle(self, host: Host, name: str, outside: Outside) -> str | None:
-        """Say why a weight on which this edit stands cannot be written now; None where it can."""
+        """Return why a weight that this edit is merged into cannot be written now; None where it can."""
         try:
             weight = host.model.get_parameter(name)
             reason = placement.obstacle(host.model, name)
         except AttributeError:
             return (
-                f"the model has no weight {name!r} any more, on which edit {self.digest} stands: undo what "
+                f"the model has no weight {name!r} any more, into which edit {self.digest} was merged: undo what "
                 "replaced its module (an adapter, a parametrisation), or give outside='leave' to forget the edit"
             )
-        stands: overlay.Overlay = host.overlays[name]
-        if reason is None and weight.shape != stands.base.shape:
-            reason = f"it is {list(weight.shape)} now, {list(stands.base.shape)} before"
+        overlay: overlays.Overlay = host.overlays[name]
+        if reason is None and weight.shape != overlay.base.shape:
+            reason = f"it is {list(weight.shape)} now, {list(overlay.base.shape)} before"
         if reason is not None:
             return f"weight {name!r} cannot be written back: {reason}; or give outside='leave' to forget the edit"
-        if outside == "discard" or stands.written(weight) or self._is_restored(stands, weight):
+        if outside == "discard" or overlay.matches(weight) or self._is_restored(overlay, weight):
             return None
         return (
-            f"weight {name!r} was changed by something else while edit {self.digest} stood on it (training, a "
+            f"weight {name!r} was changed by something else while edit {self.digest} was merged into it (training, a "
             "merged adapter, a loaded checkpoint), and taking the edit back would throw that change away: undo "
             "it first, or give outside='discard' to restore the original bits, or outside='leave' to keep the "
             "weight as it is and forget the edit"
         )
 
-    def _is_restored(self, stands: overlay.Overlay, weight: Tensor) -> bool:
+    def _is_restored(self, overlay: overlays.Overlay, weight: Tensor) -> bool:
         """Whether a weight holds already what taking this edit back would write."""
-        left = stands.without(self._key)
-        return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
+        rest = overlay.without(self._key)
+        return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
     def _put(
         self, host: Host, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
-        """Put all deltas in place; return what was lost by merged weight, and whether any weight moved."""
+        """Put all deltas in place; return what was lost by merged weight, and whether any output can change."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
                 raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
         unmerged = {n for n in self.deltas if merge is False or (merge is None and _is_packed(host, n))}
-        fits = {n: branch.fitted(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)}
+        for_modules = {
+            n: branch.for_module(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)
+        }
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
         lost: dict[str, float] = {}
-        moved = bool(fits)
-        for name, delta in fits.items():
+        changed = bool(for_modules)
+        for name, delta in for_modules.items():
             branch.attach(host.model, name, self._key, delta, self._stored(name), number)
         for name, weight in weights.items():
-            lost[name], changed = self._merge(host, name, weight)
-            moved = moved or changed
-        return lost, moved
+            lost[name], written = self._merge(host, name, weight)
+            changed = changed or written
+        return lost, changed
 
     def _stored(self, name: str) -> Delta:
-        return stored(self.deltas[name], name in self.transposed)
+        return as_stored(self.deltas[name], name in self.transposed)
 
     def _merge(self, host: Host, name: str, weight: nn.Parameter) -> tuple[float, bool]:
         """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
         before = weight.detach().clone()
         delta = self._stored(name)
         # active from here on, so that whatever happens next is undone by taking it back
-        stands = overlay.claim(host.model, name, weight, self._key, delta)
-        _write(weight, stands, stands.deltas, name)
+        overlay = overlays.add_delta(host.model, name, weight, self._key, delta)
+        _write(weight, overlay, overlay.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
     def _remove(self, host: Host) -> None:
-        """Take away whatever of this edit is in place."""
-        for name in sorted(self._aside(host)):
+        """Take off whatever of this edit is in place."""
+        for name in sorted(self._unmerged_names(host)):
             branch.detach(host.model, name, self._key)
-        for name in sorted(self._merged(host)):
-            stands: overlay.Overlay = host.overlays[name]
-            _write(host.model.get_parameter(name), stands, stands.without(self._key), name)
-            overlay.forget(host.model, name, self._key)  # last: until now the original bits are there
+        for name in sorted(self._merged_names(host)):
+            overlay: overlays.Overlay = host.overlays[name]
+            _write(host.model.get_parameter(name), overlay, overlay.without(self._key), name)
+            overlays.drop_delta(host.model, name, self._key)  # last: until now the original bits are there
 
-    def _merged(self, host: Host) -> set[str]:
-        stands = host.overlays
-        return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
+    def _merged_names(self, host: Host) -> set[str]:
+        active = host.overlays
+        return {n for n in self.deltas if n in active and self._key in active[n].deltas}
 
-    def _aside(self, host: Host) -> set[str]:
-        stands = branch.standing(host.model)
-        return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
+    def _unmerged_names(self, host: Host) -> set[str]:
+        active = branch.branches_of(host.model)
+        return {n for n in self.deltas if n in active and self._key in active[n].deltas}
 
     def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
@@ -270,23 +274,23 @@ class WeightEdit(Edit):
                 raise EditError(f"weight {name!r} is {actual}, the edit expects {shape}")
             weights[name] = weight
             self._refuse_changed(host, name, weight)
-        twins = placement.sharing(host.model, names)
-        if twins is not None:
+        shared = placement.sharing(host.model, names)
+        if shared is not None:
             raise EditError(
-                f"weight {twins[0]!r} shares its memory with {twins[1]!r}, so writing one changes the other; "
+                f"weight {shared[0]!r} shares its memory with {shared[1]!r}, so writing one changes the other; "
                 "use merge=False, or untie them first"
             )
         return weights
 
     def _refuse_changed(self, host: Host, name: str, weight: Tensor) -> None:
-        """Raise EditError where something else has changed a weight on which other edits stand."""
-        stands: overlay.Overlay | None = host.overlays.get(name)
-        if stands is not None and not stands.written(weight):
-            digests = ", ".join(sorted(map(overlay.digest_of, stands.deltas)))
+        """Raise EditError where something else has changed a weight that other edits are merged into."""
+        overlay: overlays.Overlay | None = host.overlays.get(name)
+        if overlay is not None and not overlay.matches(weight):
+            digests = ", ".join(sorted(map(overlays.digest_of, overlay.deltas)))
             raise EditError(
-                f"weight {name!r} was changed by something else while {digests} stood on "
-                "it (training, a merged adapter, a loaded checkpoint), and another edit would throw that change "
-                "away: take those edits back first, with outside='discard' or outside='leave'"
+                f"weight {name!r} was changed by something else while {digests} were "
+                "merged into it (training, a merged adapter, a loaded checkpoint), and another edit would throw that "
+                "change away: take those edits back first, with outside='discard' or outside='leave'"
             )
 
     def norm(self) -> float:
@@ -296,29 +300,29 @@ class WeightEdit(Edit):
     def rounding(self, host: Host) -> float:
         """Relative error of the change as realised in the host's precision, while applied alone.
 
-        ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as is what stands beside.
+        ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as unmerged changes are.
         """
-        found = self.rounding_by_weight(host)
+        rounding = self.rounding_by_weight(host)
         sizes = {name: _norm(delta) ** 2 for name, delta in self.deltas.items()}
         total = sum(sizes.values())
-        return (sum(found[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
+        return (sum(rounding[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
 
     def rounding_by_weight(self, host: Host) -> dict[str, float]:
         """Return :meth:`rounding` for each weight by itself.
 
         Raises EditError unless this edit is applied and no other on its weights.
         """
-        aside = self._aside(host)
-        return {name: 0.0 if name in aside else self._rounding(host, name) for name in self.deltas}
+        unmerged = self._unmerged_names(host)
+        return {name: 0.0 if name in unmerged else self._rounding(host, name) for name in self.deltas}
 
     def _rounding(self, host: Host, name: str) -> float:
-        stands: overlay.Overlay | None = host.overlays.get(name)
-        if stands is None or set(stands.deltas) != {self._key}:
+        overlay: overlays.Overlay | None = host.overlays.get(name)
+        if overlay is None or set(overlay.deltas) != {self._key}:
             raise EditError("rounding is measured with this edit applied and no other on its weights")
-        return _share_lost(stands.deltas[self._key], host.model.get_parameter(name), stands.base)
+        return _share_lost(overlay.deltas[self._key], host.model.get_parameter(name), overlay.base)
 
     def parts(self) -> Mapping[str, Tensor]:
-        """Return factors or dense deltas, records and state."""
+        """Return factors ``[d_out, r]`` and ``[r, d_in]`` or dense deltas in the weight's shape, records and state."""
         tensors: dict[str, Tensor] = {}
         for name, delta in self.deltas.items():
             if isinstance(delta, LowRank):
@@ -348,25 +352,24 @@ class WeightEdit(Edit):
             raise EditError(f"a {later.kind} edit does not add up with a {self.kind} edit")
         deltas = dict(later.deltas) if cumulative else dict(self.deltas)
         for name, delta in later.deltas.items() if not cumulative else ():
-            deltas[name] = added(deltas[name], delta) if name in deltas else delta
+            deltas[name] = add_deltas(deltas[name], delta) if name in deltas else delta
         records = dict(self.records)
         first = len(self.provenance.requests)
         for name, record in later.records.items():
-            moved = record.shifted(first)
-            records[name] = records[name].joined(moved) if name in records else moved
-        provenance = replace(
-            later.provenance,
-            requests=(*self.provenance.requests, *later.provenance.requests),
-            parents=(self.digest,),
-        )
+            record = record.shift_requests(first)
+            records[name] = records[name].join(record) if name in records else record
         state = {**self.state, **later.state}
-        return WeightEdit(deltas, self.transposed | later.transposed, provenance, records, state)
+        transposed = self.transposed | later.transposed
+        return WeightEdit(deltas, transposed, self.joint_provenance(later), records, state)
 
     @classmethod
     def restore(
         cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
     ) -> WeightEdit:
-        """Build the edit from its file's tensors and header. Raises ValueError or KeyError where they do not fit."""
+        """Build the edit from its file's tensors, with the shapes of :meth:`parts` such as ``[d_out, r]``, and header.
+
+        Raises ValueError or KeyError where they do not fit.
+        """
         deltas: dict[str, Delta] = {}
         for name in parts:
             stem, _, part = name.rpartition(".")
@@ -375,14 +378,14 @@ class WeightEdit(Edit):
             elif part == "dense":
                 deltas[stem] = parts[name]
         records: dict[str, Record] = {}
-        for name, facts in fields.typed(body.get("records", {}), dict, "records").items():
+        for name, facts in fields.check_type(body.get("records", {}), dict, "records").items():
             where = f"records of {name[:80]!r}"
-            read = fields.record(facts, where, len(provenance.requests))
+            read = fields.record_fields(facts, where, len(provenance.requests))
             stored = {part: parts[f"{name}.record.{part}"] for part in Record.PARTS}
-            fields.fits(stored, read, deltas[name], where)
-            records[name] = Record.restored(read, stored)
+            fields.check_shapes(stored, read, deltas[name], where)
+            records[name] = Record.restore(read, stored)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
-        transposed = frozenset(fields.texts(body, "transposed", "the header"))
+        transposed = frozenset(fields.get_texts(body, "transposed", "the header"))
         if not transposed <= deltas.keys():
             raise ValueError(f"{min(transposed - deltas.keys())[:80]!r} is called transposed and not changed")
         return cls(deltas, transposed, provenance, records, state)
@@ -413,7 +416,7 @@ def _contiguous(delta: Delta) -> Delta:
     return contiguous_copy(delta)
 
 
-def added(one: Delta, other: Delta) -> Delta:
+def add_deltas(one: Delta, other: Delta) -> Delta:
     """Add two deltas of one weight; thin while thin factors are the smaller form."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         total = one + other
@@ -423,7 +426,7 @@ def added(one: Delta, other: Delta) -> Delta:
     return parts[0] + parts[1]
 
 
-def stored(delta: Delta, transposed: bool) -> Delta:
+def as_stored(delta: Delta, transposed: bool) -> Delta:
     """Turn a delta ``[d_out, d_in]`` to the way its weight is stored."""
     if not transposed:
         return delta
@@ -447,21 +450,21 @@ def _is_packed(host: Host, name: str) -> bool:
 @torch.no_grad()
 def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
     """||(W' - W) - delta|| / ||delta||, with the delta as stored; 0 for a delta of zeros."""
-    exact = overlay.multiplied(delta, weight)
+    exact = overlays.dense(delta, weight)
     total = float(norm(exact))
     realised = weight.to(exact.dtype) - before.to(weight.device, exact.dtype)
     return float(norm(realised - exact)) / total if total else 0.0
 
 
 @torch.no_grad()
-def _write(weight: nn.Parameter, stands: overlay.Overlay, deltas: Mapping[str, Delta], name: str) -> None:
+def _write(weight: nn.Parameter, overlay: overlays.Overlay, deltas: Mapping[str, Delta], name: str) -> None:
     """Set a weight to its base with some deltas, and read it back."""
-    value = overlay.composed(stands.base, deltas, weight.dtype, weight.device)
+    value = overlays.weight_with(overlay.base, deltas, weight.dtype, weight.device)
     if deltas and not torch.isfinite(value).all():
         raise EditError(f"weight {name!r} would overflow {weight.dtype}; use merge=False or float32")
-    entry = overlay.Entry(deltas, content(value), value.dtype, value.device)
-    stands.journal = (*stands.journal, entry)  # before the write: an interrupt leaves one or the other
+    entry = overlays.Entry(deltas, content(value), value.dtype, value.device)
+    overlay.journal = (*overlay.journal, entry)  # before the write: an interrupt leaves one or the other
     weight.copy_(value)
     if not torch.equal(weight, value):
         raise EditError(f"weight {name!r} did not take the change: reading it back gave other numbers")
-    stands.journal = (entry,)
+    overlay.journal = (entry,)

@@ -226,9 +226,7 @@ def _too_long(host: Host, plan: _Plan) -> str | None:
     if longest <= host.window:
         return None
     what = "prompt" if prompt > host.window else "prompt and answer"
-    return (
-        f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or omit the case"
-    )
+    return f"{what} are {longest} tokens, the model's window is {host.window}; shorten it or omit the case"
 
 
 def _run(

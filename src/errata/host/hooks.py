@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Return the hidden states from a module's output, be it a tensor or a tuple led by one."""
+    """Return the hidden states from a module's output, be it a tensor ``[..., d]`` or a tuple led by one."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
@@ -31,7 +31,7 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def with_first(value: Any, tensor: Tensor) -> Any:
-    """Return the same output with other hidden states."""
+    """Return the same output with other hidden states ``[..., d]``."""
     if isinstance(value, Tensor):
         return tensor
     return type(value)((tensor, *value[1:]))
@@ -39,7 +39,7 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show a module's hidden-state input to ``act``; positional or by keyword."""
+    """Show a module's hidden-state input ``[..., d_in]`` to ``act``; positional or by keyword."""
 
     owner = get_ident()
 
@@ -60,7 +60,7 @@ def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]
 
 @contextmanager
 def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Show a module's output to ``act``; what it returns, unless None, takes the output's place."""
+    """Show a module's output ``[..., d_out]`` to ``act``; what it returns, unless None, takes the output's place."""
 
     owner = get_ident()
 
@@ -95,6 +95,7 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
 def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
     """Let ``act``, given a module's input and output, answer for it in every thread until :func:`leave`.
 
+    Input ``[..., d_in]``, output and answer ``[..., d_out]``.
     Goes before all other hooks, also older ones, so that they see the module with its answer; of several acts
     those of a lower ``rank`` go first. A copy of the model takes a copy of ``act``. Nothing happens where it
     stands there already.
@@ -109,7 +110,7 @@ def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: i
 
 
 def leave(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Take away what :func:`stand` put there, if anything."""
+    """Take away what :func:`stand` put there, if anything; ``act`` maps ``[..., d_in], [..., d_out]`` to the latter."""
     for place in _places(module, act):
         # found by what it does and not by a handle, which an interrupt may have kept from being stored
         for held in (module._forward_hooks, module._forward_hooks_with_kwargs):

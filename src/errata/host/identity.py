@@ -28,7 +28,7 @@ SMALL = 2**13
 
 @torch.no_grad()
 def content(tensor: Tensor) -> bytes:
-    """Name a tensor's dtype, shape and bits, wherever it lies; no guard against someone who wants to deceive.
+    """Name a tensor's dtype, shape ``[...]`` and bits, wherever it lies; no guard against someone who deceives.
 
     A change goes unnoticed only if it leaves all sums of rows and of columns as they were, bits taken as
     whole numbers.
@@ -99,5 +99,5 @@ def _contents(host: Host) -> bytes:
         raise HostError(f"weights are sharded over processes; {placement.GATHER}")
     for name, tensor in placement.named_tensors(host.model, buffers=True):
         overlay = host.overlays.get(name)
-        digest.update(name.encode() + (content(tensor) if overlay is None else overlay.holds(tensor)))
+        digest.update(name.encode() + (content(tensor) if overlay is None else overlay.unedited_hash(tensor)))
     return digest.digest()

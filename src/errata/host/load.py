@@ -557,6 +557,6 @@ def _generate(
 def generate_batch(
     host: Host, batch: tokens.Batch, routes: Mapping[str, Tensor] | None = None, **options: Any
 ) -> Any:
-    """Let transformers continue a batch; what its loop returns for the options."""
+    """Let transformers continue a batch; ``routes``: decisions ``[rows]``; what its loop returns for the options."""
     with torch.no_grad():
         return passes.generate(host.model, host.inputs(batch), routes, pad_token_id=host.pad_id, **options)

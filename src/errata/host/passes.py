@@ -106,7 +106,7 @@ class Routing:
         """By edit digest, the entry that speaks for each row, int64 ``[rows]``; -1: none."""
 
     def ends(self, rows: int, length: int) -> Tensor:
-        """Return each row's column of its last prompt token in a pass of this length; -1 where it lies before."""
+        """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""
         if self._past:
             return torch.full((rows,), -1)
         if self._ends is None:
@@ -134,7 +134,7 @@ class Routing:
         return torch.zeros(rows, dtype=torch.bool) if sets is None else sets == number
 
     def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
-        """Return what was decided for an edit, or decide now."""
+        """Return what was decided for an edit, int64 ``[rows]``, or decide now."""
         if digest not in self.decided:
             self.decided[digest] = decide()
         return self.decided[digest]
@@ -245,7 +245,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def generate(
     model: Any, inputs: dict[str, Any], routes: Mapping[str, Tensor] | None = None, **options: Any
 ) -> Any:
-    """Let transformers' own loop continue rows, padded on the left; what it returns for the options."""
+    """Let transformers' own loop continue rows, padded on the left; what it returns for the options.
+
+    ``inputs``: ids and mask ``[rows, length]``; ``routes``: by edit, decisions ``[rows]`` taken already.
+    """
     rows, length = inputs["input_ids"].shape
     ends = torch.full((rows * options.get("num_beams", 1),), length - 1)
     with hooks.evaluating(model), routed(Routing(ends, prefix=None, decided=routes)):

@@ -23,7 +23,7 @@ GATHER = "gather the weights into one process first"
 
 
 def packed(tensor: Tensor) -> bool:
-    """Whether a tensor holds something else than its values: integer codes, eight bits, a wrapper's parts."""
+    """Whether a tensor ``[...]`` holds something else than its values: integer codes, eight bits, a wrapper's parts."""
     known = type(tensor) in (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
     return not known or not tensor.is_floating_point() or tensor.element_size() < 2
 
@@ -48,7 +48,7 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 
 def named_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name the plain tensors a model consists of, packed weights with their codes and scales.
+    """Name the plain tensors ``[...]`` a model consists of, packed weights with their codes and scales.
 
     ``buffers``: also those of modules that are not packed. Raises HostError for weights that are away.
     """
@@ -130,7 +130,7 @@ def runs_on(module: nn.Module) -> torch.device:
 
 
 def sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one process's piece of a larger one."""
+    """Whether a tensor ``[...]`` is one process's piece of a larger one."""
     pieces = hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
     return pieces or hasattr(tensor, "ds_id") or type(tensor).__name__ == "FlatParameter"
 

@@ -34,7 +34,7 @@ def keeps_attention_only(host: Host) -> bool:
 def agree(whole: Tensor, cut: Tensor, dtype: torch.dtype) -> bool:
     """Whether a text in one piece and in two ended alike, up to the rounding of a model's ``dtype``.
 
-    The bound is relative to the largest entry of ``whole``; both are of one shape.
+    The bound is relative to the largest entry of ``whole``; both are ``[...]`` of one shape.
     """
     bound = 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
     return bool((whole - cut).abs().max() <= bound * whole.abs().max())

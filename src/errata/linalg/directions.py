@@ -1,4 +1,4 @@
-"""Directions that tell some keys from all others: whitened keys, their principal parts, an orthonormal basis."""
+"""Directions that tell some keys from all others: principal directions of whitened keys, orthonormal bases."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from errata.linalg.moments import Moments
 from errata.linalg.solve import CostMatrix
 
 NEGLIGIBLE = 1e-10
-"""Principal parts of less than this share of the largest one's energy are rounding, not directions."""
+"""Principal directions with less than this share of the largest one's energy are rounding errors."""
 
 
-def fair_share(moments: Moments) -> float:
-    """Return the share at which a second moment is shrunk as if its width in further vectors had been seen.
+def shrinkage_share(moments: Moments) -> float:
+    """Return the share for :func:`shrink` that counts as much as m further vectors: m / (m + count).
 
-    m / (m + count): it fades as vectors come, and leaves the matrix regular with few of them.
+    It goes to 0 as vectors are added, and keeps the matrix regular while there are few.
     """
     width = moments.total.shape[0]
     return width / (width + moments.count)
 
 
-def shrunk(moments: Moments, share: float) -> CostMatrix:
-    """Return the second moment with a share of it spread evenly over all directions, factorised.
+def shrink(moments: Moments, share: float) -> CostMatrix:
+    """Shrink a second moment towards a multiple of the identity, and factorise it.
 
-    C <- (1 - share) C + share tr(C) / m I. Raises ValueError where all vectors were zero.
+    C <- (1 - share) C + share tr(C) / m I, ``[m, m]``. Raises ValueError where all vectors were zero.
     """
     second = moments.second
-    spread = second.diagonal().mean()
-    if not float(spread) > 0:
+    mean = second.diagonal().mean()
+    if not float(mean) > 0:
         raise ValueError("all vectors are zero: they have no second moment to whiten by")
     eye = torch.eye(second.shape[0], dtype=second.dtype, device=second.device)
-    return CostMatrix.of((1 - share) * second + share * spread * eye)
+    return CostMatrix.of((1 - share) * second + share * mean * eye)
 
 
-def principal(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: int) -> Tensor:
+def principal_directions(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: int) -> Tensor:
     """Return an orthonormal basis ``[<= rank, m]`` of the directions that respond most to weighted keys.
 
     With X = M^-1/2 K diag(weights) = A S V^T, the rows span M^-1 K diag(weights) V_r = M^-1/2 A_r S_r. For
@@ -51,7 +51,7 @@ def principal(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: int) -> Ten
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     if not float(values[0]) > 0:
         raise ValueError("all keys are zero: they have no direction")
-    left = vectors if wide else white @ vectors  # [m, r], columns as long as may be
+    left = vectors if wide else white @ vectors  # [m, r], columns not of unit length
     left = left[:, values > NEGLIGIBLE * values[0]]
     if cost.factor is not None:
         left = routines.solve_triangular(cost.factor.to(keys.device).mT, left, upper=True)

@@ -1,4 +1,4 @@
-"""A low-rank matrix as a value: the product of two thin factors, never multiplied out unasked."""
+"""A low-rank matrix as a value: the product of two thin factors, multiplied out only by :meth:`LowRank.dense`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns kept; an upper bound of the true rank."""
+        """Columns of the left factor; an upper bound of the true rank."""
         return self.B.shape[1]
 
     def dense(self) -> Tensor:
@@ -66,15 +66,15 @@ class LowRank:
         left, left_r = routines.qr(self.B)
         right, right_r = routines.qr(self.A.mT)
         u, s, vh = routines.svd(left_r @ right_r.mT)
-        kept = min(rank, s.numel())
+        rank = min(rank, s.numel())
         energy = float(s.square().sum())
-        lost = float(s[kept:].square().sum()) / energy if energy else 0.0
-        return LowRank(left @ u[:, :kept] * s[:kept], vh[:kept] @ right.mT), lost
+        lost = float(s[rank:].square().sum()) / energy if energy else 0.0
+        return LowRank(left @ u[:, :rank] * s[:rank], vh[:rank] @ right.mT), lost
 
     def cut(self, energy: float) -> LowRank:
-        """Return the product without the directions of B beyond a share of its squared norm, factors balanced.
+        """Keep the leading singular directions of B that hold a share of its squared norm; the factors are balanced.
 
-        The share is that of the product's own energy where the rows of A are orthonormal, in whatever metric.
+        Where the rows of A are orthonormal, in any inner product, it is the share of the product's squared norm.
         Computed in float64, returned in the dtype of A.
         """
         u, s, vh = routines.svd(self.B.double())

@@ -1,4 +1,4 @@
-"""Streaming moments of vectors: count, mean, uncentred second moment, and how far off it still is."""
+"""Streaming moments of vectors: count, mean, uncentred second moment and an estimate of its error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Moments:
     The first ``EXACT`` m vectors are multiplied in float64, too, so that few vectors give an exact moment.
 
     The sum of outer products is symmetric, so only the blocks on and below its diagonal are computed
-    and held: about half of the work and of the memory.
+    and stored: about half of the work and of the memory.
     """
 
     count: int
@@ -43,7 +43,7 @@ class Moments:
 
     @staticmethod
     def empty(width: int, device: torch.device | str = "cpu") -> Moments:
-        """Start with nothing seen."""
+        """Return the sums of no vectors."""
         columns = (
             torch.zeros(width - i, min(BLOCK, width - i), dtype=torch.float64, device=device)
             for i in range(0, width, BLOCK)
@@ -125,8 +125,8 @@ class Moments:
         size = self._size()
         variance = max(0.0, self.squares - size / self.count) / (self.parts - 1)
         error = variance / self.count
-        known = size / self.count**2 - error  # ||C_T||^2 is larger than ||C||^2 by the error
-        return math.sqrt(error / known) if known > 0 else None
+        true = size / self.count**2 - error  # ||C_T||^2 is larger than ||C||^2 by the error
+        return math.sqrt(error / true) if true > 0 else None
 
     def _trace(self) -> float:
         return sum(float(column[: column.shape[1]].diagonal().sum()) for column in self.columns)
@@ -174,10 +174,10 @@ class Eigen:
 
 
 def eigen(matrix: Tensor) -> Eigen:
-    """Decompose a symmetric matrix ``[m, m]`` in float64, where it lies; about 9 m^3 operations."""
+    """Decompose a symmetric matrix ``[m, m]`` in float64, on its device; about 9 m^3 operations."""
     matrix = matrix.double()
     values, vectors = routines.eigh((matrix + matrix.mT) / 2)
-    # laid out by rows, as it will be once stored and read: products with it then have the same bits
+    # contiguous, as once saved and loaded: products with it then have the same bits
     return Eigen(values, vectors.contiguous())
 
 

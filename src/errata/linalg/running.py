@@ -1,7 +1,7 @@
-"""Running mean and variance of vectors, exact in whatever portions they come.
+"""Running mean and variance of vectors that come in chunks.
 
-Portions are merged by the formula of Chan, Golub and LeVeque (1979), so the order and the sizes of the
-portions change nothing but rounding, and a portion may be a single vector.
+Chunks are merged by the formula of Chan, Golub and LeVeque (1979), so the order and the sizes of the
+chunks change nothing but rounding, and a chunk may be a single vector.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 RESOLUTION = torch.finfo(torch.float32).eps
-"""Relative step of float32, the precision in which the vectors are given."""
+"""Relative spacing of float32, the precision of the vectors."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Running:
 
     @staticmethod
     def empty(width: int) -> Running:
-        """Start with nothing seen."""
+        """Return the statistics of no vectors."""
         zeros = torch.zeros(width, dtype=torch.float64)
         return Running(0, zeros, zeros.clone())
 
@@ -51,7 +51,7 @@ class Running:
     def update_published_(self, vectors: Tensor) -> None:
         """Add vectors ``[n, m]`` as MALMEN's and UltraEdit's code does: by n times their unbiased variance.
 
-        Exact would be n - 1 times; the result depends on the portions. Raises ValueError for one vector.
+        Exact would be n - 1 times; the result depends on the chunks. Raises ValueError for one vector.
         """
         other = Running.of(vectors)
         if other.count < 2:
@@ -60,7 +60,7 @@ class Running:
         self.merge_(other)
 
     def merge_(self, other: Running) -> None:
-        """Add what another one has seen. Raises ValueError when the widths differ."""
+        """Add the vectors of another one. Raises ValueError when the widths differ."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"widths {len(self.mean)} and {len(other.mean)} do not merge")
         total = self.count + other.count
@@ -94,7 +94,7 @@ class Running:
         return (vectors - self.mean) / (self.variance.sqrt() + least)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Return the state as tensors by part, to be stored; :meth:`restored` reads them back.
+        """Return the count ``[1]``, mean and spread ``[m]`` as tensors, to be stored; :meth:`restore` reads them back.
 
         In float32, counts are exact up to 2^24 vectors and to 6e-8 of their size beyond.
         """
@@ -102,6 +102,6 @@ class Running:
         return {"count": count, "mean": self.mean.to(dtype), "spread": self.spread.to(dtype)}
 
     @staticmethod
-    def restored(tensors: Mapping[str, Tensor]) -> Running:
-        """Build the statistics from what :meth:`tensors` gave."""
+    def restore(tensors: Mapping[str, Tensor]) -> Running:
+        """Build the statistics from what :meth:`tensors` gave: count ``[1]``, mean and spread ``[m]``."""
         return Running(int(tensors["count"][0]), tensors["mean"].double(), tensors["spread"].double())

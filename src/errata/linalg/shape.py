@@ -1,4 +1,4 @@
-"""Reshape a change of a weight: what stabilisers do to a delta. Thin factors stay thin where they can."""
+"""Change the spectrum or the entries of a delta, as stabilisers do; low-rank deltas stay low-rank where possible."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def largest_entries(delta: Tensor, weight: Tensor, share: float) -> Tensor:
 
 
 def largest_singular(matrix: Tensor) -> float:
-    """Return the largest singular value, from the smaller Gram matrix in float64."""
+    """Return the largest singular value of a matrix ``[d, m]``, from the smaller Gram matrix in float64."""
     wide = matrix.double()
     gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
     return float(routines.eigenvalues(gram)[-1].clamp_min(0).sqrt())
 
 
 def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
-    """Return what brings singular values over a bound down to ``bound + log_base(s / bound)``.
+    """Return the correction that brings singular values over a bound down to ``bound + log_base(s / bound)``.
 
-    The result, added to the delta, is the restrained delta; its rank is the number of such values.
+    The result ``[d_out, d_in]``, added to the delta, bounds its growth; the rank is the number of such values.
     """
     if isinstance(delta, LowRank):
         left, left_r = routines.qr(delta.B.double())
@@ -50,19 +50,19 @@ def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
 
 
 def leading_inputs(weight: Tensor, energy: float) -> Tensor:
-    """Return the main directions of a weight's rows, each row first brought to norm one, ``[d_in, r]``.
+    """Return the leading right singular vectors of a weight ``[d_out, d_in]`` with rows of norm one, ``[d_in, r]``.
 
-    As many right singular vectors as hold at most a share of the energy, and one more.
+    As many as hold at most a share of the energy, and one more.
     """
     rows = weight.double()
     rows = rows / routines.norm(rows, 1)[:, None].clamp_min(1e-12)
     _, s, vh = routines.svd(rows)
-    held = s.square().cumsum(0) / s.square().sum()
-    count = min(int((held <= energy).sum()) + 1, len(s))
+    shares = s.square().cumsum(0) / s.square().sum()
+    count = min(int((shares <= energy).sum()) + 1, len(s))
     return vh[:count].mT
 
 
-def damped(delta: LowRank | Tensor, directions: Tensor, strength: float) -> LowRank | Tensor:
+def damp(delta: LowRank | Tensor, directions: Tensor, strength: float) -> LowRank | Tensor:
     """Multiply a delta by I - strength V V^T on its input side, ``directions`` V ``[d_in, r]``."""
     right = delta.A if isinstance(delta, LowRank) else delta
     wide = right.double()
@@ -70,7 +70,7 @@ def damped(delta: LowRank | Tensor, directions: Tensor, strength: float) -> LowR
     return LowRank(delta.B, right) if isinstance(delta, LowRank) else right
 
 
-def condensed(columns: Tensor) -> Tensor:
+def condense(columns: Tensor) -> Tensor:
     """Return at most m columns with the same sum of outer products as the given ones ``[m, n]``."""
     if columns.shape[1] <= columns.shape[0]:
         return columns

@@ -23,12 +23,12 @@ corpus had fewer tokens than the keys have entries."""
 
 
 MOST_RIDGE = 1e-2
-"""Largest relative ridge that is taken for a matrix whose rounding outweighs the usual one."""
+"""Largest relative ridge tried for a matrix whose rounding errors outweigh the usual one."""
 
 
 @dataclass(frozen=True)
 class CostMatrix:
-    """A symmetric positive definite M: a multiple of the identity, by Cholesky factor, or by eigenvectors.
+    """A symmetric positive definite M ``[m, m]``: a multiple of the identity, a Cholesky factor, or eigenvectors.
 
     With a ``basis`` that does not span everything, M is infinite outside of it (or inside, with
     ``outside``): nothing may change there.
@@ -53,18 +53,18 @@ class CostMatrix:
 
     @staticmethod
     def identity(scale: float = 1.0) -> CostMatrix:
-        """Cost every direction alike."""
+        """Return a multiple of the identity: every direction costs the same."""
         return CostMatrix(scale)
 
     @staticmethod
     def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> CostMatrix:
-        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``.
+        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``, ``matrix`` ``[m, m]``.
 
         The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
         ValueError for a matrix that is zero, not finite or far from positive semidefinite.
         """
-        factor, used = _factor(matrix.double(), ridge)
-        label = name if used == ridge else f"{name}, ridge {used:.0e}"
+        factor, final = _factor(matrix.double(), ridge)
+        label = name if final == ridge else f"{name}, ridge {final:.0e}"
         return CostMatrix(weight, factor, name=label)
 
     @staticmethod
@@ -86,7 +86,7 @@ class CostMatrix:
     ) -> CostMatrix:
         """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
 
-        The smaller of the two complementary bases is kept.
+        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; the smaller of the two complementary bases is kept.
         """
         small = values < below
         label = f"{name} under {below:.9g}"
@@ -101,7 +101,7 @@ class CostMatrix:
     def only(self, columns: Tensor) -> CostMatrix:
         """Return the cost among some coordinates, the others not to change; ``[n]`` indices."""
         if self.factor is None:
-            raise ValueError("only a cost matrix held by its Cholesky factor can be cut to coordinates")
+            raise ValueError("only a cost matrix with a Cholesky factor can be restricted to coordinates")
         rows = self.factor[columns]
         part, _ = _factor(rows @ rows.mT, 0.0)
         return CostMatrix(self.scale, part, name=f"{self.name} among {len(columns)}")
@@ -125,12 +125,12 @@ class CostMatrix:
         if self.factor is not None:
             right = right @ self.factor.to(right.device)
         elif self.basis is not None:
-            raise ValueError("a cost matrix held by eigenvectors tells no energy")
+            raise ValueError("the energy needs a cost matrix with a Cholesky factor, not with eigenvectors")
         return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
 
 
 def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Return the Cholesky factor of a matrix plus a relative ridge, and that ridge: the least that does.
+    """Return the Cholesky factor of a matrix plus a relative ridge, and that ridge, the least that works.
 
     Raises ValueError as :meth:`CostMatrix.of` does.
     """
@@ -138,13 +138,13 @@ def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     if not (mean > 0 and torch.isfinite(matrix).all()):
         raise ValueError("the matrix is zero or not finite")
     eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    used = ridge
-    while used <= max(ridge, MOST_RIDGE):
-        factor = routines.cholesky(matrix + used * mean * eye)
+    trial = ridge
+    while trial <= max(ridge, MOST_RIDGE):
+        factor = routines.cholesky(matrix + trial * mean * eye)
         if factor is not None:
-            return factor, used
-        used = max(10 * used, 1e-12)
-    raise ValueError("the matrix has eigenvalues far below zero: it is no second moment")
+            return factor, trial
+        trial = max(10 * trial, 1e-12)
+    raise ValueError("the matrix has eigenvalues far below zero: expected a second moment")
 
 
 def update(keys: Tensor, residuals: Tensor, cost: CostMatrix, *, gamma: float) -> LowRank:
@@ -156,10 +156,10 @@ def update(keys: Tensor, residuals: Tensor, cost: CostMatrix, *, gamma: float) -
     return from_solved(keys, cost.solve(keys), residuals, gamma=gamma)
 
 
-def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) -> Tensor:
+def solve_with_history(solved: Tensor, history_keys: Tensor, history_solved: Tensor) -> Tensor:
     """Return (M + P P^T)^-1 K from Y = M^-1 K, P ``[m, p]`` and M^-1 P, by n x n algebra; ``[m, n]``.
 
-    P are keys of earlier edits: their cost joins M without an m x m matrix.
+    P are the keys of earlier edits, ``solved`` Y ``[m, n]``; P P^T is added to M without an m x m matrix.
     """
     solved, past = solved.double(), history_solved.double()
     keys = history_keys.double()
@@ -169,7 +169,7 @@ def conditioned(solved: Tensor, history_keys: Tensor, history_solved: Tensor) ->
 
 
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
-    """Solve the formula where ``solved`` = M^-1 K ``[m, n]`` is known already; see :func:`update`."""
+    """Solve the formula from ``solved`` = M^-1 K ``[m, n]``; arguments and errors as of :func:`update`."""
     keys, solved = keys.double(), solved.double()
     gram = keys.mT @ solved  # [n, n]
     gram = (gram + gram.mT) / 2 + gamma * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -178,7 +178,7 @@ def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float
         raise ValueError("the keys are zero, not finite or linearly dependent; gamma > 0 is needed")
     left = routines.cholesky_solve(factor, residuals.double().mT).mT  # [d, n]
     dtype = torch.float64 if residuals.dtype == torch.float64 else torch.float32
-    return balanced(left, solved.mT).to(dtype)
+    return balance(left, solved.mT).to(dtype)
 
 
 def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: float) -> Tensor:
@@ -217,14 +217,15 @@ def square_factor(factor: Tensor) -> Tensor:
 
 
 def leverage(keys: Tensor, cost: CostMatrix) -> Tensor:
-    """Return k^T M^-1 k for each key, ``[n]``: how cheaply a key can be told from all others."""
+    """Return k^T M^-1 k for each key, ``[n]``: how little it costs to change the output at that key alone."""
     return (keys.double() * cost.solve(keys)).sum(0)
 
 
 def similar_pairs(keys: Tensor, solved: Tensor, above: float) -> list[tuple[int, int]]:
     """Return pairs (i, j), i < j, of keys whose whitened forms have a cosine above a bound.
 
-    With Y = M^-1 K the cosine is k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.
+    ``keys`` K and ``solved`` Y = M^-1 K, both ``[m, n]``; the cosine is
+    k_i^T y_j over the geometric mean of k_i^T y_i and k_j^T y_j.
     """
     gram = keys.double().mT @ solved.double()
     size = gram.diagonal().clamp_min(1e-300).sqrt()
@@ -240,7 +241,7 @@ def influence(keys: Tensor, solved: Tensor, *, gamma: float) -> Tensor:
     return routines.solve(gram + gamma * eye, gram).diagonal().clamp(0, 1)
 
 
-def balanced(left: Tensor, right: Tensor) -> LowRank:
+def balance(left: Tensor, right: Tensor) -> LowRank:
     """Pair factors ``[d, r]`` and ``[r, m]`` with equal column norms, so that float32 suits both."""
     scale = (routines.norm(left, 0) / routines.norm(right, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
     return LowRank(left / scale, right * scale[:, None])

@@ -20,7 +20,7 @@ from errata.edits.weight import Delta, WeightEdit
 from errata.errors import CollidingRequests, ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import CostMatrix, conditioned, from_solved, similar_pairs
+from errata.linalg.solve import CostMatrix, from_solved, similar_pairs, solve_with_history
 from errata.locate.contexts import Context
 from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
 from errata.locate.sweep import LayerSweep
@@ -442,7 +442,7 @@ def solve_layer(
     """
     solved = cost.solve(layer.keys)
     earlier = task.earlier_record(layer.site) if history else None
-    effective = solved if earlier is None else conditioned(solved, earlier.keys, earlier.solved)
+    effective = solved if earlier is None else solve_with_history(solved, earlier.keys, earlier.solved)
     delta = from_solved(layer.keys, effective, residual, gamma=gamma)
     record = make_record(task, layer, cost, residual, solved, gamma=gamma)
     return stabilise_solution(task, LayerSolution(layer.site, delta, record))
@@ -452,7 +452,10 @@ def make_record(
     task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor, solved: Tensor,
     *, gamma: float = 1.0,
 ) -> Record:  # fmt: skip
-    """Return the record of a layer's solution, with changes relative to the host without edits."""
+    """Return the record of a layer's solution, with changes relative to the host without edits.
+
+    ``residual`` ``[d_out, n]`` at the layer's n keys; ``solved`` M^-1 times the keys, ``[d_in, n]``.
+    """
     keys, before = layer.keys, task.earlier_delta(layer.site)
     absolute = residual if before is None else residual + before.to(keys.dtype) @ keys
     return Record(keys, absolute, solved.to(keys.dtype), gamma, cost.label, layer.requests)

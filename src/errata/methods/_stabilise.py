@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from errata.edits.weight import Delta, WeightEdit, added
+from errata.edits.weight import Delta, WeightEdit, add_deltas
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg import shape
@@ -76,7 +76,7 @@ class Nas(Step):
     on: ClassVar[str] = "values"
 
     def values(self, targets: Tensor, start: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Rescale; the norm is the mean over the first fit's vectors before they are shifted."""
+        """Rescale ``[n, d]``; the norm is the mean over the first fit's vectors before they are shifted."""
         norm = state.setdefault("nas.norm", start.norm(dim=1).mean()[None])
         return targets * (norm / targets.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
@@ -109,7 +109,7 @@ class Sphere(Step):
 
     def delta(self, context: StepContext, delta: Delta) -> Delta:
         """Multiply by I - strength V V^T on the input side, also for transposed weights."""
-        return shape.damped(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
+        return shape.damp(delta, shape.leading_inputs(context.weight, self.energy), self.strength)
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Prune(Step):
         original, total = context.weight, delta
         if before is not None:
             original = original - (before.dense() if isinstance(before, LowRank) else before)
-            total = added(before, delta)
-        return added(delta, shape.excess(total, shape.largest_singular(original), self.base))
+            total = add_deltas(before, delta)
+        return add_deltas(delta, shape.excess(total, shape.largest_singular(original), self.base))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Simie(Step):
         size = state.setdefault(f"{site.parameter}.simie.size", keys.square().sum(0).mean()[None])
         earlier_keys = state.get(f"{site.parameter}.simie.keys")
         token_keys = keys if earlier_keys is None else torch.cat([earlier_keys, keys], 1)
-        state[f"{site.parameter}.simie.keys"] = shape.condensed(token_keys)
+        state[f"{site.parameter}.simie.keys"] = shape.condense(token_keys)
         ridge = CostMatrix.identity(self.weight * float(size))
         changes = torch.zeros(site.d_out, token_keys.shape[1], dtype=keys.dtype)
         changes[:, -keys.shape[1] :] = delta.to(keys.dtype) @ keys

@@ -34,7 +34,7 @@ from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, conditioned, key_basis, square_factor
+from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._method import Layers, Method, Workspace, notes, provenance, resolve_layers, wide_layers
@@ -124,7 +124,7 @@ def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float) -
     solved = cost.solve(keys)
     if past is not None and weight > 0:
         earlier = past.to(keys.dtype) * weight**0.5
-        solved = conditioned(solved, earlier, cost.solve(earlier))
+        solved = solve_with_history(solved, earlier, cost.solve(earlier))
     return key_basis(keys, solved).to(keys.dtype)
 
 

@@ -82,7 +82,7 @@ def _refit(
     """Solve for all requests so far; return their total change, and its difference to the change in place."""
     record = closed_form.make_record(task, layer, cost, layer.even_share, cost.solve(layer.keys))
     earlier, before = task.earlier_record(layer.site), task.earlier_delta(layer.site)
-    all_records = record if earlier is None else earlier.joined(record.shifted(len(task.requests)))
+    all_records = record if earlier is None else earlier.join(record.shift_requests(len(task.requests)))
     # scaling C by a price divides C^-1 K by it: nothing is factorised again
     total = replace(all_records, cost_scale=price).delta()
     if before is None:

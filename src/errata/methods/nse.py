@@ -24,11 +24,11 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.records import Record
-from errata.edits.weight import WeightEdit, added
+from errata.edits.weight import WeightEdit, add_deltas
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, conditioned, from_solved
+from errata.linalg.solve import CostMatrix, from_solved, solve_with_history
 from errata.locate.problems import ValueProblem
 from errata.locate.sweep import LayerSweep
 from errata.locate.values import Value
@@ -80,7 +80,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             correction = _one_pass(task.with_initial_state(), next_sweep, values, costs)
         if correction.norm() == 0:
             break
-        deltas = {name: added(edit.deltas[name], delta) for name, delta in correction.deltas.items()}
+        deltas = {name: add_deltas(edit.deltas[name], delta) for name, delta in correction.deltas.items()}
         edit = replace(edit, deltas=deltas)
     return _with_final_keys(task, edit, costs, problems)
 
@@ -116,7 +116,7 @@ def _solve_neurons(task: Task[Config], layer: LayerStep, cost: CostMatrix) -> La
     solved = neuron_cost.solve(keys)
     earlier = task.earlier_record(layer.site)
     if earlier is not None:
-        solved = conditioned(solved, earlier.keys[neurons], neuron_cost.solve(earlier.keys[neurons]))
+        solved = solve_with_history(solved, earlier.keys[neurons], neuron_cost.solve(earlier.keys[neurons]))
     neuron_delta = from_solved(keys, solved, residual, gamma=1.0)
     full_factor = neuron_delta.A.new_zeros(neuron_delta.rank, layer.site.d_in)
     full_factor[:, neurons] = neuron_delta.A

@@ -34,9 +34,9 @@ from errata.host.image_sites import ImageSite, by_place
 from errata.host.images import ImageHost
 from errata.host.kinds import IMAGES
 from errata.host.load import Host
-from errata.linalg.directions import fair_share, least_squares, orthonormal, principal, shrunk
+from errata.linalg.directions import least_squares, orthonormal, principal_directions, shrink, shrinkage_share
 from errata.linalg.moments import Moments
-from errata.linalg.solve import balanced
+from errata.linalg.solve import balance
 from errata.methods._method import Method, Workspace, notes, provenance
 from errata.types import ImageRequest, Request
 
@@ -93,7 +93,7 @@ def fit(
     with hooks.frozen(classifier.model):
         task = _Task(classifier, site, request, config)
         moments = task.moments()
-        share = fair_share(moments) if config.shrinkage is None else config.shrinkage
+        share = shrinkage_share(moments) if config.shrinkage is None else config.shrinkage
         basis = _directions(task, moments, share)
         closed = config.solve == "closed"
         factor = _least_squares(task, basis) if closed else _projected_adam(task, basis, work)
@@ -103,7 +103,7 @@ def fit(
     trace = {"loss_before": task.loss_before, "loss": loss, "places": int((task.weights > 0).sum())}
     record = provenance("rewrite", host, (), replace(config, shrinkage=share), work, **notes(trace))
     return WeightEdit(
-        {site.parameter: balanced(factor, basis)}, frozenset(), replace(record, requests=(request.record,))
+        {site.parameter: balance(factor, basis)}, frozenset(), replace(record, requests=(request.record,))
     )
 
 
@@ -180,11 +180,11 @@ def _directions(task: _Task, moments: Moments, share: float) -> Tensor:
     """Return orthonormal rows ``[r, d_in]`` that span the change, float64; r x taps with channel keys."""
     config, (keys, weights) = task.config, task.masked_keys()
     try:
-        cost = shrunk(moments, share)
+        cost = shrink(moments, share)
         if config.direction == "mean":
             basis = orthonormal(cost.solve(_mean(keys, weights)).mT)
         else:
-            basis = principal(keys, weights, cost, config.rank)
+            basis = principal_directions(keys, weights, cost, config.rank)
     except ValueError as error:
         raise RequestError(f"{task.site.name} cannot tell the masked places apart: {error}") from error
     if config.keys == "channels" and task.site.taps > 1:

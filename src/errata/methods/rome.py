@@ -26,7 +26,7 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, balanced, leverage
+from errata.linalg.solve import CostMatrix, balance, leverage
 from errata.locate.problems import value_problems
 from errata.locate.sweep import LayerSweep
 from errata.methods import _closed_form as closed_form
@@ -123,7 +123,7 @@ def _mixed(mean_key: Tensor, bare_key: Tensor, residual: Tensor, cost: CostMatri
     scale = float((u.mT @ bare_key.double())[0, 0])
     if scale == 0.0:
         raise ConfigError("keys: mixed has a vanishing denominator for this request; use keys: mean")
-    return balanced(residual.double() / scale, u.mT).to(residual.dtype)
+    return balance(residual.double() / scale, u.mT).to(residual.dtype)
 
 
 def _code_settings(layer: int) -> Mapping[str, Any]:

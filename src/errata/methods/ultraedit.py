@@ -173,7 +173,7 @@ def _running(
         if shape not in running:
             tensors = {part: state[f"{shape}.{part}"] for part in Running.PARTS if f"{shape}.{part}" in state}
             width = pair.inputs.shape[1] + pair.gradients.shape[1]
-            running[shape] = Running.restored(tensors) if tensors else Running.empty(width)
+            running[shape] = Running.restore(tensors) if tensors else Running.empty(width)
         if config.statistics == "exact":
             running[shape].update_(torch.cat([pair.inputs, pair.gradients], 1))
     if config.statistics == "published":

@@ -66,7 +66,10 @@ class Block:
         return torch.stack([error * share for error, share in zip(errors, shares, strict=True)])
 
     def remaining_errors(self, weights: Mapping[str, Tensor]) -> list[float]:
-        """Return each request's remaining distance from its target value, as a share of the shift's norm."""
+        """Return each request's remaining distance from its target value, as a share of the shift's norm.
+
+        ``weights``: by parameter, tensors of its own shape ``[d_out, d_in]``.
+        """
 
         def share(indices: Sequence[int]) -> list[float]:
             outputs = zip(indices, self.outputs(indices, weights), strict=True)

@@ -1,4 +1,4 @@
-"""Routers: whether an entry of a memory speaks for a row, and which. One file is one kind; found by its name."""
+"""Routers: whether an entry of a memory acts on a row, and which. One file is one kind; found by its name."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from errata.edits.header import is_list
 from errata.edits.records import contiguous_copy
 
 NONE = -1
-"""The decision that no entry speaks."""
+"""The decision that no entry acts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +31,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a threshold comes to on prompts in scope and out of it."""
+    """How a threshold does on prompts in scope and out of it."""
 
     threshold: float
     accepted_in_scope: float
-    """Share of prompts in scope that the router takes."""
+    """Share of prompts in scope that the router accepts."""
     accepted_out_of_scope: float
-    """Share of prompts out of scope that it takes."""
+    """Share of prompts out of scope that it accepts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Router(ABC):
-    """Decides which entry of a memory speaks for a row. Frozen; tensors are fields, all else is plain data."""
+    """Decides which entry of a memory acts on a row. Frozen; tensors are fields, all else is plain data."""
 
     name: ClassVar[str]
 
@@ -52,10 +52,10 @@ class Router(ABC):
 
     @abstractmethod
     def scores(self, question: Question) -> Tensor:
-        """Return how well each entry fits each row, float32 ``[rows, entries]``; above zero an entry may speak."""
+        """Return how well each entry fits each row, float32 ``[rows, entries]``; above zero an entry may act."""
 
     def decide(self, question: Question) -> Tensor:
-        """Return the entry that speaks for each row, int64 ``[rows]``, :data:`NONE` where none does."""
+        """Return the entry that acts on each row, int64 ``[rows]``, :data:`NONE` where none does."""
         scores = self.scores(question)
         if not scores.shape[1]:
             return torch.full((len(scores),), NONE, device=scores.device)
@@ -65,7 +65,7 @@ class Router(ABC):
     def calibrate(
         self, in_scope: Question, out_of_scope: Question, *, most_false: float = 0.05
     ) -> tuple[Router, Calibration]:
-        """Return the router with a threshold that takes at most a share of the prompts out of scope, and what it costs.
+        """Return the router with a threshold that accepts at most a share of the prompts out of scope, and its costs.
 
         Raises ValueError for a router without a threshold.
         """
@@ -82,7 +82,7 @@ class Router(ABC):
         return chosen, Calibration(bound, share_in, share_out)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors, by field."""
+        """Return the tensors ``[entries, ...]``, by field."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def facts(self) -> dict[str, Any]:
@@ -91,6 +91,6 @@ class Router(ABC):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Router:
-        """Build a router from what :meth:`tensors` and :meth:`facts` gave. Raises TypeError or ValueError."""
+        """Build a router from :meth:`tensors` ``[entries, ...]`` and :meth:`facts`. Raises TypeError or ValueError."""
         values = {**tensors, **{name: tuple(v) if is_list(v) else v for name, v in facts.items()}}
         return cls(**values)

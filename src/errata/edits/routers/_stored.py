@@ -15,7 +15,7 @@ PREFIX = "router."
 
 
 def parts_of(router: Router) -> dict[str, Tensor]:
-    """Return a router's tensors by the names they have in a file."""
+    """Return a router's tensors ``[entries, ...]`` by the names they have in a file."""
     return {f"{PREFIX}{name}": tensor for name, tensor in router.tensors().items()}
 
 
@@ -25,8 +25,8 @@ def body_of(router: Router) -> dict[str, Any]:
 
 
 def restore(parts: Mapping[str, Tensor], body: Mapping[str, Any]) -> Router:
-    """Build the router of an edit from its file's tensors and header. Raises ValueError or KeyError."""
-    stored = fields.take(body, "router", dict, "the header")
-    kind = ROUTERS.get(fields.take(stored, "name", str, "router"))
+    """Build the router from its edit file's tensors ``[entries, ...]`` and header. Raises ValueError or KeyError."""
+    stored = fields.get_field(body, "router", dict, "the header")
+    kind = ROUTERS.get(fields.get_field(stored, "name", str, "router"))
     tensors = {n.removeprefix(PREFIX): t for n, t in parts.items() if n.startswith(PREFIX)}
-    return kind.restore(tensors, fields.take(stored, "facts", dict, "router"))
+    return kind.restore(tensors, fields.get_field(stored, "facts", dict, "router"))

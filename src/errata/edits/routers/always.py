@@ -1,4 +1,4 @@
-"""Every row is in scope: the first entry always speaks. Of edits that act on all prompts."""
+"""Every row is in scope: the first entry acts on all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from errata.edits.routers._router import Question, Router
 
 @dataclass(frozen=True, eq=False)
 class Always(Router):
-    """Takes every row."""
+    """Accepts every row."""
 
     name: ClassVar[str] = "always"
 

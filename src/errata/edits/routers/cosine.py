@@ -14,7 +14,7 @@ from errata.edits.routers._router import Question, Router
 
 @dataclass(frozen=True, eq=False)
 class Cosine(Router):
-    """Takes rows whose cosine with a key exceeds the threshold."""
+    """Accepts rows whose cosine with a key exceeds the threshold."""
 
     name: ClassVar[str] = "cosine"
     keys: Tensor

@@ -16,7 +16,7 @@ from errata.edits.routers._router import Question, Router
 
 @dataclass(frozen=True, eq=False)
 class Gate(Router):
-    """Takes rows for which sigmoid(w h + b) exceeds the threshold."""
+    """Accepts rows for which sigmoid(w h + b) exceeds the threshold."""
 
     name: ClassVar[str] = "gate"
     weights: Tensor

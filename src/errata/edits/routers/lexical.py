@@ -1,4 +1,4 @@
-"""An entry speaks for prompts that name it: its subject, whole words, whatever their capitals."""
+"""An entry acts on prompts that name it: its subject, whole words, whatever their capitals."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from errata.writing import names
 
 @dataclass(frozen=True, eq=False)
 class Lexical(Router):
-    """Takes rows whose prompt names an entry; of several the longest name, of equal ones the newest entry."""
+    """Accepts rows whose prompt names an entry; of several the longest name, of equal ones the newest entry."""
 
     name: ClassVar[str] = "lexical"
     phrases: tuple[str, ...]
-    """By entry, the name that a prompt must hold."""
+    """By entry, the name that a prompt must contain."""
 
     def scores(self, question: Question) -> Tensor:
-        """Return the length of the name where the prompt holds it, else 0, ``[rows, entries]``."""
+        """Return the length of the name where the prompt contains it, else 0, ``[rows, entries]``."""
         texts = [_folded(text) for text in question.texts()]
         newest = len(self.phrases) + 1
         table = [

@@ -18,7 +18,7 @@ from errata.linalg.routines import norm
 
 @dataclass(frozen=True, eq=False)
 class Margin(Router):
-    """Takes rows on which a side memory's change of the output is longer than the threshold."""
+    """Accepts rows on which a side memory's change of the output is longer than the threshold."""
 
     name: ClassVar[str] = "margin"
     changes: Tensor

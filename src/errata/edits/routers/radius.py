@@ -1,4 +1,4 @@
-"""An entry speaks for rows within its radius of its key, the nearest entry first (GRACE, MELO).
+"""An entry acts on rows within its radius of its key, the nearest entry first (GRACE, MELO).
 
 Source     Hartvigsen et al., "Aging with GRACE", NeurIPS 2023, arXiv 2211.11031, Eq. 1
 """
@@ -16,7 +16,7 @@ from errata.edits.routers._router import NONE, Question, Router
 
 @dataclass(frozen=True, eq=False)
 class Radius(Router):
-    """Takes rows whose site input lies within an entry's radius, Euclidean, in float32."""
+    """Accepts rows whose site input lies within an entry's radius, Euclidean, in float32."""
 
     name: ClassVar[str] = "radius"
     keys: Tensor
@@ -36,7 +36,7 @@ class Radius(Router):
         return self.radii.to(distances) - distances
 
     def decide(self, question: Question) -> Tensor:
-        """Return the nearest entry where the row is inside its radius, the border included."""
+        """Return the nearest entry, int64 ``[rows]``, where the row is inside its radius, the border included."""
         distances = self.distances(question.inputs)
         if not distances.shape[1]:
             return torch.full((len(distances),), NONE, device=distances.device)

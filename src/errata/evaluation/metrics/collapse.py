@@ -107,7 +107,7 @@ def fluency(texts: Sequence[str]) -> Fluency:
 
 
 def norm_ratio(delta: Tensor, weight: Tensor) -> float:
-    """Frobenius norm of a change over that of the weight it changes; infinite on a weight of zeros."""
+    """Frobenius norm of a change ``[d_out, d_in]`` over its weight's ``[d_out, d_in]``; infinite on one of zeros."""
     size = float(weight.double().norm())
     return float(delta.double().norm()) / size if size else math.inf
 

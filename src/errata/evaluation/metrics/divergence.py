@@ -35,7 +35,7 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def both(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """KL(before || after) and KL(after || before), in nats.
+    """KL(before || after) and KL(after || before) of log-probabilities ``[vocab]``, in nats.
 
     The first is large where the edited model gives low probability to likely tokens of the unedited one, the second
     where it gives high probability to tokens that are unlikely under the unedited one.
@@ -48,7 +48,7 @@ def nkl_legacy(before: Tensor, after: Tensor) -> float:
 
     Quirk reproduced: the paper writes KL(before || after), its code computes the other direction, and averages over
     the vocabulary because it takes the mean over the first dimension of a vector. Multiplied by |V| it is :func:`kl`
-    in nats.
+    in nats. Log-probabilities ``[vocab]``.
     """
     return kl(after, before) / before.shape[-1]
 

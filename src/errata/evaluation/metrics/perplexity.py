@@ -28,8 +28,9 @@ def of_texts(texts: Sequence[Tensor]) -> float:
 def bits_per_byte(texts: Sequence[Tensor], n_bytes: int) -> float:
     """Return bits per byte of text: -sum of log-probabilities / (ln 2 * bytes).
 
-    Unlike perplexity it does not depend on the tokenizer, so models can be compared. ``n_bytes``: UTF-8 bytes of the
-    scored text. Infinite where any number is not finite; raises ValueError without bytes.
+    Unlike perplexity it does not depend on the tokenizer, so models can be compared. ``texts``: log-probabilities
+    ``[tokens]`` of each, in nats; ``n_bytes``: UTF-8 bytes of the scored text. Infinite where any number is not
+    finite; raises ValueError without bytes.
     """
     if n_bytes <= 0:
         raise ValueError(f"bits per byte of {n_bytes} bytes: expected the UTF-8 length of the scored text")
