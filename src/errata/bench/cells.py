@@ -45,11 +45,11 @@ class Sheet:
     after: Edit | None = None
     """Of a sequence, an edit of its first cases from elsewhere, to continue from where the folder has none."""
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
-    """Called with every record that was written."""
+    """Called with every record of a case or checkpoint, after it was written."""
     on_edit: Callable[[Edit], None] = lambda edit: None
     """Of a sequence, called with the edit of every checkpoint once its records were written."""
-    saves_edits: bool = True
-    """Whether a sequence's newest edit is saved, so that a stopped cell can be continued."""
+    saves: bool = True
+    """Whether records and edits are written to the folder, so that a stopped cell can be continued."""
     finished: bool = False
     """Whether nothing is left to be observed."""
 
@@ -151,7 +151,8 @@ class Sheet:
     def write(self, *records: dict[str, Any]) -> None:
         """Append lines to the rows."""
         self.guard()
-        self.journal.append(*records)
+        if self.saves:
+            self.journal.append(*records)
         for record in records:
             self.on_record(record)
 
@@ -159,7 +160,7 @@ class Sheet:
         """Keep a sequence's newest edit in place of the older ones, after the rows that it stands for."""
         self.guard()
         self.on_edit(edit)
-        if not self.saves_edits:
+        if not self.saves:
             return
         edit.save(self.edit_file(edits))
         for path in self._edit_files():

@@ -186,7 +186,7 @@ def _run(
     report = _Report(room, cell, options, after, keep)
     sheet = Sheet(
         folder / results.CELLS / cell.id, cell, guard=lambda: None, after=after, on_record=report.add,
-        on_edit=report.checkpoint, saves_edits=False,
+        on_edit=report.checkpoint, saves=lasting,
     )  # fmt: skip
     try:
         measured = cells.run(room, cell, sheet, tick)
