@@ -23,7 +23,7 @@ from errata.types import Case, Form, Observation, Probe, kind_of
 from errata.writing import Join
 
 if TYPE_CHECKING:  # opens transformers
-    from errata.host.continuing import Begun
+    from errata.host.decoding import Prefixes
     from errata.host.stopping import Stop
 
 Ids = tuple[int, ...]
@@ -274,7 +274,7 @@ def _run(
     host: Host, plans: Sequence[_Plan], after: _After, seed: int, on_progress: Callable[[int, int], None]
 ) -> dict[tuple[_Saying, Ids], str]:
     """Run all prompts, read off what is asked behind them, and return what was said to each."""
-    from errata.host.continuing import begin
+    from errata.host.decoding import run_prefixes
 
     ways: dict[_Saying | None, dict[Ids, None]] = {}
     for plan in plans:
@@ -287,10 +287,10 @@ def _run(
     done, total = 0, sum(map(len, ways.values()))
     for saying, rows in ways.items():
         for group in _groups(list(rows), saying):
-            begun = begin(host, group)
-            after.read(begun)
+            prefixes = run_prefixes(host, group)
+            after.read(prefixes)
             if saying is not None:
-                answers = zip(group, _say(host, begun, saying, seed), strict=True)
+                answers = zip(group, _say(host, prefixes, saying, seed), strict=True)
                 texts.update(((saying, row), text) for row, text in answers)
             done += len(group)
             on_progress(done, total)
@@ -298,10 +298,10 @@ def _run(
     return texts
 
 
-def _say(host: Host, begun: Begun, saying: _Saying, seed: int) -> list[str]:
+def _say(host: Host, prefixes: Prefixes, saying: _Saying, seed: int) -> list[str]:
     if saying.drawn:
-        return draw_rows(host, begun, saying.limit, top_k=OPEN_TOP_K, seed=seed)
-    texts = generate_rows(host, begun, saying.limit, saying.stop)
+        return draw_rows(host, prefixes, saying.limit, top_k=OPEN_TOP_K, seed=seed)
+    texts = generate_rows(host, prefixes, saying.limit, saying.stop)
     return [prompts.answer_of(text, saying.block) for text in texts]
 
 
@@ -318,7 +318,7 @@ class _Tail:
     """An answer's part that is still to be run: what stands behind its first ``offset`` tokens."""
 
     root: int
-    """Which of the begun rows it goes on from."""
+    """Which of the prefixes it continues."""
     offset: int
     answer: tokens.Answer
 
@@ -373,18 +373,18 @@ class _After:
         found = [] if answer is None else self._found[answer]
         return tuple(logprob for logprob, _ in found), tuple(first for _, first in found)
 
-    def read(self, begun: Begun) -> None:
+    def read(self, prefixes: Prefixes) -> None:
         """Read off what is asked after some of the shared texts and behind them."""
-        from errata.host.continuing import behind
+        from errata.host.decoding import logits_after
 
         tails: list[_Tail] = []
-        for i, root in enumerate(begun):
+        for i, root in enumerate(prefixes):
             if root in self._whole:
-                self.spread[root] = begun.logits[i].float().log_softmax(-1).cpu()
+                self.spread[root] = prefixes.logits[i].float().log_softmax(-1).cpu()
             tails += [_Tail(i, len(root), answer) for answer in self._behind.pop(root, ())]
         first = [(tail.root, tail.answer, 0) for tail in tails if tail.offset == tail.answer.start]
-        self._take(begun.logits, first)
-        self._run(tails, lambda rows, at: behind(self.host, begun, rows, at))
+        self._take(prefixes.logits, first)
+        self._run(tails, lambda rows, at: logits_after(self.host, prefixes, rows, at))
 
     def finish(self) -> None:
         """Run the answers that no shared text begins."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from errata.errors import RequestError
 from errata.host import hooks, identity, locking, passes, placed, placement, prompts, tokens, trial
+from errata.host.generation_settings import is_plain
 from errata.host.kinds import CAUSAL
 from errata.host.layout import Layout, Site, discover
 from errata.host.open import DTYPES as DTYPES
@@ -226,11 +227,10 @@ class Host:
 
     @cached_property
     def continues(self) -> bool:
-        """Whether texts may go on from one that was run before, tried out once; see ``continuing``."""
-        from errata.host import continuing
+        """Whether texts may continue one that was run before, tried out once; see :mod:`errata.host.prefix`."""
+        from errata.host.prefix import can_grow
 
-        with passes.without_interventions():
-            return continuing.works(self)
+        return can_grow(self)
 
     @cached_property
     def padding(self) -> trial.Padding:
@@ -279,12 +279,15 @@ class Host:
 
     def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> tokens.Batch:
         """Pad rows of token ids. Raises RequestError for a row longer than the model's window."""
-        longest = max(len(row) for row in rows)
-        if self.window is not None and longest > self.window:
-            raise RequestError(
-                f"a text of {longest} tokens is longer than the model's window of {self.window}"
-            )
+        self.check_window(max(len(row) for row in rows))
         return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
+
+    def check_window(self, length: int) -> None:
+        """Raise RequestError for a text of more tokens than the model's window holds."""
+        if self.window is not None and length > self.window:
+            raise RequestError(
+                f"a text of {length} tokens is longer than the model's window of {self.window}"
+            )
 
     def inputs(self, batch: tokens.Batch) -> dict[str, Any]:
         """Return what the model takes of a batch wherever it is run or generates."""
@@ -459,16 +462,16 @@ def generate_rows(
 ) -> list[str]:  # fmt: skip
     """Continue rows of token ids greedily; the new text only, cut at its natural stop.
 
-    Rows that were begun already (``continuing.Begun``) are gone on from. No row says more than the model's
+    Rows that were run already (``decoding.Prefixes``) are continued. No row takes more tokens than the model's
     window holds. ``sets``: number of each row's edit set, int64 ``[rows]``.
     """
-    from errata.host import continuing, stopping
+    from errata.host import decoding, stopping
 
     if host.fills:
         stop = "end"
-    if (host.continues and continuing.plain(host)) or host.fills or not hasattr(host.model, "generate"):
-        begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows, sets)
-        ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
+    if (host.continues and is_plain(host)) or host.fills or not hasattr(host.model, "generate"):
+        prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows, sets)
+        ids: Any = decoding.greedy(host, prefixes, _limits(host, rows, max_new_tokens), stop)
     else:
         from transformers import StoppingCriteriaList
 
@@ -480,10 +483,10 @@ def generate_rows(
     return [stopping.cut(text, stop) for text in host.decode(ids)]
 
 
-def _limits(host: Host, rows: Sequence[tuple[int, ...]], wanted: int) -> list[int]:
-    """Return how many tokens each row may say: one at least, as all fit before it."""
+def _limits(host: Host, rows: Sequence[tuple[int, ...]], most: int) -> list[int]:
+    """Return how many tokens each row may take: one at least, as all fit before it."""
     rooms = [host.room(tuple(row)) for row in rows]
-    return [wanted if room is None else min(max(1, wanted) if room else 0, room) for room in rooms]
+    return [most if room is None else min(max(1, most) if room else 0, room) for room in rooms]
 
 
 @locking.shared
@@ -492,14 +495,14 @@ def draw_rows(
 ) -> list[str]:
     """Continue rows by drawing among the ``top_k`` most probable tokens, up to ``total`` with the row's own.
 
-    What a row says depends on seed and row, not on its neighbours or the global random state. Rows that were
-    begun already are gone on from.
+    A row's text depends on seed and row, not on its neighbours or the global random state. Rows that were run
+    already are continued.
     """
-    from errata.host import continuing
+    from errata.host import decoding
 
     limits = [min(total - len(row), one) for row, one in zip(rows, _limits(host, rows, total), strict=True)]
-    begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
-    ids = continuing.draw(host, begun, limits, top_k=top_k, seed=seed)
+    prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows)
+    ids = decoding.sample(host, prefixes, limits, top_k=top_k, seed=seed)
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
@@ -534,7 +537,7 @@ def _generate(
     manner = host.padding
     if manner == "uncached":
         settings["use_cache"] = False
-    said: list[list[int]] = [[] for _ in rows]
+    new: list[list[int]] = [[] for _ in rows]
     for group in trial.groups(rows, manner):
         batch = host.batch([rows[i] for i in group], side="left")
         length = batch.ids.shape[1]
@@ -543,8 +546,8 @@ def _generate(
         own = {} if sets is None else {passes.SETS: sets[torch.tensor(group)]}
         out = generate_batch(host, batch, own, max_new_tokens=new_tokens, **settings)
         for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            said[i] = ids
-    return said
+            new[i] = ids
+    return new
 
 
 def generate_batch(

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from errata.host import hooks
+from errata.host.kv_cache import FixedCache
 from errata.host.load import Host
 from errata.host.memory import in_batches, share
-from errata.host.partial import Partial, Past, Tokens, align, can_reuse, longer, nothing_before, wide
+from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
+from errata.host.tokens import Batch
 from errata.locate.contexts import Context
 from errata.locate.problems import (
     PromptRow,
@@ -30,6 +32,7 @@ from errata.locate.problems import (
     shared_prefix_lengths,
     subject_span,
     value_problems,
+    wide,
 )
 from errata.types import Request
 
@@ -166,10 +169,9 @@ def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
 class _RowGroup:
     """Rows that run together in every step, cut to the tokens the shift can reach."""
 
-    tokens: Tokens
-    past: Past
-    state: Tensor | None
-    """Output of the highest block the shift cannot reach ``[rows, length, d]``."""
+    tokens: Batch
+    prefix: Prefix
+    """Their tokens before those, and the blocks that the shift cannot reach."""
     problem: Tensor
     """Index of each row's problem."""
     column: Tensor
@@ -191,9 +193,8 @@ class _RowGroup:
         new[rows] = torch.arange(len(rows), device=rows.device)
         counted = new[self.prediction_row] >= 0
         return _RowGroup(
-            self.tokens.rows(rows),
-            self.past.of(rows),
-            None if self.state is None else self.state[rows],
+            self.tokens.select(rows),
+            self.prefix.select(rows),
             self.problem[rows],
             self.column[rows],
             new[self.prediction_row[counted]],
@@ -218,7 +219,7 @@ class _Search:
         reuse: bool,
     ) -> None:
         self.host, self.config, self.layer, self.reuse = host, config, layer, reuse
-        self.partial = Partial(host)
+        self.runner = PrefixRunner(host)
         self.count = len(problems)
         self.members = torch.tensor([float(len(p.requests)) for p in problems], device=host.device)
         self._choose_sites(where)
@@ -229,7 +230,7 @@ class _Search:
     def _choose_sites(self, where: Where) -> None:
         """Decide which outputs are shifted and which block is the first to run in every step."""
         host, layer = self.host, self.layer
-        block = self.partial.blocks[layer]
+        block = self.runner.blocks[layer]
         if where == "attn_and_mlp":
             sites = [host.layout.site(layer, "attn_out"), host.layout.site(layer, "mlp_out")]
             self.modules = [host.model.get_submodule(site.name) for site in sites]
@@ -250,7 +251,7 @@ class _Search:
         """
         rows = [row for _, row in numbered]
         cut = shared_prefix_lengths(rows) if self.reuse else {row.context: 0 for row in rows}
-        past = self._run_prefixes(rows, cut)
+        prefix = self._run_prefixes(rows, cut)
         tokens, column = align(
             self.host,
             [row.ids[cut[row.context] :] for row in rows],
@@ -264,13 +265,13 @@ class _Search:
         essence = torch.arange(with_target, len(rows), device=device)
         at = (essence, columns[essence])
         keep = {self.layer, *([self.first - 1] if self.first else [])}
-        above = range(self.first, len(self.partial.blocks))
+        above = range(self.first, len(self.runner.blocks))
         starts: list[Tensor] = []
         with contextlib.ExitStack() as stack, torch.no_grad():
             self._add_earlier_shifts(stack, rows, columns.tolist())
             for module in self.modules:
                 stack.enter_context(hooks.on_output(module, _note(starts, columns)))
-            ran = self.partial.run(tokens, past, at=at, keep=keep, remember=above if self.reuse else ())
+            ran = self.runner.run(tokens, prefix, at=at, keep=keep, remember=above if self.reuse else ())
         assert ran.logits is not None
         first = [next(i for i, (g, _) in enumerate(numbered) if g == p) for p in range(self.count)]
         self.start = [start[first] for start in starts]
@@ -294,28 +295,26 @@ class _Search:
         cutting = column if self.reuse else 0
         return [
             self._row_group(
-                tokens, past, ran.past, state, problem, chosen, predictions, old, columns, cutting
+                tokens, prefix, ran.key_values, state, problem, chosen, predictions, old, columns, cutting
             )
             for chosen, predictions, old in split
         ]
 
-    def _run_prefixes(self, rows: list[PromptRow], cut: dict[int, int]) -> Past:
-        """Run the tokens that rows of one context share; return the past of each row."""
+    def _run_prefixes(self, rows: list[PromptRow], cut: dict[int, int]) -> Prefix:
+        """Run the tokens that rows of one context share; return what each row continues."""
         shared = {row.context: row.ids[: cut[row.context]] for row in rows if cut[row.context]}
         if not shared:
-            return nothing_before(self.host, len(rows))
+            return no_prefix(self.host, len(rows))
         texts = list(shared.values())
         tokens, _ = align(self.host, texts, [len(text) for text in texts], [0] * len(texts))
         with torch.no_grad():
-            blocks = self.partial.blocks
-            ran = self.partial.run(
-                tokens, nothing_before(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
+            blocks = self.runner.blocks
+            ran = self.runner.run(
+                tokens, no_prefix(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
             )
-        # one empty row more, for rows that share nothing
-        states = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
         number = {context: i for i, context in enumerate(shared)}
         prefix = torch.tensor([number.get(row.context, len(texts)) for row in rows], device=self.host.device)
-        return Past(states, longer(tokens.mask), prefix)
+        return Prefix(tokens.mask, FixedCache(ran.key_values)).with_empty(prefix)
 
     def _add_earlier_shifts(
         self, stack: contextlib.ExitStack, rows: list[PromptRow], columns: list[int]
@@ -335,23 +334,23 @@ class _Search:
             where = (row.to(hidden.device), at.to(hidden.device))
             return hidden.index_put(where, shifts.to(hidden), accumulate=True)
 
-        stack.enter_context(hooks.on_output(self.partial.blocks[self.layer], push))
+        stack.enter_context(hooks.on_output(self.runner.blocks[self.layer], push))
 
     def _row_group(
-        self, tokens: Tokens, past: Past, seen: dict[int, Any], state: Tensor | None, problem: Tensor,
+        self, tokens: Batch, prefix: Prefix, key_values: dict[int, Any], state: Tensor | None, problem: Tensor,
         rows: Tensor, predictions: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         essence_logprobs: Tensor | None, columns: Tensor, cutting: int,
     ) -> _RowGroup:  # fmt: skip
-        """Cut rows to what the shift reaches, with the rest of them in their past."""
-        mine = tokens.rows(rows)
-        length = int(mine.mask.sum(1).add(mine.start).max())
-        own = {b: (k[rows], v[rows]) for b, (k, v) in seen.items()}
-        behind = past.of(rows).followed_by(own, mine, cutting) if self.reuse else past.of(rows)
-        cut = mine.columns(cutting)
-        most = length - cutting
-        cut = Tokens(cut.ids[:, :most], cut.mask[:, :most], cut.positions[:, :most], cut.start)
+        """Cut rows to what the shift reaches, with the rest of them in their prefix."""
+        chosen = tokens.select(rows)
+        length = int(chosen.mask.sum(1).add(chosen.offset).max())
+        prefix = prefix.select(rows)
+        if self.reuse:
+            own = FixedCache(key_values).select(rows).blocks
+            prefix = prefix.followed_by(own, chosen, cutting)
+        states = None if state is None else state[rows.to(state.device)][:, cutting:length]
         return _RowGroup(
-            cut, behind, None if state is None else state[rows][:, cutting:length], problem[rows],
+            chosen.columns(cutting, length), prefix.at_depth(self.first, states), problem[rows],
             columns[rows] - cutting, predictions[0], predictions[1] - cutting, *predictions[2:], essence_logprobs,
         )  # fmt: skip
 
@@ -393,19 +392,17 @@ class _Search:
 
             return add
 
-        state = group.state
+        prefix = group.prefix
         with contextlib.ExitStack() as stack:
             if self.on_stream:
-                assert state is not None
-                state = push(shifts[0])(state)
+                assert prefix.states is not None
+                prefix = prefix.at_depth(self.first, push(shifts[0])(prefix.states))
             else:
                 for module, shift in zip(self.modules, shifts, strict=True):
                     stack.enter_context(hooks.on_output(module, push(shift)))
-            ran = self.partial.run(
+            ran = self.runner.run(
                 group.tokens,
-                group.past,
-                first=self.first,
-                given=state,
+                prefix,
                 at=(group.prediction_row, group.prediction_column),
             )
         assert ran.logits is not None
