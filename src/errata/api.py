@@ -54,7 +54,8 @@ def load(
     if is_image_classifier(model):
         if tokenizer is not None:
             raise ConfigError("an image classifier takes no tokenizer; leave it out")
-        return load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        images: Any = load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return images  # a host all the same for edits, which ask for what a ModelHost has
     return open_host(
         model, tokenizer, device=device, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code,
@@ -110,6 +111,8 @@ def put(
         raise ConfigError(
             f"{host.name} is an image classifier: it takes no prompts, so leave {', '.join(given)} out"
         )
+    if isinstance(host, ImageHost):
+        return host
     base = host.prompt_format
     recorded = {
         recorded_format(one.provenance.prompt_format) for one in (*edits, *([after] if after else ()))

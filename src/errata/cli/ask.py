@@ -43,7 +43,7 @@ def command(
     from errata.edits import Edit
 
     edits = [Edit.load(path) for path in edit or []]
-    host = common.open_host(model, device, dtype)
+    host = common.open_text_host(model, device, dtype)
     host = common.put_prompts(host, template, system, thinking, chat=chat, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)
     edited = None

@@ -21,7 +21,7 @@ from errata.edits import format as file_format
 from errata.edits.header import provenance
 from errata.errors import EditError, ErrataError
 from errata.host import placement
-from errata.host.load import Host
+from errata.host.base import ModelHost
 from errata.types import ImageRecord, ImageRequest, Request
 
 Outside = Literal["refuse", "discard", "leave"]
@@ -120,7 +120,7 @@ class Edit(ABC):
 
     @abstractmethod
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Put the edit in place and return the receipt; nothing about the edit changes.
 
@@ -132,14 +132,14 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the edit off; weights are then bit-identical to what they were without it.
 
         ``outside``: what to do about a weight that something else has changed meanwhile.
         """
 
     @abstractmethod
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
 
     @abstractmethod
@@ -171,7 +171,7 @@ class Edit(ABC):
         }
 
     def apply_(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
     ) -> Placement:  # fmt: skip
         """Put the edit in place until :meth:`revert_`; options as of :meth:`place`.
@@ -182,7 +182,7 @@ class Edit(ABC):
 
     @contextmanager
     def on(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
     ) -> Iterator[Placement]:  # fmt: skip
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
@@ -227,7 +227,7 @@ class Edit(ABC):
             ) from error
         return edit
 
-    def overruled(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
+    def overruled(self, host: ModelHost, *, foreign: bool) -> tuple[str, ...]:
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
             return ()
@@ -239,7 +239,7 @@ class Edit(ABC):
             )
         return (mismatch,)
 
-    def _cause(self, host: Host) -> str:
+    def _cause(self, host: ModelHost) -> str:
         """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
         fitted_dtype = str(self.provenance.notes.get("dtype", ""))
         now = sorted({str(p.dtype).removeprefix("torch.") for p in host.model.parameters()})

@@ -21,8 +21,8 @@ from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import ConfigError, EditError
 from errata.host import locking, placed
+from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
-from errata.host.load import Host
 from errata.host.passes import Routing
 
 Operation = Literal["add", "replace", "lowrank", "slots", "swap"]
@@ -155,7 +155,7 @@ class MemoryEdit(Edit):
         return cls(tuple(interventions), router, provenance, state, log)
 
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Put the interventions in place; weights stay as they are, so ``merge=True`` is refused.
 
@@ -164,7 +164,7 @@ class MemoryEdit(Edit):
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+    def _place(self, host: ModelHost, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if merge:
             raise EditError(f"a {self.kind} edit acts while the model runs and cannot be merged into weights")
         overrides = self.overruled(host, foreign=foreign)
@@ -180,7 +180,7 @@ class MemoryEdit(Edit):
             placed.remove(host.model, self.digest)
             raise
 
-    def _check(self, host: Host) -> None:
+    def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise EditError(f"{name} of edit {self.digest} holds NaN or infinite numbers; refused")
@@ -194,19 +194,19 @@ class MemoryEdit(Edit):
             except AttributeError as error:
                 raise EditError(f"the host has no module {one.module!r}, at which the edit acts") from error
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the interventions off; ``outside`` does not matter, since no weight was changed.
 
         Raises EditError if the edit is not in place.
         """
         locking.alone(host, self._revert, host)
 
-    def _revert(self, host: Host) -> None:
+    def _revert(self, host: ModelHost) -> None:
         if not self.in_place(host):
             raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
         placed.remove(host.model, self.digest)
 
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether an intervention of the edit is in place on a host."""
         return self.digest in placed.on(host.model).digests
 
@@ -240,7 +240,7 @@ class MemoryEdit(Edit):
 class _Act:
     """An intervention of an edit that is in place; what the hook runs."""
 
-    def __init__(self, edit: MemoryEdit, number: int, host: Host, member: int | None) -> None:
+    def __init__(self, edit: MemoryEdit, number: int, host: ModelHost, member: int | None) -> None:
         self.number = member
         self.digest, self.router, self.first = edit.digest, edit.router, number == 0
         self.order = (edit.provenance.created, edit.digest)

@@ -15,7 +15,7 @@ from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
 from errata.errors import EditError
 from errata.host import locking, placed
-from errata.host.load import Host
+from errata.host.base import ModelHost
 
 TEXT_ROUTERS = ("always", "lexical")
 """Routers that decide by a prompt's text alone, before the model runs."""
@@ -72,7 +72,7 @@ class PromptEdit(Edit):
         return cls(fields.texts(body, "contexts", "the header"), router, provenance)
 
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Have prompts rewritten; weights stay as they are, so ``merge=True`` is refused.
 
@@ -81,7 +81,7 @@ class PromptEdit(Edit):
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+    def _place(self, host: ModelHost, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if merge:
             raise EditError(f"a {self.kind} edit changes prompts and cannot be merged into weights")
         if host.tokenizer is None:
@@ -94,19 +94,19 @@ class PromptEdit(Edit):
         placed.add_rewriter(host.model, placed.Rewriter(self.digest, order, self.rewrite, number))
         return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Have prompts put as they are again; ``outside`` does not matter, since no weight was changed.
 
         Raises EditError if the edit is not in place.
         """
         locking.alone(host, self._revert, host)
 
-    def _revert(self, host: Host) -> None:
+    def _revert(self, host: ModelHost) -> None:
         if not self.in_place(host):
             raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
         placed.remove(host.model, self.digest)
 
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit is in place on a host."""
         return self.digest in placed.on(host.model).digests
 

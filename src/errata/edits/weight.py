@@ -29,8 +29,8 @@ from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.records import Record, contiguous_copy
 from errata.errors import EditError
 from errata.host import locking, placed, placement
+from errata.host.base import ModelHost
 from errata.host.identity import content
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
 WARN_ABOVE_SHARE_LOST = 0.5
@@ -73,7 +73,7 @@ class WeightEdit(Edit):
         return overlay.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Put the deltas in place: merged into the weights, or added to their modules' outputs.
 
@@ -90,7 +90,7 @@ class WeightEdit(Edit):
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+    def _place(self, host: ModelHost, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if rows is not None and merge:
             raise EditError(f"a weight has no rows: an edit of the set {rows!r} cannot be merged")
         overrides = self.overruled(host, foreign=foreign)
@@ -105,7 +105,7 @@ class WeightEdit(Edit):
             self._remove(host)
             raise
 
-    def _check_rounding(self, host: Host, lost: Mapping[str, float], moved: bool) -> None:
+    def _check_rounding(self, host: ModelHost, lost: Mapping[str, float], moved: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
         if not moved and self.norm() > 0:
             raise EditError(
@@ -121,7 +121,7 @@ class WeightEdit(Edit):
                 stacklevel=_outside(),
             )
 
-    def trial(self, host: Host, *, foreign: bool = False) -> dict[str, float]:
+    def trial(self, host: ModelHost, *, foreign: bool = False) -> dict[str, float]:
         """Return by weight what merging would lose, measured by applying and reverting.
 
         Packed weights do not appear: they are never merged. Raises EditError as :meth:`apply_` does,
@@ -129,7 +129,7 @@ class WeightEdit(Edit):
         """
         return locking.alone(host, self._trial, host, foreign)
 
-    def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
+    def _trial(self, host: ModelHost, foreign: bool) -> dict[str, float]:
         self.overruled(host, foreign=foreign)
         self._refuse_active(host)
         try:
@@ -137,7 +137,7 @@ class WeightEdit(Edit):
         finally:
             self._remove(host)
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the deltas away again, also after a change or a revert that was interrupted half-way.
 
         A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
@@ -150,7 +150,7 @@ class WeightEdit(Edit):
         """
         locking.alone(host, self._revert, host, outside)
 
-    def _revert(self, host: Host, outside: Outside) -> None:
+    def _revert(self, host: ModelHost, outside: Outside) -> None:
         if not self.in_place(host):
             raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
         names = sorted(self._merged(host))
@@ -163,17 +163,17 @@ class WeightEdit(Edit):
                 overlay.forget(host.model, name, digest)
         self._remove(host)
 
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
         return bool(self._merged(host) or self._aside(host))
 
-    def _refuse_active(self, host: Host) -> None:
+    def _refuse_active(self, host: ModelHost) -> None:
         names = self._merged(host) | self._aside(host)
         if names:
             half = "" if len(names) == len(self.deltas) else ", in part, after an interrupt: revert it first"
             raise EditError(f"edit {self.digest} is active on this host already{half}")
 
-    def _obstacle(self, host: Host, name: str, outside: Outside) -> str | None:
+    def _obstacle(self, host: ModelHost, name: str, outside: Outside) -> str | None:
         """Say why a weight on which this edit stands cannot be written now; None where it can."""
         try:
             weight = host.model.get_parameter(name)
@@ -203,7 +203,7 @@ class WeightEdit(Edit):
         return torch.equal(overlay.composed(stands.base, left, weight.dtype, weight.device), weight)
 
     def _put(
-        self, host: Host, merge: bool | None, number: int | None = None
+        self, host: ModelHost, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
         """Put all deltas in place; return what was lost by merged weight, and whether any weight moved."""
         for name, delta in self.deltas.items():
@@ -223,7 +223,7 @@ class WeightEdit(Edit):
     def _stored(self, name: str) -> Delta:
         return stored(self.deltas[name], name in self.transposed)
 
-    def _merge(self, host: Host, name: str, weight: nn.Parameter) -> tuple[float, bool]:
+    def _merge(self, host: ModelHost, name: str, weight: nn.Parameter) -> tuple[float, bool]:
         """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
         before = weight.detach().clone()
         delta = self._stored(name)
@@ -232,7 +232,7 @@ class WeightEdit(Edit):
         _write(weight, stands, stands.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
-    def _remove(self, host: Host) -> None:
+    def _remove(self, host: ModelHost) -> None:
         """Take away whatever of this edit is in place."""
         for name in sorted(self._aside(host)):
             branch.detach(host.model, name, self._key)
@@ -241,15 +241,15 @@ class WeightEdit(Edit):
             _write(host.model.get_parameter(name), stands, stands.without(self._key), name)
             overlay.forget(host.model, name, self._key)  # last: until now the original bits are there
 
-    def _merged(self, host: Host) -> set[str]:
+    def _merged(self, host: ModelHost) -> set[str]:
         stands = host.overlays
         return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
 
-    def _aside(self, host: Host) -> set[str]:
+    def _aside(self, host: ModelHost) -> set[str]:
         stands = branch.standing(host.model)
         return {n for n in self.deltas if n in stands and self._key in stands[n].deltas}
 
-    def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    def _weights(self, host: ModelHost, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
         found = {}
         for name in names:
@@ -276,7 +276,7 @@ class WeightEdit(Edit):
             )
         return found
 
-    def _refuse_changed(self, host: Host, name: str, weight: Tensor) -> None:
+    def _refuse_changed(self, host: ModelHost, name: str, weight: Tensor) -> None:
         """Raise EditError where something else has changed a weight on which other edits stand."""
         stands: overlay.Overlay | None = host.overlays.get(name)
         if stands is not None and not stands.written(weight):
@@ -291,7 +291,7 @@ class WeightEdit(Edit):
         """Frobenius norm over all deltas."""
         return sum(_norm(delta) ** 2 for delta in self.deltas.values()) ** 0.5
 
-    def rounding(self, host: Host) -> float:
+    def rounding(self, host: ModelHost) -> float:
         """Relative error of the change as realised in the host's precision, while applied alone.
 
         ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as is what stands beside.
@@ -301,7 +301,7 @@ class WeightEdit(Edit):
         total = sum(sizes.values())
         return (sum(found[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
 
-    def rounding_by_weight(self, host: Host) -> dict[str, float]:
+    def rounding_by_weight(self, host: ModelHost) -> dict[str, float]:
         """Return :meth:`rounding` for each weight by itself.
 
         Raises EditError unless this edit is applied and no other on its weights.
@@ -309,7 +309,7 @@ class WeightEdit(Edit):
         aside = self._aside(host)
         return {name: 0.0 if name in aside else self._rounding(host, name) for name in self.deltas}
 
-    def _rounding(self, host: Host, name: str) -> float:
+    def _rounding(self, host: ModelHost, name: str) -> float:
         stands: overlay.Overlay | None = host.overlays.get(name)
         if stands is None or set(stands.deltas) != {self._key}:
             raise EditError("rounding is measured with this edit applied and no other on its weights")
@@ -432,7 +432,7 @@ def _tensors(delta: Delta) -> tuple[Tensor, ...]:
     return (delta.B, delta.A) if isinstance(delta, LowRank) else (delta,)
 
 
-def _is_packed(host: Host, name: str) -> bool:
+def _is_packed(host: ModelHost, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     try:
         module = host.model.get_submodule(path)

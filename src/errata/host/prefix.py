@@ -173,8 +173,8 @@ class PrefixRunner:
                 stack.enter_context(hooks.stop_after(stop))
             with contextlib.suppress(hooks.Stopped):
                 output.logits = self.host.run(self._pass(batch, prefix, layers, at, ends)).logits
-        for block in remember if layers is not None else ():
-            new = layers[block].new
+        for block in remember:
+            new = None if layers is None else layers[block].new
             if new is not None:
                 output.key_values[block] = (new[0].detach(), new[1].detach())
         return output
@@ -339,7 +339,7 @@ def can_reuse(host: Host, longest: int) -> bool:
     window = getattr(host.text_config, "sliding_window", None)
     if isinstance(window, int) and 0 < window <= longest:
         return False
-    trials = host.__dict__.setdefault("_prefix_trials", {})
+    trials = vars(host).setdefault("_prefix_trials", {})
     if "fixed" not in trials:
         trials["fixed"] = _tried(host, _try_fixed)
     return trials["fixed"]

@@ -169,8 +169,9 @@ class Batch:
 
     def columns(self, first: int, stop: int | None = None) -> Batch:
         """Return the columns from one on, up to another."""
-        cut = (part[:, first:stop] for part in (self.ids, self.mask, self.positions))
-        return Batch(*cut, (self.offset - first).clamp_min(0))
+        kept = slice(first, stop)
+        offset = (self.offset - first).clamp_min(0)
+        return Batch(self.ids[:, kept], self.mask[:, kept], self.positions[:, kept], offset)
 
 
 def lay_out(
