@@ -50,7 +50,8 @@ def _open(
     if is_image_classifier(model):
         if tokenizer is not None:
             raise ConfigError("an image classifier takes no tokenizer; leave it out")
-        return load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        images: Any = load_images(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return images  # a host all the same for edits, which ask for what a ModelHost has
     return open_host(
         model, tokenizer, device=device, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code,

@@ -10,7 +10,7 @@ import torch
 
 import errata
 from errata.errors import ConfigError
-from errata.host.partial import can_reuse
+from errata.host.prefix import can_reuse
 from errata.locate.neurons import Question, attribute, questions
 from tests.models import fresh
 

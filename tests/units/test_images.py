@@ -15,8 +15,10 @@ import errata
 from errata.data.images import read_pairs
 from errata.edits import Provenance
 from errata.errors import ConfigError, DataError, HostError, RequestError
+from errata.host.base import ModelHost
 from errata.host.image_sites import discover
 from errata.host.images import ImageHost, is_image_classifier, load_images
+from errata.host.load import Host
 from errata.types import ImageRequest
 from tests.images import SIDE, fresh_images, pairs
 from tests.models import fresh
@@ -186,15 +188,6 @@ def test_wrong_images_are_refused_in_the_models_words():
         host.logits(torch.zeros(1, 1, SIDE, SIDE))
     with pytest.raises(RequestError, match=r"does not take images \[1, 3, 16, 16\]"):
         errata.edit(host, pairs(1, side=16), method="rewrite")
-
-
-def test_text_is_refused():
-    host = fresh_images("resnet")
-    for verb in (host.generate, host.encode):
-        with pytest.raises(HostError, match="image classifier"):
-            verb("Ada")
-    with pytest.raises(HostError, match="image classifier"):
-        host.batch([[1]])
 
 
 @pytest.fixture(scope="module")
@@ -383,3 +376,27 @@ def test_the_command_line_refuses_what_does_not_belong(folder, tmp_path, words, 
     result = run("edit", *filled, "-o", str(out), "--device", "cpu")
     assert isinstance(result.exception, errata.ErrataError) and said in str(result.exception)
     assert not out.exists()
+
+
+def test_a_host_of_images_has_nothing_of_a_host_of_text():
+    host = fresh_images("vit")
+    assert isinstance(host, ModelHost) and not isinstance(host, Host)
+    for name in (
+        "generate",
+        "forward",
+        "forward_at",
+        "batch",
+        "encode",
+        "encode_answer",
+        "continues",
+        "pad_id",
+    ):
+        assert not hasattr(host, name)
+    assert host.fingerprint and not host.edited and host.tokenizer is None
+
+
+@pytest.mark.parametrize("words", [("ask", "Ada was born in"), ("ability", "winogrande")])
+def test_commands_that_put_prompts_refuse_a_model_of_images(folder, words):
+    verb, *rest = words
+    result = run(verb, *rest, "--model", str(folder), "--device", "cpu")
+    assert isinstance(result.exception, HostError) and "image classifier" in str(result.exception)

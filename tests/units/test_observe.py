@@ -11,7 +11,7 @@ import torch
 from errata.errors import ConfigError, RequestError
 from errata.evaluation import observe as room
 from errata.evaluation.observe import observe
-from errata.host import continuing, stopping
+from errata.host import decoding, generation_settings, stopping
 from errata.host.load import Host, draw_rows, generate_rows
 from errata.types import AskOptions, Probe
 from tests.models import FAMILIES, fresh, tokenizer
@@ -46,32 +46,34 @@ def test_the_own_loop_says_what_transformers_loop_says(family, changes):
     host = fresh(family, **changes)
     assert host.continues
     rows = [host.encode_prompt(prompt) for prompt in PROMPTS]
-    begun = continuing.begin(host, rows)
-    said = continuing.greedy(host, begun, [12] * len(rows), "end")
+    prefixes = decoding.run_prefixes(host, rows)
+    said = decoding.greedy(host, prefixes, [12] * len(rows), "end")
     batch = host.batch(rows, side="left")
     theirs = host.model.generate(
         **host.inputs(batch), max_new_tokens=12, do_sample=False, pad_token_id=host.pad_id
     )[:, batch.ids.shape[1] :]
     for mine, other in zip(said, theirs.tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(other) if token in continuing.end_tokens(host)), 12)
+        end = next(
+            (i + 1 for i, token in enumerate(other) if token in generation_settings.end_tokens(host)), 12
+        )
         assert mine == other[:end]
-    assert continuing.greedy(host, begun, [12] * len(rows), "end") == said, "going on changes nothing"
+    assert decoding.greedy(host, prefixes, [12] * len(rows), "end") == said, "going on changes nothing"
 
 
 def test_rows_that_are_done_leave_and_the_others_say_the_same():
     host = fresh("gpt2", seed=3)
     rows = [host.encode_prompt(prompt) for prompt in PROMPTS]
-    whole = continuing.greedy(host, continuing.begin(host, rows), [10] * 4, "end")
-    cut = continuing.greedy(host, continuing.begin(host, rows), [10, 1, 4, 10], "end")
+    whole = decoding.greedy(host, decoding.run_prefixes(host, rows), [10] * 4, "end")
+    cut = decoding.greedy(host, decoding.run_prefixes(host, rows), [10, 1, 4, 10], "end")
     assert cut == [whole[0], whole[1][:1], whole[2][:4], whole[3]]
 
 
 def test_settings_that_change_greedy_text_are_left_to_transformers():
     host = fresh("llama")
-    assert continuing.plain(host)
+    assert generation_settings.is_plain(host)
     usual = host.generate(PROMPTS[:1], max_new_tokens=12)
     host.model.generation_config.repetition_penalty = 5.0
-    assert not continuing.plain(host)
+    assert not generation_settings.is_plain(host)
     batch = host.batch([host.encode_prompt(PROMPTS[0])])
     theirs = host.model.generate(**host.inputs(batch), max_new_tokens=12, do_sample=False, pad_token_id=2)
     text = host.tokenizer.decode(theirs[0, batch.ids.shape[1] :], skip_special_tokens=True)
@@ -91,7 +93,7 @@ def test_settings_that_change_greedy_text_are_left_to_transformers():
 def test_settings_are_told_apart_by_transformers_own_defaults(name, value, plain):
     host = fresh("llama")
     setattr(host.model.generation_config, name, value)
-    assert continuing.plain(host) is plain
+    assert generation_settings.is_plain(host) is plain
 
 
 def test_a_model_without_attention_is_run_whole_and_scored_alike():
@@ -143,7 +145,7 @@ def test_a_long_neighbour_takes_no_room_from_a_short_prompt():
     asked = [probe("Ada", "Esk"), probe(long, "Esk")]
     seen = observe(host, asked, AskOptions(max_new_tokens=20))
     assert seen[0].text == observe(host, asked[:1], AskOptions(max_new_tokens=20))[0].text
-    said = continuing.greedy(host, continuing.begin(host, [row]), [40 - len(row)], "sentence")[0]
+    said = decoding.greedy(host, decoding.run_prefixes(host, [row]), [40 - len(row)], "sentence")[0]
     assert seen[1].text == stopping.cut(host.tokenizer.decode(said, skip_special_tokens=True), "sentence")
     with pytest.raises(RequestError, match="window is 40"):
         observe(host, [probe("Ada", "was born in " * 20)])
@@ -260,7 +262,7 @@ def test_a_text_that_is_not_asked_for_is_not_generated(monkeypatch):
     def refuse(*_):
         raise AssertionError("something was generated")
 
-    monkeypatch.setattr(continuing, "_say", refuse)
+    monkeypatch.setattr(decoding, "_generate", refuse)
     observe(host, [probe("Ada", "Esk", form="span"), probe("Ada", "a", form="choice", choices=("a", "b"))])
     observe(host, [probe("Ada", "Esk"), probe("Ada", form="open")], AskOptions(generate=False))
     with pytest.raises(AssertionError, match="generated"):
@@ -294,9 +296,9 @@ def test_open_texts_depend_on_seed_and_prompt_alone():
 def test_open_texts_have_a_hundred_tokens_with_the_prompt_all_among_the_first_five():
     host = fresh("gpt2")
     rows = [host.encode_prompt(prompt) for prompt in PROMPTS]
-    ends = continuing.end_tokens(host)
+    ends = generation_settings.end_tokens(host)
     limits = [100 - len(row) for row in rows]
-    drawn = continuing.draw(host, continuing.begin(host, rows), limits, top_k=5, seed=0)
+    drawn = decoding.sample(host, decoding.run_prefixes(host, rows), limits, top_k=5, seed=0)
     for row, said, limit in zip(rows, drawn, limits, strict=True):
         assert len(said) == limit or said[-1] in ends
         with torch.no_grad():
@@ -312,12 +314,12 @@ def test_drawn_tokens_are_as_frequent_as_they_are_probable():
     host = fresh("llama")
     with torch.no_grad():
         host.model.get_output_embeddings().weight.mul_(40)  # untrained, all are nearly alike
-    begun = continuing.begin(host, [host.encode_prompt("Ada was born in")])
-    best = begun.logits[0].float().topk(5)
+    prefixes = decoding.run_prefixes(host, [host.encode_prompt("Ada was born in")])
+    best = prefixes.logits[0].float().topk(5)
     expected = best.values.softmax(-1).tolist()
     assert expected[0] > 3 * expected[4]
     count = 1500
-    drawn = [continuing.draw(host, begun, [1], top_k=5, seed=seed)[0][0] for seed in range(count)]
+    drawn = [decoding.sample(host, prefixes, [1], top_k=5, seed=seed)[0][0] for seed in range(count)]
     assert set(drawn) <= set(best.indices.tolist())
     for token, p in zip(best.indices.tolist(), expected, strict=True):
         assert abs(drawn.count(token) - count * p) < 4 * math.sqrt(count * p * (1 - p))
@@ -328,7 +330,7 @@ def test_rows_do_not_share_their_random_numbers():
     with torch.no_grad():
         host.model.get_output_embeddings().weight.zero_()  # the same five tokens are best everywhere
     rows = [host.encode_prompt(prompt) for prompt in PROMPTS]
-    drawn = continuing.draw(host, continuing.begin(host, rows), [20] * 4, top_k=5, seed=0)
+    drawn = decoding.sample(host, decoding.run_prefixes(host, rows), [20] * 4, top_k=5, seed=0)
     assert len({tuple(said) for said in drawn}) == 4
 
 

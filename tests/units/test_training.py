@@ -8,9 +8,9 @@ import torch
 import errata
 from errata.errors import ConfigError
 from errata.host import hooks
+from errata.host.prefix import ComputedRows, split_rows
 from errata.training.tune import (
     Losses,
-    Lower,
     Stop,
     beside,
     clip_,
@@ -18,7 +18,6 @@ from errata.training.tune import (
     lay_out,
     rms,
     seeded,
-    split,
     with_weights,
 )
 from tests.models import fresh
@@ -73,15 +72,15 @@ def test_kept_blocks_change_no_loss_and_padding_no_side(family, depth):
 def test_kept_blocks_do_not_run_again(host):
     calls = []
     with hooks.frozen(host.model):
-        lower = Lower(host, [(0, 5, 6), (0, 7)], 2)
+        computed = ComputedRows(host, [(0, 5, 6), (0, 7)], 2)
+        batch, prefix = computed.select([1, 0])
         below = host.model.get_submodule(host.layout.blocks[1] + ".mlp")
         above = host.model.get_submodule(host.layout.blocks[2] + ".mlp")
         with (
             hooks.on_output(below, lambda _: calls.append("below")),
             hooks.on_output(above, lambda _: calls.append("above")),
-            lower.given([1, 0]) as batch,
         ):
-            host.forward(batch)
+            computed.runner.run(batch, prefix)
     assert calls == ["above"]
 
 
@@ -89,7 +88,7 @@ def test_states_are_cut_to_a_rows_own_tokens(host):
     rows = [(0, 5, 6), (0, 7)]
     for side in ("left", "right"):
         batch = host.batch(rows, side=side)
-        own = split(batch.ids[..., None].double(), rows, [0, 1], batch)
+        own = split_rows(batch.ids[..., None].double(), [3, 2], batch)
         assert [state[:, 0].long().tolist() for state in own] == [list(row) for row in rows]
 
 

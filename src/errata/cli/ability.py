@@ -38,7 +38,7 @@ def command(
     from errata.evaluation.ability import ability
 
     given = [Edit.load(path) for path in edit or []]
-    host = common.open_host(model, device, dtype)
+    host = common.open_text_host(model, device, dtype)
     with common.progress(not json) as tick:
         found = ability(
             host, tasks, edit=given, limit=limit, seed=seed, shots=shots, chat=chat, on_progress=tick

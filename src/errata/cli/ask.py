@@ -45,7 +45,7 @@ def command(
     from errata.job import with_prompt_options
 
     edits = [Edit.load(path) for path in edit or []]
-    host = common.open_host(model, device, dtype)
+    host = common.open_text_host(model, device, dtype)
     ask = common.ask_options(template, system, thinking, chat=chat)
     host = with_prompt_options(host, ask, edits=edits)
     plain = host.generate(prompts, max_new_tokens=max_new_tokens)

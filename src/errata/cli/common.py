@@ -85,6 +85,19 @@ def open_host(model: str, device: str, dtype: str) -> Host:
     return api.load(model, device=device, dtype=dtype)
 
 
+def open_text_host(model: str, device: str, dtype: str) -> Host:
+    """Open a model that reads text. Raises HostError for one that reads images."""
+    from errata.errors import HostError
+
+    host = open_host(model, device, dtype)
+    if host.tokenizer is None:
+        raise HostError(
+            f"{host.name} is an image classifier ({host.family}): it reads images and gives no text; name a model "
+            "that reads text"
+        )
+    return host
+
+
 def ask_options(
     template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
     chat: bool = False, max_new_tokens: int | None = None,

@@ -125,7 +125,10 @@ def train(
 
     place = _place(device)
     config = TrainConfig.of(
-        shape, seed=seed, precision=precision, **({} if steps is None else {"steps": steps})
+        shape or TrainConfig.shape,
+        seed=seed,
+        precision=precision,
+        **({} if steps is None else {"steps": steps}),
     )
     with common.progress(not json) as tick:
 

@@ -19,8 +19,8 @@ from torch.nn import functional
 from errata.edits import saving
 from errata.errors import EditError
 from errata.host import hooks, passes, placement
+from errata.host.base import BRANCHES, ModelHost
 from errata.host.layout import linear_map
-from errata.host.load import BRANCHES, Host
 from errata.linalg.lowrank import LowRank
 
 Delta = LowRank | Tensor
@@ -124,7 +124,7 @@ def detach(model: nn.Module, name: str, digest: str) -> None:
         del model.__dict__[BRANCHES]
 
 
-def for_module(host: Host, name: str, delta: Delta, transposed: bool) -> Delta:
+def for_module(host: ModelHost, name: str, delta: Delta, transposed: bool) -> Delta:
     """Return a delta as the module of a weight applies it, ``[d_out, d_in]``.
 
     ``transposed``: as in the edit, whether a dense delta is ``[d_out, d_in]`` where the weight is stored
@@ -161,7 +161,7 @@ def _path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _module(host: Host, name: str) -> nn.Module:
+def _module(host: ModelHost, name: str) -> nn.Module:
     try:
         module = host.model.get_submodule(_path(name))
     except AttributeError as error:

@@ -22,7 +22,7 @@ from errata.edits import format as file_format
 from errata.edits.header import provenance_fields
 from errata.errors import EditError, ErrataError
 from errata.host import placement
-from errata.host.load import Host
+from errata.host.base import ModelHost
 from errata.types import ImageRecord, ImageRequest, Request
 
 Outside = Literal["refuse", "discard", "leave"]
@@ -121,7 +121,7 @@ class Edit(ABC):
 
     @abstractmethod
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Put the edit in place and return the receipt; nothing about the edit changes.
 
@@ -133,14 +133,14 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the edit off; weights are then bit-identical to what they were without it.
 
         ``outside``: what to do about a weight that something else has changed meanwhile.
         """
 
     @abstractmethod
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
 
     @abstractmethod
@@ -172,7 +172,7 @@ class Edit(ABC):
         }
 
     def apply_(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
     ) -> Placement:  # fmt: skip
         """Put the edit in place until :meth:`revert_`; options as of :meth:`place`.
@@ -183,7 +183,7 @@ class Edit(ABC):
 
     @contextmanager
     def on(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
     ) -> Generator[Placement, None, None]:  # fmt: skip
         """Have the edit in place inside the block only; options as of :meth:`apply_`."""
@@ -233,12 +233,12 @@ class Edit(ABC):
         requests = (*self.provenance.requests, *later.provenance.requests)
         return replace(later.provenance, requests=requests, parents=(self.digest,))
 
-    def require_in_place(self, host: Host) -> None:
+    def require_in_place(self, host: ModelHost) -> None:
         """Raise EditError unless the edit is in place on a host."""
         if not self.in_place(host):
             raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
 
-    def overridden_checks(self, host: Host, *, foreign: bool) -> tuple[str, ...]:
+    def overridden_checks(self, host: ModelHost, *, foreign: bool) -> tuple[str, ...]:
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
         if self.provenance.host == host.fingerprint:
             return ()
@@ -250,7 +250,7 @@ class Edit(ABC):
             )
         return (mismatch,)
 
-    def _cause(self, host: Host) -> str:
+    def _cause(self, host: ModelHost) -> str:
         """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
         fitted_dtype = str(self.provenance.notes.get("dtype", ""))
         now = sorted({str(p.dtype).removeprefix("torch.") for p in host.model.parameters()})

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from errata.edits.edit import Edit, Placement
-from errata.host.load import Host
+from errata.host.base import ModelHost
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EditGroup:
 
     @contextmanager
     def on(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None
     ) -> Generator[tuple[Placement, ...], None, None]:
         """Have all of them in place inside the block only, or none; options as of :meth:`Edit.place`."""
         with ExitStack() as stack:

@@ -22,8 +22,8 @@ from errata.edits.routers._router import NONE, Question, Router
 from errata.edits.runtime import RuntimeEdit
 from errata.errors import ConfigError, EditError
 from errata.host import placed
+from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
-from errata.host.load import Host
 from errata.host.passes import Routing
 
 Operation = Literal["add", "replace", "lowrank", "slots", "swap"]
@@ -159,12 +159,12 @@ class MemoryEdit(RuntimeEdit):
         )
         return cls(tuple(interventions), router, provenance, state, log)
 
-    def _attach(self, host: Host, number: int | None) -> None:
+    def _attach(self, host: ModelHost, number: int | None) -> None:
         for index in range(len(self.interventions)):
             act = _ActiveIntervention(self, index, host, number)
             placed.attach(host.model, act.intervention.module, act)
 
-    def _check(self, host: Host) -> None:
+    def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise EditError(f"{name} of edit {self.digest} holds NaN or infinite numbers; refused")
@@ -194,7 +194,7 @@ class MemoryEdit(RuntimeEdit):
 class _ActiveIntervention:
     """An intervention of an edit that is in place; what the hook runs."""
 
-    def __init__(self, edit: MemoryEdit, index: int, host: Host, number: int | None) -> None:
+    def __init__(self, edit: MemoryEdit, index: int, host: ModelHost, number: int | None) -> None:
         """Take an edit's intervention by its index; ``number``: the edit set whose rows it acts on, None all rows."""
         self.number = number
         self.digest, self.router, self.first = edit.digest, edit.router, index == 0

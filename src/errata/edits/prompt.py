@@ -16,7 +16,7 @@ from errata.edits.routers._router import NONE, Question, Router
 from errata.edits.runtime import RuntimeEdit
 from errata.errors import EditError
 from errata.host import placed
-from errata.host.load import Host
+from errata.host.base import ModelHost
 
 TEXT_ROUTERS = ("always", "lexical")
 """Routers that decide by a prompt's text alone, before the model runs."""
@@ -75,11 +75,11 @@ class PromptEdit(RuntimeEdit):
         router = _stored.restore(parts, body)
         return cls(fields.get_texts(body, "contexts", "the header"), router, provenance)
 
-    def _check(self, host: Host) -> None:
+    def _check(self, host: ModelHost) -> None:
         if host.tokenizer is None:
             raise EditError(f"{host.name} reads no text, so there are no prompts to change")
 
-    def _attach(self, host: Host, number: int | None) -> None:
+    def _attach(self, host: ModelHost, number: int | None) -> None:
         placed.add_rewriter(host.model, placed.Rewriter(self.digest, self.order, self.rewrite, number))
 
     def summary(self) -> dict[str, Any]:

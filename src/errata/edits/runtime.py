@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from errata.edits.edit import Edit, Outside, Placement
 from errata.errors import EditError
 from errata.host import locking, placed
-from errata.host.load import Host
+from errata.host.base import ModelHost
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +20,7 @@ class RuntimeEdit(Edit):
     """An edit that changes no weight: what it attaches to the host is all there is to take off."""
 
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Attach the edit to the host; weights stay as they are, so ``merge=True`` is refused.
 
@@ -29,7 +29,7 @@ class RuntimeEdit(Edit):
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+    def _place(self, host: ModelHost, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if merge:
             raise EditError(f"a {self.kind} edit changes no weights and cannot be merged into them")
         overrides = self.overridden_checks(host, foreign=foreign)
@@ -45,11 +45,11 @@ class RuntimeEdit(Edit):
         return Placement(self.digest, host.fingerprint, overrides=overrides, rows=rows)
 
     @abstractmethod
-    def _check(self, host: Host) -> None:
+    def _check(self, host: ModelHost) -> None:
         """Raise EditError where the edit cannot act on a host."""
 
     @abstractmethod
-    def _attach(self, host: Host, number: int | None) -> None:
+    def _attach(self, host: ModelHost, number: int | None) -> None:
         """Attach to the host all that :func:`errata.host.placed.remove` takes off, for the rows of an edit set."""
 
     @property
@@ -57,18 +57,18 @@ class RuntimeEdit(Edit):
         """What orders the edits that are in place together: the oldest acts first."""
         return self.provenance.created, self.digest
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the edit off; ``outside`` does not matter, since no weight was changed.
 
         Raises EditError if the edit is not in place.
         """
         locking.alone(host, self._revert, host)
 
-    def _revert(self, host: Host) -> None:
+    def _revert(self, host: ModelHost) -> None:
         self.require_in_place(host)
         placed.remove(host.model, self.digest)
 
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
         return self.digest in placed.on(host.model).digests
 

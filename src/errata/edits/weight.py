@@ -30,8 +30,8 @@ from errata.edits.frames import stack_level
 from errata.edits.records import Record, contiguous_copy
 from errata.errors import EditError
 from errata.host import locking, placed, placement
+from errata.host.base import ModelHost
 from errata.host.identity import content
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.routines import norm
 
@@ -75,7 +75,7 @@ class WeightEdit(Edit):
         return overlays.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
     def place(
-        self, host: Host, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
+        self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
     ) -> Placement:
         """Put the deltas in place: merged into the weights, or added to their modules' outputs.
 
@@ -92,7 +92,7 @@ class WeightEdit(Edit):
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
-    def _place(self, host: Host, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
+    def _place(self, host: ModelHost, foreign: bool, merge: bool | None, rows: str | None) -> Placement:
         if rows is not None and merge:
             raise EditError(f"a weight has no rows: an edit of the set {rows!r} cannot be merged")
         overrides = self.overridden_checks(host, foreign=foreign)
@@ -107,7 +107,7 @@ class WeightEdit(Edit):
             self._remove(host)
             raise
 
-    def _check_rounding(self, host: Host, lost: Mapping[str, float], changed: bool) -> None:
+    def _check_rounding(self, host: ModelHost, lost: Mapping[str, float], changed: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
         if not changed and self.norm() > 0:
             raise EditError(
@@ -123,7 +123,7 @@ class WeightEdit(Edit):
                 stacklevel=stack_level("errata", "contextlib"),
             )
 
-    def trial(self, host: Host, *, foreign: bool = False) -> dict[str, float]:
+    def trial(self, host: ModelHost, *, foreign: bool = False) -> dict[str, float]:
         """Return by weight what merging would lose, measured by applying and reverting.
 
         Packed weights do not appear: they are never merged. Raises EditError as :meth:`apply_` does,
@@ -131,7 +131,7 @@ class WeightEdit(Edit):
         """
         return locking.alone(host, self._trial, host, foreign)
 
-    def _trial(self, host: Host, foreign: bool) -> dict[str, float]:
+    def _trial(self, host: ModelHost, foreign: bool) -> dict[str, float]:
         self.overridden_checks(host, foreign=foreign)
         self._refuse_active(host)
         try:
@@ -139,7 +139,7 @@ class WeightEdit(Edit):
         finally:
             self._remove(host)
 
-    def revert_(self, host: Host, *, outside: Outside = "refuse") -> None:
+    def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
         """Take the deltas off, also after a change or a revert that was interrupted half-way.
 
         A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
@@ -152,7 +152,7 @@ class WeightEdit(Edit):
         """
         locking.alone(host, self._revert, host, outside)
 
-    def _revert(self, host: Host, outside: Outside) -> None:
+    def _revert(self, host: ModelHost, outside: Outside) -> None:
         self.require_in_place(host)
         names = sorted(self._merged_names(host))
         obstacles = {name: self._obstacle(host, name, outside) for name in names}
@@ -166,17 +166,17 @@ class WeightEdit(Edit):
                 overlays.drop_delta(host.model, name, key)
         self._remove(host)
 
-    def in_place(self, host: Host) -> bool:
+    def in_place(self, host: ModelHost) -> bool:
         """Whether the edit, or part of it after an interrupt, is in place on a host."""
         return bool(self._merged_names(host) or self._unmerged_names(host))
 
-    def _refuse_active(self, host: Host) -> None:
+    def _refuse_active(self, host: ModelHost) -> None:
         names = self._merged_names(host) | self._unmerged_names(host)
         if names:
             half = "" if len(names) == len(self.deltas) else ", in part, after an interrupt: revert it first"
             raise EditError(f"edit {self.digest} is active on this host already{half}")
 
-    def _obstacle(self, host: Host, name: str, outside: Outside) -> str | None:
+    def _obstacle(self, host: ModelHost, name: str, outside: Outside) -> str | None:
         """Return why a weight that this edit is merged into cannot be written now; None where it can."""
         try:
             weight = host.model.get_parameter(name)
@@ -206,7 +206,7 @@ class WeightEdit(Edit):
         return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
     def _put(
-        self, host: Host, merge: bool | None, number: int | None = None
+        self, host: ModelHost, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
         """Put all deltas in place; return what was lost by merged weight, and whether any output can change."""
         for name, delta in self.deltas.items():
@@ -229,7 +229,7 @@ class WeightEdit(Edit):
     def _stored(self, name: str) -> Delta:
         return as_stored(self.deltas[name], name in self.transposed)
 
-    def _merge(self, host: Host, name: str, weight: nn.Parameter) -> tuple[float, bool]:
+    def _merge(self, host: ModelHost, name: str, weight: nn.Parameter) -> tuple[float, bool]:
         """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
         before = weight.detach().clone()
         delta = self._stored(name)
@@ -238,7 +238,7 @@ class WeightEdit(Edit):
         _write(weight, overlay, overlay.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
-    def _remove(self, host: Host) -> None:
+    def _remove(self, host: ModelHost) -> None:
         """Take off whatever of this edit is in place."""
         for name in sorted(self._unmerged_names(host)):
             branch.detach(host.model, name, self._key)
@@ -247,15 +247,15 @@ class WeightEdit(Edit):
             _write(host.model.get_parameter(name), overlay, overlay.without(self._key), name)
             overlays.drop_delta(host.model, name, self._key)  # last: until now the original bits are there
 
-    def _merged_names(self, host: Host) -> set[str]:
+    def _merged_names(self, host: ModelHost) -> set[str]:
         active = host.overlays
         return {n for n in self.deltas if n in active and self._key in active[n].deltas}
 
-    def _unmerged_names(self, host: Host) -> set[str]:
+    def _unmerged_names(self, host: ModelHost) -> set[str]:
         active = branch.branches_of(host.model)
         return {n for n in self.deltas if n in active and self._key in active[n].deltas}
 
-    def _weights(self, host: Host, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    def _weights(self, host: ModelHost, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Return the weights to write. Raises EditError where one is missing, misshapen or out of reach."""
         weights: dict[str, nn.Parameter] = {}
         for name in names:
@@ -282,7 +282,7 @@ class WeightEdit(Edit):
             )
         return weights
 
-    def _refuse_changed(self, host: Host, name: str, weight: Tensor) -> None:
+    def _refuse_changed(self, host: ModelHost, name: str, weight: Tensor) -> None:
         """Raise EditError where something else has changed a weight that other edits are merged into."""
         overlay: overlays.Overlay | None = host.overlays.get(name)
         if overlay is not None and not overlay.matches(weight):
@@ -297,7 +297,7 @@ class WeightEdit(Edit):
         """Frobenius norm over all deltas."""
         return sum(_norm(delta) ** 2 for delta in self.deltas.values()) ** 0.5
 
-    def rounding(self, host: Host) -> float:
+    def rounding(self, host: ModelHost) -> float:
         """Relative error of the change as realised in the host's precision, while applied alone.
 
         ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as unmerged changes are.
@@ -307,7 +307,7 @@ class WeightEdit(Edit):
         total = sum(sizes.values())
         return (sum(rounding[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
 
-    def rounding_by_weight(self, host: Host) -> dict[str, float]:
+    def rounding_by_weight(self, host: ModelHost) -> dict[str, float]:
         """Return :meth:`rounding` for each weight by itself.
 
         Raises EditError unless this edit is applied and no other on its weights.
@@ -315,7 +315,7 @@ class WeightEdit(Edit):
         unmerged = self._unmerged_names(host)
         return {name: 0.0 if name in unmerged else self._rounding(host, name) for name in self.deltas}
 
-    def _rounding(self, host: Host, name: str) -> float:
+    def _rounding(self, host: ModelHost, name: str) -> float:
         overlay: overlays.Overlay | None = host.overlays.get(name)
         if overlay is None or set(overlay.deltas) != {self._key}:
             raise EditError("rounding is measured with this edit applied and no other on its weights")
@@ -437,7 +437,7 @@ def _tensors(delta: Delta) -> tuple[Tensor, ...]:
     return (delta.B, delta.A) if isinstance(delta, LowRank) else (delta,)
 
 
-def _is_packed(host: Host, name: str) -> bool:
+def _is_packed(host: ModelHost, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     try:
         module = host.model.get_submodule(path)

@@ -22,7 +22,7 @@ from errata.host.prompts import Template
 from errata.types import DEFAULT_ASK, AskOptions, Case, Form, Observation, Probe, kind_of
 
 if TYPE_CHECKING:  # opens transformers
-    from errata.host.continuing import Begun
+    from errata.host.decoding import Prefixes
     from errata.host.stopping import Stop
 
 Ids = tuple[int, ...]
@@ -237,7 +237,7 @@ def _run(
     on_progress: Callable[[int, int], None],
 ) -> dict[tuple[_Decoding, Ids], str]:
     """Run all prompts, score the answers after them, and return the generated text for each."""
-    from errata.host.continuing import begin
+    from errata.host.decoding import run_prefixes
 
     ways: dict[_Decoding | None, dict[Ids, None]] = {}
     for plan in plans:
@@ -250,10 +250,10 @@ def _run(
     done, total = 0, sum(map(len, ways.values()))
     for decoding, rows in ways.items():
         for group in _groups(list(rows), decoding):
-            begun = begin(host, group)
-            after.read(begun)
+            prefixes = run_prefixes(host, group)
+            after.read(prefixes)
             if decoding is not None:
-                answers = zip(group, _decode(host, begun, decoding, seed), strict=True)
+                answers = zip(group, _decode(host, prefixes, decoding, seed), strict=True)
                 texts.update(((decoding, row), text) for row, text in answers)
             done += len(group)
             on_progress(done, total)
@@ -261,10 +261,10 @@ def _run(
     return texts
 
 
-def _decode(host: Host, begun: Begun, decoding: _Decoding, seed: int) -> list[str]:
+def _decode(host: Host, prefixes: Prefixes, decoding: _Decoding, seed: int) -> list[str]:
     if decoding.drawn:
-        return draw_rows(host, begun, decoding.limit, top_k=OPEN_TOP_K, seed=seed)
-    texts = generate_rows(host, begun, decoding.limit, decoding.stop)
+        return draw_rows(host, prefixes, decoding.limit, top_k=OPEN_TOP_K, seed=seed)
+    texts = generate_rows(host, prefixes, decoding.limit, decoding.stop)
     return [prompts.answer_of(text, decoding.block) for text in texts]
 
 
@@ -336,20 +336,20 @@ class _PrefixScorer:
         scores = [] if answer is None else self._scores[answer]
         return tuple(logprob for logprob, _ in scores), tuple(first for _, first in scores)
 
-    def read(self, begun: Begun) -> None:
+    def read(self, prefixes: Prefixes) -> None:
         """Score everything after a batch of prefixes that have been run."""
-        from errata.host.continuing import behind
+        from errata.host.decoding import logits_after
 
         suffixes: list[_Suffix] = []
-        for i, root in enumerate(begun):
+        for i, root in enumerate(prefixes):
             if root in self._distributions:
-                self.spread[root] = begun.logits[i].float().log_softmax(-1).cpu()
+                self.spread[root] = prefixes.logits[i].float().log_softmax(-1).cpu()
             suffixes += [_Suffix(i, len(root), answer) for answer in self._after_prefix.pop(root, ())]
         first = [
             (suffix.root, suffix.answer, 0) for suffix in suffixes if suffix.offset == suffix.answer.start
         ]
-        self._store(begun.logits, first)
-        self._run(suffixes, lambda rows, at: behind(self.host, begun, rows, at))
+        self._store(prefixes.logits, first)
+        self._run(suffixes, lambda rows, at: logits_after(self.host, prefixes, rows, at))
 
     def finish(self) -> None:
         """Run the answers that begin with none of the prefixes."""

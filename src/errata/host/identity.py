@@ -18,7 +18,7 @@ from errata.errors import HostError
 from errata.host import locking, placement
 
 if TYPE_CHECKING:
-    from errata.host.load import Host
+    from errata.host.base import ModelHost
 
 MOST_COLUMNS = 4096
 """Of the table of eight-byte numbers that is summed; a smaller tensor makes a square one."""
@@ -64,7 +64,7 @@ class _Known:
     fingerprint: str
 
 
-def fingerprint(host: Host) -> str:
+def fingerprint(host: ModelHost) -> str:
     """Return a host's fingerprint, taken anew only where weights or vocabulary are not those of the last time.
 
     A thread that holds the model alone, as a fit does, looks once and not again until it lets go.
@@ -85,15 +85,15 @@ def fingerprint(host: Host) -> str:
             value = known.fingerprint
         else:
             value = host._take_fingerprint()
-        host.__dict__["_fingerprint"] = _Known(contents, host.tokenizer, _size(host), lock.section, value)
+        vars(host)["_fingerprint"] = _Known(contents, host.tokenizer, _size(host), lock.section, value)
         return value
 
 
-def _size(host: Host) -> int:
+def _size(host: ModelHost) -> int:
     return 0 if host.tokenizer is None else len(host.tokenizer)
 
 
-def _contents(host: Host) -> bytes:
+def _contents(host: ModelHost) -> bytes:
     digest = hashlib.sha256(placement.adapters(host.model).encode())
     if any(placement.sharded(weight) for weight in host.model.parameters()):
         raise HostError(f"weights are sharded over processes; {placement.GATHER}")

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from errata.errors import HostError, RequestError, shown
 from errata.host import files, hooks, locking
+from errata.host.base import ModelHost
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.kinds import IMAGES
-from errata.host.load import Host
 from errata.host.open import _device, _dtype
 from errata.host.passes import Pass, Ran
 
@@ -45,7 +45,7 @@ class Pixels:
     """Height and width the model was made for, where known."""
 
 
-class ImageHost(Host):
+class ImageHost(ModelHost):
     """An image classifier with its layout; images go in as ``[n, c, h, w]``.
 
     Not changed by anything but an edit's ``apply_`` and ``on``.
@@ -54,7 +54,7 @@ class ImageHost(Host):
     kind = IMAGES
 
     def __init__(self, model: nn.Module, *, name: str, pixels: Pixels | None = None) -> None:
-        super().__init__(model, None, name=name)
+        super().__init__(model, name=name)
         self.pixels = pixels or Pixels()
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class ImageHost(Host):
         return int(getattr(self.config, "num_channels", 3))
 
     @cached_property
-    def layout(self) -> ImageLayout:  # type: ignore[override]
+    def layout(self) -> ImageLayout:
         """Sites found by structure. Raises HostError where there are none to find."""
         height, width = self.size or (PROBE, PROBE)
         count = self.channels * height * width
@@ -93,7 +93,7 @@ class ImageHost(Host):
         return discover(self.model, probe)
 
     def _take_fingerprint(self) -> str:
-        """Name weights and running statistics; see :attr:`Host.fingerprint`."""
+        """Name weights and running statistics; see :attr:`ModelHost.fingerprint`."""
         digest = hashlib.sha256(f"errata image host 1 {super()._take_fingerprint()}".encode())
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
@@ -219,37 +219,6 @@ class ImageHost(Host):
                 return self.run(Pass(pixels=values))
         except ValueError as error:
             raise RequestError(f"{self.name} does not take images {list(images.shape)}: {error}") from error
-
-    # --- what language models do -------------------------------------------------------------
-
-    def _no_text(self) -> HostError:
-        return HostError(
-            f"{self.name} is an image classifier ({self.family}): it reads images and says no text"
-        )
-
-    def batch(self, rows: Any, *, side: Any = "right") -> Any:
-        """Raise HostError: there is no text."""
-        raise self._no_text()
-
-    def forward(self, batch: Any, *, keep: int | None = None) -> Tensor:
-        """Raise HostError: there is no text; see :meth:`logits`."""
-        raise self._no_text()
-
-    def generate(self, prompt: Any, *, max_new_tokens: int = 32, natural_stop: bool = True) -> Any:
-        """Raise HostError: there is no text."""
-        raise self._no_text()
-
-    def encode(self, text: str, *, special: bool = True) -> Any:
-        """Raise HostError: there is no text."""
-        raise self._no_text()
-
-    def encode_prompt(self, prompt: str, *, special: bool = True) -> Any:
-        """Raise HostError: there is no text."""
-        raise self._no_text()
-
-    def encode_answer(self, prompt: str, answer: str, *, special: bool = True) -> Any:
-        """Raise HostError: there is no text."""
-        raise self._no_text()
 
 
 @contextlib.contextmanager

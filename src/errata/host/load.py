@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,55 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from errata.errors import RequestError
-from errata.host import hooks, identity, locking, passes, placed, placement, prompts, tokens, trial
+from errata.host import hooks, locking, passes, placed, placement, prompts, tokens, trial
+from errata.host.base import BRANCHES as BRANCHES
+from errata.host.base import OVERLAYS as OVERLAYS
+from errata.host.base import ModelHost
+from errata.host.generation_settings import is_plain
 from errata.host.kinds import CAUSAL
-from errata.host.layout import Layout, Site, discover
+from errata.host.layout import Layout, discover
 from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
 from errata.host.open import quiet as quiet
-from errata.host.passes import Pass, Ran
+from errata.host.passes import Pass
 from errata.types import Resources
 
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
 
-BRANCHES = "_errata_branches"
-OVERLAYS = "_errata_overlays"
 TEXTS_KEPT = 2**17
 """Tokenised texts a host remembers: the same probes are asked before and after every edit."""
 
 
-class Host:
+class Host(ModelHost):
     """A causal language model with its tokenizer and its layout.
 
     Not changed by anything but an edit's ``apply_`` and ``on``.
     """
 
     kind: str = CAUSAL
-    """Name of the kind of model, see :mod:`errata.host.kinds`."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, name: str) -> None:
-        self.model: Any = model
+        super().__init__(model, name=name)
         self.tokenizer = tokenizer
-        self.name = name
         self.prompt_format = prompts.PromptFormat()
         self.resources = Resources()
         """Texts and examples of its own, that fits and evaluations take by default."""
         self.position_tables: tuple[int, ...] = ()
         """How many tokens its tables of positions have room for, as found when it was opened."""
-        self.model.eval()
-        locking.of(self.model)  # made now, before there are threads
-        placement.keep_gradients_(self.model)
 
     def __repr__(self) -> str:
         return f"Host({self.name!r}, {self.family}, {len(self.layout.blocks)} layers, {self.dtype})"
 
     # --- facts -----------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The model's transformers configuration."""
-        return self.model.config
 
     @property
     def text_config(self) -> Any:
@@ -74,11 +63,6 @@ class Host:
     def vocab_size(self) -> int:
         """Number of tokens the model may answer with."""
         return int(self.text_config.vocab_size)
-
-    @property
-    def family(self) -> str:
-        """Architecture name, e.g. ``llama``."""
-        return str(getattr(self.config, "model_type", type(self.model).__name__))
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +94,7 @@ class Host:
         modules = placement.identities(self.model)
         if known is None or known[0] != modules:
             with hooks.plain_torch(), passes.without_interventions():
-                known = self.__dict__["_layout"] = modules, discover(self.model, self._probe())
+                known = vars(self)["_layout"] = modules, discover(self.model, self._probe())
         return known[1]
 
     def _probe(self) -> Pass:
@@ -118,122 +102,20 @@ class Host:
         ids = torch.arange(5, device=self.device)[None] % self.vocab_size
         return Pass(ids, torch.ones_like(ids))
 
-    @property
-    def fingerprint(self) -> str:
-        """Identity of weights and vocabulary, 16 hex digits; see :mod:`errata.host.identity`.
-
-        Weights count as rounded to bfloat16, so that one checkpoint opened in float32 and in bfloat16 is
-        the same host; so it is in float16, unless it holds numbers too small for that. A quantised copy
-        is another host. Names the unedited model, also while edits are in place, and is taken anew once
-        something else has changed the weights. Raises HostError for weights that cannot be read.
-        """
-        return identity.fingerprint(self)
-
-    def _take_fingerprint(self) -> str:
-        digest = hashlib.sha256(b"errata host 1")
-        for name, part in self._hashes(torch.bfloat16):
-            digest.update(f"{name}:{part}\n".encode())
-        if self.tokenizer is not None:
-            vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-            digest.update(repr(vocabulary).encode())
-        digest.update(placement.adapters(self.model).encode())
-        return digest.hexdigest()[:16]
-
-    @locking.shared
-    def weights_hash(self) -> str:
-        """SHA-256 over the names, shapes and bytes of every parameter and buffer as they are now."""
-        digest = hashlib.sha256()
-        for name, part in self._hashes(None):
-            digest.update(f"{name}:{part}\n".encode())
-        return digest.hexdigest()
-
-    def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
-        named = list(placement.named_tensors(self.model, buffers=dtype is None))
-        if dtype is not None:
-            named = [(n, self.overlays[n].unedited(p) if n in self.overlays else p) for n, p in named]
-
-        def part(item: tuple[str, Tensor]) -> tuple[str, str]:
-            name, tensor = item
-            tensor = tensor.detach()
-            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            flat = tensor.contiguous().cpu().reshape(-1).view(torch.uint8)
-            head = f"{tuple(tensor.shape)}:{tensor.dtype}:".encode()
-            return name, hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()
-
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(part, named))
-
-    def device_of(self, site: Site) -> torch.device:
-        """Where a site computes; with a device map not everything is where the embeddings are."""
-        return placement.runs_on(self.model.get_submodule(site.name))
-
-    @torch.no_grad()
-    @locking.shared
-    def weight(self, site: Site) -> Tensor:
-        """Return a copy of a site's weight as it acts now, ``[d_out, d_in]``, float32 or wider.
-
-        With the edits in place, merged or beside. A packed weight is read by running its module on unit
-        vectors, so it has the precision of the host's dtype.
-        """
-        module: Any = self.model.get_submodule(site.name)
-        if not site.packed:
-            weight = module.weight.detach()
-            columns = (weight if site.transposed else weight.mT).to(
-                torch.promote_types(weight.dtype, torch.float32), copy=True
-            )  # [d_in, d_out]: a column is what a unit vector gives
-        else:
-            units = torch.eye(site.d_in, dtype=self.dtype, device=self.device_of(site))
-            zero = module.forward(units.new_zeros(1, 1, site.d_in)).float()  # the bias, if there is one
-            parts = [module.forward(part[None]).float() - zero for part in units.split(1024)]
-            columns = torch.cat([part.reshape(-1, site.d_out) for part in parts])
-        beside = self.branches.get(site.parameter)
-        if beside is not None:
-            columns = beside(torch.eye(site.d_in, dtype=columns.dtype, device=columns.device), columns)
-        return columns.mT
-
-    @property
-    def placed(self) -> tuple[str, ...]:
-        """Digests of all edits in place on the model, of whatever kind, sorted."""
-        # changes of weights are named by what orders them and by the edit's digest
-        keys = {key for one in (*self.overlays.values(), *self.branches.values()) for key in one.deltas}
-        weights = {key.rpartition(".")[2] for key in keys}
-        return tuple(sorted(weights | placed.on(self.model).digests))
-
-    @property
-    def edited(self) -> bool:
-        """Whether any edit is in place."""
-        return bool(self.placed)
-
-    @property
-    def shareable(self) -> bool:
-        """Whether what follows a text depends on the text alone: not while routers decide at prompts' ends."""
-        return not placed.on(self.model).interventions
-
-    @property
-    def branches(self) -> Mapping[str, Any]:
-        """What stands beside weights, by parameter; kept on the model, as :attr:`overlays` are.
-
-        Written by the edits room alone; each entry maps a module's input and output to its new output.
-        """
-        return self.model.__dict__.get(BRANCHES, {})
-
-    @property
-    def overlays(self) -> Mapping[str, Any]:
-        """What stands on each touched weight; kept on the model, so that two hosts of it agree.
-
-        Written by the edits room alone; each entry has the original bits as ``base``.
-        """
-        return self.model.__dict__.get(OVERLAYS, {})
+    def _vocabulary(self) -> bytes:
+        if self.tokenizer is None:
+            return b""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return repr(vocabulary).encode()
 
     # --- running ---------------------------------------------------------------------------
 
     @cached_property
     def continues(self) -> bool:
-        """Whether texts may go on from one that was run before, tried out once; see ``continuing``."""
-        from errata.host import continuing
+        """Whether texts may continue one that was run before, tried out once; see :mod:`errata.host.prefix`."""
+        from errata.host.prefix import can_grow
 
-        with passes.without_interventions():
-            return continuing.works(self)
+        return can_grow(self)
 
     @cached_property
     def padding(self) -> trial.Padding:
@@ -270,11 +152,6 @@ class Host:
         answers = [prompts.behind_thoughts(self.tokenizer, list(row)) for row in ids]
         return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
-    @cached_property
-    def accepts(self) -> frozenset[str]:
-        """Arguments of the model's forward."""
-        return passes.arguments(self.model)
-
     @property
     def pad_id(self) -> int:
         """Id used to fill rows; masked out everywhere."""
@@ -286,21 +163,19 @@ class Host:
 
     def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> tokens.Batch:
         """Pad rows of token ids. Raises RequestError for a row longer than the model's window."""
-        longest = max(len(row) for row in rows)
-        if self.window is not None and longest > self.window:
-            raise RequestError(
-                f"a text of {longest} tokens is longer than the model's window of {self.window}"
-            )
+        self.check_window(max(len(row) for row in rows))
         return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
+
+    def check_window(self, length: int) -> None:
+        """Raise RequestError for a text of more tokens than the model's window holds."""
+        if self.window is not None and length > self.window:
+            raise RequestError(
+                f"a text of {length} tokens is longer than the model's window of {self.window}"
+            )
 
     def inputs(self, batch: tokens.Batch) -> dict[str, Any]:
         """Return what the model takes of a batch wherever it is run or generates."""
         return {"input_ids": batch.ids, "attention_mask": batch.mask}
-
-    @locking.shared
-    def run(self, request: Pass) -> Ran:
-        """Run one forward pass, the only way that anything reaches the model; see :mod:`errata.host.passes`."""
-        return passes.run(self.model, request, self.accepts)
 
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
         """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
@@ -466,16 +341,16 @@ def generate_rows(
 ) -> list[str]:  # fmt: skip
     """Continue rows of token ids greedily; the new text only, cut at its natural stop.
 
-    Rows that were begun already (``continuing.Begun``) are gone on from. No row says more than the model's
+    Rows that were run already (``decoding.Prefixes``) are continued. No row takes more tokens than the model's
     window holds. ``sets``: number of each row's edit set, int64 ``[rows]``.
     """
-    from errata.host import continuing, stopping
+    from errata.host import decoding, stopping
 
     if host.fills:
         stop = "end"
-    if (host.continues and continuing.plain(host)) or host.fills or not hasattr(host.model, "generate"):
-        begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows, sets)
-        ids: Any = continuing.greedy(host, begun, _limits(host, rows, max_new_tokens), stop)
+    if (host.continues and is_plain(host)) or host.fills or not hasattr(host.model, "generate"):
+        prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows, sets)
+        ids: Any = decoding.greedy(host, prefixes, _limits(host, rows, max_new_tokens), stop)
     else:
         from transformers import StoppingCriteriaList
 
@@ -487,10 +362,10 @@ def generate_rows(
     return [stopping.cut(text, stop) for text in host.decode(ids)]
 
 
-def _limits(host: Host, rows: Sequence[tuple[int, ...]], wanted: int) -> list[int]:
-    """Return how many tokens each row may say: one at least, as all fit before it."""
+def _limits(host: Host, rows: Sequence[tuple[int, ...]], most: int) -> list[int]:
+    """Return how many tokens each row may take: one at least, as all fit before it."""
     rooms = [host.room(tuple(row)) for row in rows]
-    return [wanted if room is None else min(max(1, wanted) if room else 0, room) for room in rooms]
+    return [most if room is None else min(max(1, most) if room else 0, room) for room in rooms]
 
 
 @locking.shared
@@ -499,14 +374,14 @@ def draw_rows(
 ) -> list[str]:
     """Continue rows by drawing among the ``top_k`` most probable tokens, up to ``total`` with the row's own.
 
-    What a row says depends on seed and row, not on its neighbours or the global random state. Rows that were
-    begun already are gone on from.
+    A row's text depends on seed and row, not on its neighbours or the global random state. Rows that were run
+    already are continued.
     """
-    from errata.host import continuing
+    from errata.host import decoding
 
     limits = [min(total - len(row), one) for row, one in zip(rows, _limits(host, rows, total), strict=True)]
-    begun = rows if isinstance(rows, continuing.Begun) else continuing.begin(host, rows)
-    ids = continuing.draw(host, begun, limits, top_k=top_k, seed=seed)
+    prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows)
+    ids = decoding.sample(host, prefixes, limits, top_k=top_k, seed=seed)
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
@@ -541,7 +416,7 @@ def _generate(
     manner = host.padding
     if manner == "uncached":
         settings["use_cache"] = False
-    said: list[list[int]] = [[] for _ in rows]
+    new: list[list[int]] = [[] for _ in rows]
     for group in trial.groups(rows, manner):
         batch = host.batch([rows[i] for i in group], side="left")
         length = batch.ids.shape[1]
@@ -550,8 +425,8 @@ def _generate(
         own = {} if sets is None else {passes.SETS: sets[torch.tensor(group)]}
         out = generate_batch(host, batch, own, max_new_tokens=new_tokens, **settings)
         for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            said[i] = ids
-    return said
+            new[i] = ids
+    return new
 
 
 def generate_batch(

@@ -163,20 +163,47 @@ class Batch:
     offset: Tensor
     """int64 ``[rows]``, index of each row's first token: 0 with right padding."""
 
+    def select(self, rows: Tensor) -> Batch:
+        """Return some rows, which may repeat."""
+        return Batch(self.ids[rows], self.mask[rows], self.positions[rows], self.offset[rows])
+
+    def columns(self, first: int, stop: int | None = None) -> Batch:
+        """Return the columns from one on, up to another."""
+        kept = slice(first, stop)
+        offset = (self.offset - first).clamp_min(0)
+        return Batch(self.ids[:, kept], self.mask[:, kept], self.positions[:, kept], offset)
+
+
+def lay_out(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], *, fill: int, device: torch.device | str,
+    offsets: Sequence[int] | None = None,
+) -> Batch:  # fmt: skip
+    """Put rows of token ids into a batch, each from its own column on.
+
+    ``offsets``: how many tokens each row continues, from which its positions are counted; None: none.
+    """
+    stops = [start + len(row) for row, start in zip(rows, starts, strict=True)]
+    length = max(stops, default=0)
+    padded = [
+        [*[fill] * start, *row, *[fill] * (length - stop)]
+        for row, start, stop in zip(rows, starts, stops, strict=True)
+    ]
+    ids = torch.tensor(padded, dtype=torch.long).reshape(len(rows), length)
+    column, start = torch.arange(length), torch.tensor(starts, dtype=torch.long)[:, None]
+    stop = torch.tensor(stops, dtype=torch.long)[:, None]
+    mask = ((column >= start) & (column < stop)).long()
+    positions = torch.minimum(column, stop - 1) - start  # padding behind a row stays inside the window
+    if offsets is not None:
+        positions = positions + torch.tensor(offsets, dtype=torch.long)[:, None]
+    positions = torch.where(column < start, 0, positions).clamp_min(0)
+    return Batch(ids.to(device), mask.to(device), positions.to(device), start[:, 0].to(device))
+
 
 def pad(rows: Sequence[Sequence[int]], *, side: Side, fill: int, device: torch.device | str) -> Batch:
     """Pad rows of token ids on one side."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), fill, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    offset = torch.zeros(len(rows), dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = length - len(row) if side == "left" else 0
-        ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, start : start + len(row)] = 1
-        offset[i] = start
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    return Batch(ids.to(device), mask.to(device), positions.to(device), offset.to(device))
+    longest = max(len(row) for row in rows)
+    starts = [longest - len(row) if side == "left" else 0 for row in rows]
+    return lay_out(rows, starts, fill=fill, device=device)
 
 
 def by_length(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:

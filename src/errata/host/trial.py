@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from errata.errors import ErrataError, HostError
 from errata.host import tokens
-from errata.host.continuing import end_tokens
 from errata.host.files import first_line
+from errata.host.generation_settings import end_tokens
 from errata.host.passes import Pass
 
 if TYPE_CHECKING:  # the host's own file names this one

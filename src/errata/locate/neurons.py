@@ -33,7 +33,8 @@ from errata.errors import HostError, RequestError
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.partial import Partial, Past, Tokens, align, can_reuse, nothing_before
+from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
+from errata.host.tokens import Batch
 from errata.locate.keys import BATCH_TOKENS, tokens_batches
 
 Rule = Literal["right", "left", "midpoint"]
@@ -122,12 +123,12 @@ class _State:
     """A batch of questions and the states of one unmodified forward pass below every site.
 
     Only the last token of a text predicts, so where the host can use a key-value cache it is the only one that is
-    run again; the others are its past.
+    run again; the others are its prefix.
     """
 
-    partial: Partial
-    tokens: Tokens
-    past: Past
+    runner: PrefixRunner
+    tokens: Batch
+    prefix: Prefix
     at: Tensor
     """Column that predicts ``[n]``."""
     token: Tensor
@@ -137,9 +138,9 @@ class _State:
     keys: dict[Site, Tensor]
     """Input of each site at the position ``[n, d_in]``."""
 
-    def rows(self, index: Tensor) -> tuple[Tokens, Past]:
-        """Return tokens and past of the rows ``index``, which may repeat."""
-        return self.tokens.rows(index), Past(self.past.states, self.past.mask, index)
+    def rows(self, index: Tensor) -> tuple[Batch, Prefix]:
+        """Return tokens and prefix of the rows ``index``, which may repeat."""
+        return self.tokens.select(index), self.prefix.share(index)
 
 
 def _run_once(host: Host, questions: Sequence[Question], sites: Sequence[Site]) -> _State:
@@ -160,22 +161,22 @@ def _run_once(host: Host, questions: Sequence[Question], sites: Sequence[Site]) 
 
         return write
 
-    partial = Partial(host)
-    all_blocks = range(len(partial.blocks))
-    before = nothing_before(host, count)
+    runner = PrefixRunner(host)
+    all_blocks = range(len(runner.blocks))
+    before = no_prefix(host, count)
     top = all_blocks[-1] if reuse else max(site.layer for site in sites)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for site in sites:
             stack.enter_context(hooks.on_input(host.model.get_submodule(site.name), key_hook(site)))
-        result = partial.run(
-            tokens, before, keep=range(top), remember=all_blocks if reuse else (), stop=partial.blocks[top]
+        result = runner.run(
+            tokens, before, keep=range(top), remember=all_blocks if reuse else (), stop=runner.blocks[top]
         )
     token = torch.tensor([q.token for q in questions], device=host.device)
     if not reuse:
-        return _State(partial, tokens, before, at, token, result.states, keys)
+        return _State(runner, tokens, before, at, token, result.states, keys)
     blocks = {block: states[:, column:] for block, states in result.states.items()}
-    past = before.followed_by(result.past, tokens, column)
-    return _State(partial, tokens.columns(column), past, at - column, token, blocks, keys)
+    prefix = before.followed_by(result.key_values, tokens, column)
+    return _State(runner, tokens.columns(column), prefix, at - column, token, blocks, keys)
 
 
 def _integrate_gradients(host: Host, state: _State, site: Site, points: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
     """Return dp/dy for rows whose site output y is shifted at the position, float64 ``[rows, d_out]``."""
     rows = rows.to(host.device)
     line = torch.arange(len(rows), device=host.device)
-    tokens, past = state.rows(rows)
+    tokens, prefix = state.rows(rows)
     at, token = state.at[rows], state.token[rows]
 
     def add_shift(hidden: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ def _gradient(host: Host, state: _State, site: Site, rows: Tensor, shift: Tensor
     states = None if below is None else below[rows.to(below.device)]
     shift.requires_grad_(True)
     with torch.enable_grad(), hooks.on_output(host.model.get_submodule(site.name), add_shift):
-        logits = state.partial.run(tokens, past, first=site.layer, given=states, at=(line, at)).logits
+        logits = state.runner.run(tokens, prefix.at_depth(site.layer, states), at=(line, at)).logits
         assert logits is not None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = wide.log_softmax(-1).gather(1, token.to(wide.device)[:, None])[:, 0]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from errata.errors import RequestError
@@ -16,6 +17,11 @@ from errata.types import Request
 Token = Literal["last", "first"]
 Span = Callable[[Request], tuple[int, int]]
 """Where in a request's text the edited words are, in characters."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return numbers in float32 at least: what is solved for is never held in 16 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def subject_span(request: Request) -> tuple[int, int]:

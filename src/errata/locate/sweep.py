@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from errata.host import hooks
+from errata.host.kv_cache import FixedCache
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.partial import Partial, Past, Ran, Tokens, align, can_reuse, longer, nothing_before, wide
-from errata.locate.problems import PromptRow, ValueProblem, group_by_length, shared_prefix_lengths
+from errata.host.prefix import Output, Prefix, PrefixRunner, align, can_reuse, no_prefix
+from errata.host.tokens import Batch
+from errata.locate.problems import PromptRow, ValueProblem, group_by_length, shared_prefix_lengths, wide
 
 SWEEP_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Maximum tokens per batch, by device type."""
@@ -27,7 +29,7 @@ MIN_EQUAL_LENGTH_PROBLEMS = {"cpu": 2, "cuda": 64}
 @dataclass
 class _Batch:
     rows: list[PromptRow]
-    tokens: Tokens
+    tokens: Batch
     columns: Tensor
     """Column of each row's edited token."""
     prefix: Tensor
@@ -41,7 +43,7 @@ class LayerSweep:
 
     def __init__(self, host: Host, problems: Sequence[ValueProblem], first: int) -> None:
         """Start at layer ``first``, with the current weights below."""
-        self.host, self.problems, self.partial, self.layer = host, tuple(problems), Partial(host), 0
+        self.host, self.problems, self.runner, self.layer = host, tuple(problems), PrefixRunner(host), 0
         kind = host.device.type if host.device.type in SWEEP_TOKENS else "cpu"
         # rows of similar length together, to avoid padding; results are returned in the given order
         groups = group_by_length([len(p.key_rows[0].ids) for p in problems], MIN_EQUAL_LENGTH_PROBLEMS[kind])
@@ -52,7 +54,7 @@ class LayerSweep:
         self.cut = shared_prefix_lengths(rows) if reuse else {row.context: 0 for row in rows}
         self.shared = {row.context: row.ids[: self.cut[row.context]] for row in rows if self.cut[row.context]}
         self._keys: tuple[Site, Tensor, Tensor] | None = None
-        self.start: Tokens | None = None
+        self.start: Batch | None = None
         """The shared prefixes; None where nothing is shared."""
         self.start_states: Tensor | None = None
         if self.shared:
@@ -134,7 +136,7 @@ class LayerSweep:
                 part = _part(batch, bare)
                 captured: list[Tensor] = []
                 with hooks.on_output(module, _column(captured, part.columns)):
-                    self._run(part, start, stop=self.partial.blocks[top])
+                    self._run(part, start, stop=self.runner.blocks[top])
                 outputs.append(captured[0].cpu())
         return self._in_given_order(torch.cat(outputs))
 
@@ -144,22 +146,22 @@ class LayerSweep:
 
     def block_outputs(self, top: int) -> Tensor:
         """Return the residual stream above block ``top`` at each bare prompt's edited token ``[n, d]``."""
-        return self.values(top, self.partial.blocks[top])
+        return self.values(top, self.runner.blocks[top])
 
     def advance(self) -> None:
         """Run the current layer with its current weights and move to the next one."""
         layer = self.layer
-        block = self.partial.blocks[layer]
+        block = self.runner.blocks[layer]
         with hooks.frozen(self.host.model), torch.no_grad():
             start = self._before(layer, advance=True)
             for batch in self.batches:
                 batch.states = self._run(batch, start, stop=block, keep=layer).states[layer]
         self.layer += 1
 
-    def _before(self, top: int, *, advance: bool = False, only: int | None = None) -> Past | None:
-        """Run the shared prefixes up to block ``top``; return their past, with an empty one appended.
+    def _before(self, top: int, *, advance: bool = False, only: int | None = None) -> Prefix | None:
+        """Run the shared prefixes up to block ``top``; return them, an empty one appended.
 
-        ``only``: the only context whose prefix is needed; the others then have no past.
+        ``only``: the only context whose prefix is needed; the others then have no prefix.
         """
         if self.start is None:
             return None
@@ -168,32 +170,29 @@ class LayerSweep:
         rows = torch.arange(len(number) + 1, device=tokens.ids.device)
         if only is not None:
             row = rows[number[only]][None]
-            begin = int(tokens.start[row].min())
-            tokens = tokens.rows(row).columns(begin)
+            begin = int(tokens.offset[row].min())
+            tokens = tokens.select(row).columns(begin)
             states = None if states is None else states[row][:, begin:]
             rows = torch.where(rows == number[only], 0, 1)
-        ran = self.partial.run(
+        ran = self.runner.run(
             tokens,
-            nothing_before(self.host, len(tokens.ids)),
-            first=self.layer,
-            given=states,
+            no_prefix(self.host, len(tokens.ids)).at_depth(self.layer, states),
             keep=[top] if advance else (),
             remember=range(self.layer, top + 1),
-            stop=self.partial.blocks[top],
+            stop=self.runner.blocks[top],
         )
         if advance:
             self.start_states = ran.states[top]
-        past = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
-        return Past(past, longer(tokens.mask), rows)
+        return Prefix(tokens.mask, FixedCache(ran.key_values)).with_empty(rows)
 
     def _run(
-        self, batch: _Batch, start: Past | None, *, stop: torch.nn.Module, keep: int | None = None
-    ) -> Ran:
+        self, batch: _Batch, start: Prefix | None, *, stop: torch.nn.Module, keep: int | None = None
+    ) -> Output:
         """Run rows from the current layer on, after their prefixes."""
-        past = nothing_before(self.host, len(batch.rows)) if start is None else start.of(batch.prefix)
+        prefix = no_prefix(self.host, len(batch.rows)) if start is None else start.select(batch.prefix)
         layers = () if keep is None else (keep,)
-        return self.partial.run(
-            batch.tokens, past, first=self.layer, given=batch.states, keep=layers, stop=stop
+        return self.runner.run(
+            batch.tokens, prefix.at_depth(self.layer, batch.states), keep=layers, stop=stop
         )
 
 
@@ -202,7 +201,7 @@ def _part(batch: _Batch, rows: Sequence[int]) -> _Batch:
     index = torch.tensor(rows, device=batch.prefix.device)
     states = None if batch.states is None else batch.states[index]
     some = [batch.rows[i] for i in rows]
-    return _Batch(some, batch.tokens.rows(index), batch.columns[index], batch.prefix[index], states)
+    return _Batch(some, batch.tokens.select(index), batch.columns[index], batch.prefix[index], states)
 
 
 def _column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from errata.host import hooks
+from errata.host.kv_cache import FixedCache
 from errata.host.load import Host
 from errata.host.memory import in_batches, share
-from errata.host.partial import Partial, Past, Tokens, align, can_reuse, longer, nothing_before, wide
+from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
+from errata.host.tokens import Batch
 from errata.locate.contexts import Context
 from errata.locate.problems import (
     PromptRow,
@@ -30,6 +32,7 @@ from errata.locate.problems import (
     shared_prefix_lengths,
     subject_span,
     value_problems,
+    wide,
 )
 from errata.types import Request
 
@@ -165,10 +168,9 @@ def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
 class _RowGroup:
     """Rows that run together in every step, reduced to the tokens that the shift can influence."""
 
-    tokens: Tokens
-    past: Past
-    state: Tensor | None
-    """Output of the highest block that the shift cannot influence ``[rows, length, d]``."""
+    tokens: Batch
+    prefix: Prefix
+    """Their tokens before those, and the blocks that the shift cannot influence."""
     problem: Tensor
     """Index of each row's problem."""
     column: Tensor
@@ -190,9 +192,8 @@ class _RowGroup:
         new[rows] = torch.arange(len(rows), device=rows.device)
         active = new[self.prediction_row] >= 0
         return _RowGroup(
-            self.tokens.rows(rows),
-            self.past.of(rows),
-            None if self.state is None else self.state[rows],
+            self.tokens.select(rows),
+            self.prefix.select(rows),
             self.problem[rows],
             self.column[rows],
             new[self.prediction_row[active]],
@@ -217,7 +218,7 @@ class _Search:
         reuse: bool,
     ) -> None:
         self.host, self.config, self.layer, self.reuse = host, config, layer, reuse
-        self.partial = Partial(host)
+        self.runner = PrefixRunner(host)
         self.count = len(problems)
         self.members = torch.tensor([float(len(p.requests)) for p in problems], device=host.device)
         self._choose_sites(where)
@@ -228,7 +229,7 @@ class _Search:
     def _choose_sites(self, where: Where) -> None:
         """Choose the outputs to shift and the first block to run in every step."""
         host, layer = self.host, self.layer
-        block = self.partial.blocks[layer]
+        block = self.runner.blocks[layer]
         if where == "attn_and_mlp":
             sites = [host.layout.site(layer, "attn_out"), host.layout.site(layer, "mlp_out")]
             self.modules = [host.model.get_submodule(site.name) for site in sites]
@@ -249,7 +250,7 @@ class _Search:
         """
         rows = [row for _, row in numbered]
         prefix_length = shared_prefix_lengths(rows) if self.reuse else {row.context: 0 for row in rows}
-        past = self._run_prefixes(rows, prefix_length)
+        prefix = self._run_prefixes(rows, prefix_length)
         tokens, column = align(
             self.host,
             [row.ids[prefix_length[row.context] :] for row in rows],
@@ -263,13 +264,13 @@ class _Search:
         essence = torch.arange(with_target, len(rows), device=device)
         at = (essence, columns[essence])
         keep = {self.layer, *([self.first - 1] if self.first else [])}
-        above = range(self.first, len(self.partial.blocks))
+        above = range(self.first, len(self.runner.blocks))
         starts: list[Tensor] = []
         with contextlib.ExitStack() as stack, torch.no_grad():
             self._add_earlier_shifts(stack, rows, columns.tolist())
             for module in self.modules:
                 stack.enter_context(hooks.on_output(module, _capture_column(starts, columns)))
-            ran = self.partial.run(tokens, past, at=at, keep=keep, remember=above if self.reuse else ())
+            ran = self.runner.run(tokens, prefix, at=at, keep=keep, remember=above if self.reuse else ())
         assert ran.logits is not None
         first = [next(i for i, (g, _) in enumerate(numbered) if g == p) for p in range(self.count)]
         self.start = [start[first] for start in starts]
@@ -293,30 +294,37 @@ class _Search:
         first_column = column if self.reuse else 0
         return [
             self._row_group(
-                tokens, past, ran.past, state, problem, group_rows, predictions, old, columns, first_column
+                tokens,
+                prefix,
+                ran.key_values,
+                state,
+                problem,
+                group_rows,
+                predictions,
+                old,
+                columns,
+                first_column,
             )
             for group_rows, predictions, old in split
         ]
 
-    def _run_prefixes(self, rows: list[PromptRow], prefix_length: dict[int, int]) -> Past:
-        """Run the prefixes shared by the rows of a context; return the past of each row."""
+    def _run_prefixes(self, rows: list[PromptRow], prefix_length: dict[int, int]) -> Prefix:
+        """Run the prefixes shared by the rows of a context; return what each row continues."""
         shared = {
             row.context: row.ids[: prefix_length[row.context]] for row in rows if prefix_length[row.context]
         }
         if not shared:
-            return nothing_before(self.host, len(rows))
+            return no_prefix(self.host, len(rows))
         texts = list(shared.values())
         tokens, _ = align(self.host, texts, [len(text) for text in texts], [0] * len(texts))
         with torch.no_grad():
-            blocks = self.partial.blocks
-            ran = self.partial.run(
-                tokens, nothing_before(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
+            blocks = self.runner.blocks
+            ran = self.runner.run(
+                tokens, no_prefix(self.host, len(texts)), remember=range(len(blocks)), stop=blocks[-1]
             )
-        # one additional empty row, for rows without a shared prefix
-        states = {b: (longer(k), longer(v)) for b, (k, v) in ran.past.items()}
         number = {context: i for i, context in enumerate(shared)}
         prefix = torch.tensor([number.get(row.context, len(texts)) for row in rows], device=self.host.device)
-        return Past(states, longer(tokens.mask), prefix)
+        return Prefix(tokens.mask, FixedCache(ran.key_values)).with_empty(prefix)
 
     def _add_earlier_shifts(
         self, stack: contextlib.ExitStack, rows: list[PromptRow], columns: list[int]
@@ -336,25 +344,23 @@ class _Search:
             where = (row.to(hidden.device), at.to(hidden.device))
             return hidden.index_put(where, shifts.to(hidden), accumulate=True)
 
-        stack.enter_context(hooks.on_output(self.partial.blocks[self.layer], push))
+        stack.enter_context(hooks.on_output(self.runner.blocks[self.layer], push))
 
     def _row_group(
-        self, tokens: Tokens, past: Past, own_states: dict[int, Any], state: Tensor | None, problem: Tensor,
+        self, tokens: Batch, prefix: Prefix, key_values: dict[int, Any], state: Tensor | None, problem: Tensor,
         rows: Tensor, predictions: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         essence_logprobs: Tensor | None, columns: Tensor, first_column: int,
     ) -> _RowGroup:  # fmt: skip
-        """Reduce rows to the tokens that the shift can influence, with the tokens before them in their past."""
-        group_tokens = tokens.rows(rows)
-        length = int(group_tokens.mask.sum(1).add(group_tokens.start).max())
-        own = {b: (k[rows], v[rows]) for b, (k, v) in own_states.items()}
-        full_past = (
-            past.of(rows).followed_by(own, group_tokens, first_column) if self.reuse else past.of(rows)
-        )
-        suffix = group_tokens.columns(first_column)
-        most = length - first_column
-        suffix = Tokens(suffix.ids[:, :most], suffix.mask[:, :most], suffix.positions[:, :most], suffix.start)
+        """Reduce rows to the tokens that the shift can influence, with the tokens before them in their prefix."""
+        group_tokens = tokens.select(rows)
+        length = int(group_tokens.mask.sum(1).add(group_tokens.offset).max())
+        prefix = prefix.select(rows)
+        if self.reuse:
+            own = FixedCache(key_values).select(rows).blocks
+            prefix = prefix.followed_by(own, group_tokens, first_column)
+        states = None if state is None else state[rows.to(state.device)][:, first_column:length]
         return _RowGroup(
-            suffix, full_past, None if state is None else state[rows][:, first_column:length], problem[rows],
+            group_tokens.columns(first_column, length), prefix.at_depth(self.first, states), problem[rows],
             columns[rows] - first_column, predictions[0], predictions[1] - first_column, *predictions[2:],
             essence_logprobs,
         )  # fmt: skip
@@ -397,19 +403,17 @@ class _Search:
 
             return add
 
-        state = group.state
+        prefix = group.prefix
         with contextlib.ExitStack() as stack:
             if self.on_stream:
-                assert state is not None
-                state = push(shifts[0])(state)
+                assert prefix.states is not None
+                prefix = prefix.at_depth(self.first, push(shifts[0])(prefix.states))
             else:
                 for module, shift in zip(self.modules, shifts, strict=True):
                     stack.enter_context(hooks.on_output(module, push(shift)))
-            ran = self.partial.run(
+            ran = self.runner.run(
                 group.tokens,
-                group.past,
-                first=self.first,
-                given=state,
+                prefix,
                 at=(group.prediction_row, group.prediction_column),
             )
         assert ran.logits is not None

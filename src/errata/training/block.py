@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from errata.host import hooks
 from errata.host.load import Host
 from errata.host.memory import in_batches
+from errata.host.prefix import ROWS, ComputedRows, split_rows
 from errata.locate.values import Value
-from errata.training.tune import ROWS, Lower, split, with_weights
+from errata.training.tune import with_weights
 
 
 class Block:
@@ -28,7 +28,7 @@ class Block:
         """
         self.host, self.rows, self.places = host, rows, places
         self.path = host.layout.blocks[layer]
-        self.lower = Lower(host, rows, layer)
+        self.computed = ComputedRows(host, rows, layer)
         with torch.no_grad():
             self.targets = in_batches(range(len(rows)), ROWS, self.outputs)
         self.unit = 1.0 if plain else float(torch.cat(self.targets).square().mean())
@@ -41,15 +41,11 @@ class Block:
         block, captured = self.host.model.get_submodule(self.path), []
 
         def run() -> list[Tensor]:
-            with (
-                self.lower.given(indices) as batch,
-                hooks.on_output(block, captured.append),
-                hooks.stop_after(block),
-                contextlib.suppress(hooks.Stopped),
-            ):
-                self.host.forward(batch, keep=1)
+            batch, prefix = self.computed.select(indices)
+            with hooks.on_output(block, captured.append):
+                self.computed.runner.run(batch, prefix, stop=block)
             wide = captured[0].to(torch.promote_types(captured[0].dtype, torch.float32))
-            return split(wide, self.rows, indices, batch)
+            return split_rows(wide, [len(self.rows[i]) for i in indices], batch)
 
         return with_weights(self.host, weights or {}, run)
 

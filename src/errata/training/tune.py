@@ -7,7 +7,6 @@ lowest change are run once; nothing is computed in them again, neither forwards 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from errata.host.kinds import CAUSAL
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.memory import in_batches
-from errata.host.tokens import Batch, Side
+from errata.host.prefix import ROWS, ComputedRows
+from errata.host.tokens import Side
 from errata.types import Request
 
 Objective = Literal["target", "prompt_last"]
@@ -32,9 +32,6 @@ scored by the one distribution at the prompt's last token."""
 Norm = Literal["inf", "2"]
 R = TypeVar("R")
 Tick = Callable[[int, int], None]
-
-ROWS = 64
-"""Rows run at once where nothing else is said; fewer when memory runs out."""
 
 
 # --- requests as a loss ---------------------------------------------------------------------
@@ -78,64 +75,6 @@ def _end_token(host: Host) -> int:
     return int(token)
 
 
-class Lower:
-    """Rows of tokens for which the lowest blocks are run once and for all."""
-
-    def __init__(
-        self, host: Host, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
-    ) -> None:
-        """Run the lowest ``depth`` blocks on all rows; wants a frozen model."""
-        self.host, self.rows = host, rows
-        self.side: Side = side
-        self.blocks = [host.model.get_submodule(name) for name in host.layout.blocks[:depth]]
-        self.kind: Any = None
-        self.states: list[Tensor] = []
-        """Output of the highest of those blocks, per row ``[tokens, d]``."""
-        if self.blocks:
-            self.states = in_batches(range(len(rows)), ROWS, self._run)
-
-    def _batch(self, chosen: Sequence[int]) -> Batch:
-        return self.host.batch([self.rows[i] for i in chosen], side=self.side)
-
-    def _run(self, chosen: Sequence[int]) -> list[Tensor]:
-        top, seen = self.blocks[-1], []
-        batch = self._batch(chosen)
-        with (
-            torch.no_grad(),
-            hooks.on_answer(top, seen.append),
-            hooks.stop_after(top),
-            contextlib.suppress(hooks.Stopped),
-        ):
-            self.host.forward(batch, keep=1)
-        states = hooks.first_tensor(seen[0])
-        self.kind = hooks.with_first(seen[0], states[:0])
-        return split(states, self.rows, chosen, batch)
-
-    @contextmanager
-    def given(self, chosen: Sequence[int]) -> Iterator[Batch]:
-        """Give some rows as a batch, with their lowest blocks answering at once inside the block."""
-        batch = self._batch(chosen)
-        fixed: dict[Any, Any] = {}
-        if self.blocks:
-            first = self.states[chosen[0]]
-            # laid out anew for each pass: some families go on adding to it in place
-            whole = first.new_zeros(*batch.ids.shape, first.shape[-1])
-            for i, (row, start) in enumerate(zip(chosen, batch.offset.tolist(), strict=True)):
-                whole[i, start : start + len(self.rows[row])] = self.states[row]
-            fixed = dict.fromkeys(self.blocks, hooks.with_first(self.kind, whole))
-        with hooks.answer_with(fixed):
-            yield batch
-
-
-def split(states: Tensor, rows: Sequence[Sequence[int]], chosen: Sequence[int], batch: Batch) -> list[Tensor]:
-    """Cut a batch's states ``[rows, length, d]`` into those of each row's own tokens ``[tokens, d]``."""
-    starts = batch.offset.tolist()
-    return [
-        states[i, start : start + len(rows[row])].clone()
-        for i, (row, start) in enumerate(zip(chosen, starts, strict=True))
-    ]
-
-
 class Losses:
     """The loss of each request on a host as it stands, with the lowest blocks run only once."""
 
@@ -159,7 +98,7 @@ class Losses:
             request if isinstance(request, Line) else lay_out(host, request, objective, end=end)
             for request in requests
         ]
-        self.lower = Lower(host, [line.ids for line in self.lines], depth, side=side)
+        self.rows = ComputedRows(host, [line.ids for line in self.lines], depth, side=side)
 
     def __call__(self, chosen: Sequence[int]) -> Tensor:
         """Return the mean negative log-likelihood per target token, nats ``[n]``."""
@@ -167,10 +106,11 @@ class Losses:
         row = torch.tensor([i for i, line in enumerate(lines) for _ in line.at])
         at = torch.tensor([at for line in lines for at in line.at])
         token = torch.tensor([t for line in lines for t in line.targets], device=self.host.device)
-        with self.lower.given(chosen) as batch:
-            offset = batch.offset.cpu()
-            ends = torch.tensor([line.at[0] for line in lines]) + offset  # routers decide where prompts end
-            logits = self.host.forward_at(batch, row, at + offset[row], ends=ends)  # [t, vocab]
+        batch, prefix = self.rows.select(chosen)
+        offset = batch.offset.cpu()
+        ends = torch.tensor([line.at[0] for line in lines]) + offset  # routers decide where prompts end
+        logits = self.rows.runner.run(batch, prefix, at=(row, at + offset[row]), ends=ends).logits
+        assert logits is not None  # [t, vocab]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lost = functional.cross_entropy(wide, token.to(wide.device), reduction="none")
         share = torch.tensor([1 / len(line.targets) for line in lines], device=lost.device, dtype=lost.dtype)

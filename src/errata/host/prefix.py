@@ -1,0 +1,393 @@
+"""The prefix engine: run rows of which a part has been computed before.
+
+That part may be their first tokens, kept as attention's keys and values (a prefix in time), their lowest blocks,
+kept as hidden states (a prefix in depth), or both; :class:`Prefix` is the record of it and :class:`PrefixRunner`
+runs the rest. The model's own forward does the work, so nothing here knows a family.
+
+Work is shared in this way by generation and scoring (:mod:`errata.host.decoding`), by searches for values and by
+attribution (the blocks above an edited layer, on the tokens from the edited one on), and by fine-tuning
+(:class:`ComputedRows`: everything below the lowest change). When it may be:
+
+* depth: for rows of one causal stack, always;
+* time: where the model keeps nothing but attention's keys and values of the tokens it has read
+  (:func:`keeps_attention_only`), and a trial of the engine gives the same numbers in one piece and in two
+  (:func:`can_grow` for caches that rows are continued with, :func:`can_reuse` for those of searches);
+* for rows that differ behind one prefix: while everything in place depends on the text alone
+  (:attr:`errata.host.load.Host.shareable`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from errata.host import hooks, locking, passes, tokens
+from errata.host.kv_cache import FixedCache, FixedLayer, GrowingCache, KeyValues, append_zeros, as_cache
+from errata.host.memory import in_batches
+from errata.host.passes import Pass
+from errata.host.tokens import Batch, Side
+
+if TYPE_CHECKING:  # the host's own file names this one
+    from errata.host.load import Host
+
+SHAREABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
+TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+"""What a model raises in a trial that keeps something else than keys and values, or takes no padding."""
+ROWS = 64
+"""Rows run at once where nothing else is said; fewer when memory runs out."""
+
+
+# --- the record -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What has been computed of some rows: their first tokens, their lowest blocks, or both."""
+
+    mask: Tensor
+    """Of the first tokens, int64 ``[entries, length]``, 1 for tokens; of length 0 where rows begin their texts."""
+    cache: GrowingCache | FixedCache | None = None
+    """Attention's keys and values of those tokens; None: nothing is kept of them."""
+    row: Tensor | None = None
+    """int64 ``[rows]``: which entry each row continues, so that several may share one; None: each its own."""
+    depth: int = 0
+    """How many of the lowest blocks are computed for the rows' own tokens."""
+    states: Tensor | None = None
+    """Output of the highest of those blocks ``[rows, columns, d]``; None for no blocks."""
+    routes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What routers have decided about the rows, int64 ``[rows]`` by edit."""
+
+    @property
+    def length(self) -> int:
+        """Columns of the first tokens, padding included."""
+        return self.mask.shape[1]
+
+    def masks(self) -> Tensor:
+        """Return the mask of each row ``[rows, length]``."""
+        return self.mask if self.row is None else self.mask[self.row]
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Return what has been computed of some rows, which may repeat; a copy that may grow."""
+        states = None if self.states is None else self.states[rows.to(self.states.device)]
+        routes = select_routes(self.routes, rows)
+        if self.row is not None:
+            return replace(self, row=self.row[rows.to(self.row.device)], states=states, routes=routes)
+        # copied once here rather than at every step
+        cache = None if self.cache is None else self.cache.select(rows)
+        mask = self.mask[rows.to(self.mask.device)]
+        return Prefix(mask, cache, None, self.depth, states, routes)
+
+    def copy(self) -> Prefix:
+        """Return the same with a cache that may grow."""
+        return replace(self, cache=self.cache.select(None)) if isinstance(self.cache, GrowingCache) else self
+
+    def share(self, rows: Tensor) -> Prefix:
+        """Return the first tokens as what other rows continue, ``rows`` ``[n]`` naming the entry of each."""
+        return Prefix(self.mask, self.cache, rows)
+
+    def with_empty(self, row: Tensor) -> Prefix:
+        """Return the first tokens with an empty entry appended for rows that share nothing; ``row`` as the field."""
+        assert isinstance(self.cache, FixedCache)
+        return Prefix(append_zeros(self.mask), self.cache.with_empty(), row)
+
+    def at_depth(self, depth: int, states: Tensor | None) -> Prefix:
+        """Return the same first tokens with the lowest blocks computed for the rows' own ones, see :attr:`states`."""
+        return replace(self, depth=depth, states=states if depth else None)
+
+    def followed_by(self, key_values: Mapping[int, KeyValues], batch: Batch, columns: int) -> Prefix:
+        """Return the first tokens of each row with the first ``columns`` columns of its own tokens behind them."""
+        assert isinstance(self.cache, FixedCache)
+        cache = self.cache.followed_by(key_values, columns, self.row, self.length)
+        return Prefix(torch.cat([self.masks(), batch.mask[:, :columns]], 1), cache)
+
+
+def select_routes(routes: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
+    """Return what was decided about some rows."""
+    return {digest: entry[rows.to(entry.device)] for digest, entry in routes.items()}
+
+
+def no_prefix(host: Host, rows: int) -> Prefix:
+    """Return the prefix of rows that begin their texts; they share one empty entry."""
+    row = torch.zeros(rows, dtype=torch.long, device=host.device)
+    return Prefix(torch.zeros(1, 0, dtype=torch.long, device=host.device), FixedCache({}), row)
+
+
+# --- running the rest -----------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Output:
+    """What a run gave."""
+
+    logits: Tensor | None = None
+    """At the places asked for ``[n, vocab]``, else ``[rows, length, vocab]``; None when it was stopped before them."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """Outputs of the blocks asked for ``[rows, length, d]``, detached."""
+    key_values: dict[int, KeyValues] = field(default_factory=dict)
+    """Attention's keys and values of the blocks asked for, zero at padding on the left, detached."""
+    prefix: Prefix | None = None
+    """The rows with the tokens that were run, to be continued, where a cache was to grow."""
+
+
+class PrefixRunner:
+    """Runs what is left to compute of rows on a host."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._blocks: list[Any] | None = None
+        self._form: Any = None
+        """What a block returns, be it a tensor or a tuple led by one, with no rows; read off a run with ``keep``."""
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The host's blocks; kept, for a layout is checked anew each time it is asked for."""
+        if self._blocks is None:
+            self._blocks = [self.host.model.get_submodule(name) for name in self.host.layout.blocks]
+        return self._blocks
+
+    def run(
+        self, batch: Batch, prefix: Prefix, *, at: tuple[Tensor, Tensor] | None = None,
+        ends: Tensor | None = None, keep: Iterable[int] = (), remember: Iterable[int] = (), stop: Any = None,
+    ) -> Output:  # fmt: skip
+        """Run rows behind a prefix with a fixed cache; blocks below its depth return its states.
+
+        ``at``: (row, column) where logits are wanted. ``ends``: column of each row's last prompt token, counted
+        with the prefix. ``keep``: blocks whose outputs to return; ``remember``: blocks whose attention's keys and
+        values to return. ``stop``: module after which to end the pass.
+        """
+        output = Output()
+        remember = set(remember)
+        # a model that keeps more than attention's keys and values takes no cache of ours, nor needs one here
+        padded = bool(prefix.length or remember) or bool(batch.offset.max() > 0)
+        layers = self._layers(batch, prefix) if padded and prefix.cache is not None else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lowest(prefix))
+            for block in keep:
+                stack.enter_context(hooks.on_answer(self.blocks[block], self._keeper(output.states, block)))
+            if stop is not None:
+                stack.enter_context(hooks.stop_after(stop))
+            with contextlib.suppress(hooks.Stopped):
+                output.logits = self.host.run(self._pass(batch, prefix, layers, at, ends)).logits
+        for block in remember:
+            new = None if layers is None else layers[block].new
+            if new is not None:
+                output.key_values[block] = (new[0].detach(), new[1].detach())
+        return output
+
+    def _layers(self, batch: Batch, prefix: Prefix) -> list[Any]:
+        assert isinstance(prefix.cache, FixedCache)
+        padding = batch.mask[:, None, :, None] == 0 if bool(batch.offset.max() > 0) else None
+        entries = prefix.cache.blocks
+        return [
+            FixedLayer(entries.get(i), prefix.row, prefix.length, padding) for i in range(len(self.blocks))
+        ]
+
+    def _pass(
+        self, batch: Batch, prefix: Prefix, layers: list[Any] | None, at: tuple[Tensor, Tensor] | None,
+        ends: Tensor | None,
+    ) -> Pass:  # fmt: skip
+        if type(batch) is not Batch:  # rows that only the host knows how to run: two stacks, places to fill
+            return self.host.as_pass(batch, at=at, ends=ends, routes=prefix.routes)
+        mask = torch.cat([prefix.masks(), batch.mask], 1) if prefix.length else batch.mask
+        cache = None if layers is None else as_cache(layers)
+        return Pass(batch.ids, mask, batch.positions, prefix=cache, at=at, ends=ends, routes=prefix.routes)
+
+    def grow(
+        self, batch: Batch, prefix: Prefix | None = None, *, at: tuple[Tensor, Tensor] | None = None,
+        ends: Tensor | None = None, routes: Mapping[str, Tensor] | None = None,
+    ) -> Output:  # fmt: skip
+        """Run rows behind a prefix with the model's own cache, None for rows that begin their texts.
+
+        The prefix is used up, for its cache grows: hand in a selection or a copy. The output has one that holds these
+        tokens too. ``at`` and ``ends`` as for :meth:`run`; ``routes``: decisions about rows without a prefix.
+        """
+        mask, cache = batch.mask, None
+        if prefix is not None:
+            assert isinstance(prefix.cache, GrowingCache)
+            mask, routes = torch.cat([prefix.masks(), batch.mask], 1), prefix.routes
+            cache = prefix.cache.cache
+        ran = self.host.run(
+            Pass(
+                batch.ids, mask, batch.positions, prefix=cache, use_cache=True, at=at, ends=ends,
+                routes=routes or {},
+            )
+        )  # fmt: skip
+        return Output(ran.logits, prefix=Prefix(mask, GrowingCache(ran.prefix), routes=ran.routes))
+
+    @contextlib.contextmanager
+    def _lowest(self, prefix: Prefix) -> Iterator[None]:
+        """Have the blocks below the prefix's depth return its states inside the block."""
+        fixed: dict[Any, Any] = {}
+        if prefix.depth:
+            if prefix.states is None or self._form is None:
+                raise ValueError("states of the lowest blocks come from an earlier run that kept them")
+            fixed = dict.fromkeys(self.blocks[: prefix.depth], hooks.with_first(self._form, prefix.states))
+        with hooks.answer_with(fixed):
+            yield
+
+    def _keeper(self, into: dict[int, Tensor], block: int) -> Callable[[Any], None]:
+        def keep(output: Any) -> None:
+            hidden = hooks.first_tensor(output).detach()
+            into[block] = hidden.clone()  # some families go on adding to it in place
+            if self._form is None:
+                self._form = hooks.with_first(output, hidden[:0])
+
+        return keep
+
+
+def plain_prefix() -> Prefix:
+    """Return the prefix of rows that are run as in any plain pass: nothing before them, and no cache."""
+    return Prefix(torch.zeros(0, 0, dtype=torch.long))
+
+
+class ComputedRows:
+    """Rows of tokens whose lowest blocks are run once and for all."""
+
+    def __init__(
+        self, host: Host, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
+    ) -> None:
+        """Run the lowest ``depth`` blocks on all rows; wants a frozen model."""
+        self.host, self.rows, self.depth = host, rows, depth
+        self.side: Side = side
+        self.runner = PrefixRunner(host)
+        self.states: list[Tensor] = []
+        """Output of the highest of those blocks, per row ``[tokens, d]``."""
+        if depth:
+            self.states = in_batches(range(len(rows)), ROWS, self._run)
+
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        return self.host.batch([self.rows[i] for i in chosen], side=self.side)
+
+    def _run(self, chosen: Sequence[int]) -> list[Tensor]:
+        batch, top = self._batch(chosen), self.depth - 1
+        with torch.no_grad():
+            output = self.runner.run(batch, plain_prefix(), keep=[top], stop=self.runner.blocks[top])
+        return split_rows(output.states[top], [len(self.rows[i]) for i in chosen], batch)
+
+    def select(self, chosen: Sequence[int]) -> tuple[Batch, Prefix]:
+        """Return some rows as a batch, and what has been computed of them."""
+        batch = self._batch(chosen)
+        if not self.depth:
+            return batch, plain_prefix()
+        first = self.states[chosen[0]]
+        # laid out anew for each pass: some families go on adding to it in place
+        whole = first.new_zeros(*batch.ids.shape, first.shape[-1])
+        for i, (row, start) in enumerate(zip(chosen, batch.offset.tolist(), strict=True)):
+            whole[i, start : start + len(self.rows[row])] = self.states[row]
+        return batch, plain_prefix().at_depth(self.depth, whole)
+
+
+def split_rows(states: Tensor, lengths: Sequence[int], batch: Batch) -> list[Tensor]:
+    """Cut a batch's states ``[rows, length, d]`` into those of each row's own tokens ``[tokens, d]``."""
+    starts = batch.offset.tolist()
+    return [
+        states[i, start : start + length].clone()
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+
+
+def align(
+    host: Host, rows: Sequence[Sequence[int]], columns: Sequence[int], offsets: Sequence[int], *,
+    left: bool = True,
+) -> tuple[Batch, int]:  # fmt: skip
+    """Lay rows out as a batch with one column of each in the same place; return the batch and that place.
+
+    ``offsets``: how many tokens each row continues. With ``left`` off no padding goes before a row's first token, so
+    columns keep their own places, and the furthest is returned. Raises RequestError for a row that is longer than
+    the model's window with what it continues.
+    """
+    host.check_window(max((len(row) + n for row, n in zip(rows, offsets, strict=True)), default=0))
+    column = max(columns, default=0)
+    starts = [column - own if left else 0 for own in columns]
+    return tokens.lay_out(rows, starts, offsets=offsets, fill=host.pad_id, device=host.device), column
+
+
+# --- when work may be shared ----------------------------------------------------------------
+
+
+def keeps_attention_only(host: Host) -> bool:
+    """Whether a model takes a cache and by its configuration keeps attention's keys and values alone."""
+    kinds = set(getattr(host.text_config, "layer_types", None) or ())
+    stateful = bool(getattr(host.model, "_is_stateful", False))
+    return "past_key_values" in host.accepts and not stateful and kinds <= SHAREABLE_LAYERS
+
+
+def agree(whole: Tensor, cut: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a text in one piece and in two ended alike, up to the rounding of a model's ``dtype``.
+
+    The bound is relative to the largest entry of ``whole``; both are of one shape.
+    """
+    bound = 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool((whole - cut).abs().max() <= bound * whole.abs().max())
+
+
+def can_grow(host: Host) -> bool:
+    """Whether rows may be continued with the model's own cache; tried out anew, see :attr:`Host.continues`."""
+    return _tried(host, _try_growing)
+
+
+def can_reuse(host: Host, longest: int) -> bool:
+    """Whether rows of at most ``longest`` tokens may be continued with a fixed cache; tried out once per host.
+
+    Not where a window of attention is shorter than they are.
+    """
+    window = getattr(host.text_config, "sliding_window", None)
+    if isinstance(window, int) and 0 < window <= longest:
+        return False
+    trials = vars(host).setdefault("_prefix_trials", {})
+    if "fixed" not in trials:
+        trials["fixed"] = _tried(host, _try_fixed)
+    return trials["fixed"]
+
+
+@torch.no_grad()
+def _tried(host: Host, trial: Callable[[Host], bool]) -> bool:
+    """Run a trial, whatever is in place on the model; False where the model takes no such cache."""
+    if not keeps_attention_only(host):
+        return False
+    with locking.of(host.model).shared, passes.without_interventions():
+        try:
+            return trial(host)
+        except TRIAL_ERRORS:
+            return False
+
+
+def _trial_rows(host: Host, *lengths: int) -> list[tuple[int, ...]]:
+    return [tuple((7 * i + 3 + k) % host.vocab_size for i in range(n)) for k, n in enumerate(lengths)]
+
+
+def _try_growing(host: Host) -> bool:
+    """Whether two rows end in the same logits in one piece and in two, padded on the left in the first."""
+    rows = _trial_rows(host, 5, 7)
+    line, column = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6])
+    whole = host.forward_at(host.batch(rows), line, column)
+    runner = PrefixRunner(host)
+    prefix = runner.grow(host.batch([row[:-2] for row in rows], side="left")).prefix
+    assert prefix is not None and isinstance(prefix.cache, GrowingCache)
+    if not prefix.cache.selectable:
+        return False
+    batch, _ = align(host, [row[-2:] for row in rows], [0, 0], [len(row) - 2 for row in rows], left=False)
+    cut = runner.grow(batch, prefix.copy(), at=(line, torch.tensor([0, 1, 0, 1]))).logits
+    return cut is not None and agree(whole, cut, host.dtype)
+
+
+def _try_fixed(host: Host) -> bool:
+    """Whether two rows end in the same states in one piece and in two, and one of them also without any cache."""
+    runner, rows = PrefixRunner(host), _trial_rows(host, 4, 5)
+    top = len(runner.blocks) - 1
+    last = runner.blocks[top]
+    with hooks.frozen(host.model):
+        batch, column = align(host, rows, [2, 3], [0, 0])
+        whole = runner.run(batch, no_prefix(host, 2), keep=[top], remember=range(top + 1), stop=last)
+        prefix = no_prefix(host, 2).followed_by(whole.key_values, batch, column)
+        cut = runner.run(batch.columns(column), prefix, keep=[top], stop=last)
+        plain = runner.run(host.batch(rows[:1]), plain_prefix(), keep=[top], stop=last)
+    row = whole.states[top][0, column - 2 : column + 2]
+    pairs = [(plain.states[top][0], row), (plain.states[top][0, 2:], cut.states[top][0, :2])]
+    pairs.append((whole.states[top][1, column:], cut.states[top][1]))
+    return all(agree(one, other, host.dtype) for one, other in pairs)
