@@ -1,7 +1,7 @@
 """Statistics on disk: safetensors files named by what they were made from.
 
-Three kinds: moments of a site, their eigendecomposition beside them, and the sums of an unfinished
-pass. A file appears whole or not at all, with one hash over all it says; one that cannot be read, or is
+Four kinds: moments of a site, their eigendecomposition beside them, the sums of an unfinished
+pass, and documents of plain data. A file appears whole or not at all, with one hash over all it says; one that cannot be read, or is
 not what was written, is warned about and made anew.
 """
 
@@ -57,7 +57,7 @@ def key(facts: Mapping[str, Any]) -> str:
 
 
 def path(folder: Path, facts: Mapping[str, Any], kind: str = "moments") -> Path:
-    """Return where something of these facts is kept; ``kind``: moments, eigen or partial."""
+    """Return where something of these facts is kept; ``kind``: moments, eigen, partial, or a document's own."""
     return folder / f"{kind}-{key(facts)}.safetensors"
 
 
@@ -118,6 +118,16 @@ def write_partial(folder: Path, facts: Mapping[str, Any], partial: Partial) -> P
 def drop_partial(folder: Path, facts: Mapping[str, Any]) -> None:
     """Remove what an unfinished pass left, if anything."""
     path(folder, facts, "partial").unlink(missing_ok=True)
+
+
+def read_document(folder: Path, facts: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    """Return the plain data stored under these facts, or None; also for a damaged file, with a warning."""
+    return _load(path(folder, facts, kind), facts, lambda header, tensors: dict(header["document"]))
+
+
+def write_document(folder: Path, facts: Mapping[str, Any], kind: str, document: Mapping[str, Any]) -> Path:
+    """Store plain data. Raises DataError where the folder cannot be written."""
+    return _save(path(folder, facts, kind), facts, {"document": dict(document)}, {})
 
 
 def _parts(moments: Moments, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
