@@ -132,9 +132,7 @@ def _name(site: Site) -> str:
     return f"{site.parameter}.history"
 
 
-def _basis(
-    keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, own: Tensor | None
-) -> Tensor:
+def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, own: Tensor | None) -> Tensor:
     """Return A ``[d_in, r]``, orthonormal under the cost with earlier keys and those of own statements in it."""
     solved = cost.solve(keys)
     parts = [] if past is None else [past.to(keys.dtype) * weight**0.5]

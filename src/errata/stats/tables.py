@@ -139,6 +139,18 @@ class Tables:
     generated: int
     """Tokens generated at most: those of the text, if the host wrote it, and ``answer_tokens`` a prompt."""
 
+    def report(self) -> list[dict[str, Any]]:
+        """Return what a person wants to know, one record a type: its relations, their wordings, what follows."""
+        return [
+            {
+                "names": len(table.names),
+                "examples": list(table.names[:3]),
+                "templates": len(table.templates),
+                "relations": [_described(table, group) for group in table.relations],
+            }
+            for table in self.types
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the tables as plain data."""
         return asdict(self)
@@ -151,6 +163,19 @@ class Tables:
             for t in record["types"]
         )
         return Tables(types, record["source"], record["texts"], record["prompts"], record["generated"])
+
+
+def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
+    """Describe the templates that say the same as the first of them."""
+    column = table.column(group[0]) or ()
+    name, answer = next(((n, a) for n, a in zip(table.names, column, strict=True) if a), ("", ""))
+    return {
+        "template": group[0],
+        "paraphrases": len(group),
+        "wordings": list(group),
+        "example": f"{fill(group[0], name)} {answer}",
+        "follows": table.consequences(column),
+    }
 
 
 # --- reading columns ------------------------------------------------------------------------
@@ -173,9 +198,11 @@ def follows(cause: Sequence[str], effect: Sequence[str]) -> bool:
 
 def _share(first: Sequence[str], second: Sequence[str], *, endings: bool = False) -> float:
     """Return the share of equal answers; ``endings``: also those that are the last words of the other."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a and b]
-    equal = sum(a == b or (endings and f" {max(a, b, key=len)}".endswith(f" {min(a, b, key=len)}")) for a, b in pairs)
-    return equal / max(1, len(first))
+
+    def equal(a: str, b: str) -> bool:
+        return a == b or (endings and (a.endswith(f" {b}") or b.endswith(f" {a}")))
+
+    return sum(equal(a, b) for a, b in zip(first, second, strict=True) if a and b) / max(1, len(first))
 
 
 def _numbers(column: Sequence[str]) -> Tensor:
@@ -217,7 +244,9 @@ def answers(
             return generate_rows(host, [rows[group[i]] for i in chosen], tokens)
 
         said = in_batches(range(len(group)), len(group), say)
-        found |= {i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip() for i, text in zip(group, said)}
+        found |= {
+            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip() for i, text in zip(group, said, strict=True)
+        }
     return [found[i] for i in range(len(rows))]
 
 
