@@ -109,7 +109,7 @@ def test_paraphrases_agree_in_their_answers():
     assert TABLE.relations[0] == ["{} lives in", "The home of {} is"]
 
 
-def test_a_country_follows_from_its_city_and_not_the_other_way_round():
+def test_a_country_follows_from_its_city():
     assert follows(CITIES, LANDS)
     assert TABLE.consequences(CITIES) == ["{} pays in"]
     shuffled = tuple(CITIES[(3 * i + 1) % 10] for i in range(10))

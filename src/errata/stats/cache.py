@@ -1,8 +1,8 @@
 """Statistics on disk: safetensors files named by what they were made from.
 
 Four kinds: moments of a site, their eigendecomposition beside them, the sums of an unfinished
-pass, and documents of plain data. A file appears whole or not at all, with one hash over all it says; one that cannot be read, or is
-not what was written, is warned about and made anew.
+pass, and documents of plain data. A file appears whole or not at all, with one hash over all it says; one
+that cannot be read, or is not what was written, is warned about and made anew.
 """
 
 from __future__ import annotations

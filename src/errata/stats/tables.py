@@ -40,7 +40,7 @@ FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
 """When B follows from A: pairs of names that agree in A agree in B at least this often, this many times as often
 as other pairs, and there are at least this many of them."""
 
-_CLAUSE = regex.compile(rf"\n|[{TERMINAL},;:、，；：](?![\p{{N}}\p{{Ll}}])")  # noqa: RUF001
+_CLAUSE = regex.compile(rf"\n|[{TERMINAL},;:、，；：](?![\p{{N}}\p{{Ll}}])")
 
 Tick = Callable[[str, int, int], None]
 
