@@ -14,8 +14,11 @@ Implements U are the inputs of a down-projection at every position from the subj
            changes them all; later positions hold keys that know the relation as well
 Departs    M is the shrunken second moment, not C: with the plain one a sequence loses its neighbours sooner.
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
-           cut to the directions that hold its energy
-Needs      Second moment of keys at each layer; gradients
+           cut to the directions that hold its energy. With settings for own statements, M also holds
+           anchors E[k k^T of the model's other statements about the subject] + mates E[k k^T of the same
+           statement about other subjects of its type], and own paraphrases are fitted beside the prompt; all come
+           from the model's own tables. At 0, the default, this is the form with second moments alone
+Needs      Second moment of keys at each layer; gradients; for own statements, tables that the model writes once
 """
 
 from __future__ import annotations
