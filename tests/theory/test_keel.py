@@ -9,8 +9,12 @@ import errata
 from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor, update
-from errata.locate.keys import capture_from
-from errata.methods import keel
+from errata.locate.contexts import Context
+from errata.locate.keys import capture_from, subject_place
+from errata.locate.own import OwnText, kept_keys, training_rows
+from errata.locate.problems import value_problems
+from errata.methods import _method, keel
+from errata.training.polyak import PolyakPath
 from tests.models import fresh
 
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -90,14 +94,14 @@ def test_a_step_lowers_a_linear_loss_to_zero():
     (gradient,) = torch.autograd.grad(loss, [y])
     start, loss = y.detach().clone(), float(loss.detach().abs())
     direction = direction * torch.sign((direction * start).sum() + 2.0)
-    path = keel._Path(None)
+    path = PolyakPath(None)
     path.step_([y], [direction], loss)
     assert float((direction * (y.detach() - start)).sum()) == pytest.approx(-loss)
     whole = float((y.detach() - start).norm())
     path.step_([y], [gradient], loss + 1.0)  # the loss rose: again from the start, a quarter as far
     torch.testing.assert_close(start - y.detach(), whole / 4 * direction / direction.norm())
     y.data.copy_(start)
-    keel._Path(0.5).step_([y], [direction], 100.0)
+    PolyakPath(0.5).step_([y], [direction], 100.0)
     assert float((y.detach() - start).norm()) == pytest.approx(0.5)
 
 
@@ -110,6 +114,86 @@ def test_earlier_keys_join_the_cost(cost):
     small = square_factor(past)
     assert small.shape == (12, 12)
     torch.testing.assert_close(small @ small.mT, past @ past.mT)
+
+
+ADA_ELSEWHERE = errata.Request("{} plays the", "Ada Brenner", "violin")
+
+
+def test_keys_of_own_statements_join_the_cost_with_their_weights(host):
+    """M = shrunken C + mu E_anchors[k k^T] + nu E_mates[k k^T], means over all positions from the subject on."""
+    site = host.layout.site(1)
+    own = OwnText(anchors=(ADA_ELSEWHERE,), mates=(BRUNO,))
+    factor = kept_keys(host, [own], [site], anchors=0.3, mates=0.7)[site]
+    expected = torch.zeros(site.d_in, site.d_in, dtype=torch.float64)
+    for weight, statement in ((0.3, ADA_ELSEWHERE), (0.7, BRUNO)):
+        row = host.encode_answer(statement.text, statement.target).ids[:-1]
+        start = subject_place(host, statement).position
+        keys = capture_from(host, [row], [start], [site])[site][0]
+        expected += weight * keys.mT @ keys / len(keys)
+    torch.testing.assert_close(factor @ factor.mT, expected)
+    samples = random(site.d_in, 3 * site.d_in, seed=5)
+    matrix = samples @ samples.mT / samples.shape[1]
+    cost, keys = CostMatrix.of(matrix, ridge=0.1), random(site.d_in, 4, seed=6)
+    shrunken = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(site.d_in, dtype=torch.float64)
+    basis = keel._basis(keys, cost, None, 0.0, factor)
+    torch.testing.assert_close(basis.mT @ (shrunken + expected) @ basis, torch.eye(4, dtype=torch.float64))
+
+
+def test_each_request_brings_as_much_of_its_own_as_it_would_alone(host):
+    site, own = host.layout.site(1), OwnText(anchors=(ADA_ELSEWHERE,))
+    alone = kept_keys(host, [own], [site], anchors=1.0, mates=0.0)[site]
+    both = kept_keys(host, [own, OwnText(anchors=(BRUNO,))], [site], anchors=1.0, mates=0.0)[site]
+    torch.testing.assert_close(both[:, : alone.shape[1]], alone)
+    assert both.shape[1] > alone.shape[1]
+    assert kept_keys(host, [own], [site], anchors=0.0, mates=1.0) == {}
+
+
+def test_at_the_subjects_last_token_alone_other_statements_about_it_cannot_be_kept(host, cost):
+    """Their keys are equal there, whatever the relation: what changes one output changes the other as much."""
+    place, other = (subject_place(host, one) for one in (ADA, ADA_ELSEWHERE))
+    assert place.ids == other.ids
+    cost, _ = cost
+    key, residual = random(12, 1, seed=1), random(7, 1, seed=2)
+    for weight in (1.0, 1e6):
+        # the anchor's key is the edit's: no weight on it takes the change away from the anchor alone
+        kept = key * weight**0.5
+        basis = keel._basis(key, cost, None, 0.0, kept)
+        change = (residual / (basis.mT @ key)) @ basis.mT
+        torch.testing.assert_close(change @ key, residual)
+    # at a later position keys differ, and the anchor's output stays the better the more it weighs
+    later, anchor = random(12, 1, seed=3), random(12, 1, seed=4)
+    moved = []
+    for weight in (0.0, 1.0, 1e6):
+        keys = torch.cat([key, later], 1)
+        kept = torch.cat([key, anchor], 1) * weight**0.5
+        basis = keel._basis(keys, cost, None, 0.0, kept)
+        gram = basis.mT @ later
+        change = residual @ (gram / gram.square().sum()).mT @ basis.mT  # the cheapest with that output there
+        torch.testing.assert_close(change @ later, residual)
+        moved.append(float((change @ torch.cat([key, anchor], 1)).norm()))
+    assert moved[0] > moved[1] > 1e3 * moved[2]
+
+
+def test_own_paraphrases_weigh_half_and_the_weights_sum_to_one(host):
+    (problem,) = value_problems(host, [ADA], [Context("", 1.0)], merge=False)
+    assert training_rows(host, problem.rows, OwnText()) == problem.rows
+    own = OwnText(paraphrases=(errata.Request("{} comes from", "Ada Brenner", "Merrin"),))
+    weights = [row.loss_weight for row in training_rows(host, problem.rows, own)]
+    assert weights == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_without_data_of_its_own_the_method_is_the_core_form_and_makes_no_tables(host, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("tables were made")
+
+    monkeypatch.setattr(_method, "own_tables", refuse)
+    core = errata.edit(host, [ADA, BRUNO], steps=3, **OPTIONS)
+    rows = {"anchor_rows": 3, "mate_rows": 5}
+    same = errata.edit(host, [ADA, BRUNO], steps=3, paraphrases=0, anchors=0.0, mates=0.0, **rows, **OPTIONS)
+    for name, delta in core.deltas.items():
+        assert torch.equal(delta.A, same.deltas[name].A) and torch.equal(delta.B, same.deltas[name].B)
+    with pytest.raises(AssertionError, match="tables"):
+        errata.edit(host, ADA, anchors=0.1, **OPTIONS)
 
 
 def test_cutting_keeps_the_energy_it_says(cost):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from errata.host.layout import Site
     from errata.host.load import Host
     from errata.linalg.moments import Moments
+    from errata.stats.tables import Tables
     from errata.types import Corpus
 
 FILES = (".txt", ".jsonl", ".md", ".text")
@@ -37,6 +38,15 @@ def command(
     eigen: Annotated[
         bool, typer.Option("--eigen", help="Decompose now what methods decompose when first needed.")
     ] = False,
+    tables: Annotated[
+        bool,
+        typer.Option(
+            "--tables", help="Instead: mine templates and names from free text, and have the host answer them."
+        ),
+    ] = False,
+    budget: Annotated[
+        int, typer.Option(min=1, help="With --tables: how many tokens may be generated.")
+    ] = 150_000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it costs; compute nothing.")] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -47,7 +57,8 @@ def command(
 
     A pass that is broken off goes on where it was. Methods use what is kept here when they ask for the
     same number of tokens of the same corpus: --set tokens=N. The folder is that of the environment variable
-    ERRATA_CACHE, by default errata in the user's cache.
+    ERRATA_CACHE, by default errata in the user's cache. With --tables: what the model writes about, in which
+    templates, and what it answers to each; for --set paraphrases, anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
@@ -55,6 +66,9 @@ def command(
     host = common.open_host(model, device, dtype)
     if host.tokenizer is None:
         raise ConfigError(f"statistics are taken over texts, and {host.name} reads none")
+    if tables:
+        _tables(host, corpus, budget, seed, dry_run, json)
+        return
     chosen = resolve_layers(host, _layers(layers), lambda depth: tuple(range(depth)))
     sites = [host.layout.site(layer) for layer in chosen]
     texts = _corpus(host, corpus, seed)
@@ -69,6 +83,50 @@ def command(
         common.emit(document)
     else:
         _show(document)
+
+
+def _tables(
+    host: Host, corpus: str | None, budget: int, seed: int, dry_run: bool, json: bool
+) -> None:  # fmt: skip
+    """Make the host's own tables, or say what they take, and show them."""
+    from errata.stats.cache import cache_dir, path
+    from errata.stats.tables import TableSettings, facts, own_tables
+
+    settings = TableSettings(budget=budget, seed=seed)
+    texts = None if corpus is None else _corpus(host, corpus, seed)
+    place = path(cache_dir(), facts(host, settings, texts), "tables")
+    document: dict[str, Any] = {"model": host.name, "path": str(place), "kept_already": place.exists()}
+    if dry_run:
+        cost = 0 if place.exists() else budget
+        common.emit({**document, "dry_run": True, "tokens": cost}) if json else print(
+            f"tables of {host.name}: {cost:,} generated tokens at most, in {place}\n"
+            "dry run: nothing was computed or written"
+        )
+        return
+    with common.progress(not json) as tick:
+        made = own_tables(host, settings, corpus=texts, folder=cache_dir(), on_progress=tick)
+    if json:
+        common.emit({**document, **made.to_dict(), "report": made.report()})
+        return
+    _show_tables(made, str(place))
+
+
+def _show_tables(made: Tables, place: str) -> None:
+    for row in made.report():
+        rows = [
+            (one["template"], one["paraphrases"], one["example"], ", ".join(one["follows"]) or "-")
+            for one in row["relations"]
+        ]
+        common.table(
+            f"{row['names']} names such as {', '.join(row['examples'])}: {row['templates']} templates",
+            ("template", "say the same", "example", "follow from it"), rows, right=(1,),
+        )  # fmt: skip
+    if not made.types:
+        print("no templates repeat in this text: methods let the model write about each subject instead")
+    print(
+        f"from {made.texts:,} texts {made.source}; {made.prompts:,} prompts answered, "
+        f"{made.generated:,} tokens generated at most; kept in {place}"
+    )
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -22,8 +22,10 @@ from errata.host.load import Host
 from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
+from errata.locate.own import OwnCounts, OwnText, own_text
 from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
+from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.types import Case, Corpus, Request
 
 
@@ -303,6 +305,27 @@ class Workspace:
                 self._cache[key] = (
                     excerpts(host, self.corpus, groups=groups, weighting=weighting) if host.fills
                     else prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+                )  # fmt: skip
+        return self._cache[key]
+
+    def own_texts(self, host: Host, requests: Sequence[Request], counts: OwnCounts) -> list[OwnText]:
+        """Return the host's own statements for each request; none, and no tables made, where none are asked for."""
+        if counts == OwnCounts():
+            return [OwnText() for _ in requests]
+        tables = self.tables(host)
+        return [own_text(host, request, tables, counts, seed=self.seed) for request in requests]
+
+    def tables(self, host: Host) -> Tables:
+        """Return the host's own tables, see :mod:`errata.stats.tables`; those of the host without ``after``.
+
+        Always mined from what the host writes, whatever the corpus: no text that a user gives can enter.
+        """
+        key = ("tables", host.fingerprint, *self._others(host), host.prompt_format)
+        if key not in self._cache:
+            with without(self.after, host):
+                self._cache[key] = own_tables(
+                    host, TableSettings(), folder=None if host.placed else self.folder,
+                    on_progress=self.on_progress,
                 )  # fmt: skip
         return self._cache[key]
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from errata.config import positive
 from errata.linalg.solve import RIDGE
+from errata.locate.own import OwnCounts
 from errata.locate.values import Scale, Stop, ValueConfig
 from errata.methods._method import Layers
 from errata.methods._stabilise import check_steps
@@ -108,6 +109,37 @@ class Inputs:
     moments: str | None = None
     """File of second moments of keys, used instead of computing them, {} in its name for the layer's number:
     .npz as ROME's and MEMIT's code writes them, or .safetensors with a matrix [m, m] per parameter."""
+
+
+@dataclass(frozen=True)
+class OwnStatements:
+    """Statements of the model's own beside the requests, from its tables (``errata stats --tables``)."""
+
+    paraphrases: int = 0
+    """How many own paraphrases of each request are fitted as well, each with half the prompt's weight."""
+    consequences: int = 0
+    """How many own statements that follow from each request are fitted as well, in the same way."""
+    anchors: float = 0.0
+    """Weight in M of the keys of other own statements about the subject."""
+    anchor_rows: int = 24
+    """How many of them, for each request."""
+    mates: float = 0.0
+    """Weight in M of the keys of the request's own statement about other subjects of its type."""
+    mate_rows: int = 16
+    """How many of them, for each request."""
+
+    def own_problems(self) -> list[str]:
+        """Check ranges."""
+        names = ("paraphrases", "consequences", "anchors", "mates")
+        return [*positive(self, "anchor_rows", "mate_rows"), *at_least_zero(self, *names)]
+
+    @property
+    def own_counts(self) -> OwnCounts:
+        """How many statements of each sort are needed."""
+        return OwnCounts(
+            self.paraphrases, self.consequences,
+            self.anchor_rows if self.anchors > 0 else 0, self.mate_rows if self.mates > 0 else 0,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

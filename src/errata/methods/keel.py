@@ -14,8 +14,11 @@ Implements U are the inputs of a down-projection at every position from the subj
            changes them all; later positions hold keys that know the relation as well
 Departs    M is the shrunken second moment, not C: with the plain one a sequence loses its neighbours sooner.
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
-           cut to the directions that hold its energy
-Needs      Second moment of keys at each layer; gradients
+           cut to the directions that hold its energy. With settings for own statements, M also holds
+           anchors E[k k^T of the model's other statements about the subject] + mates E[k k^T of the same
+           statement about other subjects of its type], and own paraphrases are fitted beside the prompt; all come
+           from the model's own tables. At 0, the default, this is the form with second moments alone
+Needs      Second moment of keys at each layer; gradients; for own statements, tables that the model writes once
 """
 
 from __future__ import annotations
@@ -36,15 +39,17 @@ from errata.host.memory import in_batches
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor
 from errata.locate.keys import capture_from
+from errata.locate.own import kept_keys, training_rows
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._method import Layers, Method, Workspace, notes, provenance, resolve_layers, wide_layers
-from errata.methods._settings import Inputs, at_least_zero
+from errata.methods._settings import Inputs, OwnStatements, at_least_zero
+from errata.training.polyak import PolyakPath
 from errata.training.tune import ROWS, Line, Losses, beside_low_rank
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs):
+class Config(Inputs, OwnStatements):
     """Settings of KEEL."""
 
     layers: Layers = None
@@ -73,6 +78,7 @@ class Config(Inputs):
         complaints = [
             *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens"),
             *at_least_zero(self, "history", "stop_loss"),
+            *self.own_problems(),
         ]
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
@@ -90,7 +96,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = work.contexts(host, groups, "flat", config.prefixes)
     problems = value_problems(host, requests, contexts, merge=False)
-    rows = [problem.rows for problem in problems]
+    own = work.own_texts(host, requests, config.own_counts)
+    rows = [training_rows(host, one.rows, text) for one, text in zip(problems, own, strict=True)]
     flat = [row for group in rows for row in group]
     keys = {
         site: torch.cat(found).mT
@@ -99,7 +106,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         ).items()
     }
     state = dict(work.after.state) if work.after else {}
-    bases = {site: _basis(keys[site], costs[site], state.get(_name(site)), config.history) for site in sites}
+    kept = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    earlier = {site: state[_name(site)] for site in sites if _name(site) in state and config.history > 0}
+    bases = {
+        site: _basis(keys[site], costs[site], earlier.get(site), config.history, kept.get(site))
+        for site in sites
+    }
     outer, facts = _descend(host, rows, bases, config, work)
     deltas = {site.parameter: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
     share = 1 / len(flat) ** 0.5  # the mean over the texts of this fit
@@ -119,12 +131,15 @@ def _name(site: Site) -> str:
     return f"{site.parameter}.history"
 
 
-def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float) -> Tensor:
-    """Return A ``[d_in, r]``, orthonormal under the cost with earlier keys in it."""
+def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, own: Tensor | None) -> Tensor:
+    """Return A ``[d_in, r]``, orthonormal under the cost with earlier keys and those of own statements in it."""
     solved = cost.solve(keys)
-    if past is not None and weight > 0:
-        earlier = past.to(keys.dtype) * weight**0.5
-        solved = solve_with_history(solved, earlier, cost.solve(earlier))
+    parts = [] if past is None or weight == 0 else [past.to(keys.dtype) * weight**0.5]
+    parts += [] if own is None else [own]
+    if parts:
+        more = torch.cat(parts, 1)  # [d_in, p]: M is the shrunken C and P P^T
+        more = more if more.shape[1] <= more.shape[0] else square_factor(more).to(keys.dtype)
+        solved = solve_with_history(solved, more, cost.solve(more))
     return key_basis(keys, solved).to(keys.dtype)
 
 
@@ -144,7 +159,7 @@ def _descend(
     """Return Y ``[d_out, r]`` for each site, and the loss, the steps and the cost."""
     lines = [_line(row) for group in rows for row in group]
     owner = torch.tensor([i for i, group in enumerate(rows) for _ in group])
-    weight = torch.tensor([1 / len(group) for group in rows for _ in group], dtype=torch.float64)
+    weight = torch.tensor([row.loss_weight for group in rows for row in group], dtype=torch.float64)
     inner = {site: basis.to(host.device_of(site)) for site, basis in bases.items()}
     outer = {
         site: torch.zeros(site.d_out, a.shape[1], dtype=a.dtype, device=a.device, requires_grad=True)
@@ -152,7 +167,7 @@ def _descend(
     }
     variables = list(outer.values())
     taken, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
-    path = _Path(config.step_limit)
+    path = PolyakPath(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
         factors = {site: (outer[site], inner[site]) for site in bases}
@@ -196,36 +211,6 @@ def _gradients(
 
     losses = in_batches(range(len(measure.lines)), batch_size or ROWS, run)
     return torch.tensor(losses, dtype=torch.float64), total
-
-
-class _Path:
-    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
-
-    def __init__(self, limit: float | None) -> None:
-        """``limit``: longest step; None: any."""
-        self.limit = float("inf") if limit is None else limit
-        self.radius = self.limit
-        self.loss = float("inf")
-        self.point: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.length = 0.0
-        """Of the step before."""
-
-    @torch.no_grad()
-    def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
-        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower."""
-        if loss < self.loss:
-            self.loss, self.radius = loss, min(self.limit, 2 * self.radius)
-            self.point = [variable.clone() for variable in variables]
-            self.gradients = list(gradients)
-        else:
-            self.radius = self.length / 4
-        size = sum(float(gradient.double().square().sum()) for gradient in self.gradients) ** 0.5
-        if size == 0.0:
-            raise ConfigError("the loss does not depend on the edited layers; edit lower ones")
-        self.length = min(self.loss / size, self.radius)
-        for variable, point, gradient in zip(variables, self.point, self.gradients, strict=True):
-            variable.copy_(point - self.length / size * gradient)
 
 
 METHOD = Method(

@@ -1,8 +1,8 @@
 """The cache of statistics: safetensors files named by a hash of everything they depend on.
 
-There are three kinds: moments of a site, their eigendecomposition, and the sums of an unfinished pass. Files are
-written atomically, with one hash over their whole content; a file that is unreadable or does not match its hash
-gives a warning and is recomputed.
+There are four kinds: moments of a site, their eigendecomposition, the sums of an unfinished pass, and documents of
+plain data. Files are written atomically, with one hash over their whole content; a file that is unreadable or does
+not match its hash gives a warning and is recomputed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def key(facts: Mapping[str, Any]) -> str:
 
 
 def path(folder: Path, facts: Mapping[str, Any], kind: str = "moments") -> Path:
-    """Return the file for these facts; ``kind``: moments, eigen or partial."""
+    """Return the file for these facts; ``kind``: moments, eigen, partial, or a document's own."""
     return folder / f"{kind}-{key(facts)}.safetensors"
 
 
@@ -120,6 +120,16 @@ def write_partial(folder: Path, facts: Mapping[str, Any], partial: Partial) -> P
 def drop_partial(folder: Path, facts: Mapping[str, Any]) -> None:
     """Remove the file of an unfinished pass, if there is one."""
     path(folder, facts, "partial").unlink(missing_ok=True)
+
+
+def read_document(folder: Path, facts: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
+    """Return the plain data stored under these facts, or None; also for a damaged file, with a warning."""
+    return _load(path(folder, facts, kind), facts, lambda header, tensors: dict(header["document"]))
+
+
+def write_document(folder: Path, facts: Mapping[str, Any], kind: str, document: Mapping[str, Any]) -> Path:
+    """Store plain data. Raises DataError where the folder cannot be written."""
+    return _save(path(folder, facts, kind), facts, {"document": dict(document)}, {})
 
 
 def _parts(moments: Moments, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:

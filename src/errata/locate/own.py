@@ -1,0 +1,265 @@
+"""What a host itself says about a request's subject and about others of its type, as data for an edit.
+
+Built from the host's tables (:mod:`errata.stats.tables`), or from statements that the host is let write about
+the subject. Nothing here takes a case or a probe: host, request and tables are all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import regex
+import torch
+from torch import Tensor
+
+from errata.errors import RequestError
+from errata.host.layout import Site
+from errata.host.load import Host, sample_rows
+from errata.locate.contexts import Context
+from errata.locate.keys import capture_from
+from errata.locate.problems import PromptRow, value_problems
+from errata.stats.tables import AnswerTable, Tables, answers, fill, plain
+from errata.stats.templates import SLOT
+from errata.training.tune import Line, Losses
+from errata.types import Request
+from errata.writing import TERMINAL
+
+TOKENS = 8
+"""Tokens of an answer at most."""
+SAMPLES, SAMPLE_TOKENS = 32, 16
+"""Statements about the subject that are sampled where the tables know no type for it, and their length."""
+OWN_WEIGHT = 0.5
+"""Loss weight of a paraphrase or consequence, that of the request's own prompt being 1."""
+KNOWN = 2
+"""Names with the new answer, at least, whose answers settle what follows from it."""
+TAILS = 8
+"""Templates that tell to which type an unknown subject belongs."""
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Statements of the host's own for one request; each a prompt, a subject and an answer."""
+
+    paraphrases: tuple[Request, ...] = ()
+    """Other templates for the request's relation, with its target."""
+    consequences: tuple[Request, ...] = ()
+    """Templates whose answer follows from the request's, with the answer that its target brings with it."""
+    anchors: tuple[Request, ...] = ()
+    """Other statements about the subject, with the host's own answers."""
+    mates: tuple[Request, ...] = ()
+    """The request's statement about other subjects of its type, with the host's own answers."""
+    type: int | None = None
+    """Which of the tables' types the subject is of; None: none, the statements were sampled."""
+
+
+@dataclass(frozen=True)
+class OwnCounts:
+    """How many statements of each sort to return at most."""
+
+    paraphrases: int = 0
+    consequences: int = 0
+    anchors: int = 0
+    mates: int = 0
+
+
+def own_text(host: Host, request: Request, tables: Tables, counts: OwnCounts, *, seed: int = 0) -> OwnText:
+    """Return the host's own statements for a request; answers are those it gives at present."""
+    number = type_of(host, request, tables)
+    draw = random.Random(f"errata-own-{seed}-{request.text}")
+    if number is None:
+        return _sampled(host, request, counts, seed)
+    table, template = tables.types[number], SLOT.join(request.template)
+    column = table.column(template) or answers(
+        host, [fill(template, name) for name in table.names], tokens=TOKENS
+    )
+    same = [one for one in table.paraphrases(column) if one != template]
+    after = table.consequences(column)
+    closed = {template, *same, *after, *table.related(column)}
+    others = _one_of_each(table, closed)
+    return OwnText(
+        tuple(_ask(request, one, request.target) for one in _usable(same, request)[: counts.paraphrases]),
+        tuple(_consequences(request, table, column, after))[: counts.consequences],
+        tuple(_anchors(host, request, _usable(others, request), counts.anchors)),
+        tuple(_mates(request, table, {template: tuple(column)}, same, counts.mates, draw)),
+        number,
+    )
+
+
+def type_of(host: Host, request: Request, tables: Tables) -> int | None:
+    """Return the number of the subject's type: the one that knows it, or its template, or fits it best; None: none.
+
+    Where several do, the type whose templates the host finds most likely behind the subject.
+    """
+    template = SLOT.join(request.template)
+    everything = list(range(len(tables.types)))
+    known = [i for i in everything if request.subject in tables.types[i].names]
+    fitting = [i for i in everything if template in tables.types[i].templates]
+    chosen = known or fitting or everything
+    if len(chosen) < 2:
+        return chosen[0] if chosen else None
+    scores = {i: _likely(host, request.subject, tables.types[i].templates) for i in chosen}
+    return min(chosen, key=lambda i: scores[i])
+
+
+def _likely(host: Host, subject: str, templates: Sequence[str]) -> float:
+    """Return the mean loss in nats per token of templates that begin with a name, behind a subject."""
+    tails = [one.removeprefix(f"{SLOT} ") for one in templates if one.startswith(f"{SLOT} ")][:TAILS]
+    if not tails:
+        return float("inf")
+    rows = [host.encode_answer(subject, tail) for tail in tails]
+    lines = [Line(r.ids[:-1], tuple(range(r.start - 1, len(r.ids) - 1)), r.target) for r in rows]
+    with torch.no_grad():
+        return float(Losses(host, lines)(range(len(lines))).mean())
+
+
+# --- statements from the tables -------------------------------------------------------------
+
+
+def _ask(request: Request, template: str, answer: str, subject: str | None = None) -> Request:
+    return Request(template, subject or request.subject, answer)
+
+
+def _usable(templates: Sequence[str], request: Request) -> list[str]:
+    """Leave out what the subject cannot be put into, as where it stands in the template already."""
+    return [one for one in templates if one.count(SLOT) == 1 and request.subject not in one]
+
+
+def _one_of_each(table: AnswerTable, closed: Collection[str]) -> list[str]:
+    """Order the templates that are not closed so that each relation comes once before any comes again."""
+    groups = [[one for one in group if one not in closed] for group in table.relations]
+    deepest = max(map(len, groups), default=0)
+    return [group[i] for i in range(deepest) for group in groups if i < len(group)]
+
+
+def _anchors(host: Host, request: Request, templates: Sequence[str], count: int) -> list[Request]:
+    chosen = templates[:count]
+    said = answers(host, [fill(one, request.subject) for one in chosen], tokens=TOKENS)
+    return [_ask(request, one, answer) for one, answer in zip(chosen, said, strict=True) if plain(answer)]
+
+
+def _consequences(
+    request: Request, table: AnswerTable, column: Sequence[str], templates: Sequence[str]
+) -> list[Request]:
+    """Return what names that have the request's target already have besides, where most of them agree."""
+    having = [i for i, answer in enumerate(column) if plain(answer) == plain(request.target)]
+    found = []
+    for template in templates:
+        own = table.column(template) or ()
+        votes = Counter(plain(own[i]) for i in having)
+        (answer, count), *_ = votes.most_common(1) or [("", 0)]
+        if answer and count >= KNOWN and 2 * count > len(having):
+            text = next(own[i] for i in having if plain(own[i]) == answer)
+            found.append(_ask(request, template, text))
+    return found
+
+
+def _mates(
+    request: Request, table: AnswerTable, own: dict[str, tuple[str, ...]], same: Sequence[str], count: int,
+    draw: random.Random,
+) -> list[Request]:  # fmt: skip
+    """Return the request's own template with other names first, then its paraphrases with them."""
+    named = {request.subject, request.target, request.target_old}
+    names = [i for i, name in enumerate(table.names) if name not in named]
+    draw.shuffle(names)
+    columns = {**own, **{one: table.column(one) or () for one in same}}
+    templates = list(columns)
+    found = []
+    for k in range(count):
+        i = names[k % len(names)] if names else None
+        if i is None or k // len(names) >= len(templates):
+            break
+        # one name after another, each in the next template, so that few rows see many of both
+        template = templates[(k + k // len(names)) % len(templates)]
+        if template.count(SLOT) == 1 and table.names[i] not in template and plain(columns[template][i]):
+            found.append(_ask(request, template, columns[template][i], table.names[i]))
+    return found
+
+
+# --- statements that the host writes about a subject ----------------------------------------
+
+
+def _sampled(host: Host, request: Request, counts: OwnCounts, seed: int) -> OwnText:
+    """Return statements from sampled continuations of the subject: with the old answer paraphrases, else anchors."""
+    if not counts.paraphrases and not counts.anchors:
+        return OwnText()
+    old = request.target_old or answers(host, [request.text], tokens=TOKENS)[0]
+    start = host.encode_prompt(request.subject)
+    digest = hashlib.sha256(f"{seed} {request.subject}".encode()).digest()
+    texts = sample_rows(
+        host, [start] * SAMPLES, SAMPLE_TOKENS, top_k=50, seed=int.from_bytes(digest[:4], "big")
+    )
+    paraphrases: dict[str, Request] = {}
+    anchors: dict[str, Request] = {}
+    for text in texts:
+        tail = regex.split(rf"[\n{TERMINAL}]", text, maxsplit=1)[0].rstrip()
+        before, found, _ = tail.partition(old) if old else (tail, "", "")
+        if not found:
+            before, _, answer = tail.rpartition(" ")
+        template = f"{SLOT}{before.rstrip()}"
+        if not before.strip() or request.subject in before or SLOT in before:
+            continue
+        if template == SLOT.join(request.template):
+            continue
+        if found:
+            paraphrases.setdefault(template, _ask(request, template, request.target))
+        elif plain(answer) and plain(request.target) not in plain(tail):
+            anchors.setdefault(template, _ask(request, template, answer))
+    return OwnText(
+        tuple(paraphrases.values())[: counts.paraphrases], anchors=tuple(anchors.values())[: counts.anchors]
+    )
+
+
+# --- statements as rows and keys ------------------------------------------------------------
+
+
+def statement_rows(host: Host, statements: Sequence[Request]) -> list[PromptRow]:
+    """Return each statement's text and the place of its subject; what shares a token with its answer is left out."""
+    rows: list[PromptRow] = []
+    for statement in statements:
+        with contextlib.suppress(RequestError):
+            (problem,) = value_problems(host, [statement], [Context("", 1.0)], merge=False)
+            rows += problem.rows
+    return rows
+
+
+def training_rows(host: Host, rows: Sequence[PromptRow], text: OwnText) -> tuple[PromptRow, ...]:
+    """Return a request's rows with its own paraphrases and consequences behind them, at half the weight of a row.
+
+    Loss weights of the result sum to one.
+    """
+    added = statement_rows(host, (*text.paraphrases, *text.consequences))
+    if not added:
+        return tuple(rows)
+    one = 1 / (len(rows) + OWN_WEIGHT * len(added))
+    weighted = [(row, one) for row in rows] + [(row, OWN_WEIGHT * one) for row in added]
+    return tuple(replace(row, loss_weight=weight) for row, weight in weighted)
+
+
+def kept_keys(
+    host: Host, texts: Sequence[OwnText], sites: Sequence[Site], *, anchors: float, mates: float
+) -> dict[Site, Tensor]:
+    """Return P ``[d_in, p]`` per site with P P^T = anchors E_anchors[k k^T] + mates E_mates[k k^T].
+
+    Keys at all positions from the subject's last token to the one that predicts the answer's last; means over
+    each request's own statements, summed over requests. Empty where there is none.
+    """
+    rows: list[PromptRow] = []
+    scales: list[float] = []
+    for text in texts:
+        for weight, statements in ((anchors, text.anchors), (mates, text.mates)):
+            own = statement_rows(host, statements) if weight > 0 else []
+            count = sum(len(row.ids) - row.position for row in own)
+            rows += own
+            scales += [(weight / max(1, count)) ** 0.5] * len(own)
+    if not rows:
+        return {}
+    found = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
+    return {
+        site: torch.cat([k * scale for k, scale in zip(keys, scales, strict=True)]).mT
+        for site, keys in found.items()
+    }

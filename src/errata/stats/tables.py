@@ -1,0 +1,359 @@
+"""A host's own tables: what it writes about, in which templates, and what it answers to each.
+
+From free text come templates, names and their types (:mod:`errata.stats.templates`); the host then answers
+every template for names of its type. Columns of that table tell which templates say the same and which
+follow from one another. Made of the host alone, once, and kept beside its statistics.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import regex
+import torch
+from torch import Tensor
+
+from errata.config import positive
+from errata.errors import ConfigError, HostError
+from errata.host import locking
+from errata.host.kinds import CAUSAL
+from errata.host.load import Host, generate_rows, sample_rows
+from errata.host.memory import in_batches
+from errata.stats import cache
+from errata.stats.collect import Corpus
+from errata.stats.templates import SLOT, Kind, mine
+from errata.writing import TERMINAL
+
+VERSION = 1
+"""Of what is mined and how; a part of the tables' name on disk."""
+ROWS = 64
+RELATED = 0.3
+"""Share of names with the same answer from which two templates may be about the same."""
+AGREE = 0.6
+"""Share of names with the same answer from which two templates are taken to say the same."""
+FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
+"""When B follows from A: pairs of names that agree in A agree in B at least this often, this many times as often
+as other pairs, and there are at least this many of them."""
+
+_CLAUSE = regex.compile(rf"\n|[{TERMINAL},;:、，；：](?![\p{{N}}\p{{Ll}}])")
+
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """How much text and how many answers tables are made of."""
+
+    texts: int = 1280
+    """Samples of free text, where the host writes it."""
+    length: int = 26
+    """Tokens of each."""
+    names: int = 64
+    """Names of a type that are asked about, the most frequent ones."""
+    templates: int = 96
+    """Templates of a type that are asked, the most frequent ones."""
+    answer_tokens: int = 8
+    """Tokens of an answer at most."""
+    budget: int = 150_000
+    """Tokens generated at most, text and answers together."""
+    seed: int = 0
+    """Of the free text."""
+
+    def __post_init__(self) -> None:
+        names = ("texts", "length", "names", "templates", "answer_tokens", "budget")
+        complaints = positive(self, *names)
+        if complaints:
+            raise ConfigError("; ".join(complaints))
+
+
+@dataclass(frozen=True)
+class AnswerTable:
+    """What the host answers to the templates of one type of names."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Each with ``{}`` for the name; the answer follows."""
+    answers: tuple[tuple[str, ...], ...]
+    """``answers[template][name]``; empty where the host says nothing."""
+
+    def column(self, template: str) -> tuple[str, ...] | None:
+        """Return the answers to a template, one a name; None where it is not among the table's."""
+        return self.answers[self.templates.index(template)] if template in self.templates else None
+
+    @cached_property
+    def plain(self) -> list[list[str]]:
+        """The answers as they are compared."""
+        return [[plain(answer) for answer in column] for column in self.answers]
+
+    @cached_property
+    def relations(self) -> list[list[str]]:
+        """The templates in groups that say the same, in the order of each group's first."""
+        groups: list[list[int]] = []
+        for i, own in enumerate(self.plain):
+            same = next((group for group in groups if _share(self.plain[group[0]], own) >= AGREE), None)
+            if same is None:
+                groups.append([i])
+            else:
+                same.append(i)
+        return [[self.templates[i] for i in group] for group in groups]
+
+    def paraphrases(self, column: Sequence[str]) -> list[str]:
+        """Return the templates whose answers agree with a column, the closest first."""
+        own = [plain(answer) for answer in column]
+        scores = [(_share(own, other), t) for t, other in zip(self.templates, self.plain, strict=True)]
+        return [template for score, template in sorted(scores, key=lambda one: -one[0]) if score >= AGREE]
+
+    def related(self, column: Sequence[str]) -> set[str]:
+        """Return the templates that may be about the same as a column: some answers agree, up to a leading word."""
+        own = [plain(answer) for answer in column]
+        pairs = zip(self.templates, self.plain, strict=True)
+        return {template for template, other in pairs if _share(own, other, endings=True) >= RELATED}
+
+    def consequences(self, column: Sequence[str]) -> list[str]:
+        """Return the templates whose answers follow from those of a column, and are not the same.
+
+        As a country follows from its city: names that agree in the column agree in the other, and others seldom do.
+        """
+        cause, related = _numbers([plain(answer) for answer in column]), self.related(column)
+        pairs = zip(self.templates, self.plain, strict=True)
+        return [t for t, other in pairs if t not in related and _follows(cause, _numbers(other))]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All tables of a host, and what they were made of."""
+
+    types: tuple[AnswerTable, ...]
+    """Empty where the text has no templates that repeat."""
+    source: str
+    """Name of the text."""
+    texts: int
+    """How many texts were read."""
+    prompts: int
+    """How many prompts the host answered."""
+    generated: int
+    """Tokens generated at most: those of the text, if the host wrote it, and ``answer_tokens`` a prompt."""
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return what a person wants to know, one record a type: its relations, their wordings, what follows."""
+        return [
+            {
+                "names": len(table.names),
+                "examples": list(table.names[:3]),
+                "templates": len(table.templates),
+                "relations": [_described(table, group) for group in table.relations],
+            }
+            for table in self.types
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tables as plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Tables:
+        """Read tables from plain data. Raises KeyError or TypeError where it is no such data."""
+        types = tuple(
+            AnswerTable(tuple(t["names"]), tuple(t["templates"]), tuple(tuple(row) for row in t["answers"]))
+            for t in record["types"]
+        )
+        return Tables(types, record["source"], record["texts"], record["prompts"], record["generated"])
+
+
+def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
+    """Describe the templates that say the same as the first of them."""
+    column = table.column(group[0]) or ()
+    name, answer = next(((n, a) for n, a in zip(table.names, column, strict=True) if a), ("", ""))
+    return {
+        "template": group[0],
+        "paraphrases": len(group),
+        "wordings": list(group),
+        "example": f"{fill(group[0], name)} {answer}",
+        "follows": table.consequences(column),
+    }
+
+
+# --- reading columns ------------------------------------------------------------------------
+
+
+def plain(answer: str) -> str:
+    """Return an answer without what does not matter when two are compared: case, marks, white space."""
+    return " ".join(regex.sub(r"[\p{P}\p{S}]+", " ", answer).casefold().split())
+
+
+def agreement(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the share of names to which two templates have the same answer, in 0 to 1."""
+    return _share([plain(one) for one in first], [plain(one) for one in second])
+
+
+def follows(cause: Sequence[str], effect: Sequence[str]) -> bool:
+    """Tell whether the answers in ``effect`` are a function of those in ``cause``, seen from pairs of names."""
+    return _follows(_numbers([plain(one) for one in cause]), _numbers([plain(one) for one in effect]))
+
+
+def _share(first: Sequence[str], second: Sequence[str], *, endings: bool = False) -> float:
+    """Return the share of equal answers; ``endings``: also those that are the last words of the other."""
+
+    def equal(a: str, b: str) -> bool:
+        return a == b or (endings and (a.endswith(f" {b}") or b.endswith(f" {a}")))
+
+    return sum(equal(a, b) for a, b in zip(first, second, strict=True) if a and b) / max(1, len(first))
+
+
+def _numbers(column: Sequence[str]) -> Tensor:
+    """Return one number for each answer, different ones for empty answers: int64 ``[names]``."""
+    known = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
+    return torch.tensor([known[answer] if answer else len(known) + i for i, answer in enumerate(column)])
+
+
+def _follows(cause: Tensor, effect: Tensor) -> bool:
+    pairs = torch.ones(len(cause), len(cause), dtype=torch.bool).triu(1)
+    equal, both = (cause[:, None] == cause)[pairs], (effect[:, None] == effect)[pairs]
+    if int(equal.sum()) < PAIRS or bool(equal.all()):
+        return False
+    share, rest = float(both[equal].double().mean()), float(both[~equal].double().mean())
+    return share >= FOLLOWS and share >= TIMES * rest
+
+
+# --- asking the host ------------------------------------------------------------------------
+
+
+def fill(template: str, name: str) -> str:
+    """Put a name into a template."""
+    before, _, after = template.partition(SLOT)
+    return before + name + after
+
+
+def answers(
+    host: Host, prompts: Sequence[str], *, tokens: int, tick: Callable[[int, int], None] = lambda *_: None
+) -> list[str]:
+    """Return what the host answers to each prompt under greedy generation, up to the end of the clause."""
+    rows = [host.encode_prompt(prompt) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: dict[int, str] = {}
+    for first in range(0, len(order), ROWS):
+        tick(first, len(order))
+        group = order[first : first + ROWS]
+
+        def say(chosen: Sequence[int], group: Sequence[int] = group) -> list[str]:
+            return generate_rows(host, [rows[group[i]] for i in chosen], tokens)
+
+        said = in_batches(range(len(group)), len(group), say)
+        found |= {
+            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip() for i, text in zip(group, said, strict=True)
+        }
+    return [found[i] for i in range(len(rows))]
+
+
+@locking.exclusive
+def own_tables(
+    host: Host, settings: TableSettings, *, corpus: Corpus | None = None, folder: Path | None = None,
+    on_progress: Tick = lambda what, done, total: None,
+) -> Tables:  # fmt: skip
+    """Return a host's tables: read from ``folder``, or made and kept there; None keeps nothing.
+
+    ``corpus``: text to mine instead of what the host writes. Raises ConfigError for a host that continues no
+    text and for a budget that does not pay for the text, HostError for a folder while an edit is in place.
+    """
+    if host.kind != CAUSAL or host.tokenizer is None:
+        raise ConfigError(f"tables are made from text that a model writes, and {host.name} continues none")
+    if folder is not None and host.placed:
+        raise HostError("tables of an edited host are not kept: take its edits back, or give no folder")
+    wanted = facts(host, settings, corpus)
+    known = None if folder is None else cache.read_document(folder, wanted, "tables")
+    if known is not None:
+        return Tables.from_dict(known)
+    made = _make(host, settings, corpus, on_progress)
+    if folder is not None:
+        cache.write_document(folder, wanted, "tables", made.to_dict())
+    return made
+
+
+def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> dict[str, Any]:
+    """Return what a host's tables depend on; :mod:`errata.stats.cache` names files by it."""
+    return {
+        "tables": VERSION,
+        "host": host.fingerprint,
+        "dtype": str(host.dtype),
+        "corpus": None if corpus is None else corpus.name,
+        "prompts": host.prompt_format.to_dict(),
+        **asdict(settings),
+    }
+
+
+def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: Tick) -> Tables:
+    own = corpus is None
+    spent = settings.texts * settings.length if own else 0
+    if spent >= settings.budget:
+        raise ConfigError(
+            f"a budget of {settings.budget} tokens does not pay for {settings.texts} texts of {settings.length} "
+            "tokens and their answers; raise the budget, or ask for fewer texts"
+        )
+    texts = free_text(host, settings, on_progress) if corpus is None else list(_some(corpus, settings))
+    kinds = plan(mine(texts), settings, settings.budget - spent)
+    total = sum(len(kind.names) * len(kind.templates) for kind in kinds)
+    types, done = [], 0
+    for kind in kinds:
+        prompts = [fill(template, name) for template in kind.templates for name in kind.names]
+        flat = answers(
+            host, prompts, tokens=settings.answer_tokens,
+            tick=lambda here, _, done=done: on_progress("answers", done + here, total),
+        )  # fmt: skip
+        done += len(prompts)
+        width = len(kind.names)
+        types.append(_table(kind, [flat[i : i + width] for i in range(0, len(flat), width)]))
+    on_progress("answers", total, total)
+    name = corpus.name if corpus else f"written by the host, seed {settings.seed}"
+    kept = tuple(table for table in types if table.templates)
+    return Tables(kept, name, len(texts), total, spent + total * settings.answer_tokens)
+
+
+def _table(kind: Kind, columns: Sequence[Sequence[str]]) -> AnswerTable:
+    """Return the table without templates to which all names have one answer: they tell nothing of a name."""
+    kept = [
+        (t, tuple(column))
+        for t, column in zip(kind.templates, columns, strict=True)
+        if len(set(map(plain, column))) > 1
+    ]
+    return AnswerTable(kind.names, tuple(t for t, _ in kept), tuple(column for _, column in kept))
+
+
+def _some(corpus: Corpus, settings: TableSettings) -> Iterable[str]:
+    return itertools.islice(corpus.texts(), settings.texts)
+
+
+def free_text(host: Host, settings: TableSettings, on_progress: Tick = lambda *_: None) -> list[str]:
+    """Return ancestral samples from the host's begin token."""
+    start = host.encode_prompt("", special=True) if host.prompt_format.is_default else host.encode("").ids
+    room = host.room(tuple(start))
+    length = settings.length if room is None else min(settings.length, room)
+    texts: list[str] = []
+    for first in range(0, settings.texts, ROWS):
+        on_progress("free text", first, settings.texts)
+        rows = [start] * min(ROWS, settings.texts - first)
+        texts += sample_rows(host, rows, length, top_k=None, seed=settings.seed * 100_003 + first)
+    on_progress("free text", settings.texts, settings.texts)
+    return texts
+
+
+def plan(kinds: Sequence[Kind], settings: TableSettings, budget: int) -> list[Kind]:
+    """Cut types to the names and templates that a budget of generated tokens pays for.
+
+    What small types leave over goes to the larger ones; a type that gets less than two of each is left out.
+    """
+    cut = [Kind(kind.names[: settings.names], kind.templates[: settings.templates]) for kind in kinds]
+    order = sorted(range(len(cut)), key=lambda i: len(cut[i].names) * len(cut[i].templates))
+    left, chosen = budget // settings.answer_tokens, {}
+    for place, i in enumerate(order):
+        share = left // (len(order) - place)
+        names = cut[i].names[: max(2, min(len(cut[i].names), int(share**0.5)))]
+        templates = cut[i].templates[: share // len(names)]
+        if len(templates) > 1:
+            chosen[i] = Kind(names, templates)
+            left -= len(names) * len(templates)
+    return [chosen[i] for i in sorted(chosen)]

@@ -1,0 +1,191 @@
+"""Templates and names in raw text: which words recur around which names. Text alone; no model, no word list.
+
+A name is a run of capitalised words. A template is a sentence with a name cut out and its last words, the
+answer, cut off; it counts where several names and several answers stand in it. Names that fill the same
+templates are of one type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import regex
+
+from errata.writing import TERMINAL
+
+SLOT = "{}"
+ANSWER_WORDS = 3
+"""Words that an answer has at most."""
+LEAST_NAMES = 4
+"""Names of a type; columns of fewer answers cannot be compared."""
+REPEATS = 3.0
+"""How often the words behind a template occur on average where they are a part of longer templates."""
+SHARED = 2
+"""Names that two templates have in common, at least, where they are of one type."""
+SHARED_PART = 0.1
+"""Share of the names of the smaller of two groups of templates that both have where they are of one type."""
+
+_WORD = r"\p{Lu}[\p{L}\p{M}\p{N}]*(?:-[\p{L}\p{M}\p{N}]+)*"
+_NAME = regex.compile(rf"(?<![\p{{L}}\p{{M}}\p{{N}}]){_WORD}(?: {_WORD})*")
+_SENTENCE = regex.compile(rf"[^\n{TERMINAL}]+[{TERMINAL}]?")
+_ASKS = regex.compile(r"[?？؟⸮՞፧;⁇⁈]\s*\Z")
+_LOWER = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Ll}[\p{L}\p{M}\p{N}]*")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Names of one type and the templates that they fill, the most frequent first."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Each with ``{}`` for the name; the answer follows."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One way to read a sentence: a name, the text around it, and what is cut off as the answer."""
+
+    template: str
+    name: str
+    answer: str
+
+
+def sentences(texts: Iterable[str]) -> list[str]:
+    """Split texts into statements; questions, and what a text breaks off in, are left out."""
+    kept = []
+    for text in texts:
+        for match in _SENTENCE.finditer(text):
+            sentence = " ".join(match.group().split())
+            whole = match.end() < len(text) or regex.search(rf"[{TERMINAL}]\Z", sentence)
+            if sentence and whole and not _ASKS.search(sentence):
+                kept.append(regex.sub(rf"[\s{TERMINAL}]+\Z", "", sentence))
+    return [sentence for sentence in kept if sentence]
+
+
+def mine(texts: Iterable[str]) -> list[Kind]:
+    """Return the types of names that texts speak of, those with the most occurrences first.
+
+    Empty where nothing repeats, or where the writing has no capital letters.
+    """
+    readings = list(_readings(sentences(texts)))
+    valid = _templates(readings)
+    chosen = [next((one for one in options if one.template in valid), None) for options in readings]
+    fills = _settled([reading for reading in chosen if reading is not None])
+    return _kinds({template: names for template, names in fills.items() if len(names) > 1})
+
+
+def _readings(found: Sequence[str]) -> Iterator[list[_Found]]:
+    """Yield, for each name in each sentence, its readings with answers of one word and more."""
+    lower = {word for sentence in found for word in _LOWER.findall(sentence)}
+    inside = {match.group() for sentence in found for match in _NAME.finditer(sentence) if match.start()}
+    for sentence in found:
+        for match in _NAME.finditer(sentence):
+            name, start = match.group(), match.start()
+            if start == 0 and name not in inside:  # the first word of a sentence is capitalised in any case
+                first, _, rest = name.partition(" ")
+                if first.lower() in lower:
+                    name, start = rest, len(first) + 1
+            if name:
+                yield list(_cuts(sentence, name, start))
+
+
+def _cuts(sentence: str, name: str, start: int) -> Iterator[_Found]:
+    """Yield the readings of a sentence whose name is settled, the shortest answer first."""
+    before, words = sentence[:start], sentence[start + len(name) :].split(" ")
+    for count in range(1, min(ANSWER_WORDS, len(words) - 1) + 1):
+        after = " ".join(words[:-count])
+        if regex.search(r"\p{L}", after):
+            yield _Found(f"{before}{SLOT}{after}", name, " ".join(words[-count:]))
+
+
+def _templates(readings: Iterable[Sequence[_Found]]) -> set[str]:
+    """Return the templates that hold two names and two answers at least."""
+    names: dict[str, set[str]] = {}
+    answers: dict[str, set[str]] = {}
+    for options in readings:
+        for reading in options:
+            names.setdefault(reading.template, set()).add(reading.name)
+            answers.setdefault(reading.template, set()).add(reading.answer)
+    return {template for template, found in names.items() if len(found) > 1 and len(answers[template]) > 1}
+
+
+def _settled(readings: Iterable[_Found]) -> dict[str, Counter[str]]:
+    """Settle where templates end, the longest first; return how often each holds each name.
+
+    Most of "{} was" goes on as one of a few other templates, such as "{} was born in": it is none itself. Where
+    what follows is nearly always new, as in "{} lives in New", the longer one is none, and what it holds counts
+    for the shorter one.
+    """
+    names: dict[str, Counter[str]] = {}
+    first: dict[str, Counter[str]] = {}  # the words that answers begin with
+    for reading in readings:
+        names.setdefault(reading.template, Counter())[reading.name] += 1
+        first.setdefault(reading.template, Counter())[reading.answer.split(" ", 1)[0]] += 1
+    for template in sorted(names, key=lambda one: (-len(one), one)):
+        longer = [one for one in names if one.startswith(template + " ")]
+        inside = sum(names[one].total() for one in longer)
+        words = first[template].copy()
+        for one in longer:
+            words[one[len(template) + 1 :].split(" ", 1)[0]] += names[one].total()
+        if inside > names[template].total() and words.total() > REPEATS * len(words):
+            del names[template]
+        elif longer:
+            first[template] = words
+            for one in longer:
+                names[template] += names.pop(one)
+    return names
+
+
+def _kinds(fills: dict[str, Counter[str]]) -> list[Kind]:
+    """Group templates that share names; a name belongs where it occurs most."""
+    groups = _components(fills)
+    total: list[Counter[str]] = [sum((fills[t] for t in group), Counter()) for group in groups]
+    owner = {name: max(range(len(groups)), key=lambda g: total[g][name]) for found in total for name in found}
+    kinds = []
+    for number, group in enumerate(groups):
+        distinct = Counter(name for template in group for name in fills[template])
+        names = [
+            name
+            for name, _ in sorted(total[number].items(), key=lambda item: (-item[1], item[0]))
+            if owner[name] == number and distinct[name] > 1
+        ]
+        by_size = sorted(group, key=lambda template: (-fills[template].total(), template))
+        if len(names) >= LEAST_NAMES and len(by_size) > 1:
+            kinds.append((total[number].total(), Kind(tuple(names), tuple(by_size))))
+    return [kind for _, kind in sorted(kinds, key=lambda item: (-item[0], item[1].names))]
+
+
+def _components(fills: dict[str, Counter[str]]) -> list[list[str]]:
+    """Group templates that hold two names in common, then groups that hold a share of their names in common.
+
+    One name in common is not enough: a single slip in the text would join two types.
+    """
+    groups: list[tuple[list[str], set[str]]] = []
+    for template in sorted(fills, key=lambda one: (-len(fills[one]), one)):
+        groups.append(([template], set(fills[template])))
+    for single in (True, False):
+        at = 0
+        while at < len(groups):
+            templates, names = groups[at]
+            near = [
+                other for other in groups[at + 1 :]
+                if _alike(templates, other[0], fills, single) or (not single and _overlap(names, other[1]))
+            ]  # fmt: skip
+            for other in near:
+                groups.remove(other)
+                templates += other[0]
+                names |= other[1]
+            at = 0 if near and at else at + (not near)
+    return [templates for templates, _ in groups]
+
+
+def _alike(first: Iterable[str], second: Iterable[str], fills: dict[str, Counter[str]], single: bool) -> bool:
+    """Tell whether any two templates of two groups share names enough."""
+    return single and any(len(fills[a].keys() & fills[b].keys()) >= SHARED for a in first for b in second)
+
+
+def _overlap(first: set[str], second: set[str]) -> bool:
+    shared = len(first & second)
+    return shared >= SHARED and shared >= SHARED_PART * min(len(first), len(second))
