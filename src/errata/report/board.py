@@ -22,6 +22,8 @@ CHUNK = 500
 """Resamples in memory at once."""
 FINE_TUNING = "fine-tuning"
 """Role of the baseline that methods are compared with."""
+EARLIER = "earlier headline"
+"""Heading of the headline score of earlier versions."""
 EARLIER_ROLES = {
     "unedited": (0, "the floor, nothing edited"),
     "in_prompt": (1, "the oracle, the fact before every prompt"),
@@ -35,6 +37,8 @@ class Entry:
 
     cell: Cell
     headline: Measure | None
+    earlier_headline: Measure | None
+    """The headline of earlier versions, where it has other parts."""
     over_tuning: Measure | None
     """Headline minus that of fine-tuning, on the same cases, with a paired interval."""
     measures: Mapping[str, Mapping[str, Measure]]
@@ -77,6 +81,8 @@ class Board:
     """Kinds whose answers must not change."""
     headline: tuple[str, ...]
     """Kinds whose harmonic mean is the headline score."""
+    earlier_headline: tuple[str, ...] = ()
+    """The same for the headline of earlier versions; empty where it is the same score."""
 
     @property
     def title(self) -> str:
@@ -93,6 +99,16 @@ class Board:
         if len(parts) == 1:
             return f"headline: {parts[0]} under free generation"
         return f"headline: harmonic mean of {', '.join(parts[:-1])} and {parts[-1]} under free generation"
+
+    @property
+    def earlier_text(self) -> str:
+        """How the headline of earlier versions differs; empty where it does not."""
+        left_out = [kinds.label(kind) for kind in self.headline if kind not in self.earlier_headline]
+        return (
+            f"{EARLIER}: as in earlier versions, without {', '.join(left_out)}"
+            if self.earlier_headline
+            else ""
+        )
 
     def others(self) -> list[str]:
         """List protocols with tables of their own: those without a column in the first table."""
@@ -164,9 +180,13 @@ def _board(cells: Sequence[Cell]) -> Board:
     )
     parts = tuple(kind for kind in measured_parts if kind)
     scores = _headlines(cells, tallies, parts)
+    earlier_parts = kinds.earlier_headline(parts)
+    earlier_scores = _headlines(cells, tallies, earlier_parts)
     entries = [
-        Entry(cell, value, difference, _measures(cell), curves(cell, counts))
-        for cell, counts, (value, difference) in zip(cells, tallies, scores, strict=True)
+        Entry(cell, value, earlier, difference, _measures(cell), curves(cell, counts))
+        for cell, counts, (value, difference), (earlier, _) in zip(
+            cells, tallies, scores, earlier_scores, strict=True
+        )
     ]
     entries.sort(
         key=lambda e: (
@@ -178,7 +198,7 @@ def _board(cells: Sequence[Cell]) -> Board:
     )
     return Board(
         model_name(cells[0]), str(cells[0].plan.get("schedule", "?")), cells[0].tag, tuple(entries),
-        tuple(kinds.order(measured_kinds, kept)), kept, parts,
+        tuple(kinds.order(measured_kinds, kept)), kept, parts, earlier_parts,
     )  # fmt: skip
 
 

@@ -12,6 +12,10 @@ GROUPS: Mapping[Group, str] = {
 """Groups of kinds in the order of columns, with their titles."""
 
 
+EARLIER_PARTS = 3
+"""Number of parts of the headline score in earlier versions."""
+
+
 def group(kind: str, kept: Iterable[str] = ()) -> Group:
     """Return the group of a kind; ``kept``: kinds whose answers must not change."""
     record = kind_of(kind)
@@ -33,6 +37,16 @@ def headline_parts() -> list[list[str]]:
         if kind.headline is not None:
             parts.setdefault(kind.headline, []).append(kind.name)
     return [names for _, names in sorted(parts.items())]
+
+
+def earlier_headline(parts: Iterable[str]) -> tuple[str, ...]:
+    """Return the parts of the headline score of earlier versions, which left out other facts of the same subject.
+
+    Empty where nothing differs.
+    """
+    parts = tuple(parts)
+    earlier = tuple(part for part in parts if (kind_of(part).headline or 0) <= EARLIER_PARTS)
+    return () if earlier == parts else earlier
 
 
 def is_main(kind: str) -> bool:

@@ -84,7 +84,7 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "model": board.model,
         "schedule": board.schedule,
         "tag": {name: value for name, value in board.tag.items() if value is not None},
-        "explained": board.headline_text,
+        "explained": "; ".join(filter(None, (board.headline_text, board.earlier_text))),
         "unedited_cases": tables.refused_cases(board),
         "headline": list(board.headline),
         "groups": dict(kinds.GROUPS),
@@ -148,6 +148,7 @@ def _entry(entry: Entry, board: Board, details: Details) -> dict[str, Any]:
         "settings": dict(cell.plan.get("settings") or {}),
         "host": cell.result.get("host") or {},
         "headline": _measure(entry.headline),
+        "earlier": _measure(entry.earlier_headline),
         "over": _measure(entry.over_tuning),
         "measures": {
             protocol: {kind: _measure(measure) for kind, measure in of_kinds.items()}

@@ -10,7 +10,7 @@ from errata.evaluation.metrics import Column, PaperScore, headline_metric
 from errata.evaluation.metrics.intervals import mean
 from errata.evaluation.metrics.summary import paper_scores
 from errata.report import kinds, numbers
-from errata.report.board import Board, Entry, absent, model_name
+from errata.report.board import EARLIER, Board, Entry, absent, model_name
 from errata.report.curves import Curves
 from errata.report.published import PROVENANCE, Comparison
 from errata.report.read import Run, number
@@ -83,19 +83,21 @@ def _main(board: Board, brief: bool) -> Table:
         "s/edit": [numbers.seconds(fit_median(e)) for e in board.entries],
     }  # fmt: skip
     extra = {k: v for k, v in rest.items() if any(cell != numbers.NONE for cell in v)}
+    earlier = [EARLIER] if board.earlier_headline else []
     rows = [
         (
             name,
             numbers.share(e.headline, brief=brief),
+            *([numbers.share(e.earlier_headline, brief=brief)] if earlier else []),
             *(numbers.share(e.main_measure(kind), brief=brief) for kind in main),
             *(column[i] for column in extra.values()),
         )
         for i, (name, e) in enumerate(zip(_names(board), board.entries, strict=True))
     ]
     heads = [_heading(kind, board, short=brief) for kind in main]
-    columns = ("method", "headline", *heads, *extra)
+    columns = ("method", "headline", *earlier, *heads, *extra)
     notes = [
-        board.headline_text,
+        "; ".join(filter(None, (board.headline_text, board.earlier_text))),
         "per cent, with 95 % bootstrap intervals over cases; for kinds that must not change, the share still right "
         "among those right before",
         "* baseline: " + "; ".join(f"{e.cell.name} is {e.role}"

@@ -59,7 +59,7 @@ _ALL = (
     Kind("neighbourhood", "kept", "the same relation of another subject", short_label="neighbours", main=True,
          headline=3, distribution=True),
     Kind("locality", "kept", "an unrelated fact", main=True, headline=3),
-    Kind("same_subject", "kept", "another relation of the same subject", main=True),
+    Kind("same_subject", "kept", "another relation of the same subject", main=True, headline=4),
     Kind("distracting", "kept", "a neighbour, with the edit stated before the prompt", distribution=True),
     Kind("other_task", "kept", "a question of another task, e.g. of common sense"),
     Kind("relation_specificity", "kept", "other facts of the same subject (RippleEdits)"),

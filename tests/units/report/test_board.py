@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from errata.report import kinds, page
+from errata.report import kinds, page, tables
 from errata.report.board import boards
 from errata.report.card import card as markdown
 from errata.report.read import read_run, read_runs
@@ -149,3 +149,32 @@ def test_cases_that_could_not_be_edited_are_told(tmp_path):
     (told,) = refused_cases(boards([run])[0])
     assert told.startswith("rome could not edit 1 case,") and "no token of its own" in told
     assert told in markdown([run]) and told in page.document([run])["boards"][0]["unedited_cases"]
+
+
+def test_other_facts_of_the_subject_count_and_the_earlier_headline_is_shown_beside(tmp_path):
+    line = case_line(
+        "a",
+        row("a", "efficacy", "e", 1.0),
+        row("a", "paraphrase", "p", 1.0),
+        row("a", "neighbourhood", "n", 1.0, before=1.0, changes=False),
+        row("a", "same_subject", "s0", 1.0, before=1.0, changes=False),
+        row("a", "same_subject", "s1", 0.0, before=1.0, changes=False),
+    )
+    run = read_run(write_small(tmp_path / "run", [{"method": "rome", "lines": [line]}]))
+    (board,) = boards([run])
+    assert board.headline == ("efficacy", "paraphrase", "neighbourhood", "same_subject")
+    assert board.earlier_headline == ("efficacy", "paraphrase", "neighbourhood")
+    entry = board.entries[0]
+    assert entry.headline.value == pytest.approx(4 / (3 + 2))
+    assert entry.earlier_headline.value == 1.0
+    main = next(
+        t for section in tables.sections([board]) for t in section.tables if t.title == "free generation"
+    )
+    assert main.columns[:3] == ("method", "headline", "earlier headline")
+    assert any("without same subject" in note for note in main.notes)
+
+
+def test_without_other_facts_of_the_subject_there_is_one_headline(tmp_path):
+    lines = [case("a", 1.0, (1.0,), ((1.0, 1.0),))]
+    (board,) = boards([read_run(write_small(tmp_path / "run", [{"method": "rome", "lines": lines}]))])
+    assert board.earlier_headline == () and board.earlier_text == ""

@@ -53,6 +53,10 @@ function columnsOf(one) {
   const first = measuresOf;
   const columns = [{ id: "headline", title: "Headline", group: "", value: (e) => e.headline && e.headline[0],
     cell: (e, c) => shareCell(e.headline, `head ${c}`) }];
+  if (one.entries.some((e) => e.earlier)) {
+    columns.push({ id: "earlier", title: "Earlier headline", group: "", value: (e) => e.earlier && e.earlier[0],
+      cell: (e, c) => shareCell(e.earlier, c) });
+  }
   if (one.entries.some((e) => e.over)) {
     columns.push({ id: "over", title: "Over fine-tuning", group: "", value: (e) => e.over && e.over[0],
       cell: (e, c) => overCell(e.over, c) });
