@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from errata.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 class HasName(Protocol):
@@ -80,7 +84,7 @@ class Registry(Generic[T]):
 
     def _foreign(self) -> dict:
         own = self._own()
-        points = {point.name: point for point in entry_points(group=self._group)}
+        points = {point.name: point for point in _entry_points(self._group)}
         clash = sorted(own & set(points))
         if clash:
             raise ConfigError(
@@ -152,7 +156,7 @@ class Records(Generic[R]):
                 module = importlib.import_module(f"{self._package}.{entry.name}")
                 for attribute in self._attributes:
                     yield from _each(module.__name__, getattr(module, attribute, ()))
-        for point in entry_points(group=self._group):
+        for point in _entry_points(self._group):
             yield from _each(str(point.value), _load(point))
 
 
@@ -194,3 +198,24 @@ def unknown(name: str, names: list[str], what: str) -> str:
     hint = nearest(name, names)
     suggestion = f"did you mean {hint!r}? " if hint else ""
     return f"unknown {what} {shown(name)}: {suggestion}known: {', '.join(names) or 'none'}"
+
+
+def _entry_points(group: str) -> list[EntryPoint]:
+    """List the entry points of a group that installed packages declare."""
+    if not any(_may_declare(Path(entry or "."), f"[{group}]".encode()) for entry in sys.path):
+        return []  # reading all metadata would take an eighth of `errata --help`
+    from importlib.metadata import entry_points
+
+    return list(entry_points(group=group))
+
+
+def _may_declare(place: Path, heading: bytes) -> bool:
+    """Whether a package in a place where Python imports from may declare a group; an archive always may."""
+    if place.is_file():
+        return True
+    files = (
+        file
+        for pattern in ("*.dist-info", "*.egg-info")
+        for file in place.glob(f"{pattern}/entry_points.txt")
+    )
+    return any(heading in file.read_bytes() for file in files)
