@@ -10,7 +10,7 @@ from errata.errors import ConfigError
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, conditioned, key_basis, square_factor, update
 from errata.locate.keys import capture_from
-from errata.methods import keel
+from errata.training.polyak import PolyakPath
 from tests.models import fresh
 
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -90,14 +90,14 @@ def test_a_step_lowers_a_linear_loss_to_zero():
     (gradient,) = torch.autograd.grad(loss, [y])
     start, loss = y.detach().clone(), float(loss.detach().abs())
     direction = direction * torch.sign((direction * start).sum() + 2.0)
-    path = keel._Path(None)
+    path = PolyakPath(None)
     path.step_([y], [direction], loss)
     assert float((direction * (y.detach() - start)).sum()) == pytest.approx(-loss)
     whole = float((y.detach() - start).norm())
     path.step_([y], [gradient], loss + 1.0)  # the loss rose: again from the start, a quarter as far
     torch.testing.assert_close(start - y.detach(), whole / 4 * direction / direction.norm())
     y.data.copy_(start)
-    keel._Path(0.5).step_([y], [direction], 100.0)
+    PolyakPath(0.5).step_([y], [direction], 100.0)
     assert float((y.detach() - start).norm()) == pytest.approx(0.5)
 
 

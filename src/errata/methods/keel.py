@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from errata.config import positive
+from errata.edits.branch import Delta
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host import hooks
@@ -38,13 +39,15 @@ from errata.linalg.solve import CostMatrix, conditioned, key_basis, square_facto
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers
+from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, at_least_zero
+from errata.training.polyak import PolyakPath
 from errata.training.tune import ROWS, Line, Losses, beside_low_rank
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs):
+class Config(Inputs, Rehearsal):
     """Settings of KEEL."""
 
     layers: tuple[int, ...] | None = None
@@ -73,6 +76,7 @@ class Config(Inputs):
         complaints = [
             *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens"),
             *at_least_zero(self, "history", "stop_loss"),
+            *self.rehearsal_problems(),
         ]
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
@@ -100,7 +104,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     state = dict(work.after.state) if work.after else {}
     bases = {site: _basis(keys[site], costs[site], state.get(_name(site)), config.history) for site in sites}
     outer, facts = _descend(host, rows, bases, config, work)
-    deltas = {site.parameter: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
+    parts = {site: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
+    deltas: dict[str, Delta] = {site.parameter: part for site, part in parts.items()}
+    if config.rehearsal:
+        changes = {site: part.dense().to(host.device_of(site)) for site, part in parts.items()}
+        facts |= rehearse(host, requests, changes, costs, config, work)
+        deltas = {site.parameter: change.cpu() for site, change in changes.items()}
     share = 1 / len(flat) ** 0.5  # the mean over the texts of this fit
     state |= {_name(site): _history(state.get(_name(site)), keys[site] * share) for site in sites}
     return WeightEdit(
@@ -156,7 +165,7 @@ def _descend(
     }
     variables = list(outer.values())
     taken, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
-    path = _Path(config.step_limit)
+    path = PolyakPath(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
         factors = {site: (outer[site], inner[site]) for site in bases}
@@ -200,36 +209,6 @@ def _gradients(
 
     losses = in_batches(range(len(measure.lines)), batch_size or ROWS, run)
     return torch.tensor(losses, dtype=torch.float64), total
-
-
-class _Path:
-    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
-
-    def __init__(self, limit: float | None) -> None:
-        """``limit``: longest step; None: any."""
-        self.limit = float("inf") if limit is None else limit
-        self.radius = self.limit
-        self.loss = float("inf")
-        self.point: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.length = 0.0
-        """Of the step before."""
-
-    @torch.no_grad()
-    def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
-        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower."""
-        if loss < self.loss:
-            self.loss, self.radius = loss, min(self.limit, 2 * self.radius)
-            self.point = [variable.clone() for variable in variables]
-            self.gradients = list(gradients)
-        else:
-            self.radius = self.length / 4
-        size = sum(float(gradient.double().square().sum()) for gradient in self.gradients) ** 0.5
-        if size == 0.0:
-            raise ConfigError("the loss does not depend on the edited layers; edit lower ones")
-        self.length = min(self.loss / size, self.radius)
-        for variable, point, gradient in zip(variables, self.point, self.gradients, strict=True):
-            variable.copy_(point - self.length / size * gradient)
 
 
 METHOD = Method(
