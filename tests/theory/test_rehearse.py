@@ -127,6 +127,8 @@ def test_a_sequence_with_rehearsal_goes_on_from_a_file_to_the_same_bits(host, tm
 def test_without_a_corpus_the_host_writes_the_texts(host):
     rows = Workspace().texts(host, 3, 12)
     assert len(rows) == 3 and all(1 < len(ids) <= 12 for _, ids in rows)
+    work = Workspace(corpus=CORPUS)
+    assert work.texts(host, 3, 12, own=True) == rows != work.texts(host, 3, 12)
 
 
 def test_settings_are_checked(host):

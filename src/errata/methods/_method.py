@@ -27,7 +27,6 @@ from errata.stats import external
 from errata.stats.collect import Corpus, eigen_of, second_moments
 from errata.types import Case, Request
 
-
 OWN_TEXTS = 10_000
 """Added to the seed of texts that the host writes to be kept, so that none is among those it is measured on."""
 
@@ -305,12 +304,15 @@ class Workspace:
                 )  # fmt: skip
         return self._cache[key]
 
-    def texts(self, host: Host, count: int, tokens: int) -> list[tuple[str, tuple[int, ...]]]:
+    def texts(
+        self, host: Host, count: int, tokens: int, *, own: bool = False
+    ) -> list[tuple[str, tuple[int, ...]]]:
         """Return the beginnings of the corpus's first texts, at most ``tokens`` long, each with its ids.
 
-        Without a corpus they are written by the host without ``after``.
+        ``own``, or without a corpus: texts that the host without ``after`` writes instead.
         """
-        corpus = self.corpus or sampled_corpus(host, seed=self.seed + OWN_TEXTS, texts=count, length=tokens)
+        corpus = None if own else self.corpus
+        corpus = corpus or sampled_corpus(host, seed=self.seed + OWN_TEXTS, texts=count, length=tokens)
         key = ("texts", host.fingerprint, *self._others(host), corpus.name, count, tokens)
         if key not in self._cache:
             with without(self.after, host):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,10 @@ class Rehearsal:
     rehearsal_weight: float = 10.0
     """Weight of the divergence there, nats per token, beside the requests' mean loss, nats per target token."""
     rehearsal_pool: int = 3000
-    """Texts to draw from: the first of the corpus; without one the model writes them."""
+    """Texts to draw from."""
+    rehearsal_source: Literal["corpus", "model"] = "corpus"
+    """Whose they are: the first of the corpus that the second moments are taken from, or written by the unedited
+    model, as always without a corpus."""
     rehearsal_tokens: int = 40
     """How many tokens of a text are read."""
 
@@ -59,6 +62,8 @@ class _Settings(Protocol):
     def rehearsal_weight(self) -> float: ...
     @property
     def rehearsal_pool(self) -> int: ...
+    @property
+    def rehearsal_source(self) -> Literal["corpus", "model"]: ...
     @property
     def rehearsal_tokens(self) -> int: ...
     @property
@@ -108,7 +113,9 @@ def _texts(
 
     A text that names the subject and its old answer is left out: the edited model is not to say it any more.
     """
-    rows = work.texts(host, config.rehearsal_pool, config.rehearsal_tokens)
+    rows = work.texts(
+        host, config.rehearsal_pool, config.rehearsal_tokens, own=config.rehearsal_source == "model"
+    )
     stale: set[int] = set()
     for request, old in zip(requests, work.old_answers(host, requests, ANSWER_TOKENS), strict=True):
         stale |= {i for i, (text, _) in enumerate(rows) if request.subject in text and old in text}

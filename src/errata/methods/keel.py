@@ -11,7 +11,10 @@ Implements U are the inputs of a down-projection at every position from the subj
            raises the loss is taken back and tried at a quarter of its length.
            In words: fine-tuning of the span of the edit's own keys, preconditioned by M^-1 on the input side.
            The subject's last token is the same in all statements about the subject, so a change there alone
-           changes them all; later positions hold keys that know the relation as well
+           changes them all; later positions hold keys that know the relation as well.
+           With ``rehearsal``, steps of the same kind follow in which some earlier requests and some texts are
+           looked at beside the new requests; of the texts the model is to say what it says unedited. The change
+           is then any matrix, not one of the keys' span
 Departs    M is the shrunken second moment, not C: with the plain one a sequence loses its neighbours sooner.
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
            cut to the directions that hold its energy
