@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
 import errata
+from errata.edits import WeightEdit
 from errata.errors import ConfigError
 from errata.linalg.solve import CostMatrix
 from errata.methods._method import Workspace
@@ -22,7 +24,7 @@ from tests.models import TEXTS, fresh
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin", "Tallow")
 BRUNO = errata.Request("{} lives in the town of", "Bruno Holner", "Tallow")
 CORPUS = Corpus("texts", lambda: TEXTS)
-OPTIONS = {"method": "keel", "tokens": 400, "steps": 6, "corpus": CORPUS, "rehearsal_pool": 8}
+OPTIONS: dict[str, Any] = {"method": "keel", "tokens": 400, "steps": 6, "corpus": CORPUS, "rehearsal_pool": 8}
 
 
 def random_logits(*shape: int, seed: int) -> torch.Tensor:
@@ -92,7 +94,7 @@ def test_each_new_request_is_rehearsed_as_often_as_asked_beside_earlier_ones():
 def test_on_the_lab_rehearsed_text_is_left_as_it_was_and_the_fact_stays_changed():
     lab = errata.load("lab")
     request = errata.lab.cases(1, seed=3)[0].request
-    options = {"tokens": 20_000, "rehearsal": 5, "rehearsal_pool": 12, "rehearsal_texts": 12}
+    options: dict[str, Any] = {"tokens": 20_000, "rehearsal": 5, "rehearsal_pool": 12, "rehearsal_texts": 12}
     alone, beside = (
         errata.edit(lab, request, method="keel", rehearsal_weight=weight, **options).provenance.notes
         for weight in (0.0, 100.0)
@@ -118,8 +120,12 @@ def test_a_sequence_with_rehearsal_goes_on_from_a_file_to_the_same_bits(host, tm
     first.save(tmp_path / "first")
     one = errata.edit(host, BRUNO, after=first, **options)
     other = errata.edit(fresh("llama"), BRUNO, after=errata.Edit.load(tmp_path / "first"), **options)
+    assert isinstance(one, WeightEdit) and isinstance(other, WeightEdit)
     for name, delta in one.deltas.items():
-        assert torch.equal(delta, other.deltas[name])
+        found = other.deltas[name]
+        assert (
+            isinstance(delta, torch.Tensor) and isinstance(found, torch.Tensor) and torch.equal(delta, found)
+        )
     plain = errata.edit(host, ADA, **OPTIONS)
     assert plain.digest != first.digest and host.weights_hash() == fresh("llama").weights_hash()
 
