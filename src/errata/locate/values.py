@@ -304,7 +304,7 @@ class _Search:
                 old,
                 columns,
                 first_column,
-            )
+            )  # fmt: skip
             for group_rows, predictions, old in split
         ]
 

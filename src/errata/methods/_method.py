@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.types import Case, Corpus, Request
+
+OWN_TEXTS = 10_000
+"""Added to the seed of texts that the host writes to be kept, so that none is among those it is measured on."""
 
 
 class Shape(NamedTuple):
@@ -328,6 +332,33 @@ class Workspace:
                     on_progress=self.on_progress,
                 )  # fmt: skip
         return self._cache[key]
+
+    def texts(
+        self, host: Host, count: int, tokens: int, *, own: bool = False
+    ) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the beginnings of the corpus's first texts, at most ``tokens`` long, each with its ids.
+
+        ``own``, or without a corpus: texts that the host without ``after`` writes instead.
+        """
+        corpus = None if own else self.corpus
+        corpus = corpus or sampled_corpus(host, seed=self.seed + OWN_TEXTS, texts=count, length=tokens)
+        key = ("texts", host.fingerprint, *self._others(host), corpus.name, count, tokens)
+        if key not in self._cache:
+            with without(self.after, host):
+                rows = [host.encode(text).ids[:tokens] for text in itertools.islice(corpus.texts(), count)]
+            texts = host.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            self._cache[key] = [(text, ids) for text, ids in zip(texts, rows, strict=True) if len(ids) > 1]
+        return self._cache[key]
+
+    def old_answers(self, host: Host, requests: Sequence[Request], tokens: int) -> list[str]:
+        """Return what each request's target replaces: as it says, else what the host without ``after`` says."""
+        state = ("old answer", host.fingerprint, *self._others(host))
+        missing = [r for r in requests if r.target_old is None and (*state, r) not in self._cache]
+        if missing:
+            with without(self.after, host):
+                found = host.generate([r.text for r in missing], max_new_tokens=tokens)
+            self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, found, strict=True)}
+        return [self._cache[(*state, r)] if r.target_old is None else r.target_old for r in requests]
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
         """Return corpus, budget and what statistics depend on."""

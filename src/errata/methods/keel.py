@@ -11,7 +11,10 @@ Implements U are the inputs of a down-projection at every position from the subj
            raises the loss is taken back and tried at a quarter of its length.
            In words: fine-tuning of the span of the edit's own keys, preconditioned by M^-1 on the input side.
            The subject's last token is the same in all statements about the subject, so a change there alone
-           changes them all; later positions hold keys that know the relation as well
+           changes them all; later positions hold keys that know the relation as well.
+           With ``rehearsal``, steps of the same kind follow in which some earlier requests and some texts are
+           looked at beside the new requests; of the texts the model is to say what it says unedited. The change
+           is then any matrix, not one of the keys' span
 Departs    M is the shrunken second moment, not C: with the plain one a sequence loses its neighbours sooner.
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
            cut to the directions that hold its energy. With settings for own statements, M also holds
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 
 from errata.config import positive
+from errata.edits.branch import Delta
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host import hooks
@@ -42,6 +46,7 @@ from errata.locate.keys import capture_from
 from errata.locate.own import kept_keys, training_rows
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._method import Layers, Method, Workspace, notes, provenance, resolve_layers, wide_layers
+from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, OwnStatements, at_least_zero
 from errata.training.polyak import PolyakPath
 from errata.training.tune import ROWS, Line, Losses, beside_low_rank
@@ -49,7 +54,7 @@ from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, OwnStatements):
+class Config(Inputs, OwnStatements, Rehearsal):
     """Settings of KEEL."""
 
     layers: Layers = None
@@ -79,6 +84,7 @@ class Config(Inputs, OwnStatements):
             *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens"),
             *at_least_zero(self, "history", "stop_loss"),
             *self.own_problems(),
+            *self.rehearsal_problems(),
         ]
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
@@ -113,7 +119,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         for site in sites
     }
     outer, facts = _descend(host, rows, bases, config, work)
-    deltas = {site.parameter: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
+    parts = {site: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
+    deltas: dict[str, Delta] = {site.parameter: part for site, part in parts.items()}
+    if config.rehearsal:
+        changes = {site: part.dense().to(host.device_of(site)) for site, part in parts.items()}
+        facts |= rehearse(host, requests, changes, costs, config, work)
+        deltas = {site.parameter: change.cpu() for site, change in changes.items()}
     share = 1 / len(flat) ** 0.5  # the mean over the texts of this fit
     state |= {_name(site): _history(state.get(_name(site)), keys[site] * share) for site in sites}
     return WeightEdit(
