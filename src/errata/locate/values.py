@@ -292,19 +292,9 @@ class _Search:
         if len(essence):
             split.append((essence, _essence_predictions(columns[essence]), logprobs))
         first_column = column if self.reuse else 0
+        shared = (tokens, prefix, ran.key_values, state, problem)
         return [
-            self._row_group(
-                tokens,
-                prefix,
-                ran.key_values,
-                state,
-                problem,
-                group_rows,
-                predictions,
-                old,
-                columns,
-                first_column,
-            )  # fmt: skip
+            self._row_group(*shared, group_rows, predictions, old, columns, first_column)
             for group_rows, predictions, old in split
         ]
 
