@@ -258,7 +258,7 @@ class Engine:
         yield Look(len(cases), newest, said, continued, retention.recall_of(newest_rows), edit)
 
     def health(self) -> tuple[list[Tensor], list[str]]:
-        """Read the neutral texts and continue the open prompts, with the host as it is now."""
+        """Return log-probabilities ``[tokens]`` of each neutral text, and what the host writes after open prompts."""
         continued: Any = []
         if self.prompts:
             asked = list(self.prompts)
@@ -299,7 +299,10 @@ class Engine:
 
 
 def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:
-    """Count the tokens that perplexity is measured on. Raises DataError where there are none."""
+    """Count the tokens that perplexity is measured on. Raises DataError where there are none.
+
+    ``said``: log-probabilities ``[tokens]`` of each text.
+    """
     tokens = sum(map(len, said))
     if not tokens:
         raise DataError(

@@ -128,14 +128,14 @@ class ImageHost(ModelHost):
         return torch.cat([self._run(part).logits for part in images.split(batch_size)])
 
     def labels(self, images: Tensor) -> list[str]:
-        """Name the most probable class of each image."""
+        """Name the most probable class of each image ``[n, c, h, w]``."""
         names = getattr(self.config, "id2label", None) or {}
         return [str(names.get(i, i)) for i in self.logits(images).argmax(-1).tolist()]
 
     @torch.no_grad()
     @locking.exclusive
     def at(self, site: ImageSite, images: Tensor, *, batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
-        """Return a site's inputs and outputs for images, as the module sees and says them."""
+        """Return a site's inputs and outputs ``[n, ...]`` for images ``[n, c, h, w]``, as the module has them."""
         module, seen, said = self.model.get_submodule(site.name), [], []
         for part in images.split(batch_size):
             with (
@@ -148,7 +148,7 @@ class ImageHost(ModelHost):
         return torch.cat(seen), torch.cat(said)
 
     def follow(self, site: ImageSite, values: Tensor) -> Tensor:
-        """Send a site's output through its tail."""
+        """Send a site's output ``[n, ...]`` through its tail."""
         values = values.clone()  # an activation may work in place
         for name in site.tail:
             values = self.model.get_submodule(name)(values)

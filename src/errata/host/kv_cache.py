@@ -27,7 +27,7 @@ class GrowingCache:
     cache: Any
 
     def select(self, rows: Tensor | None) -> GrowingCache:
-        """Return a copy with some rows, None all; this one stays as it is, whatever follows the copy."""
+        """Return a copy with some rows ``[n]``, None all; this one stays as it is, whatever follows the copy."""
         cache = copy.copy(self.cache)
         cache.layers = [
             copy.copy(layer) for layer in self.cache.layers
@@ -51,7 +51,7 @@ class FixedCache:
     blocks: Mapping[int, KeyValues]
 
     def select(self, rows: Tensor) -> FixedCache:
-        """Return a copy of some entries."""
+        """Return a copy of some entries, named by their indices ``[n]``."""
         return FixedCache(
             {block: (k[rows.to(k.device)], v[rows.to(v.device)]) for block, (k, v) in self.blocks.items()}
         )
@@ -67,7 +67,7 @@ class FixedCache:
     ) -> FixedCache:
         """Return the cache of each row with the first ``columns`` columns of ``later`` behind its entry.
 
-        ``row``: which entry each row continues, None its own; ``length``: columns of this cache.
+        ``row`` ``[rows]``: which entry each row continues, None its own; ``length``: columns of this cache.
         """
         joined: dict[int, KeyValues] = {}
         for block, (keys, values) in later.items():
@@ -93,7 +93,7 @@ class FixedLayer(DynamicLayer):
         """Keys and values of the tokens that were run."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeyValues:
-        """Return all keys and values, those of the prefix first."""
+        """Return all keys and values ``[rows, heads, length, head]``, those of the prefix first."""
         if self.padding is not None:
             # a query with nothing to attend to may compute anything, NaN too; no other may see it
             padding = self.padding.to(key_states.device)

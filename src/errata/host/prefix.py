@@ -72,7 +72,7 @@ class Prefix:
         return self.mask if self.row is None else self.mask[self.row]
 
     def select(self, rows: Tensor) -> Prefix:
-        """Return what has been computed of some rows, which may repeat; a copy that may grow."""
+        """Return what has been computed of some rows ``[n]``, which may repeat; a copy that may grow."""
         states = None if self.states is None else self.states[rows.to(self.states.device)]
         routes = select_routes(self.routes, rows)
         if self.row is not None:
@@ -91,12 +91,12 @@ class Prefix:
         return Prefix(self.mask, self.cache, rows)
 
     def with_empty(self, row: Tensor) -> Prefix:
-        """Return the first tokens with an empty entry appended for rows that share nothing; ``row`` as the field."""
+        """Return the first tokens with an empty entry appended for rows that share nothing; ``row`` ``[rows]``."""
         assert isinstance(self.cache, FixedCache)
         return Prefix(append_zeros(self.mask), self.cache.with_empty(), row)
 
     def at_depth(self, depth: int, states: Tensor | None) -> Prefix:
-        """Return the same first tokens with the lowest blocks computed for the rows' own ones, see :attr:`states`."""
+        """Return the same first tokens with ``states`` ``[rows, length, d]`` of the lowest blocks for the others."""
         return replace(self, depth=depth, states=states if depth else None)
 
     def followed_by(self, key_values: Mapping[int, KeyValues], batch: Batch, columns: int) -> Prefix:
@@ -107,7 +107,7 @@ class Prefix:
 
 
 def select_routes(routes: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
-    """Return what was decided about some rows."""
+    """Return what was decided about some rows ``[n]``."""
     return {digest: entry[rows.to(entry.device)] for digest, entry in routes.items()}
 
 
@@ -156,9 +156,9 @@ class PrefixRunner:
     ) -> Output:  # fmt: skip
         """Run rows behind a prefix with a fixed cache; blocks below its depth return its states.
 
-        ``at``: (row, column) where logits are wanted. ``ends``: column of each row's last prompt token, counted
-        with the prefix. ``keep``: blocks whose outputs to return; ``remember``: blocks whose attention's keys and
-        values to return. ``stop``: module after which to end the pass.
+        ``at``: rows and columns ``[n]`` to return logits ``[n, vocab]`` of. ``ends`` ``[rows]``: column of each row's
+        last prompt token, counted with the prefix. ``keep``: blocks whose outputs to return; ``remember``: blocks
+        whose attention's keys and values to return. ``stop``: module after which to end the pass.
         """
         output = Output()
         remember = set(remember)
@@ -204,7 +204,8 @@ class PrefixRunner:
         """Run rows behind a prefix with the model's own cache, None for rows that begin their texts.
 
         The prefix is used up, for its cache grows: hand in a selection or a copy. The output has one that holds these
-        tokens too. ``at`` and ``ends`` as for :meth:`run`; ``routes``: decisions about rows without a prefix.
+        tokens too. ``at`` ``[n]`` and ``ends`` ``[rows]`` as for :meth:`run`; ``routes``: decisions about rows without
+        a prefix.
         """
         mask, cache = batch.mask, None
         if prefix is not None:
@@ -320,7 +321,7 @@ def keeps_attention_only(host: Host) -> bool:
 def agree(whole: Tensor, cut: Tensor, dtype: torch.dtype) -> bool:
     """Whether a text in one piece and in two ended alike, up to the rounding of a model's ``dtype``.
 
-    The bound is relative to the largest entry of ``whole``; both are of one shape.
+    The bound is relative to the largest entry of ``whole``; both are ``[...]`` of one shape.
     """
     bound = 5e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
     return bool((whole - cut).abs().max() <= bound * whole.abs().max())

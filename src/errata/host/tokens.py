@@ -164,7 +164,7 @@ class Batch:
     """int64 ``[rows]``, index of each row's first token: 0 with right padding."""
 
     def select(self, rows: Tensor) -> Batch:
-        """Return some rows, which may repeat."""
+        """Return some rows by their indices ``[n]``, which may repeat."""
         return Batch(self.ids[rows], self.mask[rows], self.positions[rows], self.offset[rows])
 
     def columns(self, first: int, stop: int | None = None) -> Batch:

@@ -20,7 +20,7 @@ Span = Callable[[Request], tuple[int, int]]
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return numbers in float32 at least: what is solved for is never held in 16 bits."""
+    """Return numbers ``[...]`` in float32 at least: what is solved for is never held in 16 bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

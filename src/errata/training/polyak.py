@@ -25,7 +25,10 @@ class PolyakPath:
 
     @torch.no_grad()
     def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
-        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower."""
+        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower.
+
+        ``variables``, in place, and ``gradients``: ``[...]``, one shape a pair.
+        """
         if loss < self.loss:
             self.loss, self.radius = loss, min(self.limit, 2 * self.radius)
             self.point = [variable.clone() for variable in variables]

@@ -241,7 +241,8 @@ class _Call(nn.Module):
 def with_weights(host: Host, weights: Mapping[str, Tensor], run: Callable[[], R]) -> R:
     """Return what ``run`` returns with other tensors in the place of some of the host's weights.
 
-    Gradients reach those tensors; the weights themselves are not written and are back afterwards.
+    ``weights``: by parameter, of its shape ``[...]``. Gradients reach those tensors; the weights themselves are not
+    written and are back afterwards.
     """
     named = {f"model.{name}": weight for name, weight in weights.items()}
     return torch.func.functional_call(_Call(host.model, run), named, ())
@@ -265,13 +266,13 @@ def seeded(host: Host, seed: int) -> Iterator[None]:
 
 
 def rms(tensor: Tensor) -> float:
-    """Return the root mean square of a tensor's entries, summed in float64."""
+    """Return the root mean square of the entries of ``[...]``, summed in float64."""
     return float(tensor.detach().double().square().mean().sqrt())
 
 
 @torch.no_grad()
 def clip_(change: Tensor, bound: float, norm: Norm) -> None:
-    """Bring a change back into the box (every entry) or the ball (Frobenius norm) around zero.
+    """Bring a change ``[...]`` back into the box (every entry) or the ball (Frobenius norm) around zero.
 
     For ``inf`` no entry exceeds ``bound``, not even by rounding.
     """
