@@ -120,6 +120,8 @@ def with_prompt_options(
         raise ConfigError(
             f"{host.name} is an image classifier: it takes no prompts, so leave {', '.join(fields)} out"
         )
+    if isinstance(host, ImageHost):
+        return host
     base = host.prompt_format
     recorded = {
         recorded_format(one.provenance.prompt_format) for one in (*edits, *([after] if after else ()))

@@ -11,8 +11,8 @@ import torch
 from benchmarks import floors, naive
 
 import errata
-from errata.api import workspace
 from errata.edits.weight import WeightEdit
+from errata.job import workspace
 from errata.linalg.solve import RIDGE
 from errata.stats.collect import Corpus
 from tests.models import fresh

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import errata
-from errata.api import workspace
 from errata.errors import CollidingRequests, EditError
+from errata.job import workspace
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, similar_pairs
 from errata.locate import values

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import errata
-from errata.api import workspace
+from errata.job import workspace
 from errata.linalg.solve import update_primal
 from errata.locate import values
 from errata.locate.contexts import Context

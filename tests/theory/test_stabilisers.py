@@ -122,7 +122,7 @@ def test_simie_rewrites_by_ridge_regression_on_all_tokens_so_far(host):
         dense(first), dense(base) @ old @ old.mT @ torch.linalg.inv(p1), rtol=1e-6, atol=1e-9
     )
     with first.on(host):
-        from errata.api import workspace
+        from errata.job import workspace
         from errata.methods import REGISTRY
 
         work = workspace(host, seed=0)

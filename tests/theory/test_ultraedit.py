@@ -10,10 +10,10 @@ from torch.nn import functional
 
 import errata
 from errata import config as settings
-from errata.api import workspace
 from errata.edits import WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.job import workspace
 from errata.linalg.lowrank import LowRank
 from errata.linalg.running import Running
 from errata.locate.gradients import collect, feed_forward, linear_maps

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import errata
 from errata import config as configs
-from errata.api import workspace
 from errata.errors import ConfigError, DataError, EditError
+from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.stats import external
 from errata.stats.collect import Corpus

@@ -106,7 +106,7 @@ def test_an_evaluation_is_a_run_that_can_be_kept(tmp_path):
     (cell,) = read_run(tmp_path / "run").cells
     assert cell.status == "done" and cell.method == "ft" and cell.cases == 2
     assert cell.summary["efficacy.generate"]["after"] == report.summary["efficacy.generate"]["after"]
-    assert [look["digest"] for look in cell.looks] == [point.digest for point in report.checkpoints]
+    assert [look["digest"] for look in cell.checkpoints] == [point.digest for point in report.checkpoints]
     with pytest.raises(errata.ErrataError, match="not empty"):
         errata.evaluate(
             host, [CASE], edit=errata.edit(host, REQUEST, method="ft", steps=1), run_folder=tmp_path

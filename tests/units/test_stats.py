@@ -254,7 +254,7 @@ def test_a_changed_corpus_is_noticed_and_started_again(small_batches, tmp_path):
     interrupted(host, [site], tmp_path, 3)
     for texts in (TEXTS[1:] * 10, TEXTS[:2]):  # other texts, and too few to get to the place
         other = Corpus(LONG.name, lambda texts=texts: texts)
-        with pytest.warns(RuntimeWarning, match="not what it was"):
+        with pytest.warns(RuntimeWarning, match="has changed since"):
             made = second_moments(host, [site], other, tokens=3000, folder=tmp_path)
         assert same(made, second_moments(host, [site], other, tokens=3000))
         for path in tmp_path.iterdir():

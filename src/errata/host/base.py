@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from errata.host import identity, locking, passes, placed, placement
 from errata.host.passes import Pass, Ran
 from errata.host.prompts import PromptFormat
+from errata.types import Resources
 
 BRANCHES = "_errata_branches"
 OVERLAYS = "_errata_overlays"
@@ -37,6 +38,8 @@ class ModelHost(ABC):
     def __init__(self, model: nn.Module, *, name: str) -> None:
         self.model: Any = model
         self.name = name
+        self.resources = Resources()
+        """Texts and examples of its own, that fits and evaluations take by default."""
         self.model.eval()
         locking.of(self.model)  # made now, before there are threads
         placement.keep_gradients_(self.model)

@@ -22,7 +22,6 @@ from errata.host.open import DTYPES as DTYPES
 from errata.host.open import load as load
 from errata.host.open import quiet as quiet
 from errata.host.passes import Pass
-from errata.types import Resources
 
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
@@ -43,8 +42,6 @@ class Host(ModelHost):
         super().__init__(model, name=name)
         self.tokenizer = tokenizer
         self.prompt_format = prompts.PromptFormat()
-        self.resources = Resources()
-        """Texts and examples of its own, that fits and evaluations take by default."""
         self.position_tables: tuple[int, ...] = ()
         """How many tokens its tables of positions have room for, as found when it was opened."""
 

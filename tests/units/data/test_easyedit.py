@@ -78,7 +78,7 @@ def test_another_name_of_the_subject():
 
 
 def test_rows_without_a_question_or_a_subject_are_skipped():
-    with pytest.raises(Skip, match="no question of portability"):
+    with pytest.raises(Skip, match="no portability question"):
         case(easyedit_portability, {**COUNTERFACT, "portability": {"New Question": ""}})
     with pytest.raises(SubjectAbsent, match="does not occur in prompt"):
         case(easyedit_portability, {**ZSRE, **HOP, "subject": "Bo Orn"})
@@ -109,7 +109,7 @@ def test_another_fact_of_the_subject_is_kept():
     assert asked(made, "same_subject") == [("Vela Orn plays the", ("harp",), ("harp",))]
     assert made.probes[-1].rival == "Kesh"
     assert easyedit_locality.DATASET.facts([made]) == {"same_subject": 1}
-    with pytest.raises(Skip, match="no question of locality"):
+    with pytest.raises(Skip, match="no locality question"):
         case(easyedit_locality, COUNTERFACT)
 
 
@@ -154,7 +154,7 @@ def test_piqa_goes_to_other_cases_every_question_once(tmp_path):
     first, second = easyedit_locality.with_commonsense(cases, probes)
     assert first.probes == (*cases[0].probes, probes[0], probes[2])
     assert second.probes == (*cases[1].probes, probes[1])
-    with pytest.raises(Skip, match="holds no request"):
+    with pytest.raises(Skip, match="has no request"):
         case(easyedit_locality, ROWS[0], "piqa")
 
 

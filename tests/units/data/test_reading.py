@@ -359,7 +359,7 @@ def test_every_dataset_stands_any_record_and_document(name):
     assert set(entry.files) | set(entry.urls) <= {"", *entry.variants}
     if entry.records is not None:
         for document in odd:
-            reading._fitting(entry, [document], "document")
+            reading._count_fitting(entry, [document], "document")
 
 
 # --- the check ---------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def test_names_of_cases_are_never_shared(tmp_path):
     path = written(tmp_path / "rows.json", json.dumps([flat(1), flat(1), flat(1)]))
     loaded = read(path)
     assert [case.id for case in loaded.cases] == [f"counterfact_edit:1{mark}" for mark in ("", "#2", "#3")]
-    assert [case.make_request.id for case in loaded.cases] == [case.id for case in loaded.cases]
+    assert [case.request.id for case in loaded.cases] == [case.id for case in loaded.cases]
 
 
 def test_iterating_gives_what_reading_gives():
