@@ -20,6 +20,7 @@ from errata.host.seq2seq import BREAK, Seq2SeqHost
 from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.types import Case, Probe
+from errata.types.asking import MAX_NEW_TOKENS
 from tests.models import TEXTS, fresh
 
 FACTS = {
@@ -141,9 +142,7 @@ def test_log_probabilities_are_minus_the_loss_of_the_model_itself(host):
 def test_what_is_said_is_what_transformers_says_of_each_prompt_alone(host):
     for asked, seen in zip(PROBES, observe(host, PROBES), strict=True):
         ids = torch.tensor([host.tokenizer(asked.prompt)["input_ids"]])
-        out = host.model.generate(
-            input_ids=ids, max_new_tokens=room.MAX_NEW_TOKENS, do_sample=False, num_beams=1
-        )
+        out = host.model.generate(input_ids=ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, num_beams=1)
         assert seen.text == host.tokenizer.decode(out[0], skip_special_tokens=True) == asked.answers[0]
         assert host.generate(asked.prompt) == seen.text
 

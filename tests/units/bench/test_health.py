@@ -14,6 +14,7 @@ from errata.bench import health, summing
 from errata.bench.schedule import Schedule
 from errata.edits import Provenance, WeightEdit
 from errata.evaluation.metrics.collapse import Limits
+from errata.types import AskOptions
 from tests.models import fresh
 
 SOUND = [f"a{i} b{i} c{i} d{i} e{i} f{i} g{i} h{i}" for i in range(5)]
@@ -72,7 +73,10 @@ def test_a_tag_names_as_many_edits_as_stand_together(schedule, edits, batch):
         recipe=SimpleNamespace(max_new_tokens=24),
     )  # fmt: skip
     room = SimpleNamespace(
-        plan=plan, cases=lambda cell: range(10), host=lambda cell: SimpleNamespace(dtype=torch.float32)
+        plan=plan,
+        cases=lambda cell: range(10),
+        host=lambda cell: SimpleNamespace(dtype=torch.float32),
+        ask=lambda cell: AskOptions("raw"),
     )
     cell = SimpleNamespace(dataset="d", model="m", plan=Schedule.parse(schedule))
     tag = summing.tag(cast("Any", room), cast("Any", cell))
