@@ -10,7 +10,7 @@ import torch
 import errata
 from errata.evaluation import observe, score
 from errata.evaluation.metrics import divergence, matching, perplexity, probability
-from errata.types import Case, Observation, Probe
+from errata.types import Case, Observation, Probe, asking
 from tests.models import fresh
 
 
@@ -200,7 +200,7 @@ def test_what_is_read_off_shared_rows_is_what_each_row_says_alone(family):
             torch.testing.assert_close(seen.next_logprobs.double(), expected, atol=1e-4, rtol=0)
         else:
             assert seen.next_logprobs is None
-        assert seen.text == host.generate(probe.prompt, max_new_tokens=observe.MAX_NEW_TOKENS)
+        assert seen.text == host.generate(probe.prompt, max_new_tokens=asking.MAX_NEW_TOKENS)
 
 
 def test_no_text_is_run_that_another_one_begins_with(monkeypatch):

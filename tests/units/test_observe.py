@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from errata.errors import ConfigError, RequestError
-from errata.evaluation import observe as room
 from errata.evaluation.observe import observe
 from errata.host import continuing, stopping
 from errata.host.load import Host, draw_rows, generate_rows
-from errata.types import AskOptions, Probe
+from errata.types import AskOptions, Probe, asking
 from tests.models import FAMILIES, fresh, tokenizer
 
 PROMPTS = [
@@ -357,7 +356,7 @@ def test_chat_is_the_models_own_template_with_an_empty_system_prompt(template, s
     row = host.encode_prompt(host.tokenizer.bos_token + written, special=False)
     assert row.count(host.tokenizer.bos_token_id) == 1 and row[0] == host.tokenizer.bos_token_id
     assert host.tokenizer.decode(row[1:]) == written
-    assert seen.text == generate_rows(host, [row], room.MAX_NEW_TOKENS, "end")[0]
+    assert seen.text == generate_rows(host, [row], asking.MAX_NEW_TOKENS, "end")[0]
     assert seen.answer_logprobs == pytest.approx(by_hand(host, written, "Tallow"), abs=1e-4)
     assert observe(host, [asked], AskOptions(template="auto"))[0] == seen
     raw = observe(host, [asked])[0]
@@ -370,7 +369,7 @@ def test_a_chat_template_without_a_begin_token_gets_none():
     row = host.encode_prompt(written, special=False)
     assert host.tokenizer.bos_token_id not in row
     seen = observe(host, [probe("Where is Ada?", "Tallow")], AskOptions(template="chat"))[0]
-    assert seen.text == generate_rows(host, [row], room.MAX_NEW_TOKENS, "end")[0]
+    assert seen.text == generate_rows(host, [row], asking.MAX_NEW_TOKENS, "end")[0]
     assert seen.answer_logprobs == pytest.approx(by_hand(host, written, "Tallow", special=False), abs=1e-4)
 
 
@@ -389,7 +388,7 @@ def test_a_context_stands_before_every_prompt():
     )[0]
     prompt = "The rain fell on the old road.\n\nAda was born in"
     assert seen.answer_logprobs == pytest.approx(by_hand(host, prompt, "Tallow"), abs=1e-4)
-    assert seen.text == host.generate(prompt, max_new_tokens=room.MAX_NEW_TOKENS)
+    assert seen.text == host.generate(prompt, max_new_tokens=asking.MAX_NEW_TOKENS)
 
 
 # --- stops -----------------------------------------------------------------------------------

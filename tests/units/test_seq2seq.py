@@ -19,7 +19,7 @@ from errata.host.build import BEGIN, END, new_tokenizer
 from errata.host.seq2seq import BREAK, Seq2SeqHost
 from errata.job import workspace
 from errata.methods import REGISTRY
-from errata.types import Case, Probe
+from errata.types import Case, Probe, asking
 from tests.models import TEXTS, fresh
 
 FACTS = {
@@ -142,7 +142,7 @@ def test_what_is_said_is_what_transformers_says_of_each_prompt_alone(host):
     for asked, seen in zip(PROBES, observe(host, PROBES), strict=True):
         ids = torch.tensor([host.tokenizer(asked.prompt)["input_ids"]])
         out = host.model.generate(
-            input_ids=ids, max_new_tokens=room.MAX_NEW_TOKENS, do_sample=False, num_beams=1
+            input_ids=ids, max_new_tokens=asking.MAX_NEW_TOKENS, do_sample=False, num_beams=1
         )
         assert seen.text == host.tokenizer.decode(out[0], skip_special_tokens=True) == asked.answers[0]
         assert host.generate(asked.prompt) == seen.text
