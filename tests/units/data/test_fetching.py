@@ -105,7 +105,9 @@ def test_a_file_put_there_by_hand_is_not_overwritten(folder, tmp_path):
 
 def test_without_network_it_is_said_what_to_do(folder):
     entry = at("http://127.0.0.1:9/counterfact-edit.json")
-    with pytest.raises(DataError, match="cannot be fetched: .*without network, copy the file into the data folder"):
+    with pytest.raises(
+        DataError, match="cannot be fetched: .*without network, copy the file into the data folder"
+    ):
         fetching.fetch_file(entry, "")
     with pytest.raises(DataError, match="cannot be downloaded; get it from .*put it at"):
         fetching.fetch_file(at(), "")
