@@ -418,7 +418,7 @@ def test_cached_search_equals_whole_rows(family, where, monkeypatch):
     host = fresh(family)
     host.model.double()
     fast = values.optimise(host, REQUESTS, CONTEXTS, layer=1, where=where, config=SEARCH)
-    assert host.__dict__["_reuse"] == {"works": True}
+    assert vars(host)["_prefix_trials"]["fixed"] is True
     monkeypatch.setattr(values, "can_reuse", lambda host, longest: False)
     plain = values.optimise(host, REQUESTS, CONTEXTS, layer=1, where=where, config=SEARCH)
     for one, other in zip(fast, plain, strict=True):

@@ -32,7 +32,12 @@ def test_tables_group_label_and_order_by_the_table():
     assert tables.group("odd") == DEFAULT_GROUP and tables.group("odd", {"odd"}) == "kept"
     assert tables.group("efficacy", {"efficacy"}) == "learned" and tables.group("condition") == "other"
     assert tables.label("neighbourhood", short=True) == "neighbours"
-    assert tables.headline_parts() == [["efficacy"], ["paraphrase"], ["neighbourhood", "locality"]]
+    assert tables.headline_parts() == [
+        ["efficacy"],
+        ["paraphrase"],
+        ["neighbourhood", "locality"],
+        ["same_subject"],
+    ]
     asked = ["bias", "zz", "alias", "same_subject", "efficacy", "neighbourhood", "long"]
     assert tables.order(asked, {"zz"}) == [
         "efficacy", "long", "neighbourhood", "same_subject", "zz", "alias", "bias",
