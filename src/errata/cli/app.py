@@ -5,6 +5,7 @@ Every file of this package that defines ``VERB`` or ``VERBS`` is found here; see
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import typer
@@ -34,6 +35,7 @@ class Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb."""
+        gc.enable()  # off while the command line loads, see errata.cli.main
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, BrokenPipeError) as error:
