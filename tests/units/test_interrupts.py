@@ -231,6 +231,7 @@ def test_bench_with_workers_ends_them_and_goes_on_later(model, cases, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(words))
     process = start(RUN, "bench", "recipe.yaml", "-o", "run", "--jobs", "2", "--json", cwd=tmp_path)
     children = await_workers(process, tmp_path / "run" / "jobs.sqlite")
+    assert all(holds_back(child, signal.SIGINT) for child in children)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     status, out, err = finish(process)
     assert status == 130 and err.count("\n") == 1 and "--resume" in err and out == "", err
@@ -257,6 +258,13 @@ def await_workers(process: subprocess.Popen, table: Path) -> list[int]:
     raise AssertionError(
         f"no two workers: {process.poll()} {process.communicate()[1] if process.poll() else ''}"
     )
+
+
+def holds_back(process: int, number: int) -> bool:
+    """Whether a process blocks a signal."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in lines if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def lives(process: int) -> bool:
