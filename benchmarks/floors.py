@@ -28,6 +28,10 @@ written; every block is run once for the keys, although the residual is measured
     gradients   2 (B[0] + ... + B[N-1]) D(all tokens) + 2 H read
                 + (2 (B[low+1] + ... + B[N-1]) + 2 H) read
                 for one gradient at the answers' own positions, ``low`` the lowest layer edited
+    descent     2 (B[0] + ... + B[low]) D(all tokens)
+                + (T + 1 + T) (2 (B[low+1] + ... + B[N-1]) D(all tokens) + 2 H read)
+                for T steps on changes of several layers, ``low`` the lowest: all gradients but none behind the
+                last step, whose loss alone is needed; keys come with the first of these passes
 
 Left out, so that the floor stays a floor: attention's products of queries, keys and values, norms and
 activations, embeddings, the closed-form solve (2 m^2 n operations a layer in thin form). Blocks count
@@ -121,6 +125,27 @@ def gradients(host: Host, requests: Sequence[Request], *, lowest: int) -> dict[s
     forward = 2 * size.up_to(len(size.blocks) - 1) * distinct(a.ids[:-1] for a in answers)
     backward = 2 * size.above(lowest) * read
     return {"gradients": float(forward + backward + 4 * size.head * read)}
+
+
+def descent(host: Host, requests: Sequence[Request], *, lowest: int, steps: int) -> dict[str, float]:
+    """Return the floor of a descent on changes of layers from ``lowest`` on, in operations."""
+    size = Size.of(host)
+    answers = [host.encode_answer(request.text, request.target) for request in requests]
+    read = sum(len(answer.target) for answer in answers)
+    tokens = distinct(answer.ids[:-1] for answer in answers)
+    once = 2 * (size.above(lowest) * tokens + size.head * read)
+    return {"descent": float(2 * size.up_to(lowest) * tokens + (2 * steps + 1) * once)}
+
+
+def forward(host: Host, requests: Sequence[Request]) -> float:
+    """Return the operations of one pass over the requests with their answers, each alone."""
+    size = Size.of(host)
+    answers = [host.encode_answer(request.text, request.target) for request in requests]
+    tokens, read = (
+        sum(len(part) for part in parts)
+        for parts in zip(*((a.ids[:-1], a.target) for a in answers), strict=True)
+    )
+    return float(2 * (size.up_to(len(size.blocks) - 1) * tokens + size.head * read))
 
 
 def subject_tokens(host: Host, request: Request) -> int:

@@ -40,6 +40,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("errata/locate/keys.py", "", "keys"),
     ("errata/locate/contexts.py", "", "contexts"),
     ("errata/locate/gradients.py", "", "gradients"),
+    ("errata/methods/keel.py", "_descend", "descent"),
     ("errata/locate/", "", "values"),
     ("errata/linalg/", "", "solve"),
     ("errata/stats/", "", "statistics"),
@@ -271,6 +272,7 @@ def _edit(host: Host, task: Task) -> dict[str, Any]:
         "phases": shares[best],
         "peak_bytes": peak_bytes(task.device),
         "notes": {name: value for name, value in notes.items() if isinstance(value, (int, float))},
+        "forward": floors.forward(host, requests) / task.count,
         "executed": _executed(fit, task),
         "floor": None if task.early else _floor(host, task, requests, edit, work),
     }
@@ -301,7 +303,8 @@ def _check_no_early_stop(notes: Mapping[str, Any], task: Task) -> None:
     """Raise Missing when a timed search ended before its last step: then steps are not what is compared."""
     if not task.steps or "steps" not in notes:
         return
-    if notes["steps"] < task.steps - 1 or notes.get("loss", 1.0) < 0.5:
+    unstopped = task.settings.get("stop_loss") == 0  # a low loss then ends nothing
+    if notes["steps"] < task.steps - 1 or (notes.get("loss", 1.0) < 0.5 and not unstopped):
         raise Missing(
             f"{task.name}: a search stopped after {notes['steps']} of {task.steps} steps at a loss of "
             f"{notes.get('loss')}; expected none to stop, so the time is not comparable"
@@ -339,14 +342,15 @@ def _floor(
 ) -> dict[str, float] | None:
     """Return the unavoidable operations per edit, by phase, over fits as large as the task's."""
     groups = [requests[i : i + task.batch] for i in range(0, task.count, task.batch)]
+    lowest = min(
+        i
+        for i, block in enumerate(host.layout.blocks)
+        if any(name.startswith(f"{block}.") for name in edit.deltas)
+    )
     if not task.steps:
-        changed = list(edit.deltas)
-        layers = [
-            i
-            for i, block in enumerate(host.layout.blocks)
-            if any(name.startswith(f"{block}.") for name in changed)
-        ]
-        found = [floors.gradients(host, group, lowest=min(layers)) for group in groups]
+        found = [floors.gradients(host, group, lowest=lowest) for group in groups]
+    elif task.method == "keel":
+        found = [floors.descent(host, group, lowest=lowest, steps=task.steps) for group in groups]
     else:
         prefixes = _prefixes(host, task, work)
         found = [floors.edit(host, group, prefixes, layers=task.layers, steps=task.steps) for group in groups]

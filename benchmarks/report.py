@@ -117,6 +117,7 @@ def figure(value: float | None) -> str:
 def goals(results: Sequence[Result]) -> Iterator[str]:
     """Compare the results of one shape with what is to be reached, a line each."""
     yield from _searches(results)
+    yield from _descents(results)
     chain = pick(results, "edit", "alphaedit", sequential=True)
     if chain is not None:
         share = chain["phases"].get("solve", 0.0) / sum(chain["phases"].values())
@@ -133,6 +134,25 @@ def goals(results: Sequence[Result]) -> Iterator[str]:
         apart = figure(moments["apart_seconds"] / seconds)
         yield f"{name}: tokens/s over those of errata's own passes, one a layer: {apart}"
     yield f"{name}: {1 / seconds:,.0f} tokens/s"
+
+
+def _descents(results: Sequence[Result]) -> Iterator[str]:
+    """Compare the methods that descend on weights with passes of the host and with the plain way of MEMIT."""
+    plain = pick(results, "naive", "memit")
+    for batch in (1, 100):
+        mine = pick(results, "edit", "keel", batch=batch)
+        if mine is None:
+            continue
+        task = mine["task"]
+        passes = total(mine, "executed") / mine["forward"]
+        yield verdict(f"{task['name']}: operations in passes over one request", passes, 10)
+        if batch == 100 and task["device"] == "cpu" and task["shape"] == "gpt2":
+            here = 0.15 * REFERENCE_RATE * GIGA / mine["rate"]
+            what = f"{task['name']}: CPU s an edit (0.15 at {REFERENCE_RATE:.0f} GFLOP/s)"
+            yield verdict(what, mine["seconds"], here)
+        if plain is not None:
+            times = plain["seconds"] * plain["rate"] / (mine["seconds"] * mine["rate"])
+            yield f"{task['name']}: {figure(times)} times as fast as memit plainly, one edit a batch"
 
 
 def _searches(results: Sequence[Result]) -> Iterator[str]:

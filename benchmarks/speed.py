@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
-STEPS = {"rome": 20, "memit": 25, "alphaedit": 25}
+STEPS = {"rome": 20, "memit": 25, "alphaedit": 25, "keel": 5}
 FEW_STEPS = 5
 """Steps at which a quick run times the plain way."""
 
@@ -62,6 +62,8 @@ def plan(shape: str, device: str, quick: bool) -> list[dict[str, Any]]:
             "layers": layers["memit"],
         }  # fmt: skip
 
+    # a random model would need other numbers of steps; five is what a trained one takes
+    own = {"settings": {"stop_loss": 0.0}}
     baseline = [plain("rome"), plain("memit")]
     if quick:
         few = layers["alphaedit"][-2:]  # eigenvectors of every further layer take as long as all of ROME
@@ -69,6 +71,7 @@ def plan(shape: str, device: str, quick: bool) -> list[dict[str, Any]]:
         return [
             edit("rome", 1, 1, "rome x1"),
             edit("memit", 10, 10, "memit x10"),
+            edit("keel", 10, 10, "keel x10", **own),
             {**edit("alphaedit", 20, 10, name, sequential=True), "layers": few},
             moments(2048, 1),
             *baseline,
@@ -78,6 +81,8 @@ def plan(shape: str, device: str, quick: bool) -> list[dict[str, Any]]:
         edit("rome", 5, 1, "rome x5"),
         edit("memit", 10, 10, "memit x10", repeats=3),
         edit("memit", large, large, f"memit x{large}"),
+        edit("keel", 10, 1, "keel x1", **own),
+        edit("keel", large, large, f"keel x{large}", **own),
         edit("alphaedit", large, turns, f"alphaedit x{large} by {turns}", sequential=True),
         edit("alphaedit", large, large, f"alphaedit x{large} by {large}"),
         moments(65536 if many else 8192, 3),
