@@ -1,10 +1,10 @@
-"""What FT and FT-L have in common: settings, sites and the descent on dense changes of their weights."""
+"""What FT, FT-L and LocFT-BF have in common: settings, sites and the descent on dense changes of their weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
@@ -12,13 +12,16 @@ from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.methods._method import Layers, Workspace, notes, provenance, resolve_layers
-from errata.training.tune import Norm, Plan, Stop, tune
+from errata.training.tune import Norm, Plan, Stop, rms, tune
 from errata.types import Request
+
+PUBLISHED_RATE = 5e-4
+"""Adam's rate in plain numbers: of ROME's baselines, and of LocFT-BF."""
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """Settings that FT and FT-L share."""
+    """Settings that they share."""
 
     layers: Layers = None
     """Layers whose feed-forward output projection is trained; wide: from a twelfth to five sixths of the depth."""
@@ -54,28 +57,49 @@ class FineTuneConfig:
         return complaints
 
 
-def editable_layers(
-    method: str,
-    host: Host,
-    requests: Sequence[Request],
-    config: FineTuneConfig,
-    default: Callable[[int], tuple[int, ...]],
-) -> tuple[int, ...]:
-    """Return the layers to train, ``default`` from the depth. Raises ConfigError where nothing is requested."""
+C = TypeVar("C", bound=FineTuneConfig)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[C]):
+    """What is the same before every fine-tuning: where, and in which units."""
+
+    config: C
+    """Settings with layers and rate chosen."""
+    sites: tuple[Site, ...]
+    units: tuple[float, ...]
+    """What a rate or bound of 1 is at each site: the weight's root mean square, or 1 under ``scale: published``."""
+
+    def bounds(self, epsilon: float) -> list[float]:
+        """Return the bound on an entry at each site."""
+        return [epsilon * unit for unit in self.units]
+
+
+def prepare(
+    method: str, host: Host, requests: Sequence[Request], config: C, *,
+    layers: Callable[[int], tuple[int, ...]], rate: float,
+) -> Prepared[C]:  # fmt: skip
+    """Choose what the settings leave open: layers from the depth, and the rate, given in root mean squares.
+
+    In plain numbers the rate is that of the published code. Raises ConfigError where nothing is requested.
+    """
     if not requests:
         raise ConfigError(f"{method} needs at least one request")
-    return resolve_layers(host, config.layers, default, config.stack)
+    plain = config.scale == "published"
+    numbers = resolve_layers(host, config.layers, layers, config.stack)
+    rate = config.learning_rate or (PUBLISHED_RATE if plain else rate)
+    sites = tuple(host.layout.of(config.stack).site(layer) for layer in numbers)
+    units = tuple(1.0 if plain else rms(host.weight(site)) for site in sites)
+    return Prepared(replace(config, layers=numbers, learning_rate=rate), sites, units)
 
 
 def fine_tune(
     method: str,
     host: Host,
     requests: Sequence[Request],
-    config: FineTuneConfig,
+    prepared: Prepared[Any],
     work: Workspace,
     *,
-    sites: Sequence[Site],
-    rates: Sequence[float],
     bounds: Sequence[float] | None,
     stop: Stop,
     norm: Norm = "inf",
@@ -83,12 +107,13 @@ def fine_tune(
 ) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the bounds.
 
-    ``rates`` and ``bounds``: Adam's rate and how far the change may go, per site, in plain numbers.
+    ``bounds``: how far the change may go, per site, in plain numbers.
     """
+    config, sites = prepared.config, prepared.sites
     plan = Plan(
         objective=config.objective,
         steps=config.steps,
-        rates=tuple(rates),
+        rates=tuple(config.learning_rate * unit for unit in prepared.units),
         stop=stop,
         bounds=None if bounds is None else tuple(bounds),
         norm=norm,

@@ -14,13 +14,13 @@ Needs      Gradients of the weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
-from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._fine_tune import FineTuneConfig, fine_tune, prepare
 from errata.methods._method import Baseline, Layers, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
@@ -48,21 +48,15 @@ class Config(FineTuneConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the box."""
-    layers = editable_layers("ft", host, requests, config, lambda depth: (depth // 5,))
-    plain = config.scale == "published"
-    rate = (5e-4 if plain else 0.06) if config.learning_rate is None else config.learning_rate
-    config = replace(config, layers=layers, learning_rate=rate)
-    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
-    weights = [host.weight(site) for site in sites]
+    prepared = prepare("ft", host, requests, config, layers=lambda depth: (depth // 5,), rate=0.06)
     bounds = None
-    if config.epsilon is not None:
+    if config.epsilon is not None:  # in units of the weight, whatever the rate's are
+        weights = [host.weight(site) for site in prepared.sites]
         entries = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]
         bounds = [config.epsilon * rms(w) * n for w, n in zip(weights, entries, strict=True)]
     return fine_tune(
-        "ft", host, requests, config, work, sites=sites,
-        rates=[rate if plain else rate * rms(weight) for weight in weights],
-        bounds=bounds, stop=Stop(config.stop_loss, config.stop), norm=config.norm,
-        weight_decay=config.weight_decay,
+        "ft", host, requests, prepared, work, bounds=bounds, stop=Stop(config.stop_loss, config.stop),
+        norm=config.norm, weight_decay=config.weight_decay,
     )  # fmt: skip
 
 

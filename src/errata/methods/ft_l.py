@@ -23,9 +23,9 @@ from typing import Literal
 from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
-from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._fine_tune import FineTuneConfig, fine_tune, prepare
 from errata.methods._method import Layers, Method, Workspace
-from errata.training.tune import Stop, rms
+from errata.training.tune import Stop
 from errata.types import Request
 
 
@@ -48,17 +48,12 @@ class Config(FineTuneConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss inside the box."""
-    layers = editable_layers("ft_l", host, requests, config, lambda depth: (0,))
-    plain = config.scale == "published"
-    epsilon, rate = config.epsilon, config.learning_rate
-    epsilon = (5e-4 if plain else 0.2) if epsilon is None else epsilon
-    rate = (5e-4 if plain else 0.02) if rate is None else rate
-    config = replace(config, layers=layers, epsilon=epsilon, learning_rate=rate)
-    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
-    units = [1.0 if plain else rms(host.weight(site)) for site in sites]
+    epsilon = config.epsilon or (5e-4 if config.scale == "published" else 0.2)
+    config = replace(config, epsilon=epsilon)
+    prepared = prepare("ft_l", host, requests, config, layers=lambda depth: (0,), rate=0.02)
     return fine_tune(
-        "ft_l", host, requests, config, work, sites=sites, rates=[rate * unit for unit in units],
-        bounds=[epsilon * unit for unit in units], stop=Stop(config.stop_loss, config.stop),
+        "ft_l", host, requests, prepared, work, bounds=prepared.bounds(epsilon),
+        stop=Stop(config.stop_loss, config.stop),
     )  # fmt: skip
 
 
