@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError
 from errata.host import files, hooks, placement, trial
-from errata.host.passes import Pass
+from errata.host.codec import CausalCodec, Codec
+from errata.host.seq2seq import EncoderDecoderCodec, is_encoder_decoder
+from errata.host.slots import slot_codec
 from errata.registry import unknown
 
 if TYPE_CHECKING:  # the host's own file names this one
@@ -50,21 +52,23 @@ def load(
     Raises HostError when the model cannot be opened, holds numbers that are not finite, is not fully in
     memory, or is no causal language model or encoder-decoder.
     """
-    wanted = _dtype(dtype)
+    from errata.host.load import Host
+
+    torch_dtype = _dtype(dtype)
     place = _device(device)
     with hooks.plain_torch():
         if isinstance(model, nn.Module):
-            live, label = _live(model, tokenizer, None if device == "auto" else place, wanted, name)
+            live, label = _live(model, tokenizer, None if device == "auto" else place, torch_dtype, name)
         else:
-            live = _open(str(model), place, wanted, revision, trust_remote_code)
+            live = _open(str(model), place, torch_dtype, revision, trust_remote_code)
             label = name or str(model)
         if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
             raise HostError(f"expected a transformers language model, found {type(live).__name__}")
         placement.refuse_away(live)
-        made = next((n for n, p in live.named_parameters() if p.is_inference()), None)
-        if made is not None:
+        inference = next((n for n, p in live.named_parameters() if p.is_inference()), None)
+        if inference is not None:
             raise HostError(
-                f"weight {made} was made in inference mode, so it takes no change and passes no gradient on; "
+                f"weight {inference} was made in inference mode, so it takes no change and passes no gradient on; "
                 "make the model outside torch.inference_mode()"
             )
         _refuse_not_finite(live)
@@ -72,7 +76,7 @@ def load(
             tokenizer = files.open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
         training = [m for m in live.modules() if m.training] if isinstance(model, nn.Module) else []
         try:
-            host = _host(live, tokenizer, label)
+            host = Host(live, tokenizer, name=label)
             if any(placement.is_packed(module) for module in live.modules()):
                 _settle(host)
             trial.check(host)
@@ -152,23 +156,22 @@ def _refuse_compiled(model: nn.Module) -> None:
 # --- from names and folders -----------------------------------------------------------------
 
 
-def _host(model: Any, tokenizer: Any, name: str) -> Host:
-    """Make the host that suits a model. Raises HostError for an encoder-decoder that says nothing."""
-    from errata.host.load import Host
-    from errata.host.seq2seq import Seq2SeqHost, is_encoder_decoder
-    from errata.host.slots import slot_host
+def codec_for(model: Any, tokenizer: Any, *, name: str) -> Codec:
+    """Return the codec of a model's kind, told by its structure; ``name``: the host's, for messages.
 
-    slots = slot_host(model, tokenizer, name)
+    Raises HostError for an encoder-decoder that predicts no tokens.
+    """
+    slots = slot_codec(model)
     if slots is not None:
-        return slots
+        return slots(model, tokenizer, name=name)
     if not is_encoder_decoder(model):
-        return Host(model, tokenizer, name=name)
+        return CausalCodec(model, tokenizer, name=name)
     if model.get_output_embeddings() is None:
         raise HostError(
             f"{type(model).__name__} is an encoder-decoder without a language modelling head; "
             "open it as AutoModelForSeq2SeqLM does"
         )
-    return Seq2SeqHost(model, tokenizer, name=name)
+    return EncoderDecoderCodec(model, tokenizer, name=name)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -251,10 +254,9 @@ def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) ->
 
 def _settle(host: Host) -> None:
     """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
-    ids = torch.arange(5, device=host.device)[None] % host.vocab_size
     try:
         with torch.no_grad():
-            host.run(Pass(ids, torch.ones_like(ids)))
+            host.run(host.codec.probe(host.device))
     except RuntimeError as error:
         raise HostError(f"the quantised model does not run on {host.device}: {error}") from error
 

@@ -146,7 +146,7 @@ def prefixed(tokenizer: Any, prompt: str, prefix: str, before: int | None = None
     return prompt if at is None else prompt[:at] + prefix + prompt[at:]
 
 
-def written(prompt: str) -> Framed:
+def conversation(prompt: str) -> Framed:
     """Take a text as a whole conversation that brings its special tokens."""
     return Framed(prompt, prompt, 0, False, None)
 

@@ -156,9 +156,9 @@ def _tables(host: Host) -> list[int]:
     """
     rows = [row[::-1] for row in _rows(host, (4,))]  # falling ids are no positions
     lookups = _Lookups()
-    batch = tokens.pad(rows, side="right", fill=host.pad_id if host.fills else 0, device=host.device)
+    batch = tokens.pad(rows, side="right", fill=0, device=host.device)
     with lookups:
-        host.run(Pass(batch.ids, batch.mask, batch.positions)) if host.fills else host.forward(batch)
+        host.run(Pass(batch.ids, batch.mask, batch.positions))
     return lookups.room
 
 
