@@ -37,7 +37,7 @@ class Host(ModelHost):
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, name: str, codec: Codec | None = None) -> None:
-        """Take a live model; ``codec``: how it reads and answers, None for that of its kind, told by structure."""
+        """Take a live model; ``codec``: how it reads and answers, None for that of its kind, detected by structure."""
         super().__init__(model, name=name)
         self.codec = codec_for(model, tokenizer, name=name) if codec is None else codec
         self.kind = self.codec.kind
@@ -214,7 +214,7 @@ class Host(ModelHost):
     ):  # fmt: skip
         """Continue one prompt, or each of several, greedily; return the new text only.
 
-        Prompts are put as :attr:`prompt_format` says. Stops at the end token, and unless ``natural_stop`` is
+        Prompts are formatted by :attr:`prompt_format`. Stops at the end token, and unless ``natural_stop`` is
         off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
         a conversation at its end token only. A thinking block that was closed is left out. ``sets``: the edit
         set of each prompt, None for the edits of all rows alone. Raises ConfigError for a set that no edit was
@@ -241,7 +241,7 @@ class Host(ModelHost):
         return texts[0] if one else texts
 
     def with_prompt_format(self, settings: prompts.PromptFormat) -> Host:
-        """Return this host with prompts put otherwise; model, tokenizer and what is in place are shared."""
+        """Return this host with another prompt format; model, tokenizer and what is in place are shared."""
         if settings == self.prompt_format:
             return self
         view = copy.copy(self)
@@ -251,7 +251,7 @@ class Host(ModelHost):
     def frame(
         self, prompt: str, *, prefix: str = "", before: int | None = None, number: int | None = None
     ) -> prompts.Framed:
-        """Put a prompt as :attr:`prompt_format` says, after edits have rewritten it.
+        """Format a prompt by :attr:`prompt_format`, after edits have rewritten it.
 
         See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt that is passed. ``number``: the
         edit set that the prompt belongs to.
@@ -265,8 +265,10 @@ class Host(ModelHost):
         framed = self.codec.remember(
             _frame, self.tokenizer, self.prompt_format, rewritten, prefix, before, key
         )
-        shown, scored = self.codec.show(framed.text), self.codec.show(framed.scored)
-        return framed if shown is framed.text else replace(framed, text=shown, scored=scored)
+        whole = self.codec.show(framed.text)
+        if whole is framed.text:  # nothing was hidden
+            return framed
+        return replace(framed, text=whole, scored=self.codec.show(framed.scored))
 
     def _hidden(self, prompt: str, before: int | None) -> tuple[str, int | None]:
         """Return a prompt without what its format must leave alone, and where ``before`` is in it."""

@@ -1,4 +1,4 @@
-"""Open a model: by name, by folder, or as a live object, with all that stands around it taken off.
+"""Open a model: by name, by folder, or as a live object, without the wrappers around it.
 
 What cannot be edited safely is refused here, with the reason, before anything is fitted: weights that are
 away, damaged or not finite, files that describe another model than they hold, wrappers that compute something
@@ -41,7 +41,7 @@ def load(
     """Open a host.
 
     ``model``: a hub name, a folder written by ``save_pretrained``, or a live model, which stays where
-    it is unless ``device`` or ``dtype`` say otherwise. ``tokenizer``: needed with a live model; else
+    it is unless ``device`` or ``dtype`` is set. ``tokenizer``: needed with a live model; else
     the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
 
     A live model may be wrapped by ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT: the
@@ -89,7 +89,7 @@ def load(
 def _live(
     model: nn.Module, tokenizer: Any, place: torch.device | None, dtype: torch.dtype | None, name: str | None
 ) -> tuple[nn.Module, str]:
-    """Return the model inside a live one's wrappers, moved as asked, and its label."""
+    """Return the model inside a live one's wrappers, moved where needed, and its label."""
     if tokenizer is None:
         raise HostError("a live model needs its tokenizer: errata.load(model, tokenizer=...)")
     live = unwrapped(model)
@@ -157,7 +157,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 def codec_for(model: Any, tokenizer: Any, *, name: str) -> Codec:
-    """Return the codec of a model's kind, told by its structure; ``name``: the host's, for messages.
+    """Return the codec of a model's kind, detected by its structure; ``name``: the host's, for messages.
 
     Raises HostError for an encoder-decoder that predicts no tokens.
     """
@@ -224,14 +224,14 @@ def _open(
 
 
 def _opener(config: Any) -> Any:
-    """Return the transformers class that opens a model as what its configuration says it is."""
+    """Return the transformers class that opens a model as its configuration describes it."""
     import transformers
 
     heads = [str(name) for name in getattr(config, "architectures", None) or ()]
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
         if any(name.endswith(ending) for name in heads):
             return getattr(transformers, f"AutoModel{ending}")
-    # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
+    # as causal models, transformers opens the decoder of some encoder-decoders alone
     if getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForSeq2SeqLM
     towers = config.get_text_config(decoder=True) is not config

@@ -2,7 +2,7 @@
 
 A text of such a model is one row of ids, ``(*prompt, BREAK, *answer)``: what the model reads, a mark, and the tokens
 of the answer so far. Scores of an answer's token are read one place before it, as in a causal model's row; what
-the model really reads for that place is made from the row by :meth:`SlotCodec.reading`, once for every place.
+the model is given for that place is made from the row by :meth:`SlotCodec.reading`, once for every place.
 """
 
 from __future__ import annotations
