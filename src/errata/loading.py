@@ -24,8 +24,8 @@ def load(
 ) -> Host:  # fmt: skip
     """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
 
-    An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``, an encoder-decoder as
-    a ``Seq2SeqHost``, a masked language model as a ``MaskedHost``, a text classifier as a ``ClassifierHost``;
+    A model that reads text opens as a ``Host``: a causal or masked language model, an encoder-decoder, a text
+    classifier. An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``.
     ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"`` is always
     the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
     auto, float32, float16, bfloat16. ``corpus``: a text file, or an ``errata.types.Corpus``, that fits and

@@ -21,7 +21,8 @@ from errata.edits import Edit
 from errata.errors import ConfigError, HostError, RequestError
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
-from errata.host.slots import BREAK, ClassifierHost, MaskedHost
+from errata.host.codec import BREAK
+from errata.host.slots import class_logits
 from errata.locate.neurons import attribute, questions
 from errata.types import Probe
 from tests.models import FAMILIES
@@ -277,8 +278,8 @@ def test_masks_are_filled_one_by_one(bert, known):
     target = bert.encode_answer(request.text, old(request)).target
     assert len(target) > 1, "an answer of several tokens was wanted"
     ids = list(bert.tokenizer(f"{request.text} {MASK}")["input_ids"])
-    at = ids.index(bert.mask_id)
-    ids[at : at + 1] = [bert.mask_id] * len(target)
+    at = ids.index(bert.codec.mask_id)
+    ids[at : at + 1] = [bert.codec.mask_id] * len(target)
     logprobs = []
     for k, token in enumerate(target):
         with torch.no_grad():
@@ -295,7 +296,7 @@ def test_masks_are_filled_one_by_one(bert, known):
 def test_a_mask_inside_a_prompt_takes_the_answer(bert):
     row = bert.encode_prompt(f"Ada {MASK}{MASK} in Tallow.")
     read, column = bert.reading(row)
-    assert bert.room(row) == 2 and read[column] == bert.mask_id and row[-1] == BREAK
+    assert bert.room(row) == 2 and read[column] == bert.codec.mask_id and row[-1] == BREAK
     assert bert.reading((*row, 7))[0][column] == 7 and bert.reading((*row, 7))[1] == column + 1
     with pytest.raises(RequestError, match="2 places"):
         bert.encode_prompt(f"{MASK} was born in {MASK}.")
@@ -309,14 +310,17 @@ def test_bert_is_not_asked_for_what_it_cannot_do(bert, known, tmp_path):
     bert.model.save_pretrained(tmp_path)
     bert.tokenizer.save_pretrained(tmp_path)
     opened = errata.load(str(tmp_path), device="cpu")
-    assert isinstance(opened, MaskedHost) and opened.fingerprint == bert.fingerprint
+    assert opened.kind == "masked_lm" and opened.fingerprint == bert.fingerprint
     assert opened.generate(known[0].text) == bert.generate(known[0].text)
 
 
 def test_a_text_classifier_is_edited_to_a_label(classifier, known, tmp_path):
-    assert isinstance(classifier, ClassifierHost) and classifier.kind == "sequence_classifier"
+    assert classifier.kind == "sequence_classifier"
     first = known[0]
-    assert classifier.labels([one.text for one in known[:3]]) == ["place", "work", "other"]
+    texts = [one.text for one in known[:3]]
+    assert classifier.generate(texts) == ["place", "work", "other"]
+    best = class_logits(classifier, texts).argmax(-1).tolist()
+    assert [classifier.codec.names[i] for i in best] == ["place", "work", "other"]
     assert classifier.generate(first.text) == "place"
     request = dataclasses.replace(first, target="other", target_old="place")
     assert there_and_back(classifier, request, "ft", tmp_path, epsilon=None, steps=100)

@@ -33,7 +33,7 @@ def fit(host, request=None, **options):
 
 
 def site_of(host, edit):
-    return host.layout.named(edit.provenance.config["layer"])
+    return host.layout.by_name(edit.provenance.config["layer"])
 
 
 def delta_of(edit):
@@ -122,7 +122,7 @@ def test_inputs_orthogonal_to_the_directions_see_no_change(host, solve, keys):
 def test_rank_is_at_most_r(host, solve, rank):
     delta = delta_of(fit(host, solve=solve, rank=rank))
     assert delta.rank == rank == int(torch.linalg.matrix_rank(delta.dense()))
-    site = host.layout.named(SITES[host.family])
+    site = host.layout.by_name(SITES[host.family])
     assert delta.shape == (site.d_out, site.d_in)
 
 
@@ -345,7 +345,7 @@ def test_masked_tokens_are_those_of_the_masked_patches():
     """Before any mixing, the tokens that differ between the images of a pair are those the mask gives weight."""
     host = fresh_images("vit")
     request = pairs(4)
-    site = host.layout.named("vit.layers.0.attention.q_proj")
+    site = host.layout.by_name("vit.layers.0.attention.q_proj")
     changed, original = host.at(site, request.changed)[0], host.at(site, request.original)[0]
     weights = host.mask_at(request.mask, changed, "linear")
     assert torch.equal((changed != original).any(-1), weights > 0)

@@ -113,9 +113,9 @@ def test_tails_end_before_what_is_added_in_place_and_before_pools():
 def test_tails_are_the_norms_and_activations_that_follow():
     layout = fresh_images("resnet").layout
     first, last = (f"resnet.encoder.stages.1.layers.1.layer.{i}" for i in (0, 1))
-    assert layout.named(f"{first}.convolution").tail == (f"{first}.normalization", f"{first}.activation")
-    assert layout.named(f"{last}.convolution").tail == (f"{last}.normalization", f"{last}.activation")
-    tail = fresh_images("vit").layout.named("vit.layers.0.mlp.fc1").tail
+    assert layout.by_name(f"{first}.convolution").tail == (f"{first}.normalization", f"{first}.activation")
+    assert layout.by_name(f"{last}.convolution").tail == (f"{last}.normalization", f"{last}.activation")
+    tail = fresh_images("vit").layout.by_name("vit.layers.0.mlp.fc1").tail
     assert tail == ("vit.layers.0.mlp.activation_fn",)
 
 
@@ -155,7 +155,7 @@ def test_maps_with_groups_are_left_out():
     module.convolution = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
     assert "resnet.encoder.stages.0.layers.0.layer.0.convolution" not in [s.name for s in host.layout.sites]
     with pytest.raises(HostError, match="no editable .* it has resnet.embedder"):
-        host.layout.named("resnet.encoder.stages.0.layers.0.layer.0.convolution")
+        host.layout.by_name("resnet.encoder.stages.0.layers.0.layer.0.convolution")
 
 
 # --- hosts --------------------------------------------------------------------------------

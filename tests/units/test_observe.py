@@ -421,5 +421,5 @@ def test_a_context_stands_before_every_prompt():
     ],
 )
 def test_natural_stops(text, stop, done, left):
-    assert stopping.done(text, stop) is done
+    assert stopping.is_complete(text, stop) is done
     assert stopping.cut(text, stop) == left

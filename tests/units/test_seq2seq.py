@@ -16,7 +16,8 @@ from errata.evaluation import observe as room
 from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
-from errata.host.seq2seq import BREAK, Seq2SeqHost
+from errata.host.codec import BREAK
+from errata.host.load import Host, generate_rows
 from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.types import Case, Probe
@@ -79,10 +80,10 @@ def taught(family: str, tokenizer: Any, *, shifted: bool = True) -> Any:
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
-def host(request) -> Seq2SeqHost:
+def host(request) -> Host:
     tokenizer = own_tokenizer(request.param)
     made = errata.load(taught(request.param, tokenizer), tokenizer)
-    assert isinstance(made, Seq2SeqHost)
+    assert made.kind == "encoder_decoder"
     return made
 
 
@@ -91,7 +92,7 @@ PROBES = tuple(
 )
 
 
-def scores(host: Seq2SeqHost) -> dict[str, float]:
+def scores(host: Host) -> dict[str, float]:
     seen = observe(host, PROBES)
     request = errata.Request("Where was {} born?", "Ada Brenner", "Tallow Esk")
     summary = score.summarise(score.rows(Case("c", request, PROBES), seen, seen))
@@ -121,7 +122,7 @@ def test_a_model_trained_without_the_shift_scores_less():
     """It repeats what it is given, so an unshifted comparison calls it perfect; it answers nothing."""
     tokenizer = own_tokenizer("t5")
     model = taught("t5", tokenizer, shifted=False)
-    found = scores(Seq2SeqHost(model, tokenizer, name="unshifted"))
+    found = scores(Host(model, tokenizer, name="unshifted"))
     assert found["efficacy.generate"] < 0.5 and found["efficacy.teacher_forced"] < 0.5
 
 
@@ -184,7 +185,7 @@ def test_a_saved_folder_opens_as_what_it_is(host, tmp_path):
     host.model.save_pretrained(tmp_path)
     host.tokenizer.save_pretrained(tmp_path)
     opened = errata.load(str(tmp_path), device="cpu")
-    assert isinstance(opened, Seq2SeqHost) and type(opened.model) is type(host.model)
+    assert opened.kind == "encoder_decoder" and type(opened.model) is type(host.model)
     assert opened.fingerprint == host.fingerprint and opened.weights_hash() == host.weights_hash()
     assert [s.text for s in observe(opened, PROBES)] == list(FACTS.values())
 
@@ -245,7 +246,7 @@ def test_an_edit_of_a_weight_by_name_comes_and_goes(host):
     assert host.weights_hash() == before and [s.text for s in observe(host, PROBES)] == texts
 
 
-def weight_edit(host: Seq2SeqHost, name: str, delta: torch.Tensor) -> WeightEdit:
+def weight_edit(host: Host, name: str, delta: torch.Tensor) -> WeightEdit:
     made_by = Provenance("ft", (), {}, host.fingerprint, host.name)
     return WeightEdit({name: delta}, frozenset(), made_by)
 
@@ -253,3 +254,28 @@ def weight_edit(host: Seq2SeqHost, name: str, delta: torch.Tensor) -> WeightEdit
 def test_a_causal_model_stays_a_causal_host():
     model = fresh("llama")
     assert type(errata.load(model.model, model.tokenizer)) is errata.Host
+
+
+def test_a_prompt_of_the_whole_window_leaves_the_decoder_its_own(host, monkeypatch):
+    """The window holds each side by itself, so a long prompt takes nothing from what is generated."""
+    monkeypatch.setitem(vars(host), "window", 64)
+    filler = "a " * 80
+    row = host.encode_prompt(filler)
+    place = row.index(BREAK)
+    full = (*row[:63], row[place - 1], *row[place:])  # 64 tokens of the encoder, closing one included
+    assert host.length(full) == host.window == full.index(BREAK)
+    begin = len(full) - 65
+    assert begin >= 1 and host.room(full) == 64 - begin
+    assert host.room(host.encode_prompt("a")) == host.room(full)
+    # the last token that there is room for still runs; one more is refused
+    longest = (*full, *[5] * host.room(full))
+    assert host.length(longest) == 64 and host.forward(host.batch([longest])).shape[:2] == (1, 64)
+    with pytest.raises(RequestError, match="65 tokens"):
+        host.batch([(*longest, 5)])
+    # neither does it cut what is generated: transformers' own loop gives the same text
+    text = generate_rows(host, [full], 100, "end")
+    with torch.no_grad():
+        ids = host.model.generate(
+            **host.inputs(host.batch([full], side="left")), max_new_tokens=64 - begin, do_sample=False
+        )
+    assert text == host.decode(ids[:, begin:].tolist())

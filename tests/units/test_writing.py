@@ -98,7 +98,7 @@ def test_every_sentence_terminal_ends_a_sentence():
             assert first_sentence(f"Esk{mark} More") == f"Esk{mark}"
         elif mark != "．":  # also the decimal point of full-width digits
             assert first_sentence(f"Esk{mark}More") == f"Esk{mark}", hex(ord(mark))
-            assert stopping.done(f"Esk{mark}More", "sentence"), hex(ord(mark))
+            assert stopping.is_complete(f"Esk{mark}More", "sentence"), hex(ord(mark))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_every_sentence_terminal_ends_a_sentence():
     ],
 )  # fmt: skip
 def test_where_a_free_answer_ends(text, done):
-    assert stopping.done(text, "sentence") is done
+    assert stopping.is_complete(text, "sentence") is done
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def attach(
     if number is None:  # what is of some rows only is no part of the weight
         branch.stored = {**branch.stored, digest: stored}
     branch.deltas = {**branch.deltas, digest: delta}
-    hooks.stand(model.get_submodule(_path(name)), branch)
+    hooks.attach(model.get_submodule(_path(name)), branch)
     saving.watch(model)
 
 
@@ -116,7 +116,7 @@ def detach(model: nn.Module, name: str, digest: str) -> None:
         branch.deltas = rest
         return
     with contextlib.suppress(AttributeError):  # a module that is gone took its hook along
-        hooks.leave(model.get_submodule(_path(name)), branch)
+        hooks.detach(model.get_submodule(_path(name)), branch)
     if len(branches) > 1:
         del branches[name]
     else:

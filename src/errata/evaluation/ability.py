@@ -77,7 +77,7 @@ def ability(
     Raises ConfigError for unknown tasks and where the harness is not installed, DataError for files that
     cannot be read and data that are not available offline.
     """
-    if getattr(host.config, "is_encoder_decoder", False):
+    if host.reads_by_encoder:
         raise ConfigError(f"ability is measured on causal language models; {host.name} is an encoder-decoder")
     if not tasks:
         raise ConfigError(

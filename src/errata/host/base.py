@@ -33,7 +33,7 @@ class ModelHost(ABC):
     tokenizer: Any = None
     """What turns text into ids; None for a model that reads no text."""
     prompt_format: PromptFormat = PromptFormat()
-    """How prompts are put, as edits record it; a model that reads no text has none to put otherwise."""
+    """How prompts are formatted, as edits record it; of a model that reads no text always the default."""
 
     def __init__(self, model: nn.Module, *, name: str) -> None:
         self.model: Any = model
@@ -41,7 +41,7 @@ class ModelHost(ABC):
         self.resources = Resources()
         """Texts and examples of its own, that fits and evaluations take by default."""
         self.model.eval()
-        locking.of(self.model)  # made now, before there are threads
+        locking.of(self.model)  # created before there are threads
         placement.keep_gradients_(self.model)
 
     # --- facts -----------------------------------------------------------------------------
@@ -103,9 +103,9 @@ class ModelHost(ABC):
         return digest.hexdigest()
 
     def _hashes(self, dtype: torch.dtype | None) -> list[tuple[str, str]]:
-        named = list(placement.named_tensors(self.model, buffers=dtype is None))
+        tensors = list(placement.named_tensors(self.model, buffers=dtype is None))
         if dtype is not None:
-            named = [(n, self.overlays[n].unedited(p) if n in self.overlays else p) for n, p in named]
+            tensors = [(n, self.overlays[n].unedited(p) if n in self.overlays else p) for n, p in tensors]
 
         def part(item: tuple[str, Tensor]) -> tuple[str, str]:
             name, tensor = item
@@ -116,7 +116,7 @@ class ModelHost(ABC):
             return name, hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(part, named))
+            return list(pool.map(part, tensors))
 
     def device_of(self, site: Any) -> torch.device:
         """Where a site computes; with a device map not everything is where the embeddings are."""
@@ -166,7 +166,7 @@ class ModelHost(ABC):
 
     @property
     def branches(self) -> Mapping[str, Any]:
-        """What stands beside weights, by parameter; kept on the model, as :attr:`overlays` are.
+        """What acts beside weights, by parameter; stored on the model, as :attr:`overlays` are.
 
         Written by the edits room alone; each entry maps a module's input and output to its new output.
         """
@@ -174,7 +174,7 @@ class ModelHost(ABC):
 
     @property
     def overlays(self) -> Mapping[str, Any]:
-        """What stands on each touched weight; kept on the model, so that two hosts of it agree.
+        """The changes of each edited weight; stored on the model, so that two hosts of it agree.
 
         Written by the edits room alone; each entry has the original bits as ``base``.
         """

@@ -18,7 +18,7 @@ from errata.host import locking
 from errata.host.generation_settings import end_tokens
 from errata.host.passes import SETS
 from errata.host.prefix import Prefix, PrefixRunner, align
-from errata.host.stopping import Stop, done
+from errata.host.stopping import Stop, is_complete
 from errata.host.tokens import Batch
 
 if TYPE_CHECKING:
@@ -133,18 +133,18 @@ def _generate(
     decoding = _DecodingRows(host, prefixes, alive)
     logits = prefixes.logits[torch.tensor(alive, dtype=torch.long).to(prefixes.logits.device)]
     while alive:
-        chosen = choose(logits, alive)
-        for i, token in zip(alive, chosen, strict=True):
+        next_tokens = choose(logits, alive)
+        for i, token in zip(alive, next_tokens, strict=True):
             new[i].append(token)
         texts = host.tokenizer.batch_decode([new[i] for i in alive], skip_special_tokens=True)
         going = [
             k
             for k, (i, text) in enumerate(zip(alive, texts, strict=True))
-            if chosen[k] not in ends and len(new[i]) < limits[i] and not done(text, stop)
+            if next_tokens[k] not in ends and len(new[i]) < limits[i] and not is_complete(text, stop)
         ]
         alive = [alive[k] for k in going]
         if alive:
-            logits = decoding.step(going, [chosen[k] for k in going])
+            logits = decoding.step(going, [next_tokens[k] for k in going])
     return new
 
 
@@ -162,18 +162,18 @@ class _DecodingRows:
             fewer = len(rows) < len(prefixes)
             self.prefix = self.prefix.select(torch.tensor(rows)) if fewer else self.prefix.copy()
 
-    def step(self, going: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    def step(self, going: Sequence[int], next_tokens: Sequence[int]) -> Tensor:
         """Append a token to each row that goes on; logits after it ``[rows going, vocab]``."""
         if len(going) < len(self.texts):
             rows = torch.tensor(going)
             self.prefix, self.ends = self.prefix.select(rows), self.ends[rows]
-        self.texts = [(*self.texts[k], token) for k, token in zip(going, chosen, strict=True)]
+        self.texts = [(*self.texts[k], token) for k, token in zip(going, next_tokens, strict=True)]
         if self.prefix.cache is None:
             line, last = torch.arange(len(going)), torch.tensor([len(text) - 1 for text in self.texts])
             batch = self.host.batch(self.texts)
             own = {name: rows for name, rows in self.prefix.routes.items() if name == SETS}
             return self.host.run(self.host.as_pass(batch, at=(line, last), ends=self.ends, routes=own)).logits
-        ids = torch.tensor(chosen, device=self.host.device)[:, None]
+        ids = torch.tensor(next_tokens, device=self.host.device)[:, None]
         position = self.prefix.mask.sum(1, keepdim=True)
         batch = Batch(ids, torch.ones_like(ids), position, torch.zeros_like(ids[:, 0]))
         ends = torch.full((len(going),), self.length - 1)

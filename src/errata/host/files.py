@@ -1,4 +1,4 @@
-"""Read model files that others wrote: what they say is checked before anything is built from it.
+"""Read model files that others wrote: they are checked before anything is built from it.
 
 Readers of many formats fail in many ways. Here each failure is one HostError with its cause kept, and a folder
 whose settings describe another model than its weights hold is refused rather than filled up with random numbers.
@@ -22,7 +22,7 @@ CONFIG_BYTES = 2**24
 LARGEST = 10**15
 """Largest whole number that a model's configuration may hold."""
 DEPTHS = re.compile(r"(num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(en|de)coder_layers)$")
-"""Settings that say how many blocks a model has; each block has a weight at least."""
+"""Settings of how many blocks a model has; each block has a weight at least."""
 SIZES = re.compile(
     r"(vocab_size|hidden_size|intermediate_size|_dim|head_dim|n_\w+|d_model|d_ff|d_kv|"
     r"num_\w*heads|num_\w*experts|n_routed_experts|\w*_size)$"
@@ -94,10 +94,10 @@ def _config(path: Path) -> dict[str, Any]:
     with reading(f"model {str(path.parent)!r}"):
         if path.stat().st_size > CONFIG_BYTES:
             raise HostError(f"{path} has {path.stat().st_size} bytes, expected {CONFIG_BYTES} at most")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise HostError(f"{path} holds {type(found).__name__}, expected an object of settings")
-    return found
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise HostError(f"{path} holds {type(settings).__name__}, expected an object of settings")
+    return settings
 
 
 def _headers(paths: Iterable[Path]) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def _headers(paths: Iterable[Path]) -> tuple[int, int]:
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield all whole numbers of a document with the setting they stand under."""
+    """Yield all whole numbers of a document with the setting that holds them."""
     pending: list[tuple[str, Any]] = [(key, value)]
     while pending:
         name, item = pending.pop()
@@ -137,24 +137,24 @@ def _check_number(folder: Path, key: str, value: int, tensors: int, bits: int) -
     elif abs(value) > LARGEST and not key.endswith("max_length"):
         bound, what = LARGEST, "no setting of a model is that large"
     if bound is not None:
-        shown = str(value) if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"
+        text = str(value) if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"
         raise HostError(
-            f"{folder / 'config.json'} sets {key!r:.80} to {shown}, but {what}; the file is damaged"
+            f"{folder / 'config.json'} sets {key!r:.80} to {text}, but {what}; the file is damaged"
         )
 
 
 def check_loaded(name: str, model: Any, report: Any) -> None:
-    """Raise HostError where weights are missing or of another shape than the configuration says.
+    """Raise HostError where weights are missing or of another shape than in the configuration.
 
-    transformers makes such weights up at random. ``report``: what it says about loading. Warns of weights in
+    transformers makes such weights up at random. ``report``: its loading report. Warns of weights in
     the files that the model does not use.
     """
-    found = report if isinstance(report, Mapping) else vars(report)
-    missing = sorted(map(str, found.get("missing_keys") or ()))
+    fields = report if isinstance(report, Mapping) else vars(report)
+    missing = sorted(map(str, fields.get("missing_keys") or ()))
     odd = sorted(
-        str(one[0] if isinstance(one, (tuple, list)) else one) for one in found.get("mismatched_keys") or ()
+        str(one[0] if isinstance(one, (tuple, list)) else one) for one in fields.get("mismatched_keys") or ()
     )
-    unused = sorted(map(str, found.get("unexpected_keys") or ()))
+    unused = sorted(map(str, fields.get("unexpected_keys") or ()))
     if missing or odd:
         bad, what = (
             (missing, "are missing from the files") if missing else (odd, "have another shape in the files")
@@ -163,10 +163,10 @@ def check_loaded(name: str, model: Any, report: Any) -> None:
             f"cannot open model {name!r}: {len(bad)} weights, {bad[0]!r:.120} first, {what}; config.json "
             "describes another model than the weights are of"
         )
-    known = {_pattern(key) for key, _ in model.named_parameters(remove_duplicate=False)}
-    owners = {key.rpartition(".")[0] for key in known}
+    patterns = {_pattern(key) for key, _ in model.named_parameters(remove_duplicate=False)}
+    owners = {key.rpartition(".")[0] for key in patterns}
     # of a further block, or of a layer that the model has, as a bias that the settings switch off
-    alike = [key for key in unused if _pattern(key) in known or _pattern(key).rpartition(".")[0] in owners]
+    alike = [key for key in unused if _pattern(key) in patterns or _pattern(key).rpartition(".")[0] in owners]
     if alike:
         raise HostError(
             f"cannot open model {name!r}: the files hold {len(alike)} weights, {alike[0]!r:.120} first, that "
@@ -211,7 +211,7 @@ def hub_options(name: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
         if constants.HF_HUB_OFFLINE:
-            problem = "the hub is not asked (HF_HUB_OFFLINE is set)"
+            problem = "the hub is not queried (HF_HUB_OFFLINE is set)"
         else:
             HfApi().model_info(name, revision=revision, timeout=10)
             return {}
@@ -251,7 +251,7 @@ def open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise HostError, or whatever it fails with, where a tokenizer does not do what is asked of it."""
+    """Raise HostError, or whatever it fails with, where a tokenizer cannot encode and decode."""
     vocabulary = tokenizer.get_vocab()
     if not all(isinstance(token, str) and isinstance(index, int) for token, index in vocabulary.items()):
         raise HostError("the tokenizer's vocabulary is not one of texts with numbers")
@@ -262,5 +262,5 @@ def check_tokenizer(tokenizer: Any) -> None:
     template = getattr(tokenizer, "chat_template", None)
     if template is not None and not isinstance(template, (str, dict)):
         raise HostError(f"the tokenizer's chat_template is {type(template).__name__}, expected a text")
-    made = tokenizer("Ada was born.", return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False)))
-    tokenizer.batch_decode([list(made["input_ids"])], skip_special_tokens=True)
+    output = tokenizer("Ada was born.", return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False)))
+    tokenizer.batch_decode([list(output["input_ids"])], skip_special_tokens=True)

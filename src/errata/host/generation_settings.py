@@ -1,4 +1,4 @@
-"""What a model's generation settings say: which tokens end a text, and whether greedy text is plain."""
+"""What a model's generation settings mean: which tokens end a text, and whether greedy text is plain."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plain_values() -> dict[str, Any]:
     from transformers import GenerationConfig
 
     config = GenerationConfig()
-    # a new config leaves its fields open; transformers says elsewhere what they then mean
+    # a new config leaves its fields open; transformers documents their defaults elsewhere
     defaults = getattr(config, "_get_default_generation_params", dict)()
     fields = {**vars(config), **defaults}
     return {

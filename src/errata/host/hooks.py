@@ -92,13 +92,13 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
         handle.remove()
 
 
-def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
+def attach(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
     """Let ``act``, given a module's input and output, answer for it in every thread until :func:`leave`.
 
     Input ``[..., d_in]``, output and answer ``[..., d_out]``.
     Goes before all other hooks, also older ones, so that they see the module with its answer; of several acts
     those of a lower ``rank`` go first. A copy of the model takes a copy of ``act``. Nothing happens where it
-    stands there already.
+    is there already.
     """
     if _places(module, act):
         return
@@ -109,12 +109,12 @@ def stand(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: i
         order.move_to_end(key, last=False)
 
 
-def leave(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Take away what :func:`stand` put there, if anything; ``act`` maps ``[..., d_in], [..., d_out]`` to the latter."""
+def detach(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Take away what :func:`attach` added, if anything; ``act`` maps ``[..., d_in], [..., d_out]`` to the latter."""
     for place in _places(module, act):
         # found by what it does and not by a handle, which an interrupt may have kept from being stored
-        for held in (module._forward_hooks, module._forward_hooks_with_kwargs):
-            held.pop(place, None)
+        for registry in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            registry.pop(place, None)
 
 
 def _places(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> list[int]:
@@ -128,8 +128,8 @@ class _Answer:
         self.act, self.rank = act, rank
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])
-        return with_first(output, self.act(given, first_tensor(output)))
+        inputs = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])
+        return with_first(output, self.act(inputs, first_tensor(output)))
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def answer_with(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Make modules return given outputs without computing: what stands below an edit never changes."""
+    """Make modules return given outputs without computing: what is below an edit never changes."""
     with ExitStack() as stack:
         for module, output in outputs.items():
             stack.enter_context(_fixed(module, output))
@@ -205,15 +205,15 @@ def _fixed(module: nn.Module, output: Any) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with no parameter asking for gradients; both as before on exit."""
-    asked = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     training: Sequence[nn.Module] = [m for m in model.modules() if m.training]
-    for parameter in asked:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     model.eval()
     try:
         yield
     finally:
-        for parameter in asked:
+        for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True

@@ -53,7 +53,7 @@ def content(tensor: Tensor) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Fingerprint:
     """A fingerprint and what it was taken of."""
 
     contents: bytes
@@ -71,21 +71,21 @@ def fingerprint(host: ModelHost) -> str:
     """
     lock = locking.of(host.model)
     with lock.shared:
-        known: _Known | None = host.__dict__.get("_fingerprint")
-        same = known is not None and known.tokenizer is host.tokenizer and known.tokens == _size(host)
-        if known is not None and same and lock.section is not None and lock.section == known.section:
-            return known.fingerprint
+        cached: _Fingerprint | None = host.__dict__.get("_fingerprint")
+        same = cached is not None and cached.tokenizer is host.tokenizer and cached.tokens == _size(host)
+        if cached is not None and same and lock.section is not None and lock.section == cached.section:
+            return cached.fingerprint
         try:
             contents = _contents(host)
         except HostError:
-            if known is None or not same:
+            if cached is None or not same:
                 raise
-            return known.fingerprint  # weights that are away by now: there is nothing to compare
-        if known is not None and same and known.contents == contents:
-            value = known.fingerprint
+            return cached.fingerprint  # weights that are away by now: there is nothing to compare
+        if cached is not None and same and cached.contents == contents:
+            value = cached.fingerprint
         else:
             value = host._take_fingerprint()
-        vars(host)["_fingerprint"] = _Known(contents, host.tokenizer, _size(host), lock.section, value)
+        vars(host)["_fingerprint"] = _Fingerprint(contents, host.tokenizer, _size(host), lock.section, value)
         return value
 
 

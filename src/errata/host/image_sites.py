@@ -4,7 +4,7 @@
   computes W k + b as checked by computing it;
 * tail of a site: the norms and activations that take its output as it is, place by place, found by following
   the tensor from module to module and by changing one place;
-* tokens: which one stands for which patch is read off the model, by changing single pixels.
+* tokens: which one is which patch is read off the model, by changing single pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ImageSite:
     """A map ``y = W k + b`` at every place of an image; for a convolution k is the patch under its kernel."""
 
     layer: int
-    """Number of the block it stands in; -1 outside the blocks."""
+    """Number of its block; -1 outside the blocks."""
     part: Part
     name: str
     """Dotted path of the module."""
@@ -101,7 +101,7 @@ class ImageLayout:
     patches: ImageSite | None
     """The convolution that turns patches into tokens; None in a model without tokens."""
     prefix: int | None
-    """How many tokens stand before those of the patches; None where that could not be found out."""
+    """How many tokens come before those of the patches; None where that is unknown."""
     refused: str | None
     """Why token sites are missing."""
     adds_directly: bool = True
@@ -115,34 +115,34 @@ class ImageLayout:
     @property
     def default(self) -> ImageSite:
         """The last site of the block at three quarters of the depth."""
-        wanted = round(0.75 * (len(self.blocks) - 1))
-        inside = [site for site in self.sites if site.layer == wanted]
+        layer = round(0.75 * (len(self.blocks) - 1))
+        inside = [site for site in self.sites if site.layer == layer]
         return (inside or self.sites)[-1]
 
-    def named(self, name: str) -> ImageSite:
+    def by_name(self, name: str) -> ImageSite:
         """Return the site of a module's name. Raises HostError listing the names there are."""
         for site in self.sites:
             if site.name == name:
                 return site
-        known = ", ".join(site.name for site in self.sites)
+        names = ", ".join(site.name for site in self.sites)
         reason = f" ({self.refused})" if self.refused else ""
         raise HostError(
-            f"{name!r} is no editable linear or convolutional map of this model{reason}; it has {known}"
+            f"{name!r} is no editable linear or convolutional map of this model{reason}; it has {names}"
         )
 
 
 @dataclass(frozen=True)
 class _Event:
-    """One run of a module without children: what it saw and said, and how often each was written by then."""
+    """One run of a module without children: its input and output, and how often each had been written to by then."""
 
     name: str
     module: nn.Module
-    seen: Tensor
-    said: Tensor
-    seen_version: int
-    said_version: int
+    live_input: Tensor
+    live_output: Tensor
+    input_version: int
+    output_version: int
     input: Tensor
-    """A copy of ``seen``, which may be overwritten later."""
+    """A copy of ``live_input``, which may be overwritten later."""
     output: Tensor
 
 
@@ -158,27 +158,29 @@ def discover(model: nn.Module, probe: Tensor) -> ImageLayout:
         count = (
             None if patches is None or prefix is None else prefix + math.prod(patches.grid(*probe.shape[-2:]))
         )
-        found = {}
+        sites = {}
         for i, event in enumerate(events):
-            made = _site(event)
+            site = _site(event)
             once = sum(other.module is event.module for other in events) == 1
-            whole = event.seen.shape[0] == 1 and (event.seen.ndim == 4 or event.seen.shape[1] == count)
-            if made and once and whole:
-                found[event.name] = replace(made, tail=_tail(events, i, made.part))
-    order = [name for name, _ in model.named_modules() if name in found]
+            whole = event.live_input.shape[0] == 1 and (
+                event.live_input.ndim == 4 or event.live_input.shape[1] == count
+            )
+            if site and once and whole:
+                sites[event.name] = replace(site, tail=_tail(events, i, site.part))
+    order = [name for name, _ in model.named_modules() if name in sites]
     if not order:
         raise HostError(
             f"{type(model).__name__} has no editable linear or convolutional map; {refused or ''}"
         )
     blocks = tuple(dict.fromkeys(b for b in map(_block, order) if b))
-    sites = [replace(found[n], layer=blocks.index(b) if (b := _block(n)) else -1) for n in order]
+    sites = [replace(sites[n], layer=blocks.index(b) if (b := _block(n)) else -1) for n in order]
     return ImageLayout(blocks, tuple(sites), patches, prefix, refused)
 
 
 def _block(name: str) -> str | None:
-    """Name the outermost numbered part a module stands in."""
-    found = re.match(r"(.*?\.\d+)\.", name)
-    return found.group(1) if found else None
+    """Name the outermost numbered part that a module is in."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match.group(1) if match else None
 
 
 def _trace(model: nn.Module, probe: Tensor) -> list[_Event]:
@@ -186,15 +188,17 @@ def _trace(model: nn.Module, probe: Tensor) -> list[_Event]:
     open_: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def entering(name: str) -> Callable[[Tensor], None]:
-        def note(seen: Tensor) -> None:
-            open_[name] = (seen, seen._version, seen.clone())
+        def note(inputs: Tensor) -> None:
+            open_[name] = (inputs, inputs._version, inputs.clone())
 
         return note
 
     def leaving(name: str, module: nn.Module) -> Callable[[Tensor], None]:
-        def note(said: Tensor) -> None:
-            seen, version, copy = open_.pop(name)
-            events.append(_Event(name, module, seen, said, version, said._version, copy, said.clone()))
+        def note(outputs: Tensor) -> None:
+            inputs, version, copy = open_.pop(name)
+            events.append(
+                _Event(name, module, inputs, outputs, version, outputs._version, copy, outputs.clone())
+            )
 
         return note
 
@@ -226,16 +230,16 @@ def _site(event: _Event) -> ImageSite | None:
             -1, "conv", event.name, weight[0].numel(), weight.shape[0],
             _two(module.kernel_size), _two(module.stride), _two(module.padding), _two(module.dilation),
         )  # fmt: skip
-    elif isinstance(module, nn.Linear) and event.seen.ndim in (3, 4):
+    elif isinstance(module, nn.Linear) and event.live_input.ndim in (3, 4):
         site = ImageSite(-1, "linear", event.name, weight.shape[1], weight.shape[0])
     else:
         return None
-    said = by_place(site.product(event.input, weight.flatten(1).float()), site.part)
-    said = said if bias is None else said + bias.float()
-    wanted = by_place(event.output, site.part).float()
-    if said.shape != wanted.shape:
+    product = by_place(site.product(event.input, weight.flatten(1).float()), site.part)
+    product = product if bias is None else product + bias.float()
+    expected = by_place(event.output, site.part).float()
+    if product.shape != expected.shape:
         return None
-    close = float((said - wanted).abs().max()) < 2e-2 * float(wanted.abs().max().clamp_min(1e-6))
+    close = float((product - expected).abs().max()) < 2e-2 * float(expected.abs().max().clamp_min(1e-6))
     return site if close else None
 
 
@@ -247,7 +251,7 @@ def _tail(events: Sequence[_Event], at: int, part: Part) -> tuple[str, ...]:
     """Follow a map's output through the norms and activations that take it as it is."""
     tail: list[str] = []
     for event, after in zip(events[at:], events[at + 1 :], strict=False):
-        same = after.seen is event.said and after.seen_version == event.said_version
+        same = after.live_input is event.live_output and after.input_version == event.output_version
         if not same or _is_map(after.module) or not _place_wise(after, part):
             break
         tail.append(after.name)
@@ -274,31 +278,31 @@ def _place_wise(event: _Event, part: Part) -> bool:
 def _tokens(
     model: nn.Module, events: Sequence[_Event], probe: Tensor
 ) -> tuple[ImageSite | None, int | None, str | None]:
-    """Find the map from patches to tokens and how many tokens stand before them."""
-    first = next((i for i, e in enumerate(events) if e.seen.ndim == 3), None)
+    """Find the map from patches to tokens and how many tokens come before them."""
+    first = next((i for i, e in enumerate(events) if e.live_input.ndim == 3), None)
     if first is None:
         return None, None, None
     maps = [site for e in events[:first] if (site := _site(e)) and site.part == "conv"]
     if not maps:
-        return None, None, "no convolution stands before the tokens"
+        return None, None, "no convolution comes before the tokens"
     patches, (height, width) = maps[-1], tuple(probe.shape[-2:])
     grid = patches.grid(height, width)
-    made = next(e.output for e in events if e.name == patches.name)
-    if tuple(made.shape[-2:]) != grid:
+    output = next(e.output for e in events if e.name == patches.name)
+    if tuple(output.shape[-2:]) != grid:
         return patches, None, f"{patches.name} does not take the image itself"
-    module, seen = events[first].module, []
+    module, tokens = events[first].module, []
     last = [(side - 1) * step for side, step in zip(grid, patches.stride, strict=True)]
     for row, column in (None, None), (0, 0), last:
         image = probe.clone()
         if row is not None:
             image[:, :, row, column] += 10.0
         with (
-            hooks.on_input(module, lambda x: seen.append(x.clone())),
+            hooks.on_input(module, lambda x: tokens.append(x.clone())),
             hooks.stop_after(module),
             contextlib.suppress(hooks.Stopped),
         ):
             run(model, Pass(pixels=image))
-    moved = [(other != seen[0]).any(-1)[0].nonzero().flatten().tolist() for other in seen[1:]]
+    moved = [(other != tokens[0]).any(-1)[0].nonzero().flatten().tolist() for other in tokens[1:]]
     prefix = moved[0][0] if moved[0] else 0
     if moved != [[prefix], [prefix + math.prod(grid) - 1]]:
         return patches, None, "a change of one patch does not change one token, row by row"

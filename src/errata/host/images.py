@@ -74,9 +74,9 @@ class ImageHost(ModelHost):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of images the model was made for; None if any will do or it is not said."""
-        named = getattr(self.config, "image_size", None)
-        return self.pixels.size or _pair("config.json", named)
+        """Height and width of images the model was made for; None if any will do or if that is unknown."""
+        size = getattr(self.config, "image_size", None)
+        return self.pixels.size or _pair("config.json", size)
 
     @property
     def channels(self) -> int:
@@ -108,8 +108,8 @@ class ImageHost(ModelHost):
     def prepare(self, images: Tensor) -> Tensor:
         """Turn images ``[n, c, h, w]`` into the model's input by :class:`Pixels`.
 
-        A host opened from a folder takes values from 0 to 1 and normalises them as the folder says; a live
-        model is handed what it gets. Raises RequestError for other shapes.
+        A host opened from a folder takes values from 0 to 1 and normalises them by the folder's settings; a live
+        model gets them as they are. Raises RequestError for other shapes.
         """
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise RequestError(
@@ -136,16 +136,16 @@ class ImageHost(ModelHost):
     @locking.exclusive
     def at(self, site: ImageSite, images: Tensor, *, batch_size: int = BATCH) -> tuple[Tensor, Tensor]:
         """Return a site's inputs and outputs ``[n, ...]`` for images ``[n, c, h, w]``, as the module has them."""
-        module, seen, said = self.model.get_submodule(site.name), [], []
+        module, inputs, outputs = self.model.get_submodule(site.name), [], []
         for part in images.split(batch_size):
             with (
-                hooks.on_input(module, lambda x: seen.append(x.clone())),
-                hooks.on_output(module, lambda y: said.append(y.clone())),  # others may add in place
+                hooks.on_input(module, lambda x: inputs.append(x.clone())),
+                hooks.on_output(module, lambda y: outputs.append(y.clone())),  # others may add in place
                 hooks.stop_after(module),
                 contextlib.suppress(hooks.Stopped),
             ):
                 self._run(part)
-        return torch.cat(seen), torch.cat(said)
+        return torch.cat(inputs), torch.cat(outputs)
 
     def follow(self, site: ImageSite, values: Tensor) -> Tensor:
         """Send a site's output ``[n, ...]`` through its tail."""
@@ -160,31 +160,31 @@ class ImageHost(ModelHost):
     ) -> Tensor:
         """Return a module's output for images, with ``change`` ``[d_out, d_in]`` added to a site's weight.
 
-        Gradients reach ``change``. Raises HostError for a module that is not there, not run, or says no tensor.
+        Gradients reach ``change``. Raises HostError for a module that is not there, not run, or outputs no tensor.
         """
         try:
             module = self.model.get_submodule(name)
         except AttributeError as error:
             raise HostError(f"the model has no module {name!r}") from error
-        said: list[Tensor] = []
+        outputs: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             if site is not None and change is not None:
                 stack.enter_context(_beside(self.model.get_submodule(site.name), site, change))
-            stack.enter_context(hooks.on_output(module, lambda y: said.append(y.clone())))
+            stack.enter_context(hooks.on_output(module, lambda y: outputs.append(y.clone())))
             stack.enter_context(hooks.stop_after(module))
             stack.enter_context(contextlib.suppress(hooks.Stopped))
             try:
                 self._run(images)
             except TypeError as error:
                 raise HostError(f"module {name!r} gives no tensor to look at: {error}") from error
-        if not said:
+        if not outputs:
             raise HostError(f"module {name!r} is not run by the model")
-        return said[0]
+        return outputs[0]
 
     def mask_at(self, mask: Tensor, values: Tensor, part: Part) -> Tensor:
         """Bring masks ``[n, h, w]`` of images to the places of a module's input or output, ``[n, places]``.
 
-        Each place gets the masked share of its area; tokens that stand for no patch get 0. Raises HostError
+        Each place gets the masked share of its area; tokens of no patch get 0. Raises HostError
         where the places of ``values`` are not known to be places of the image.
         """
         prefix = 0
@@ -223,13 +223,13 @@ class ImageHost(ModelHost):
 
 @contextlib.contextmanager
 def _beside(module: nn.Module, site: ImageSite, change: Tensor):
-    """Add a change's product to what a map says, without touching its weight."""
-    seen: list[Tensor] = []
+    """Add a change's product to a map's output, without touching its weight."""
+    inputs: list[Tensor] = []
 
     def add(output: Tensor) -> Tensor:
-        return output + site.product(seen.pop(), change).to(output.dtype)
+        return output + site.product(inputs.pop(), change).to(output.dtype)
 
-    with hooks.on_input(module, seen.append), hooks.on_output(module, add):
+    with hooks.on_input(module, inputs.append), hooks.on_output(module, add):
         yield
 
 
@@ -254,20 +254,20 @@ def load_images(
 ) -> ImageHost:
     """Open an image classifier: a folder written by ``save_pretrained``, or a live model.
 
-    A folder's ``preprocessor_config.json`` says how pixels from 0 to 1 are normalised; without one, and for a
-    live model, images are handed on as they are. Raises HostError as :func:`errata.host.load.load` does.
+    A folder's ``preprocessor_config.json`` sets how pixels from 0 to 1 are normalised; without one, and for a
+    live model, images are passed on unchanged. Raises HostError as :func:`errata.host.load.load` does.
     """
-    wanted, place = _dtype(dtype), _device(device)
+    torch_dtype, place = _dtype(dtype), _device(device)
     if isinstance(model, nn.Module):
         live: Any = model
         _refuse_unusable(live)
-        if device != "auto" or wanted is not None:
-            live = live.to(device=None if device == "auto" else place, dtype=wanted)
+        if device != "auto" or torch_dtype is not None:
+            live = live.to(device=None if device == "auto" else place, dtype=torch_dtype)
         label = name or getattr(live.config, "_name_or_path", "") or type(live).__name__
         pixels = Pixels()
     else:
         folder = Path(model).expanduser()
-        live = _open(folder, wanted, trust_remote_code).to(place)
+        live = _open(folder, torch_dtype, trust_remote_code).to(place)
         label, pixels = name or str(model), _pixels(folder)
     _refuse_unusable(live)
     return ImageHost(live, name=label, pixels=pixels)
@@ -298,10 +298,10 @@ def _refuse_unusable(model: nn.Module) -> None:
 def _read(path: Path) -> Mapping[str, Any]:
     """Read a folder's JSON file; nothing where there is none to read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _pixels(folder: Path) -> Pixels:

@@ -69,15 +69,15 @@ class FixedCache:
 
         ``row`` ``[rows]``: which entry each row continues, None its own; ``length``: columns of this cache.
         """
-        joined: dict[int, KeyValues] = {}
+        blocks: dict[int, KeyValues] = {}
         for block, (keys, values) in later.items():
             new = keys[:, :, :columns], values[:, :, :columns]
             earlier = self.blocks.get(block) if length else None
             if earlier is not None:
                 own = [part if row is None else part[row.to(part.device)] for part in earlier]
                 new = torch.cat([own[0], new[0]], 2), torch.cat([own[1], new[1]], 2)
-            joined[block] = new
-        return FixedCache(joined)
+            blocks[block] = new
+        return FixedCache(blocks)
 
 
 class FixedLayer(DynamicLayer):

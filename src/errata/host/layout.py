@@ -66,7 +66,7 @@ class Layout:
     """Per block, attention's output projection."""
     adds_directly: bool
     """Whether what the feed-forward's projection writes reaches the residual stream unchanged; False
-    where a norm stands between."""
+    where a norm comes between."""
     refused: str | None
     """Why feed-forward sites are missing."""
     stack: str = DECODER
@@ -89,10 +89,10 @@ class Layout:
         """Return a site. Raises HostError for a layer or part that is not there."""
         if not 0 <= layer < len(self.blocks):
             raise HostError(f"layer {layer} does not exist: the model has layers 0 to {len(self.blocks) - 1}")
-        found = (self.mlp_out if part == "mlp_out" else self.attn_out)[layer]
-        if found is None:
+        site = (self.mlp_out if part == "mlp_out" else self.attn_out)[layer]
+        if site is None:
             raise HostError(f"layer {layer} has no editable {part}: {self.refused or 'none was found'}")
-        return found
+        return site
 
     @property
     def sites(self) -> list[Site]:
@@ -166,17 +166,17 @@ def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Lay
 
 
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    found = [
+    lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(any(_is_linear(leaf) for leaf in child.modules()) for child in module)
     ]
-    if not found:
+    if not lists:
         raise HostError("found no list of blocks in the model: it has no editable site")
     # a mixture's list of experts lies inside a block, so the outermost list holds more parameters
-    _, name, module = max(found, key=lambda item: item[0])
+    _, name, module = max(lists, key=lambda item: item[0])
     return name, module
 
 
@@ -207,9 +207,9 @@ def linear_map(module: Any, d_in: int, like: Tensor) -> tuple[int, bool] | None:
     if not is_packed(module) and isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta:
         stored = _stored(module, inputs, outputs)
         return None if stored is None else (outputs.shape[-1], stored)
-    said = outputs.float()
-    gap = (said[0] + said[1] - said[2] - said[3]).abs().max()
-    if not float(gap) < 5e-2 * float(said.abs().max()):  # eight-bit inputs are linear to a per cent
+    values = outputs.float()
+    gap = (values[0] + values[1] - values[2] - values[3]).abs().max()
+    if not float(gap) < 5e-2 * float(values.abs().max()):  # eight-bit inputs are linear to a per cent
         return None
     return outputs.shape[-1], not (is_packed(module) or isinstance(module, nn.Linear))
 
@@ -220,15 +220,17 @@ def _stored(module: Any, inputs: Tensor, outputs: Tensor) -> bool | None:
     for transposed in _orientations(module):
         stored = weight.mT if transposed else weight
         if stored.shape == (outputs.shape[-1], inputs.shape[-1]):
-            said = functional.linear(inputs.float(), stored.float(), None if bias is None else bias.float())
+            product = functional.linear(
+                inputs.float(), stored.float(), None if bias is None else bias.float()
+            )
             scale = outputs.float().abs().max().clamp_min(1e-6)
-            if float((said - outputs.float()).abs().max() / scale) < 2e-2:
+            if float((product - outputs.float()).abs().max() / scale) < 2e-2:
                 return transposed
     return None
 
 
 class _Trace:
-    """What each linear map and each direct child of a block saw and said in one forward."""
+    """What each linear map and each direct child of a block read and returned in one forward pass."""
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -267,7 +269,7 @@ class _Trace:
 
 
 def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | None, Site | None, str | None]:
-    """Find a block's feed-forward and attention output projections, or say why there is none."""
+    """Find a block's feed-forward and attention output projections, or the reason why there is none."""
     block: Any = trace.blocks[layer]
     names = {module: f"{path}.{name}" for name, module in block.named_modules()}
     added = _adapter_parts(block)
@@ -346,14 +348,14 @@ def _stacks(block: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 def _dense(block: nn.Module, feed: list[Any], trace: _Trace) -> list[Any]:
     """Leave the candidates that every token runs through: no siblings in a list, as experts are."""
     lists = [m for m in block.modules() if isinstance(m, nn.ModuleList)]
-    chosen = {
+    siblings = {
         leaf
         for group in lists
         if len([1 for child in group if any(leaf in set(feed) for leaf in child.modules())]) > 1
         for leaf in group.modules()
     }
     count = trace.positions
-    dense = [m for m in feed if m not in chosen and trace.io[m][0].shape[:-1].numel() == count]
+    dense = [m for m in feed if m not in siblings and trace.io[m][0].shape[:-1].numel() == count]
     # a square map that runs last may be a mere gate, as RWKV's; what narrows or widens is the projection
     return [m for m in dense if trace.io[m][0].shape[-1] != trace.io[m][1].shape[-1]] or dense
 
@@ -438,7 +440,7 @@ def _writes(module: Any, trace: _Trace, width: int) -> bool:
 
 
 def _mixes(child: nn.Module, trace: _Trace, skip: int) -> bool:
-    """Whether what a module says at the last token depends on tokens ``skip`` or more before it."""
+    """Whether a module's output at the last token depends on tokens ``skip`` or more before it."""
     if child not in trace.calls or not any(_is_linear(leaf) for leaf in child.modules()):
         return False
     args, kwargs = trace.calls[child]
@@ -467,8 +469,8 @@ def _site(module: Any, layer: int, part: Part, names: dict[nn.Module, str], trac
     inputs, outputs = trace.io[module]
     d_in, d_out = inputs.shape[-1], outputs.shape[-1]
     if is_packed(module):
-        found = linear_map(module, d_in, inputs)
-        if found is None or found[0] != d_out or not _passes_gradients(module, inputs):
+        linear = linear_map(module, d_in, inputs)
+        if linear is None or linear[0] != d_out or not _passes_gradients(module, inputs):
             return None
         return Site(layer, part, names[module], d_in, d_out, transposed=False, packed=True)
     stored = None if module.weight.is_meta else _stored(module, inputs, outputs)
@@ -479,10 +481,10 @@ def _passes_gradients(module: nn.Module, inputs: Tensor) -> bool:
     """Whether a packed module's output depends on its input also for autograd; some kernels cut that."""
     with torch.enable_grad():
         leaf = inputs.detach().clone().requires_grad_(True)
-        said = module.forward(leaf)
-        if not said.requires_grad:
+        output = module.forward(leaf)
+        if not output.requires_grad:
             return False
-        (gradient,) = torch.autograd.grad(said.float().sum(), leaf, allow_unused=True)
+        (gradient,) = torch.autograd.grad(output.float().sum(), leaf, allow_unused=True)
     return gradient is not None and bool(gradient.abs().max() > 0)
 
 
@@ -505,21 +507,21 @@ def _adds_directly(model: nn.Module, blocks: nn.ModuleList, mlp: list[Site | Non
 
 def _direct(model: nn.Module, block: nn.Module, site: Site, probe: Pass) -> bool:
     """Whether adding to one projection's output adds the same to its block's output."""
-    seen: list[Tensor] = []
+    states: list[Tensor] = []
     # as large as the stream, whose own rounding would drown a small shift in 16 bits
     shift = torch.linspace(-1, 1, site.d_out)
 
     def note(hidden: Tensor) -> None:
-        seen.append(hidden.float())
+        states.append(hidden.float())
 
     def push(hidden: Tensor) -> Tensor:
         return hidden + (shift * unit).to(hidden)
 
     with hooks.on_output(block, note):
         run(model, probe)
-        unit = float(seen[0].square().mean().sqrt())
+        unit = float(states[0].square().mean().sqrt())
         with hooks.on_output(model.get_submodule(site.name), push):
             run(model, probe)
-    moved = (seen[1] - seen[0]) / unit
+    moved = (states[1] - states[0]) / unit
     # the median: a few entries of the stream may be huge, and rounded accordingly
     return bool((moved - shift.to(moved)).abs().median() < 0.05)

@@ -1,24 +1,27 @@
-"""A model with its tokenizer and its layout; :mod:`errata.host.open` opens one."""
+"""A model that reads text, with its codec and its layout; :mod:`errata.host.open` opens one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from errata.errors import RequestError
+from errata.errors import HostError, RequestError
 from errata.host import hooks, locking, passes, placed, placement, prompts, tokens, trial
 from errata.host.base import BRANCHES as BRANCHES
 from errata.host.base import OVERLAYS as OVERLAYS
 from errata.host.base import ModelHost
+from errata.host.codec import Codec, text_config
 from errata.host.generation_settings import is_plain
-from errata.host.kinds import CAUSAL
+from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import Layout, discover
 from errata.host.open import DTYPES as DTYPES
+from errata.host.open import codec_for
 from errata.host.open import load as load
 from errata.host.open import quiet as quiet
 from errata.host.passes import Pass
@@ -26,40 +29,46 @@ from errata.host.passes import Pass
 if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
     from errata.host.stopping import Stop
 
-TEXTS_KEPT = 2**17
-"""Tokenised texts a host remembers: the same probes are asked before and after every edit."""
-
 
 class Host(ModelHost):
-    """A causal language model with its tokenizer and its layout.
+    """A model that reads text, with its tokenizer, its codec and its layout.
 
     Not changed by anything but an edit's ``apply_`` and ``on``.
     """
 
-    kind: str = CAUSAL
-
-    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str, codec: Codec | None = None) -> None:
+        """Take a live model; ``codec``: how it reads and answers, None for that of its kind, detected by structure."""
         super().__init__(model, name=name)
-        self.tokenizer = tokenizer
+        self.codec = codec_for(model, tokenizer, name=name) if codec is None else codec
+        self.kind = self.codec.kind
         self.prompt_format = prompts.PromptFormat()
         self.position_tables: tuple[int, ...] = ()
-        """How many tokens its tables of positions have room for, as found when it was opened."""
+        """How many tokens its tables of positions have room for, as measured when it was opened."""
 
     def __repr__(self) -> str:
-        return f"Host({self.name!r}, {self.family}, {len(self.layout.blocks)} layers, {self.dtype})"
+        title = "" if self.kind == CAUSAL else f"{kind(self.kind).title}, "
+        return f"Host({self.name!r}, {title}{self.family}, {len(self.layout.blocks)} layers, {self.dtype})"
 
     # --- facts -----------------------------------------------------------------------------
 
     @property
+    def tokenizer(self) -> Any:
+        """What turns text into ids."""
+        return self.codec.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.codec.tokenizer = tokenizer
+
+    @property
     def text_config(self) -> Any:
         """The configuration of the language model, where the model's own holds others beside it."""
-        inner = getattr(self.config, "get_text_config", None)
-        return inner(decoder=True) if inner is not None else self.config
+        return text_config(self.config)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens the model may answer with."""
-        return int(self.text_config.vocab_size)
+        """Number of tokens, or labels, the model may answer with."""
+        return self.codec.vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -87,17 +96,13 @@ class Host(ModelHost):
 
         Raises HostError where there are none to find.
         """
-        known = self.__dict__.get("_layout")
+        cached = self.__dict__.get("_layout")
         modules = placement.identities(self.model)
-        if known is None or known[0] != modules:
+        if cached is None or cached[0] != modules:
             with hooks.plain_torch(), passes.without_interventions():
-                known = vars(self)["_layout"] = modules, discover(self.model, self._probe())
-        return known[1]
-
-    def _probe(self) -> Pass:
-        """Return a few tokens to find the layout with."""
-        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
-        return Pass(ids, torch.ones_like(ids))
+                layout = discover(self.model, self.codec.probe(self.device))
+            cached = vars(self)["_layout"] = modules, layout
+        return cached[1]
 
     def _vocabulary(self) -> bytes:
         if self.tokenizer is None:
@@ -105,14 +110,28 @@ class Host(ModelHost):
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return repr(vocabulary).encode()
 
-    # --- running ---------------------------------------------------------------------------
+    @property
+    def reads_by_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, so that the decoder's row holds the answer alone."""
+        return self.codec.reads_by_encoder
+
+    @property
+    def fills(self) -> bool:
+        """Whether an answer takes places in what is read, rather than following it."""
+        return self.codec.fills
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """Arguments of the model's forward that passes may give it."""
+        names = passes.arguments(self.model)
+        return names if self.codec.takes_positions else names - {"position_ids"}
 
     @cached_property
     def continues(self) -> bool:
         """Whether texts may continue one that was run before, tried out once; see :mod:`errata.host.prefix`."""
         from errata.host.prefix import can_grow
 
-        return can_grow(self)
+        return self.codec.continues and can_grow(self)
 
     @cached_property
     def padding(self) -> trial.Padding:
@@ -122,32 +141,19 @@ class Host(ModelHost):
         with passes.without_interventions():
             return trial.padding(self)
 
-    @property
-    def reads_by_encoder(self) -> bool:
-        """Whether an encoder reads the prompt, so that a row holds what is said to it alone."""
-        return False
-
-    @property
-    def fills(self) -> bool:
-        """Whether an answer takes places in what is read, rather than following it."""
-        return False
+    # --- rows and passes -------------------------------------------------------------------
 
     def length(self, row: tokens.Ids) -> int:
         """Return how many tokens the window must hold for a row."""
-        return len(row)
+        return self.codec.length(row)
 
     def room(self, row: tokens.Ids) -> int | None:
         """Return how many tokens may still be added to a row; None where nothing sets a bound."""
-        return None if self.window is None else max(1, self.window - len(row))
+        return self.codec.room(row, self.window)
 
     def reading(self, row: tokens.Ids) -> tuple[tokens.Ids, int]:
-        """Return the ids that the model reads to say what follows a row, and the column that says it."""
-        return row, len(row) - 1
-
-    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return answers as texts, thinking blocks left out."""
-        answers = [prompts.behind_thoughts(self.tokenizer, list(row)) for row in ids]
-        return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+        """Return the ids that the model reads to predict what follows a row, and the column of its logits."""
+        return self.codec.reading(row)
 
     @property
     def pad_id(self) -> int:
@@ -159,9 +165,12 @@ class Host(ModelHost):
         return 0
 
     def batch(self, rows: Sequence[Sequence[int]], *, side: tokens.Side = "right") -> tokens.Batch:
-        """Pad rows of token ids. Raises RequestError for a row longer than the model's window."""
-        self.check_window(max(len(row) for row in rows))
-        return tokens.pad(rows, side=side, fill=self.pad_id, device=self.device)
+        """Pad rows of token ids. Raises RequestError for a row longer than the model's window.
+
+        Raises HostError for running text where the model scores answers to prompts only.
+        """
+        self.check_window(max(self.codec.length(row) for row in rows))
+        return self.codec.batch(rows, side=side, fill=self.pad_id, device=self.device)
 
     def check_window(self, length: int) -> None:
         """Raise RequestError for a text of more tokens than the model's window holds."""
@@ -172,11 +181,21 @@ class Host(ModelHost):
 
     def inputs(self, batch: tokens.Batch) -> dict[str, Any]:
         """Return what the model takes of a batch wherever it is run or generates."""
-        return {"input_ids": batch.ids, "attention_mask": batch.mask}
+        return self.codec.inputs(batch)
+
+    def as_pass(self, batch: tokens.Batch, **options: Any) -> Pass:
+        """Return a batch as a pass, with options of :class:`errata.host.passes.Pass`; places count in whole rows."""
+        return self.codec.as_pass(batch, **options)
 
     def forward(self, batch: tokens.Batch, *, keep: int | None = None) -> Tensor:
-        """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only."""
-        return self.run(self.as_pass(batch, last=keep)).logits
+        """Run a batch; logits ``[rows, length, vocab]``, or of the last ``keep`` positions only.
+
+        Raises HostError for more than the last where a model fills places.
+        """
+        if self.fills and keep != 1:
+            raise HostError(f"{self.name} scores answers to prompts, not running text")
+        logits = self.run(self.as_pass(batch, last=keep)).logits
+        return logits[:, None] if self.fills else logits
 
     def forward_at(
         self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
@@ -187,9 +206,7 @@ class Host(ModelHost):
         """
         return self.run(self.as_pass(batch, at=(row, at), ends=ends)).logits
 
-    def as_pass(self, batch: tokens.Batch, **options: Any) -> Pass:
-        """Return a batch as a pass, with options of :class:`errata.host.passes.Pass`; places count in whole rows."""
-        return Pass(batch.ids, batch.mask, batch.positions, **options)
+    # --- text ------------------------------------------------------------------------------
 
     def generate(
         self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True,
@@ -197,23 +214,23 @@ class Host(ModelHost):
     ):  # fmt: skip
         """Continue one prompt, or each of several, greedily; return the new text only.
 
-        Prompts are put as :attr:`prompt_format` says. Stops at the end token, and unless ``natural_stop`` is
+        Prompts are formatted by :attr:`prompt_format`. Stops at the end token, and unless ``natural_stop`` is
         off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
         a conversation at its end token only. A thinking block that was closed is left out. ``sets``: the edit
         set of each prompt, None for the edits of all rows alone. Raises ConfigError for a set that no edit was
         placed for.
         """
         one = isinstance(prompt, str)
-        given = [prompt] if one else list(prompt)
+        questions = [prompt] if one else list(prompt)
         member = None if sets is None else placed.numbers(self.model, sets)
         framed = [
             self.frame(text, number=None if member is None else int(member[i]))
-            for i, text in enumerate(given)
+            for i, text in enumerate(questions)
         ]
         stops: dict[bool, list[int]] = {}
         for i, form in enumerate(framed):
             stops.setdefault(form.special, []).append(i)
-        texts = [""] * len(given)
+        texts = [""] * len(questions)
         for special, group in stops.items():
             line: Stop = "line" if self.prompt_format.template in ("question", "auto") else "sentence"
             stop: Stop = line if natural_stop and special else "end"
@@ -223,29 +240,8 @@ class Host(ModelHost):
                 texts[i] = prompts.answer_of(text, framed[i].open_block)
         return texts[0] if one else texts
 
-    def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
-        """Tokenise a text with character offsets; ``special`` as in :func:`tokens.encode`."""
-        return self._embedded(tokens.encode(self.tokenizer, text, special=special))
-
-    def _embedded(self, made: Any) -> Any:
-        """Return ids or something that has them. Raises RequestError for a token without an embedding."""
-        if self.beyond:
-            ids = made if isinstance(made, tuple) else made.ids
-            wrong = [self.beyond[token] for token in ids if token in self.beyond]
-            if wrong:
-                raise RequestError(
-                    f"the model has no embedding for the token {wrong[0]!r:.80}: the tokenizer has more tokens "
-                    "than the model; resize the model (model.resize_token_embeddings(len(tokenizer))), or use "
-                    "the tokenizer it was trained with"
-                )
-        return made
-
-    @cached_property
-    def _remember(self) -> Callable[..., Any]:
-        return lru_cache(TEXTS_KEPT)(lambda make, tokenizer, *given: make(tokenizer, *given))
-
     def with_prompt_format(self, settings: prompts.PromptFormat) -> Host:
-        """Return this host with prompts put otherwise; model, tokenizer and what is in place are shared."""
+        """Return this host with another prompt format; model, tokenizer and what is in place are shared."""
         if settings == self.prompt_format:
             return self
         view = copy.copy(self)
@@ -255,18 +251,31 @@ class Host(ModelHost):
     def frame(
         self, prompt: str, *, prefix: str = "", before: int | None = None, number: int | None = None
     ) -> prompts.Framed:
-        """Put a prompt as :attr:`prompt_format` says, after edits have rewritten it.
+        """Format a prompt by :attr:`prompt_format`, after edits have rewritten it.
 
-        See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt as it is given. ``number``: the
+        See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt that is passed. ``number``: the
         edit set that the prompt belongs to.
         """
-        rewritten = self.rewritten(prompt, number)
-        if before is not None and rewritten != prompt:
-            before += len(rewritten) - len(prompt)
-        prompt = rewritten
+        text, before = self._hidden(prompt, before)
+        rewritten = self.rewritten(text, number)
+        if before is not None and rewritten != text:
+            before += len(rewritten) - len(text)
         template = getattr(self.tokenizer, "chat_template", None)
         key = repr(template) if template else ""  # it may be changed on a live tokenizer
-        return self._remember(_frame, self.tokenizer, self.prompt_format, prompt, prefix, before, key)
+        framed = self.codec.remember(
+            _frame, self.tokenizer, self.prompt_format, rewritten, prefix, before, key
+        )
+        whole = self.codec.show(framed.text)
+        if whole is framed.text:  # nothing was hidden
+            return framed
+        return replace(framed, text=whole, scored=self.codec.show(framed.scored))
+
+    def _hidden(self, prompt: str, before: int | None) -> tuple[str, int | None]:
+        """Return a prompt without what its format must leave alone, and where ``before`` is in it."""
+        text = self.codec.hide(prompt)
+        if before is not None and text != prompt:
+            before += len(self.codec.hide(prompt[:before])) - len(prompt[:before])
+        return text, before
 
     def rewritten(self, prompt: str, number: int | None = None) -> str:
         """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit set."""
@@ -277,58 +286,63 @@ class Host(ModelHost):
 
     def prefixed(self, prompt: str, prefix: str, before: int | None = None) -> str:
         """Put running text before a prompt; see :func:`errata.host.prompts.prefixed`."""
-        return prompts.prefixed(self.tokenizer, prompt, prefix, before)
+        text, before = self._hidden(prompt, before)
+        return self.codec.show(prompts.prefixed(self.tokenizer, text, prefix, before))
 
-    def encode_framed(self, framed: prompts.Framed, *, slots: int | None = None) -> tuple[int, ...]:
+    def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
+        """Tokenise a text with character offsets; ``special`` as in :func:`tokens.encode`."""
+        encoded = self.codec.encode(text, special=special)
+        self._check_embedded(encoded.ids)
+        return encoded
+
+    def encode_framed(self, framed: prompts.Framed, *, slots: int | None = None) -> tokens.Ids:
         """Tokenise what is continued of a framed prompt; ids.
 
         ``slots``: how many tokens the answer has, for models that fill places; others do not need it.
         """
-        return self._embedded(self._prompt_ids(framed.text, framed.special))
+        return self._check_embedded(self.codec.prompt_row(framed, slots=slots))
 
-    def encode_prompt(self, prompt: str, *, special: bool = True) -> tuple[int, ...]:
+    def encode_prompt(self, prompt: str, *, special: bool = True) -> tokens.Ids:
         """Tokenise a prompt to be continued; ids. ``special`` off: it is a conversation with its own tokens."""
-        return self.encode_framed(self.frame(prompt) if special else prompts.written(prompt))
+        return self.encode_framed(self.frame(prompt) if special else prompts.conversation(prompt))
 
-    def encode_base(self, prompt: str, *, slots: int | None = None) -> tuple[int, ...]:
+    def encode_base(self, prompt: str, *, slots: int | None = None) -> tokens.Ids:
         """Tokenise what answers to a prompt are scored behind: :meth:`encode_prompt`, thinking closed; ids.
 
         ``slots`` as in :meth:`encode_framed`.
         """
-        framed = self.frame(prompt)
-        return self._embedded(self._prompt_ids(framed.scored, framed.special))
-
-    def _prompt_ids(self, text: str, special: bool) -> tuple[int, ...]:
-        ids = self._remember(_stripped_ids, self.tokenizer, text, special)
-        return ids or (tokens.begin_id(self.tokenizer),)
+        return self._check_embedded(self.codec.scored_row(self.frame(prompt), slots=slots))
 
     def encode_answer(
         self, prompt: str, answer: str, *, prefix: str = "", before: int | None = None, special: bool = True
     ) -> tokens.Answer:
         """Tokenise prompt and answer together; ``prefix`` and ``before`` as in :meth:`frame`."""
-        framed = self.frame(prompt, prefix=prefix, before=before) if special else prompts.written(prompt)
-        before = self._remember(_stripped_ids, self.tokenizer, framed.scored, framed.special)
-        given = (framed.scored, answer, framed.special, self.prompt_format.join, framed.lead, before)
-        return self._embedded(self._remember(_answer_ids, self.tokenizer, *given))
+        framed = self.frame(prompt, prefix=prefix, before=before) if special else prompts.conversation(prompt)
+        row = self.codec.answer_row(framed, answer, join=self.prompt_format.join)
+        self._check_embedded(row.ids)
+        return row
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return answers as texts, thinking blocks left out."""
+        return self.codec.decode(ids)
+
+    def _check_embedded(self, ids: tokens.Ids) -> tokens.Ids:
+        """Return ids. Raises RequestError for a token without an embedding."""
+        if self.beyond:
+            wrong = [self.beyond[token] for token in ids if token in self.beyond]
+            if wrong:
+                raise RequestError(
+                    f"the model has no embedding for the token {wrong[0]!r:.80}: the tokenizer has more tokens "
+                    "than the model; resize the model (model.resize_token_embeddings(len(tokenizer))), or use "
+                    "the tokenizer it was trained with"
+                )
+        return ids
 
 
 def _frame(
     tokenizer: Any, settings: prompts.PromptFormat, prompt: str, prefix: str, before: int | None, key: str
 ) -> prompts.Framed:
     return prompts.frame(tokenizer, settings, prompt, prefix, before)
-
-
-def _stripped_ids(tokenizer: Any, prompt: str, special: bool) -> tuple[int, ...]:
-    return tokens.encode_stripped(tokenizer, prompt, special=special).ids
-
-
-def _answer_ids(
-    tokenizer: Any, prompt: str, answer: str, special: bool, join: Any, lead: str | None,
-    before: tuple[int, ...],
-) -> tokens.Answer:  # fmt: skip
-    return tokens.encode_answer(
-        tokenizer, prompt, answer, special=special, join=join, lead=lead, prompt_ids=before
-    )
 
 
 @locking.shared

@@ -140,10 +140,10 @@ class ModelLock:
 
 def of(owner: Any) -> ModelLock:
     """Return the lock of a model, or of a host's model."""
-    held = (owner if isinstance(owner, nn.Module) else owner.model).__dict__
+    attributes = (owner if isinstance(owner, nn.Module) else owner.model).__dict__
     # a pickled model left None behind; setdefault is one step for all threads
     for count in itertools.count():
-        lock = held.get(f"{LOCK}{count}") or held.setdefault(f"{LOCK}{count}", ModelLock())
+        lock = attributes.get(f"{LOCK}{count}") or attributes.setdefault(f"{LOCK}{count}", ModelLock())
         if lock is not None:
             return lock
     raise AssertionError("unreachable")

@@ -21,7 +21,7 @@ def in_batches(items: Sequence[A], size: int, run: Callable[[Sequence[A]], list[
     while len(results) < len(items):
         batch = items[len(results) : len(results) + size]
         try:
-            made = run(batch)
+            part = run(batch)
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not ran_out(error):
                 raise
@@ -29,9 +29,9 @@ def in_batches(items: Sequence[A], size: int, run: Callable[[Sequence[A]], list[
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
-        if len(made) != len(batch):
-            raise ValueError(f"{len(batch)} items gave {len(made)} results")
-        results += made
+        if len(part) != len(batch):
+            raise ValueError(f"{len(batch)} items gave {len(part)} results")
+        results += part
     return results
 
 

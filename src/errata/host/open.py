@@ -1,4 +1,4 @@
-"""Open a model: by name, by folder, or as a live object, with all that stands around it taken off.
+"""Open a model: by name, by folder, or as a live object, without the wrappers around it.
 
 What cannot be edited safely is refused here, with the reason, before anything is fitted: weights that are
 away, damaged or not finite, files that describe another model than they hold, wrappers that compute something
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError
 from errata.host import files, hooks, placement, trial
-from errata.host.passes import Pass
+from errata.host.codec import CausalCodec, Codec
+from errata.host.seq2seq import EncoderDecoderCodec, is_encoder_decoder
+from errata.host.slots import slot_codec
 from errata.registry import unknown
 
 if TYPE_CHECKING:  # the host's own file names this one
@@ -39,7 +41,7 @@ def load(
     """Open a host.
 
     ``model``: a hub name, a folder written by ``save_pretrained``, or a live model, which stays where
-    it is unless ``device`` or ``dtype`` say otherwise. ``tokenizer``: needed with a live model; else
+    it is unless ``device`` or ``dtype`` is set. ``tokenizer``: needed with a live model; else
     the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
 
     A live model may be wrapped by ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT: the
@@ -50,21 +52,23 @@ def load(
     Raises HostError when the model cannot be opened, holds numbers that are not finite, is not fully in
     memory, or is no causal language model or encoder-decoder.
     """
-    wanted = _dtype(dtype)
+    from errata.host.load import Host
+
+    torch_dtype = _dtype(dtype)
     place = _device(device)
     with hooks.plain_torch():
         if isinstance(model, nn.Module):
-            live, label = _live(model, tokenizer, None if device == "auto" else place, wanted, name)
+            live, label = _live(model, tokenizer, None if device == "auto" else place, torch_dtype, name)
         else:
-            live = _open(str(model), place, wanted, revision, trust_remote_code)
+            live = _open(str(model), place, torch_dtype, revision, trust_remote_code)
             label = name or str(model)
         if not hasattr(live, "get_input_embeddings") or not hasattr(live, "config"):
             raise HostError(f"expected a transformers language model, found {type(live).__name__}")
         placement.refuse_away(live)
-        made = next((n for n, p in live.named_parameters() if p.is_inference()), None)
-        if made is not None:
+        inference = next((n for n, p in live.named_parameters() if p.is_inference()), None)
+        if inference is not None:
             raise HostError(
-                f"weight {made} was made in inference mode, so it takes no change and passes no gradient on; "
+                f"weight {inference} was made in inference mode, so it takes no change and passes no gradient on; "
                 "make the model outside torch.inference_mode()"
             )
         _refuse_not_finite(live)
@@ -72,7 +76,7 @@ def load(
             tokenizer = files.open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
         training = [m for m in live.modules() if m.training] if isinstance(model, nn.Module) else []
         try:
-            host = _host(live, tokenizer, label)
+            host = Host(live, tokenizer, name=label)
             if any(placement.is_packed(module) for module in live.modules()):
                 _settle(host)
             trial.check(host)
@@ -85,7 +89,7 @@ def load(
 def _live(
     model: nn.Module, tokenizer: Any, place: torch.device | None, dtype: torch.dtype | None, name: str | None
 ) -> tuple[nn.Module, str]:
-    """Return the model inside a live one's wrappers, moved as asked, and its label."""
+    """Return the model inside a live one's wrappers, moved where needed, and its label."""
     if tokenizer is None:
         raise HostError("a live model needs its tokenizer: errata.load(model, tokenizer=...)")
     live = unwrapped(model)
@@ -152,23 +156,22 @@ def _refuse_compiled(model: nn.Module) -> None:
 # --- from names and folders -----------------------------------------------------------------
 
 
-def _host(model: Any, tokenizer: Any, name: str) -> Host:
-    """Make the host that suits a model. Raises HostError for an encoder-decoder that says nothing."""
-    from errata.host.load import Host
-    from errata.host.seq2seq import Seq2SeqHost, is_encoder_decoder
-    from errata.host.slots import slot_host
+def codec_for(model: Any, tokenizer: Any, *, name: str) -> Codec:
+    """Return the codec of a model's kind, detected by its structure; ``name``: the host's, for messages.
 
-    slots = slot_host(model, tokenizer, name)
+    Raises HostError for an encoder-decoder that predicts no tokens.
+    """
+    slots = slot_codec(model)
     if slots is not None:
-        return slots
+        return slots(model, tokenizer, name=name)
     if not is_encoder_decoder(model):
-        return Host(model, tokenizer, name=name)
+        return CausalCodec(model, tokenizer, name=name)
     if model.get_output_embeddings() is None:
         raise HostError(
             f"{type(model).__name__} is an encoder-decoder without a language modelling head; "
             "open it as AutoModelForSeq2SeqLM does"
         )
-    return Seq2SeqHost(model, tokenizer, name=name)
+    return EncoderDecoderCodec(model, tokenizer, name=name)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -221,14 +224,14 @@ def _open(
 
 
 def _opener(config: Any) -> Any:
-    """Return the transformers class that opens a model as what its configuration says it is."""
+    """Return the transformers class that opens a model as its configuration describes it."""
     import transformers
 
     heads = [str(name) for name in getattr(config, "architectures", None) or ()]
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
         if any(name.endswith(ending) for name in heads):
             return getattr(transformers, f"AutoModel{ending}")
-    # asked for a causal model, transformers gives the decoder of some encoder-decoders alone
+    # as causal models, transformers opens the decoder of some encoder-decoders alone
     if getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForSeq2SeqLM
     towers = config.get_text_config(decoder=True) is not config
@@ -251,10 +254,9 @@ def _moved(model: Any, place: torch.device | None, dtype: torch.dtype | None) ->
 
 def _settle(host: Host) -> None:
     """Run a quantised model once: some layers cast or rearrange their own tensors at their first run."""
-    ids = torch.arange(5, device=host.device)[None] % host.vocab_size
     try:
         with torch.no_grad():
-            host.run(Pass(ids, torch.ones_like(ids)))
+            host.run(host.codec.probe(host.device))
     except RuntimeError as error:
         raise HostError(f"the quantised model does not run on {host.device}: {error}") from error
 

@@ -1,6 +1,6 @@
 """The one door to a model: a forward pass as a record, and the only code that runs it.
 
-Whoever wants something of a model says which rows it is to read, what they continue and where logits are wanted;
+A caller states which rows a model reads, what they continue and where logits are needed;
 hooks, caches and edits in place act on what is run here and nowhere else.
 """
 
@@ -41,11 +41,11 @@ class Pass:
     prefix: Any = None
     """Attention keys and values of the tokens that rows continue, a transformers cache."""
     use_cache: bool = False
-    """Whether keys and values of these rows are wanted, to be continued later."""
+    """Whether keys and values of these rows are returned, to be continued later."""
     at: Places | None = None
-    """Where logits are wanted; None: everywhere."""
+    """Where logits are computed; None: everywhere."""
     last: int | None = None
-    """Of how many last columns logits are wanted; None: of all."""
+    """Of how many last columns logits are returned; None: of all."""
 
     ends: Tensor | None = None
     """int64 ``[rows]``: column, counted with the prefix, of each row's last prompt token, at which routers decide;
@@ -81,9 +81,9 @@ class Ran:
     logits: Tensor
     """``[rows, length, vocab]``; ``[n, vocab]`` where places were named, ``[rows, classes]`` of images."""
     prefix: Any = None
-    """Keys and values of all tokens so far, where they were wanted."""
+    """Keys and values of all tokens so far, with ``use_cache``."""
     routes: Mapping[str, Tensor] = field(default_factory=dict)
-    """What routers have decided about the rows, to be handed on with the prefix."""
+    """What routers have decided about the rows, to be passed on with the prefix."""
 
 
 class Routing:
@@ -96,14 +96,14 @@ class Routing:
         self, ends: Tensor | None = None, mask: Tensor | None = None, *, prefix: int | None = 0,
         ids: Tensor | None = None, decided: Mapping[str, Tensor] | None = None, past: bool = False,
     ) -> None:  # fmt: skip
-        """Take each row's end, or the mask ``[rows, prefix + length]`` that it is read off when it is asked for.
+        """Take each row's end, or the mask ``[rows, prefix + length]`` that it is computed from when needed.
 
         ``past``: all prompts ended before this pass. ``prefix``: columns before it; None where that varies.
         """
         self._ends, self._mask, self._prefix, self._past = ends, mask, prefix, past
         self._ids = ids
         self.decided: dict[str, Tensor] = dict(decided or {})
-        """By edit digest, the entry that speaks for each row, int64 ``[rows]``; -1: none."""
+        """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none."""
 
     def ends(self, rows: int, length: int) -> Tensor:
         """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""
@@ -174,7 +174,7 @@ def is_plain() -> bool:
 
 @contextmanager
 def without_interventions() -> Iterator[None]:
-    """Have interventions leave passes in the block alone: what a model is like is found out without them."""
+    """Have interventions leave passes in the block alone: models are examined without them."""
     before, _RUNNING.plain = _RUNNING.plain, True
     try:
         yield
@@ -224,7 +224,7 @@ def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) 
     current = _routing(request)
     with hooks.evaluating(model), reduce, routed(current):
         out = model(**inputs)
-    if isinstance(out, Tensor):  # a bare module, whose answer is all it has to say
+    if isinstance(out, Tensor):  # a bare module, that returns nothing else
         return Ran(out)
     prefix = out.past_key_values if request.use_cache else None
     routes = current.decided if current is not None else {}
@@ -238,8 +238,8 @@ def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) 
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the map from hidden states to the vocabulary; None for a model that names none."""
-    named = getattr(model, "get_output_embeddings", None)
-    return None if named is None else named()
+    getter = getattr(model, "get_output_embeddings", None)
+    return None if getter is None else getter()
 
 
 def generate(

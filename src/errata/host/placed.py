@@ -39,7 +39,7 @@ class Intervention(Protocol):
 
 @dataclass(frozen=True)
 class Rewriter:
-    """What an edit makes of every prompt before it is put to the model."""
+    """What an edit makes of every prompt before it is formatted."""
 
     digest: str
     order: tuple[str, str]
@@ -75,29 +75,29 @@ def set_number(model: nn.Module, name: str | None) -> int | None:
     """Return the number of an edit set, naming it if it is new; None for the edits of all rows."""
     if name is None:
         return None
-    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
-    return placed.sets.setdefault(name, len(placed.sets) + 1)
+    state: Placed = model.__dict__.setdefault(PLACED, Placed())
+    return state.sets.setdefault(name, len(state.sets) + 1)
 
 
 def numbers(model: nn.Module, sets: Sequence[str | None]) -> Tensor:
     """Return the number of each row's set, int64 ``[rows]``; 0 for none. Raises ConfigError for an unknown one."""
-    known = on(model).sets
-    strange = sorted({name for name in sets if name is not None and name not in known})
+    by_name = on(model).sets
+    strange = sorted({name for name in sets if name is not None and name not in by_name})
     if strange:
         raise ConfigError(
-            f"no edit was placed for the set {strange[0]!r}; known: {', '.join(sorted(known)) or 'none'}"
+            f"no edit was placed for the set {strange[0]!r}; known: {', '.join(sorted(by_name)) or 'none'}"
         )
-    return torch.tensor([0 if name is None else known[name] for name in sets])
+    return torch.tensor([0 if name is None else by_name[name] for name in sets])
 
 
 def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
     """Have an intervention act on a module's output in every thread, after changes of its weights."""
-    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
-    acts = placed.acts.setdefault(path, _ModuleActs())
-    several = tuple(sorted((*placed.interventions.get(path, ()), intervention), key=lambda one: one.order))
-    placed.interventions = {**placed.interventions, path: several}
+    state: Placed = model.__dict__.setdefault(PLACED, Placed())
+    acts = state.acts.setdefault(path, _ModuleActs())
+    several = tuple(sorted((*state.interventions.get(path, ()), intervention), key=lambda one: one.order))
+    state.interventions = {**state.interventions, path: several}
     acts.interventions = several
-    hooks.stand(model.get_submodule(path), acts, rank=1)
+    hooks.attach(model.get_submodule(path), acts, rank=1)
     if not any(isinstance(hook, _Watch) for hook in model._forward_pre_hooks.values()):
         watch = _Watch()
         model.register_forward_pre_hook(watch, with_kwargs=True)
@@ -106,29 +106,29 @@ def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
 
 def add_rewriter(model: nn.Module, rewriter: Rewriter) -> None:
     """Have prompts rewritten, by the oldest edit first."""
-    placed: Placed = model.__dict__.setdefault(PLACED, Placed())
-    placed.rewriters = tuple(sorted((*placed.rewriters, rewriter), key=lambda one: one.order))
+    state: Placed = model.__dict__.setdefault(PLACED, Placed())
+    state.rewriters = tuple(sorted((*state.rewriters, rewriter), key=lambda one: one.order))
 
 
 def remove(model: nn.Module, digest: str) -> None:
     """Take away all that an edit has in place here, if anything."""
-    placed: Placed | None = model.__dict__.get(PLACED)
-    if placed is None:
+    state: Placed | None = model.__dict__.get(PLACED)
+    if state is None:
         return
-    placed.rewriters = tuple(one for one in placed.rewriters if one.digest != digest)
-    left: dict[str, tuple[Intervention, ...]] = {}
-    for path, several in placed.interventions.items():
+    state.rewriters = tuple(one for one in state.rewriters if one.digest != digest)
+    remaining: dict[str, tuple[Intervention, ...]] = {}
+    for path, several in state.interventions.items():
         rest = tuple(one for one in several if one.digest != digest)
-        placed.acts[path].interventions = rest
+        state.acts[path].interventions = rest
         if rest:
-            left[path] = rest
+            remaining[path] = rest
         else:
-            _leave(model, path, placed.acts[path])
-    placed.interventions = left
-    placed.acts = {path: acts for path, acts in placed.acts.items() if path in left}
-    if not left:
+            _leave(model, path, state.acts[path])
+    state.interventions = remaining
+    state.acts = {path: acts for path, acts in state.acts.items() if path in remaining}
+    if not remaining:
         _unwatch(model)
-    if not left and not placed.rewriters and not placed.sets:
+    if not remaining and not state.rewriters and not state.sets:
         del model.__dict__[PLACED]
 
 
@@ -137,14 +137,14 @@ def _leave(model: nn.Module, path: str, acts: _ModuleActs) -> None:
         module = model.get_submodule(path)
     except AttributeError:  # a module that is gone took its hook along
         return
-    hooks.leave(module, acts)
+    hooks.detach(module, acts)
 
 
 def _unwatch(model: nn.Module) -> None:
-    for held in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(held.items()):
+    for registry in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(registry.items()):
             if isinstance(hook, _Watch) or isinstance(getattr(hook, "__self__", None), _Watch):
-                held.pop(key)
+                registry.pop(key)
                 for beside in (
                     model._forward_pre_hooks_with_kwargs,
                     model._forward_hooks_with_kwargs,
@@ -175,7 +175,7 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.known: WeakKeyDictionary[Any, passes.Routing] = WeakKeyDictionary()
+        self.routings: WeakKeyDictionary[Any, passes.Routing] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         return _Watch()
@@ -187,9 +187,9 @@ class _Watch:
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else 0
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        known = self.known.get(cache) if cache is not None and length == 1 else None
-        if known is not None:  # one more token of a row whose prompt was read
-            passes.enter(passes.Routing(decided=known.decided, past=True))
+        routing = self.routings.get(cache) if cache is not None and length == 1 else None
+        if routing is not None:  # one more token of a row whose prompt was read
+            passes.enter(passes.Routing(decided=routing.decided, past=True))
             return
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         prefix = 0 if plain is None else plain.shape[1] - length
@@ -201,4 +201,4 @@ class _Watch:
         current = passes.leave()
         cache = getattr(output, "past_key_values", None)
         if current is not None and cache is not None:
-            self.known[cache] = current
+            self.routings[cache] = current

@@ -24,8 +24,8 @@ GATHER = "gather the weights into one process first"
 
 def packed(tensor: Tensor) -> bool:
     """Whether a tensor ``[...]`` holds something else than its values: integer codes, eight bits, a wrapper's parts."""
-    known = type(tensor) in (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
-    return not known or not tensor.is_floating_point() or tensor.element_size() < 2
+    plain = type(tensor) in (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
+    return not plain or not tensor.is_floating_point() or tensor.element_size() < 2
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -73,19 +73,19 @@ def named_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Ten
             yield name, tensor.detach()
 
 
-def _once(named: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _once(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Leave out tensors that an earlier name has named, as of tied weights."""
-    seen: set[int] = set()
-    for name, tensor in named:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+    ids: set[int] = set()
+    for name, tensor in tensors:
+        if id(tensor) not in ids:
+            ids.add(id(tensor))
             yield name, tensor
 
 
 def _saved(module: nn.Module) -> dict[str, Tensor]:
     """What a packed module would save, scales included that are neither parameter nor buffer."""
     clone = copy.copy(module)
-    # bitsandbytes rearranges the weight itself when asked for a state dict
+    # bitsandbytes rearranges the weight itself when its state dict is read
     clone.__dict__["_parameters"] = copy.deepcopy(module._parameters)
     return {name: value for name, value in clone.state_dict().items() if isinstance(value, Tensor)}
 
@@ -171,10 +171,12 @@ def refuse_away(model: nn.Module) -> None:
 
 def _mapped(model: nn.Module) -> str:
     """Word what a device map keeps away from the device that computes; empty where nothing."""
-    placed: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
-    devices = {str(device) for device in placed.values()}
+    device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    devices = {str(device) for device in device_map.values()}
     idle = {"disk"} | ({"cpu"} if devices - {"cpu", "disk"} else set())
-    rests = [f"{path or 'the model'} on {device}" for path, device in placed.items() if str(device) in idle]
+    rests = [
+        f"{path or 'the model'} on {device}" for path, device in device_map.items() if str(device) in idle
+    ]
     return f"hf_device_map keeps {rests[0]}" if rests else ""
 
 
@@ -246,12 +248,12 @@ def identities(model: nn.Module) -> tuple[int, ...]:
 
 def adapters(model: nn.Module) -> str:
     """Word which PEFT adapters act in a model and how: active, merged or off; empty where there are none."""
-    found: dict[str, str] = {}
+    states: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             off = bool(getattr(module, "disable_adapters", False))
             active, merged = (
                 list(getattr(module, key, ()) or ()) for key in ("active_adapters", "merged_adapters")
             )
-            found[path] = f"{'off' if off else active} {merged}"
-    return repr(sorted(found.items())) if found else ""
+            states[path] = f"{'off' if off else active} {merged}"
+    return repr(sorted(states.items())) if states else ""

@@ -39,7 +39,7 @@ SHAREABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 """What a model raises in a trial that keeps something else than keys and values, or takes no padding."""
 ROWS = 64
-"""Rows run at once where nothing else is said; fewer when memory runs out."""
+"""Rows run at once by default; fewer when memory runs out."""
 
 
 # --- the record -----------------------------------------------------------------------------
@@ -125,11 +125,11 @@ class Output:
     """What a run gave."""
 
     logits: Tensor | None = None
-    """At the places asked for ``[n, vocab]``, else ``[rows, length, vocab]``; None when it was stopped before them."""
+    """At the places ``at`` ``[n, vocab]``, else ``[rows, length, vocab]``; None when it was stopped before them."""
     states: dict[int, Tensor] = field(default_factory=dict)
-    """Outputs of the blocks asked for ``[rows, length, d]``, detached."""
+    """Outputs of the blocks ``keep`` ``[rows, length, d]``, detached."""
     key_values: dict[int, KeyValues] = field(default_factory=dict)
-    """Attention's keys and values of the blocks asked for, zero at padding on the left, detached."""
+    """Attention's keys and values of the blocks ``remember``, zero at padding on the left, detached."""
     prefix: Prefix | None = None
     """The rows with the tokens that were run, to be continued, where a cache was to grow."""
 
@@ -145,7 +145,7 @@ class PrefixRunner:
 
     @property
     def blocks(self) -> list[Any]:
-        """The host's blocks; kept, for a layout is checked anew each time it is asked for."""
+        """The host's blocks; cached, since a layout is checked anew at each access."""
         if self._blocks is None:
             self._blocks = [self.host.model.get_submodule(name) for name in self.host.layout.blocks]
         return self._blocks
@@ -261,24 +261,24 @@ class ComputedRows:
         if depth:
             self.states = in_batches(range(len(rows)), ROWS, self._run)
 
-    def _batch(self, chosen: Sequence[int]) -> Batch:
-        return self.host.batch([self.rows[i] for i in chosen], side=self.side)
+    def _batch(self, index: Sequence[int]) -> Batch:
+        return self.host.batch([self.rows[i] for i in index], side=self.side)
 
-    def _run(self, chosen: Sequence[int]) -> list[Tensor]:
-        batch, top = self._batch(chosen), self.depth - 1
+    def _run(self, index: Sequence[int]) -> list[Tensor]:
+        batch, top = self._batch(index), self.depth - 1
         with torch.no_grad():
             output = self.runner.run(batch, plain_prefix(), keep=[top], stop=self.runner.blocks[top])
-        return split_rows(output.states[top], [len(self.rows[i]) for i in chosen], batch)
+        return split_rows(output.states[top], [len(self.rows[i]) for i in index], batch)
 
-    def select(self, chosen: Sequence[int]) -> tuple[Batch, Prefix]:
+    def select(self, index: Sequence[int]) -> tuple[Batch, Prefix]:
         """Return some rows as a batch, and what has been computed of them."""
-        batch = self._batch(chosen)
+        batch = self._batch(index)
         if not self.depth:
             return batch, plain_prefix()
-        first = self.states[chosen[0]]
-        # laid out anew for each pass: some families go on adding to it in place
+        first = self.states[index[0]]
+        # built anew for each pass: some families go on adding to it in place
         whole = first.new_zeros(*batch.ids.shape, first.shape[-1])
-        for i, (row, start) in enumerate(zip(chosen, batch.offset.tolist(), strict=True)):
+        for i, (row, start) in enumerate(zip(index, batch.offset.tolist(), strict=True)):
             whole[i, start : start + len(self.rows[row])] = self.states[row]
         return batch, plain_prefix().at_depth(self.depth, whole)
 
@@ -329,7 +329,7 @@ def agree(whole: Tensor, cut: Tensor, dtype: torch.dtype) -> bool:
 
 def can_grow(host: Host) -> bool:
     """Whether rows may be continued with the model's own cache; tried out anew, see :attr:`Host.continues`."""
-    return _tried(host, _try_growing)
+    return _passes_trial(host, _try_growing)
 
 
 def can_reuse(host: Host, longest: int) -> bool:
@@ -342,12 +342,12 @@ def can_reuse(host: Host, longest: int) -> bool:
         return False
     trials = vars(host).setdefault("_prefix_trials", {})
     if "fixed" not in trials:
-        trials["fixed"] = _tried(host, _try_fixed)
+        trials["fixed"] = _passes_trial(host, _try_fixed)
     return trials["fixed"]
 
 
 @torch.no_grad()
-def _tried(host: Host, trial: Callable[[Host], bool]) -> bool:
+def _passes_trial(host: Host, trial: Callable[[Host], bool]) -> bool:
     """Run a trial, whatever is in place on the model; False where the model takes no such cache."""
     if not keeps_attention_only(host):
         return False

@@ -1,4 +1,4 @@
-"""How a prompt is put to a model: as it stands, with an answer cue, or as a user's turn of a conversation.
+"""How a prompt is formatted for a model: unchanged, with an answer cue, or as a user's turn of a conversation.
 
 What a method edits, what is scored and what is generated all go through here, so they are one text: behind the
 same template, the same (closed) thinking block, with the same join of prompt and answer.
@@ -21,7 +21,7 @@ Template = Literal["raw", "question", "chat", "auto"]
 TEMPLATES = ("raw", "question", "chat", "auto")
 
 _MARK = "\ue000prompt\ue001"
-"""Stands for a text while a template is looked at; private-use characters, which no template holds."""
+"""Placeholder of a text while a template is examined; private-use characters, which no template holds."""
 _SYSTEM = "\ue000system\ue001"
 _ANSWER = "\ue000answer\ue001"
 _QUESTION = regex.compile(r"[?？؟⸮՞፧;⁇⁈]\s*\Z")
@@ -30,10 +30,10 @@ _EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are put. Raises ConfigError for settings that are not known or do not belong together."""
+    """How prompts are formatted. Raises ConfigError for settings that are not known or do not belong together."""
 
     template: Template = "raw"
-    """``raw``: as it stands. ``question``: an answer cue behind a prompt that ends in a question mark. ``chat``:
+    """``raw``: unchanged. ``question``: an answer cue behind a prompt that ends in a question mark. ``chat``:
     a user's turn by the tokenizer's chat template. ``auto``: chat where there is a template, else question."""
     system: str | None = None
     """System prompt of a conversation; None: an empty one where the template takes one."""
@@ -52,10 +52,10 @@ class PromptFormat:
             raise ConfigError(f"thinking must be on, off or left out, found {self.thinking!r:.40}")
         if self.system is not None and not isinstance(self.system, str):
             raise ConfigError(f"system must be a text, found {type(self.system).__name__}")
-        named = [name for name in ("system", "thinking") if getattr(self, name) is not None]
-        if named and self.template in ("raw", "question"):
+        fields = [name for name in ("system", "thinking") if getattr(self, name) is not None]
+        if fields and self.template in ("raw", "question"):
             raise ConfigError(
-                f"{' and '.join(named)} need template='chat' (or auto), found {self.template!r}"
+                f"{' and '.join(fields)} need template='chat' (or auto), found {self.template!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class PromptFormat:
 
     @property
     def is_default(self) -> bool:
-        """Whether prompts stand as they are."""
+        """Whether prompts are left unchanged."""
         return self == PromptFormat()
 
 
@@ -99,18 +99,18 @@ def recorded_format(record: Mapping[str, Any]) -> PromptFormat:
 
 @dataclass(frozen=True)
 class Framed:
-    """A prompt as it is put to the model."""
+    """A prompt as the model reads it."""
 
     text: str
     """What is continued."""
     scored: str
-    """What answers are scored behind: the same, a thinking block that stands open in it closed."""
+    """What answers are scored behind: the same, a thinking block that it leaves open closed."""
     shift: int
     """How far the prompt's characters are moved inside the text."""
     special: bool
     """Whether the tokenizer adds its special tokens; a template brings its own."""
     lead: str | None
-    """What stands between this text and an answer; None: what their writing requires."""
+    """What comes between this text and an answer; None: what their script requires."""
 
     @property
     def open_block(self) -> str:
@@ -123,7 +123,7 @@ def frame(
 ) -> Framed:
     """Put a prompt into its format, running text ``prefix`` inside the user's turn.
 
-    ``before``: a place in the prompt that the prefix must stand before, as the subject's. A prompt that is a
+    ``before``: a place in the prompt that the prefix must precede, as the subject's. A prompt that is a
     whole conversation already stays one: the prefix goes behind its begin token or the head of the user's turn
     and is left out where no such place is known. Raises ConfigError for a template that is not there.
     """
@@ -146,7 +146,7 @@ def prefixed(tokenizer: Any, prompt: str, prefix: str, before: int | None = None
     return prompt if at is None else prompt[:at] + prefix + prompt[at:]
 
 
-def written(prompt: str) -> Framed:
+def conversation(prompt: str) -> Framed:
     """Take a text as a whole conversation that brings its special tokens."""
     return Framed(prompt, prompt, 0, False, None)
 
@@ -176,7 +176,7 @@ def has_chat(tokenizer: Any) -> bool:
 
 
 def chat(tokenizer: Any, prompt: str, *, system: str | None = None, thinking: bool | None = None) -> str:
-    """Write a prompt as a user's turn, up to where the assistant speaks; see :class:`PromptFormat`.
+    """Write a prompt as a user's turn, up to where the assistant's turn begins; see :class:`PromptFormat`.
 
     The text holds its special tokens: tokenise it with ``special`` off. Raises ConfigError for a tokenizer
     without a chat template, and for a system prompt or thinking that the template does not know.
@@ -237,9 +237,9 @@ def _chat(tokenizer: Any, settings: PromptFormat, prompt: str, prefix: str) -> F
     turns, options = _conversation(tokenizer, content, settings.system, settings.thinking)
     text = _render(tokenizer, turns, options)
     marked = _render(tokenizer, [*turns[:-1], {"role": "user", "content": _MARK}], options)
-    head, found, tail = marked.partition(_MARK)
+    head, mark, tail = marked.partition(_MARK)
     inner = text[len(head) : len(text) - len(tail)]
-    if not found or not (text.startswith(head) and text.endswith(tail)) or inner.strip() != content.strip():
+    if not mark or not (text.startswith(head) and text.endswith(tail)) or inner.strip() != content.strip():
         raise ConfigError(
             f"the chat template changes the prompt {prompt!r:.80}; write the conversation out, raw"
         )
@@ -267,10 +267,10 @@ def _lead(
         )
     except ConfigError:
         return ""
-    written = whole.partition(_ANSWER)[0]
+    before = whole.partition(_ANSWER)[0]
     for base in (scored, text):
-        between = written[len(base) :]
-        if written.startswith(base) and not between.strip():
+        between = before[len(base) :]
+        if before.startswith(base) and not between.strip():
             return between
     return ""
 
@@ -287,7 +287,7 @@ def _starts_special(tokenizer: Any, prompt: str) -> bool:
 
 
 def _lead_behind(tokenizer: Any, prompt: str) -> str | None:
-    """Return what stands between a conversation typed out in a prompt and its answer; None for running text."""
+    """Return what comes between a conversation typed out in a prompt and its answer; None for running text."""
     if prompt.endswith(tuple(_special_texts(tokenizer)) or ("\0",)):
         return ""
     if not has_chat(tokenizer):
@@ -304,7 +304,7 @@ def _lead_behind(tokenizer: Any, prompt: str) -> str | None:
 
 
 def _opening(tokenizer: Any, prompt: str, before: int) -> int | None:
-    """Return where running text may stand in front of a prompt's ``before``-th character; None: nowhere."""
+    """Return where running text may be put in front of a prompt's ``before``-th character; None: nowhere."""
     specials = sorted(_special_texts(tokenizer), key=len, reverse=True)
     at = 0
     begin = str(getattr(tokenizer, "bos_token", None) or "")
@@ -322,7 +322,7 @@ def _heads(tokenizer: Any) -> list[str]:
     """List what a chat template writes in front of a user's text: after another turn, after a system prompt."""
     if not has_chat(tokenizer):
         return []
-    found = []
+    heads = []
     try:
         user, again = ({"role": "user", "content": text} for text in (_MARK, _ANSWER))
         turns = [user, {"role": "assistant", "content": _SYSTEM}, again]
@@ -331,12 +331,12 @@ def _heads(tokenizer: Any) -> list[str]:
         same = 0
         while same < min(len(one), len(two)) and one[-1 - same] == two[-1 - same]:
             same += 1
-        found.append(one[len(one) - same :])
+        heads.append(one[len(one) - same :])
     except ConfigError:
         pass
     try:
         turns = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _MARK}]
-        found.append(_render(tokenizer, turns).partition(_MARK)[0].partition(_SYSTEM)[2])
+        heads.append(_render(tokenizer, turns).partition(_MARK)[0].partition(_SYSTEM)[2])
     except ConfigError:
         pass
-    return [head for head in found if head.strip()]
+    return [head for head in heads if head.strip()]

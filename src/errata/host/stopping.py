@@ -1,4 +1,4 @@
-"""When a free continuation has said its answer."""
+"""When a free continuation has given its answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONCLUDED = re.compile(
 NEW_QUESTION = re.compile(r"\n\s*(?:question|q)\s*[:：]", re.IGNORECASE)
 
 
-def done(text: str, stop: Stop) -> bool:
+def is_complete(text: str, stop: Stop) -> bool:
     """Whether a continuation has come to its natural stop."""
     if stop == "end":
         return False
@@ -67,14 +67,14 @@ def cut(text: str, stop: Stop) -> str:
     body = after_thoughts(text).lstrip()
     lead = text[: len(text) - len(body)]
     if stop in ("thought", "passage"):
-        found = NEW_QUESTION.search(body)
-        return lead + (body[: found.start()] if found else body)
+        match = NEW_QUESTION.search(body)
+        return lead + (body[: match.start()] if match else body)
     marks: dict[Stop, str] = {"sentence": "\n\n", "line": "\n"}
     return lead + body.partition(marks[stop])[0] if stop in marks else text
 
 
 class NaturalStop(StoppingCriteria):
-    """Stops a row of transformers' own loop where :func:`done` says so."""
+    """Stops a row of transformers' own loop where :func:`is_complete` is true."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, stop: Stop) -> None:
         self._tokenizer = tokenizer
@@ -82,6 +82,6 @@ class NaturalStop(StoppingCriteria):
         self._stop: Stop = stop
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Say for each row whether it is done."""
+        """Return for each row whether it is complete."""
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
-        return torch.tensor([done(text, self._stop) for text in texts], device=input_ids.device)
+        return torch.tensor([is_complete(text, self._stop) for text in texts], device=input_ids.device)

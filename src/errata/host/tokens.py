@@ -74,8 +74,8 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> Encoded:
         )
     begin = getattr(tokenizer, "bos_token", None)
     doubled = bool(begin) and text.startswith(begin)  # a begin token in the text itself
-    made = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special and not doubled)
-    ids, spans = list(made["input_ids"]), [tuple(s) for s in made["offset_mapping"]]
+    output = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special and not doubled)
+    ids, spans = list(output["input_ids"]), [tuple(s) for s in output["offset_mapping"]]
     end = getattr(tokenizer, "eos_token_id", None)
     # tokenizers that close every text (T5 style) would end it before its continuation
     while ids and end is not None and ids[-1] == end and spans[-1][0] == spans[-1][1]:
@@ -119,10 +119,10 @@ def encode_answer(
 def _behind(tokenizer: Any, text: str) -> Ids:
     """Tokenise a text as it is inside a line, not at its beginning; nothing where no border can be had."""
     for border in ("\n", "\n\n", "|", "\N{IDEOGRAPHIC FULL STOP}"):
-        made = encode(tokenizer, border + text, special=False)
+        encoded = encode(tokenizer, border + text, special=False)
         at = len(border)
-        if made.ids and all(b <= at or a >= at for a, b in made.spans):
-            return tuple(i for i, (_, b) in zip(made.ids, made.spans, strict=True) if b > at)
+        if encoded.ids and all(b <= at or a >= at for a, b in encoded.spans):
+            return tuple(i for i, (_, b) in zip(encoded.ids, encoded.spans, strict=True) if b > at)
     return ()
 
 
@@ -141,7 +141,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, special: bool = True) -> Encod
 
 
 def begin_id(tokenizer: Any) -> int:
-    """Return the id that stands for an empty prompt. Raises RequestError where the tokenizer names none."""
+    """Return the id of an empty prompt. Raises RequestError where the tokenizer names none."""
     begin = getattr(tokenizer, "bos_token_id", None)
     if begin is None:
         begin = getattr(tokenizer, "eos_token_id", None)
@@ -169,9 +169,9 @@ class Batch:
 
     def columns(self, first: int, stop: int | None = None) -> Batch:
         """Return the columns from one on, up to another."""
-        kept = slice(first, stop)
+        columns = slice(first, stop)
         offset = (self.offset - first).clamp_min(0)
-        return Batch(self.ids[:, kept], self.mask[:, kept], self.positions[:, kept], offset)
+        return Batch(self.ids[:, columns], self.mask[:, columns], self.positions[:, columns], offset)
 
 
 def lay_out(

@@ -109,11 +109,11 @@ def _rows(host: Host, lengths: Sequence[int], last: int = 0) -> list[tuple[int, 
 
 def embedded(model: Any) -> int | None:
     """Return how many tokens a model has embeddings for; None where that cannot be read off."""
-    found = model.get_input_embeddings()
-    count = getattr(found, "num_embeddings", None)
+    embeddings = model.get_input_embeddings()
+    count = getattr(embeddings, "num_embeddings", None)
     if isinstance(count, int):
         return count
-    weight = getattr(found, "weight", None)
+    weight = getattr(embeddings, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
@@ -142,9 +142,9 @@ def _warn_of_vocabulary(host: Host) -> None:
 
 
 def window(host: Host) -> int | None:
-    """Return the longest input in tokens: what the configuration says, and what tables of positions hold."""
-    said = [getattr(host.text_config, name, None) for name in WINDOWS]
-    bounds = [v for v in said if isinstance(v, int) and not isinstance(v, bool) and v > 0][:1]
+    """Return the longest input in tokens: the smaller of the configuration's and the position tables' bounds."""
+    settings = [getattr(host.text_config, name, None) for name in WINDOWS]
+    bounds = [v for v in settings if isinstance(v, int) and not isinstance(v, bool) and v > 0][:1]
     return min([*bounds, *host.position_tables], default=None)
 
 
@@ -156,14 +156,14 @@ def _tables(host: Host) -> list[int]:
     """
     rows = [row[::-1] for row in _rows(host, (4,))]  # falling ids are no positions
     lookups = _Lookups()
-    batch = tokens.pad(rows, side="right", fill=host.pad_id if host.fills else 0, device=host.device)
+    batch = tokens.pad(rows, side="right", fill=0, device=host.device)
     with lookups:
-        host.run(Pass(batch.ids, batch.mask, batch.positions)) if host.fills else host.forward(batch)
+        host.run(Pass(batch.ids, batch.mask, batch.positions))
     return lookups.room
 
 
 class _Lookups(TorchFunctionMode):
-    """Watches what is looked up in tables; keeps the room of those that are asked for numbers in a row."""
+    """Watches lookups in tables; records the room of those that are indexed by consecutive numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Lookups(TorchFunctionMode):
 
 @torch.no_grad()
 def padding(host: Host) -> Padding:
-    """Find how rows may be generated from together so that each says what it says alone.
+    """Find how rows may be generated from together so that each is continued as it is alone.
 
     Models that ignore the mask see padding as text. Raises HostError where even a row alone is continued
     otherwise than the model's forward pass predicts.
@@ -209,7 +209,7 @@ def padding(host: Host) -> Padding:
         first = torch.cat([logits[0] for _, logits in steps])  # [2, vocab]
         near = [_near(first[i], alone[i], loose) for i in range(len(rows))]
         if all(near) and all(
-            _follows(host, group, *found, loose) for group, found in zip(groups, steps, strict=True)
+            _follows(host, group, *generated, loose) for group, generated in zip(groups, steps, strict=True)
         ):
             return manner
     raise HostError(
@@ -228,12 +228,12 @@ def _steps(
     from errata.host.load import generate_batch
 
     batch = tokens.pad(rows, side="left", fill=host.pad_id, device=host.device)
-    made = generate_batch(
+    output = generate_batch(
         host, batch, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, temperature=None,
         top_p=None, top_k=None, output_logits=True, return_dict_in_generate=True, use_cache=cached,
     )  # fmt: skip
-    new = made.sequences[:, batch.ids.shape[1] :].tolist()
-    return new, [logits.float() for logits in made.logits]
+    new = output.sequences[:, batch.ids.shape[1] :].tolist()
+    return new, [logits.float() for logits in output.logits]
 
 
 def _follows(

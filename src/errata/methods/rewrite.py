@@ -88,7 +88,7 @@ def fit(
 ) -> WeightEdit:
     """Return the edit of rank r at one layer under which the changed images give the originals' outputs."""
     classifier, request = _validate(host, requests)
-    site = classifier.layout.named(config.layer) if config.layer else classifier.layout.default
+    site = classifier.layout.by_name(config.layer) if config.layer else classifier.layout.default
     config = replace(config, layer=site.name)
     with hooks.frozen(classifier.model):
         task = _Task(classifier, site, request, config)
