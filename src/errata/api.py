@@ -69,7 +69,10 @@ def check_edit(
 
     def answers(phase: str) -> list[str]:
         return answer_requests(
-            host, requests, options=options, on_progress=lambda done, total: on_progress(phase, done, total)
+            host,
+            requests,
+            options=options,
+            on_progress=lambda completed, total: on_progress(phase, completed, total),
         )
 
     before = answers("asking before")

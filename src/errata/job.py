@@ -128,13 +128,13 @@ def with_prompt_options(
     }
     if base.is_default and len(recorded) == 1 and ask.template is None:
         (base,) = recorded
-    chosen = prompt_format(base, ask)
-    if after is not None and {chosen} != recorded:
+    new_format = prompt_format(base, ask)
+    if after is not None and {new_format} != recorded:
         raise ConfigError(
             f"the edit to go on from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, asked is "
-            f"{chosen.to_dict()}; use the same, or leave template, system, thinking and join out"
+            f"{new_format.to_dict()}; use the same, or leave template, system, thinking and join out"
         )
-    return host.with_prompt_format(chosen)
+    return host.with_prompt_format(new_format)
 
 
 def workspace(
@@ -145,10 +145,10 @@ def workspace(
     if isinstance(examples, str):
         examples = sources.read(examples, seed=EXAMPLE_SEED)[0]
     own = host.resources.examples or tuple
-    given = None if examples is None else tuple(examples)
+    cases = None if examples is None else tuple(examples)
     return Workspace(
         seed=seed, corpus=host.resources.corpus if corpus is None else as_corpus(corpus),
-        load_examples=own if given is None else lambda: given or (), folder=cache_dir(), on_progress=on_progress,
+        load_examples=own if cases is None else lambda: cases or (), folder=cache_dir(), on_progress=on_progress,
     )  # fmt: skip
 
 

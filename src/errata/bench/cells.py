@@ -66,17 +66,17 @@ class Sheet:
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self.folder / START
         try:
-            found = read_document(start).get("host_fingerprint") if start.exists() else None
+            recorded_fingerprint = read_document(start).get("host_fingerprint") if start.exists() else None
             self._check_order(cases)
         except DataError:
             self.void()
-            found = None
-        if found is None:
+            recorded_fingerprint = None
+        if recorded_fingerprint is None:
             write_sealed(start, {"host_fingerprint": fingerprint})
-        elif found != fingerprint:
+        elif recorded_fingerprint != fingerprint:
             raise DataError(
-                f"cell {self.cell.id} was begun on host {shown(found)}, the model is {fingerprint} by now: "
-                "use the model it was begun with, or start a new run"
+                f"cell {self.cell.id} was started on host {shown(recorded_fingerprint)}, the model is now "
+                f"{fingerprint}: use the model it was started with, or start a new run"
             )
         kind = self.cell.plan.kind
         if kind == "sequential":
@@ -170,8 +170,8 @@ class Sheet:
     def end(self, document: dict[str, Any], *, keep_edits: bool) -> None:
         """Write what the cell comes to; the edit was only there to go on from, unless it is to be kept."""
         self.guard()
-        kept = [path.name for path in self._edit_files()] if keep_edits else []
-        document = {**document, FILES: hashes(self.folder, [ROWS, *kept])}
+        edit_names = [path.name for path in self._edit_files()] if keep_edits else []
+        document = {**document, FILES: hashes(self.folder, [ROWS, *edit_names])}
         document[FILES][ROWS]["lines"] = sum(1 for _ in self.journal)
         write_sealed(self.folder / summing.CELL, document)
         for path in self._edit_files():
@@ -243,20 +243,20 @@ def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, job: Job | None) -> 
     return edit
 
 
-def _case(seen: Seen) -> dict[str, Any]:
+def _case(result: Seen) -> dict[str, Any]:
     """Return a case's line."""
     line = {
         "type": "case",
-        "case": seen.case.id,
-        "edits": seen.edits,
-        "rows": [asdict(row) for row in seen.rows],
+        "case": result.case.id,
+        "edits": result.edits,
+        "rows": [asdict(row) for row in result.rows],
         "cost": {
-            "fit_seconds": seen.fit_seconds,
-            "observe_seconds": seen.observe_seconds,
-            "bytes": seen.edit.size if seen.edits is None and seen.edit is not None else None,
+            "fit_seconds": result.fit_seconds,
+            "observe_seconds": result.observe_seconds,
+            "bytes": result.edit.size if result.edits is None and result.edit is not None else None,
         },
     }
-    return line if seen.refused is None else {**line, "refused": seen.refused}
+    return line if result.refused is None else {**line, "refused": result.refused}
 
 
 def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:

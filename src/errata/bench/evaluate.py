@@ -96,7 +96,7 @@ def evaluate(
     after: Edit | None = None, keep: Callable[[Report, Edit], None] | None = None,
     ask: AskOptions = DEFAULT_ASK, corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, run_folder: str | os.PathLike[str] | None = None,
-    on_progress: Tick = lambda what, done, total: None,
+    on_progress: Tick = lambda *_: None,
 ) -> Report:  # fmt: skip
     """Evaluate a method on a schedule, or given edits, all in place together, on all cases.
 

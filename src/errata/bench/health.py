@@ -152,7 +152,7 @@ def peak_mb(host: Host) -> float:
 
 def times(seconds: Sequence[float]) -> dict[str, float | None]:
     """Return median, 95th percentile and sum of some times; None for what is not known of none."""
-    found = cost.spread(seconds)
-    if found is None:
+    spread = cost.spread(seconds)
+    if spread is None:
         return {"median": None, "p95": None, "total": 0.0}
-    return {"median": found.median, "p95": found.p95, "total": found.total}
+    return {"median": spread.median, "p95": spread.p95, "total": spread.total}

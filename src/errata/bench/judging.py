@@ -36,7 +36,7 @@ class JudgedCell:
 
 def judge_run(
     folder: str | Path, settings: JudgeSettings, *, only: str | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, JudgedCell]:  # fmt: skip
     """Have a language model judge the free answers of a run, and write its verdicts into the run folder.
 
@@ -58,7 +58,7 @@ def judge_run(
         settings = replace(settings, cache=place / REPLIES)
     return {
         cell.name: _judge_cell(
-            cell, settings, lambda done, total, name=cell.name: on_progress(name, done, total)
+            cell, settings, lambda completed, total, name=cell.name: on_progress(name, completed, total)
         )
         for cell in folders
     }

@@ -59,9 +59,9 @@ class DatasetSpec:
 
     def plain(self) -> str | dict[str, Any]:
         """Return it as a recipe says it: a text, or fields where there is more than a source."""
-        more = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
-        said = {name: value for name, value in more.items() if value}
-        return {"source": self.source, **said} if said else self.source
+        options = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
+        extra = {name: value for name, value in options.items() if value}
+        return {"source": self.source, **extra} if extra else self.source
 
 
 @dataclass(frozen=True)

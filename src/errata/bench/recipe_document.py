@@ -137,7 +137,7 @@ class MethodDocument(_Document):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         _reported(REGISTRY.get, name)
         return name
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench import health, results, sources
 from errata.bench.plan import Cell, Plan
-from errata.bench.runner import Engine, Tick, counted, neutral_texts
+from errata.bench.runner import Engine, Tick, count_tokens, neutral_texts
 from errata.bench.unedited import Unedited
 from errata.edits.group import EditGroup
 from errata.errors import DataError
@@ -61,7 +61,7 @@ class Room:
     """Of an evaluation in this process: what need not be opened."""
     health: bool = True
     """Whether to measure beyond the rows: open texts, spectra of weights, latency."""
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = lambda *_: None
     _model: str | None = None
     _host: Any = None
     _hash: str = ""
@@ -87,8 +87,8 @@ class Room:
     def close(self) -> None:
         """Let the model go, and all that was made with it."""
         self._model, self._host = None, None
-        for held in (self._works, self._neutral, self._unedited):
-            held.clear()
+        for cache in (self._works, self._neutral, self._unedited):
+            cache.clear()
 
     def restored(self) -> bool | None:
         """Whether the model's weights are those it was opened with, bit by bit; if not, it is let go.
@@ -135,11 +135,11 @@ class Room:
             return self.live.cases
         if cell.dataset not in self._cases:
             facts = self.plan.datasets[cell.dataset]
-            cases, found = sources.again(facts)
-            if found["sha256"] != facts["sha256"]:
+            cases, current_facts = sources.again(facts)
+            if current_facts["sha256"] != facts["sha256"]:
                 raise DataError(
                     f"dataset {cell.dataset} has changed since the run began: was {facts['sha256'][:12]}, "
-                    f"is {found['sha256'][:12]}; start a new run"
+                    f"is {current_facts['sha256'][:12]}; start a new run"
                 )
             self._cases[cell.dataset] = cases
         return self._cases[cell.dataset]
@@ -158,7 +158,7 @@ class Room:
             self._unedited[cell.dataset] = Unedited(
                 self.folder / results.UNEDITED, self.host(cell), cases, self.ask(cell),
                 chunk=None if self.live is None else len(cases),
-                on_progress=lambda done, total: self.tick("before", done, total),
+                on_progress=lambda completed, total: self.tick("before", completed, total),
             )  # fmt: skip
         return self._unedited[cell.dataset]
 
@@ -170,7 +170,7 @@ class Room:
             texts = neutral_texts(self.host(cell), self.work(cell))
             prompts = health.open_prompts(texts) if self.health else []
             logprobs, continued = self.engine(cell, None, texts=texts, prompts=prompts).health()
-            tokens = counted(texts, logprobs)
+            tokens = count_tokens(texts, logprobs)
             self._neutral[cell.seed] = Neutral(
                 texts, tokens, perplexity.of_texts(logprobs), prompts, continued
             )

@@ -74,10 +74,12 @@ def with_probes(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[
     """Return cases with only their probes of some kinds. Raises ConfigError for kinds that no case has."""
     if kinds is None:
         return cases
-    known = sorted({probe.kind for case in cases for probe in case.probes})
-    wrong = [kind for kind in kinds if kind not in known]
-    if wrong or not kinds:
-        raise ConfigError("; ".join(unknown(kind, known, "kind of probe") for kind in wrong or [""]))
+    kinds_present = sorted({probe.kind for case in cases for probe in case.probes})
+    unknown_kinds = [kind for kind in kinds if kind not in kinds_present]
+    if unknown_kinds or not kinds:
+        raise ConfigError(
+            "; ".join(unknown(kind, kinds_present, "kind of probe") for kind in unknown_kinds or [""])
+        )
     return [replace(case, probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
@@ -93,15 +95,15 @@ def count_edited_cases(after: Edit, cases: Sequence[Case], schedule: Schedule, s
                 "give the cases that the edit was made from, in their order"
             )
     ends = [0, *itertools.accumulate(len(case.requests) for case in cases)]
-    done = ends.index(len(requests)) if len(requests) in ends else None
-    if done is None or (done % schedule.size and done < len(cases)):
+    count = ends.index(len(requests)) if len(requests) in ends else None
+    if count is None or (count % schedule.size and count < len(cases)):
         raise ConfigError(
             f"cannot go on: the edit stands for {len(requests)} requests, {schedule} stops after every "
             f"{schedule.size}; go on with the schedule it was made with"
         )
     if after.provenance.seed != seed:
         raise ConfigError(f"cannot go on: the edit was made with seed {after.provenance.seed}, found {seed}")
-    return done
+    return count
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Look:
     edits: int
     newest: int
     """How many cases were fitted last."""
-    said: list[Tensor]
+    logprobs: list[Tensor]
     """Log-probabilities of the neutral texts, see :func:`errata.evaluation.observe.logprobs`."""
     continued: list[str]
     """How the open prompts were continued."""
@@ -140,7 +142,7 @@ class Look:
     @property
     def perplexity(self) -> float:
         """Perplexity per token of the neutral texts; infinite where the host's numbers overflow."""
-        return perplexity.of_texts(self.said)
+        return perplexity.of_texts(self.logprobs)
 
 
 @dataclass
@@ -167,7 +169,7 @@ class Engine:
     """How probes are asked."""
     lenient: bool = False
     """Whether a case edited alone that cannot be fitted counts as unedited, rather than ending the stream."""
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = lambda *_: None
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
     fits: list[float | None] = field(default_factory=list)
@@ -210,8 +212,8 @@ class Engine:
     def _unfitted(self, case: Case, error: RequestError) -> Seen:
         """See a case whose edit there is not: the host says what it said before."""
         self.fits.append(None)
-        known = self.before(case)
-        return Seen(case, score.rows(case, known, known), None, None, 0.0, None, str(error))
+        observations = self.before(case)
+        return Seen(case, score.rows(case, observations, observations), None, None, 0.0, None, str(error))
 
     def _batches(self, start: int) -> Iterator[Seen | Look]:
         for group in self.schedule.groups(len(self.cases), start):
@@ -247,23 +249,23 @@ class Engine:
         cases = [self.cases[i] for i in group]
         label = None if edits is None else f"after {edits} edits"
         newest_rows: list[Row] = []
-        for place, seen in enumerate(self._seen(cases, edit, edits, label, first=group.start)):
+        for place, result in enumerate(self._seen(cases, edit, edits, label, first=group.start)):
             if place >= len(cases) - newest:
-                newest_rows += seen.rows
-            yield seen
+                newest_rows += result.rows
+            yield result
         at = time.perf_counter()
         with edit.on(self.host):
-            said, continued = self.health()
+            neutral_logprobs, continued = self.health()
         self.observe_seconds += time.perf_counter() - at
-        yield Look(len(cases), newest, said, continued, retention.recall_of(newest_rows), edit)
+        yield Look(len(cases), newest, neutral_logprobs, continued, retention.recall_of(newest_rows), edit)
 
     def health(self) -> tuple[list[Tensor], list[str]]:
         """Return log-probabilities ``[tokens]`` of each neutral text, and what the host writes after open prompts."""
         continued: Any = []
         if self.prompts:
-            asked = list(self.prompts)
+            prompts = list(self.prompts)
             plain = self.host.with_prompt_format(PromptFormat())
-            continued = plain.generate(asked, max_new_tokens=OPEN_TOKENS, natural_stop=False)
+            continued = plain.generate(prompts, max_new_tokens=OPEN_TOKENS, natural_stop=False)
         return logprobs(self.host, self.texts), continued
 
     def _seen(
@@ -278,13 +280,13 @@ class Engine:
         for begin in range(0, len(cases), CHUNK):
             chunk = cases[begin : begin + CHUNK]
             probes = unique(probe for case in chunk for probe in case.probes)
-            known = [self.before(case) for case in chunk]
+            before = [self.before(case) for case in chunk]
             at = time.perf_counter()
             with edit.on(self.host):
-                said = dict(zip(probes, observe(self.host, probes, self.ask), strict=True))
+                observations = dict(zip(probes, observe(self.host, probes, self.ask), strict=True))
             scored = [
-                score.rows(case, old, [said[p] for p in case.probes], checkpoint=edits)
-                for case, old in zip(chunk, known, strict=True)
+                score.rows(case, old, [observations[p] for p in case.probes], checkpoint=edits)
+                for case, old in zip(chunk, before, strict=True)
             ]
             took = time.perf_counter() - at
             self.observe_seconds += took
@@ -298,12 +300,12 @@ class Engine:
                 )
 
 
-def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:
+def count_tokens(texts: Sequence[str], text_logprobs: Sequence[Tensor]) -> int:
     """Count the tokens that perplexity is measured on. Raises DataError where there are none.
 
     ``said``: log-probabilities ``[tokens]`` of each text.
     """
-    tokens = sum(map(len, said))
+    tokens = sum(map(len, text_logprobs))
     if not tokens:
         raise DataError(
             f"no text to measure perplexity on: {len(texts)} texts without a second token; "

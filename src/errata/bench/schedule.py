@@ -30,10 +30,10 @@ class Schedule:
     @staticmethod
     def parse(text: str) -> Schedule:
         """Read ``single``, ``batch:N`` or ``sequential:N``. Raises ConfigError for anything else."""
-        found = _FORM.fullmatch(text.strip())
-        if found is None:
+        match = _FORM.fullmatch(text.strip())
+        if match is None:
             raise ConfigError(f"schedule {text!r}: {EXPECTED}")
-        kind, size = found.groups()
+        kind, size = match.groups()
         if kind is None:
             return Schedule()
         return Schedule("batch" if kind == "batch" else "sequential", int(size))
@@ -70,18 +70,18 @@ class Schedule:
         """
         ends = [group.stop for group in self.groups(count)]
         if at is None:
-            wanted = [n + -n % self.size for n in _usual(count)]
+            numbers = [n + -n % self.size for n in _usual(count)]
         elif isinstance(at, str) and at.strip() == DECADES:
-            wanted = [n + -n % self.size for n in _decades(count)]
+            numbers = [n + -n % self.size for n in _decades(count)]
         else:
-            wanted = _looks(at, ends, count) if isinstance(at, str) else list(at)
-            wrong = sorted(set(wanted) - set(ends))
+            numbers = _looks(at, ends, count) if isinstance(at, str) else list(at)
+            wrong = sorted(set(numbers) - set(ends))
             if wrong:
                 raise ConfigError(
                     f"cannot look after {', '.join(map(str, wrong))} edits of {count} in steps of {self.size}: "
                     f"expected {_some(ends)}"
                 )
-        return tuple(sorted({n for n in wanted if n < count} | {count}))
+        return tuple(sorted({n for n in numbers if n < count} | {count}))
 
 
 SINGLE = Schedule()
@@ -129,5 +129,5 @@ def _looks(text: str, ends: Sequence[int], count: int) -> list[int]:
 
 def _some(ends: Sequence[int]) -> str:
     """Name the first few ends of groups and the last."""
-    shown = ", ".join(map(str, ends[:4]))
-    return shown if len(ends) <= 4 else f"{shown} ... {ends[-1]}"
+    numbers = ", ".join(map(str, ends[:4]))
+    return numbers if len(ends) <= 4 else f"{numbers} ... {ends[-1]}"

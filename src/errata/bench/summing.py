@@ -25,25 +25,25 @@ LOCALITY = "right before, still right after"
 
 
 @dataclass
-class _Found:
+class _CellRows:
     """What is read off the rows of a cell."""
 
     rows: list[Row] = field(default_factory=list)
     """Those that count: of a sequence, of its end."""
-    looks: list[dict[str, Any]] = field(default_factory=list)
-    recalled: list[retention.EditRecall] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    recalls: list[retention.EditRecall] = field(default_factory=list)
     fits: list[float] = field(default_factory=list)
-    observed: list[float] = field(default_factory=list)
+    observe_seconds: list[float] = field(default_factory=list)
     """Seconds of observing, by case and look."""
     bytes: list[int] = field(default_factory=list)
-    refused: list[dict[str, str]] = field(default_factory=list)
+    refusals: list[dict[str, str]] = field(default_factory=list)
 
 
 def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
     """Sum a finished cell up, as ``cell.json`` holds it."""
-    found = _read(journal, cell)
-    summary = score.summarise(found.rows, seed=cell.seed)
-    ripple = {f"Ripple.{name}": value for name, value in score.ripple_scores(found.rows).items()}
+    contents = _read(journal, cell)
+    summary = score.summarise(contents.rows, seed=cell.seed)
+    ripple = {f"Ripple.{name}": value for name, value in score.ripple_scores(contents.rows).items()}
     host = room.host(cell)
     return finite({
         "id": cell.id,
@@ -52,13 +52,13 @@ def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any])
         "status": "done",
         "reason": None,
         "summary": summary,
-        "looks": found.looks,
+        "looks": contents.checkpoints,
         "scores": score.legacy_scores(summary) | ripple,
-        "retention": _retention(found) if cell.look else None,
-        "cost": {**_cost(found, cell), **measured},
+        "retention": _retention(contents) if cell.look else None,
+        "cost": {**_cost(contents, cell), **measured},
         "host": {"name": host.name, "fingerprint": host.fingerprint},
         "weights_restored": True,
-        "refused_cases": found.refused,
+        "refused_cases": contents.refusals,
     })  # fmt: skip
 
 
@@ -104,40 +104,40 @@ def measured(host: Host, edit: Edit | None, prompts: Sequence[str]) -> dict[str,
     return {"peak_memory_mb": health.peak_mb(host), "latency_overhead": overhead}
 
 
-def _read(journal: Journal, cell: Cell) -> _Found:
-    found = _Found()
+def _read(journal: Journal, cell: Cell) -> _CellRows:
+    contents = _CellRows()
     last = cell.look[-1] if cell.look else None
     place = 0
     for record in journal.records():
         if record["type"] == "look":
-            found.looks.append({name: value for name, value in record.items() if name != "type"})
+            contents.checkpoints.append({name: value for name, value in record.items() if name != "type"})
             place = 0
             continue
         place += 1
         if "refused" in record:
-            found.refused.append({"case": record["case"], "reason": record["refused"]})
+            contents.refusals.append({"case": record["case"], "reason": record["refused"]})
         cost, rows = record["cost"], [row_of(row) for row in record["rows"]]
-        found.observed.append(cost["observe_seconds"])
+        contents.observe_seconds.append(cost["observe_seconds"])
         if record["edits"] is not None:
-            found.recalled += _recalled(rows, place, record["edits"])
+            contents.recalls += _recalls(rows, place, record["edits"])
         if record["edits"] == last:
-            found.rows += rows
-            found.fits += [] if cost["fit_seconds"] is None else [cost["fit_seconds"]]
-            found.bytes += [] if cost.get("bytes") is None else [cost["bytes"]]
-    return found
+            contents.rows += rows
+            contents.fits += [] if cost["fit_seconds"] is None else [cost["fit_seconds"]]
+            contents.bytes += [] if cost.get("bytes") is None else [cost["bytes"]]
+    return contents
 
 
-def _recalled(rows: Sequence[Row], place: int, edits: int) -> list[retention.EditRecall]:
+def _recalls(rows: Sequence[Row], place: int, edits: int) -> list[retention.EditRecall]:
     """Say whether the edit of one place was recalled; nothing where it was not asked."""
     share = retention.recall_of(rows)
     return [] if share is None else [retention.EditRecall(place, edits, share)]
 
 
-def _retention(found: _Found) -> dict[str, Any] | None:
+def _retention(contents: _CellRows) -> dict[str, Any] | None:
     """Say how success depends on age and on how many edits are in place; None where efficacy was not asked."""
-    if not found.recalled:
+    if not contents.recalls:
         return None
-    past = retention.mean_by_count(found.recalled)
+    past = retention.mean_by_count(contents.recalls)
     looks = [
         retention.Health(
             look["edits"],
@@ -145,13 +145,13 @@ def _retention(found: _Found) -> dict[str, Any] | None:
             float(look["perplexity_after"]) / float(look["perplexity_before"]),
             look["collapse"]["after"]["repetition"],
         )
-        for look in found.looks
+        for look in contents.checkpoints
     ]
     return {
-        "by_age": [asdict(stratum) for stratum in retention.strata(found.recalled)],
+        "by_age": [asdict(stratum) for stratum in retention.strata(contents.recalls)],
         "by_edits": [{"edits": edits, "right": right} for edits, right in past.items()],
         "area": retention.area(past.items()),
-        "collapse_point": retention.collapse_point(looks, limits=_limits(found.looks)),
+        "collapse_point": retention.collapse_point(looks, limits=_limits(contents.checkpoints)),
     }
 
 
@@ -161,18 +161,19 @@ def _limits(looks: Sequence[dict[str, Any]]) -> Any:
     return before and health.limits(before["repetition"], before["evenness"])
 
 
-def _cost(found: _Found, cell: Cell) -> dict[str, Any]:
+def _cost(contents: _CellRows, cell: Cell) -> dict[str, Any]:
     """Sum up times and sizes; the set-up is what the first fit took beyond the median."""
-    fits = found.fits
+    fits = contents.fits
     group = cell.plan.size if cell.plan.kind != "single" else 1
     setup = max(0.0, fits[0] - statistics.median(fits)) * group if len(fits) > 2 * group else None
-    sizes = [size / group for size in found.bytes]
-    if cell.plan.kind == "sequential" and found.looks and found.looks[-1]["bytes"] is not None:
-        sizes = [found.looks[-1]["bytes"] / found.looks[-1]["edits"]]
-    observed = sum(found.observed)
+    sizes = [size / group for size in contents.bytes]
+    last = contents.checkpoints[-1] if contents.checkpoints else None
+    if cell.plan.kind == "sequential" and last and last["bytes"] is not None:
+        sizes = [last["bytes"] / last["edits"]]
+    seconds = sum(contents.observe_seconds)
     return {
         "setup_seconds": setup,
         "fit": health.times(fits),
-        "observe": {"total": observed, "per_case": observed / max(1, len(found.observed))},
+        "observe": {"total": seconds, "per_case": seconds / max(1, len(contents.observe_seconds))},
         "bytes_per_edit": statistics.median(sizes) if sizes else None,
     }

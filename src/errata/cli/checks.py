@@ -70,9 +70,9 @@ class Outcome:
             print("other settings or another method may do better: errata methods, errata eval")
         else:
             print(counts)
-        asked = next((answer for answer in self.answers if answer["answered"]), None)
-        if self.texts and asked is not None:
-            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), asked["prompt"]])
+        example = next((answer for answer in self.answers if answer["answered"]), None)
+        if self.texts and example is not None:
+            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), example["prompt"]])
             print(f"try it:  {words}")
 
     def _table(self) -> None:
@@ -93,7 +93,7 @@ def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
     """Put every request of an edit to the host, without and with it."""
     from errata import api
 
-    found = api.check_edit(host, edit, on_progress=tick)
+    check = api.check_edit(host, edit, on_progress=tick)
     return Outcome(
         tuple(
             {
@@ -101,7 +101,7 @@ def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
                 "prompt": one.request.text, "target": one.request.target, "before": one.before,
                 "after": one.after, "answered": one.answered,
             }
-            for one in found.requests
+            for one in check.requests
         ), "requests", texts=True,
     )  # fmt: skip
 

@@ -148,14 +148,14 @@ def emit(document: Any) -> None:
     """Print one JSON document."""
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
     # controls beyond ASCII and half surrogate pairs are let through by JSON, not by terminals
-    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Tick]:
     """Show bars for long work on stderr where that is a terminal; one bar a phase."""
     if not show or not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -164,10 +164,10 @@ def progress(show: bool = True) -> Iterator[Tick]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def tick(what: str, done: int, total: int) -> None:
+        def tick(what: str, completed: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=completed, total=total)
 
         yield tick
 
@@ -182,18 +182,18 @@ def table(
     from rich.text import Text
 
     console = Console(width=_width(), highlight=False)
-    made = Table(
+    grid = Table(
         title=None if title is None else Text(safe(title)),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        made.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
+        grid.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
+        grid.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
     with console.capture() as text:  # rich ends the program itself where nobody reads its output any more
-        console.print(made)
+        console.print(grid)
     print(text.get(), end="")
 
 
@@ -219,7 +219,7 @@ def plain_warnings() -> None:
 
 def safe(text: str) -> str:
     """Escape what a text could steer a terminal with, see ``_CONTROLS``."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def mark(text: str, style: str) -> Any:

@@ -69,7 +69,7 @@ def _bad_input(error: BaseException) -> int:
     return BAD_INPUT
 
 
-def _on_signals(seen: list[int]) -> None:
+def _on_signals(signals: list[int]) -> None:
     """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, and note that they came.
 
     A signal that whoever started the program has it ignore stays ignored.
@@ -78,10 +78,10 @@ def _on_signals(seen: list[int]) -> None:
     import threading
 
     def interrupt(number: int, frame: Any) -> None:
-        seen.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
-    def lost(hook: Any) -> None:
+    def raise_again(hook: Any) -> None:
         """Raise an interrupt again that came inside a destructor or callback, where Python drops it."""
         if issubclass(hook.exc_type, KeyboardInterrupt):
             again = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
@@ -93,7 +93,7 @@ def _on_signals(seen: list[int]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
-    sys.unraisablehook = lost
+    sys.unraisablehook = raise_again
 
 
 def _end(signals: list[int], error: BaseException | None) -> NoReturn:
