@@ -45,7 +45,7 @@ class Sheet:
     after: Edit | None = None
     """Of a sequence, an edit of its first cases from elsewhere, to continue from where the folder has none."""
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
-    """Called with every record of a case or checkpoint, after it was written."""
+    """Called with every record of a case or checkpoint: those of an earlier attempt, then each one written."""
     on_edit: Callable[[Edit], None] = lambda edit: None
     """Of a sequence, called with the edit of every checkpoint once its records were written."""
     saves: bool = True
@@ -194,6 +194,8 @@ def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
     except (ConfigError, RequestError) as error:
         raise Refused(str(error)) from error
     sheet.begin(host.fingerprint, room.cases(cell))
+    for record in sheet.journal.records():
+        sheet.on_record(record)
     edit = sheet.edit
     if not sheet.finished:
         _check_start(room, cell, sheet)

@@ -174,16 +174,19 @@ class Jobs:
         """Open some cells again that ended in one of some states; how often they were taken is forgotten."""
         self._reopen([job.cell for job in self.all() if job.state in states and job.cell in set(cells)])
 
-    def release_dead(self) -> None:
-        """Open what workers of this machine hold that live no more; the attempt counts."""
-        dead = [job for job in self.all() if job.state == "leased" and not _lives(job.owner)]
+    def release(self, cell: str, owner: str | None) -> None:
+        """Return a leased cell to the open ones, if it is still leased by this owner; the attempt counts."""
         with self._open() as table:
-            for job in dead:
-                table.execute(
-                    "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL"
-                    " WHERE cell = ? AND owner = ?",
-                    (job.cell, job.owner),
-                )
+            table.execute(
+                "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL WHERE cell = ? AND owner = ?",
+                (cell, owner),
+            )
+
+    def release_dead(self) -> None:
+        """Release cells leased by workers of this machine that no longer run."""
+        for job in self.all():
+            if job.state == "leased" and not _is_running(job.owner):
+                self.release(job.cell, job.owner)
 
     def _reopen(self, cells: Sequence[str]) -> None:
         with self._open() as table:
@@ -200,12 +203,12 @@ class Jobs:
             table.execute("UPDATE jobs SET attempts = 0 WHERE state IN ('open', 'leased')")
 
 
-def _lives(owner: str | None) -> bool:
-    """Whether a worker may live: it runs on this machine, or elsewhere, where only its lease can tell."""
+def _is_running(owner: str | None) -> bool:
+    """Whether a worker may be running; of one on another machine only its lease can tell."""
     name, _, process = (owner or "").rpartition(":")[0].partition(":")
     if name != socket.gethostname() or not process.isdecimal():
         return bool(owner)
-    return machine.lives(int(process))
+    return machine.is_running(int(process))
 
 
 class Lease:

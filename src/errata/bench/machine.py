@@ -41,7 +41,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def lives(process: int) -> bool:
+def is_running(process: int) -> bool:
     """Whether a process of this machine runs; asking sends it no signal, which would end it on Windows."""
     import psutil
 

@@ -189,7 +189,9 @@ class Engine:
         """
         self.fits = list(fits) if fits is not None else [None] * start
         if self.edit is not None:
-            yield from self._seen(self.cases, self.edit, None, "after")
+            first = start - start % CHUNK  # whole chunks: the batches decide the last bits of the numbers
+            results = self._seen(self.cases[first:], self.edit, None, "after", first)
+            yield from itertools.islice(results, start - first, None)
         elif self.schedule.kind == "single":
             yield from self._singles(start)
         elif self.schedule.kind == "batch":
@@ -303,7 +305,7 @@ class Engine:
 def count_tokens(texts: Sequence[str], text_logprobs: Sequence[Tensor]) -> int:
     """Count the tokens that perplexity is measured on. Raises DataError where there are none.
 
-    ``said``: log-probabilities ``[tokens]`` of each text.
+    ``text_logprobs``: log-probabilities ``[tokens]`` of each text.
     """
     tokens = sum(map(len, text_logprobs))
     if not tokens:

@@ -56,7 +56,7 @@ def command(
                 only=only, tick=tick,
             )  # fmt: skip
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what is done is kept; go on with --resume") from None
+        raise KeyboardInterrupt("completed cases are saved; continue with --resume") from None
     for cell, why in outcome.damaged.items():
         print(f"damaged and made anew: {cell}: {why}", file=sys.stderr)
     if json:
