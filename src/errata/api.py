@@ -55,7 +55,7 @@ def check_edit(
     host: Host, edit: Edit, *, foreign: bool = False, options: AskOptions = DEFAULT_ASK,
     on_progress: OnProgress = lambda *_: None,
 ) -> EditCheck:  # fmt: skip
-    """Say which requests of an edit are answered with their target: by free generation, without and with it.
+    """Check which requests of an edit are answered with their target: by free generation, without and with it.
 
     The host is left as it was. ``options``: how prompts are
     formatted. Raises ConfigError for an edit of images, EditError as

@@ -29,7 +29,7 @@ RESERVED = frozenset(
         "thinking",
     )
 )  # fmt: skip
-"""Keywords that stand beside a method's settings where Python calls it; no setting may have such a name."""
+"""Keywords of functions that also take a method's settings; no setting may have such a name."""
 
 UNIONS = (types.UnionType, typing.Union)
 

@@ -1,4 +1,4 @@
-"""Jobs: all that a fit needs, validated once, whoever asks for it: Python, the command line or a benchmark."""
+"""Jobs: everything that a fit needs, validated once, for Python, the command line and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Job:
     config: Any
     """The method's settings; what is None is chosen for the model when fitting."""
     host: Host
-    """With prompts formatted as the options say."""
+    """With the prompt format of the options."""
     requests: tuple[Request | ImageRequest, ...]
     work: Workspace
     """Seed, corpus, examples and the cache of statistics."""
@@ -84,7 +84,7 @@ def prepare(
     ``options``: the method's settings by name, or an instance of its settings class. ``after``, ``batch_size``,
     ``corpus``, ``examples``: as of :func:`errata.edit`. ``ask``: how prompts are formatted. ``work``: a workspace to
     share, in place of ``seed``, ``corpus`` and ``examples``. ``check``: False leaves requests that the host cannot
-    take to the fit, as benchmarks do, where such a case is counted and the others go on.
+    take to the fit, as benchmarks do, where such a case is counted and the others continue.
 
     Raises ConfigError for unknown methods or settings, for a method that edits other kinds of model and for an edit
     that cannot be continued, RequestError listing every request that the host cannot take, DataError for a corpus or
@@ -131,7 +131,7 @@ def with_prompt_options(
     new_format = prompt_format(base, ask)
     if after is not None and {new_format} != recorded:
         raise ConfigError(
-            f"the edit to go on from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, asked is "
+            f"the edit to continue from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, found "
             f"{new_format.to_dict()}; use the same, or leave template, system, thinking and join out"
         )
     return host.with_prompt_format(new_format)

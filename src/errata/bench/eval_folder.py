@@ -13,7 +13,7 @@ from errata import config as settings
 from errata.bench import recipe, results, runs, sources
 from errata.bench.jobs import Jobs, Lease, new_owner
 from errata.bench.plan import Cell, Plan
-from errata.bench.rooms import Live
+from errata.bench.worker_state import Live
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from errata.bench import cells, eval_folder, health, results, sources, summing
-from errata.bench.cells import Refused, Sheet
+from errata.bench.cells import CellFolder, Refused
 from errata.bench.plan import Cell, Plan
 from errata.bench.recipe import ModelSpec, Recipe
 from errata.bench.results import finite
-from errata.bench.rooms import Live, Room
 from errata.bench.runner import Tick, with_probes
 from errata.bench.schedule import SINGLE, Schedule
+from errata.bench.worker_state import Live, WorkerState
 from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
 from errata.errors import ConfigError
@@ -58,7 +58,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of an evaluation: averages, every row, and what it took."""
+    """Results of an evaluation: averages, every row, and its cost."""
 
     summary: Mapping[str, Mapping[str, Any]]
     """``{"<kind>.<protocol>": {"before", "after", "n", "ci"}}``; of a sequence, at its end."""
@@ -145,7 +145,7 @@ def _check_arguments(
         raise ConfigError("evaluate needs at least one case")
     if schedule.kind != "sequential" and any(option is not None for option in (at, after, keep)):
         raise ConfigError(
-            f"checkpoints, and edits to keep or go on from, belong to sequential:N, not {schedule}"
+            f"checkpoints, and edits to keep or continue from, belong to sequential:N, not {schedule}"
         )
     if edited and schedule != SINGLE:
         raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
@@ -184,28 +184,28 @@ def _run(
 ) -> Report:  # fmt: skip
     """Fill the one cell of a run folder, or what is missing of it, and return the report on all its rows."""
     (cell,) = plan.cells
-    room = Room(folder, plan, live, health=lasting, tick=tick)
-    report = _Report(room, cell, options, after, keep)
-    sheet = Sheet(
+    worker = WorkerState(folder, plan, live, health=lasting, tick=tick)
+    report = _Report(worker, cell, options, after, keep)
+    cell_folder = CellFolder(
         folder / results.CELLS / cell.id, cell, guard=lambda: None, after=after, on_record=report.add,
         on_edit=report.checkpoint, saves=lasting,
     )  # fmt: skip
     document = eval_folder.finished_document(folder, cell) if lasting else None
     if document is not None:
-        for record in sheet.journal.records():
+        for record in cell_folder.journal.records():
             report.add(record)
         return report.report(restored=bool(document["weights_restored"]))
     with eval_folder.lease(folder, cell) if lasting else contextlib.nullcontext() as lease:
         if lease is not None:
-            sheet.guard = lease.check
+            cell_folder.guard = lease.check
         try:
-            measured = cells.run(room, cell, sheet, tick)
+            measured = cells.run(worker, cell, cell_folder, tick)
         except Refused as refused:  # here it is an error like any other
             raise refused.__cause__ or refused from None
-        restored = bool(room.restored())
+        restored = bool(worker.restored())
         if lasting:
-            document = summing.document(room, cell, sheet.journal, measured)
-            sheet.end({**document, "weights_restored": restored}, keep_edits=False)
+            document = summing.document(worker, cell, cell_folder.journal, measured)
+            cell_folder.end({**document, "weights_restored": restored}, keep_edits=False)
     return report.report(restored=restored)
 
 
@@ -219,7 +219,7 @@ def _count(live: Live) -> str:
 class _Report:
     """Collects the records of a cell as they are written, and reports on those so far."""
 
-    room: Room
+    worker: WorkerState
     cell: Cell
     options: dict[str, Any]
     after: Edit | None
@@ -246,7 +246,7 @@ class _Report:
             if cost["fit_seconds"] is not None:
                 self.fit_seconds[record["case"]] = cost["fit_seconds"]
             return
-        neutral = self.room.neutral(self.cell)
+        neutral = self.worker.neutral(self.cell)
         self.neutral = {"texts": len(neutral.texts), "tokens": neutral.tokens}
         table, self._since = self.rows[self._since :], len(self.rows)
         names = (
@@ -272,7 +272,7 @@ class _Report:
 
     def report(self, *, restored: bool | None) -> Report:
         """Return the report on all records so far; ``restored`` None: the evaluation is not finished."""
-        cell, live = self.cell, self.room.live
+        cell, live = self.cell, self.worker.live
         assert live is not None
         kind = cell.plan.kind
         sequence = kind == "sequential"

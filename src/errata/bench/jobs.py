@@ -55,7 +55,7 @@ class Job:
 
 
 def new_owner() -> str:
-    """Name a worker so that others can tell whether it still lives: machine, process, a random part."""
+    """Return a worker's name, from which others can tell whether it is running: machine, process, a random part."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
@@ -198,7 +198,7 @@ class Jobs:
             )
 
     def forget_attempts(self) -> None:
-        """Count attempts from nothing again: somebody has started the run anew."""
+        """Reset the counts of attempts: the user has started the run again."""
         with self._open() as table:
             table.execute("UPDATE jobs SET attempts = 0 WHERE state IN ('open', 'leased')")
 

@@ -22,7 +22,7 @@ REPLIES = "judge.sqlite"
 
 @dataclass(frozen=True)
 class JudgedCell:
-    """What a judge said about the answers of one cell."""
+    """A judge's verdicts on the answers of one cell."""
 
     agreement: Agreement
     """How far judge and matcher agree on the answers after the edit."""
@@ -89,7 +89,7 @@ def _newest(folder: Path) -> list[Row]:
 
 
 def _shares(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Leave only what the matcher and the judge say."""
+    """Return only the averages of the matcher and the judge."""
     return {
         key: entry
         for key, entry in summary.items()

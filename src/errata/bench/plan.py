@@ -76,7 +76,7 @@ class Plan:
         return next(model for model in self.recipe.models if model.label == label)
 
     def select_ids(self, only: str | None) -> list[str]:
-        """List the cells whose id holds a text, all without one. Raises ConfigError where there are none."""
+        """List the ids of the cells that contain a text, all without one. Raises ConfigError where there are none."""
         ids = [cell.id for cell in self.cells if only is None or only in cell.id]
         if not ids:
             raise ConfigError(f"no cell holds {only!r}; see the cells with --dry-run")
@@ -147,7 +147,7 @@ def restore(document: Mapping[str, Any]) -> Plan:
 
 
 def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
-    """Say why a run folder cannot be gone on with under a plan; nothing where it can."""
+    """List why a run folder cannot be resumed under a plan; empty if it can."""
     if old.get("recipe_sha256") != new.recipe.sha256:
         return recipes.differences(old["recipe"], new.recipe.to_dict())
     differences = []

@@ -1,4 +1,4 @@
-"""A whole run: its folder begun or gone on with, its cells worked off, and how they ended."""
+"""A whole run: creates or resumes its folder, runs its cells, and returns how they ended."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> No
             raise ConfigError("\n".join([f"{folder} is a run of something else; start a new one:", *wrong]))
     else:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder} is there already and not empty; go on with --resume, or name another")
+            raise DataError(
+                f"{folder} already exists and is not empty; continue with --resume, or name another"
+            )
         try:
             (folder / results.CELLS).mkdir(parents=True)
         except OSError as error:

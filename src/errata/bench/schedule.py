@@ -22,8 +22,8 @@ class Schedule:
     """When cases are edited: one by one, in groups, or one group after another."""
 
     kind: Literal["single", "batch", "sequential"] = "single"
-    """``single``: each case alone, taken back after. ``batch``: each group in one fit, taken back after.
-    ``sequential``: group after group, every edit staying in place."""
+    """``single``: each case alone, reverted after. ``batch``: each group in one fit, reverted after.
+    ``sequential``: group after group, edits accumulate."""
     size: int = 1
     """Cases in a group."""
 
@@ -47,7 +47,7 @@ class Schedule:
         return self.kind == "sequential" or self.size > 1
 
     def describe(self) -> str:
-        """Say in words what the schedule does."""
+        """Return the schedule in words."""
         if self.kind == "single":
             return "each case edited alone and taken back"
         group = "one case" if self.size == 1 else f"{self.size} cases"
@@ -89,7 +89,7 @@ SINGLE = Schedule()
 
 
 def check_looks(text: str) -> None:
-    """Raise ConfigError for words that say nothing about when to look, whatever the number of edits."""
+    """Raise ConfigError for a text that specifies no checkpoints for any number of edits."""
     if text.strip() != DECADES:
         _looks(text, (), 0)
 

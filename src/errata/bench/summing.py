@@ -1,4 +1,4 @@
-"""What a cell comes to: summary, scores, retention and cost, from the rows in its folder."""
+"""The summary of a cell: averages, scores, retention and cost, from the rows in its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from errata.bench import health
 from errata.bench.plan import Cell
 from errata.bench.results import CELL, Journal, finite, row_of
-from errata.bench.rooms import Room
+from errata.bench.worker_state import WorkerState
 from errata.edits.edit import Edit
 from errata.evaluation import score
 from errata.evaluation.metrics import retention
@@ -26,7 +26,7 @@ LOCALITY = "right before, still right after"
 
 @dataclass
 class _CellRows:
-    """What is read off the rows of a cell."""
+    """The contents of a cell's rows."""
 
     rows: list[Row] = field(default_factory=list)
     """Those that count: of a sequence, of its end."""
@@ -34,21 +34,21 @@ class _CellRows:
     recalls: list[retention.EditRecall] = field(default_factory=list)
     fits: list[float] = field(default_factory=list)
     observe_seconds: list[float] = field(default_factory=list)
-    """Seconds of observing, by case and look."""
+    """Seconds of observing, by case and checkpoint."""
     bytes: list[int] = field(default_factory=list)
     refusals: list[dict[str, str]] = field(default_factory=list)
 
 
-def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
+def document(worker: WorkerState, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
     """Sum a finished cell up, as ``cell.json`` holds it."""
     contents = _read(journal, cell)
     summary = score.summarise(contents.rows, seed=cell.seed)
     ripple = {f"Ripple.{name}": value for name, value in score.ripple_scores(contents.rows).items()}
-    host = room.host(cell)
+    host = worker.host(cell)
     return finite({
         "id": cell.id,
         "cell": asdict(cell),
-        "tag": tag(room, cell),
+        "tag": tag(worker, cell),
         "status": "done",
         "reason": None,
         "summary": summary,
@@ -63,7 +63,7 @@ def document(room: Room, cell: Cell, journal: Journal, measured: dict[str, Any])
 
 
 def unfinished(cell: Cell, status: str, reason: str, restored: bool | None) -> dict[str, Any]:
-    """Say of a cell that was refused or failed why it was."""
+    """Return the document of a cell that was refused or failed, with the reason."""
     empty = ("tag", "summary", "looks", "scores", "retention", "cost", "host")
     return {
         "id": cell.id,
@@ -76,23 +76,23 @@ def unfinished(cell: Cell, status: str, reason: str, restored: bool | None) -> d
     }
 
 
-def tag(room: Room, cell: Cell) -> dict[str, Any]:
+def tag(worker: WorkerState, cell: Cell) -> dict[str, Any]:
     """Name the protocol of a cell: what has to be the same for two numbers to be comparable."""
-    facts = room.plan.datasets[cell.dataset]
+    facts = worker.plan.datasets[cell.dataset]
     check = facts["check"] if isinstance(facts["check"], dict) else {}
-    cases, size = len(room.cases(cell)), cell.plan.size
+    cases, size = len(worker.cases(cell)), cell.plan.size
     return {
         "dataset": cell.dataset,
         "dataset_sha256": facts["sha256"],
         "convention": check.get("variant") or None,
-        "prompt_template": room.ask(cell).template,
+        "prompt_template": worker.ask(cell).template,
         "decode": DECODE,
         "matcher": MATCHER,
         "locality_mode": LOCALITY,
         "edits": cases if cell.plan.kind == "sequential" else min(size, cases),
         "batch": min(size, cases),
-        "max_new_tokens": room.ask(cell).max_new_tokens,
-        "dtype": str(room.host(cell).dtype).removeprefix("torch."),
+        "max_new_tokens": worker.ask(cell).max_new_tokens,
+        "dtype": str(worker.host(cell).dtype).removeprefix("torch."),
     }
 
 
@@ -128,13 +128,13 @@ def _read(journal: Journal, cell: Cell) -> _CellRows:
 
 
 def _recalls(rows: Sequence[Row], place: int, edits: int) -> list[retention.EditRecall]:
-    """Say whether the edit of one place was recalled; nothing where it was not asked."""
+    """Return the recall of one case's edit; nothing if efficacy was not measured."""
     share = retention.recall_of(rows)
     return [] if share is None else [retention.EditRecall(place, edits, share)]
 
 
 def _retention(contents: _CellRows) -> dict[str, Any] | None:
-    """Say how success depends on age and on how many edits are in place; None where efficacy was not asked."""
+    """Return success by age and by number of edits in place; None if efficacy was not measured."""
     if not contents.recalls:
         return None
     past = retention.mean_by_count(contents.recalls)
@@ -156,7 +156,7 @@ def _retention(contents: _CellRows) -> dict[str, Any] | None:
 
 
 def _limits(looks: Sequence[dict[str, Any]]) -> Any:
-    """Return from where on a sign of collapse counts, by what the unedited host shows; None without a look."""
+    """Return the limits of the signs of collapse, relative to the unedited host; None without a checkpoint."""
     before = looks[0]["collapse"]["before"] if looks else None
     return before and health.limits(before["repetition"], before["evenness"])
 

@@ -1,4 +1,4 @@
-"""What the unedited host says: observed once, kept in the run folder, read by every cell and process.
+"""Observations of the unedited host: made once, cached in the run folder, read by every cell and process.
 
 Chunks of cases are kept by content: host, options of observing, probes. Texts and log-probabilities of
 answers are one JSON file a chunk; next-token distributions are one safetensors file a chunk, from which each
@@ -42,7 +42,7 @@ class _Chunk:
     """Names of the distributions in the file, by probe."""
     tensors: Path
     seconds: float
-    """What observing took, whenever that was."""
+    """Time that observing took, in this run or an earlier one."""
 
 
 class Unedited:
@@ -64,7 +64,7 @@ class Unedited:
         self._loaded_chunk: tuple[int, _Chunk] | None = None
 
     def of(self, case: Case) -> list[Observation]:
-        """Return what the host says to a case's probes, observing the chunk of the case where nobody has.
+        """Return the observations for a case's probes, from the cache or by observing the case's chunk.
 
         The case may leave out or reword nothing: its probes are those of the case of its name.
         """
@@ -72,7 +72,7 @@ class Unedited:
         return [_with_spread(chunk, probe) for probe in case.probes]
 
     def seconds(self) -> float:
-        """Return what observing all cases took, in seconds, whenever that was."""
+        """Return the seconds that observing all cases took, in this run or an earlier one."""
         return sum(self._at(i).seconds for i in range(-(-len(self.cases) // self._chunk_size)))
 
     def _at(self, place: int) -> _Chunk:
@@ -96,7 +96,7 @@ class Unedited:
         chunk = _read(texts, tensors, probes)
         if chunk is None:
             with _locked(self.folder / f"{key}.lock"):
-                chunk = _read(texts, tensors, probes)  # somebody may have made it while this process waited
+                chunk = _read(texts, tensors, probes)  # another process may have written it meanwhile
                 if chunk is None:
                     self._observe(facts, probes, texts, tensors)
         chunk = chunk or _read(texts, tensors, probes)

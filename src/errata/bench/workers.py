@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from errata.bench import cells, plan, results, summing
-from errata.bench.cells import Refused, Sheet
+from errata.bench.cells import CellFolder, Refused
 from errata.bench.jobs import OVER, Jobs, Lease, LeaseLost, State, new_owner
 from errata.bench.results import read_run
-from errata.bench.rooms import Room
 from errata.bench.runner import Tick
+from errata.bench.worker_state import WorkerState
 from errata.errors import ConfigError, DataError
 
 POLL = 0.2
@@ -31,21 +31,21 @@ PATIENCE = 10.0
 
 
 def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None) -> None:
-    """Take cells until none of the chosen ones is left, those that others hold and lose included.
+    """Run cells until all of these are finished, including any that other workers lose.
 
     A cell that fails is marked so and does not end the work.
     """
     run_plan = plan.restore(read_run(folder))
-    jobs, room, owner = Jobs(folder / results.JOBS), Room(folder, run_plan), new_owner()
+    jobs, worker, owner = Jobs(folder / results.JOBS), WorkerState(folder, run_plan), new_owner()
     by_id = {cell.id: cell for cell in run_plan.cells}
     with threads(run_plan.recipe.threads):
         while True:
             cell_id = jobs.take(owner, cell_ids)
             if cell_id is not None:
-                # where the lease is lost, somebody else goes on with the cell: nothing to do here
+                # where the lease is lost, another worker continues the cell: nothing to do here
                 with suppress(LeaseLost), Lease(jobs, cell_id, owner) as lease:
-                    sheet = Sheet(folder / results.CELLS / cell_id, by_id[cell_id], lease.check)
-                    jobs.end(cell_id, owner, *_attempt(room, sheet, tick))
+                    cell_folder = CellFolder(folder / results.CELLS / cell_id, by_id[cell_id], lease.check)
+                    jobs.end(cell_id, owner, *_attempt(worker, cell_folder, tick))
             remaining = [job for job in jobs.all() if job.cell in set(cell_ids) and job.state not in OVER]
             tick("cells", len(cell_ids) - len(remaining), len(cell_ids))
             if not remaining:
@@ -55,19 +55,20 @@ def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None)
                 time.sleep(POLL)
 
 
-def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
-    """Work on a cell; return how it ended and why. Raises LeaseLost where somebody else has taken it over."""
-    cell, restored = sheet.cell, None
+def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[State, str | None]:
+    """Run a cell; return its final state and the reason. Raises LeaseLost if another worker has taken it over."""
+    cell, restored = cell_folder.cell, None
     state: State
     try:
-        measured = cells.run(room, cell, sheet, tick)
-        restored = room.restored()
+        measured = cells.run(worker, cell, cell_folder, tick)
+        restored = worker.restored()
         if not restored:
             raise DataError(
                 f"{cell.method} left weights of {cell.model} other than they were; the rows are void"
             )
-        sheet.end(
-            summing.document(room, cell, sheet.journal, measured), keep_edits=room.plan.recipe.keep_edits
+        cell_folder.end(
+            summing.document(worker, cell, cell_folder.journal, measured),
+            keep_edits=worker.plan.recipe.keep_edits,
         )
     except LeaseLost:
         raise
@@ -77,12 +78,12 @@ def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
         state, reason = "failed", traceback.format_exc()
     else:
         return "done", None
-    restored = room.restored() if restored is None else restored
-    sheet.guard()
+    restored = worker.restored() if restored is None else restored
+    cell_folder.guard()
     if restored is False:
-        sheet.void()
-    sheet.folder.mkdir(parents=True, exist_ok=True)
-    results.write_sealed(sheet.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
+        cell_folder.void()
+    cell_folder.folder.mkdir(parents=True, exist_ok=True)
+    results.write_sealed(cell_folder.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
     return state, reason
 
 

@@ -75,7 +75,7 @@ def command(
 
 
 def _print_notes(name: str, placement: Placement, dtype: str) -> None:
-    """Say what was overruled, and how much of an edit rounding lost."""
+    """Print which warnings were overruled, and how much of an edit was lost to rounding."""
     for note in placement.overrides:
         print(f"overruled: {note}")
     worst = max(placement.lost.values(), default=0.0)

@@ -21,16 +21,19 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/ and the recipe's name.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Workers at once, each with its own model.")] = 1,
     executor: Annotated[
         str, typer.Option(help="local: processes here; ray: tasks on a Ray cluster.")
     ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    only: Annotated[str | None, typer.Option(help="Only cells whose name holds this text.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only cells whose name contains this text.")] = None,
     json: common.Json = False,
 ) -> None:
-    """Run a recipe: rows as they are made, resumable; exit code 1 if a cell failed."""
+    """Run a benchmark recipe. Results are saved per case; --resume continues an interrupted run.
+
+    Exits with code 1 if a cell failed.
+    """
     from errata.bench import plan as plans
     from errata.bench import recipe as recipes
     from errata.bench import runs
@@ -58,7 +61,7 @@ def command(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("completed cases are saved; continue with --resume") from None
     for cell, why in outcome.damaged.items():
-        print(f"damaged and made anew: {cell}: {why}", file=sys.stderr)
+        print(f"damaged and run again: {cell}: {why}", file=sys.stderr)
     if json:
         common.emit(_document(outcome))
     else:
@@ -68,7 +71,7 @@ def command(
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:
-    """Word how a run ended, without its rows."""
+    """Return the outcome of a run as JSON-ready data, without its rows."""
     return {
         "folder": str(outcome.folder),
         "cells": [

@@ -138,7 +138,7 @@ def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
-    """Read cases from a file, a named dataset, or the lab: ``lab:N``; ``together``: edits will stand together."""
+    """Read cases from a file, a named dataset, or the lab: ``lab:N``; ``together``: for edits in place at once."""
     from errata.bench.sources import read
 
     return read(source, seed=seed, together=together)[0]
@@ -198,7 +198,7 @@ def table(
 
 
 def _width() -> int | None:
-    """Return the columns of a table: what COLUMNS says, else those of the terminal, else 120."""
+    """Return the width of tables: COLUMNS if set, else the terminal's, else 120."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return max(MIN_WIDTH, int(columns))
@@ -230,6 +230,6 @@ def mark(text: str, style: str) -> Any:
 
 
 def size(path: Path) -> str:
-    """Word a file's size."""
+    """Format a file's size."""
     count = path.stat().st_size
     return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"

@@ -84,9 +84,8 @@ def check(
 ) -> None:  # fmt: skip
     """Report what a dataset's file holds: counts, repetitions, contradictions, rows left out and why.
 
-    Exit code 0 also where rows were left out, which is a finding; 1 where the
-    file breaks off, and only what stands before was read, and where no row has the
-    dataset's schema; 2 where it cannot be read.
+    Exit code 0 also where rows were left out; 1 where the file is truncated, so that
+    only its beginning was read, or no row has the dataset's schema; 2 where it cannot be read.
     """
     from errata.data import reading
     from errata.errors import ConfigError

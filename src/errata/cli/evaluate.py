@@ -58,7 +58,7 @@ After = Annotated[
 def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
     model: common.Model = "lab",
-    method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
+    method: Annotated[str | None, typer.Option(help="Fit this method, on the schedule.")] = None,
     edit: Annotated[
         list[Path] | None,
         typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),

@@ -106,7 +106,7 @@ def _show(report: dict[str, Any]) -> None:
 
 @app.command("train")
 def train(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for checkpoints and the model; an unfinished run is resumed.")],
     shape: Annotated[
         str | None, typer.Option(help="Architecture: llama, gpt2 or qwen3; default: the shipped model's.")
     ] = None,

@@ -72,7 +72,7 @@ def _bad_input(error: BaseException) -> int:
 def _on_signals(signals: list[int]) -> None:
     """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, and note that they came.
 
-    A signal that whoever started the program has it ignore stays ignored.
+    A signal that the parent process set to be ignored stays ignored.
     """
     import signal
     import threading
@@ -97,7 +97,7 @@ def _on_signals(signals: list[int]) -> None:
 
 
 def _end(signals: list[int], error: BaseException | None) -> NoReturn:
-    """Say that the program was interrupted and leave at once, whatever threads still wait for."""
+    """Print that the program was interrupted and exit at once, even if threads are waiting."""
     import contextlib
     import os
     import signal

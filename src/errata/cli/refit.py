@@ -26,7 +26,7 @@ def refit(
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Solve for all requests of some edits together, whatever their order; needs no model."""
+    """Combine closed-form edits into one by solving all their requests jointly. No model needed."""
     from errata.edits import Edit
     from errata.edits.algebra import refit as solve
 
@@ -49,10 +49,10 @@ def retract(
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Give the edit that would have resulted had some requests never been made; needs no model.
+    """Remove requests from a closed-form edit, as if they had never been made. No model needed.
 
-    Says which requests it took out. A text that is the id of one request and the number of another is
-    taken as the id, and that is told.
+    Prints the requests it removes. A text that is the id of one request and the number of another counts as
+    the id, with a note.
     """
     from errata.edits import Edit
     from errata.edits.algebra import find_request

@@ -39,7 +39,7 @@ def command(
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """Show what runs found: a board for each protocol; also as a page, figures and a card."""
+    """Summarise runs: one leaderboard per protocol; optionally HTML, figures, Markdown."""
     from errata.report.read import read_runs
 
     results = read_runs(runs, skip_damaged=skip_damaged)

@@ -1,4 +1,4 @@
-"""errata show: say what an edit file holds."""
+"""errata show: print the contents of an edit file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def command(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
 ) -> None:
-    """Say what an edit holds: requests, method, settings, host, and what it changes.
+    """Show an edit: requests, method, settings, host, and what it changes.
 
-    Opens no model, except that with --model the edit is applied to that one and taken back, to see per
-    weight which share of the change its precision cannot hold: ||(W' - W) - delta|| / ||delta||.
+    Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
+    weight the share of the change that its precision cannot represent: ||(W' - W) - delta|| / ||delta||.
     """
     from errata.edits import Edit
 
@@ -64,7 +64,7 @@ def _changes(facts: dict[str, Any], losses: dict[str, float] | None) -> None:
 
 
 def _requests(requests: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Lay out what was asked for: columns and rows. Pairs of images are kept by name and content only."""
+    """Return columns and rows of a table of requests. Pairs of images are recorded by name and content only."""
     fields = ("prompt", "subject", "target_old", "target")
     names = ("prompt", "subject", "old", "new")
     if any("prompt" not in r for r in requests):

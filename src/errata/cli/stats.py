@@ -1,4 +1,4 @@
-"""errata stats: make the statistics that closed-form methods need, and say how good they are."""
+"""errata stats: compute the statistics that closed-form methods need, and their quality."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(
         typer.Option(
             metavar="FILE|DATASET",
             help="Text file, .jsonl with a field text, or a public dataset, owner/name[:config]; "
-            "default: the host's own text.",
+            "default: text sampled from the model.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to take.")] = 1_000_000,
@@ -47,18 +47,18 @@ def command(
     budget: Annotated[
         int, typer.Option(min=1, help="With --tables: how many tokens may be generated.")
     ] = 150_000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it costs; compute nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost; compute nothing.")] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Take the second moments of keys over a corpus, all layers in one pass; kept for every later edit.
+    """Compute the second moments of keys over a corpus, all layers in one pass; cached for every later edit.
 
-    A pass that is broken off goes on where it was. Methods use what is kept here when they ask for the
-    same number of tokens of the same corpus: --set tokens=N. The folder is that of the environment variable
-    ERRATA_CACHE, by default errata in the user's cache. With --tables: what the model writes about, in which
-    templates, and what it answers to each; for --set paraphrases, anchors and mates of methods that have them.
+    An interrupted pass is resumed. Methods use these statistics when they need the same number of tokens of the
+    same corpus: --set tokens=N. The folder is that of the environment variable ERRATA_CACHE, by default errata in
+    the user's cache. With --tables: the names and templates in the model's own text, with its answer to each; for
+    --set paraphrases, anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers

@@ -1,4 +1,4 @@
-"""What a worker holds open: one model at a time, its workspaces, cases, and its unedited answers."""
+"""The state of a worker: one open model, its workspaces, cases, and its unedited answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # methods are reached through the registry only
 
 @dataclass(frozen=True)
 class Live:
-    """What an evaluation in this process brings along, where a run would open, read and prepare it."""
+    """Host, cases and job of an evaluation in this process, which a benchmark run would open and prepare itself."""
 
     host: Host
     cases: Sequence[Case]
@@ -41,7 +41,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Neutral:
-    """Text that no edit is about, and what the unedited host makes of it."""
+    """Text unrelated to any edit, with the unedited host's perplexity and continuations."""
 
     texts: Sequence[str]
     tokens: int
@@ -52,8 +52,8 @@ class Neutral:
 
 
 @dataclass
-class Room:
-    """Opens what cells ask for and keeps it while the next ones ask for the same."""
+class WorkerState:
+    """Opens the model and data that cells need, and reuses them for the next cells that need the same."""
 
     folder: Path
     plan: Plan
@@ -85,7 +85,7 @@ class Room:
         return self._host
 
     def close(self) -> None:
-        """Let the model go, and all that was made with it."""
+        """Release the model and everything that depends on it."""
         self._model, self._host = None, None
         for cache in (self._works, self._neutral, self._unedited):
             cache.clear()
@@ -105,7 +105,7 @@ class Room:
     def job(self, cell: Cell) -> Job | None:
         """Return what fits a cell's cases; None where edits are given. Raises ConfigError as ``prepare`` does.
 
-        Requests that the host cannot take are left to the fit: such a case counts, the others go on.
+        Requests that the host cannot take are left to the fit: such a case counts as refused, others continue.
         """
         if self.live is not None:
             return self.live.job
@@ -163,7 +163,7 @@ class Room:
         return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
-        """Return neutral text and what a cell's unedited host makes of it; none where nobody will look at it."""
+        """Return neutral text with the unedited host's results on it; empty where the cell does not use them."""
         if cell.plan.kind == "single" and not self.health:
             return Neutral((), 0, math.nan, (), ())
         if cell.seed not in self._neutral:
