@@ -89,18 +89,18 @@ def load(text: str, fail: Fail, *, as_text: bool) -> tuple[Any, list[int]]:
             loader.dispose()
 
 
-def size(node: Any, known: dict[int, int], depth: int) -> int:
+def size(node: Any, counts: dict[int, int], depth: int) -> int:
     """Count the values of a node with its aliases expanded. Raises RecursionError for a cyclic alias."""
     if depth > DEEPEST:
         raise RecursionError
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if id(node) not in known:
+    if id(node) not in counts:
         parts = (
             node.value if isinstance(node, yaml.SequenceNode) else [x for pair in node.value for x in pair]
         )
-        known[id(node)] = 1 + sum(size(part, known, depth + 1) for part in parts)
-    return known[id(node)]
+        counts[id(node)] = 1 + sum(size(part, counts, depth + 1) for part in parts)
+    return counts[id(node)]
 
 
 def _reason(problem: yaml.YAMLError) -> str:

@@ -55,7 +55,7 @@ def check_edit(
     host: Host, edit: Edit, *, foreign: bool = False, options: AskOptions = DEFAULT_ASK,
     on_progress: OnProgress = lambda *_: None,
 ) -> EditCheck:  # fmt: skip
-    """Say which requests of an edit are answered with their target: by free generation, without and with it.
+    """Check which requests of an edit are answered with their target: by free generation, without and with it.
 
     The host is left as it was. ``options``: how prompts are
     formatted. Raises ConfigError for an edit of images, EditError as
@@ -69,7 +69,10 @@ def check_edit(
 
     def answers(phase: str) -> list[str]:
         return answer_requests(
-            host, requests, options=options, on_progress=lambda done, total: on_progress(phase, done, total)
+            host,
+            requests,
+            options=options,
+            on_progress=lambda completed, total: on_progress(phase, completed, total),
         )
 
     before = answers("asking before")
@@ -102,8 +105,10 @@ def evaluate(
     edited in the format that probes are asked in, and a given edit is asked in its own unless another is given.
     ``max_new_tokens``: longest short answer. ``corpus``, ``examples``: see :func:`edit`.
 
-    An evaluation is a benchmark run of one cell. ``run_folder``: a new folder to keep it in, as ``errata report``
-    reads it; default: a temporary one. Raises ConfigError for what does not belong together.
+    An evaluation is a benchmark run of one cell. ``run_folder``: a folder to save it in, as ``errata report`` reads
+    it; default: a temporary one. A folder of the same evaluation is continued after its last saved case, or
+    checkpoint of a sequence; one that is finished is only read, without calls of ``keep``. Times in ``meta`` are those
+    of this call. Raises ConfigError for arguments that exclude each other and for a folder of another evaluation.
 
     Cases of the lab for edits that are in place together: ``lab.cases(n, together=True)``.
     """

@@ -29,7 +29,7 @@ RESERVED = frozenset(
         "thinking",
     )
 )  # fmt: skip
-"""Keywords that stand beside a method's settings where Python calls it; no setting may have such a name."""
+"""Keywords of functions that also take a method's settings; no setting may have such a name."""
 
 UNIONS = (types.UnionType, typing.Union)
 
@@ -57,10 +57,10 @@ def make(config: type[C], values: Mapping[str, Any], owner: str) -> C:
 
 def check_names(config: type, owner: str) -> None:
     """Raise ConfigError where a settings class has a field of a reserved name, see :data:`RESERVED`."""
-    taken = sorted(RESERVED & {field.name for field in dataclasses.fields(config)})
-    if taken:
+    conflicts = sorted(RESERVED & {field.name for field in dataclasses.fields(config)})
+    if conflicts:
         raise ConfigError(
-            f"{owner} has settings named {', '.join(taken)}: expected other names, as these are arguments of "
+            f"{owner} has settings named {', '.join(conflicts)}: expected other names, as these are arguments of "
             "errata.edit and errata.evaluate; rename the fields of its settings class"
         )
 
@@ -262,15 +262,15 @@ def _walk(hint: Any, value: Any, problem: Any, place: str) -> _At:
     steps = list(problem["loc"])
     for number, step in enumerate(steps):
         inner = _inside(hint, step)
-        known = isinstance(value, Mapping) or (
+        is_container = isinstance(value, Mapping) or (
             isinstance(value, (list, tuple, range)) and isinstance(step, int)
         )
-        absent = known and (step not in value if isinstance(value, Mapping) else step >= len(value))
+        absent = is_container and (step not in value if isinstance(value, Mapping) else step >= len(value))
         if inner is None or absent or steps[number + 1 :] == ["[key]"]:
             return _At(_bare(hint), value, place, tuple(steps[number:]))
         dotted = f"{place}.{step}" if place else str(step)
         place = f"{place}[{step!r}]" if _fields(hint) is None else dotted
-        hint, value = inner, value[step] if known else value
+        hint, value = inner, value[step] if is_container else value
     return _At(_bare(hint), value, place)
 
 

@@ -1,4 +1,4 @@
-"""Jobs: all that a fit needs, validated once, whoever asks for it: Python, the command line or a benchmark."""
+"""Jobs: everything that a fit needs, validated once, for Python, the command line and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Job:
     config: Any
     """The method's settings; what is None is chosen for the model when fitting."""
     host: Host
-    """With prompts formatted as the options say."""
+    """With the prompt format of the options."""
     requests: tuple[Request | ImageRequest, ...]
     work: Workspace
     """Seed, corpus, examples and the cache of statistics."""
@@ -84,7 +84,7 @@ def prepare(
     ``options``: the method's settings by name, or an instance of its settings class. ``after``, ``batch_size``,
     ``corpus``, ``examples``: as of :func:`errata.edit`. ``ask``: how prompts are formatted. ``work``: a workspace to
     share, in place of ``seed``, ``corpus`` and ``examples``. ``check``: False leaves requests that the host cannot
-    take to the fit, as benchmarks do, where such a case is counted and the others go on.
+    take to the fit, as benchmarks do, where such a case is counted and the others continue.
 
     Raises ConfigError for unknown methods or settings, for a method that edits other kinds of model and for an edit
     that cannot be continued, RequestError listing every request that the host cannot take, DataError for a corpus or
@@ -128,13 +128,13 @@ def with_prompt_options(
     }
     if base.is_default and len(recorded) == 1 and ask.template is None:
         (base,) = recorded
-    chosen = prompt_format(base, ask)
-    if after is not None and {chosen} != recorded:
+    new_format = prompt_format(base, ask)
+    if after is not None and {new_format} != recorded:
         raise ConfigError(
-            f"the edit to go on from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, asked is "
-            f"{chosen.to_dict()}; use the same, or leave template, system, thinking and join out"
+            f"the edit to continue from was made with {dict(after.provenance.prompt_format) or 'raw prompts'}, found "
+            f"{new_format.to_dict()}; use the same, or leave template, system, thinking and join out"
         )
-    return host.with_prompt_format(chosen)
+    return host.with_prompt_format(new_format)
 
 
 def workspace(
@@ -145,10 +145,10 @@ def workspace(
     if isinstance(examples, str):
         examples = sources.read(examples, seed=EXAMPLE_SEED)[0]
     own = host.resources.examples or tuple
-    given = None if examples is None else tuple(examples)
+    cases = None if examples is None else tuple(examples)
     return Workspace(
         seed=seed, corpus=host.resources.corpus if corpus is None else as_corpus(corpus),
-        load_examples=own if given is None else lambda: given or (), folder=cache_dir(), on_progress=on_progress,
+        load_examples=own if cases is None else lambda: cases or (), folder=cache_dir(), on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_the_machine_is_described(tmp_path, monkeypatch):
 
 def test_who_lives_is_asked_without_a_signal():
     """On Windows os.kill ends the process, whatever the signal."""
-    assert machine.lives(os.getpid()) and jobs._lives(jobs.new_owner())
+    assert machine.is_running(os.getpid()) and jobs._is_running(jobs.new_owner())
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    assert not machine.lives(ended.pid)
+    assert not machine.is_running(ended.pid)

@@ -187,7 +187,7 @@ def test_what_is_edited_is_what_is_asked():
     (elsewhere,) = (row.detail for row in raw.rows if row.protocol == "probability")
     gains = [one["answer_after"] - one["answer_before"] for one in (scores[0], elsewhere)]
     assert gains[0] > gains[1] and gains[0] > 0, "the edit pushes behind the text that is asked"
-    with pytest.raises(ConfigError, match="go on from"):
+    with pytest.raises(ConfigError, match="continue from"):
         errata.edit(
             host, REQUEST, method="memit", after=errata.edit(host, REQUEST, method="memit"), template="chat"
         )

@@ -283,7 +283,7 @@ def test_what_does_not_belong_together_is_refused(host, monkeypatch):
         errata.evaluate(host, table, method="ft", probes=["neighborhood"])
     once = replace(REGISTRY.get("ft"), sequential=False)
     monkeypatch.setattr(job, "REGISTRY", {"ft": once})
-    with pytest.raises(ConfigError, match="does not go on from an earlier edit.*batch:N"):
+    with pytest.raises(ConfigError, match="cannot continue from an earlier edit.*batch:N"):
         errata.evaluate(host, table, method="ft", schedule="sequential:1")
 
 

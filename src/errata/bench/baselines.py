@@ -11,6 +11,6 @@ if TYPE_CHECKING:
 
 
 def baselines() -> list[Method]:
-    """Return the registered methods that stand on every board, in their order there."""
+    """Return the registered methods that every board includes, in their order there."""
     ranked = [(method.baseline, method) for method in map(REGISTRY.get, REGISTRY) if method.baseline]
     return [method for _, method in sorted(ranked, key=lambda pair: pair[0])]

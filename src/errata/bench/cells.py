@@ -1,4 +1,4 @@
-"""One cell of a run: rows to its folder as they are made, from where an earlier attempt left off."""
+"""One cell of a run: evaluates its cases and saves the rows of each, continuing an earlier attempt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from errata.bench import health, summing
 from errata.bench.plan import Cell
 from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
-from errata.bench.rooms import Room
-from errata.bench.runner import Look, Seen, Tick, check_schedule, count_edited_cases
+from errata.bench.runner import CheckpointResult, EvaluatedCase, Tick, check_schedule, count_edited_cases
+from errata.bench.worker_state import WorkerState
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
 from errata.evaluation.observe import check as check_probes
@@ -25,33 +25,33 @@ START = "start.json"
 
 
 class Refused(ConfigError):
-    """A method cannot do what a cell asks; said before anything was measured."""
+    """A method cannot run a cell; raised before anything is measured."""
 
 
 @dataclass
-class Sheet:
-    """The folder of a cell while it is filled."""
+class CellFolder:
+    """The folder of a cell while results are written to it."""
 
     folder: Path
     cell: Cell
     guard: Callable[[], None]
-    """Raises where the cell belongs to somebody else by now."""
-    done: int = 0
-    """Cases that need no fitting again."""
+    """Raises LeaseLost if another worker has taken over the cell."""
+    completed: int = 0
+    """Number of cases that need not be fitted again."""
     fits: list[float | None] = field(default_factory=list)
-    """What fitting those took."""
+    """Seconds that fitting each of those took."""
     edit: Edit | None = None
-    """Of a sequence, the edit of those."""
+    """In a sequence, the edit of those cases."""
     after: Edit | None = None
-    """Of a sequence, an edit of its first cases from elsewhere, to continue from where the folder has none."""
+    """In a sequence, an edit of its first cases to continue from if the folder has none."""
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
-    """Called with every record of a case or checkpoint, after it was written."""
+    """Called with every record of a case or checkpoint: those of an earlier attempt, then each one written."""
     on_edit: Callable[[Edit], None] = lambda edit: None
-    """Of a sequence, called with the edit of every checkpoint once its records were written."""
+    """In a sequence, called with the edit of every checkpoint after its records are written."""
     saves: bool = True
     """Whether records and edits are written to the folder, so that a stopped cell can be continued."""
     finished: bool = False
-    """Whether nothing is left to be observed."""
+    """Whether all cases are evaluated."""
 
     @property
     def journal(self) -> Journal:
@@ -59,34 +59,34 @@ class Sheet:
         return Journal(self.folder / ROWS)
 
     def begin(self, fingerprint: str, cases: Sequence[Case]) -> None:
-        """Find where to go on, at the start where what is there is damaged.
+        """Find where to continue; a damaged folder is started again.
 
         Raises DataError where the rows are of another host.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self.folder / START
         try:
-            found = read_document(start).get("host_fingerprint") if start.exists() else None
+            recorded_fingerprint = read_document(start).get("host_fingerprint") if start.exists() else None
             self._check_order(cases)
         except DataError:
             self.void()
-            found = None
-        if found is None:
+            recorded_fingerprint = None
+        if recorded_fingerprint is None:
             write_sealed(start, {"host_fingerprint": fingerprint})
-        elif found != fingerprint:
+        elif recorded_fingerprint != fingerprint:
             raise DataError(
-                f"cell {self.cell.id} was begun on host {shown(found)}, the model is {fingerprint} by now: "
-                "use the model it was begun with, or start a new run"
+                f"cell {self.cell.id} was started on host {shown(recorded_fingerprint)}, the model is now "
+                f"{fingerprint}: use the model it was started with, or start a new run"
             )
         kind = self.cell.plan.kind
         if kind == "sequential":
             self._begin_sequence(len(cases))
         else:
             self._begin_groups(kind)
-            self.finished = self.done == len(cases)
+            self.finished = self.completed == len(cases)
 
     def _check_order(self, cases: Sequence[Case]) -> None:
-        """Raise DataError where the rows kept are not those of the first cases, in order."""
+        """Raise DataError unless the saved rows are those of the first cases, in order."""
         place, sequence = 0, self.cell.plan.kind == "sequential"
         for line in self.journal:
             if line.record.get("type") == "look":
@@ -100,19 +100,19 @@ class Sheet:
             place += 1
 
     def _begin_groups(self, kind: str) -> None:
-        """Keep whole cases, and of batches whole groups with their look."""
+        """Keep complete cases, in batches complete groups with their checkpoint; remove the rest."""
         end = 0
         fits: list[float | None] = []
         for line in self.journal:
             if line.record["type"] == "case":
                 fits.append(line.record["cost"]["fit_seconds"])
             if kind == "single" or line.record["type"] == "look":
-                end, self.done = line.end, len(fits)
-        self.fits = fits[: self.done]
+                end, self.completed = line.end, len(fits)
+        self.fits = fits[: self.completed]
         self.journal.cut(end)
 
     def _begin_sequence(self, count: int) -> None:
-        """Keep all up to the newest look whose edit is there to go on from."""
+        """Keep everything up to the last checkpoint whose edit is saved; remove the rest."""
         end = 0
         fits: list[float | None] = []
         for line in self.journal:
@@ -121,29 +121,29 @@ class Sheet:
                 continue
             edits = int(line.record["edits"])
             if self.edit_file(edits).exists():
-                end, self.done, self.fits = line.end, edits, fits
+                end, self.completed, self.fits = line.end, edits, fits
             fits = []
         self.journal.cut(end)
         for path in self._edit_files():
-            if path != self.edit_file(self.done):
+            if path != self.edit_file(self.completed):
                 path.unlink()
-        if self.done:
+        if self.completed:
             try:
-                self.edit = Edit.load(self.edit_file(self.done))
-            except EditError:  # damaged: nothing to go on from
+                self.edit = Edit.load(self.edit_file(self.completed))
+            except EditError:  # damaged: nothing to continue from
                 self.void()
-                self.done, self.fits = 0, []
-        self.finished = self.done == count
+                self.completed, self.fits = 0, []
+        self.finished = self.completed == count
 
     def edit_file(self, edits: int) -> Path:
-        """Name the file of the edit that stands for the first cases."""
+        """Return the path of the edit of the first ``edits`` cases."""
         return self.folder / f"edit-{edits}.safetensors"
 
     def _edit_files(self) -> list[Path]:
         return sorted(self.folder.glob("edit-*.safetensors"))
 
     def void(self) -> None:
-        """Take away all rows and edits: they are of a host that was no longer what it was."""
+        """Remove all rows and edits: they were measured on a host whose weights had changed."""
         self.journal.cut(0)
         for path in self._edit_files():
             path.unlink()
@@ -157,7 +157,7 @@ class Sheet:
             self.on_record(record)
 
     def keep(self, edits: int, edit: Edit) -> None:
-        """Keep a sequence's newest edit in place of the older ones, after the rows that it stands for."""
+        """Save a sequence's newest edit, after its rows, and remove the older ones."""
         self.guard()
         self.on_edit(edit)
         if not self.saves:
@@ -168,10 +168,10 @@ class Sheet:
                 path.unlink()
 
     def end(self, document: dict[str, Any], *, keep_edits: bool) -> None:
-        """Write what the cell comes to; the edit was only there to go on from, unless it is to be kept."""
+        """Write the cell's summary, and remove the edit that was saved for resuming unless ``keep_edits``."""
         self.guard()
-        kept = [path.name for path in self._edit_files()] if keep_edits else []
-        document = {**document, FILES: hashes(self.folder, [ROWS, *kept])}
+        edit_names = [path.name for path in self._edit_files()] if keep_edits else []
+        document = {**document, FILES: hashes(self.folder, [ROWS, *edit_names])}
         document[FILES][ROWS]["lines"] = sum(1 for _ in self.journal)
         write_sealed(self.folder / summing.CELL, document)
         for path in self._edit_files():
@@ -179,102 +179,114 @@ class Sheet:
                 path.unlink()
 
 
-def run(room: Room, cell: Cell, sheet: Sheet, tick: Tick) -> dict[str, Any]:
-    """Fill a cell's folder with rows and return what is to be summed up beside them.
+def run(worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: Tick) -> dict[str, Any]:
+    """Evaluate a cell, write its rows and return the measurements that its summary needs besides them.
 
-    Raises Refused where the method cannot do it, whatever else goes wrong as it is.
+    Raises Refused where the method cannot run the cell; other errors are raised unchanged.
     """
-    host = room.host(cell)
+    host = worker.host(cell)
     health.reset_peak(host)
     try:
-        check_probes(host, room.cases(cell), room.ask(cell))
-        job = room.job(cell)
+        check_probes(host, worker.cases(cell), worker.ask(cell))
+        job = worker.job(cell)
         if job is not None:
             check_schedule(job.method, cell.plan)
     except (ConfigError, RequestError) as error:
         raise Refused(str(error)) from error
-    sheet.begin(host.fingerprint, room.cases(cell))
-    edit = sheet.edit
-    if not sheet.finished:
-        _check_start(room, cell, sheet)
-        edit = _fill(room, cell, sheet, tick, job)
-    return summing.measured(host, edit, room.neutral(cell).prompts)
+    cell_folder.begin(host.fingerprint, worker.cases(cell))
+    for record in cell_folder.journal.records():
+        cell_folder.on_record(record)
+    edit = cell_folder.edit
+    if not cell_folder.finished:
+        _check_start(worker, cell, cell_folder)
+        edit = _fill(worker, cell, cell_folder, tick, job)
+    return summing.measured(host, edit, worker.neutral(cell).prompts)
 
 
-def _check_start(room: Room, cell: Cell, sheet: Sheet) -> None:
-    """Set how many cases the edit to continue from is of. Raises DataError where the rows are of others."""
-    edit = sheet.edit or sheet.after
+def _check_start(worker: WorkerState, cell: Cell, cell_folder: CellFolder) -> None:
+    """Set the number of cases that the edit to continue from covers. Raises DataError where the rows are of others."""
+    edit = cell_folder.edit or cell_folder.after
     if edit is None:
         return
-    count = count_edited_cases(edit, room.cases(cell), cell.plan, cell.seed)
-    if sheet.edit is not None and count != sheet.done:
-        raise DataError(f"the saved edit of {cell.id} is of {count} cases, its rows of {sheet.done}")
-    sheet.edit, sheet.done = edit, count
+    count = count_edited_cases(edit, worker.cases(cell), cell.plan, cell.seed)
+    if cell_folder.edit is not None and count != cell_folder.completed:
+        raise DataError(
+            f"the saved edit of {cell.id} is of {count} cases, its rows of {cell_folder.completed}"
+        )
+    cell_folder.edit, cell_folder.completed = edit, count
 
 
-def _fill(room: Room, cell: Cell, sheet: Sheet, tick: Tick, job: Job | None) -> Edit | None:
-    """Fit and observe what is left; return the last edit."""
-    neutral, lenient = room.neutral(cell), room.live is None
-    engine = room.engine(cell, job, texts=neutral.texts, prompts=neutral.prompts, lenient=lenient, tick=tick)
-    engine.fit_seconds = math.fsum(seconds for seconds in sheet.fits if seconds is not None)
+def _fill(
+    worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: Tick, job: Job | None
+) -> Edit | None:
+    """Fit and evaluate the remaining cases; return the last edit."""
+    neutral, lenient = worker.neutral(cell), worker.live is None
+    engine = worker.engine(
+        cell, job, texts=neutral.texts, prompts=neutral.prompts, lenient=lenient, tick=tick
+    )
+    engine.fit_seconds = math.fsum(seconds for seconds in cell_folder.fits if seconds is not None)
     sequence = cell.plan.kind == "sequential"
     edit: Edit | None = None
-    first = not sheet.done
+    first = not cell_folder.completed
     try:
-        with closing(engine.events(cell.look or (), sheet.done, sheet.edit, sheet.fits or None)) as events:
+        with closing(
+            engine.events(cell.look or (), cell_folder.completed, cell_folder.edit, cell_folder.fits or None)
+        ) as events:
             for event in events:
                 edit, first = event.edit or edit, False
-                if isinstance(event, Seen):
-                    sheet.write(_case(event))
+                if isinstance(event, EvaluatedCase):
+                    cell_folder.write(_case_record(event))
                     continue
-                sheet.write(_look(room, cell, event, engine.fit_seconds))
+                cell_folder.write(_checkpoint_record(worker, cell, event, engine.fit_seconds))
                 if sequence:
-                    sheet.keep(event.edits, event.edit)
+                    cell_folder.keep(event.edits, event.edit)
     except (ConfigError, HostError, RequestError) as error:
         if first:
             raise Refused(str(error)) from error
         raise
     if not lenient:
         return edit
-    reasons = [line.record.get("refused") for line in sheet.journal if line.record["type"] == "case"]
+    reasons = [line.record.get("refused") for line in cell_folder.journal if line.record["type"] == "case"]
     if all(reasons):  # nothing was edited, so there is nothing to compare
-        sheet.void()
+        cell_folder.void()
         raise Refused(f"none of {len(reasons)} cases can be edited; the first: {reasons[0]}")
     return edit
 
 
-def _case(seen: Seen) -> dict[str, Any]:
-    """Return a case's line."""
+def _case_record(result: EvaluatedCase) -> dict[str, Any]:
+    """Return the line of a case."""
     line = {
         "type": "case",
-        "case": seen.case.id,
-        "edits": seen.edits,
-        "rows": [asdict(row) for row in seen.rows],
+        "case": result.case.id,
+        "edits": result.edits,
+        "rows": [asdict(row) for row in result.rows],
         "cost": {
-            "fit_seconds": seen.fit_seconds,
-            "observe_seconds": seen.observe_seconds,
-            "bytes": seen.edit.size if seen.edits is None and seen.edit is not None else None,
+            "fit_seconds": result.fit_seconds,
+            "observe_seconds": result.observe_seconds,
+            "bytes": result.edit.size if result.edits is None and result.edit is not None else None,
         },
     }
-    return line if seen.refused is None else {**line, "refused": seen.refused}
+    return line if result.refused is None else {**line, "refused": result.refused}
 
 
-def _look(room: Room, cell: Cell, look: Look, fit_seconds: float) -> dict[str, Any]:
-    """Word the line of a look at several edits."""
-    neutral, host = room.neutral(cell), room.host(cell)
-    sizes = health.weights(look.edit, host, ratios=room.health)
+def _checkpoint_record(
+    worker: WorkerState, cell: Cell, checkpoint: CheckpointResult, fit_seconds: float
+) -> dict[str, Any]:
+    """Return the line of a checkpoint."""
+    neutral, host = worker.neutral(cell), worker.host(cell)
+    sizes = health.weights(checkpoint.edit, host, ratios=worker.health)
     return {
         "type": "look",
-        "edits": look.edits,
+        "edits": checkpoint.edits,
         "perplexity_before": neutral.perplexity,
-        "perplexity_after": look.perplexity,
-        "last_batch_efficacy": look.last_batch_efficacy,
+        "perplexity_after": checkpoint.perplexity,
+        "last_batch_efficacy": checkpoint.last_batch_efficacy,
         "fit_seconds": fit_seconds,
         **sizes,
-        "digest": look.edit.digest,
-        "bytes": look.edit.size,
+        "digest": checkpoint.edit.digest,
+        "bytes": checkpoint.edit.size,
         "collapse": health.condition(
-            look.continued, neutral.continued, (neutral.perplexity, look.perplexity),
+            checkpoint.continued, neutral.continued, (neutral.perplexity, checkpoint.perplexity),
             list((sizes["norm_ratio"] or {}).values()),
-        ) if room.health else None,
+        ) if worker.health else None,
     }  # fmt: skip

@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from errata.bench import cells, health, results, runs, sources, summing
-from errata.bench.cells import Refused, Sheet
-from errata.bench.jobs import Jobs
+from errata.bench import cells, eval_folder, health, results, sources, summing
+from errata.bench.cells import CellFolder, Refused
 from errata.bench.plan import Cell, Plan
 from errata.bench.recipe import ModelSpec, Recipe
 from errata.bench.results import finite
-from errata.bench.rooms import Live, Room
 from errata.bench.runner import Tick, with_probes
 from errata.bench.schedule import SINGLE, Schedule
+from errata.bench.worker_state import Live, WorkerState
 from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
 from errata.errors import ConfigError
@@ -59,7 +58,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of an evaluation: averages, every row, and what it took."""
+    """Results of an evaluation: averages, every row, and its cost."""
 
     summary: Mapping[str, Mapping[str, Any]]
     """``{"<kind>.<protocol>": {"before", "after", "n", "ci"}}``; of a sequence, at its end."""
@@ -96,7 +95,7 @@ def evaluate(
     after: Edit | None = None, keep: Callable[[Report, Edit], None] | None = None,
     ask: AskOptions = DEFAULT_ASK, corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, run_folder: str | os.PathLike[str] | None = None,
-    on_progress: Tick = lambda what, done, total: None,
+    on_progress: Tick = lambda *_: None,
 ) -> Report:  # fmt: skip
     """Evaluate a method on a schedule, or given edits, all in place together, on all cases.
 
@@ -125,8 +124,12 @@ def evaluate(
     live = Live(host, cases, work, ask, job, edits)
     marks = schedule.checkpoints(len(cases), at) if schedule.kind == "sequential" else None
     plan = _plan(live, options or {}, schedule, marks)
-    with _folder(plan, run_folder) as folder:
-        return _run(folder, plan, live, dict(options or {}), after, keep, on_progress, run_folder is not None)
+    lasting = run_folder is not None
+    with _folder(run_folder) as folder:
+        if lasting:
+            settings = eval_folder.describe(live, plan.cells[0], after, own_examples=examples is not None)
+            eval_folder.create_or_resume(folder, plan, settings)
+        return _run(folder, plan, live, dict(options or {}), after, keep, on_progress, lasting)
 
 
 def _check_arguments(
@@ -142,7 +145,7 @@ def _check_arguments(
         raise ConfigError("evaluate needs at least one case")
     if schedule.kind != "sequential" and any(option is not None for option in (at, after, keep)):
         raise ConfigError(
-            f"checkpoints, and edits to keep or go on from, belong to sequential:N, not {schedule}"
+            f"checkpoints, and edits to keep or continue from, belong to sequential:N, not {schedule}"
         )
     if edited and schedule != SINGLE:
         raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
@@ -166,10 +169,9 @@ def _plan(live: Live, options: Mapping[str, Any], schedule: Schedule, marks: tup
 
 
 @contextlib.contextmanager
-def _folder(plan: Plan, folder: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Begin a run folder; one that is not named is there inside the block only."""
+def _folder(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield a run folder; without a name a temporary one, deleted after the block."""
     if folder is not None:
-        runs.begin(plan, Path(folder), resume=False)
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory(prefix="errata-eval-") as temporary:
@@ -180,25 +182,30 @@ def _run(
     folder: Path, plan: Plan, live: Live, options: dict[str, Any], after: Edit | None,
     keep: Callable[[Report, Edit], None] | None, tick: Tick, lasting: bool,
 ) -> Report:  # fmt: skip
-    """Fill the one cell of a run folder and return the report on its rows."""
+    """Fill the one cell of a run folder, or what is missing of it, and return the report on all its rows."""
     (cell,) = plan.cells
-    room = Room(folder, plan, live, health=lasting, tick=tick)
-    report = _Report(room, cell, options, after, keep)
-    sheet = Sheet(
+    worker = WorkerState(folder, plan, live, health=lasting, tick=tick)
+    report = _Report(worker, cell, options, after, keep)
+    cell_folder = CellFolder(
         folder / results.CELLS / cell.id, cell, guard=lambda: None, after=after, on_record=report.add,
         on_edit=report.checkpoint, saves=lasting,
     )  # fmt: skip
-    try:
-        measured = cells.run(room, cell, sheet, tick)
-    except Refused as refused:  # here it is an error like any other
-        raise refused.__cause__ or refused from None
-    restored = bool(room.restored())
-    if lasting:
-        table = Jobs(folder / results.JOBS)
-        table.take(NAME, [cell.id])
-        document = summing.document(room, cell, sheet.journal, measured)
-        sheet.end({**document, "weights_restored": restored}, keep_edits=False)
-        table.end(cell.id, NAME, "done")
+    document = eval_folder.finished_document(folder, cell) if lasting else None
+    if document is not None:
+        for record in cell_folder.journal.records():
+            report.add(record)
+        return report.report(restored=bool(document["weights_restored"]))
+    with eval_folder.lease(folder, cell) if lasting else contextlib.nullcontext() as lease:
+        if lease is not None:
+            cell_folder.guard = lease.check
+        try:
+            measured = cells.run(worker, cell, cell_folder, tick)
+        except Refused as refused:  # here it is an error like any other
+            raise refused.__cause__ or refused from None
+        restored = bool(worker.restored())
+        if lasting:
+            document = summing.document(worker, cell, cell_folder.journal, measured)
+            cell_folder.end({**document, "weights_restored": restored}, keep_edits=False)
     return report.report(restored=restored)
 
 
@@ -212,7 +219,7 @@ def _count(live: Live) -> str:
 class _Report:
     """Collects the records of a cell as they are written, and reports on those so far."""
 
-    room: Room
+    worker: WorkerState
     cell: Cell
     options: dict[str, Any]
     after: Edit | None
@@ -239,7 +246,7 @@ class _Report:
             if cost["fit_seconds"] is not None:
                 self.fit_seconds[record["case"]] = cost["fit_seconds"]
             return
-        neutral = self.room.neutral(self.cell)
+        neutral = self.worker.neutral(self.cell)
         self.neutral = {"texts": len(neutral.texts), "tokens": neutral.tokens}
         table, self._since = self.rows[self._since :], len(self.rows)
         names = (
@@ -250,12 +257,13 @@ class _Report:
             "fit_seconds",
             "norm",
         )
-        self.points.append(
-            Checkpoint(
-                summary=score.summarise(table, seed=self.cell.seed), digest=record["digest"],
-                **{name: record[name] for name in names},
-            )
-        )  # fmt: skip
+        values = [record[name] for name in names]
+        numbers: Any = [
+            float(n) if isinstance(n, str) else n for n in values
+        ]  # "inf" and "nan", as JSON has them
+        summary = score.summarise(table, seed=self.cell.seed)
+        point = dict(zip(names, numbers, strict=True))
+        self.points.append(Checkpoint(summary=summary, digest=record["digest"], **point))
 
     def checkpoint(self, edit: Edit) -> None:
         """Hand over the report so far and the edit of a sequence."""
@@ -264,7 +272,7 @@ class _Report:
 
     def report(self, *, restored: bool | None) -> Report:
         """Return the report on all records so far; ``restored`` None: the evaluation is not finished."""
-        cell, live = self.cell, self.room.live
+        cell, live = self.cell, self.worker.live
         assert live is not None
         kind = cell.plan.kind
         sequence = kind == "sequential"

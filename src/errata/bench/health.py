@@ -19,7 +19,7 @@ from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
 PROMPTS = 20
-"""How many open prompts are continued at a look."""
+"""How many open prompts are continued at a checkpoint."""
 WORDS = 6
 """How many words of a neutral text make one."""
 REPEATS = 5
@@ -58,7 +58,7 @@ def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
 def condition(
     texts: Sequence[str], unedited: Sequence[str], perplexities: tuple[float, float], norms: Sequence[float]
 ) -> dict[str, Any]:
-    """Say how sound a host is: fluency of its open texts before and after, and why it counts as collapsed.
+    """Describe the condition of a host: fluency of its open texts before and after, and why it counts as collapsed.
 
     ``perplexities``: of neutral text, before and after. Returns ``{"before", "after", "alarm"}``: the averages
     of :class:`errata.evaluation.metrics.collapse.Fluency`, and the reasons, none where it is sound.
@@ -152,7 +152,7 @@ def peak_mb(host: Host) -> float:
 
 def times(seconds: Sequence[float]) -> dict[str, float | None]:
     """Return median, 95th percentile and sum of some times; None for what is not known of none."""
-    found = cost.spread(seconds)
-    if found is None:
+    spread = cost.spread(seconds)
+    if spread is None:
         return {"median": None, "p95": None, "total": 0.0}
-    return {"median": found.median, "p95": found.p95, "total": found.total}
+    return {"median": spread.median, "p95": spread.p95, "total": spread.total}

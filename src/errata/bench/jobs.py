@@ -55,7 +55,7 @@ class Job:
 
 
 def new_owner() -> str:
-    """Name a worker so that others can tell whether it still lives: machine, process, a random part."""
+    """Return a worker's name, from which others can tell whether it is running: machine, process, a random part."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
@@ -108,23 +108,23 @@ class Jobs:
     def all(self) -> list[Job]:
         """Return every line in the order of the plan."""
         with self._open() as table:
-            found = table.execute(
+            rows = table.execute(
                 "SELECT cell, state, owner, lease_until, attempts, reason FROM jobs ORDER BY place"
             ).fetchall()
-        wrong = [line for line in found if line[1] not in JOB_STATES]
-        if wrong:
+        damaged_rows = [line for line in rows if line[1] not in JOB_STATES]
+        if damaged_rows:
             raise DataError(
-                f"the job table {self.path} is damaged: cell {shown(wrong[0][0])} has state {shown(wrong[0][1])}; "
-                "remove it and go on with --resume"
+                f"the job table {self.path} is damaged: cell {shown(damaged_rows[0][0])} has state "
+                f"{shown(damaged_rows[0][1])}; remove the file and continue with --resume"
             )
-        return [Job(*line) for line in found]
+        return [Job(*line) for line in rows]
 
     def take(self, owner: str, cells: Sequence[str]) -> str | None:
         """Lease the first of some cells that is open or whose lease has run out; None where there is none.
 
         A cell that was taken too often and never ended is set to failed instead.
         """
-        now, wanted = self.clock(), set(cells)
+        now, names = self.clock(), set(cells)
         with self._open() as table:
             free = table.execute(
                 "SELECT cell, attempts FROM jobs WHERE state = 'open' OR (state = 'leased' AND lease_until < ?)"
@@ -132,7 +132,7 @@ class Jobs:
                 (now,),
             ).fetchall()
             for cell, attempts in free:
-                if cell not in wanted:
+                if cell not in names:
                     continue
                 if attempts >= MOST_ATTEMPTS:
                     self._end(
@@ -150,18 +150,18 @@ class Jobs:
     def renew(self, cell: str, owner: str) -> bool:
         """Hold a cell for another lease; False where it is no longer the owner's."""
         with self._open() as table:
-            done = table.execute(
+            update = table.execute(
                 "UPDATE jobs SET lease_until = ? WHERE cell = ? AND owner = ? AND state = 'leased'",
                 (self.clock() + self.lease, cell, owner),
             )
-            return done.rowcount == 1
+            return update.rowcount == 1
 
     def end(self, cell: str, owner: str, state: State, reason: str | None = None) -> None:
         """Set how a cell ended. Raises LeaseLost where it is no longer the owner's."""
         with self._open() as table:
-            found = table.execute("SELECT owner, state FROM jobs WHERE cell = ?", (cell,)).fetchone()
-            if found != (owner, "leased"):
-                raise LeaseLost(f"cell {cell} was taken over by {found and found[0]} meanwhile")
+            row = table.execute("SELECT owner, state FROM jobs WHERE cell = ?", (cell,)).fetchone()
+            if row != (owner, "leased"):
+                raise LeaseLost(f"cell {cell} was taken over by {row and row[0]} in the meantime")
             self._end(table, cell, state, reason)
 
     def _end(self, table: sqlite3.Connection, cell: str, state: State, reason: str | None) -> None:
@@ -174,16 +174,19 @@ class Jobs:
         """Open some cells again that ended in one of some states; how often they were taken is forgotten."""
         self._reopen([job.cell for job in self.all() if job.state in states and job.cell in set(cells)])
 
-    def release_dead(self) -> None:
-        """Open what workers of this machine hold that live no more; the attempt counts."""
-        dead = [job for job in self.all() if job.state == "leased" and not _lives(job.owner)]
+    def release(self, cell: str, owner: str | None) -> None:
+        """Return a leased cell to the open ones, if it is still leased by this owner; the attempt counts."""
         with self._open() as table:
-            for job in dead:
-                table.execute(
-                    "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL"
-                    " WHERE cell = ? AND owner = ?",
-                    (job.cell, job.owner),
-                )
+            table.execute(
+                "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL WHERE cell = ? AND owner = ?",
+                (cell, owner),
+            )
+
+    def release_dead(self) -> None:
+        """Release cells leased by workers of this machine that no longer run."""
+        for job in self.all():
+            if job.state == "leased" and not _is_running(job.owner):
+                self.release(job.cell, job.owner)
 
     def _reopen(self, cells: Sequence[str]) -> None:
         with self._open() as table:
@@ -195,17 +198,17 @@ class Jobs:
             )
 
     def forget_attempts(self) -> None:
-        """Count attempts from nothing again: somebody has started the run anew."""
+        """Reset the counts of attempts: the user has started the run again."""
         with self._open() as table:
             table.execute("UPDATE jobs SET attempts = 0 WHERE state IN ('open', 'leased')")
 
 
-def _lives(owner: str | None) -> bool:
-    """Whether a worker may live: it runs on this machine, or elsewhere, where only its lease can tell."""
+def _is_running(owner: str | None) -> bool:
+    """Whether a worker may be running; of one on another machine only its lease can tell."""
     name, _, process = (owner or "").rpartition(":")[0].partition(":")
     if name != socket.gethostname() or not process.isdecimal():
         return bool(owner)
-    return machine.lives(int(process))
+    return machine.is_running(int(process))
 
 
 class Lease:
@@ -214,7 +217,7 @@ class Lease:
     def __init__(self, jobs: Jobs, cell: str, owner: str) -> None:
         self.jobs, self.cell, self.owner = jobs, cell, owner
         self._over = threading.Event()
-        self._held = jobs.clock()
+        self._renewed_at = jobs.clock()
         self._problem: str | None = None
         self._thread = threading.Thread(target=self._beat, name=f"lease of {cell}", daemon=True)
 
@@ -231,7 +234,7 @@ class Lease:
 
         A worker that slept through its lease, as in a suspended machine, asks the table before its heart does.
         """
-        if self._problem is None and self.jobs.clock() - self._held > self.jobs.lease:
+        if self._problem is None and self.jobs.clock() - self._renewed_at > self.jobs.lease:
             self._renew()
         if self._problem is not None:
             raise LeaseLost(self._problem)
@@ -247,4 +250,4 @@ class Lease:
                 self._problem = f"cell {self.cell} was taken over meanwhile"
         except DataError as error:
             self._problem = str(error)
-        self._held = now
+        self._renewed_at = now

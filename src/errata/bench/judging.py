@@ -22,7 +22,7 @@ REPLIES = "judge.sqlite"
 
 @dataclass(frozen=True)
 class JudgedCell:
-    """What a judge said about the answers of one cell."""
+    """A judge's verdicts on the answers of one cell."""
 
     agreement: Agreement
     """How far judge and matcher agree on the answers after the edit."""
@@ -36,7 +36,7 @@ class JudgedCell:
 
 def judge_run(
     folder: str | Path, settings: JudgeSettings, *, only: str | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, JudgedCell]:  # fmt: skip
     """Have a language model judge the free answers of a run, and write its verdicts into the run folder.
 
@@ -58,7 +58,7 @@ def judge_run(
         settings = replace(settings, cache=place / REPLIES)
     return {
         cell.name: _judge_cell(
-            cell, settings, lambda done, total, name=cell.name: on_progress(name, done, total)
+            cell, settings, lambda completed, total, name=cell.name: on_progress(name, completed, total)
         )
         for cell in folders
     }
@@ -89,7 +89,7 @@ def _newest(folder: Path) -> list[Row]:
 
 
 def _shares(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Leave only what the matcher and the judge say."""
+    """Return only the averages of the matcher and the judge."""
     return {
         key: entry
         for key, entry in summary.items()

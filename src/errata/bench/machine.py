@@ -35,13 +35,13 @@ def processor() -> str:
     """Name the processor, by the kernel's list where there is one: psutil and platform do not read it."""
     if LINUX_PROCESSORS.is_file():
         text = LINUX_PROCESSORS.read_text(encoding="utf-8", errors="replace")
-        named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        if named:
-            return named[1].strip()
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        if match:
+            return match[1].strip()
     return platform.processor() or platform.machine()
 
 
-def lives(process: int) -> bool:
+def is_running(process: int) -> bool:
     """Whether a process of this machine runs; asking sends it no signal, which would end it on Windows."""
     import psutil
 

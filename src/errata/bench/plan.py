@@ -75,12 +75,12 @@ class Plan:
         """Return the model of a label."""
         return next(model for model in self.recipe.models if model.label == label)
 
-    def chosen(self, only: str | None) -> list[str]:
-        """List the cells whose id holds a text, all without one. Raises ConfigError where there are none."""
-        found = [cell.id for cell in self.cells if only is None or only in cell.id]
-        if not found:
+    def select_ids(self, only: str | None) -> list[str]:
+        """List the ids of the cells that contain a text, all without one. Raises ConfigError where there are none."""
+        ids = [cell.id for cell in self.cells if only is None or only in cell.id]
+        if not ids:
             raise ConfigError(f"no cell holds {only!r}; see the cells with --dry-run")
-        return found
+        return ids
 
     def document(self) -> dict[str, Any]:
         """Return what goes into ``run.json``."""
@@ -123,11 +123,11 @@ def make(recipe: Recipe) -> Plan:
         complaints.append(f"published: {error}")
     if complaints:
         raise ConfigError("\n".join(complaints))
-    facts = {name: found[1] for name, found in read.items()}
+    facts = {name: facts for name, (_, facts) in read.items()}
     order = {model.label: place for place, model in enumerate(recipe.models)}
     # one model after the other, so that a worker opens each once; baselines first, others compare with them
     ordered = sorted(cells.values(), key=lambda cell: (order[cell.model], not cell.baseline))
-    return Plan(recipe, facts, tuple(ordered), {name: found[0] for name, found in read.items()}, tables)
+    return Plan(recipe, facts, tuple(ordered), {name: cases for name, (cases, _) in read.items()}, tables)
 
 
 def restore(document: Mapping[str, Any]) -> Plan:
@@ -147,18 +147,20 @@ def restore(document: Mapping[str, Any]) -> Plan:
 
 
 def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
-    """Say why a run folder cannot be gone on with under a plan; nothing where it can."""
+    """List why a run folder cannot be resumed under a plan; empty if it can."""
     if old.get("recipe_sha256") != new.recipe.sha256:
         return recipes.differences(old["recipe"], new.recipe.to_dict())
-    found = []
+    differences = []
     for name, facts in new.datasets.items():
         before = old["datasets"].get(name, {}).get("sha256")
         if before != facts["sha256"]:
-            found.append(f"dataset {name}: was {str(before)[:12]}, is {facts['sha256'][:12]}")
-    if not found and [cell["id"] for cell in old["cells"]] != [cell.id for cell in new.cells]:
+            differences.append(f"dataset {name}: was {str(before)[:12]}, is {facts['sha256'][:12]}")
+    if not differences and [cell["id"] for cell in old["cells"]] != [cell.id for cell in new.cells]:
         was = old.get("versions", {}).get("errata")
-        found.append(f"the cells are others: settings that the recipe leaves open changed since errata {was}")
-    return found
+        differences.append(
+            f"the cells are others: settings that the recipe leaves open changed since errata {was}"
+        )
+    return differences
 
 
 def _read(
@@ -174,10 +176,10 @@ def _read(
         return name, sources.read(
             spec.source, together=together, demonstrations=spec.demonstrations, beside=spec.beside
         )
-    known = [entry["path"] for entry in read[name][1]["demonstrations"]]
-    if known != list(spec.demonstrations):
+    other_files = [entry["path"] for entry in read[name][1]["demonstrations"]]
+    if other_files != list(spec.demonstrations):
         raise ConfigError(
-            f"two datasets would have this name, one with the demonstrations {', '.join(known)}, one with "
+            f"two datasets would have this name, one with the demonstrations {', '.join(other_files)}, one with "
             f"{', '.join(spec.demonstrations)}; give the files different names"
         )
     return name, read[name]
@@ -196,7 +198,7 @@ def _crossed(
     always = [(MethodSpec(method.name, label=method.name), method.baseline) for method in baselines()]
     specs = [spec for spec, _ in always]
     methods = [*always, *((spec, None) for spec in run.methods if spec not in specs)]
-    made = []
+    cells = []
     for model in recipe.models:
         for spec, baseline in methods:
             for seed in recipe.seeds if REGISTRY.get(spec.name).random else recipe.seeds[:1]:
@@ -205,8 +207,8 @@ def _crossed(
                     look, seed, baseline is not None,
                     baseline.rank if baseline else None, baseline.role if baseline else "",
                 )  # fmt: skip
-                made.append(replace(cell, id=_name(cell, recipe, model, facts)))
-    return made
+                cells.append(replace(cell, id=_name(cell, recipe, model, facts)))
+    return cells
 
 
 def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]) -> str:

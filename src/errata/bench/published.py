@@ -1,7 +1,7 @@
 """Published tables of numbers, as data: what a run can be read against, with how sure the digits are.
 
 One YAML file a table in the folder ``published`` beside this file. Figures are facts taken from the papers
-named in each file; none stands there that is known from memory only. A method's row is found among the
+named in each file; none is included that is known from memory only. A method's row is found among the
 measured ones by its registered name, or by the label a recipe gives to a method with settings of its own.
 """
 
@@ -60,7 +60,7 @@ class PublishedTable:
     """Authors, title, venue."""
     arxiv: str
     provenance: Provenance
-    """Of every row that says nothing else."""
+    """Default of the rows."""
     note: str
     model: str
     """Hub name."""

@@ -58,10 +58,10 @@ class DatasetSpec:
         return " + ".join((self.source, *(Path(path).name for path in self.demonstrations), *self.beside))
 
     def plain(self) -> str | dict[str, Any]:
-        """Return it as a recipe says it: a text, or fields where there is more than a source."""
-        more = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
-        said = {name: value for name, value in more.items() if value}
-        return {"source": self.source, **said} if said else self.source
+        """Return it in a recipe's form: a text, or fields where there is more than a source."""
+        options = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
+        extra = {name: value for name, value in options.items() if value}
+        return {"source": self.source, **extra} if extra else self.source
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Recipe:
     keep_edits: bool = False
     """Whether the last edit of a sequence stays in its cell's folder."""
     published: tuple[str, ...] = ()
-    """Names of tables of published numbers to stand beside the measured ones."""
+    """Names of tables of published numbers to show next to the measured ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data with nothing left to defaults."""
@@ -153,7 +153,7 @@ def _run(read: documents.RunDocument) -> RunSpec:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say where two recipes, as plain data, differ."""
+    """List the differences of two recipes, or other settings, given as plain data."""
     one, other = dict(_flat(old)), dict(_flat(new))
     return [
         f"{key or 'recipe'}: was {shown(one.get(key, 'nothing'))}, is {shown(other.get(key, 'nothing'))}"

@@ -62,7 +62,7 @@ def _flag(value: Any) -> bool:
 
 
 def _items(value: Any) -> list[Any]:
-    """Read a list, or one value that stands for a list of one."""
+    """Return a list; a single value becomes a list of one."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -99,11 +99,11 @@ class _Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     SHORT: ClassVar[str] = ""
-    """The field that a text alone stands for."""
+    """The field that a plain text sets."""
 
 
 def _long(kind: type[_Document]) -> BeforeValidator:
-    """Read a text as the one field that it stands for."""
+    """Convert a plain text to a mapping with its one field."""
     return BeforeValidator(lambda value: {kind.SHORT: value} if isinstance(value, str) else value)
 
 
@@ -137,7 +137,7 @@ class MethodDocument(_Document):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         _reported(REGISTRY.get, name)
         return name
 
@@ -232,7 +232,7 @@ def _reported(read: Any, *arguments: Any) -> Any:
         raise settings.problem(str(error)) from error
 
 
-# --- what stands twice ----------------------------------------------------------------------
+# --- duplicate names ------------------------------------------------------------------------
 
 
 def _repeated(document: Any) -> list[str]:

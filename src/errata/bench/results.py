@@ -123,14 +123,14 @@ def seal_of(document: Mapping[str, Any]) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    made = hashlib.sha256()
+    hasher = hashlib.sha256()
     try:
         with path.open("rb") as file:
             for piece in iter(lambda: file.read(1 << 20), b""):
-                made.update(piece)
+                hasher.update(piece)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return made.hexdigest()
+    return hasher.hexdigest()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -154,8 +154,8 @@ def _is_name(value: Any) -> bool:
 def row_of(record: Mapping[str, Any]) -> Row:
     """Build a row from its line, numbers that are not finite included. Raises DataError for another record."""
     try:
-        given = {**record, "before": float(record["before"]), "after": float(record["after"])}
-        return Row(**given)
+        values = {**record, "before": float(record["before"]), "after": float(record["after"])}
+        return Row(**values)
     except (TypeError, ValueError, LookupError) as error:
         raise DataError(f"a row is damaged: {brief(str(error))} in {shown(record)}") from error
 
@@ -182,17 +182,17 @@ class Journal:
         """Yield the whole lines. Raises DataError for one that is not JSON but for the last."""
         if not self.path.exists():
             return
-        end, torn = 0, None
+        end, broken_line = 0, None
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if torn is not None:
+                if broken_line is not None:
                     raise DataError(
-                        f"{self.path}, line {torn} is not JSON; remove the file to start its cell again"
+                        f"{self.path}, line {broken_line} is not JSON; remove the file to start its cell again"
                     )
                 end += len(line)
                 record = _record(line)
                 if record is None:
-                    torn = number
+                    broken_line = number
                     continue
                 seal = record.pop(SEAL, None)
                 if seal is not None and seal != _line_seal(record):

@@ -1,4 +1,4 @@
-"""Edit, observe, take back: by case, by group or in a sequence. The unedited side is observed once for all."""
+"""Edit, evaluate, revert: per case, per group or in a sequence. The unedited host is observed only once."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_schedule(method: Method, schedule: Schedule) -> None:
         )
     if schedule.kind == "sequential" and not method.sequential:
         raise ConfigError(
-            f"{name} does not go on from an earlier edit, so it has no {schedule}; use "
+            f"{name} cannot continue from an earlier edit, so it does not support {schedule}; use "
             + ("single or batch:N" if method.batch else "single")
         )
 
@@ -74,10 +74,12 @@ def with_probes(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[
     """Return cases with only their probes of some kinds. Raises ConfigError for kinds that no case has."""
     if kinds is None:
         return cases
-    known = sorted({probe.kind for case in cases for probe in case.probes})
-    wrong = [kind for kind in kinds if kind not in known]
-    if wrong or not kinds:
-        raise ConfigError("; ".join(unknown(kind, known, "kind of probe") for kind in wrong or [""]))
+    kinds_present = sorted({probe.kind for case in cases for probe in case.probes})
+    unknown_kinds = [kind for kind in kinds if kind not in kinds_present]
+    if unknown_kinds or not kinds:
+        raise ConfigError(
+            "; ".join(unknown(kind, kinds_present, "kind of probe") for kind in unknown_kinds or [""])
+        )
     return [replace(case, probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
@@ -89,24 +91,26 @@ def count_edited_cases(after: Edit, cases: Sequence[Case], schedule: Schedule, s
         other = expected[i] if i < len(expected) else None
         if request != other:
             raise ConfigError(
-                f"cannot go on: request {i + 1} of the edit is {request}, of the cases {other}; "
+                f"cannot continue: request {i + 1} of the edit is {request}, of the cases {other}; "
                 "give the cases that the edit was made from, in their order"
             )
     ends = [0, *itertools.accumulate(len(case.requests) for case in cases)]
-    done = ends.index(len(requests)) if len(requests) in ends else None
-    if done is None or (done % schedule.size and done < len(cases)):
+    count = ends.index(len(requests)) if len(requests) in ends else None
+    if count is None or (count % schedule.size and count < len(cases)):
         raise ConfigError(
-            f"cannot go on: the edit stands for {len(requests)} requests, {schedule} stops after every "
-            f"{schedule.size}; go on with the schedule it was made with"
+            f"cannot continue: the edit contains {len(requests)} requests, {schedule} stops after every "
+            f"{schedule.size}; use the schedule it was made with"
         )
     if after.provenance.seed != seed:
-        raise ConfigError(f"cannot go on: the edit was made with seed {after.provenance.seed}, found {seed}")
-    return done
+        raise ConfigError(
+            f"cannot continue: the edit was made with seed {after.provenance.seed}, found {seed}"
+        )
+    return count
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One case, as it was observed with an edit in place."""
+class EvaluatedCase:
+    """One case, evaluated with an edit in place."""
 
     case: Case
     rows: list[Row]
@@ -123,13 +127,13 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at a host with several edits in place, after its cases were seen."""
+class CheckpointResult:
+    """A host evaluated with several edits in place, after their cases."""
 
     edits: int
     newest: int
     """How many cases were fitted last."""
-    said: list[Tensor]
+    logprobs: list[Tensor]
     """Log-probabilities of the neutral texts, see :func:`errata.evaluation.observe.logprobs`."""
     continued: list[str]
     """How the open prompts were continued."""
@@ -140,34 +144,34 @@ class Look:
     @property
     def perplexity(self) -> float:
         """Perplexity per token of the neutral texts; infinite where the host's numbers overflow."""
-        return perplexity.of_texts(self.said)
+        return perplexity.of_texts(self.logprobs)
 
 
 @dataclass
 class Engine:
-    """Fits cases on a schedule, or takes a given edit, and observes them: a stream of what was seen.
+    """Fits cases on a schedule, or takes a given edit, and evaluates them: a stream of results.
 
-    The host is as before whenever the stream stands still after a :class:`Look`, or is closed.
+    The host is restored whenever the stream pauses after a :class:`CheckpointResult`, or is closed.
     """
 
     host: Host
     cases: Sequence[Case]
     schedule: Schedule
     before: Callable[[Case], Sequence[Observation]]
-    """What the unedited host says to a case's probes."""
+    """Returns the unedited host's observations for a case's probes."""
     job: Job | None = None
     """Fits the cases' requests; None where edits are given."""
     edit: EditGroup | None = None
     """Edits to evaluate as they are."""
     texts: Sequence[str] = ()
-    """Neutral texts, read at every look."""
+    """Neutral texts, scored at every checkpoint."""
     prompts: Sequence[str] = ()
-    """Beginnings of running text, continued at every look."""
+    """Beginnings of running text, continued at every checkpoint."""
     ask: AskOptions = DEFAULT_ASK
     """How probes are asked."""
     lenient: bool = False
     """Whether a case edited alone that cannot be fitted counts as unedited, rather than ending the stream."""
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = lambda *_: None
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
     fits: list[float | None] = field(default_factory=list)
@@ -179,15 +183,17 @@ class Engine:
         start: int = 0,
         after: Edit | None = None,
         fits: Sequence[float | None] | None = None,
-    ) -> Generator[Seen | Look, None, None]:
-        """Yield every case as it is seen, and after those of a group or a mark the look at them all.
+    ) -> Generator[EvaluatedCase | CheckpointResult, None, None]:
+        """Yield every evaluated case, and after those of a batch or a checkpoint the checkpoint's own result.
 
-        ``marks``: after how many edits of a sequence to look. ``start``: how many cases are done already;
-        of a sequence, ``after`` is the edit that stands for them. ``fits``: what fitting them took, if known.
+        ``marks``: numbers of edits of a sequence to evaluate after. ``start``: number of cases evaluated earlier;
+        in a sequence, ``after`` is the edit of those. ``fits``: seconds that fitting them took, if known.
         """
         self.fits = list(fits) if fits is not None else [None] * start
         if self.edit is not None:
-            yield from self._seen(self.cases, self.edit, None, "after")
+            first = start - start % CHUNK  # whole chunks: the batches decide the last bits of the numbers
+            results = self._evaluate(self.cases[first:], self.edit, None, "after", first)
+            yield from itertools.islice(results, start - first, None)
         elif self.schedule.kind == "single":
             yield from self._singles(start)
         elif self.schedule.kind == "batch":
@@ -195,39 +201,43 @@ class Engine:
         else:
             yield from self._sequence(marks, start, after)
 
-    def _singles(self, start: int) -> Iterator[Seen]:
+    def _singles(self, start: int) -> Iterator[EvaluatedCase]:
         for i in range(start, len(self.cases)):
             try:
                 edit = self._fit(range(i, i + 1), None)
             except RequestError as error:
                 if not self.lenient:
                     raise
-                yield self._unfitted(self.cases[i], error)
+                yield self._unedited_result(self.cases[i], error)
             else:
-                yield from self._seen([self.cases[i]], edit, None, first=i)
+                yield from self._evaluate([self.cases[i]], edit, None, first=i)
             self.tick("cases", i + 1, len(self.cases))
 
-    def _unfitted(self, case: Case, error: RequestError) -> Seen:
-        """See a case whose edit there is not: the host says what it said before."""
+    def _unedited_result(self, case: Case, error: RequestError) -> EvaluatedCase:
+        """Return the result of a case that could not be fitted: that of the unedited host."""
         self.fits.append(None)
-        known = self.before(case)
-        return Seen(case, score.rows(case, known, known), None, None, 0.0, None, str(error))
+        observations = self.before(case)
+        return EvaluatedCase(
+            case, score.rows(case, observations, observations), None, None, 0.0, None, str(error)
+        )
 
-    def _batches(self, start: int) -> Iterator[Seen | Look]:
+    def _batches(self, start: int) -> Iterator[EvaluatedCase | CheckpointResult]:
         for group in self.schedule.groups(len(self.cases), start):
-            yield from self._looked(group, self._fit(group, None), len(group), None)
+            yield from self._evaluate_checkpoint(group, self._fit(group, None), len(group), None)
             self.tick("cases", group.stop, len(self.cases))
 
-    def _sequence(self, marks: Sequence[int], start: int, after: Edit | None) -> Iterator[Seen | Look]:
+    def _sequence(
+        self, marks: Sequence[int], start: int, after: Edit | None
+    ) -> Iterator[EvaluatedCase | CheckpointResult]:
         edit = after
         for group in self.schedule.groups(len(self.cases), start):
             edit = self._fit(group, edit)
             self.tick("edits", group.stop, len(self.cases))
             if group.stop in marks:
-                yield from self._looked(range(group.stop), edit, len(group), group.stop)
+                yield from self._evaluate_checkpoint(range(group.stop), edit, len(group), group.stop)
         if start == len(self.cases) and edit is not None:
             newest = start % self.schedule.size or self.schedule.size
-            yield from self._looked(range(start), edit, newest, start)
+            yield from self._evaluate_checkpoint(range(start), edit, newest, start)
 
     def _fit(self, group: range, after: Any) -> Edit:
         """Fit some cases, alone or on top of an edit: in one fit where the method takes several requests."""
@@ -242,49 +252,53 @@ class Engine:
         self.fits += [took / len(group)] * len(group)
         return edit
 
-    def _looked(self, group: range, edit: Edit, newest: int, edits: int | None) -> Iterator[Seen | Look]:
-        """See cases, then read the neutral texts with the same edit in place."""
+    def _evaluate_checkpoint(
+        self, group: range, edit: Edit, newest: int, edits: int | None
+    ) -> Iterator[EvaluatedCase | CheckpointResult]:
+        """Evaluate cases, then score the neutral texts with the same edit in place."""
         cases = [self.cases[i] for i in group]
         label = None if edits is None else f"after {edits} edits"
         newest_rows: list[Row] = []
-        for place, seen in enumerate(self._seen(cases, edit, edits, label, first=group.start)):
+        for place, result in enumerate(self._evaluate(cases, edit, edits, label, first=group.start)):
             if place >= len(cases) - newest:
-                newest_rows += seen.rows
-            yield seen
+                newest_rows += result.rows
+            yield result
         at = time.perf_counter()
         with edit.on(self.host):
-            said, continued = self.health()
+            neutral_logprobs, continued = self.health()
         self.observe_seconds += time.perf_counter() - at
-        yield Look(len(cases), newest, said, continued, retention.recall_of(newest_rows), edit)
+        yield CheckpointResult(
+            len(cases), newest, neutral_logprobs, continued, retention.recall_of(newest_rows), edit
+        )
 
     def health(self) -> tuple[list[Tensor], list[str]]:
         """Return log-probabilities ``[tokens]`` of each neutral text, and what the host writes after open prompts."""
         continued: Any = []
         if self.prompts:
-            asked = list(self.prompts)
+            prompts = list(self.prompts)
             plain = self.host.with_prompt_format(PromptFormat())
-            continued = plain.generate(asked, max_new_tokens=OPEN_TOKENS, natural_stop=False)
+            continued = plain.generate(prompts, max_new_tokens=OPEN_TOKENS, natural_stop=False)
         return logprobs(self.host, self.texts), continued
 
-    def _seen(
+    def _evaluate(
         self,
         cases: Sequence[Case],
         edit: Edit | EditGroup,
         edits: int | None,
         label: str | None = None,
         first: int = 0,
-    ) -> Iterator[Seen]:
-        """Ask cases in chunks with an edit in place, and score them once it is off again."""
+    ) -> Iterator[EvaluatedCase]:
+        """Ask the probes of cases in chunks with an edit in place, and score the answers after removing it."""
         for begin in range(0, len(cases), CHUNK):
             chunk = cases[begin : begin + CHUNK]
             probes = unique(probe for case in chunk for probe in case.probes)
-            known = [self.before(case) for case in chunk]
+            before = [self.before(case) for case in chunk]
             at = time.perf_counter()
             with edit.on(self.host):
-                said = dict(zip(probes, observe(self.host, probes, self.ask), strict=True))
+                observations = dict(zip(probes, observe(self.host, probes, self.ask), strict=True))
             scored = [
-                score.rows(case, old, [said[p] for p in case.probes], checkpoint=edits)
-                for case, old in zip(chunk, known, strict=True)
+                score.rows(case, old, [observations[p] for p in case.probes], checkpoint=edits)
+                for case, old in zip(chunk, before, strict=True)
             ]
             took = time.perf_counter() - at
             self.observe_seconds += took
@@ -293,17 +307,17 @@ class Engine:
             for i, (case, rows) in enumerate(zip(chunk, scored, strict=True)):
                 place = first + begin + i
                 fit = self.fits[place] if place < len(self.fits) else None
-                yield Seen(
+                yield EvaluatedCase(
                     case, rows, edits, fit, took / len(chunk), edit if isinstance(edit, Edit) else None
                 )
 
 
-def counted(texts: Sequence[str], said: Sequence[Tensor]) -> int:
+def count_tokens(texts: Sequence[str], text_logprobs: Sequence[Tensor]) -> int:
     """Count the tokens that perplexity is measured on. Raises DataError where there are none.
 
-    ``said``: log-probabilities ``[tokens]`` of each text.
+    ``text_logprobs``: log-probabilities ``[tokens]`` of each text.
     """
-    tokens = sum(map(len, said))
+    tokens = sum(map(len, text_logprobs))
     if not tokens:
         raise DataError(
             f"no text to measure perplexity on: {len(texts)} texts without a second token; "

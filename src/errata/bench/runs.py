@@ -1,4 +1,4 @@
-"""A whole run: its folder begun or gone on with, its cells worked off, and how they ended."""
+"""A whole run: creates or resumes its folder, runs its cells, and returns how they ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Outcome:
 
 def execute(
     plan: Plan, folder: Path, *, resume: bool = False, jobs: int = 1,
-    executor: Executor = "local", only: str | None = None, tick: Tick = lambda what, done, total: None,
+    executor: Executor = "local", only: str | None = None, tick: Tick = lambda *_: None,
 ) -> Outcome:  # fmt: skip
     """Work a plan's cells off into a folder and return how they ended.
 
@@ -48,39 +48,39 @@ def execute(
     """
     if jobs < 1:
         raise ConfigError(f"jobs: expected a number from 1, found {jobs}")
-    chosen = plan.chosen(only)
+    cell_ids = plan.select_ids(only)
     begin(plan, folder, resume=resume, shared=executor == "ray")
     table = Jobs(folder / results.JOBS)
     damaged: dict[str, str] = {}
     if resume:
-        damaged = discard_damaged(folder, table, chosen)
+        damaged = discard_damaged(folder, table, cell_ids)
         table.release_dead()
         table.forget_attempts()
-        table.reopen(("failed", "refused"), chosen)
+        table.reopen(("failed", "refused"), cell_ids)
     if executor == "ray":
-        workers.work_on_ray(folder, chosen, jobs, tick)
+        workers.work_on_ray(folder, cell_ids, jobs, tick)
     elif jobs > 1:
-        workers.work_in_processes(folder, chosen, jobs, tick)
+        workers.work_in_processes(folder, cell_ids, jobs, tick)
     else:
-        workers.work(folder, chosen, tick=tick)
-    return replace(outcome(folder, chosen), damaged=damaged)
+        workers.work(folder, cell_ids, tick=tick)
+    return replace(outcome(folder, cell_ids), damaged=damaged)
 
 
-def discard_damaged(folder: Path, table: Jobs, chosen: Sequence[str]) -> dict[str, str]:
+def discard_damaged(folder: Path, table: Jobs, cell_ids: Sequence[str]) -> dict[str, str]:
     """Take away what finished cells have that is not what was written, and open them again; return what was wrong."""
     sealed, damaged = is_sealed(folder), {}
     for job in table.all():
-        if job.cell not in chosen or job.state not in OVER:
+        if job.cell not in cell_ids or job.state not in OVER:
             continue
-        place = folder / results.CELLS / job.cell
-        if not (place / results.CELL).is_file():
+        cell_folder = folder / results.CELLS / job.cell
+        if not (cell_folder / results.CELL).is_file():
             if job.state == "done":
                 damaged[job.cell] = f"{results.CELL} is gone"
             continue
         try:
-            found = read_sealed(place, sealed=sealed)
-            rows = job.state == "done" and not (place / results.ROWS).is_file()
-            if rows or found.get("status") != job.state:
+            document = read_sealed(cell_folder, sealed=sealed)
+            rows = job.state == "done" and not (cell_folder / results.ROWS).is_file()
+            if rows or document.get("status") != job.state:
                 damaged[job.cell] = (
                     "its rows are gone" if rows else "table and cell do not agree how it ended"
                 )
@@ -102,7 +102,9 @@ def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> No
             raise ConfigError("\n".join([f"{folder} is a run of something else; start a new one:", *wrong]))
     else:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder} is there already and not empty; go on with --resume, or name another")
+            raise DataError(
+                f"{folder} already exists and is not empty; continue with --resume, or name another"
+            )
         try:
             (folder / results.CELLS).mkdir(parents=True)
         except OSError as error:
@@ -111,13 +113,13 @@ def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> No
     Jobs(folder / results.JOBS, shared=shared).create([cell.id for cell in plan.cells])
 
 
-def outcome(folder: Path, chosen: Sequence[str]) -> Outcome:
+def outcome(folder: Path, cell_ids: Sequence[str]) -> Outcome:
     """Read how some cells of a run ended."""
-    wanted = set(chosen)
-    found = [job for job in Jobs(folder / results.JOBS).all() if job.cell in wanted]
+    ids = set(cell_ids)
+    jobs = [job for job in Jobs(folder / results.JOBS).all() if job.cell in ids]
     documents = {
         job.cell: read_document(path)
-        for job in found
+        for job in jobs
         if (path := folder / results.CELLS / job.cell / results.CELL).exists()
     }
-    return Outcome(folder, found, documents)
+    return Outcome(folder, jobs, documents)

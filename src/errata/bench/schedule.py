@@ -22,18 +22,18 @@ class Schedule:
     """When cases are edited: one by one, in groups, or one group after another."""
 
     kind: Literal["single", "batch", "sequential"] = "single"
-    """``single``: each case alone, taken back after. ``batch``: each group in one fit, taken back after.
-    ``sequential``: group after group, every edit staying in place."""
+    """``single``: each case alone, reverted after. ``batch``: each group in one fit, reverted after.
+    ``sequential``: group after group, edits accumulate."""
     size: int = 1
     """Cases in a group."""
 
     @staticmethod
     def parse(text: str) -> Schedule:
         """Read ``single``, ``batch:N`` or ``sequential:N``. Raises ConfigError for anything else."""
-        found = _FORM.fullmatch(text.strip())
-        if found is None:
+        match = _FORM.fullmatch(text.strip())
+        if match is None:
             raise ConfigError(f"schedule {text!r}: {EXPECTED}")
-        kind, size = found.groups()
+        kind, size = match.groups()
         if kind is None:
             return Schedule()
         return Schedule("batch" if kind == "batch" else "sequential", int(size))
@@ -47,7 +47,7 @@ class Schedule:
         return self.kind == "sequential" or self.size > 1
 
     def describe(self) -> str:
-        """Say in words what the schedule does."""
+        """Return the schedule in words."""
         if self.kind == "single":
             return "each case edited alone and taken back"
         group = "one case" if self.size == 1 else f"{self.size} cases"
@@ -70,18 +70,18 @@ class Schedule:
         """
         ends = [group.stop for group in self.groups(count)]
         if at is None:
-            wanted = [n + -n % self.size for n in _usual(count)]
+            numbers = [n + -n % self.size for n in _usual(count)]
         elif isinstance(at, str) and at.strip() == DECADES:
-            wanted = [n + -n % self.size for n in _decades(count)]
+            numbers = [n + -n % self.size for n in _decades(count)]
         else:
-            wanted = _looks(at, ends, count) if isinstance(at, str) else list(at)
-            wrong = sorted(set(wanted) - set(ends))
+            numbers = _looks(at, ends, count) if isinstance(at, str) else list(at)
+            wrong = sorted(set(numbers) - set(ends))
             if wrong:
                 raise ConfigError(
                     f"cannot look after {', '.join(map(str, wrong))} edits of {count} in steps of {self.size}: "
                     f"expected {_some(ends)}"
                 )
-        return tuple(sorted({n for n in wanted if n < count} | {count}))
+        return tuple(sorted({n for n in numbers if n < count} | {count}))
 
 
 SINGLE = Schedule()
@@ -89,7 +89,7 @@ SINGLE = Schedule()
 
 
 def check_looks(text: str) -> None:
-    """Raise ConfigError for words that say nothing about when to look, whatever the number of edits."""
+    """Raise ConfigError for a text that specifies no checkpoints for any number of edits."""
     if text.strip() != DECADES:
         _looks(text, (), 0)
 
@@ -129,5 +129,5 @@ def _looks(text: str, ends: Sequence[int], count: int) -> list[int]:
 
 def _some(ends: Sequence[int]) -> str:
     """Name the first few ends of groups and the last."""
-    shown = ", ".join(map(str, ends[:4]))
-    return shown if len(ends) <= 4 else f"{shown} ... {ends[-1]}"
+    numbers = ", ".join(map(str, ends[:4]))
+    return numbers if len(ends) <= 4 else f"{numbers} ... {ends[-1]}"

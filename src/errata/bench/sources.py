@@ -39,9 +39,9 @@ def read(
     "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is one of the cases as read and
     added to, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
     """
-    cases, rows, check = _drawn(source, seed, together) if is_lab(source) else _loaded(source)
-    cases, examples = _demonstrated(cases, demonstrations)
-    cases, added = _beside(cases, beside)
+    cases, rows, check = _lab_cases(source, seed, together) if is_lab(source) else _dataset_cases(source)
+    cases, examples = _add_demonstrations(cases, demonstrations)
+    cases, added = _add_probes(cases, beside)
     return cases, {
         "source": source,
         "together": together and is_lab(source),
@@ -72,7 +72,7 @@ def digest(cases: Sequence[Case]) -> str:
     return hasher.hexdigest()
 
 
-def _drawn(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
+def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     count = source.partition(":")[2]
     if not count.isdecimal():
         raise ConfigError(f"{source!r}: expected lab:N with a number N")
@@ -80,7 +80,7 @@ def _drawn(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any
     return cases, len(cases), {"seed": seed}
 
 
-def _loaded(source: str) -> tuple[list[Case], int, Any]:
+def _dataset_cases(source: str) -> tuple[list[Case], int, Any]:
     from errata.data import reading
 
     loaded = reading.read(source)
@@ -89,7 +89,7 @@ def _loaded(source: str) -> tuple[list[Case], int, Any]:
     return list(loaded.cases), loaded.check.rows, asdict(loaded.check)
 
 
-def _demonstrated(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], list[dict[str, str]]]:
+def _add_demonstrations(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], list[dict[str, str]]]:
     """Put files of demonstrations before questions. Raises ConfigError where two go before the same ones."""
     from errata.data.sets.mquake import with_demonstrations
 
@@ -98,23 +98,23 @@ def _demonstrated(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], 
     for path in paths:
         text, sha = _text(path)
         try:
-            made = with_demonstrations(cases, text)
+            new_cases = with_demonstrations(cases, text)
         except DataError as error:
             raise DataError(f"demonstrations {path}: {error}") from error
-        asked = {
+        probe_types = {
             (new.kind, new.form)
-            for before, after in zip(cases, made, strict=True)
+            for before, after in zip(cases, new_cases, strict=True)
             for old, new in zip(before.probes, after.probes, strict=True)
             if old != new
         }
-        for sort in sorted(asked):
-            if sort in files:
+        for kind, form in sorted(probe_types):
+            if (kind, form) in files:
                 raise ConfigError(
-                    f"demonstrations: {files[sort]} and {path} go before the same questions, kind {sort[0]} of "
-                    f"form {sort[1]}; give one file for each"
+                    f"demonstrations: {files[kind, form]} and {path} go before the same questions, kind {kind} of "
+                    f"form {form}; give one file for each"
                 )
-            files[sort] = path
-        cases = made
+            files[kind, form] = path
+        cases = new_cases
         facts.append({"path": path, "sha256": sha})
     return cases, facts
 
@@ -128,33 +128,33 @@ def _text(path: str) -> tuple[str, str]:
     return text.replace("\r\n", "\n"), hashlib.sha256(content).hexdigest()
 
 
-def _beside(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], list[dict[str, Any]]]:
+def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], list[dict[str, Any]]]:
     """Put the questions of other sources to every case, unless it asks them itself."""
     from errata.data import reading
 
     facts = []
     for source in sources:
         loaded = reading.read(source)
-        found = [
+        probes = [
             # a group is of one case, so the questions of several cases must not share its name
             probe if probe.group is None else replace(probe, group=f"{case.id} {probe.group}")
             for case in loaded.cases
             for probe in case.probes
             if probe.kind in BESIDE
         ]
-        if not found:
+        if not probes:
             kinds = ", ".join(sorted(loaded.check.probes)) or "none"
             raise ConfigError(
                 f"beside {source}: expected questions of the kinds {', '.join(BESIDE)}, found {kinds}; "
                 f"see: errata data check {source}"
             )
-        asked = dict.fromkeys(found)
-        cases = [_asking(case, asked) for case in cases]
-        facts.append({"source": source, "sha256": loaded.check.sha256, "probes": len(asked)})
+        unique_probes = dict.fromkeys(probes)
+        cases = [_with_extra_probes(case, unique_probes) for case in cases]
+        facts.append({"source": source, "sha256": loaded.check.sha256, "probes": len(unique_probes)})
     return cases, facts
 
 
-def _asking(case: Case, probes: Iterable[Probe]) -> Case:
+def _with_extra_probes(case: Case, probes: Iterable[Probe]) -> Case:
     """Add probes that a case does not have itself."""
     own = set(case.probes)
     return replace(case, probes=(*case.probes, *(probe for probe in probes if probe not in own)))

@@ -1,4 +1,4 @@
-"""What the unedited host says: observed once, kept in the run folder, read by every cell and process.
+"""Observations of the unedited host: made once, cached in the run folder, read by every cell and process.
 
 Chunks of cases are kept by content: host, options of observing, probes. Texts and log-probabilities of
 answers are one JSON file a chunk; next-token distributions are one safetensors file a chunk, from which each
@@ -36,13 +36,13 @@ SPREAD = "next_logprobs"
 class _Chunk:
     """Observations of one chunk of cases, as read from its files."""
 
-    seen: Mapping[Probe, Observation]
+    observations: Mapping[Probe, Observation]
     """Without next-token distributions."""
     places: Mapping[Probe, str]
     """Names of the distributions in the file, by probe."""
     tensors: Path
     seconds: float
-    """What observing took, whenever that was."""
+    """Time that observing took, in this run or an earlier one."""
 
 
 class Unedited:
@@ -50,21 +50,21 @@ class Unedited:
 
     def __init__(
         self, folder: Path, host: Host, cases: Sequence[Case], ask: AskOptions, *, chunk: int | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         """``chunk``: how many cases are observed together, default :data:`CHUNK`. Nothing is observed yet."""
         self.folder, self.host, self.cases, self.ask = folder, host, cases, ask
         self.on_progress = on_progress
-        self._size = chunk or CHUNK
-        self._chunk_of = {case.id: place // self._size for place, case in enumerate(cases)}
-        if len(self._chunk_of) != len(cases) > self._size:
+        self._chunk_size = chunk or CHUNK
+        self._chunk_of = {case.id: place // self._chunk_size for place, case in enumerate(cases)}
+        if len(self._chunk_of) != len(cases) > self._chunk_size:
             raise DataError(
                 f"{len(cases)} cases have {len(self._chunk_of)} different names; name each its own"
             )
-        self._held: tuple[int, _Chunk] | None = None
+        self._loaded_chunk: tuple[int, _Chunk] | None = None
 
     def of(self, case: Case) -> list[Observation]:
-        """Return what the host says to a case's probes, observing the chunk of the case where nobody has.
+        """Return the observations for a case's probes, from the cache or by observing the case's chunk.
 
         The case may leave out or reword nothing: its probes are those of the case of its name.
         """
@@ -72,14 +72,15 @@ class Unedited:
         return [_with_spread(chunk, probe) for probe in case.probes]
 
     def seconds(self) -> float:
-        """Return what observing all cases took, in seconds, whenever that was."""
-        return sum(self._at(i).seconds for i in range(-(-len(self.cases) // self._size)))
+        """Return the seconds that observing all cases took, in this run or an earlier one."""
+        return sum(self._at(i).seconds for i in range(-(-len(self.cases) // self._chunk_size)))
 
     def _at(self, place: int) -> _Chunk:
-        if self._held is None or self._held[0] != place:
-            cases = self.cases[place * self._size : (place + 1) * self._size]
-            self._held = (place, self._chunk(unique(probe for case in cases for probe in case.probes)))
-        return self._held[1]
+        if self._loaded_chunk is None or self._loaded_chunk[0] != place:
+            cases = self.cases[place * self._chunk_size : (place + 1) * self._chunk_size]
+            probes = unique(probe for case in cases for probe in case.probes)
+            self._loaded_chunk = (place, self._chunk(probes))
+        return self._loaded_chunk[1]
 
     def _chunk(self, probes: Sequence[Probe]) -> _Chunk:
         facts = {
@@ -92,24 +93,26 @@ class Unedited:
         questions = json.dumps([plain_probe(probe) for probe in probes], sort_keys=True)
         key = hashlib.sha256((json.dumps(facts, sort_keys=True) + questions).encode()).hexdigest()[:24]
         texts, tensors = (self.folder / f"{key}.{kind}" for kind in ("json", "safetensors"))
-        found = _read(texts, tensors, probes)
-        if found is None:
+        chunk = _read(texts, tensors, probes)
+        if chunk is None:
             with _locked(self.folder / f"{key}.lock"):
-                found = _read(texts, tensors, probes)  # somebody may have made it while this process waited
-                if found is None:
+                chunk = _read(texts, tensors, probes)  # another process may have written it meanwhile
+                if chunk is None:
                     self._observe(facts, probes, texts, tensors)
-        found = found or _read(texts, tensors, probes)
-        if found is None:
+        chunk = chunk or _read(texts, tensors, probes)
+        if chunk is None:
             raise DataError(f"{texts} is not what was just written there; check the disk")
-        return found
+        return chunk
 
     def _observe(self, facts: Mapping[str, Any], probes: Sequence[Probe], texts: Path, tensors: Path) -> None:
         from safetensors.torch import save_file
 
         at = time.perf_counter()
-        seen = observe(self.host, probes, self.ask, on_progress=self.on_progress)
+        observations = observe(self.host, probes, self.ask, on_progress=self.on_progress)
         seconds = time.perf_counter() - at
-        spreads = {str(i): one.next_logprobs for i, one in enumerate(seen) if one.next_logprobs is not None}
+        spreads = {
+            str(i): one.next_logprobs for i, one in enumerate(observations) if one.next_logprobs is not None
+        }
         whole = {name: spread.cpu().clone() for name, spread in spreads.items()}  # rows of one tensor
         part = _part(tensors)
         try:
@@ -121,15 +124,15 @@ class Unedited:
             **facts,
             "seconds": seconds,
             "spreads": sorted(spreads, key=int),
-            "observations": [_plain(one) for one in seen],
+            "observations": [_plain(one) for one in observations],
         }
         document = json.loads(json.dumps(document))  # NaN and Infinity by Python's names
         document[results.FILES] = results.hashes(self.folder, [tensors.name])
         results.write_file(texts, json.dumps({**document, results.SEAL: results.seal_of(document)}))
 
 
-def _plain(seen: Observation) -> dict[str, Any]:
-    return asdict(replace(seen, next_logprobs=None))
+def _plain(observation: Observation) -> dict[str, Any]:
+    return asdict(replace(observation, next_logprobs=None))
 
 
 def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk | None:
@@ -142,16 +145,16 @@ def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk | None:
         return None
     if results.hashes(tensors.parent, [tensors.name]) != document[results.FILES]:
         return None
-    found = [_observation(record) for record in document["observations"]]
-    if len(found) != len(probes):
-        raise DataError(f"{texts} holds {len(found)} observations, expected {len(probes)}; remove it")
+    observations = [_observation(record) for record in document["observations"]]
+    if len(observations) != len(probes):
+        raise DataError(f"{texts} holds {len(observations)} observations, expected {len(probes)}; remove it")
     places = {probes[int(name)]: name for name in document["spreads"]}
-    return _Chunk(dict(zip(probes, found, strict=True)), places, tensors, document["seconds"])
+    return _Chunk(dict(zip(probes, observations, strict=True)), places, tensors, document["seconds"])
 
 
 def _observation(record: Mapping[str, Any]) -> Observation:
-    known = {field.name for field in fields(Observation)}
-    return Observation(**{name: _tuples(value) for name, value in record.items() if name in known})
+    names = {field.name for field in fields(Observation)}
+    return Observation(**{name: _tuples(value) for name, value in record.items() if name in names})
 
 
 def _tuples(value: Any) -> Any:
@@ -160,8 +163,8 @@ def _tuples(value: Any) -> Any:
 
 def _with_spread(chunk: _Chunk, probe: Probe) -> Observation:
     """Add a probe's next-token distribution to its observation, read from the file now."""
-    seen, name = chunk.seen[probe], chunk.places.get(probe)
-    return seen if name is None else replace(seen, next_logprobs=_tensor(chunk.tensors, name))
+    observation, name = chunk.observations[probe], chunk.places.get(probe)
+    return observation if name is None else replace(observation, next_logprobs=_tensor(chunk.tensors, name))
 
 
 def _tensor(path: Path, name: str) -> Tensor:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from errata.bench import cells, plan, results, summing
-from errata.bench.cells import Refused, Sheet
+from errata.bench.cells import CellFolder, Refused
 from errata.bench.jobs import OVER, Jobs, Lease, LeaseLost, State, new_owner
 from errata.bench.results import read_run
-from errata.bench.rooms import Room
 from errata.bench.runner import Tick
+from errata.bench.worker_state import WorkerState
 from errata.errors import ConfigError, DataError
 
 POLL = 0.2
@@ -30,44 +30,45 @@ PATIENCE = 10.0
 """Seconds that a worker has to end when it is told to."""
 
 
-def work(folder: Path, chosen: Sequence[str], *, tick: Tick = lambda what, done, total: None) -> None:
-    """Take cells until none of the chosen ones is left, those that others hold and lose included.
+def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None) -> None:
+    """Run cells until all of these are finished, including any that other workers lose.
 
     A cell that fails is marked so and does not end the work.
     """
-    made = plan.restore(read_run(folder))
-    jobs, room, owner = Jobs(folder / results.JOBS), Room(folder, made), new_owner()
-    by_id = {cell.id: cell for cell in made.cells}
-    with threads(made.recipe.threads):
+    run_plan = plan.restore(read_run(folder))
+    jobs, worker, owner = Jobs(folder / results.JOBS), WorkerState(folder, run_plan), new_owner()
+    by_id = {cell.id: cell for cell in run_plan.cells}
+    with threads(run_plan.recipe.threads):
         while True:
-            taken = jobs.take(owner, chosen)
-            if taken is not None:
-                # where the lease is lost, somebody else goes on with the cell: nothing to do here
-                with suppress(LeaseLost), Lease(jobs, taken, owner) as lease:
-                    sheet = Sheet(folder / results.CELLS / taken, by_id[taken], lease.check)
-                    jobs.end(taken, owner, *_attempt(room, sheet, tick))
-            left = [job for job in jobs.all() if job.cell in set(chosen) and job.state not in OVER]
-            tick("cells", len(chosen) - len(left), len(chosen))
-            if not left:
+            cell_id = jobs.take(owner, cell_ids)
+            if cell_id is not None:
+                # where the lease is lost, another worker continues the cell: nothing to do here
+                with suppress(LeaseLost), Lease(jobs, cell_id, owner) as lease:
+                    cell_folder = CellFolder(folder / results.CELLS / cell_id, by_id[cell_id], lease.check)
+                    jobs.end(cell_id, owner, *_attempt(worker, cell_folder, tick))
+            remaining = [job for job in jobs.all() if job.cell in set(cell_ids) and job.state not in OVER]
+            tick("cells", len(cell_ids) - len(remaining), len(cell_ids))
+            if not remaining:
                 return
-            if taken is None:
+            if cell_id is None:
                 jobs.release_dead()
                 time.sleep(POLL)
 
 
-def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
-    """Work on a cell; return how it ended and why. Raises LeaseLost where somebody else has taken it over."""
-    cell, restored = sheet.cell, None
+def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[State, str | None]:
+    """Run a cell; return its final state and the reason. Raises LeaseLost if another worker has taken it over."""
+    cell, restored = cell_folder.cell, None
     state: State
     try:
-        measured = cells.run(room, cell, sheet, tick)
-        restored = room.restored()
+        measured = cells.run(worker, cell, cell_folder, tick)
+        restored = worker.restored()
         if not restored:
             raise DataError(
                 f"{cell.method} left weights of {cell.model} other than they were; the rows are void"
             )
-        sheet.end(
-            summing.document(room, cell, sheet.journal, measured), keep_edits=room.plan.recipe.keep_edits
+        cell_folder.end(
+            summing.document(worker, cell, cell_folder.journal, measured),
+            keep_edits=worker.plan.recipe.keep_edits,
         )
     except LeaseLost:
         raise
@@ -77,12 +78,12 @@ def _attempt(room: Room, sheet: Sheet, tick: Tick) -> tuple[State, str | None]:
         state, reason = "failed", traceback.format_exc()
     else:
         return "done", None
-    restored = room.restored() if restored is None else restored
-    sheet.guard()
+    restored = worker.restored() if restored is None else restored
+    cell_folder.guard()
     if restored is False:
-        sheet.void()
-    sheet.folder.mkdir(parents=True, exist_ok=True)
-    results.write_sealed(sheet.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
+        cell_folder.void()
+    cell_folder.folder.mkdir(parents=True, exist_ok=True)
+    results.write_sealed(cell_folder.folder / results.CELL, summing.unfinished(cell, state, reason, restored))
     return state, reason
 
 
@@ -97,38 +98,38 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def work_in_processes(folder: Path, chosen: Sequence[str], count: int, tick: Tick) -> None:
+def work_in_processes(folder: Path, cell_ids: Sequence[str], count: int, tick: Tick) -> None:
     """Work with several processes. One that dies is replaced, unless it died before it took a cell.
 
     Raises DataError for that.
     """
     jobs, context = Jobs(folder / results.JOBS), multiprocessing.get_context("spawn")
-    seen = 0
+    attempts_before = 0
 
     def start() -> BaseProcess:
-        process = context.Process(target=_work_apart, args=(folder, chosen), daemon=True)
-        with _interrupts_held():
+        process = context.Process(target=_run_worker, args=(folder, cell_ids), daemon=True)
+        with _interrupts_blocked():
             process.start()
         return process
 
-    workers = [start() for _ in range(min(count, len(chosen)))]
+    workers = [start() for _ in range(min(count, len(cell_ids)))]
     try:
         while workers:
             time.sleep(POLL)
             for process in [worker for worker in workers if not worker.is_alive()]:
                 workers.remove(process)
                 if process.exitcode:
-                    tried = sum(job.attempts for job in jobs.all())
-                    if tried <= seen:
+                    attempts = sum(job.attempts for job in jobs.all())
+                    if attempts <= attempts_before:
                         raise DataError(
                             f"a worker ended with exit code {process.exitcode} before it took a cell; "
                             "run with --jobs 1 to see why"
                         )
-                    seen = tried
+                    attempts_before = attempts
                     jobs.release_dead()
                     workers.append(start())
-            over = [job for job in jobs.all() if job.cell in set(chosen) and job.state in OVER]
-            tick("cells", len(over), len(chosen))
+            over = [job for job in jobs.all() if job.cell in set(cell_ids) and job.state in OVER]
+            tick("cells", len(over), len(cell_ids))
     finally:
         for process in workers:
             process.terminate()
@@ -139,7 +140,7 @@ def work_in_processes(folder: Path, chosen: Sequence[str], count: int, tick: Tic
                 process.join()
 
 
-def _work_apart(folder: Path, chosen: Sequence[str]) -> None:
+def _run_worker(folder: Path, cell_ids: Sequence[str]) -> None:
     """Work in a process of its own, which its parent ends: what is half-written is then taken away again."""
 
     def end(number: int, frame: Any) -> None:
@@ -147,11 +148,11 @@ def _work_apart(folder: Path, chosen: Sequence[str]) -> None:
 
     signal.signal(signal.SIGTERM, end)
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
-    work(folder, chosen)
+    work(folder, cell_ids)
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """Hold Ctrl-C back inside the block, and for good in processes started there.
 
     A terminal sends it to them all: this process answers it, and ends the others.
@@ -167,7 +168,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_on_ray(folder: Path, chosen: Sequence[str], count: int, tick: Tick) -> None:
+def work_on_ray(folder: Path, cell_ids: Sequence[str], count: int, tick: Tick) -> None:
     """Work with Ray tasks, here or on the cluster that ``RAY_ADDRESS`` names; all must see the folder.
 
     Raises ConfigError where Ray is not installed.
@@ -181,13 +182,13 @@ def work_on_ray(folder: Path, chosen: Sequence[str], count: int, tick: Tick) -> 
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         task: Callable[..., Any] = ray.remote(num_cpus=1, max_retries=0)(work).remote
-        waiting = [task(folder.resolve(), list(chosen)) for _ in range(min(count, len(chosen)))]
+        waiting = [task(folder.resolve(), list(cell_ids)) for _ in range(min(count, len(cell_ids)))]
         jobs = Jobs(folder / results.JOBS)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=1.0)
-            over = [job for job in jobs.all() if job.cell in set(chosen) and job.state in OVER]
-            tick("cells", len(over), len(chosen))
-            ray.get(done)  # raises what a worker raised
+            finished, waiting = ray.wait(waiting, timeout=1.0)
+            over = [job for job in jobs.all() if job.cell in set(cell_ids) and job.state in OVER]
+            tick("cells", len(over), len(cell_ids))
+            ray.get(finished)  # raises what a worker raised
     finally:
         if mine:
             ray.shutdown()

@@ -37,19 +37,19 @@ def command(
     from errata.edits import Edit
     from errata.evaluation.ability import ability
 
-    given = [Edit.load(path) for path in edit or []]
+    edits = [Edit.load(path) for path in edit or []]
     host = common.open_text_host(model, device, dtype)
     with common.progress(not json) as tick:
-        found = ability(
-            host, tasks, edit=given, limit=limit, seed=seed, shots=shots, chat=chat, on_progress=tick
+        results = ability(
+            host, tasks, edit=edits, limit=limit, seed=seed, shots=shots, chat=chat, on_progress=tick
         )
     if json:
-        common.emit(found)
+        common.emit(results)
     else:
-        _show(found, host.name)
+        _show(results, host.name)
 
 
-def _show(found: dict[str, dict[str, dict[str, Any]]], name: str) -> None:
+def _show(results: dict[str, dict[str, dict[str, Any]]], name: str) -> None:
     rows = [
         [
             task,
@@ -57,7 +57,7 @@ def _show(found: dict[str, dict[str, dict[str, Any]]], name: str) -> None:
             e["n"],
             *(_number(e[key]) for key in ("before", "after", "stderr", "stderr_difference")),
         ]
-        for task, metrics in found.items()
+        for task, metrics in results.items()
         for metric, e in metrics.items()
     ]
     columns = ("task", "metric", "n", "before", "after", "standard error", "of the difference")

@@ -49,7 +49,7 @@ class _Through(BaseException):
 app = typer.Typer(
     name="errata",
     cls=Program,
-    help="Edit what language models know: change a fact, prove what changed, keep it as a file, take it back.",
+    help="Edit what language models know: change a fact, measure what changed, save it as a file, revert it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,7 +63,7 @@ for verb in REGISTRY.values():
 
 @app.callback(invoke_without_command=True)
 def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Handle what stands before a verb."""
+    """Handle options before a verb."""
     if version:
         from importlib.metadata import version as installed
 

@@ -64,8 +64,8 @@ def command(
             for i, p in enumerate(prompts)
         ]
         overrides = [note for one in placements for note in one.overrides]
-        lost = [dict(one.lost) for one in placements]
-        common.emit({"model": host.name, "answers": answers, "overrides": overrides, "lost": lost})
+        losses = [dict(one.lost) for one in placements]
+        common.emit({"model": host.name, "answers": answers, "overrides": overrides, "lost": losses})
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
@@ -75,7 +75,7 @@ def command(
 
 
 def _print_notes(name: str, placement: Placement, dtype: str) -> None:
-    """Say what was overruled, and how much of an edit rounding lost."""
+    """Print which warnings were overruled, and how much of an edit was lost to rounding."""
     for note in placement.overrides:
         print(f"overruled: {note}")
     worst = max(placement.lost.values(), default=0.0)

@@ -21,16 +21,19 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/ and the recipe's name.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Workers at once, each with its own model.")] = 1,
     executor: Annotated[
         str, typer.Option(help="local: processes here; ray: tasks on a Ray cluster.")
     ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    only: Annotated[str | None, typer.Option(help="Only cells whose name holds this text.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only cells whose name contains this text.")] = None,
     json: common.Json = False,
 ) -> None:
-    """Run a recipe: rows as they are made, resumable; exit code 1 if a cell failed."""
+    """Run a benchmark recipe. Results are saved per case; --resume continues an interrupted run.
+
+    Exits with code 1 if a cell failed.
+    """
     from errata.bench import plan as plans
     from errata.bench import recipe as recipes
     from errata.bench import runs
@@ -40,58 +43,58 @@ def command(
     if executor not in ("local", "ray"):
         raise ConfigError(f"executor {executor!r}: expected local or ray")
     plan = plans.make(recipes.read(recipe))
-    chosen = plan.chosen(only)
+    cell_ids = plan.select_ids(only)
     folder = output or Path("runs") / recipe.stem
     if not json:
-        _show_plan(plan, chosen, folder)
+        _show_plan(plan, cell_ids, folder)
     if dry_run:
         if json:
-            common.emit({**plan.document(), "chosen": chosen})
+            common.emit({**plan.document(), "chosen": cell_ids})
         return
     quiet()
     try:
         with common.progress(not json) as tick:
-            found = runs.execute(
+            outcome = runs.execute(
                 plan, folder, resume=resume, jobs=jobs, executor="ray" if executor == "ray" else "local",
                 only=only, tick=tick,
             )  # fmt: skip
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what is done is kept; go on with --resume") from None
-    for cell, why in found.damaged.items():
-        print(f"damaged and made anew: {cell}: {why}", file=sys.stderr)
+        raise KeyboardInterrupt("completed cases are saved; continue with --resume") from None
+    for cell, why in outcome.damaged.items():
+        print(f"damaged and run again: {cell}: {why}", file=sys.stderr)
     if json:
-        common.emit(_document(found))
+        common.emit(_document(outcome))
     else:
-        _show(found)
-    if found.failed:
+        _show(outcome)
+    if outcome.failed:
         raise typer.Exit(1)
 
 
-def _document(found: Outcome) -> dict[str, Any]:
-    """Word how a run ended, without its rows."""
+def _document(outcome: Outcome) -> dict[str, Any]:
+    """Return the outcome of a run as JSON-ready data, without its rows."""
     return {
-        "folder": str(found.folder),
+        "folder": str(outcome.folder),
         "cells": [
             {
                 "id": job.cell,
                 "status": job.state,
                 "reason": job.reason,
-                "summary": found.documents.get(job.cell, {}).get("summary"),
-                "cost": found.documents.get(job.cell, {}).get("cost"),
+                "summary": outcome.documents.get(job.cell, {}).get("summary"),
+                "cost": outcome.documents.get(job.cell, {}).get("cost"),
             }
-            for job in found.jobs
+            for job in outcome.jobs
         ],
-        "evaluation_seconds_per_case": _evaluation(found),
+        "evaluation_seconds_per_case": _evaluation(outcome),
     }
 
 
-def _show_plan(plan: Plan, chosen: list[str], folder: Path) -> None:
+def _show_plan(plan: Plan, cell_ids: list[str], folder: Path) -> None:
     """Print the cells that are to be run."""
-    wanted = set(chosen)
+    ids = set(cell_ids)
     rows = [
         [cell.model, cell.label, cell.dataset, cell.schedule, cell.seed, "yes" if cell.baseline else ""]
         for cell in plan.cells
-        if cell.id in wanted
+        if cell.id in ids
     ]
     title = f"{plan.recipe.name}: {len(rows)} cells into {folder}"
     common.table(title, ("model", "method", "dataset", "schedule", "seed", "baseline"), rows, right=(4,))
@@ -106,7 +109,7 @@ def _show(outcome: Outcome) -> None:
     from errata.types.kinds import EFFICACY
 
     metric = headline_metric()
-    kept = [kind.name for kind in KINDS.values() if kind.headline and kind.group == "kept"]
+    preserved = [kind.name for kind in KINDS.values() if kind.headline and kind.group == "kept"]
     rows = []
     for job in outcome.jobs:
         document = outcome.documents.get(job.cell, {})
@@ -114,7 +117,8 @@ def _show(outcome: Outcome) -> None:
             rows.append([job.cell, job.state, "", "", "", _last_line(job.reason)])
             continue
         summary, cost = document["summary"], document["cost"]
-        kinds = (EFFICACY, next((kind for kind in kept if f"{kind}.{metric.name}" in summary), kept[0]))
+        other = next((kind for kind in preserved if f"{kind}.{metric.name}" in summary), preserved[0])
+        kinds = (EFFICACY, other)
         shares = [summary.get(f"{kind}.{metric.name}", {}).get("after") for kind in kinds]
         fit = cost["fit"]["median"]
         rows.append([
@@ -135,10 +139,10 @@ def _last_line(reason: str | None) -> str:
     return lines[-1][:200] if lines else ""
 
 
-def _evaluation(found: Outcome) -> dict[str, float | None]:
+def _evaluation(outcome: Outcome) -> dict[str, float | None]:
     """Return the mean seconds of observing and scoring a case, over cells: with an edit, and without."""
     costs: dict[str, list[float]] = {"edited": [], "unedited": []}
-    for document in found.documents.values():
+    for document in outcome.documents.values():
         if document["status"] == "done":
             name = "unedited" if document["cell"].get("rank") == 0 else "edited"
             costs[name].append(document["cost"]["observe"]["per_case"])

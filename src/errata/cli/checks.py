@@ -1,4 +1,4 @@
-"""What errata edit says about an edit it has written: which requests the model now answers with their target."""
+"""What errata edit reports on an edit it has saved: which requests the model now answers with their target."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Outcome:
-    """Answers to all that an edit was asked for, one record each."""
+    """Answers to all requests of an edit, one record each."""
 
     answers: tuple[dict[str, Any], ...]
-    """``answered`` says whether one gives its target; the rest is text, or its number."""
+    """``answered``: whether the answer contains the target; the other fields are texts, or a number."""
     noun: str
     """What is counted."""
     texts: bool
@@ -53,13 +53,13 @@ class Outcome:
         }
 
     def counts(self) -> str:
-        """Say how many answers give their target."""
+        """Return a sentence on how many answers contain their target."""
         total = len(self.answers)
         right = total - len(self.missed)
         return f"with the edit the model answers {right} of {total} {self.noun} with their target"
 
     def show(self, path: Path, model: str) -> None:
-        """Print the answers, what they come to, and how to go on."""
+        """Print the answers, their counts, and a next step."""
         self._table()
         print(f"edit written to {path} ({common.size(path)}); the model is unchanged")
         missed, counts = self.missed, self.counts()
@@ -70,9 +70,9 @@ class Outcome:
             print("other settings or another method may do better: errata methods, errata eval")
         else:
             print(counts)
-        asked = next((answer for answer in self.answers if answer["answered"]), None)
-        if self.texts and asked is not None:
-            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), asked["prompt"]])
+        example = next((answer for answer in self.answers if answer["answered"]), None)
+        if self.texts and example is not None:
+            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), example["prompt"]])
             print(f"try it:  {words}")
 
     def _table(self) -> None:
@@ -90,10 +90,10 @@ class Outcome:
 
 
 def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
-    """Put every request of an edit to the host, without and with it."""
+    """Ask the host every request of an edit, without and with it."""
     from errata import api
 
-    found = api.check_edit(host, edit, on_progress=tick)
+    check = api.check_edit(host, edit, on_progress=tick)
     return Outcome(
         tuple(
             {
@@ -101,7 +101,7 @@ def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
                 "prompt": one.request.text, "target": one.request.target, "before": one.before,
                 "after": one.after, "answered": one.answered,
             }
-            for one in found.requests
+            for one in check.requests
         ), "requests", texts=True,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def images(host: Host, edit: Edit, requests: Sequence[Any]) -> Outcome:
 
 
 def report(outcome: Outcome, path: Path, edit: Edit, model: str, *, json: bool, strict: bool) -> None:
-    """Print what came of an edit. Raises typer.Exit with code 1 where ``strict`` and not all of it took."""
+    """Print the outcome of an edit. Raises typer.Exit with code 1 if ``strict`` and an answer misses its target."""
     if json:
         common.emit(outcome.document(path, edit))
         if outcome.missed:

@@ -138,7 +138,7 @@ def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
-    """Read cases from a file, a named dataset, or the lab: ``lab:N``; ``together``: edits will stand together."""
+    """Read cases from a file, a named dataset, or the lab: ``lab:N``; ``together``: for edits in place at once."""
     from errata.bench.sources import read
 
     return read(source, seed=seed, together=together)[0]
@@ -148,14 +148,14 @@ def emit(document: Any) -> None:
     """Print one JSON document."""
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
     # controls beyond ASCII and half surrogate pairs are let through by JSON, not by terminals
-    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 @contextmanager
 def progress(show: bool = True) -> Iterator[Tick]:
     """Show bars for long work on stderr where that is a terminal; one bar a phase."""
     if not show or not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -164,10 +164,10 @@ def progress(show: bool = True) -> Iterator[Tick]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def tick(what: str, done: int, total: int) -> None:
+        def tick(what: str, completed: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=completed, total=total)
 
         yield tick
 
@@ -182,23 +182,23 @@ def table(
     from rich.text import Text
 
     console = Console(width=_width(), highlight=False)
-    made = Table(
+    grid = Table(
         title=None if title is None else Text(safe(title)),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        made.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
+        grid.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
+        grid.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
     with console.capture() as text:  # rich ends the program itself where nobody reads its output any more
-        console.print(made)
+        console.print(grid)
     print(text.get(), end="")
 
 
 def _width() -> int | None:
-    """Return the columns of a table: what COLUMNS says, else those of the terminal, else 120."""
+    """Return the width of tables: COLUMNS if set, else the terminal's, else 120."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return max(MIN_WIDTH, int(columns))
@@ -219,7 +219,7 @@ def plain_warnings() -> None:
 
 def safe(text: str) -> str:
     """Escape what a text could steer a terminal with, see ``_CONTROLS``."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def mark(text: str, style: str) -> Any:
@@ -230,6 +230,6 @@ def mark(text: str, style: str) -> Any:
 
 
 def size(path: Path) -> str:
-    """Word a file's size."""
+    """Format a file's size."""
     count = path.stat().st_size
     return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"

@@ -39,7 +39,7 @@ def list_(json: common.Json = False) -> None:
     entries = [REGISTRY.get(name) for name in REGISTRY]
     folder = fetching.data_folder()
     if json:
-        found = [
+        datasets = [
             {
                 "name": entry.name, "title": entry.title, "variants": list(entry.variants),
                 "paper": entry.paper, "licence": entry.licence, "home": entry.home,
@@ -54,7 +54,7 @@ def list_(json: common.Json = False) -> None:
             }
             for entry in entries
         ]  # fmt: skip
-        common.emit({"folder": str(folder), "datasets": found})
+        common.emit({"folder": str(folder), "datasets": datasets})
         return
     rows = []
     for entry in entries:
@@ -84,9 +84,8 @@ def check(
 ) -> None:  # fmt: skip
     """Report what a dataset's file holds: counts, repetitions, contradictions, rows left out and why.
 
-    Exit code 0 also where rows were left out, which is a finding; 1 where the
-    file breaks off, and only what stands before was read, and where no row has the
-    dataset's schema; 2 where it cannot be read.
+    Exit code 0 also where rows were left out; 1 where the file is truncated, so that
+    only its beginning was read, or no row has the dataset's schema; 2 where it cannot be read.
     """
     from errata.data import reading
     from errata.errors import ConfigError
@@ -95,51 +94,51 @@ def check(
         raise ConfigError(
             f"{source} is drawn from the lab's world, there is no file to check; see: errata data show {source}"
         )
-    found = reading.check(f"{dataset}@{source}" if dataset else source)
+    report = reading.check(f"{dataset}@{source}" if dataset else source)
     if json:
-        common.emit(found.to_dict())
+        common.emit(report.to_dict())
     else:
-        _show_check(found, every)
-    if found.broken is not None or found.unusable:
+        _show_check(report, every)
+    if report.broken is not None or report.unusable:
         raise typer.Exit(1)
 
 
-def _show_check(found: Check, every: bool) -> None:
+def _show_check(report: Check, every: bool) -> None:
     rows: list[tuple[str, Any]] = [
-        ("file", found.path),
-        ("sha256", found.sha256),
-        ("rows", found.rows if found.limit is None else f"{found.rows}, ended after {found.limit} cases"),
-        ("cases", found.cases if found.no_cases is None else f"none: {found.no_cases}"),
-        ("requests", f"{found.requests}, {found.prompts} distinct prompts"),
-        ("probes", _counts(found.probes)),
-        ("duplicates", f"{found.duplicates} requests repeat prompt, subject and target of an earlier one"),
-        ("conflicts", _conflicts(found)),
-        ("subject not in the prompt", f"{found.subject_absent} rows, left out"),
-        ("skipped", f"{len(found.skipped)} rows"),
-        ("malformed", f"{len(found.malformed)} rows"),
+        ("file", report.path),
+        ("sha256", report.sha256),
+        ("rows", report.rows if report.limit is None else f"{report.rows}, ended after {report.limit} cases"),
+        ("cases", report.cases if report.no_cases is None else f"none: {report.no_cases}"),
+        ("requests", f"{report.requests}, {report.prompts} distinct prompts"),
+        ("probes", _counts(report.probes)),
+        ("duplicates", f"{report.duplicates} requests repeat prompt, subject and target of an earlier one"),
+        ("conflicts", _conflicts(report)),
+        ("subject not in the prompt", f"{report.subject_absent} rows, left out"),
+        ("skipped", f"{len(report.skipped)} rows"),
+        ("malformed", f"{len(report.malformed)} rows"),
     ]
-    if found.subject_is_prompt:
-        rows.append(("whole prompt as subject", f"{found.subject_is_prompt} requests"))
-    if found.renamed:
-        rows.append(("renamed", f"{found.renamed} cases, whose name an earlier one has"))
+    if report.subject_is_prompt:
+        rows.append(("whole prompt as subject", f"{report.subject_is_prompt} requests"))
+    if report.renamed:
+        rows.append(("renamed", f"{report.renamed} cases, whose name an earlier one has"))
     rows += [
-        (name, _counts(value) if isinstance(value, dict) else value) for name, value in found.facts.items()
+        (name, _counts(value) if isinstance(value, dict) else value) for name, value in report.facts.items()
     ]
-    common.table(found.name, ("", "found"), rows)
-    _show_faults("malformed rows", found.malformed, every)
-    _show_faults("skipped rows", found.skipped, every)
-    if found.broken is not None:
-        print(f"BROKEN: {found.broken}")
-    if found.unusable:
-        print(f"UNUSABLE: no row has the schema of {found.name}; name another dataset, NAME@PATH")
+    common.table(report.name, ("", "found"), rows)
+    _show_faults("malformed rows", report.malformed, every)
+    _show_faults("skipped rows", report.skipped, every)
+    if report.broken is not None:
+        print(f"BROKEN: {report.broken}")
+    if report.unusable:
+        print(f"UNUSABLE: no row has the schema of {report.name}; name another dataset, NAME@PATH")
 
 
 def _counts(counts: Any) -> str:
     return ", ".join(f"{name} {number}" for name, number in counts.items()) or "none"
 
 
-def _conflicts(found: Check) -> str:
-    conflicts = found.conflicts
+def _conflicts(report: Check) -> str:
+    conflicts = report.conflicts
     text = f"{conflicts.prompts} prompts with different targets, in {conflicts.cases} cases"
     return text + (f": {', '.join(conflicts.examples[:5])} ..." if conflicts.cases else "")
 
@@ -147,37 +146,37 @@ def _conflicts(found: Check) -> str:
 def _show_faults(title: str, faults: Sequence[Fault], every: bool) -> None:
     if not faults:
         return
-    shown = faults if every else faults[:SHOWN]
+    listed_faults = faults if every else faults[:SHOWN]
     more = (
-        f", the first {len(shown)} of {len(faults)}; --all names every one"
-        if len(shown) < len(faults)
+        f", the first {len(listed_faults)} of {len(faults)}; --all names every one"
+        if len(listed_faults) < len(faults)
         else ""
     )
-    common.table(title + more, ("where", "reason"), [(fault.where, fault.reason) for fault in shown])
+    common.table(title + more, ("where", "reason"), [(fault.where, fault.reason) for fault in listed_faults])
 
 
 @app.command("show")
 def show(
     source: SourceName,
-    case: Annotated[str, typer.Option("--case", help="Its name, or its number counted from 1.")] = "1",
+    name: Annotated[str, typer.Option("--case", help="Its name, or its number counted from 1.")] = "1",
     json: common.Json = False,
 ) -> None:
     """Show one case: what it asks for, and the probes that measure it."""
     from dataclasses import asdict
 
-    found = _case(source, case)
+    case = _case(source, name)
     if json:
-        common.emit(asdict(found))
+        common.emit(asdict(case))
         return
-    asked = [(r.text, r.subject, r.target, r.target_old or "") for r in found.requests]
-    common.table(found.id, ("prompt", "subject", "target", "old target"), asked)
+    requests = [(r.text, r.subject, r.target, r.target_old or "") for r in case.requests]
+    common.table(case.id, ("prompt", "subject", "target", "old target"), requests)
     common.table(
-        f"{len(found.probes)} probes", ("kind", "prompt", "answers", "before", "rival"),
-        [(_kind(p), p.prompt, _answers(p), _before(p), p.rival or "") for p in found.probes],
+        f"{len(case.probes)} probes", ("kind", "prompt", "answers", "before", "rival"),
+        [(_kind(p), p.prompt, _answers(p), _before(p), p.rival or "") for p in case.probes],
     )  # fmt: skip
 
 
-def _case(source: str, wanted: str) -> Case:
+def _case(source: str, name: str) -> Case:
     """Find a case by name or number, reading no further than needed."""
     from errata.bench.sources import is_lab
     from errata.data import reading
@@ -185,18 +184,16 @@ def _case(source: str, wanted: str) -> Case:
 
     cases = common.read_cases(source, 0) if is_lab(source) else reading.iterate(source)
     number = 0
-    for number, found in enumerate(cases, 1):
-        if wanted in (found.id, str(number)):
-            return found
+    for number, case in enumerate(cases, 1):
+        if name in (case.id, str(number)):
+            return case
     if not number:
         check = reading.check(source)
         why = check.no_cases or next(
             (f"{fault.where}: {fault.reason}" for fault in check.malformed), "no rows"
         )
         raise DataError(f"{source} is {check.name} and holds no cases: {why}")
-    raise DataError(
-        f"{source} has no case {wanted!r}: expected a number from 1 to {number}, or a case's name"
-    )
+    raise DataError(f"{source} has no case {name!r}: expected a number from 1 to {number}, or a case's name")
 
 
 def _kind(probe: Probe) -> str:
@@ -242,14 +239,14 @@ def export(
     cases, facts = sources.read(source)
     count = write_cases(file, cases)
     probes = sum(len(case.probes) for case in cases)
-    left = len(facts["check"].get("skipped", ())) + len(facts["check"].get("malformed", ()))
+    omitted = len(facts["check"].get("skipped", ())) + len(facts["check"].get("malformed", ()))
     if json:
         sha = fetching.sha256(file)
-        common.emit({"path": str(file), "sha256": sha, "cases": count, "probes": probes, "left_out": left})
+        common.emit({"path": str(file), "sha256": sha, "cases": count, "probes": probes, "left_out": omitted})
         return
     print(f"{file}: {count} cases, {probes} probes")
-    if left:
-        print(f"{left} rows of {source} were left out; see: errata data check {source}")
+    if omitted:
+        print(f"{omitted} rows of {source} were left out; see: errata data check {source}")
 
 
 @app.command("fetch")

@@ -48,7 +48,7 @@ def command(
     cases = _cases(file, seed)
     host = common.open_host("lab", device, dtype)
     start = host.weights_hash()
-    probes = [p for case in cases for p in _shown(case)]
+    probes = [p for case in cases for p in _select_probes(case)]
     with common.progress(not json) as tick:
         before = observe(host, probes, on_progress=lambda d, t: tick("asking before", d, t))
         edit = api.edit(host, [case.request for case in cases], method=method, seed=seed, on_progress=tick)
@@ -86,11 +86,11 @@ def _cases(file: Path | None, seed: int) -> list[Case]:
     return [lab.case_of(request, seed=seed) for request in read_requests(file)]
 
 
-def _shown(case: Case) -> list[Probe]:
-    picked: list[Probe] = []
+def _select_probes(case: Case) -> list[Probe]:
+    probes: list[Probe] = []
     for kind, (_, count) in SHOWN.items():
-        picked += [p for p in case.probes if p.kind == kind][:count]
-    return picked
+        probes += [p for p in case.probes if p.kind == kind][:count]
+    return probes
 
 
 def _row(probe: Probe, before: Observation, after: Observation) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +46,9 @@ KeepEdit = Annotated[
 ]
 RunFolder = Annotated[
     Path | None,
-    typer.Option("--run-folder", help="Keep the run in this new folder; default: a temporary one."),
+    typer.Option(
+        "--run-folder", help="Save the run in this folder, or continue it there; default: a temporary one."
+    ),
 ]
 After = Annotated[
     Path | None, typer.Option("--after", help="Sequential: continue from this edit of the first cases.")
@@ -53,7 +58,7 @@ After = Annotated[
 def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
     model: common.Model = "lab",
-    method: Annotated[str | None, typer.Option(help="Fit this method, as the schedule says.")] = None,
+    method: Annotated[str | None, typer.Option(help="Fit this method, on the schedule.")] = None,
     edit: Annotated[
         list[Path] | None,
         typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),
@@ -71,7 +76,8 @@ def command(
 ) -> None:  # fmt: skip
     """Evaluate a method, or saved edits: ask every probe before and after, then undo the edit.
 
-    An evaluation is a benchmark run of one cell; --run-folder keeps it, for errata report.
+    An evaluation is a benchmark run of one cell; --run-folder saves it, for errata report. The same command with
+    the same folder continues an interrupted evaluation.
     """
     from errata import config as configs
     from errata.bench.evaluate import evaluate
@@ -83,17 +89,14 @@ def command(
         raise ConfigError("errata eval takes either --method or --edit")
     options = configs.parse_assignments(settings or [])
     parsed = Schedule.parse(schedule)
-    if output is not None:
-        outputs.check_report_name(output)
-    if keep_edit is not None:  # a sequence may go on in the file that it goes on from
-        outputs.check_new_edit(keep_edit, force=force or keep_edit == after)
+    _check_outputs(output, keep_edit, force=force or keep_edit == after, run_folder=run_folder)
     edits = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
     ask = common.ask_options(template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens)
     source = common.read_cases(cases, seed, together=parsed.together)
     host = common.open_host(model, device, dtype)
     keep = _keeper(output, keep_edit) if keep_edit or (output and parsed.kind == "sequential") else None
-    with common.progress(not json) as tick:
+    with _hint(run_folder), common.progress(not json) as tick:
         report = evaluate(
             host, source, method=method, edit=edits or None, options=options, seed=seed, schedule=parsed, at=at,
             probes=[kind.strip() for kind in probes.split(",")] if probes else None, after=earlier,
@@ -102,10 +105,38 @@ def command(
     document = report.to_dict()
     if output is not None:
         _write(output, document)
+    if keep_edit is not None and not keep_edit.exists():
+        print(
+            f"warning: {keep_edit} not written: {run_folder} is finished, without its edit", file=sys.stderr
+        )
     if json:
         common.emit(document)
     else:
         show(report)
+
+
+def _check_outputs(
+    output: Path | None, keep_edit: Path | None, *, force: bool, run_folder: Path | None
+) -> None:
+    """Raise EditError for files that cannot be written, or exist; a resumed sequence may write its edit again."""
+    from errata.bench import eval_folder
+
+    if output is not None:
+        outputs.check_report_name(output)
+    if keep_edit is not None:
+        resumes = run_folder is not None and eval_folder.exists(run_folder)
+        outputs.check_new_edit(keep_edit, force=force or resumes)
+
+
+@contextmanager
+def _hint(run_folder: Path | None) -> Iterator[None]:
+    """Add to an interruption how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run_folder is None:
+            raise
+        raise KeyboardInterrupt("completed cases are saved; repeat the command to continue") from None
 
 
 def _keeper(output: Path | None, keep_edit: Path | None) -> Any:

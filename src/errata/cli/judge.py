@@ -24,14 +24,14 @@ def command(
     url: Url,
     judge: Name,
     key: Key = None,
-    only: Annotated[str | None, typer.Option(help="Only cells whose name holds this text.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only cells whose name contains this text.")] = None,
     parallel: Annotated[int, typer.Option(help="Calls under way at once.")] = 4,
     json: common.Json = False,
 ) -> None:
     """Judge a run's free answers with any OpenAI-compatible server; prints how far judge and matcher agree.
 
-    Replies are kept in the run folder, so an interrupted command goes on where it stopped. The judge's verdicts
-    are written beside each cell's rows, where reports show them under the judge's name.
+    Replies are cached in the run folder, so an interrupted command can be continued. The judge's verdicts
+    are saved with each cell's rows, where reports show them under the judge's name.
     """
     from errata.bench.judging import judge_run
     from errata.evaluation.judge import JudgeSettings

@@ -24,22 +24,23 @@ def world(
     from errata.lab.world import default_world
     from errata.registry import close
 
-    made = default_world(seed)
+    lab_world = default_world(seed)
     if subject is None:
         rows = [
-            (name, r.subject, r.object, len(made.by_relation[name])) for name, r in made.relations.items()
+            (name, r.subject, r.object, len(lab_world.by_relation[name]))
+            for name, r in lab_world.relations.items()
         ]
         if json:
-            common.emit({"facts": len(made.facts), "relations": {name: n for name, _, _, n in rows}})
+            common.emit({"facts": len(lab_world.facts), "relations": {name: n for name, _, _, n in rows}})
             return
-        common.table(f"{len(made.facts)} facts", ("relation", "of a", "is a", "facts"), rows, right=(3,))
+        common.table(f"{len(lab_world.facts)} facts", ("relation", "of a", "is a", "facts"), rows, right=(3,))
         return
-    if subject not in made.by_subject:
-        near = close(subject, list(made.by_subject))
+    if subject not in lab_world.by_subject:
+        near = close(subject, list(lab_world.by_subject))
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "none has a name like it"
         raise ConfigError(f"the lab's world has no entity {subject!r}: {hint}")
-    facts = [{"relation": f.relation, "object": f.object} for f in made.by_subject[subject]]
-    aliases = list(made.entities[subject].aliases)
+    facts = [{"relation": f.relation, "object": f.object} for f in lab_world.by_subject[subject]]
+    aliases = list(lab_world.entities[subject].aliases)
     if json:
         common.emit({"subject": subject, "aliases": aliases, "facts": facts})
         return
@@ -105,7 +106,7 @@ def _show(report: dict[str, Any]) -> None:
 
 @app.command("train")
 def train(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the model go; an unfinished run goes on.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for checkpoints and the model; an unfinished run is resumed.")],
     shape: Annotated[
         str | None, typer.Option(help="Architecture: llama, gpt2 or qwen3; default: the shipped model's.")
     ] = None,

@@ -69,19 +69,19 @@ def _bad_input(error: BaseException) -> int:
     return BAD_INPUT
 
 
-def _on_signals(seen: list[int]) -> None:
+def _on_signals(signals: list[int]) -> None:
     """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, and note that they came.
 
-    A signal that whoever started the program has it ignore stays ignored.
+    A signal that the parent process set to be ignored stays ignored.
     """
     import signal
     import threading
 
     def interrupt(number: int, frame: Any) -> None:
-        seen.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
-    def lost(hook: Any) -> None:
+    def raise_again(hook: Any) -> None:
         """Raise an interrupt again that came inside a destructor or callback, where Python drops it."""
         if issubclass(hook.exc_type, KeyboardInterrupt):
             again = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
@@ -93,11 +93,11 @@ def _on_signals(seen: list[int]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
-    sys.unraisablehook = lost
+    sys.unraisablehook = raise_again
 
 
 def _end(signals: list[int], error: BaseException | None) -> NoReturn:
-    """Say that the program was interrupted and leave at once, whatever threads still wait for."""
+    """Print that the program was interrupted and exit at once, even if threads are waiting."""
     import contextlib
     import os
     import signal

@@ -47,7 +47,7 @@ def command(
         f"fingerprint {facts['fingerprint']}"
     )
     if not layout.adds_directly:
-        print("a norm stands between the feed-forward and the residual stream")
+        print("the feed-forward output is normalised before it is added to the residual stream")
     rows = [(s["layer"], s["part"], s["name"], s["d_in"], s["d_out"], s["stored"]) for s in sites]
     common.table("editable sites", ("layer", "part", "module", "d_in", "d_out", "stored"), rows, right=(3, 4))
     if layout.refused:

@@ -26,7 +26,7 @@ def refit(
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Solve for all requests of some edits together, whatever their order; needs no model."""
+    """Combine closed-form edits into one by solving all their requests jointly. No model needed."""
     from errata.edits import Edit
     from errata.edits.algebra import refit as solve
 
@@ -49,36 +49,36 @@ def retract(
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Give the edit that would have resulted had some requests never been made; needs no model.
+    """Remove requests from a closed-form edit, as if they had never been made. No model needed.
 
-    Says which requests it took out. A text that is the id of one request and the number of another is
-    taken as the id, and that is told.
+    Prints the requests it removes. A text that is the id of one request and the number of another counts as
+    the id, with a note.
     """
     from errata.edits import Edit
     from errata.edits.algebra import find_request
     from errata.edits.algebra import retract as without
 
     outputs.check_new_edit(output, force=force)
-    given = Edit.load(edit)
-    found = [find_request(given, text) for text in request]
-    places = sorted({place for place, _ in found})
-    made = without(given, places)
-    retracted = [{"number": i + 1, **given.provenance.requests[i].to_dict()} for i in places]
-    _finish(made, output, dry_run, json, retracted, [note for _, note in found if note is not None])
+    original = Edit.load(edit)
+    matches = [find_request(original, text) for text in request]
+    places = sorted({place for place, _ in matches})
+    result = without(original, places)
+    retracted = [{"number": i + 1, **original.provenance.requests[i].to_dict()} for i in places]
+    _finish(result, output, dry_run, json, retracted, [note for _, note in matches if note is not None])
 
 
 def _finish(
-    made: WeightEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
+    edit: WeightEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     from errata.edits.algebra import leverages
 
-    shares = leverages(made)
-    requests = made.provenance.requests
-    path = None if dry_run else made.save(output)
+    shares = leverages(edit)
+    requests = edit.provenance.requests
+    path = None if dry_run else edit.save(output)
     if json:
         table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
-        document = {"path": None if path is None else str(path), "requests": table, "digest": made.digest}
+        document = {"path": None if path is None else str(path), "requests": table, "digest": edit.digest}
         common.emit({**document, "retracted": retracted, "notes": notes} if retracted else document)
         return
     for note in notes:
@@ -93,11 +93,13 @@ def _finish(
         print(f"took out request {one['number']}{name}: {what}")
     rows = []
     for i, (request, share) in enumerate(zip(requests, shares, strict=True), 1):
-        told = request.to_dict()
-        rows.append((i, *(told.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
+        fields = request.to_dict()
+        rows.append((i, *(fields.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
     common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
-    done = "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
-    print(f"{len(requests)} requests in one edit, norm {made.norm():.4g}; {done}")
+    status = (
+        "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
+    )
+    print(f"{len(requests)} requests in one edit, norm {edit.norm():.4g}; {status}")
 
 
 VERBS = (Verb("refit", refit, order=80), Verb("retract", retract, order=81))

@@ -39,20 +39,20 @@ def command(
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """Show what runs found: a board for each protocol; also as a page, figures and a card."""
+    """Summarise runs: one leaderboard per protocol; optionally HTML, figures, Markdown."""
     from errata.report.read import read_runs
 
-    found = read_runs(runs, skip_damaged=skip_damaged)
-    written = _write(found, html, figures, markdown, cases)
+    results = read_runs(runs, skip_damaged=skip_damaged)
+    paths = _write(results, html, figures, markdown, cases)
     if json:
         from errata.report.page import document
 
-        common.emit({**document(found, cases=0), "written": [str(path) for path in written]})
+        common.emit({**document(results, cases=0), "written": [str(path) for path in paths]})
     else:
-        _show(found)
-        for path in written:
+        _show(results)
+        for path in paths:
             print(f"written: {path}")
-    damaged = [cell for run in found for cell in run.damaged]
+    damaged = [cell for run in results for cell in run.damaged]
     for cell in damaged:
         print(common.safe(f"damaged: cell {cell.id}: {cell.reason}"), file=sys.stderr)
     if damaged:
@@ -62,21 +62,21 @@ def command(
 def _write(
     runs: list[Run], html: Path | None, figures: Path | None, markdown: Path | None, cases: int
 ) -> list[Path]:
-    written = []
+    paths = []
     if html is not None:
         from errata.report.page import write_page
 
-        written.append(write_page(html, runs, cases=cases))
+        paths.append(write_page(html, runs, cases=cases))
     if markdown is not None:
         from errata.report.card import card
         from errata.report.files import write
 
-        written.append(write(markdown, card(runs)))
+        paths.append(write(markdown, card(runs)))
     if figures is not None:
         from errata.report.figures import write_figures
 
-        written += write_figures(figures, runs)
-    return written
+        paths += write_figures(figures, runs)
+    return paths
 
 
 def _show(runs: list[Run]) -> None:
@@ -84,14 +84,14 @@ def _show(runs: list[Run]) -> None:
     from errata.report.board import boards
     from errata.report.published import comparisons
 
-    made = boards(runs)
-    for section in tables.sections(made, brief=True):
+    leaderboards = boards(runs)
+    for section in tables.sections(leaderboards, brief=True):
         print(common.safe(f"{section.title}\nprotocol: {section.tag}\n"))
         for table in section.tables:
             _print(table)
-    if not made:
+    if not leaderboards:
         print("no cell has results yet")
-    for table in tables.published_tables(comparisons(runs, made), brief=True):
+    for table in tables.published_tables(comparisons(runs, leaderboards), brief=True):
         _print(table)
     absent = tables.absent_table(runs)
     if absent is not None:

@@ -1,4 +1,4 @@
-"""errata show: say what an edit file holds."""
+"""errata show: print the contents of an edit file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def command(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
 ) -> None:
-    """Say what an edit holds: requests, method, settings, host, and what it changes.
+    """Show an edit: requests, method, settings, host, and what it changes.
 
-    Opens no model, except that with --model the edit is applied to that one and taken back, to see per
-    weight which share of the change its precision cannot hold: ||(W' - W) - delta|| / ||delta||.
+    Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
+    weight the share of the change that its precision cannot represent: ||(W' - W) - delta|| / ||delta||.
     """
     from errata.edits import Edit
 
     edit = Edit.load(file)
-    lost = _lost(edit, model, device, dtype, foreign)
-    facts = {**edit.summary(), **({} if lost is None else {"model": model, "lost": lost})}
+    losses = _rounding_losses(edit, model, device, dtype, foreign)
+    facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
     if json:
         common.emit({"path": str(file), "bytes": file.stat().st_size, **facts})
         return
@@ -43,18 +43,18 @@ def command(
     print(f"made by {facts['method']} (seed {facts['seed']}) for host {facts['host']} ({facts['host_name']})")
     print(f"with {versions}")
     common.table("requests", *_requests(facts["requests"]))
-    _changes(facts, lost)
+    _changes(facts, losses)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
 
 
-def _changes(facts: dict[str, Any], lost: dict[str, float] | None) -> None:
+def _changes(facts: dict[str, Any], losses: dict[str, float] | None) -> None:
     """Print what an edit changes: weights, or where entries act and what chooses among them."""
     if "weights" in facts:
         weights = [
-            (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(lost, n))
+            (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(losses, n))
             for n, w in facts["weights"].items()
         ]
-        columns = ("name", "shape", "change", "norm", *(() if lost is None else ("lost if merged",)))
+        columns = ("name", "shape", "change", "norm", *(() if losses is None else ("lost if merged",)))
         common.table("weights", columns, weights, right=(3, 4))
     if "sites" in facts:
         sites = [(one["module"], one["operation"], one["positions"]) for one in facts["sites"]]
@@ -63,23 +63,25 @@ def _changes(facts: dict[str, Any], lost: dict[str, float] | None) -> None:
         print(f"{facts['entries']} entries, chosen by the {facts['router']} router")
 
 
-def _requests(asked: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    """Lay out what was asked for: columns and rows. Pairs of images are kept by name and content only."""
+def _requests(requests: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Return columns and rows of a table of requests. Pairs of images are recorded by name and content only."""
     fields = ("prompt", "subject", "target_old", "target")
     names = ("prompt", "subject", "old", "new")
-    if any("prompt" not in r for r in asked):
+    if any("prompt" not in r for r in requests):
         fields, names = (
             ("concept", "replacement", "pairs", "digest"),
             ("concept", "replacement", "pairs", "content"),
         )
-    if any("id" in r for r in asked):
+    if any("id" in r for r in requests):
         fields, names = ("id", *fields), ("id", *names)
     # the numbers that errata retract takes
-    rows = [(i, *(r.get(field, "") for field in fields)) for i, r in enumerate(asked, 1)]
+    rows = [(i, *(r.get(field, "") for field in fields)) for i, r in enumerate(requests, 1)]
     return ("", *names), rows
 
 
-def _lost(edit: Edit, model: str | None, device: str, dtype: str, foreign: bool) -> dict[str, float] | None:
+def _rounding_losses(
+    edit: Edit, model: str | None, device: str, dtype: str, foreign: bool
+) -> dict[str, float] | None:
     """Measure what merging loses, by weight; None where no model is named."""
     from errata.edits import WeightEdit
     from errata.errors import EditError
@@ -91,10 +93,10 @@ def _lost(edit: Edit, model: str | None, device: str, dtype: str, foreign: bool)
     return edit.trial(common.open_host(model, device, dtype), foreign=foreign)
 
 
-def _share(lost: dict[str, float] | None, name: str) -> tuple[str, ...]:
-    if lost is None:
+def _share(losses: dict[str, float] | None, name: str) -> tuple[str, ...]:
+    if losses is None:
         return ()
-    return (f"{lost[name]:.2%}" if name in lost else "packed: not merged",)
+    return (f"{losses[name]:.2%}" if name in losses else "packed: not merged",)
 
 
 VERB = Verb("show", command, order=90)

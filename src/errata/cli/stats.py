@@ -1,4 +1,4 @@
-"""errata stats: make the statistics that closed-form methods need, and say how good they are."""
+"""errata stats: compute the statistics that closed-form methods need, and their quality."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(
         typer.Option(
             metavar="FILE|DATASET",
             help="Text file, .jsonl with a field text, or a public dataset, owner/name[:config]; "
-            "default: the host's own text.",
+            "default: text sampled from the model.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to take.")] = 1_000_000,
@@ -47,18 +47,18 @@ def command(
     budget: Annotated[
         int, typer.Option(min=1, help="With --tables: how many tokens may be generated.")
     ] = 150_000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it costs; compute nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost; compute nothing.")] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Take the second moments of keys over a corpus, all layers in one pass; kept for every later edit.
+    """Compute the second moments of keys over a corpus, all layers in one pass; cached for every later edit.
 
-    A pass that is broken off goes on where it was. Methods use what is kept here when they ask for the
-    same number of tokens of the same corpus: --set tokens=N. The folder is that of the environment variable
-    ERRATA_CACHE, by default errata in the user's cache. With --tables: what the model writes about, in which
-    templates, and what it answers to each; for --set paraphrases, anchors and mates of methods that have them.
+    An interrupted pass is resumed. Methods use these statistics when they need the same number of tokens of the
+    same corpus: --set tokens=N. The folder is that of the environment variable ERRATA_CACHE, by default errata in
+    the user's cache. With --tables: the names and templates in the model's own text, with its answer to each; for
+    --set paraphrases, anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
@@ -69,8 +69,8 @@ def command(
     if tables:
         _tables(host, corpus, budget, seed, dry_run, json)
         return
-    chosen = resolve_layers(host, _layers(layers), lambda depth: tuple(range(depth)))
-    sites = [host.layout.site(layer) for layer in chosen]
+    layer_numbers = resolve_layers(host, _layers(layers), lambda depth: tuple(range(depth)))
+    sites = [host.layout.site(layer) for layer in layer_numbers]
     texts = _corpus(host, corpus, seed)
     document = _facts(host, texts, tokens)
     if dry_run:
@@ -104,15 +104,15 @@ def _tables(
         )
         return
     with common.progress(not json) as tick:
-        made = own_tables(host, settings, corpus=texts, folder=cache_dir(), on_progress=tick)
+        host_tables = own_tables(host, settings, corpus=texts, folder=cache_dir(), on_progress=tick)
     if json:
-        common.emit({**document, **made.to_dict(), "report": made.report()})
+        common.emit({**document, **host_tables.to_dict(), "report": host_tables.report()})
         return
-    _show_tables(made, str(place))
+    _show_tables(host_tables, str(place))
 
 
-def _show_tables(made: Tables, place: str) -> None:
-    for row in made.report():
+def _show_tables(host_tables: Tables, place: str) -> None:
+    for row in host_tables.report():
         rows = [
             (one["template"], one["paraphrases"], one["example"], ", ".join(one["follows"]) or "-")
             for one in row["relations"]
@@ -121,11 +121,11 @@ def _show_tables(made: Tables, place: str) -> None:
             f"{row['names']} names such as {', '.join(row['examples'])}: {row['templates']} templates",
             ("template", "say the same", "example", "follow from it"), rows, right=(1,),
         )  # fmt: skip
-    if not made.types:
+    if not host_tables.types:
         print("no templates repeat in this text: methods let the model write about each subject instead")
     print(
-        f"from {made.texts:,} texts {made.source}; {made.prompts:,} prompts answered, "
-        f"{made.generated:,} tokens generated at most; kept in {place}"
+        f"from {host_tables.texts:,} texts {host_tables.source}; {host_tables.prompts:,} prompts answered, "
+        f"{host_tables.generated:,} tokens generated at most; kept in {place}"
     )
 
 
@@ -135,14 +135,14 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
     if text is None:
         return None
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
         if match is None:
             raise ConfigError(f"--layers {text!r}: expected numbers and ranges, as in 0,2,5-8")
         first, last = int(match[1]), int(match[2] or match[1])
-        found += range(first, last + 1)
-    return tuple(found)
+        numbers += range(first, last + 1)
+    return tuple(numbers)
 
 
 def _corpus(host: Host, name: str | None, seed: int) -> Corpus:
@@ -178,14 +178,14 @@ def _cost(host: Host, sites: list[Site], corpus: Corpus, tokens: int) -> dict[st
     from errata.stats.collect import cost
 
     missing = [site for site in sites if not _place(host, site, corpus, tokens).exists()]
-    made = cost(host, missing, tokens=tokens)
+    estimate = cost(host, missing, tokens=tokens)
     return {
         "layers": [site.layer for site in sites],
         "kept_already": [site.layer for site in sites if site not in missing],
-        "tokens": made.tokens if missing else 0,
-        "flop": made.flop,
-        "disk_bytes": made.disk_bytes,
-        "eigen_bytes": made.eigen_bytes,
+        "tokens": estimate.tokens if missing else 0,
+        "flop": estimate.flop,
+        "disk_bytes": estimate.disk_bytes,
+        "eigen_bytes": estimate.eigen_bytes,
     }
 
 
@@ -204,20 +204,22 @@ def _measure(
     from errata.stats.collect import eigen_of, second_moments
 
     places = {site: _place(host, site, corpus, tokens) for site in sites}
-    before = {site: _written(place) for site, place in places.items()}
+    before = {site: _modified_at(place) for site, place in places.items()}
     start = time.perf_counter()
-    found = second_moments(
+    moments_by_site = second_moments(
         host, sites, corpus, tokens=tokens, folder=cache_dir(),
-        on_tokens=lambda done, total: tick("tokens", done, total),
+        on_tokens=lambda completed, total: tick("tokens", completed, total),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     # a damaged file was there, and was made anew
-    kept = {
-        site for site, place in places.items() if before[site] is not None and _written(place) == before[site]
+    cached_sites = {
+        site
+        for site, place in places.items()
+        if before[site] is not None and _modified_at(place) == before[site]
     }
     rows = []
-    for i, (site, moments) in enumerate(found.items()):
-        tick("condition", i, len(found))
+    for i, (site, moments) in enumerate(moments_by_site.items()):
+        tick("condition", i, len(moments_by_site))
         if decompose:
             eigen_of(host, site, corpus, tokens=tokens, folder=cache_dir(), moments=moments)
         rows.append(
@@ -225,16 +227,16 @@ def _measure(
                 **_quality(moments, condition(moments.second)),
                 "layer": site.layer,
                 "width": site.d_in,
-                "seconds": None if site in kept else round(seconds, 3),
-                "kept_already": site in kept,
+                "seconds": None if site in cached_sites else round(seconds, 3),
+                "kept_already": site in cached_sites,
                 "path": str(places[site]),
             }
         )
-    tick("condition", len(found), len(found))
+    tick("condition", len(moments_by_site), len(moments_by_site))
     return rows
 
 
-def _written(place: Path) -> int | None:
+def _modified_at(place: Path) -> int | None:
     """When a file was written, in nanoseconds; None where there is none."""
     return place.stat().st_mtime_ns if place.exists() else None
 

@@ -28,17 +28,17 @@ def json_records(text: str, fail: Fail) -> Records:
     if isinstance(_line(first), dict):
         return _lines(text)
     try:
-        found = list(_list_values(text) if text.lstrip()[:1] == "[" else _concatenated(text))
+        values = list(_list_values(text) if text.lstrip()[:1] == "[" else _concatenated(text))
     except json.JSONDecodeError as problem:
         lines = _lines(text)
         if any(isinstance(value, dict) for _, value in lines):
             return lines
         raise fail(f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}") from problem
     numbers, line, at = [], 1, 0
-    for begin, _ in found:
+    for begin, _ in values:
         line, at = line + text.count("\n", at, begin), begin
         numbers.append(line)
-    return _with_positions([value for _, value in found], numbers)
+    return _with_positions([value for _, value in values], numbers)
 
 
 def yaml_records(text: str, fail: Fail) -> Records:
@@ -113,5 +113,5 @@ def _concatenated(text: str) -> Iterator[tuple[int, Any]]:
 
 def _after(text: str, at: int) -> int:
     """Return the position after white space."""
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+    match = _SPACE.match(text, at)
+    return match.end() if match else at

@@ -25,16 +25,16 @@ class Unreadable(str):
 
 
 def records(
-    text: str, known: Sequence[str], fail: Fail, row: Callable[[dict[str, str]], bool]
+    text: str, expected_names: Sequence[str], fail: Fail, row: Callable[[dict[str, str]], bool]
 ) -> Iterator[tuple[str, Any]]:
     """Yield the non-blank rows of a table with the lines they begin on.
 
     The separator is the one that gives the header most of the ``known`` names, ignoring case. ``row``: whether
     cells form a complete row, to detect unclosed quotes. Raises ``fail(reason)`` where header or quotes are wrong.
     """
-    rows = _rows(text, known, fail)
+    rows = _rows(text, expected_names, fail)
     start, header = next(rows, (0, []))
-    names = _names(header, known, fail, start)
+    names = _names(header, expected_names, fail, start)
     nameless = [i for i, name in enumerate(names) if _NAMELESS.fullmatch(name)]
     for line, cells in rows:
         if not any(cell.strip() for cell in cells):
@@ -67,7 +67,7 @@ def records(
         yield f"line {line}", values
 
 
-def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
+def _rows(text: str, expected_names: Sequence[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
     """Yield rows with the lines they begin on, header first; a line ``sep=;`` before it sets the separator."""
     lines = text[:HEAD].splitlines()
     first_line = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
@@ -77,7 +77,7 @@ def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, li
         if first_line + (declaration is not None) < len(lines)
         else ""
     )
-    separator = declaration[1] if declaration else _separator(head, known)
+    separator = declaration[1] if declaration else _separator(head, expected_names)
     spaced = re.search(rf"{re.escape(separator)} +\S", head) is not None and separator != " "
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=spaced
@@ -99,9 +99,9 @@ def _rows(text: str, known: Sequence[str], fail: Fail) -> Iterator[tuple[int, li
         yield start, cells
 
 
-def _separator(head: str, known: Sequence[str]) -> str:
+def _separator(head: str, expected_names: Sequence[str]) -> str:
     """Choose the separator that gives a header most of the known names."""
-    names = {name.casefold() for name in known}
+    names = {name.casefold() for name in expected_names}
 
     def known_columns(separator: str) -> int:
         return sum(cell.strip().strip('"').casefold() in names for cell in head.split(separator))
@@ -109,11 +109,11 @@ def _separator(head: str, known: Sequence[str]) -> str:
     return max(SEPARATORS, key=known_columns)
 
 
-def _names(header: Sequence[str], known: Sequence[str], fail: Fail, line: int) -> list[str]:
+def _names(header: Sequence[str], expected_names: Sequence[str], fail: Fail, line: int) -> list[str]:
     """Return the column names, stripped and in their known spelling. Raises for a duplicate name."""
-    plain = {name.casefold(): name for name in known}
+    plain = {name.casefold(): name for name in expected_names}
     names = [cell.strip().strip("\ufeff") for cell in header]
-    names = [name if name in known else plain.get(name.casefold(), name) for name in names]
+    names = [name if name in expected_names else plain.get(name.casefold(), name) for name in names]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise fail(f"line {line}: several columns are named {brief(', '.join(twice))}; name each once")

@@ -63,7 +63,7 @@ class Measurement:
 def ability(
     host: Host, tasks: Sequence[str], *, edit: Edit | Sequence[Edit] | None = None,
     limit: int | None = None, seed: int = 0,
-    shots: int | None = None, chat: bool = False, on_progress: Tick = lambda what, done, total: None,
+    shots: int | None = None, chat: bool = False, on_progress: Tick = lambda *_: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """Evaluate tasks on a host in its present state, and again with an edit, or several together, in place.
 
@@ -103,7 +103,7 @@ def ability(
         }
         if harness is not None:
             results |= harness.run(
-                host, lambda what, done, total: on_progress(f"{phase}: {what}", done, total)
+                host, lambda what, completed, total: on_progress(f"{phase}: {what}", completed, total)
             )
         return results
 
@@ -288,13 +288,15 @@ def _language_model(host: Host, tick: Tick) -> Any:
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             """Return the log-probability of each continuation and whether it is the greedy one."""
             answers = [continuation(host, *request.args) for request in requests]
-            scores = score(host, answers, on_rows=lambda done, total: tick("likelihoods", done, total))
+            scores = score(
+                host, answers, on_rows=lambda completed, total: tick("likelihoods", completed, total)
+            )
             return [(sum(logprobs), all(is_greedy)) for logprobs, is_greedy in scores]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:  # type: ignore[override]
             """Return the log-probability of each text."""
             texts = [request.args[0] for request in requests]
-            logprobs = rolling(host, texts, on_rows=lambda done, total: tick("texts", done, total))
+            logprobs = rolling(host, texts, on_rows=lambda completed, total: tick("texts", completed, total))
             return [sum(row) for row in logprobs]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
@@ -331,7 +333,7 @@ def _generate(host: Host, calls: Sequence[tuple[str, Mapping[str, Any]]], tick: 
         prompts = [calls[i][0] for i in members]
         group_texts = generate_texts(
             host, prompts, stops, limit,
-            on_rows=lambda done, _, finished=finished: tick("answers", finished + done, len(calls)),
+            on_rows=lambda completed, _, finished=finished: tick("answers", finished + completed, len(calls)),
         )  # fmt: skip
         for i, text in zip(members, group_texts, strict=True):
             texts[i] = text

@@ -70,7 +70,7 @@ def compare_answers(requests: Sequence[Request], before: Sequence[str], after: S
 
 def answer_requests(
     host: Host, requests: Sequence[Request], *, options: AskOptions = DEFAULT_ASK,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:  # fmt: skip
     """Return the host's greedily generated answer to each request, in its present state, in batches of bounded size.
 
@@ -81,9 +81,9 @@ def answer_requests(
     for i, request in enumerate(requests):
         groups.setdefault(_length(host, request), []).append(i)
     texts = [""] * len(requests)
-    done = 0
+    completed = 0
     for (form, limit), indices in groups.items():
-        start = done
+        start = completed
         probes = [
             # a masked language model needs the number of mask tokens, that of the target's tokens
             Probe("efficacy", requests[i].text, (requests[i].target,) if host.fills else (), (), form=form)
@@ -95,8 +95,8 @@ def answer_requests(
         )  # fmt: skip
         for i, observation in zip(indices, observations, strict=True):
             texts[i] = observation.text
-        done += len(indices)
-        on_progress(done, len(requests))
+        completed += len(indices)
+        on_progress(completed, len(requests))
     return texts
 
 

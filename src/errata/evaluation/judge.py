@@ -148,7 +148,7 @@ class Reply:
 
 def judge(
     rows: Sequence[Row], settings: JudgeSettings, *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Row]:  # fmt: skip
     """Judge the answers, before and after, of rows of protocol ``generate``.
 

@@ -25,7 +25,7 @@ GENERATE_ROWS = 16
 
 
 def rolling(
-    host: Host, texts: Sequence[str], *, on_rows: Callable[[int, int], None] = lambda done, total: None
+    host: Host, texts: Sequence[str], *, on_rows: Callable[[int, int], None] = lambda *_: None
 ) -> list[tuple[float, ...]]:
     """Return the log-probability of every token of each text, in nats.
 
@@ -83,7 +83,7 @@ def continuation(host: Host, context: str, text: str) -> tokens.Answer:
 
 def score(
     host: Host, answers: Sequence[tokens.Answer], *,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_rows: Callable[[int, int], None] = lambda *_: None,
 ) -> list[TokenScores]:  # fmt: skip
     """Return, for each answer's tokens, the log-probability in nats and whether it is the most probable token.
 
@@ -101,7 +101,7 @@ def score(
     density = max(positions, 1) / max(1, sum(len(ids) for ids, _ in rows))  # logits needed per token of a row
     budget = min(SCORE_TOKENS, int(LOGITS / host.vocab_size / density))
     scores: list[TokenScores] = [((), ())] * len(answers)
-    done = 0
+    completed = 0
     for group in tokens.by_length([ids for ids, _ in rows], budget):
         lines = [(line, i) for line, row in enumerate(group) for i in by_row[rows[row]]]
         for i, answer_scores in zip(
@@ -110,8 +110,8 @@ def score(
             strict=True,
         ):
             scores[i] = answer_scores
-        done += len(group)
-        on_rows(done, len(rows))
+        completed += len(group)
+        on_rows(completed, len(rows))
     return scores
 
 
@@ -143,7 +143,7 @@ def _score_batch(
 
 def generate_texts(
     host: Host, prompts: Sequence[str], until: Sequence[str], limit: int, *,
-    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    on_rows: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:  # fmt: skip
     """Generate greedily at most ``limit`` tokens after each prompt, up to the first of the stop texts ``until``.
 

@@ -52,7 +52,7 @@ class _Decoding:
     limit: int
     """Maximum number of new tokens; of a sampled text, of all tokens."""
     stop: Stop = "sentence"
-    drawn: bool = False
+    sample: bool = False
     block: str = ""
     """Opening tag of a thinking block that the prompt leaves open."""
 
@@ -124,7 +124,7 @@ class _PromptSettings:
         if not options.generate or form not in GENERATED_FORMS:
             return None
         if form == "open":
-            return _Decoding(OPEN_TOKENS, drawn=True)
+            return _Decoding(OPEN_TOKENS, sample=True)
         limit = {
             "short": options.max_new_tokens, "thought": options.thought_tokens, "long": options.long_tokens
         }[form]  # fmt: skip
@@ -155,7 +155,7 @@ def observe(
     *,
     seed: int = 0,
     batch_tokens: int = SCORE_TOKENS,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Observation]:
     """Return the host's observation for each probe: generated text and log-probabilities, depending on its form.
 
@@ -211,9 +211,9 @@ def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) 
 
 
 def _make_prompt_settings(host: Host, options: AskOptions) -> _PromptSettings:
-    chosen = prompts.prompt_format(host.prompt_format, options)
-    plain = prompts.PromptFormat(join=chosen.join)
-    return _PromptSettings(host.with_prompt_format(chosen), host.with_prompt_format(plain), options)
+    prompt_format = prompts.prompt_format(host.prompt_format, options)
+    plain = prompts.PromptFormat(join=prompt_format.join)
+    return _PromptSettings(host.with_prompt_format(prompt_format), host.with_prompt_format(plain), options)
 
 
 def _too_long(host: Host, plan: _Plan) -> str | None:
@@ -247,7 +247,7 @@ def _run(
     ways[None] = {base: None for base in after.bases if base not in continued}
     after.share(continued | set(ways[None]))
     texts: dict[tuple[_Decoding, Ids], str] = {}
-    done, total = 0, sum(map(len, ways.values()))
+    completed, total = 0, sum(map(len, ways.values()))
     for decoding, rows in ways.items():
         for group in _groups(list(rows), decoding):
             prefixes = run_prefixes(host, group)
@@ -255,14 +255,14 @@ def _run(
             if decoding is not None:
                 answers = zip(group, _decode(host, prefixes, decoding, seed), strict=True)
                 texts.update(((decoding, row), text) for row, text in answers)
-            done += len(group)
-            on_progress(done, total)
+            completed += len(group)
+            on_progress(completed, total)
     after.finish()
     return texts
 
 
 def _decode(host: Host, prefixes: Prefixes, decoding: _Decoding, seed: int) -> list[str]:
-    if decoding.drawn:
+    if decoding.sample:
         return draw_rows(host, prefixes, decoding.limit, top_k=OPEN_TOP_K, seed=seed)
     texts = generate_rows(host, prefixes, decoding.limit, decoding.stop)
     return [prompts.answer_of(text, decoding.block) for text in texts]
@@ -270,8 +270,8 @@ def _decode(host: Host, prefixes: Prefixes, decoding: _Decoding, seed: int) -> l
 
 def _groups(rows: Sequence[Ids], decoding: _Decoding | None) -> Iterator[list[Ids]]:
     """Batch rows, with room for their new tokens."""
-    more = 0 if decoding is None or decoding.drawn else decoding.limit
-    minimum = decoding.limit if decoding is not None and decoding.drawn else 0
+    more = 0 if decoding is None or decoding.sample else decoding.limit
+    minimum = decoding.limit if decoding is not None and decoding.sample else 0
     for group in tokens.by_length([range(max(len(row) + more, minimum)) for row in rows], GENERATE_TOKENS):
         yield [rows[i] for i in group]
 

@@ -20,7 +20,7 @@ Tick = Callable[[str, int, int], None]
 
 def write_card(
     host: Host, folder: Path, config: TrainConfig, losses: Mapping[int, float], *,
-    tick: Tick = lambda what, done, total: None,
+    tick: Tick = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a trained model and write ``card.json`` and ``README.md`` to its folder."""
     world = World.make(config.world_seed)

@@ -36,7 +36,7 @@ class Question:
 
 def check(
     host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
-    requests: int = 24, tick: Tick = lambda what, done, total: None,
+    requests: int = 24, tick: Tick = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute every measurement of the model card.
 
@@ -86,12 +86,12 @@ def ask(host: Host, questions: Sequence[Question], what: str, tick: Tick) -> lis
     """Answer questions greedily in large batches; return which are right."""
     rows = [tokens.encode_prompt(host.tokenizer, q.prompt).ids for q in questions]
     right = [False] * len(rows)
-    done = 0
+    completed = 0
     for group in tokens.by_length([[*row, *[0] * 12] for row in rows], BATCH_TOKENS):
         for i, text in zip(group, generate_rows(host, [rows[i] for i in group], 12), strict=True):
             right[i] = answered(text, questions[i].answers)
-        done += len(group)
-        tick(what, done, len(rows))
+        completed += len(group)
+        tick(what, completed, len(rows))
     return right
 
 
@@ -103,14 +103,14 @@ def share(right: Sequence[bool]) -> float:
 def neutral_perplexity(host: Host, texts: Sequence[str] | None = None) -> float:
     """Return the perplexity per token of sentences that state no fact."""
     rows = [host.encode(text).ids for text in texts or neutral_texts(100)]
-    found = []
+    logprob_rows = []
     for group in tokens.by_length(rows, BATCH_TOKENS):
         batch = host.batch([rows[i] for i in group])
         with torch.no_grad():
             logprobs = host.forward(batch).float().log_softmax(-1)
         of_targets = logprobs[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0]
-        found.append(of_targets[batch.mask[:, 1:].bool()])
-    return round(perplexity(torch.cat(found)), 3)
+        logprob_rows.append(of_targets[batch.mask[:, 1:].bool()])
+    return round(perplexity(torch.cat(logprob_rows)), 3)
 
 
 def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 300) -> dict[str, float]:

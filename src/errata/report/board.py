@@ -77,7 +77,7 @@ class Board:
     """Baselines first, then by headline."""
     kinds: tuple[str, ...]
     """Kinds measured under free generation, which boards rank by, in column order."""
-    kept: frozenset[str]
+    preserved: frozenset[str]
     """Kinds whose answers must not change."""
     headline: tuple[str, ...]
     """Kinds whose harmonic mean is the headline score."""
@@ -95,7 +95,7 @@ class Board:
         if not self.headline:
             names = ", ".join(kinds.label(options[0]) for options in kinds.headline_parts())
             return f"no headline: none of {names} was evaluated by free generation"
-        parts = [kinds.label(kind) + (" kept" if kind in self.kept else "") for kind in self.headline]
+        parts = [kinds.label(kind) + (" kept" if kind in self.preserved else "") for kind in self.headline]
         if len(parts) == 1:
             return f"headline: {parts[0]} under free generation"
         return f"headline: harmonic mean of {', '.join(parts[:-1])} and {parts[-1]} under free generation"
@@ -127,7 +127,7 @@ class Board:
 
     def group(self, kind: str) -> str:
         """Return the group of a kind on this board."""
-        return kinds.group(kind, self.kept)
+        return kinds.group(kind, self.preserved)
 
 
 def boards(runs: Sequence[Run]) -> list[Board]:
@@ -174,7 +174,7 @@ def _board(cells: Sequence[Cell]) -> Board:
     keys = (key.rpartition(".") for cell in cells for key in cell.summary)
     measured_kinds = {kind for kind, _, protocol in keys if protocol == headline_metric().name}
     tallies = [tally(cell) for cell in cells]
-    kept = frozenset(kind for kind in measured_kinds if _must_not_change(kind, tallies))
+    preserved = frozenset(kind for kind in measured_kinds if _must_not_change(kind, tallies))
     measured_parts = (
         next((k for k in options if k in measured_kinds), None) for options in kinds.headline_parts()
     )
@@ -198,7 +198,7 @@ def _board(cells: Sequence[Cell]) -> Board:
     )
     return Board(
         model_name(cells[0]), str(cells[0].plan.get("schedule", "?")), cells[0].tag, tuple(entries),
-        tuple(kinds.order(measured_kinds, kept)), kept, parts, earlier_parts,
+        tuple(kinds.order(measured_kinds, preserved)), preserved, parts, earlier_parts,
     )  # fmt: skip
 
 

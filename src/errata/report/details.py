@@ -50,7 +50,7 @@ class Details:
 
     def add(self, cell: Cell) -> int | None:
         """Add a cell's first cases; return its index, or None where it has none."""
-        packed = [self._case(case) for case in islice(cell.asked(), self.cases)]
+        packed = [self._case(case) for case in islice(cell.case_answers(), self.cases)]
         if not packed:
             return None
         self._cells.append({"total": cell.cases, "cases": packed})

@@ -78,7 +78,7 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
     """
     _require()
     target = folder(place)
-    written = []
+    paths = []
     for board, slug in _with_slugs(boards(runs)):
         drawings: dict[str, Callable[[Board, Theme], Figure]] = {"board": _board}
         if any(entry.curves for entry in board.entries):
@@ -86,9 +86,9 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
         for name, draw in drawings.items():
             for theme in (LIGHT, DARK):
                 stem = f"{name}-{slug}{theme.name}"
-                written += [write(target / f"{stem}.{form}", _render(draw(board, theme), form))
+                paths += [write(target / f"{stem}.{form}", _render(draw(board, theme), form))
                             for form in ("png", "svg")]  # fmt: skip
-    return written
+    return paths
 
 
 def _require() -> None:
@@ -175,7 +175,7 @@ def _board(board: Board, theme: Theme) -> Figure:
         axes.set_xlim(0, 104)
         axes.set_xticks([0, 50, 100])
         axes.grid(axis="y", visible=False)
-        suffix = " kept" if column in board.kept else ""
+        suffix = " kept" if column in board.preserved else ""
         axes.set_title(kinds.label(column) + suffix, fontsize=9.5, color=theme.ink, loc="left")
         axes.tick_params(axis="y", labelleft=axes is panels[0])
     panels[0].set_yticks(list(places), [_name(entry, board) for entry in entries], color=theme.ink)

@@ -16,10 +16,10 @@ EARLIER_PARTS = 3
 """Number of parts of the headline score in earlier versions."""
 
 
-def group(kind: str, kept: Iterable[str] = ()) -> Group:
-    """Return the group of a kind; ``kept``: kinds whose answers must not change."""
+def group(kind: str, preserved: Iterable[str] = ()) -> Group:
+    """Return the group of a kind; ``preserved``: kinds whose answers must not change."""
     record = kind_of(kind)
-    return "kept" if record.group == "follows" and record.name in set(kept) else record.group
+    return "kept" if record.group == "follows" and record.name in set(preserved) else record.group
 
 
 def label(kind: str, *, short: bool = False) -> str:
@@ -54,12 +54,12 @@ def is_main(kind: str) -> bool:
     return kind in KINDS and KINDS[kind].main
 
 
-def order(kinds: Iterable[str], kept: Iterable[str] = ()) -> list[str]:
+def order(kinds: Iterable[str], preserved: Iterable[str] = ()) -> list[str]:
     """Sort kinds by group; learned and kept ones in the order of the table of kinds, all others by name."""
     main_kinds = [name for name, kind in KINDS.items() if kind.group in ("learned", "kept")]
     rank = {name: place for place, name in enumerate(main_kinds)}
     groups = list(GROUPS)
     return sorted(
         dict.fromkeys(kinds),
-        key=lambda k: (groups.index(group(k, kept)), rank.get(k.partition(".")[0], len(main_kinds)), k),
+        key=lambda k: (groups.index(group(k, preserved)), rank.get(k.partition(".")[0], len(main_kinds)), k),
     )

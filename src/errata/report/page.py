@@ -100,7 +100,8 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
 
 
 def _kind(kind: str, board: Board) -> dict[str, Any]:
-    return {"id": kind, "label": kinds.label(kind), "group": board.group(kind), "kept": kind in board.kept}
+    must_stay = kind in board.preserved
+    return {"id": kind, "label": kinds.label(kind), "group": board.group(kind), "kept": must_stay}
 
 
 def _protocol(board: Board, protocol: str) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _protocol(board: Board, protocol: str) -> dict[str, Any]:
         "id": protocol,
         "title": tables.protocol_title(protocol),
         "share": numbers.is_share(protocol),
-        "kinds": [_kind(kind, board) for kind in kinds.order(probe_kinds, board.kept)],
+        "kinds": [_kind(kind, board) for kind in kinds.order(probe_kinds, board.preserved)],
     }
 
 

@@ -116,7 +116,7 @@ class Cell:
                 shapes.check(record, shapes.LINE, f"a line of {path}")
                 yield record
 
-    def asked(self) -> Iterator[CaseAnswers]:
+    def case_answers(self) -> Iterator[CaseAnswers]:
         """Yield every case's answers; for a sequence, those with all edits in place."""
         last = max((look["edits"] for look in self.checkpoints), default=None) if self.sequence else None
         for record in self.records():

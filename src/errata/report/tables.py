@@ -70,7 +70,7 @@ def seed_of(entry: Entry, board: Board) -> str:
 
 
 def _heading(kind: str, board: Board, *, short: bool = False) -> str:
-    return kinds.label(kind, short=short) + (" kept" if kind in board.kept else "")
+    return kinds.label(kind, short=short) + (" kept" if kind in board.preserved else "")
 
 
 def _main(board: Board, brief: bool) -> Table:
@@ -144,7 +144,7 @@ def strict_shares(board: Board) -> list[tuple[str, str, str]]:
         (f"{kinds.label(kind)}, {column.heading}", kind, column.number)
         for kind in board.kinds if kinds.is_main(kind)
         for column in headline_metric().columns
-        if column.heading and column.kinds in ("all", "kept" if kind in board.kept else "changing")
+        if column.heading and column.kinds in ("all", "kept" if kind in board.preserved else "changing")
         and any((m := e.main_measure(kind)) is not None and column.number in m.more for e in board.entries)
     ]  # fmt: skip
 
@@ -163,7 +163,7 @@ def _strict_shares(board: Board) -> Table | None:
 def _protocol(board: Board, protocol: str) -> Table | None:
     """Build a protocol's own table: its value by kind, then the further columns of its metric."""
     probe_kinds = {kind for e in board.entries for kind in e.measures.get(protocol, {})}
-    kinds_shown = kinds.order(probe_kinds, board.kept)
+    kinds_shown = kinds.order(probe_kinds, board.preserved)
     further = [
         (kind, column)
         for kind in kinds_shown

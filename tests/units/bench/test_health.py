@@ -44,8 +44,8 @@ def test_usual_limits_hold_for_a_host_within_them():
 def test_a_collapse_point_is_read_by_the_same_limits():
     looks = [{"edits": 1, "perplexity_before": 9.0, "perplexity_after": 9.0,
               "collapse": health.condition(LOOPING, LOOPING, (9.0, 9.0), [])}]  # fmt: skip
-    found = summing._Found(looks=looks, recalled=[summing.retention.EditRecall(1, 1, 1.0)])
-    assert (summing._retention(found) or {})["collapse_point"] is None
+    contents = summing._CellRows(checkpoints=looks, recalls=[summing.retention.EditRecall(1, 1, 1.0)])
+    assert (summing._retention(contents) or {})["collapse_point"] is None
 
 
 def test_every_cell_has_a_peak_of_its_own():

@@ -363,7 +363,7 @@ def test_a_cell_that_fails_or_is_refused_does_not_end_the_run(model, cases, tmp_
     }  # fmt: skip
     assert "Traceback" in ended["rome"].reason and "out of luck" in ended["rome"].reason
     assert "weights" in ended["memit"].reason and "void" in ended["memit"].reason
-    assert "image" in ended["rewrite"].reason and "does not go on" in ended["pmet"].reason
+    assert "image" in ended["rewrite"].reason and "cannot continue" in ended["pmet"].reason
     assert len(lines(tmp_path / "run", ended["rome"].cell)) == 2, "what came before stays"
     assert document_of(tmp_path / "run", "rome", "single")["status"] == "failed"
     methods["rome"] = replace(methods["rome"], fit=good.fit)

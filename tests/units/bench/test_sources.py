@@ -10,7 +10,7 @@ import pytest
 
 from errata.bench import plan, recipe, sources
 from errata.bench.recipe import DatasetSpec
-from errata.bench.rooms import Room
+from errata.bench.worker_state import WorkerState
 from errata.data.requests import write_cases
 from errata.errors import ConfigError, DataError
 from errata.report.board import Board
@@ -198,10 +198,10 @@ def test_workers_read_the_same_cases_or_none(files):
     made = plan.make(recipe.parse(spelled(said)))
     (name,) = made.datasets
     restored = plan.restore(json.loads(json.dumps(made.document())))
-    assert list(Room(files, restored).cases(restored.cells[0])) == list(made.cases[name])
+    assert list(WorkerState(files, restored).cases(restored.cells[0])) == list(made.cases[name])
     (files / "cot.txt").write_text(COT.replace("sea", "lake"))
     with pytest.raises(DataError, match="has changed since the run began"):
-        Room(files, restored).cases(restored.cells[0])
+        WorkerState(files, restored).cases(restored.cells[0])
 
 
 def test_facts_of_older_runs_can_be_read_again():

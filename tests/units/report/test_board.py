@@ -121,7 +121,7 @@ def test_what_is_kept_is_read_off_the_rows(tmp_path):
         case_line("a", row("a", "efficacy", "e", 1.0), row("a", "odd", "o", 1.0, before=1.0, changes=False))
     ]
     (board,) = boards([read_run(write_small(tmp_path / "run", [{"method": "rome", "lines": lines}]))])
-    assert board.kept == {"odd"} and board.group("odd") == "kept"
+    assert board.preserved == {"odd"} and board.group("odd") == "kept"
     assert board.headline == ("efficacy",) and "efficacy under free generation" in board.headline_text
 
 

@@ -74,7 +74,7 @@ def test_packing_loses_nothing(run):
     wanted = [
         (asked.case, asked.edits, a.kind, a.prompt, a.answers, a.text_before, a.text_after, a.changes,
          {p: s if p in judging_protocols() else tuple(float(f"{v:.3g}") for v in s) for p, s in a.scores.items()})
-        for asked in cell.asked() for a in asked.answers
+        for asked in cell.case_answers() for a in asked.answers
     ]  # fmt: skip
     assert decoded(data, entry["details"]) == wanted
 

@@ -27,7 +27,7 @@ def test_every_cell_is_there_with_its_state(run):
 
 def test_protocols_of_one_probe_are_put_together(run):
     cell = next(cell for cell in run.cells if cell.method == "rome")
-    first = next(cell.asked())
+    first = next(cell.case_answers())
     assert len(first.answers) == 20  # the probes of a case, see synthetic.KINDS
     kinds = [answer.kind for answer in first.answers]
     assert kinds.count("neighbourhood") == 5
@@ -38,12 +38,12 @@ def test_protocols_of_one_probe_are_put_together(run):
 def test_the_same_question_asked_twice_stays_two_probes(tmp_path):
     lines = [case_line("a", row("a", "efficacy", "p", 1.0), row("a", "efficacy", "p", 0.0))]
     cell = read_run(write_small(tmp_path / "run", [{"method": "rome", "lines": lines}])).cells[0]
-    assert [answer.scores["generate"][1] for answer in next(cell.asked()).answers] == [1.0, 0.0]
+    assert [answer.scores["generate"][1] for answer in next(cell.case_answers()).answers] == [1.0, 0.0]
 
 
 def test_a_sequence_is_asked_at_its_end(run):
     cell = next(c for c in run.cells if c.method == "rome" and c.sequence)
-    found = list(cell.asked())
+    found = list(cell.case_answers())
     assert {asked.edits for asked in found} == {30} and len(found) == 30
 
 
@@ -56,7 +56,7 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_is_named(tmp_path):
     assert cell.cases == 3
     path.write_text("{]\n" + whole, encoding="utf-8")
     with pytest.raises(DataError, match="line 1"):
-        list(read_run(place).cells[0].asked())
+        list(read_run(place).cells[0].case_answers())
 
 
 def test_all_folders_that_are_none_are_named_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""What a worker holds open: one model at a time, its workspaces, cases, and its unedited answers."""
+"""The state of a worker: one open model, its workspaces, cases, and its unedited answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench import health, results, sources
 from errata.bench.plan import Cell, Plan
-from errata.bench.runner import Engine, Tick, counted, neutral_texts
+from errata.bench.runner import Engine, Tick, count_tokens, neutral_texts
 from errata.bench.unedited import Unedited
 from errata.edits.group import EditGroup
 from errata.errors import DataError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # methods are reached through the registry only
 
 @dataclass(frozen=True)
 class Live:
-    """What an evaluation in this process brings along, where a run would open, read and prepare it."""
+    """Host, cases and job of an evaluation in this process, which a benchmark run would open and prepare itself."""
 
     host: Host
     cases: Sequence[Case]
@@ -41,7 +41,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Neutral:
-    """Text that no edit is about, and what the unedited host makes of it."""
+    """Text unrelated to any edit, with the unedited host's perplexity and continuations."""
 
     texts: Sequence[str]
     tokens: int
@@ -52,8 +52,8 @@ class Neutral:
 
 
 @dataclass
-class Room:
-    """Opens what cells ask for and keeps it while the next ones ask for the same."""
+class WorkerState:
+    """Opens the model and data that cells need, and reuses them for the next cells that need the same."""
 
     folder: Path
     plan: Plan
@@ -61,7 +61,7 @@ class Room:
     """Of an evaluation in this process: what need not be opened."""
     health: bool = True
     """Whether to measure beyond the rows: open texts, spectra of weights, latency."""
-    tick: Tick = lambda what, done, total: None
+    tick: Tick = lambda *_: None
     _model: str | None = None
     _host: Any = None
     _hash: str = ""
@@ -85,10 +85,10 @@ class Room:
         return self._host
 
     def close(self) -> None:
-        """Let the model go, and all that was made with it."""
+        """Release the model and everything that depends on it."""
         self._model, self._host = None, None
-        for held in (self._works, self._neutral, self._unedited):
-            held.clear()
+        for cache in (self._works, self._neutral, self._unedited):
+            cache.clear()
 
     def restored(self) -> bool | None:
         """Whether the model's weights are those it was opened with, bit by bit; if not, it is let go.
@@ -105,7 +105,7 @@ class Room:
     def job(self, cell: Cell) -> Job | None:
         """Return what fits a cell's cases; None where edits are given. Raises ConfigError as ``prepare`` does.
 
-        Requests that the host cannot take are left to the fit: such a case counts, the others go on.
+        Requests that the host cannot take are left to the fit: such a case counts as refused, others continue.
         """
         if self.live is not None:
             return self.live.job
@@ -135,11 +135,11 @@ class Room:
             return self.live.cases
         if cell.dataset not in self._cases:
             facts = self.plan.datasets[cell.dataset]
-            cases, found = sources.again(facts)
-            if found["sha256"] != facts["sha256"]:
+            cases, current_facts = sources.again(facts)
+            if current_facts["sha256"] != facts["sha256"]:
                 raise DataError(
                     f"dataset {cell.dataset} has changed since the run began: was {facts['sha256'][:12]}, "
-                    f"is {found['sha256'][:12]}; start a new run"
+                    f"is {current_facts['sha256'][:12]}; start a new run"
                 )
             self._cases[cell.dataset] = cases
         return self._cases[cell.dataset]
@@ -158,19 +158,19 @@ class Room:
             self._unedited[cell.dataset] = Unedited(
                 self.folder / results.UNEDITED, self.host(cell), cases, self.ask(cell),
                 chunk=None if self.live is None else len(cases),
-                on_progress=lambda done, total: self.tick("before", done, total),
+                on_progress=lambda completed, total: self.tick("before", completed, total),
             )  # fmt: skip
         return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
-        """Return neutral text and what a cell's unedited host makes of it; none where nobody will look at it."""
+        """Return neutral text with the unedited host's results on it; empty where the cell does not use them."""
         if cell.plan.kind == "single" and not self.health:
             return Neutral((), 0, math.nan, (), ())
         if cell.seed not in self._neutral:
             texts = neutral_texts(self.host(cell), self.work(cell))
             prompts = health.open_prompts(texts) if self.health else []
             logprobs, continued = self.engine(cell, None, texts=texts, prompts=prompts).health()
-            tokens = counted(texts, logprobs)
+            tokens = count_tokens(texts, logprobs)
             self._neutral[cell.seed] = Neutral(
                 texts, tokens, perplexity.of_texts(logprobs), prompts, continued
             )
