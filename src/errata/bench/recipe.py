@@ -46,7 +46,7 @@ class DatasetSpec:
     """Cases to edit and ask, and what is put before and beside their questions."""
 
     source: str
-    """A dataset's name, a file, or ``lab:N``."""
+    """A dataset's name, a file, ``lab:N`` or ``lab:N:SEED``."""
     demonstrations: tuple[str, ...] = ()
     """Files of worked examples that go before multi-hop questions, at most one of each format."""
     beside: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ BESIDE = ("locality", "entity_locality", "other_task")
 
 
 def is_lab(source: str) -> bool:
-    """Whether a source names cases of the lab's world: ``lab:N``."""
+    """Whether a source names cases of the lab's world: ``lab:N`` or ``lab:N:SEED``."""
     return source.startswith(f"{lab.NAME}:")
 
 
@@ -32,9 +32,10 @@ def read(
 ) -> tuple[list[Case], dict[str, Any]]:
     """Read the cases of a source, and what is to be recorded about them.
 
-    ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed`` and, where ``together``, so that
-    their edits can stand together; else what :func:`errata.data.reading.read` takes. ``demonstrations``: files
-    that go before multi-hop questions, see :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``:
+    ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
+    seed; where ``together``, edits of all of them can be in place at once. Else what
+    :func:`errata.data.reading.read` takes. ``demonstrations``: files that go before multi-hop questions, see
+    :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``:
     sources whose questions of :data:`BESIDE` are put to every case. The facts are ``{"source", "together",
     "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is one of the cases as read and
     added to, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
@@ -73,9 +74,10 @@ def digest(cases: Sequence[Case]) -> str:
 
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
-    count = source.partition(":")[2]
-    if not count.isdecimal():
-        raise ConfigError(f"{source!r}: expected lab:N with a number N")
+    _, count, *more = source.split(":")
+    if not count.isdecimal() or len(more) > 1 or not all(part.isdecimal() for part in more):
+        raise ConfigError(f"{source!r}: expected lab:N or lab:N:SEED with numbers N and SEED")
+    seed = int(more[0]) if more else seed
     cases = lab.cases(int(count), seed=seed, together=together)
     return cases, len(cases), {"seed": seed}
 

@@ -25,7 +25,7 @@ SourceName = Annotated[
     str,
     typer.Argument(
         help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; :N behind it: the first N. "
-        "lab:N: N cases of the lab's world."
+        "lab:N: N cases of the lab's world, lab:N:SEED: those of a seed."
     ),
 ]
 
@@ -63,7 +63,9 @@ def list_(json: common.Json = False) -> None:
         state = "" if not here else "yes" if len(here) == len(entry.variants) else f"{len(here)} variants"
         rows.append((name, entry.paper, entry.licence, _way(entry), state))
     common.table(f"data folder: {folder}", ("dataset", "paper", "licence", "where", "here"), rows)
-    print("the first variant is the default; lab:N are N cases of the lab's world")
+    print(
+        "the first variant is the default; lab:N are N cases of the lab's world, lab:N:SEED those of a seed"
+    )
 
 
 def _way(entry: Dataset) -> str:

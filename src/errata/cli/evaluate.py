@@ -56,7 +56,7 @@ After = Annotated[
 
 
 def command(
-    cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, or lab:N.")],
+    cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, lab:N, or lab:N:SEED.")],
     model: common.Model = "lab",
     method: Annotated[str | None, typer.Option(help="Fit this method, on the schedule.")] = None,
     edit: Annotated[

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 WIDTH = 9.0
 """Inches; at :data:`DPI`, twice the width of a README on GitHub."""
 DPI = 180
+TRADEOFF = ("paraphrase", "same_subject")
+"""Kinds whose measures are drawn against each other."""
 MOST_COLOURED = 6
 """Number of methods with a colour in curves; the others are grey."""
 LOG_SPAN = 15.0
@@ -81,6 +83,8 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
     paths = []
     for board, slug in _with_slugs(boards(runs)):
         drawings: dict[str, Callable[[Board, Theme], Figure]] = {"board": _board}
+        if sum(len(_tradeoff_points(entry)) for entry in board.entries) > 1:
+            drawings["tradeoff"] = _tradeoff
         if any(entry.curves for entry in board.entries):
             drawings |= {"retention": _retention, "collapse": _collapse}
         for name, draw in drawings.items():
@@ -189,6 +193,36 @@ def _bar(axes: Axes, place: int, measure: Measure, theme: Theme, colour: str, *,
     if measure.low is not None and measure.high is not None:
         axes.plot([100 * measure.low, 100 * measure.high], [place, place], color=theme.ink, linewidth=1.3,
                   solid_capstyle="butt", clip_on=False)  # fmt: skip
+
+
+def _tradeoff_points(entry: Entry) -> list[tuple[Measure, Measure]]:
+    """Return how far an edit generalises and how much of the subject it keeps, if both were measured."""
+    paraphrase, subject = (entry.main_measure(kind) for kind in TRADEOFF)
+    return [] if paraphrase is None or subject is None else [(paraphrase, subject)]
+
+
+def _tradeoff(board: Board, theme: Theme) -> Figure:
+    """Draw held-out paraphrases against other facts of the same subject, a point for each method."""
+    title = "Generalisation against damage to the subject, per cent"
+    figure, (axes,) = _figure(board, theme, 5.4, title, 1)
+    for entry in board.entries:
+        style = style_of(entry.cell.name)
+        for paraphrase, subject in _tradeoff_points(entry):
+            colour, x, y = theme.series[style.colour], 100 * paraphrase.value, 100 * subject.value
+            for measure, along in ((paraphrase, True), (subject, False)):
+                if measure.low is not None and measure.high is not None:
+                    ends, place = [100 * measure.low, 100 * measure.high], [y, y] if along else [x, x]
+                    axes.plot(
+                        *((ends, place) if along else (place, ends)), color=colour, linewidth=1, alpha=0.4
+                    )
+            axes.plot([x], [y], color=colour, marker=MARKERS[style.marker], markersize=7, linestyle="none",
+                      alpha=0.45 if entry.role else 1.0, label=_name(entry, board))  # fmt: skip
+    axes.set_xlim(-3, 103)
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("held-out paraphrases answered with the target", fontsize=9, color=theme.muted)
+    axes.set_ylabel("other facts of the subject kept", fontsize=9, color=theme.muted)
+    _legend(axes, theme)
+    return figure
 
 
 def _retention(board: Board, theme: Theme) -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from errata import lab
 from errata.bench import plan, recipe, sources
 from errata.bench.recipe import DatasetSpec
 from errata.bench.worker_state import WorkerState
@@ -231,3 +232,18 @@ def test_what_was_added_does_not_hide_the_published_table():
         assert comparable(table, Board("m", "single", {"dataset": dataset}, (), (), frozenset(), ())), dataset
     other = Board("m", "single", {"dataset": "mquake/cf-3k-v2 + cot.txt"}, (), (), frozenset(), ())
     assert not comparable(table, other)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_cases_of_the_lab_are_drawn_with_the_seed_of_their_source(together):
+    expected = lab.cases(3, seed=7, together=together)
+    for source, seed in (("lab:3:7", 0), ("lab:3", 7)):
+        cases, facts = sources.read(source, seed=seed, together=together)
+        assert cases == expected and facts["check"] == {"seed": 7}
+    assert sources.read("lab:3", together=together)[0] != expected
+
+
+@pytest.mark.parametrize("source", ["lab:3:", "lab:3:x", "lab:3:1:2", "lab::1", "lab:-3"])
+def test_a_seed_that_is_no_number_is_refused(source):
+    with pytest.raises(ConfigError, match="lab:N:SEED"):
+        sources.read(source)
