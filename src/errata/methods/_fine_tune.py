@@ -1,30 +1,48 @@
-"""What FT and FT-L have in common: settings, sites and the descent on dense changes of their weights."""
+"""Shared by FT, FT-L and LocFT-BF: settings, their defaults, sites, and gradient descent on dense weight changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.methods._method import Layers, Workspace, notes, provenance, resolve_layers
-from errata.training.tune import Norm, Plan, Stop, tune
+from errata.methods._method import Layers, Workspace, check_requests, notes, provenance, resolve_layers
+from errata.training.tune import Norm, Plan, Stop, rms, tune
 from errata.types import Request
+
+Scale = Literal["weight", "published"]
+C = TypeVar("C", bound="FineTuneConfig")
+
+
+@dataclass(frozen=True)
+class DefaultByScale:
+    """A default value in each unit."""
+
+    weight: float
+    """In root mean squares of the weight."""
+    published: float
+    """In plain numbers."""
+
+    def fill(self, value: float | None, scale: Scale) -> float:
+        """Return the value, or the default of the scale where it is None."""
+        if value is not None:
+            return value
+        return self.published if scale == "published" else self.weight
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """Settings that FT and FT-L share."""
+    """Settings that FT, FT-L and LocFT-BF share."""
 
     layers: Layers = None
     """Layers whose feed-forward output projection is trained; wide: from a twelfth to five sixths of the depth."""
     objective: Literal["target", "prompt_last"] = "target"
     """Loss: autoregressive on the target tokens, or all of them from the prompt's last token (published)."""
-    scale: Literal["weight", "published"] = "weight"
+    scale: Scale = "weight"
     """Unit of the rate and of FT-L's epsilon: the weight's root mean square, or plain numbers."""
     epsilon: float | None = None
     """Bound on the change."""
@@ -54,17 +72,36 @@ class FineTuneConfig:
         return complaints
 
 
-def editable_layers(
+def resolve(
     method: str,
     host: Host,
     requests: Sequence[Request],
-    config: FineTuneConfig,
-    default: Callable[[int], tuple[int, ...]],
-) -> tuple[int, ...]:
-    """Return the layers to train, ``default`` from the depth. Raises ConfigError where nothing is requested."""
-    if not requests:
-        raise ConfigError(f"{method} needs at least one request")
-    return resolve_layers(host, config.layers, default, config.stack)
+    config: C,
+    *,
+    default_layers: Callable[[int], tuple[int, ...]],
+    learning_rate: DefaultByScale,
+) -> C:
+    """Return the settings with layers and rate filled in, ``default_layers`` from the depth.
+
+    Raises ConfigError without requests and for layers that the model does not have.
+    """
+    check_requests(method, requests)
+    layers = resolve_layers(host, config.layers, default_layers, config.stack)
+    return replace(
+        config, layers=layers, learning_rate=learning_rate.fill(config.learning_rate, config.scale)
+    )
+
+
+def sites_of(host: Host, config: FineTuneConfig) -> list[Site]:
+    """Return the feed-forward output projections of the layers of resolved settings."""
+    assert isinstance(config.layers, tuple)
+    layout = host.layout.of(config.stack)
+    return [layout.site(layer) for layer in config.layers]
+
+
+def units(host: Host, sites: Sequence[Site], scale: Scale) -> list[float]:
+    """Return the unit of rate and epsilon at each site: its weight's root mean square, 1 for plain numbers."""
+    return [1.0 if scale == "published" else rms(host.weight(site)) for site in sites]
 
 
 def fine_tune(
@@ -74,21 +111,21 @@ def fine_tune(
     config: FineTuneConfig,
     work: Workspace,
     *,
-    sites: Sequence[Site],
-    rates: Sequence[float],
     bounds: Sequence[float] | None,
     stop: Stop,
     norm: Norm = "inf",
     weight_decay: float = 0.0,
 ) -> WeightEdit:
-    """Return the dense edit that lowers the targets' loss within the bounds.
+    """Return the dense edit that lowers the targets' loss within the bounds; ``config`` is resolved.
 
-    ``rates`` and ``bounds``: Adam's rate and how far the change may go, per site, in plain numbers.
+    ``bounds``: how far the change may go, per site, in plain numbers; None: anywhere.
     """
+    assert config.learning_rate is not None
+    sites = sites_of(host, config)
     plan = Plan(
         objective=config.objective,
         steps=config.steps,
-        rates=tuple(rates),
+        rates=tuple(config.learning_rate * unit for unit in units(host, sites, config.scale)),
         stop=stop,
         bounds=None if bounds is None else tuple(bounds),
         norm=norm,

@@ -437,14 +437,20 @@ def wide_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(depth // 12, max(depth // 12 + 1, 5 * depth // 6)))
 
 
+def check_requests(method: str, requests: Sequence[Request]) -> None:
+    """Raise ConfigError where there is no request to fit."""
+    if not requests:
+        raise ConfigError(f"{method} needs at least one request")
+
+
 def resolve_layers(
     host: Host, layers: Layers, default: Callable[[int], tuple[int, ...]], stack: str = DECODER,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
+    """Return the layers to edit: the given ones, else ``default`` of the depth; checked to be editable.
 
-    ``wide`` asks for :func:`wide_layers`. Where the layer at the place of one that was not asked for by number
-    cannot be edited, the nearest ones that can take its place. ``stack``: which of an encoder-decoder's two they
-    are of.
+    ``wide`` selects :func:`wide_layers`. A default layer that cannot be edited is replaced by the nearest one that
+    can. ``stack``: the stack of an encoder-decoder. Raises ConfigError for repeated layers, HostError for one that
+    cannot be edited.
     """
     layout = host.layout.of(stack)
     depth = len(layout.blocks)
@@ -455,9 +461,10 @@ def resolve_layers(
         default = default if layers is None else wide_layers
         nearest = (min(editable, key=lambda i: (abs(i - layer), i)) for layer in default(depth))
         return tuple(sorted(set(nearest)))
-    if not layers or len(set(layers)) != len(layers):
+    numbers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    if not numbers or len(set(numbers)) != len(numbers):
         raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
-    layers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    layers = numbers
     for layer in layers:
         layout.site(layer)
     return tuple(sorted(layers))

@@ -14,13 +14,13 @@ Needs      Gradients of the weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
-from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._fine_tune import DefaultByScale, FineTuneConfig, Scale, fine_tune, resolve, sites_of
 from errata.methods._method import Baseline, Layers, Method, Workspace
 from errata.training.tune import Stop, rms
 from errata.types import Request
@@ -38,7 +38,7 @@ class Config(FineTuneConfig):
     """Bound on the change, relative to the weight's root mean square (p = inf) or norm (p = 2); None: free."""
     learning_rate: float | None = None
     """Adam's rate. None: 0.06 in root mean squares, chosen on the lab; 5e-4 in plain numbers (ROME's baseline)."""
-    scale: Literal["weight", "published"] = "weight"
+    scale: Scale = "weight"
     """Unit of the rate: the weight's root mean square, or plain numbers."""
     weight_decay: float = 0.0
     """Adam's L2 penalty, on the change (MEMIT's baseline FT-W: 5e-4 at 10,000 requests)."""
@@ -48,21 +48,18 @@ class Config(FineTuneConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the box."""
-    layers = editable_layers("ft", host, requests, config, lambda depth: (depth // 5,))
-    plain = config.scale == "published"
-    rate = (5e-4 if plain else 0.06) if config.learning_rate is None else config.learning_rate
-    config = replace(config, layers=layers, learning_rate=rate)
-    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
-    weights = [host.weight(site) for site in sites]
+    config = resolve(
+        "ft", host, requests, config,
+        default_layers=lambda depth: (depth // 5,), learning_rate=DefaultByScale(weight=0.06, published=5e-4),
+    )  # fmt: skip
     bounds = None
-    if config.epsilon is not None:
+    if config.epsilon is not None:  # in root mean squares whatever the scale
+        weights = [host.weight(site) for site in sites_of(host, config)]
         entries = [1 if config.norm == "inf" else weight.numel() ** 0.5 for weight in weights]
-        bounds = [config.epsilon * rms(w) * n for w, n in zip(weights, entries, strict=True)]
+        bounds = [config.epsilon * rms(weight) * n for weight, n in zip(weights, entries, strict=True)]
     return fine_tune(
-        "ft", host, requests, config, work, sites=sites,
-        rates=[rate if plain else rate * rms(weight) for weight in weights],
-        bounds=bounds, stop=Stop(config.stop_loss, config.stop), norm=config.norm,
-        weight_decay=config.weight_decay,
+        "ft", host, requests, config, work, bounds=bounds, stop=Stop(config.stop_loss, config.stop),
+        norm=config.norm, weight_decay=config.weight_decay,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Paper      Meng et al., "Locating and Editing Factual Associations in GPT", NeurIPS 2022, arXiv 2202.05262,
            baseline FT+L; after Zhu et al., "Modifying Memories in Transformer Models", arXiv 2012.00363
 Implements Adam on the facts' loss; after each step every entry is put back into [W0 - epsilon, W0 + epsilon]
-Departs    The name has come to stand for two things: the box, and a loss that reads every target
+Departs    The name has two meanings in the literature: the box, and a loss that reads every target
            token from the one distribution at the prompt's last token. Here it means the box, as in
            the ROME paper; the loss is a setting, autoregressive by default, ``objective: prompt_last``
            as published. (Survey code calls "FT-L" runs that have that loss and no box: that is ``ft``
@@ -23,9 +23,17 @@ from typing import Literal
 from errata.edits.weight import WeightEdit
 from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
-from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._fine_tune import (
+    DefaultByScale,
+    FineTuneConfig,
+    Scale,
+    fine_tune,
+    resolve,
+    sites_of,
+    units,
+)
 from errata.methods._method import Layers, Method, Workspace
-from errata.training.tune import Stop, rms
+from errata.training.tune import Stop
 from errata.types import Request
 
 
@@ -35,7 +43,7 @@ class Config(FineTuneConfig):
 
     layers: Layers = None
     """Layers whose feed-forward output projection is trained. None: the first (ROME's choice for FT+L)."""
-    scale: Literal["weight", "published"] = "weight"
+    scale: Scale = "weight"
     """Unit of epsilon and learning_rate: the weight's root mean square, or plain numbers."""
     epsilon: float | None = None
     """How far an entry may go. None: 0.2 in root mean squares, chosen on the lab; 5e-4 in plain numbers (ROME:
@@ -48,18 +56,15 @@ class Config(FineTuneConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss inside the box."""
-    layers = editable_layers("ft_l", host, requests, config, lambda depth: (0,))
-    plain = config.scale == "published"
-    epsilon, rate = config.epsilon, config.learning_rate
-    epsilon = (5e-4 if plain else 0.2) if epsilon is None else epsilon
-    rate = (5e-4 if plain else 0.02) if rate is None else rate
-    config = replace(config, layers=layers, epsilon=epsilon, learning_rate=rate)
-    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
-    units = [1.0 if plain else rms(host.weight(site)) for site in sites]
-    return fine_tune(
-        "ft_l", host, requests, config, work, sites=sites, rates=[rate * unit for unit in units],
-        bounds=[epsilon * unit for unit in units], stop=Stop(config.stop_loss, config.stop),
+    config = resolve(
+        "ft_l", host, requests, config,
+        default_layers=lambda depth: (0,), learning_rate=DefaultByScale(weight=0.02, published=5e-4),
     )  # fmt: skip
+    epsilon = DefaultByScale(weight=0.2, published=5e-4).fill(config.epsilon, config.scale)
+    bounds = [epsilon * unit for unit in units(host, sites_of(host, config), config.scale)]
+    config = replace(config, epsilon=epsilon)
+    stop = Stop(config.stop_loss, config.stop)
+    return fine_tune("ft_l", host, requests, config, work, bounds=bounds, stop=stop)
 
 
 METHOD = Method(

@@ -13,13 +13,13 @@ Needs      Gradients of the weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from errata.edits.weight import WeightEdit
 from errata.host.load import Host
-from errata.methods._fine_tune import FineTuneConfig, editable_layers, fine_tune
+from errata.methods._fine_tune import DefaultByScale, FineTuneConfig, fine_tune, resolve, sites_of, units
 from errata.methods._method import Layers, Method, Workspace
-from errata.training.tune import Stop, rms
+from errata.training.tune import Stop
 from errata.types import Request
 
 
@@ -41,20 +41,15 @@ class Config(FineTuneConfig):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the loss of every mini-batch."""
-    layers = editable_layers("locft", host, requests, config, lambda depth: (5 * depth // 6,))
-    plain = config.scale == "published"
-    rate = (5e-4 if plain else 0.03) if config.learning_rate is None else config.learning_rate
-    config = replace(config, layers=layers, learning_rate=rate)
-    sites = [host.layout.of(config.stack).site(layer) for layer in layers]
-    weights = [host.weight(site) for site in sites]
+    config = resolve(
+        "locft", host, requests, config,
+        default_layers=lambda depth: (5 * depth // 6,), learning_rate=DefaultByScale(weight=0.03, published=5e-4),
+    )  # fmt: skip
     bounds = None
     if config.epsilon is not None:
-        bounds = [config.epsilon * (1.0 if plain else rms(weight)) for weight in weights]
-    return fine_tune(
-        "locft", host, requests, config, work, sites=sites,
-        rates=[rate * (1.0 if plain else rms(weight)) for weight in weights], bounds=bounds,
-        stop=Stop(config.stop_loss, "mean"),
-    )  # fmt: skip
+        bounds = [config.epsilon * unit for unit in units(host, sites_of(host, config), config.scale)]
+    stop = Stop(config.stop_loss, "mean")
+    return fine_tune("locft", host, requests, config, work, bounds=bounds, stop=stop)
 
 
 METHOD = Method(

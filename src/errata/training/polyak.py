@@ -11,7 +11,7 @@ from errata.errors import ConfigError
 
 
 class PolyakPath:
-    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
+    """Steps after which the loss would be zero if it were linear; one that raises it is repeated, shorter."""
 
     def __init__(self, limit: float | None) -> None:
         """``limit``: longest step; None: any."""
