@@ -105,6 +105,17 @@ def test_a_step_lowers_a_linear_loss_to_zero():
     assert float((y.detach() - start).norm()) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_at_the_start_is_named(loss):
+    point = torch.zeros(2)
+    with pytest.raises(ConfigError, match=r"loss is (nan|inf) before the first step; .* float32"):
+        PolyakPath(None).step_([point], [torch.ones(2)], loss)
+    path = PolyakPath(None)
+    path.step_([point], [torch.ones(2)], 2.0)
+    path.step_([point], [torch.ones(2)], loss)  # later on it is a step too long: again, a quarter as far
+    torch.testing.assert_close(point, torch.full((2,), -0.25))
+
+
 def test_earlier_keys_join_the_cost(cost):
     cost, matrix = cost
     keys, past = random(12, 3, seed=1), random(12, 20, seed=4)

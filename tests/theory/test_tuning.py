@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from errata.locate.contexts import Context
 from errata.locate.problems import prompt_end
 from errata.locate.values import ValueConfig, optimise
 from errata.methods import lora
+from errata.methods._fine_tune import DefaultByScale, FineTuneConfig, resolve, sites_of, units
 from errata.training.tune import Losses, beside, rms
 from tests.models import fresh
 
@@ -447,3 +449,24 @@ def test_an_end_needs_a_target_of_its_own_and_a_token():
     host.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no end token"):
         errata.edit(host, SHORT, method="ft", end=True)
+
+
+def test_a_layer_counted_from_both_ends_is_one_layer():
+    host = fresh("llama")
+    last = len(host.layout.blocks) - 1
+    with pytest.raises(ConfigError, match="different layer numbers"):
+        errata.edit(host, SHORT, method="ft", layers=(last, -1))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("weight", 0.03), ("published", 5e-4)])
+def test_defaults_are_of_the_unit_and_given_values_stay(scale, expected):
+    host = fresh("llama")
+    config = FineTuneConfig(layers=(0, -1), scale=scale)
+    defaults = DefaultByScale(weight=0.03, published=5e-4)
+    options = {"default_layers": lambda depth: (0,), "learning_rate": defaults}
+    assert resolve("ft", host, [SHORT], config, **options).learning_rate == expected
+    given = resolve("ft", host, [SHORT], replace(config, learning_rate=7.0), **options)
+    assert given.learning_rate == 7.0
+    sites = sites_of(host, given)
+    assert [site.layer for site in sites] == [0, len(host.layout.blocks) - 1]
+    assert units(host, sites, scale) == [1.0 if scale == "published" else rms(host.weight(s)) for s in sites]

@@ -99,25 +99,25 @@ class WeightEdit(Edit):
         self._refuse_active(host)
         try:
             number = placed.set_number(host.model, rows)
-            lost, changed = self._put(host, merge if rows is None else False, number)
-            self._check_rounding(host, lost, changed)
-            unmerged = tuple(name for name in self.deltas if name not in lost)
-            return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
+            losses, changed = self._attach(host, merge if rows is None else False, number)
+            self._check_rounding(host, losses, changed)
+            unmerged = tuple(name for name in self.deltas if name not in losses)
+            return Placement(self.digest, host.fingerprint, losses, unmerged, overrides, rows)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
 
-    def _check_rounding(self, host: ModelHost, lost: Mapping[str, float], changed: bool) -> None:
+    def _check_rounding(self, host: ModelHost, losses: Mapping[str, float], changed: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
         if not changed and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
                 "use merge=False (--no-merge), or load the model in float32"
             )
-        worst = max(lost, key=lambda name: lost[name], default=None)
-        if worst is not None and lost[worst] > WARN_ABOVE_SHARE_LOST:
+        worst = max(losses, key=lambda name: losses[name], default=None)
+        if worst is not None and losses[worst] > WARN_ABOVE_SHARE_LOST:
             warnings.warn(
-                f"merging edit {self.digest} lost {lost[worst]:.0%} of its change of {worst} in "
+                f"merging edit {self.digest} lost {losses[worst]:.0%} of its change of {worst} in "
                 f"{host.model.get_parameter(worst).dtype} rounding: most of the edit was lost; use "
                 "merge=False or float32",
                 stacklevel=stack_level("errata", "contextlib"),
@@ -135,7 +135,7 @@ class WeightEdit(Edit):
         self.overridden_checks(host, foreign=foreign)
         self._refuse_active(host)
         try:
-            return self._put(host, None)[0]
+            return self._attach(host, None)[0]
         finally:
             self._remove(host)
 
@@ -205,7 +205,7 @@ class WeightEdit(Edit):
         rest = overlay.without(self._key)
         return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
-    def _put(
+    def _attach(
         self, host: ModelHost, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
         """Put all deltas in place; return what was lost by merged weight, and whether any output can change."""
@@ -217,14 +217,14 @@ class WeightEdit(Edit):
             n: branch.for_module(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)
         }
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
-        lost: dict[str, float] = {}
+        losses: dict[str, float] = {}
         changed = bool(for_modules)
         for name, delta in for_modules.items():
             branch.attach(host.model, name, self._key, delta, self._stored(name), number)
         for name, weight in weights.items():
-            lost[name], written = self._merge(host, name, weight)
-            changed = changed or written
-        return lost, changed
+            losses[name], differs = self._merge(host, name, weight)
+            changed = changed or differs
+        return losses, changed
 
     def _stored(self, name: str) -> Delta:
         return as_stored(self.deltas[name], name in self.transposed)

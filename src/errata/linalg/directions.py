@@ -51,11 +51,11 @@ def principal_directions(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: 
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     if not float(values[0]) > 0:
         raise ValueError("all keys are zero: they have no direction")
-    left = vectors if wide else white @ vectors  # [m, r], columns not of unit length
-    left = left[:, values > NEGLIGIBLE * values[0]]
+    directions = vectors if wide else white @ vectors  # [m, r], columns not of unit length
+    directions = directions[:, values > NEGLIGIBLE * values[0]]
     if cost.factor is not None:
-        left = routines.solve_triangular(cost.factor.to(keys.device).mT, left, upper=True)
-    return orthonormal(left.mT)
+        directions = routines.solve_triangular(cost.factor.to(keys.device).mT, directions, upper=True)
+    return orthonormal(directions.mT)
 
 
 def orthonormal(rows: Tensor) -> Tensor:

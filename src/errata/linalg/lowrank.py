@@ -63,13 +63,13 @@ class LowRank:
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """Return the best approximation of a rank and the share of squared norm it discards."""
-        left, left_r = routines.qr(self.B)
-        right, right_r = routines.qr(self.A.mT)
-        u, s, vh = routines.svd(left_r @ right_r.mT)
+        q_out, r_out = routines.qr(self.B)
+        q_in, r_in = routines.qr(self.A.mT)
+        u, s, vh = routines.svd(r_out @ r_in.mT)
         rank = min(rank, s.numel())
         energy = float(s.square().sum())
-        lost = float(s[rank:].square().sum()) / energy if energy else 0.0
-        return LowRank(left @ u[:, :rank] * s[:rank], vh[:rank] @ right.mT), lost
+        share = float(s[rank:].square().sum()) / energy if energy else 0.0
+        return LowRank(q_out @ u[:, :rank] * s[:rank], vh[:rank] @ q_in.mT), share
 
     def cut(self, energy: float) -> LowRank:
         """Keep the leading singular directions of B that hold a share of its squared norm; the factors are balanced.
@@ -80,6 +80,10 @@ class LowRank:
         u, s, vh = routines.svd(self.B.double())
         total = s.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         rank = min(len(s), 1 + int((s.square().cumsum(0) / total < energy).sum()))
-        left, right = u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()
-        scale = (routines.norm(left, 0) / routines.norm(right, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
-        return LowRank(left / scale, right * scale[:, None]).to(self.A.dtype)
+        return balance(u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()).to(self.A.dtype)
+
+
+def balance(outer: Tensor, inner: Tensor) -> LowRank:
+    """Pair factors ``[d, r]`` and ``[r, m]`` with equal column norms, so that float32 suits both."""
+    scale = (routines.norm(outer, 0) / routines.norm(inner, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+    return LowRank(outer / scale, inner * scale[:, None])

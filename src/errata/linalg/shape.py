@@ -35,10 +35,10 @@ def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
     The result ``[d_out, d_in]``, added to the delta, bounds its growth; the rank is the number of such values.
     """
     if isinstance(delta, LowRank):
-        left, left_r = routines.qr(delta.B.double())
-        right, right_r = routines.qr(delta.A.double().mT)
-        u, s, vh = routines.svd(left_r @ right_r.mT)
-        u, vh = left @ u, vh @ right.mT
+        q_out, r_out = routines.qr(delta.B.double())
+        q_in, r_in = routines.qr(delta.A.double().mT)
+        u, s, vh = routines.svd(r_out @ r_in.mT)
+        u, vh = q_out @ u, vh @ q_in.mT
     else:
         u, s, vh = routines.svd(delta.double())
     over = s > bound

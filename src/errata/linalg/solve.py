@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from errata.linalg import routines
-from errata.linalg.lowrank import LowRank
+from errata.linalg.lowrank import LowRank, balance
 
 RIDGE = 1e-5
 """Relative ridge added to a second moment: this times its mean diagonal. Keeps M invertible when the
@@ -176,9 +176,9 @@ def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float
     factor = routines.cholesky(gram)
     if factor is None or not torch.isfinite(factor).all():
         raise ValueError("the keys are zero, not finite or linearly dependent; gamma > 0 is needed")
-    left = routines.cholesky_solve(factor, residuals.double().mT).mT  # [d, n]
+    output = routines.cholesky_solve(factor, residuals.double().mT).mT  # [d, n]
     dtype = torch.float64 if residuals.dtype == torch.float64 else torch.float32
-    return balance(left, solved.mT).to(dtype)
+    return balance(output, solved.mT).to(dtype)
 
 
 def update_primal(keys: Tensor, residuals: Tensor, matrix: Tensor, *, gamma: float) -> Tensor:
@@ -239,9 +239,3 @@ def influence(keys: Tensor, solved: Tensor, *, gamma: float) -> Tensor:
     gram = (gram + gram.mT) / 2
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     return routines.solve(gram + gamma * eye, gram).diagonal().clamp(0, 1)
-
-
-def balance(left: Tensor, right: Tensor) -> LowRank:
-    """Pair factors ``[d, r]`` and ``[r, m]`` with equal column norms, so that float32 suits both."""
-    scale = (routines.norm(left, 0) / routines.norm(right, 1).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
-    return LowRank(left / scale, right * scale[:, None])

@@ -97,13 +97,13 @@ def type_of(host: Host, request: Request, tables: Tables) -> int | None:
     """
     template = SLOT.join(request.template)
     everything = list(range(len(tables.types)))
-    known = [i for i in everything if request.subject in tables.types[i].names]
+    with_subject = [i for i in everything if request.subject in tables.types[i].names]
     fitting = [i for i in everything if template in tables.types[i].templates]
-    chosen = known or fitting or everything
-    if len(chosen) < 2:
-        return chosen[0] if chosen else None
-    scores = {i: _likely(host, request.subject, tables.types[i].templates) for i in chosen}
-    return min(chosen, key=lambda i: scores[i])
+    candidates = with_subject or fitting or everything
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    scores = {i: _likely(host, request.subject, tables.types[i].templates) for i in candidates}
+    return min(candidates, key=lambda i: scores[i])
 
 
 def _likely(host: Host, subject: str, templates: Sequence[str]) -> float:
@@ -137,9 +137,9 @@ def _one_of_each(table: AnswerTable, closed: Collection[str]) -> list[str]:
 
 
 def _anchors(host: Host, request: Request, templates: Sequence[str], count: int) -> list[Request]:
-    chosen = templates[:count]
-    said = answers(host, [fill(one, request.subject) for one in chosen], tokens=TOKENS)
-    return [_ask(request, one, answer) for one, answer in zip(chosen, said, strict=True) if plain(answer)]
+    templates = templates[:count]
+    texts = answers(host, [fill(one, request.subject) for one in templates], tokens=TOKENS)
+    return [_ask(request, one, answer) for one, answer in zip(templates, texts, strict=True) if plain(answer)]
 
 
 def _consequences(
@@ -147,15 +147,15 @@ def _consequences(
 ) -> list[Request]:
     """Return what names that have the request's target already have besides, where most of them agree."""
     having = [i for i, answer in enumerate(column) if plain(answer) == plain(request.target)]
-    found = []
+    statements = []
     for template in templates:
         own = table.column(template) or ()
         votes = Counter(plain(own[i]) for i in having)
         (answer, count), *_ = votes.most_common(1) or [("", 0)]
         if answer and count >= KNOWN and 2 * count > len(having):
             text = next(own[i] for i in having if plain(own[i]) == answer)
-            found.append(_ask(request, template, text))
-    return found
+            statements.append(_ask(request, template, text))
+    return statements
 
 
 def _mates(
@@ -163,12 +163,12 @@ def _mates(
     draw: random.Random,
 ) -> list[Request]:  # fmt: skip
     """Return the request's own template with other names first, then its paraphrases with them."""
-    named = {request.subject, request.target, request.target_old}
-    names = [i for i, name in enumerate(table.names) if name not in named]
+    excluded = {request.subject, request.target, request.target_old}
+    names = [i for i, name in enumerate(table.names) if name not in excluded]
     draw.shuffle(names)
     columns = {**own, **{one: table.column(one) or () for one in same}}
     templates = list(columns)
-    found = []
+    statements = []
     for k in range(count):
         i = names[k % len(names)] if names else None
         if i is None or k // len(names) >= len(templates):
@@ -176,8 +176,8 @@ def _mates(
         # one name after another, each in the next template, so that few rows see many of both
         template = templates[(k + k // len(names)) % len(templates)]
         if template.count(SLOT) == 1 and table.names[i] not in template and plain(columns[template][i]):
-            found.append(_ask(request, template, columns[template][i], table.names[i]))
-    return found
+            statements.append(_ask(request, template, columns[template][i], table.names[i]))
+    return statements
 
 
 # --- statements that the host writes about a subject ----------------------------------------
@@ -197,15 +197,15 @@ def _sampled(host: Host, request: Request, counts: OwnCounts, seed: int) -> OwnT
     anchors: dict[str, Request] = {}
     for text in texts:
         tail = regex.split(rf"[\n{TERMINAL}]", text, maxsplit=1)[0].rstrip()
-        before, found, _ = tail.partition(old) if old else (tail, "", "")
-        if not found:
+        before, old_answer, _ = tail.partition(old) if old else (tail, "", "")
+        if not old_answer:
             before, _, answer = tail.rpartition(" ")
         template = f"{SLOT}{before.rstrip()}"
         if not before.strip() or request.subject in before or SLOT in before:
             continue
         if template == SLOT.join(request.template):
             continue
-        if found:
+        if old_answer:
             paraphrases.setdefault(template, _ask(request, template, request.target))
         elif plain(answer) and plain(request.target) not in plain(tail):
             anchors.setdefault(template, _ask(request, template, answer))
@@ -258,8 +258,8 @@ def kept_keys(
             scales += [(weight / max(1, count)) ** 0.5] * len(own)
     if not rows:
         return {}
-    found = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
+    keys_by_site = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
     return {
         site: torch.cat([k * scale for k, scale in zip(keys, scales, strict=True)]).mT
-        for site, keys in found.items()
+        for site, keys in keys_by_site.items()
     }

@@ -125,7 +125,7 @@ def find_values(
     where: Where,
     config: ValueConfig,
     batch_size: int | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    tick: Callable[[int, int], None] = lambda finished, total: None,
 ) -> list[Value]:
     """Find a value per problem, in the order given.
 
@@ -134,15 +134,15 @@ def find_values(
     """
     order = sorted(range(len(problems)), key=lambda i: -_suffix(problems[i]))  # similar lengths together
     size = batch_size or _auto(host, problems, layer)
-    done = 0
+    finished = 0
 
     def run(batch: Sequence[int]) -> list[Value]:
-        nonlocal done
+        nonlocal finished
         members = [problems[i] for i in batch]
         longest = max(len(row.ids) for problem in members for row in problem.rows)
         values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
-        done += len(batch)
-        tick(done, len(problems))
+        finished += len(batch)
+        tick(finished, len(problems))
         return values
 
     with hooks.frozen(host.model):

@@ -8,10 +8,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.methods._method import Layers, Workspace, notes, provenance, resolve_layers
+from errata.methods._method import Layers, Workspace, check_requests, notes, provenance, resolve_layers
 from errata.training.tune import Norm, Plan, Stop, rms, tune
 from errata.types import Request
 
@@ -83,8 +82,7 @@ def prepare(
 
     In plain numbers the rate is that of the published code. Raises ConfigError where nothing is requested.
     """
-    if not requests:
-        raise ConfigError(f"{method} needs at least one request")
+    check_requests(method, requests)
     plain = config.scale == "published"
     numbers = resolve_layers(host, config.layers, layers, config.stack)
     rate = config.learning_rate or (PUBLISHED_RATE if plain else rate)

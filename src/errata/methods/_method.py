@@ -245,12 +245,12 @@ class Workspace:
         return self._external_spectrum(source, site, layers)
 
     def _moments(self, host: Host, sites: Sequence[Site], tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
-        """See that each site's sums over the corpus are there; return corpus, budget and what they depend on."""
+        """Compute each site's sums over the corpus where missing; return corpus, budget and what they depend on."""
         corpus, budget, state = self._statistics(host, tokens)
         missing = [s for s in sites if ("moments", s, *state) not in self._cache]
         if missing:
             with without(self.after, host):
-                taken = second_moments(
+                moments_by_site = second_moments(
                     host,
                     missing,
                     corpus,
@@ -260,8 +260,8 @@ class Workspace:
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
-            _warn_of_few(taken, corpus)
-            for site, moments in taken.items():
+            _warn_of_few(moments_by_site, corpus)
+            for site, moments in moments_by_site.items():
                 self._cache[("moments", site, *state)] = (moments, name)
         return corpus, budget, state
 
@@ -313,7 +313,7 @@ class Workspace:
         return self._cache[key]
 
     def own_texts(self, host: Host, requests: Sequence[Request], counts: OwnCounts) -> list[OwnText]:
-        """Return the host's own statements for each request; none, and no tables made, where none are asked for."""
+        """Return the host's own statements for each request; none, and no tables, where all counts are zero."""
         if counts == OwnCounts():
             return [OwnText() for _ in requests]
         tables = self.tables(host)
@@ -351,13 +351,13 @@ class Workspace:
         return self._cache[key]
 
     def old_answers(self, host: Host, requests: Sequence[Request], tokens: int) -> list[str]:
-        """Return what each request's target replaces: as it says, else what the host without ``after`` says."""
+        """Return each request's old target, or what the host without ``after`` generates where it has none."""
         state = ("old answer", host.fingerprint, *self._others(host))
         missing = [r for r in requests if r.target_old is None and (*state, r) not in self._cache]
         if missing:
             with without(self.after, host):
-                found = host.generate([r.text for r in missing], max_new_tokens=tokens)
-            self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, found, strict=True)}
+                answers = host.generate([r.text for r in missing], max_new_tokens=tokens)
+            self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, answers, strict=True)}
         return [self._cache[(*state, r)] if r.target_old is None else r.target_old for r in requests]
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
@@ -367,7 +367,7 @@ class Workspace:
         return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget)
 
     def _others(self, host: Host) -> list[str]:
-        """List edits in place on the host other than the one that is gone on from."""
+        """List edits in place on the host other than ``after``."""
         mine = self.after.digest if self.after else None
         return [digest for digest in host.placed if digest != mine]
 
@@ -382,9 +382,9 @@ def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMa
         ) from error
 
 
-def _warn_of_few(taken: Mapping[Site, Moments], corpus: Corpus) -> None:
+def _warn_of_few(moments_by_site: Mapping[Site, Moments], corpus: Corpus) -> None:
     """Say how many tokens are missing where there are fewer than a key has entries."""
-    short = {site: moments for site, moments in taken.items() if moments.count < site.d_in}
+    short = {site: moments for site, moments in moments_by_site.items() if moments.count < site.d_in}
     if short:
         site = max(short, key=lambda one: one.d_in)
         warnings.warn(
@@ -437,14 +437,20 @@ def wide_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(depth // 12, max(depth // 12 + 1, 5 * depth // 6)))
 
 
+def check_requests(method: str, requests: Sequence[Request]) -> None:
+    """Raise ConfigError where there is no request to fit."""
+    if not requests:
+        raise ConfigError(f"{method} needs at least one request")
+
+
 def resolve_layers(
     host: Host, layers: Layers, default: Callable[[int], tuple[int, ...]], stack: str = DECODER,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
+    """Return the layers to edit: the given ones, else ``default`` of the depth; checked to be editable.
 
-    ``wide`` asks for :func:`wide_layers`. Where the layer at the place of one that was not asked for by number
-    cannot be edited, the nearest ones that can take its place. ``stack``: which of an encoder-decoder's two they
-    are of.
+    ``wide`` selects :func:`wide_layers`. A default layer that cannot be edited is replaced by the nearest one that
+    can. ``stack``: the stack of an encoder-decoder. Raises ConfigError for repeated layers, HostError for one that
+    cannot be edited.
     """
     layout = host.layout.of(stack)
     depth = len(layout.blocks)
@@ -455,9 +461,10 @@ def resolve_layers(
         default = default if layers is None else wide_layers
         nearest = (min(editable, key=lambda i: (abs(i - layer), i)) for layer in default(depth))
         return tuple(sorted(set(nearest)))
-    if not layers or len(set(layers)) != len(layers):
+    numbers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    if not numbers or len(set(numbers)) != len(numbers):
         raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
-    layers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    layers = numbers
     for layer in layers:
         layout.site(layer)
     return tuple(sorted(layers))

@@ -74,10 +74,10 @@ def rehearse(
     host: Host, requests: Sequence[Request], changes: Mapping[Site, Tensor],
     costs: Mapping[Site, CostMatrix], config: _Settings, work: Workspace,
 ) -> dict[str, float]:  # fmt: skip
-    """Go on with ``changes`` ``[d_out, d_in]`` in place, so that requests and texts are as they should be together.
+    """Train ``changes`` ``[d_out, d_in]`` further, in place, on all requests and on texts to preserve.
 
-    What is drawn depends on the seed and on how many requests there are, so a sequence that goes on from a file
-    goes on as in memory. Returns the last round's losses.
+    The rounds depend on the seed and the number of requests only, so a sequence resumed from a file
+    continues as in memory. Returns the last round's losses.
     """
     earlier: tuple[Request, ...] = work.after.provenance.requests if work.after else ()
     every = [*earlier, *requests]
@@ -86,12 +86,15 @@ def rehearse(
         random.Random(f"rehearsal-{work.seed}-{len(every)}"), new=len(requests), earlier=len(earlier),
         texts=len(texts), passes=config.rehearsal, size=config.rehearsal_requests, beside=config.rehearsal_texts,
     )  # fmt: skip
-    asked, recited = _in_use([one.lines for one in rounds]), _in_use([one.texts for one in rounds])
+    line_numbers, text_numbers = (
+        _in_use([one.lines for one in rounds]),
+        _in_use([one.texts for one in rounds]),
+    )
     with without(work.after, host):
-        recital = recite(host, [texts[i] for i in recited])
-    place_of_line, place_of_text = _places(asked), _places(recited)
+        recital = recite(host, [texts[i] for i in text_numbers])
+    place_of_line, place_of_text = _places(line_numbers), _places(text_numbers)
     return rehearse_(
-        host, changes, [lay_out(host, every[i], "target") for i in asked], recital,
+        host, changes, [lay_out(host, every[i], "target") for i in line_numbers], recital,
         [one.renumbered(place_of_line, place_of_text) for one in rounds], costs,
         weight=config.rehearsal_weight, limit=config.step_limit, batch=work.batch_size,
         tick=lambda done, total: work.on_progress("rehearsal", done, total),
@@ -111,7 +114,7 @@ def _texts(
 ) -> list[tuple[int, ...]]:
     """Return the ids of the texts to keep: those that do not state what a request changes.
 
-    A text that names the subject and its old answer is left out: the edited model is not to say it any more.
+    A text that names the subject and its old answer is left out: the edited model should not generate it any more.
     """
     rows = work.texts(
         host, config.rehearsal_pool, config.rehearsal_tokens, own=config.rehearsal_source == "model"

@@ -19,9 +19,8 @@ from errata.edits.prompt import PromptEdit
 from errata.edits.routers._router import Router
 from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
-from errata.errors import ConfigError
 from errata.host.load import Host
-from errata.methods._method import Baseline, Method, Workspace, provenance
+from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
 from errata.types import Request
 from errata.writing import statement
 
@@ -43,14 +42,15 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return the facts as texts, one entry for all of them or one for each subject."""
-    if not requests:
-        raise ConfigError("in_prompt needs at least one request")
+    check_requests("in_prompt", requests)
     earlier: PromptEdit | None = work.after
-    known = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
-    few = not known and len(requests) <= config.most
+    earlier_requests = (
+        tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
+    )
+    few = not earlier_requests and len(requests) <= config.most
     config = replace(config, scope=config.scope or ("always" if few else "subject"))
     by_subject: dict[str, str] = {}
-    for request in (*known, *requests):
+    for request in (*earlier_requests, *requests):
         subject = "" if config.scope == "always" else request.subject
         by_subject[subject] = by_subject.get(subject, "") + _line(host, request)
     router: Router = Always() if config.scope == "always" else Lexical(tuple(by_subject))

@@ -45,7 +45,16 @@ from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, squar
 from errata.locate.keys import capture_from
 from errata.locate.own import kept_keys, training_rows
 from errata.locate.problems import PromptRow, value_problems
-from errata.methods._method import Layers, Method, Workspace, notes, provenance, resolve_layers, wide_layers
+from errata.methods._method import (
+    Layers,
+    Method,
+    Workspace,
+    check_requests,
+    notes,
+    provenance,
+    resolve_layers,
+    wide_layers,
+)
 from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, OwnStatements, at_least_zero
 from errata.training.polyak import PolyakPath
@@ -93,8 +102,7 @@ class Config(Inputs, OwnStatements, Rehearsal):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit that lowers the loss of all requests' targets at the least cost under M."""
-    if not requests:
-        raise ConfigError("keel needs at least one request")
+    check_requests("keel", requests)
     layers = resolve_layers(host, config.layers, wide_layers)
     config = replace(config, layers=layers)
     sites = [host.layout.site(layer) for layer in layers]
@@ -106,16 +114,16 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     rows = [training_rows(host, one.rows, text) for one, text in zip(problems, own, strict=True)]
     flat = [row for group in rows for row in group]
     keys = {
-        site: torch.cat(found).mT
-        for site, found in capture_from(
+        site: torch.cat(inputs).mT
+        for site, inputs in capture_from(
             host, [r.ids for r in flat], [r.position for r in flat], sites
         ).items()
     }
     state = dict(work.after.state) if work.after else {}
-    kept = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    statement_keys = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
     earlier = {site: state[_name(site)] for site in sites if _name(site) in state and config.history > 0}
     bases = {
-        site: _basis(keys[site], costs[site], earlier.get(site), config.history, kept.get(site))
+        site: _basis(keys[site], costs[site], earlier.get(site), config.history, statement_keys.get(site))
         for site in sites
     }
     outer, facts = _descend(host, rows, bases, config, work)
@@ -156,8 +164,8 @@ def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, o
 
 def _history(past: Tensor | None, keys: Tensor) -> Tensor:
     """Return P ``[d_in, p]`` with P P^T the sum of all edits' mean outer products; never wider than high."""
-    joined = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
-    return joined if joined.shape[1] <= joined.shape[0] else square_factor(joined).to(keys.dtype)
+    history = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
+    return history if history.shape[1] <= history.shape[0] else square_factor(history).to(keys.dtype)
 
 
 # --- the descent ----------------------------------------------------------------------------
@@ -177,23 +185,23 @@ def _descend(
         for site, a in inner.items()
     }
     variables = list(outer.values())
-    taken, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
+    step, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
     path = PolyakPath(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
         factors = {site: (outer[site], inner[site]) for site in bases}
-        for taken in range(config.steps + 1):
-            work.on_progress("keel", taken, config.steps)
+        for step in range(config.steps + 1):
+            work.on_progress("keel", step, config.steps)
             by_line, gradients = _gradients(host, measure, factors, weight / len(rows), work.batch_size)
             losses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, by_line * weight)
-            if float(losses.max()) < config.stop_loss or taken == config.steps:
+            if float(losses.max()) < config.stop_loss or step == config.steps:
                 break
             path.step_(variables, gradients, float(losses.mean()))
         if not torch.isfinite(losses).all():
             raise ConfigError(f"the loss is {float(losses.sum())}; load the model in float32")
     work.on_progress("keel", config.steps, config.steps)
     cost = sum(float(y.detach().double().square().sum()) for y in outer.values())
-    facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(taken), "cost": cost}
+    facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(step), "cost": cost}
     return {site: y.detach() for site, y in outer.items()}, facts
 
 
@@ -211,12 +219,12 @@ def _gradients(
     variables = [outer for outer, _ in factors.values()]
     total = [torch.zeros_like(y) for y in variables]
 
-    def run(chosen: Sequence[int]) -> list[float]:
+    def run(indices: Sequence[int]) -> list[float]:
         with beside_low_rank(host, factors):
-            losses = measure(chosen)
-        share = weights[torch.tensor(list(chosen))].to(losses)
-        found = torch.autograd.grad((losses * share).sum(), variables)
-        for sum_, gradient in zip(total, found, strict=True):
+            losses = measure(indices)
+        share = weights[torch.tensor(list(indices))].to(losses)
+        gradients = torch.autograd.grad((losses * share).sum(), variables)
+        for sum_, gradient in zip(total, gradients, strict=True):
             sum_ += gradient
         return losses.detach().tolist()
 

@@ -41,7 +41,7 @@ from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_after_prefix
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, greedy_tokens, questions, refine, unshared
-from errata.methods._method import Method, Workspace, provenance, resolve_layers
+from errata.methods._method import Method, Workspace, check_requests, provenance, resolve_layers
 from errata.types import Request
 
 
@@ -105,8 +105,7 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit of the columns of the requests' neurons."""
-    if not requests:
-        raise ConfigError("kn needs at least one request")
+    check_requests("kn", requests)
     layers = resolve_layers(host, config.layers, lambda depth: tuple(range(depth)))
     config = replace(config, layers=layers)
     sites = {layer: host.layout.site(layer) for layer in layers}

@@ -35,7 +35,7 @@ from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
-from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._method import Method, Workspace, check_requests, notes, provenance
 from errata.methods._settings import at_least_zero
 from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
 from errata.types import Request
@@ -89,8 +89,7 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the low-rank edit that lowers the targets' loss."""
-    if not requests:
-        raise ConfigError("lora needs at least one request")
+    check_requests("lora", requests)
     peft = extras.need("lora", "lora", "peft", "peft.utils")[0]
     config, names = _resolve(peft, host, config)
     assert config.layers is not None

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers.lexical import Lexical
-from errata.errors import ConfigError
 from errata.host.load import Host
-from errata.methods._method import Baseline, Method, Workspace, provenance
+from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
 from errata.types import Request
 
 
@@ -26,8 +25,7 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return an edit without a text to put before any prompt."""
-    if not requests:
-        raise ConfigError("none needs at least one request")
+    check_requests("none", requests)
     return PromptEdit((), Lexical(()), provenance("none", host, requests, config, work))
 
 

@@ -35,8 +35,8 @@ from errata.host.images import ImageHost
 from errata.host.kinds import IMAGES
 from errata.host.load import Host
 from errata.linalg.directions import least_squares, orthonormal, principal_directions, shrink, shrinkage_share
+from errata.linalg.lowrank import balance
 from errata.linalg.moments import Moments
-from errata.linalg.solve import balance
 from errata.methods._method import Method, Workspace, notes, provenance
 from errata.types import ImageRequest, Request
 

@@ -25,8 +25,8 @@ from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
 from errata.host.load import Host
-from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, balance, leverage
+from errata.linalg.lowrank import LowRank, balance
+from errata.linalg.solve import CostMatrix, leverage
 from errata.locate.problems import value_problems
 from errata.locate.sweep import LayerSweep
 from errata.methods import _closed_form as closed_form

@@ -39,7 +39,7 @@ from errata.host.load import Host
 from errata.linalg.running import RESOLUTION, Running
 from errata.linalg.solve import CostMatrix, update, update_primal
 from errata.locate.gradients import Pairs, collect, named_maps, own_layers
-from errata.methods._method import Method, Shape, Workspace, notes, provenance, resolve_layers
+from errata.methods._method import Method, Shape, Workspace, check_requests, notes, provenance, resolve_layers
 from errata.types import Request
 
 
@@ -88,8 +88,7 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit of one turn: all requests together, on the host in its present state."""
-    if not requests:
-        raise ConfigError("ultraedit needs at least one request")
+    check_requests("ultraedit", requests)
     single = len(requests) == 1 and work.after is None
     config, names = _resolve(host, config, single)
     answers = [host.encode_answer(r.text, r.target) for r in requests]

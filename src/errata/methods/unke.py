@@ -35,7 +35,7 @@ from errata.host.load import Host
 from errata.locate.contexts import Context, sampled_corpus
 from errata.locate.problems import edited_token, prompt_end
 from errata.locate.values import ValueConfig, optimise
-from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._method import Method, Workspace, check_requests, notes, provenance
 from errata.methods._settings import SearchDefaults, fill_search_defaults
 from errata.training.block import Block
 from errata.training.tune import Outcome, Stop, descend, rms
@@ -88,8 +88,7 @@ class Config:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the edit of one block that makes the host answer every request with its target."""
-    if not requests:
-        raise ConfigError("unke needs at least one request")
+    check_requests("unke", requests)
     config = _resolve(host, config)
     assert config.layer is not None
     assert config.learning_rate is not None and config.clamp is not None and config.scale is not None

@@ -207,8 +207,8 @@ def _share(first: Sequence[str], second: Sequence[str], *, endings: bool = False
 
 def _numbers(column: Sequence[str]) -> Tensor:
     """Return one number for each answer, different ones for empty answers: int64 ``[names]``."""
-    known = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
-    return torch.tensor([known[answer] if answer else len(known) + i for i, answer in enumerate(column)])
+    numbers = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
+    return torch.tensor([numbers[answer] if answer else len(numbers) + i for i, answer in enumerate(column)])
 
 
 def _follows(cause: Tensor, effect: Tensor) -> bool:
@@ -220,7 +220,7 @@ def _follows(cause: Tensor, effect: Tensor) -> bool:
     return share >= FOLLOWS and share >= TIMES * rest
 
 
-# --- asking the host ------------------------------------------------------------------------
+# --- prompting the host ---------------------------------------------------------------------
 
 
 def fill(template: str, name: str) -> str:
@@ -232,22 +232,23 @@ def fill(template: str, name: str) -> str:
 def answers(
     host: Host, prompts: Sequence[str], *, tokens: int, tick: Callable[[int, int], None] = lambda *_: None
 ) -> list[str]:
-    """Return what the host answers to each prompt under greedy generation, up to the end of the clause."""
+    """Return the host's greedy answer to each prompt, up to the end of the clause."""
     rows = [host.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for first in range(0, len(order), ROWS):
         tick(first, len(order))
         group = order[first : first + ROWS]
 
-        def say(chosen: Sequence[int], group: Sequence[int] = group) -> list[str]:
-            return generate_rows(host, [rows[group[i]] for i in chosen], tokens)
+        def generate(part: Sequence[int], group: Sequence[int] = group) -> list[str]:
+            return generate_rows(host, [rows[group[i]] for i in part], tokens)
 
-        said = in_batches(range(len(group)), len(group), say)
-        found |= {
-            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip() for i, text in zip(group, said, strict=True)
+        generated = in_batches(range(len(group)), len(group), generate)
+        texts |= {
+            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip()
+            for i, text in zip(group, generated, strict=True)
         }
-    return [found[i] for i in range(len(rows))]
+    return [texts[i] for i in range(len(rows))]
 
 
 @locking.exclusive
@@ -255,7 +256,7 @@ def own_tables(
     host: Host, settings: TableSettings, *, corpus: Corpus | None = None, folder: Path | None = None,
     on_progress: Tick = lambda what, done, total: None,
 ) -> Tables:  # fmt: skip
-    """Return a host's tables: read from ``folder``, or made and kept there; None keeps nothing.
+    """Return a host's tables: read from ``folder``, or computed and stored there; None stores nothing.
 
     ``corpus``: text to mine instead of what the host writes. Raises ConfigError for a host that continues no
     text and for a budget that does not pay for the text, HostError for a folder while an edit is in place.
@@ -264,14 +265,14 @@ def own_tables(
         raise ConfigError(f"tables are made from text that a model writes, and {host.name} continues none")
     if folder is not None and host.placed:
         raise HostError("tables of an edited host are not kept: take its edits back, or give no folder")
-    wanted = facts(host, settings, corpus)
-    known = None if folder is None else cache.read_document(folder, wanted, "tables")
-    if known is not None:
-        return Tables.from_dict(known)
-    made = _make(host, settings, corpus, on_progress)
+    key = facts(host, settings, corpus)
+    stored = None if folder is None else cache.read_document(folder, key, "tables")
+    if stored is not None:
+        return Tables.from_dict(stored)
+    tables = _make(host, settings, corpus, on_progress)
     if folder is not None:
-        cache.write_document(folder, wanted, "tables", made.to_dict())
-    return made
+        cache.write_document(folder, key, "tables", tables.to_dict())
+    return tables
 
 
 def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> dict[str, Any]:
@@ -288,39 +289,43 @@ def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> 
 
 def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: Tick) -> Tables:
     own = corpus is None
-    spent = settings.texts * settings.length if own else 0
-    if spent >= settings.budget:
+    text_tokens = settings.texts * settings.length if own else 0
+    if text_tokens >= settings.budget:
         raise ConfigError(
             f"a budget of {settings.budget} tokens does not pay for {settings.texts} texts of {settings.length} "
             "tokens and their answers; raise the budget, or ask for fewer texts"
         )
     texts = free_text(host, settings, on_progress) if corpus is None else list(_some(corpus, settings))
-    kinds = plan(mine(texts), settings, settings.budget - spent)
+    kinds = plan(mine(texts), settings, settings.budget - text_tokens)
     total = sum(len(kind.names) * len(kind.templates) for kind in kinds)
-    types, done = [], 0
+    types, finished = [], 0
     for kind in kinds:
         prompts = [fill(template, name) for template in kind.templates for name in kind.names]
         flat = answers(
             host, prompts, tokens=settings.answer_tokens,
-            tick=lambda here, _, done=done: on_progress("answers", done + here, total),
+            tick=lambda here, _, before=finished: on_progress("answers", before + here, total),
         )  # fmt: skip
-        done += len(prompts)
+        finished += len(prompts)
         width = len(kind.names)
         types.append(_table(kind, [flat[i : i + width] for i in range(0, len(flat), width)]))
     on_progress("answers", total, total)
     name = corpus.name if corpus else f"written by the host, seed {settings.seed}"
-    kept = tuple(table for table in types if table.templates)
-    return Tables(kept, name, len(texts), total, spent + total * settings.answer_tokens)
+    informative = tuple(table for table in types if table.templates)
+    return Tables(informative, name, len(texts), total, text_tokens + total * settings.answer_tokens)
 
 
 def _table(kind: Kind, columns: Sequence[Sequence[str]]) -> AnswerTable:
     """Return the table without templates to which all names have one answer: they tell nothing of a name."""
-    kept = [
+    informative = [
         (t, tuple(column))
         for t, column in zip(kind.templates, columns, strict=True)
         if len(set(map(plain, column))) > 1
     ]
-    return AnswerTable(kind.names, tuple(t for t, _ in kept), tuple(column for _, column in kept))
+    return AnswerTable(
+        kind.names,
+        tuple(t for t, _ in informative),
+        tuple(column for _, column in informative),
+    )
 
 
 def _some(corpus: Corpus, settings: TableSettings) -> Iterable[str]:
@@ -348,12 +353,12 @@ def plan(kinds: Sequence[Kind], settings: TableSettings, budget: int) -> list[Ki
     """
     cut = [Kind(kind.names[: settings.names], kind.templates[: settings.templates]) for kind in kinds]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i].names) * len(cut[i].templates))
-    left, chosen = budget // settings.answer_tokens, {}
+    answers_left, plans = budget // settings.answer_tokens, {}
     for place, i in enumerate(order):
-        share = left // (len(order) - place)
+        share = answers_left // (len(order) - place)
         names = cut[i].names[: max(2, min(len(cut[i].names), int(share**0.5)))]
         templates = cut[i].templates[: share // len(names)]
         if len(templates) > 1:
-            chosen[i] = Kind(names, templates)
-            left -= len(names) * len(templates)
-    return [chosen[i] for i in sorted(chosen)]
+            plans[i] = Kind(names, templates)
+            answers_left -= len(names) * len(templates)
+    return [plans[i] for i in sorted(plans)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from errata.errors import ConfigError
 
 
 class PolyakPath:
-    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
+    """Steps after which the loss would be zero if it were linear; one that raises it is repeated, shorter."""
 
     def __init__(self, limit: float | None) -> None:
         """``limit``: longest step; None: any."""
@@ -27,8 +28,11 @@ class PolyakPath:
     def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
         """Go on from a point with its gradients and loss, or from the one before where the loss is not lower.
 
-        ``variables``, in place, and ``gradients``: ``[...]``, one shape a pair.
+        ``variables``, in place, and ``gradients``: ``[...]``, one shape a pair. Raises ConfigError where the first
+        loss is not finite or its gradients are zero.
         """
+        if not self.gradients and not math.isfinite(loss):
+            raise ConfigError(f"the loss is {loss} before the first step; load the model in float32")
         if loss < self.loss:
             self.loss, self.radius = loss, min(self.limit, 2 * self.radius)
             self.point = [variable.clone() for variable in variables]

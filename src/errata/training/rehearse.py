@@ -71,26 +71,25 @@ def draw(
     for _ in range(-(-passes * new // fresh)):
         if len(deck) < fresh:
             deck += rng.sample(range(earlier, earlier + new), new)
-        known = rng.sample(range(earlier), min(earlier, size - fresh))
-        rounds.append(Round([*deck[:fresh], *known], rng.sample(range(texts), min(texts, beside))))
+        repeats = rng.sample(range(earlier), min(earlier, size - fresh))
+        rounds.append(Round([*deck[:fresh], *repeats], rng.sample(range(texts), min(texts, beside))))
         deck = deck[fresh:]
     return rounds
 
 
 @torch.no_grad()
 def recite(host: Host, rows: Sequence[tuple[int, ...]], *, top: int = TOP, batch: int = ROWS) -> Recital:
-    """Return what the host, as it is now, says next at every token of some texts."""
-
+    """Return the host's current next-token distributions at every token of some texts."""
     runner = PrefixRunner(host)
 
-    def run(chosen: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
-        logprobs = _next_logprobs(runner, chosen, host.batch(list(chosen)), plain_prefix())
+    def run(part: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
+        logprobs = _next_logprobs(runner, part, host.batch(list(part)), plain_prefix())
         best = logprobs.topk(min(top, logprobs.shape[1] - 1), dim=1)
-        lengths = [len(row) for row in chosen]
+        lengths = [len(row) for row in part]
         return list(zip(best.indices.split(lengths), best.values.split(lengths), strict=True))
 
-    said = in_batches(rows, batch, run)
-    return Recital(rows, [tokens for tokens, _ in said], [logprobs for _, logprobs in said])
+    top_tokens = in_batches(rows, batch, run)
+    return Recital(rows, [tokens for tokens, _ in top_tokens], [logprobs for _, logprobs in top_tokens])
 
 
 def divergence(now: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
@@ -101,8 +100,8 @@ def divergence(now: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
     """
     rest_before = (1 - logprobs.exp().sum(1)).clamp_min(0)
     rest_now = now.scatter(1, tokens, -torch.inf).logsumexp(1)
-    told_apart = (logprobs.exp() * (logprobs - now.gather(1, tokens))).sum(1)
-    return told_apart + torch.special.xlogy(rest_before, rest_before) - rest_before * rest_now
+    divergence_of_top = (logprobs.exp() * (logprobs - now.gather(1, tokens))).sum(1)
+    return divergence_of_top + torch.special.xlogy(rest_before, rest_before) - rest_before * rest_now
 
 
 def rehearse_(
@@ -117,22 +116,22 @@ def rehearse_(
     """
     for change in changes.values():
         change.requires_grad_(True)
-    loss, kept, rate = 0.0, 0.0, float("inf")
+    loss, drift, rate = 0.0, 0.0, float("inf")
     with hooks.frozen(host.model):
         measure = _Measure(host, lines, recital, changes, batch or ROWS)
-        for done, one in enumerate(rounds):
-            tick(done, len(rounds))
+        for number, one in enumerate(rounds):
+            tick(number, len(rounds))
             loss, gradients = measure.of_lines(one.lines)
-            kept, more = measure.of_texts(one.texts)
+            drift, more = measure.of_texts(one.texts)
             for gradient, other in zip(gradients, more, strict=True):
                 gradient += weight * other
-            total = loss + weight * kept
+            total = loss + weight * drift
             if not torch.isfinite(torch.tensor(total)):
-                raise ConfigError(f"the loss is {total} after {done} rounds; load the model in float32")
+                raise ConfigError(f"the loss is {total} after {number} rounds; load the model in float32")
             rate = GROWTH * _step_(changes, gradients, costs, total, rate=rate, limit=limit)
     for change in changes.values():
         change.requires_grad_(False)
-    return {"rehearsed_loss": loss, "divergence": kept}
+    return {"rehearsed_loss": loss, "divergence": drift}
 
 
 @torch.no_grad()
@@ -176,13 +175,13 @@ class _Measure:
         self.losses = Losses(host, lines, depth=depth)
         self.computed = ComputedRows(host, recital.rows, depth)
 
-    def of_lines(self, chosen: Sequence[int]) -> tuple[float, list[Tensor]]:
+    def of_lines(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
         """Return the mean loss of some requests in nats per target token, and its gradients."""
-        return self._sum(chosen, lambda part: self.losses(part).sum() / len(chosen))
+        return self._sum(indices, lambda part: self.losses(part).sum() / len(indices))
 
-    def of_texts(self, chosen: Sequence[int]) -> tuple[float, list[Tensor]]:
+    def of_texts(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
         """Return the mean divergence of some texts in nats per token, and its gradients."""
-        count = sum(len(self.recital.rows[i]) for i in chosen)
+        count = sum(len(self.recital.rows[i]) for i in indices)
 
         def part_of(part: Sequence[int]) -> Tensor:
             rows = [self.recital.rows[i] for i in part]
@@ -192,10 +191,10 @@ class _Measure:
             logprobs = torch.cat([self.recital.logprobs[i] for i in part])
             return divergence(now, tokens.to(now.device), logprobs.to(now)).sum() / count
 
-        return self._sum(chosen, part_of)
+        return self._sum(indices, part_of)
 
     def _sum(
-        self, chosen: Sequence[int], part_of: Callable[[Sequence[int]], Tensor]
+        self, indices: Sequence[int], part_of: Callable[[Sequence[int]], Tensor]
     ) -> tuple[float, list[Tensor]]:
         """Return a loss that is a sum over items, and its gradients, run in batches."""
         variables = list(self.changes.values())
@@ -209,4 +208,4 @@ class _Measure:
                 sum_ += gradient
             return [float(loss.detach()) / len(part)] * len(part)
 
-        return sum(in_batches(chosen, self.batch, run)), total
+        return sum(in_batches(indices, self.batch, run)), total

@@ -202,7 +202,9 @@ def test_figures(run, tmp_path):
     assert {"board-lab-lab-6-single.png", "board-lab-lab-6-single-dark.svg",
             "retention-lab-lab-6-sequential-10.svg", "collapse-lab-lab-6-sequential-10-dark.png"} <= names  # fmt: skip
     assert {"tradeoff-lab-lab-6-single.png", "tradeoff-lab-lab-6-sequential-10.png"} <= names
-    assert len(names) == 4 * (2 + 2 + 2)  # two boards, their trade-offs, two curves of the sequence; four variants
+    assert len(names) == 4 * (
+        2 + 2 + 2
+    )  # two boards, their trade-offs, two curves of the sequence; four variants
     first = {path.name: path.read_bytes() for path in made}
     assert all(data[:4] == b"\x89PNG" for name, data in first.items() if name.endswith("png"))
     again = write_figures(tmp_path / "figures", [run])
