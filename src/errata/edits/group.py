@@ -18,7 +18,7 @@ class EditGroup:
 
     @property
     def method(self) -> str:
-        """The methods that made them, in the order they are put in place."""
+        """The methods that computed them, in the order they are put in place."""
         return " + ".join(edit.provenance.method for edit in self.edits)
 
     @contextmanager
@@ -36,5 +36,5 @@ def group(edits: Edit | Sequence[Edit] | None) -> EditGroup | None:
     """Return one or several edits as a group; None for none."""
     if edits is None:
         return None
-    given = tuple(edits) if isinstance(edits, Sequence) else (edits,)
-    return EditGroup(given) if given else None
+    members = tuple(edits) if isinstance(edits, Sequence) else (edits,)
+    return EditGroup(members) if members else None

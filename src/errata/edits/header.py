@@ -70,17 +70,20 @@ def provenance_fields(stored: Any) -> dict[str, Any]:
     unknown = sorted(set(stored) - {*kinds, "requests", "parents", "overrides"})
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
-    known = {n: get_field(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
-    for name, version in known.get("versions", {}).items():
+    values = {n: get_field(stored, n, k, where) for n, k in kinds.items() if n in stored or n not in optional}
+    for name, version in values.get("versions", {}).items():
         check_type(version, str, f"{where}: versions[{name[:80]!r}]")
     requests = get_field(stored, "requests", list, where)
-    known["requests"] = tuple(_request(item, f"{where}: requests[{i}]") for i, item in enumerate(requests))
-    known["parents"] = get_texts(stored, "parents", where) if "parents" in stored else ()
+    values["requests"] = tuple(_request(item, f"{where}: requests[{i}]") for i, item in enumerate(requests))
+    values["parents"] = get_texts(stored, "parents", where) if "parents" in stored else ()
     if stored.get(
         "overrides"
     ):  # of files before version 3, whose edits recorded what they were applied against
-        known["notes"] = {**known.get("notes", {}), "overrides": list(get_texts(stored, "overrides", where))}
-    return known
+        values["notes"] = {
+            **values.get("notes", {}),
+            "overrides": list(get_texts(stored, "overrides", where)),
+        }
+    return values
 
 
 def _request(stored: Any, where: str) -> Request | ImageRecord:

@@ -61,12 +61,12 @@ class Intervention:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{what} {value!r}, expected one of {', '.join(known)}"
-            for what, value, known in (
+            f"{what} {value!r}, expected one of {', '.join(options)}"
+            for what, value, options in (
                 ("operation", self.operation, get_args(Operation)),
                 ("positions", self.positions, get_args(Positions)),
             )
-            if value not in known
+            if value not in options
         ]
         if wrong:
             raise EditError("; ".join(wrong))

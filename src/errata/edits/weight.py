@@ -36,7 +36,7 @@ from errata.linalg.lowrank import LowRank
 from errata.linalg.routines import norm
 
 WARN_ABOVE_SHARE_LOST = 0.5
-"""Share of a change that rounding may eat before a warning is given."""
+"""Share of a change that rounding may lose before a warning is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +56,10 @@ class WeightEdit(Edit):
     records: Mapping[str, Record] = field(default_factory=dict[str, Record])
     """By parameter path, what a closed-form delta was solved from; see :mod:`errata.edits.algebra`."""
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What a method needs to go on from here: running statistics, queues, projections."""
+    """What a method needs to continue from here: running statistics, queues, projections."""
 
     def __post_init__(self) -> None:
-        # stored as a file would have them, so that a loaded edit goes on to the very same bits
+        # stored as a file would have them, so that continuing from a loaded edit gives the same bits
         deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
         records = {name: record.contiguous() for name, record in self.records.items()}
         state = {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
@@ -70,7 +70,7 @@ class WeightEdit(Edit):
     def _key(self) -> str:
         """Name among the changes of a weight: they are added in the order of their numbers, then of digests.
 
-        So the sum does not depend on what an edit says of itself besides its numbers.
+        So the sum depends on an edit's numbers alone, not on its description.
         """
         return overlays.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
@@ -99,25 +99,25 @@ class WeightEdit(Edit):
         self._refuse_active(host)
         try:
             number = placed.set_number(host.model, rows)
-            lost, changed = self._put(host, merge if rows is None else False, number)
-            self._check_rounding(host, lost, changed)
-            unmerged = tuple(name for name in self.deltas if name not in lost)
-            return Placement(self.digest, host.fingerprint, lost, unmerged, overrides, rows)
+            losses, changed = self._put_deltas(host, merge if rows is None else False, number)
+            self._check_rounding(host, losses, changed)
+            unmerged = tuple(name for name in self.deltas if name not in losses)
+            return Placement(self.digest, host.fingerprint, losses, unmerged, overrides, rows)
         except BaseException:  # an interrupt, too, must leave nothing half done
             self._remove(host)
             raise
 
-    def _check_rounding(self, host: ModelHost, lost: Mapping[str, float], changed: bool) -> None:
+    def _check_rounding(self, host: ModelHost, losses: Mapping[str, float], changed: bool) -> None:
         """Raise EditError where merging lost the whole change, warn where it lost most of it."""
         if not changed and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
                 "use merge=False (--no-merge), or load the model in float32"
             )
-        worst = max(lost, key=lambda name: lost[name], default=None)
-        if worst is not None and lost[worst] > WARN_ABOVE_SHARE_LOST:
+        worst = max(losses, key=lambda name: losses[name], default=None)
+        if worst is not None and losses[worst] > WARN_ABOVE_SHARE_LOST:
             warnings.warn(
-                f"merging edit {self.digest} lost {lost[worst]:.0%} of its change of {worst} in "
+                f"merging edit {self.digest} lost {losses[worst]:.0%} of its change of {worst} in "
                 f"{host.model.get_parameter(worst).dtype} rounding: most of the edit was lost; use "
                 "merge=False or float32",
                 stacklevel=stack_level("errata", "contextlib"),
@@ -135,12 +135,12 @@ class WeightEdit(Edit):
         self.overridden_checks(host, foreign=foreign)
         self._refuse_active(host)
         try:
-            return self._put(host, None)[0]
+            return self._put_deltas(host, None)[0]
         finally:
             self._remove(host)
 
     def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
-        """Take the deltas off, also after a change or a revert that was interrupted half-way.
+        """Remove the deltas, also after a change or a revert that was interrupted half-way.
 
         A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
         something else has changed meanwhile (a training step, a merged adapter, a loaded checkpoint) is not
@@ -205,10 +205,10 @@ class WeightEdit(Edit):
         rest = overlay.without(self._key)
         return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
-    def _put(
+    def _put_deltas(
         self, host: ModelHost, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
-        """Put all deltas in place; return what was lost by merged weight, and whether any output can change."""
+        """Put all deltas in place; return the rounding loss by merged weight, and whether any output can change."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
                 raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
@@ -217,14 +217,14 @@ class WeightEdit(Edit):
             n: branch.for_module(host, n, self.deltas[n], n in self.transposed) for n in sorted(unmerged)
         }
         weights = self._weights(host, [name for name in self.deltas if name not in unmerged])
-        lost: dict[str, float] = {}
+        losses: dict[str, float] = {}
         changed = bool(for_modules)
         for name, delta in for_modules.items():
             branch.attach(host.model, name, self._key, delta, self._stored(name), number)
         for name, weight in weights.items():
-            lost[name], written = self._merge(host, name, weight)
-            changed = changed or written
-        return lost, changed
+            losses[name], differs = self._merge(host, name, weight)
+            changed = changed or differs
+        return losses, changed
 
     def _stored(self, name: str) -> Delta:
         return as_stored(self.deltas[name], name in self.transposed)
@@ -239,7 +239,7 @@ class WeightEdit(Edit):
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
     def _remove(self, host: ModelHost) -> None:
-        """Take off whatever of this edit is in place."""
+        """Remove whatever of this edit is in place."""
         for name in sorted(self._unmerged_names(host)):
             branch.detach(host.model, name, self._key)
         for name in sorted(self._merged_names(host)):

@@ -68,8 +68,8 @@ class LowRank:
         u, s, vh = routines.svd(left_r @ right_r.mT)
         rank = min(rank, s.numel())
         energy = float(s.square().sum())
-        lost = float(s[rank:].square().sum()) / energy if energy else 0.0
-        return LowRank(left @ u[:, :rank] * s[:rank], vh[:rank] @ right.mT), lost
+        share = float(s[rank:].square().sum()) / energy if energy else 0.0
+        return LowRank(left @ u[:, :rank] * s[:rank], vh[:rank] @ right.mT), share
 
     def cut(self, energy: float) -> LowRank:
         """Keep the leading singular directions of B that hold a share of its squared norm; the factors are balanced.

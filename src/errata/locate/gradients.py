@@ -123,7 +123,7 @@ def collect(
     *,
     tokens: Tokens = "answer",
     batch_size: int = 10,
-    on_rows: Callable[[int], None] = lambda done: None,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Pairs]:
     """Return, by module path, inputs and output gradients at tokens of prompts with answers.
 
@@ -131,13 +131,13 @@ def collect(
     rows, so ``batch_size``, the rows run at once, changes nothing but rounding. Raises HostError for a module that
     does not compute W x + b exactly once per token.
     """
-    done = 0
+    count = 0
 
     def run(batch: Sequence[Answer]) -> list[dict[str, Pairs]]:
-        nonlocal done
+        nonlocal count
         rows = _run_batch(host, batch, modules, tokens)
-        done += len(batch)
-        on_rows(done)
+        count += len(batch)
+        on_rows(count)
         return rows
 
     with hooks.frozen(host.model):

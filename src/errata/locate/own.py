@@ -1,7 +1,7 @@
-"""What a host itself says about a request's subject and about others of its type, as data for an edit.
+"""The host's own statements about a request's subject and about others of its type, as data for an edit.
 
-Built from the host's tables (:mod:`errata.stats.tables`), or from statements that the host is let write about
-the subject. Nothing here takes a case or a probe: host, request and tables are all there is.
+Built from the host's tables (:mod:`errata.stats.tables`), or from statements that the host generates about
+the subject. Nothing here reads a case or a probe: the input is host, request and tables.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class OwnText:
 
 @dataclass(frozen=True)
 class OwnCounts:
-    """How many statements of each sort to return at most."""
+    """How many statements to return at most, by kind."""
 
     paraphrases: int = 0
     consequences: int = 0
@@ -68,7 +68,7 @@ class OwnCounts:
 
 
 def own_text(host: Host, request: Request, tables: Tables, counts: OwnCounts, *, seed: int = 0) -> OwnText:
-    """Return the host's own statements for a request; answers are those it gives at present."""
+    """Return the host's own statements for a request; answers are those of the host in its present state."""
     number = type_of(host, request, tables)
     draw = random.Random(f"errata-own-{seed}-{request.text}")
     if number is None:
@@ -82,7 +82,9 @@ def own_text(host: Host, request: Request, tables: Tables, counts: OwnCounts, *,
     closed = {template, *same, *after, *table.related(column)}
     others = _one_of_each(table, closed)
     return OwnText(
-        tuple(_ask(request, one, request.target) for one in _usable(same, request)[: counts.paraphrases]),
+        tuple(
+            _statement(request, one, request.target) for one in _usable(same, request)[: counts.paraphrases]
+        ),
         tuple(_consequences(request, table, column, after))[: counts.consequences],
         tuple(_anchors(host, request, _usable(others, request), counts.anchors)),
         tuple(_mates(request, table, {template: tuple(column)}, same, counts.mates, draw)),
@@ -97,13 +99,13 @@ def type_of(host: Host, request: Request, tables: Tables) -> int | None:
     """
     template = SLOT.join(request.template)
     everything = list(range(len(tables.types)))
-    known = [i for i in everything if request.subject in tables.types[i].names]
+    matching = [i for i in everything if request.subject in tables.types[i].names]
     fitting = [i for i in everything if template in tables.types[i].templates]
-    chosen = known or fitting or everything
-    if len(chosen) < 2:
-        return chosen[0] if chosen else None
-    scores = {i: _likely(host, request.subject, tables.types[i].templates) for i in chosen}
-    return min(chosen, key=lambda i: scores[i])
+    types = matching or fitting or everything
+    if len(types) < 2:
+        return types[0] if types else None
+    scores = {i: _likely(host, request.subject, tables.types[i].templates) for i in types}
+    return min(types, key=lambda i: scores[i])
 
 
 def _likely(host: Host, subject: str, templates: Sequence[str]) -> float:
@@ -120,12 +122,12 @@ def _likely(host: Host, subject: str, templates: Sequence[str]) -> float:
 # --- statements from the tables -------------------------------------------------------------
 
 
-def _ask(request: Request, template: str, answer: str, subject: str | None = None) -> Request:
+def _statement(request: Request, template: str, answer: str, subject: str | None = None) -> Request:
     return Request(template, subject or request.subject, answer)
 
 
 def _usable(templates: Sequence[str], request: Request) -> list[str]:
-    """Leave out what the subject cannot be put into, as where it stands in the template already."""
+    """Leave out templates that the subject cannot fill, such as those that contain it already."""
     return [one for one in templates if one.count(SLOT) == 1 and request.subject not in one]
 
 
@@ -137,9 +139,13 @@ def _one_of_each(table: AnswerTable, closed: Collection[str]) -> list[str]:
 
 
 def _anchors(host: Host, request: Request, templates: Sequence[str], count: int) -> list[Request]:
-    chosen = templates[:count]
-    said = answers(host, [fill(one, request.subject) for one in chosen], tokens=TOKENS)
-    return [_ask(request, one, answer) for one, answer in zip(chosen, said, strict=True) if plain(answer)]
+    templates = templates[:count]
+    texts = answers(host, [fill(one, request.subject) for one in templates], tokens=TOKENS)
+    return [
+        _statement(request, one, answer)
+        for one, answer in zip(templates, texts, strict=True)
+        if plain(answer)
+    ]
 
 
 def _consequences(
@@ -147,15 +153,15 @@ def _consequences(
 ) -> list[Request]:
     """Return what names that have the request's target already have besides, where most of them agree."""
     having = [i for i, answer in enumerate(column) if plain(answer) == plain(request.target)]
-    found = []
+    statements = []
     for template in templates:
         own = table.column(template) or ()
         votes = Counter(plain(own[i]) for i in having)
         (answer, count), *_ = votes.most_common(1) or [("", 0)]
         if answer and count >= KNOWN and 2 * count > len(having):
             text = next(own[i] for i in having if plain(own[i]) == answer)
-            found.append(_ask(request, template, text))
-    return found
+            statements.append(_statement(request, template, text))
+    return statements
 
 
 def _mates(
@@ -163,12 +169,12 @@ def _mates(
     draw: random.Random,
 ) -> list[Request]:  # fmt: skip
     """Return the request's own template with other names first, then its paraphrases with them."""
-    named = {request.subject, request.target, request.target_old}
-    names = [i for i, name in enumerate(table.names) if name not in named]
+    excluded = {request.subject, request.target, request.target_old}
+    names = [i for i, name in enumerate(table.names) if name not in excluded]
     draw.shuffle(names)
     columns = {**own, **{one: table.column(one) or () for one in same}}
     templates = list(columns)
-    found = []
+    statements = []
     for k in range(count):
         i = names[k % len(names)] if names else None
         if i is None or k // len(names) >= len(templates):
@@ -176,11 +182,11 @@ def _mates(
         # one name after another, each in the next template, so that few rows see many of both
         template = templates[(k + k // len(names)) % len(templates)]
         if template.count(SLOT) == 1 and table.names[i] not in template and plain(columns[template][i]):
-            found.append(_ask(request, template, columns[template][i], table.names[i]))
-    return found
+            statements.append(_statement(request, template, columns[template][i], table.names[i]))
+    return statements
 
 
-# --- statements that the host writes about a subject ----------------------------------------
+# --- statements that the host generates about a subject ----------------------------------------
 
 
 def _sampled(host: Host, request: Request, counts: OwnCounts, seed: int) -> OwnText:
@@ -197,18 +203,18 @@ def _sampled(host: Host, request: Request, counts: OwnCounts, seed: int) -> OwnT
     anchors: dict[str, Request] = {}
     for text in texts:
         tail = regex.split(rf"[\n{TERMINAL}]", text, maxsplit=1)[0].rstrip()
-        before, found, _ = tail.partition(old) if old else (tail, "", "")
-        if not found:
+        before, match, _ = tail.partition(old) if old else (tail, "", "")
+        if not match:
             before, _, answer = tail.rpartition(" ")
         template = f"{SLOT}{before.rstrip()}"
         if not before.strip() or request.subject in before or SLOT in before:
             continue
         if template == SLOT.join(request.template):
             continue
-        if found:
-            paraphrases.setdefault(template, _ask(request, template, request.target))
+        if match:
+            paraphrases.setdefault(template, _statement(request, template, request.target))
         elif plain(answer) and plain(request.target) not in plain(tail):
-            anchors.setdefault(template, _ask(request, template, answer))
+            anchors.setdefault(template, _statement(request, template, answer))
     return OwnText(
         tuple(paraphrases.values())[: counts.paraphrases], anchors=tuple(anchors.values())[: counts.anchors]
     )
@@ -258,8 +264,8 @@ def kept_keys(
             scales += [(weight / max(1, count)) ** 0.5] * len(own)
     if not rows:
         return {}
-    found = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
+    by_site = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
     return {
         site: torch.cat([k * scale for k, scale in zip(keys, scales, strict=True)]).mT
-        for site, keys in found.items()
+        for site, keys in by_site.items()
     }

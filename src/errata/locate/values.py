@@ -125,24 +125,24 @@ def find_values(
     where: Where,
     config: ValueConfig,
     batch_size: int | None = None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    tick: Callable[[int, int], None] = lambda count, total: None,
 ) -> list[Value]:
-    """Find a value per problem, in the order given.
+    """Find a value per problem, in the given order.
 
     ``batch_size``: problems per batch; None: as many as fit. Batches shrink when memory runs out. ``tick`` is called
     with the number of finished problems and their total.
     """
     order = sorted(range(len(problems)), key=lambda i: -_suffix(problems[i]))  # similar lengths together
     size = batch_size or _auto(host, problems, layer)
-    done = 0
+    count = 0
 
     def run(batch: Sequence[int]) -> list[Value]:
-        nonlocal done
+        nonlocal count
         members = [problems[i] for i in batch]
         longest = max(len(row.ids) for problem in members for row in problem.rows)
         values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
-        done += len(batch)
-        tick(done, len(problems))
+        count += len(batch)
+        tick(count, len(problems))
         return values
 
     with hooks.frozen(host.model):
@@ -319,7 +319,7 @@ class _Search:
     def _add_earlier_shifts(
         self, stack: contextlib.ExitStack, rows: list[PromptRow], columns: list[int]
     ) -> None:
-        """Add the shifts found before for earlier tokens of the rows."""
+        """Add the shifts already computed for earlier tokens of the rows."""
         earlier = [
             (i, columns[i] + at - row.position, shift)
             for i, row in enumerate(rows)

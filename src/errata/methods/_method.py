@@ -30,11 +30,11 @@ from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.types import Case, Corpus, Request
 
 OWN_TEXTS = 10_000
-"""Added to the seed of texts that the host writes to be kept, so that none is among those it is measured on."""
+"""Added to the seed of generated texts to preserve, so that none of them is among those of an evaluation."""
 
 
 class Shape(NamedTuple):
-    """What tells one published model from another."""
+    """What distinguishes one published model from another."""
 
     family: str
     """Its model type, as in the model's configuration."""
@@ -88,7 +88,7 @@ class Method:
     random: bool = True
     """Whether its edits may depend on the seed; boards measure the others once."""
     baseline: Baseline | None = None
-    """What it is on boards, for methods that stand on every board to compare with."""
+    """What it is on boards, for methods that every board lists for comparison."""
     published: Published = field(default_factory=dict)
     """Settings of its paper or its authors' code, taken where the user leaves them open."""
 
@@ -177,10 +177,10 @@ class Workspace:
     tokens: int | None = None
     """Token budget that replaces a method's own, if set."""
     folder: Path | None = None
-    """Where statistics are kept between runs; None: only in memory."""
+    """Where statistics are stored between runs; None: only in memory."""
     load_examples: Callable[[], Sequence[Case]] = tuple
     """Returns other facts with their probes, for methods that learn from examples; never those that measure."""
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    on_progress: Callable[[str, int, int], None] = lambda what, count, total: None
     """Called with a phase and how far it is."""
     after: Any = None
     """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""
@@ -250,18 +250,18 @@ class Workspace:
         missing = [s for s in sites if ("moments", s, *state) not in self._cache]
         if missing:
             with without(self.after, host):
-                taken = second_moments(
+                by_site = second_moments(
                     host,
                     missing,
                     corpus,
                     tokens=budget,
                     # statistics of an edited host are nobody else's
                     folder=None if host.placed else self.folder,
-                    on_tokens=lambda done, total: self.on_progress("statistics", done, total),
+                    on_tokens=lambda count, total: self.on_progress("statistics", count, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
-            _warn_of_few(taken, corpus)
-            for site, moments in taken.items():
+            _warn_of_few(by_site, corpus)
+            for site, moments in by_site.items():
                 self._cache[("moments", site, *state)] = (moments, name)
         return corpus, budget, state
 
@@ -313,7 +313,7 @@ class Workspace:
         return self._cache[key]
 
     def own_texts(self, host: Host, requests: Sequence[Request], counts: OwnCounts) -> list[OwnText]:
-        """Return the host's own statements for each request; none, and no tables made, where none are asked for."""
+        """Return the host's own statements for each request; none, without computing tables, where ``counts`` are 0."""
         if counts == OwnCounts():
             return [OwnText() for _ in requests]
         tables = self.tables(host)
@@ -351,13 +351,13 @@ class Workspace:
         return self._cache[key]
 
     def old_answers(self, host: Host, requests: Sequence[Request], tokens: int) -> list[str]:
-        """Return what each request's target replaces: as it says, else what the host without ``after`` says."""
+        """Return each request's ``target_old``, or where it is None the answer of the host without ``after``."""
         state = ("old answer", host.fingerprint, *self._others(host))
         missing = [r for r in requests if r.target_old is None and (*state, r) not in self._cache]
         if missing:
             with without(self.after, host):
-                found = host.generate([r.text for r in missing], max_new_tokens=tokens)
-            self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, found, strict=True)}
+                texts = host.generate([r.text for r in missing], max_new_tokens=tokens)
+            self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, texts, strict=True)}
         return [self._cache[(*state, r)] if r.target_old is None else r.target_old for r in requests]
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
@@ -382,9 +382,9 @@ def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMa
         ) from error
 
 
-def _warn_of_few(taken: Mapping[Site, Moments], corpus: Corpus) -> None:
-    """Say how many tokens are missing where there are fewer than a key has entries."""
-    short = {site: moments for site, moments in taken.items() if moments.count < site.d_in}
+def _warn_of_few(by_site: Mapping[Site, Moments], corpus: Corpus) -> None:
+    """Warn how many tokens are missing where there are fewer than a key has entries."""
+    short = {site: moments for site, moments in by_site.items() if moments.count < site.d_in}
     if short:
         site = max(short, key=lambda one: one.d_in)
         warnings.warn(
@@ -440,10 +440,10 @@ def wide_layers(depth: int) -> tuple[int, ...]:
 def resolve_layers(
     host: Host, layers: Layers, default: Callable[[int], tuple[int, ...]], stack: str = DECODER,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Return the layers to edit: those asked for, else a default from depth; checked to be editable.
+    """Return the layers to edit: those of the settings, else a default from depth; checked to be editable.
 
-    ``wide`` asks for :func:`wide_layers`. Where the layer at the place of one that was not asked for by number
-    cannot be edited, the nearest ones that can take its place. ``stack``: which of an encoder-decoder's two they
+    ``wide`` selects :func:`wide_layers`. Where a layer that was not given by number cannot be edited, the nearest
+    editable ones take its place. ``stack``: which of an encoder-decoder's two they
     are of.
     """
     layout = host.layout.of(stack)

@@ -1,4 +1,4 @@
-"""Rehearsal for methods that change weights: earlier requests and the model's own text, kept beside new requests."""
+"""Rehearsal for methods that change weights: training on earlier requests and the model's own text, too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rehearsal:
     rehearsal_requests: int = 40
     """Requests in each round, at most half of them new where there are earlier ones."""
     rehearsal_texts: int = 32
-    """Texts in each round, of which the edited model is to say what the unedited one does. 0: none."""
+    """Texts in each round, whose predictions are to equal the unedited model's. 0: none."""
     rehearsal_weight: float = 10.0
     """Weight of the divergence there, nats per token, beside the requests' mean loss, nats per target token."""
     rehearsal_pool: int = 1280
@@ -76,8 +76,8 @@ def rehearse(
 ) -> dict[str, float]:  # fmt: skip
     """Go on with ``changes`` ``[d_out, d_in]`` in place, so that requests and texts are as they should be together.
 
-    What is drawn depends on the seed and on how many requests there are, so a sequence that goes on from a file
-    goes on as in memory. Returns the last round's losses.
+    The draw depends on the seed and the number of requests, so a sequence continued from a file
+    continues as in memory. Returns the last round's losses.
     """
     earlier: tuple[Request, ...] = work.after.provenance.requests if work.after else ()
     every = [*earlier, *requests]
@@ -86,15 +86,15 @@ def rehearse(
         random.Random(f"rehearsal-{work.seed}-{len(every)}"), new=len(requests), earlier=len(earlier),
         texts=len(texts), passes=config.rehearsal, size=config.rehearsal_requests, beside=config.rehearsal_texts,
     )  # fmt: skip
-    asked, recited = _in_use([one.lines for one in rounds]), _in_use([one.texts for one in rounds])
+    used_lines, used_texts = _in_use([one.lines for one in rounds]), _in_use([one.texts for one in rounds])
     with without(work.after, host):
-        recital = recite(host, [texts[i] for i in recited])
-    place_of_line, place_of_text = _places(asked), _places(recited)
+        recital = recite(host, [texts[i] for i in used_texts])
+    place_of_line, place_of_text = _places(used_lines), _places(used_texts)
     return rehearse_(
-        host, changes, [lay_out(host, every[i], "target") for i in asked], recital,
+        host, changes, [lay_out(host, every[i], "target") for i in used_lines], recital,
         [one.renumbered(place_of_line, place_of_text) for one in rounds], costs,
         weight=config.rehearsal_weight, limit=config.step_limit, batch=work.batch_size,
-        tick=lambda done, total: work.on_progress("rehearsal", done, total),
+        tick=lambda count, total: work.on_progress("rehearsal", count, total),
     )  # fmt: skip
 
 
@@ -109,9 +109,9 @@ def _places(numbers: Sequence[int]) -> dict[int, int]:
 def _texts(
     host: Host, requests: Sequence[Request], config: _Settings, work: Workspace
 ) -> list[tuple[int, ...]]:
-    """Return the ids of the texts to keep: those that do not state what a request changes.
+    """Return the ids of the texts to preserve: those that do not state what a request changes.
 
-    A text that names the subject and its old answer is left out: the edited model is not to say it any more.
+    A text that names the subject and its old answer is left out: the edited model should no longer generate it.
     """
     rows = work.texts(
         host, config.rehearsal_pool, config.rehearsal_tokens, own=config.rehearsal_source == "model"

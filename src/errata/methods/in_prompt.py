@@ -46,11 +46,11 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if not requests:
         raise ConfigError("in_prompt needs at least one request")
     earlier: PromptEdit | None = work.after
-    known = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
-    few = not known and len(requests) <= config.most
+    previous = tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
+    few = not previous and len(requests) <= config.most
     config = replace(config, scope=config.scope or ("always" if few else "subject"))
     by_subject: dict[str, str] = {}
-    for request in (*known, *requests):
+    for request in (*previous, *requests):
         subject = "" if config.scope == "always" else request.subject
         by_subject[subject] = by_subject.get(subject, "") + _line(host, request)
     router: Router = Always() if config.scope == "always" else Lexical(tuple(by_subject))

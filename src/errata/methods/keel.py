@@ -13,7 +13,7 @@ Implements U are the inputs of a down-projection at every position from the subj
            The subject's last token is the same in all statements about the subject, so a change there alone
            changes them all; later positions hold keys that know the relation as well.
            With ``rehearsal``, steps of the same kind follow in which some earlier requests and some texts are
-           looked at beside the new requests; of the texts the model is to say what it says unedited. The change
+           looked at beside the new requests; on the texts its predictions are to stay as unedited. The change
            is then any matrix, not one of the keys' span
 Departs    M is the shrunken second moment, not C: with the plain one a sequence loses its neighbours sooner.
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
@@ -74,7 +74,7 @@ class Config(Inputs, OwnStatements, Rehearsal):
     context_tokens: int = 10
     """Their length in tokens."""
     energy: float = 0.999
-    """Share of each layer's squared norm of Y that is kept when its rank is cut; 1 keeps all of it."""
+    """Share of each layer's squared norm of Y to keep when its rank is cut; 1 keeps all of it."""
     tokens: int = 1_000_000
     """Token budget of the second moments."""
 
@@ -106,16 +106,16 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     rows = [training_rows(host, one.rows, text) for one, text in zip(problems, own, strict=True)]
     flat = [row for group in rows for row in group]
     keys = {
-        site: torch.cat(found).mT
-        for site, found in capture_from(
+        site: torch.cat(parts).mT
+        for site, parts in capture_from(
             host, [r.ids for r in flat], [r.position for r in flat], sites
         ).items()
     }
     state = dict(work.after.state) if work.after else {}
-    kept = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    preserved = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
     earlier = {site: state[_name(site)] for site in sites if _name(site) in state and config.history > 0}
     bases = {
-        site: _basis(keys[site], costs[site], earlier.get(site), config.history, kept.get(site))
+        site: _basis(keys[site], costs[site], earlier.get(site), config.history, preserved.get(site))
         for site in sites
     }
     outer, facts = _descend(host, rows, bases, config, work)
@@ -156,8 +156,8 @@ def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, o
 
 def _history(past: Tensor | None, keys: Tensor) -> Tensor:
     """Return P ``[d_in, p]`` with P P^T the sum of all edits' mean outer products; never wider than high."""
-    joined = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
-    return joined if joined.shape[1] <= joined.shape[0] else square_factor(joined).to(keys.dtype)
+    total = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
+    return total if total.shape[1] <= total.shape[0] else square_factor(total).to(keys.dtype)
 
 
 # --- the descent ----------------------------------------------------------------------------
@@ -177,23 +177,23 @@ def _descend(
         for site, a in inner.items()
     }
     variables = list(outer.values())
-    taken, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
+    step, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
     path = PolyakPath(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
         factors = {site: (outer[site], inner[site]) for site in bases}
-        for taken in range(config.steps + 1):
-            work.on_progress("keel", taken, config.steps)
+        for step in range(config.steps + 1):
+            work.on_progress("keel", step, config.steps)
             by_line, gradients = _gradients(host, measure, factors, weight / len(rows), work.batch_size)
             losses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, by_line * weight)
-            if float(losses.max()) < config.stop_loss or taken == config.steps:
+            if float(losses.max()) < config.stop_loss or step == config.steps:
                 break
             path.step_(variables, gradients, float(losses.mean()))
         if not torch.isfinite(losses).all():
             raise ConfigError(f"the loss is {float(losses.sum())}; load the model in float32")
     work.on_progress("keel", config.steps, config.steps)
     cost = sum(float(y.detach().double().square().sum()) for y in outer.values())
-    facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(taken), "cost": cost}
+    facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(step), "cost": cost}
     return {site: y.detach() for site, y in outer.items()}, facts
 
 
@@ -211,12 +211,12 @@ def _gradients(
     variables = [outer for outer, _ in factors.values()]
     total = [torch.zeros_like(y) for y in variables]
 
-    def run(chosen: Sequence[int]) -> list[float]:
+    def run(indices: Sequence[int]) -> list[float]:
         with beside_low_rank(host, factors):
-            losses = measure(chosen)
-        share = weights[torch.tensor(list(chosen))].to(losses)
-        found = torch.autograd.grad((losses * share).sum(), variables)
-        for sum_, gradient in zip(total, found, strict=True):
+            losses = measure(indices)
+        share = weights[torch.tensor(list(indices))].to(losses)
+        gradients = torch.autograd.grad((losses * share).sum(), variables)
+        for sum_, gradient in zip(total, gradients, strict=True):
             sum_ += gradient
         return losses.detach().tolist()
 

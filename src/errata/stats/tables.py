@@ -1,8 +1,8 @@
-"""A host's own tables: what it writes about, in which templates, and what it answers to each.
+"""A host's own tables: the subjects and templates of the text that it generates, and its answers to them.
 
 From free text come templates, names and their types (:mod:`errata.stats.templates`); the host then answers
-every template for names of its type. Columns of that table tell which templates say the same and which
-follow from one another. Made of the host alone, once, and kept beside its statistics.
+every template for names of its type. Columns of that table show which templates mean the same and which
+follow from one another. Computed from the host alone, once, and stored with its statistics.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS = 64
 RELATED = 0.3
 """Share of names with the same answer from which two templates may be about the same."""
 AGREE = 0.6
-"""Share of names with the same answer from which two templates are taken to say the same."""
+"""Share of names with the same answer from which two templates are taken to mean the same."""
 FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
 """When B follows from A: pairs of names that agree in A agree in B at least this often, this many times as often
 as other pairs, and there are at least this many of them."""
@@ -47,16 +47,16 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TableSettings:
-    """How much text and how many answers tables are made of."""
+    """How much text and how many answers to generate for tables."""
 
     texts: int = 1280
-    """Samples of free text, where the host writes it."""
+    """Samples of free text, where the host generates it."""
     length: int = 26
     """Tokens of each."""
     names: int = 64
-    """Names of a type that are asked about, the most frequent ones."""
+    """Maximum number of names per type, the most frequent ones."""
     templates: int = 96
-    """Templates of a type that are asked, the most frequent ones."""
+    """Maximum number of templates per type, the most frequent ones."""
     answer_tokens: int = 8
     """Tokens of an answer at most."""
     budget: int = 150_000
@@ -79,7 +79,7 @@ class AnswerTable:
     templates: tuple[str, ...]
     """Each with ``{}`` for the name; the answer follows."""
     answers: tuple[tuple[str, ...], ...]
-    """``answers[template][name]``; empty where the host says nothing."""
+    """``answers[template][name]``; empty where the host generates nothing."""
 
     def column(self, template: str) -> tuple[str, ...] | None:
         """Return the answers to a template, one a name; None where it is not among the table's."""
@@ -92,7 +92,7 @@ class AnswerTable:
 
     @cached_property
     def relations(self) -> list[list[str]]:
-        """The templates in groups that say the same, in the order of each group's first."""
+        """The templates in groups that mean the same, in the order of each group's first."""
         groups: list[list[int]] = []
         for i, own in enumerate(self.plain):
             same = next((group for group in groups if _share(self.plain[group[0]], own) >= AGREE), None)
@@ -126,7 +126,7 @@ class AnswerTable:
 
 @dataclass(frozen=True)
 class Tables:
-    """All tables of a host, and what they were made of."""
+    """All tables of a host, and the text they were computed from."""
 
     types: tuple[AnswerTable, ...]
     """Empty where the text has no templates that repeat."""
@@ -166,7 +166,7 @@ class Tables:
 
 
 def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
-    """Describe the templates that say the same as the first of them."""
+    """Describe the templates that mean the same as the first of them."""
     column = table.column(group[0]) or ()
     name, answer = next(((n, a) for n, a in zip(table.names, column, strict=True) if a), ("", ""))
     return {
@@ -192,7 +192,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def follows(cause: Sequence[str], effect: Sequence[str]) -> bool:
-    """Tell whether the answers in ``effect`` are a function of those in ``cause``, seen from pairs of names."""
+    """Tell whether the answers in ``effect`` are a function of those in ``cause``, judged by pairs of names."""
     return _follows(_numbers([plain(one) for one in cause]), _numbers([plain(one) for one in effect]))
 
 
@@ -207,8 +207,8 @@ def _share(first: Sequence[str], second: Sequence[str], *, endings: bool = False
 
 def _numbers(column: Sequence[str]) -> Tensor:
     """Return one number for each answer, different ones for empty answers: int64 ``[names]``."""
-    known = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
-    return torch.tensor([known[answer] if answer else len(known) + i for i, answer in enumerate(column)])
+    numbers = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
+    return torch.tensor([numbers[answer] if answer else len(numbers) + i for i, answer in enumerate(column)])
 
 
 def _follows(cause: Tensor, effect: Tensor) -> bool:
@@ -220,7 +220,7 @@ def _follows(cause: Tensor, effect: Tensor) -> bool:
     return share >= FOLLOWS and share >= TIMES * rest
 
 
-# --- asking the host ------------------------------------------------------------------------
+# --- prompting the host -----------------------------------------------------------------------
 
 
 def fill(template: str, name: str) -> str:
@@ -235,43 +235,44 @@ def answers(
     """Return what the host answers to each prompt under greedy generation, up to the end of the clause."""
     rows = [host.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: dict[int, str] = {}
+    by_prompt: dict[int, str] = {}
     for first in range(0, len(order), ROWS):
         tick(first, len(order))
         group = order[first : first + ROWS]
 
-        def say(chosen: Sequence[int], group: Sequence[int] = group) -> list[str]:
-            return generate_rows(host, [rows[group[i]] for i in chosen], tokens)
+        def generate(part: Sequence[int], group: Sequence[int] = group) -> list[str]:
+            return generate_rows(host, [rows[group[i]] for i in part], tokens)
 
-        said = in_batches(range(len(group)), len(group), say)
-        found |= {
-            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip() for i, text in zip(group, said, strict=True)
+        texts = in_batches(range(len(group)), len(group), generate)
+        by_prompt |= {
+            i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip()
+            for i, text in zip(group, texts, strict=True)
         }
-    return [found[i] for i in range(len(rows))]
+    return [by_prompt[i] for i in range(len(rows))]
 
 
 @locking.exclusive
 def own_tables(
     host: Host, settings: TableSettings, *, corpus: Corpus | None = None, folder: Path | None = None,
-    on_progress: Tick = lambda what, done, total: None,
+    on_progress: Tick = lambda what, count, total: None,
 ) -> Tables:  # fmt: skip
-    """Return a host's tables: read from ``folder``, or made and kept there; None keeps nothing.
+    """Return a host's tables: read from ``folder``, or computed and stored there; None stores nothing.
 
-    ``corpus``: text to mine instead of what the host writes. Raises ConfigError for a host that continues no
+    ``corpus``: text to mine instead of the host's own. Raises ConfigError for a host that generates no
     text and for a budget that does not pay for the text, HostError for a folder while an edit is in place.
     """
     if host.kind != CAUSAL or host.tokenizer is None:
-        raise ConfigError(f"tables are made from text that a model writes, and {host.name} continues none")
+        raise ConfigError(f"tables need a model that generates text, and {host.name} does not")
     if folder is not None and host.placed:
-        raise HostError("tables of an edited host are not kept: take its edits back, or give no folder")
-    wanted = facts(host, settings, corpus)
-    known = None if folder is None else cache.read_document(folder, wanted, "tables")
-    if known is not None:
-        return Tables.from_dict(known)
-    made = _make(host, settings, corpus, on_progress)
+        raise HostError("tables of an edited host are not stored: revert its edits, or give no folder")
+    identity = facts(host, settings, corpus)
+    document = None if folder is None else cache.read_document(folder, identity, "tables")
+    if document is not None:
+        return Tables.from_dict(document)
+    tables = _make(host, settings, corpus, on_progress)
     if folder is not None:
-        cache.write_document(folder, wanted, "tables", made.to_dict())
-    return made
+        cache.write_document(folder, identity, "tables", tables.to_dict())
+    return tables
 
 
 def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> dict[str, Any]:
@@ -288,39 +289,39 @@ def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> 
 
 def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: Tick) -> Tables:
     own = corpus is None
-    spent = settings.texts * settings.length if own else 0
-    if spent >= settings.budget:
+    text_tokens = settings.texts * settings.length if own else 0
+    if text_tokens >= settings.budget:
         raise ConfigError(
-            f"a budget of {settings.budget} tokens does not pay for {settings.texts} texts of {settings.length} "
-            "tokens and their answers; raise the budget, or ask for fewer texts"
+            f"a budget of {settings.budget} tokens is too small for {settings.texts} texts of {settings.length} "
+            "tokens and their answers; raise the budget, or request fewer texts"
         )
     texts = free_text(host, settings, on_progress) if corpus is None else list(_some(corpus, settings))
-    kinds = plan(mine(texts), settings, settings.budget - spent)
+    kinds = plan(mine(texts), settings, settings.budget - text_tokens)
     total = sum(len(kind.names) * len(kind.templates) for kind in kinds)
-    types, done = [], 0
+    types, count = [], 0
     for kind in kinds:
         prompts = [fill(template, name) for template in kind.templates for name in kind.names]
         flat = answers(
             host, prompts, tokens=settings.answer_tokens,
-            tick=lambda here, _, done=done: on_progress("answers", done + here, total),
+            tick=lambda here, _, count=count: on_progress("answers", count + here, total),
         )  # fmt: skip
-        done += len(prompts)
+        count += len(prompts)
         width = len(kind.names)
         types.append(_table(kind, [flat[i : i + width] for i in range(0, len(flat), width)]))
     on_progress("answers", total, total)
     name = corpus.name if corpus else f"written by the host, seed {settings.seed}"
-    kept = tuple(table for table in types if table.templates)
-    return Tables(kept, name, len(texts), total, spent + total * settings.answer_tokens)
+    nonempty = tuple(table for table in types if table.templates)
+    return Tables(nonempty, name, len(texts), total, text_tokens + total * settings.answer_tokens)
 
 
 def _table(kind: Kind, columns: Sequence[Sequence[str]]) -> AnswerTable:
-    """Return the table without templates to which all names have one answer: they tell nothing of a name."""
-    kept = [
+    """Return the table without templates to which all names have one answer: they carry no information about a name."""
+    pairs = [
         (t, tuple(column))
         for t, column in zip(kind.templates, columns, strict=True)
         if len(set(map(plain, column))) > 1
     ]
-    return AnswerTable(kind.names, tuple(t for t, _ in kept), tuple(column for _, column in kept))
+    return AnswerTable(kind.names, tuple(t for t, _ in pairs), tuple(column for _, column in pairs))
 
 
 def _some(corpus: Corpus, settings: TableSettings) -> Iterable[str]:
@@ -342,18 +343,18 @@ def free_text(host: Host, settings: TableSettings, on_progress: Tick = lambda *_
 
 
 def plan(kinds: Sequence[Kind], settings: TableSettings, budget: int) -> list[Kind]:
-    """Cut types to the names and templates that a budget of generated tokens pays for.
+    """Cut types to the names and templates that a budget of generated tokens allows.
 
     What small types leave over goes to the larger ones; a type that gets less than two of each is left out.
     """
     cut = [Kind(kind.names[: settings.names], kind.templates[: settings.templates]) for kind in kinds]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i].names) * len(cut[i].templates))
-    left, chosen = budget // settings.answer_tokens, {}
+    remaining, by_index = budget // settings.answer_tokens, {}
     for place, i in enumerate(order):
-        share = left // (len(order) - place)
+        share = remaining // (len(order) - place)
         names = cut[i].names[: max(2, min(len(cut[i].names), int(share**0.5)))]
         templates = cut[i].templates[: share // len(names)]
         if len(templates) > 1:
-            chosen[i] = Kind(names, templates)
-            left -= len(names) * len(templates)
-    return [chosen[i] for i in sorted(chosen)]
+            by_index[i] = Kind(names, templates)
+            remaining -= len(names) * len(templates)
+    return [by_index[i] for i in sorted(by_index)]

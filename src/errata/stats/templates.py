@@ -1,7 +1,7 @@
 """Templates and names in raw text: which words recur around which names. Text alone; no model, no word list.
 
 A name is a run of capitalised words. A template is a sentence with a name cut out and its last words, the
-answer, cut off; it counts where several names and several answers stand in it. Names that fill the same
+answer, cut off; it counts where it occurs with several names and several answers. Names that fill the same
 templates are of one type.
 """
 
@@ -44,8 +44,8 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """One way to read a sentence: a name, the text around it, and what is cut off as the answer."""
+class _Reading:
+    """One way to read a sentence: a name, the text around it, and its last words as the answer."""
 
     template: str
     name: str
@@ -54,14 +54,14 @@ class _Found:
 
 def sentences(texts: Iterable[str]) -> list[str]:
     """Split texts into statements; questions, and what a text breaks off in, are left out."""
-    kept = []
+    statements = []
     for text in texts:
         for match in _SENTENCE.finditer(text):
             sentence = " ".join(match.group().split())
             whole = match.end() < len(text) or regex.search(rf"[{TERMINAL}]\Z", sentence)
             if sentence and whole and not _ASKS.search(sentence):
-                kept.append(regex.sub(rf"[\s{TERMINAL}]+\Z", "", sentence))
-    return [sentence for sentence in kept if sentence]
+                statements.append(regex.sub(rf"[\s{TERMINAL}]+\Z", "", sentence))
+    return [sentence for sentence in statements if sentence]
 
 
 def mine(texts: Iterable[str]) -> list[Kind]:
@@ -71,16 +71,16 @@ def mine(texts: Iterable[str]) -> list[Kind]:
     """
     readings = list(_readings(sentences(texts)))
     valid = _templates(readings)
-    chosen = [next((one for one in options if one.template in valid), None) for options in readings]
-    fills = _settled([reading for reading in chosen if reading is not None])
+    matches = [next((one for one in options if one.template in valid), None) for options in readings]
+    fills = _settled([reading for reading in matches if reading is not None])
     return _kinds({template: names for template, names in fills.items() if len(names) > 1})
 
 
-def _readings(found: Sequence[str]) -> Iterator[list[_Found]]:
+def _readings(statements: Sequence[str]) -> Iterator[list[_Reading]]:
     """Yield, for each name in each sentence, its readings with answers of one word and more."""
-    lower = {word for sentence in found for word in _LOWER.findall(sentence)}
-    inside = {match.group() for sentence in found for match in _NAME.finditer(sentence) if match.start()}
-    for sentence in found:
+    lower = {word for sentence in statements for word in _LOWER.findall(sentence)}
+    inside = {match.group() for sentence in statements for match in _NAME.finditer(sentence) if match.start()}
+    for sentence in statements:
         for match in _NAME.finditer(sentence):
             name, start = match.group(), match.start()
             if start == 0 and name not in inside:  # the first word of a sentence is capitalised in any case
@@ -91,16 +91,16 @@ def _readings(found: Sequence[str]) -> Iterator[list[_Found]]:
                 yield list(_cuts(sentence, name, start))
 
 
-def _cuts(sentence: str, name: str, start: int) -> Iterator[_Found]:
+def _cuts(sentence: str, name: str, start: int) -> Iterator[_Reading]:
     """Yield the readings of a sentence whose name is settled, the shortest answer first."""
     before, words = sentence[:start], sentence[start + len(name) :].split(" ")
     for count in range(1, min(ANSWER_WORDS, len(words) - 1) + 1):
         after = " ".join(words[:-count])
         if regex.search(r"\p{L}", after):
-            yield _Found(f"{before}{SLOT}{after}", name, " ".join(words[-count:]))
+            yield _Reading(f"{before}{SLOT}{after}", name, " ".join(words[-count:]))
 
 
-def _templates(readings: Iterable[Sequence[_Found]]) -> set[str]:
+def _templates(readings: Iterable[Sequence[_Reading]]) -> set[str]:
     """Return the templates that hold two names and two answers at least."""
     names: dict[str, set[str]] = {}
     answers: dict[str, set[str]] = {}
@@ -108,10 +108,10 @@ def _templates(readings: Iterable[Sequence[_Found]]) -> set[str]:
         for reading in options:
             names.setdefault(reading.template, set()).add(reading.name)
             answers.setdefault(reading.template, set()).add(reading.answer)
-    return {template for template, found in names.items() if len(found) > 1 and len(answers[template]) > 1}
+    return {template for template, fills in names.items() if len(fills) > 1 and len(answers[template]) > 1}
 
 
-def _settled(readings: Iterable[_Found]) -> dict[str, Counter[str]]:
+def _settled(readings: Iterable[_Reading]) -> dict[str, Counter[str]]:
     """Settle where templates end, the longest first; return how often each holds each name.
 
     Most of "{} was" goes on as one of a few other templates, such as "{} was born in": it is none itself. Where
@@ -142,7 +142,9 @@ def _kinds(fills: dict[str, Counter[str]]) -> list[Kind]:
     """Group templates that share names; a name belongs where it occurs most."""
     groups = _components(fills)
     total: list[Counter[str]] = [sum((fills[t] for t in group), Counter()) for group in groups]
-    owner = {name: max(range(len(groups)), key=lambda g: total[g][name]) for found in total for name in found}
+    owner = {
+        name: max(range(len(groups)), key=lambda g: total[g][name]) for counts in total for name in counts
+    }
     kinds = []
     for number, group in enumerate(groups):
         distinct = Counter(name for template in group for name in fills[template])

@@ -1,4 +1,4 @@
-"""Polyak's steps with zero as the loss to reach: no learning rate."""
+"""Polyak step sizes with zero as the target loss: no learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from errata.errors import ConfigError
 
 
 class PolyakPath:
-    """Steps after which the loss would be zero if it were linear; one that raises it is taken again, shorter."""
+    """Steps after which the loss would be zero if it were linear; a step that raises the loss is repeated, shorter."""
 
     def __init__(self, limit: float | None) -> None:
         """``limit``: longest step; None: any."""
@@ -21,11 +21,11 @@ class PolyakPath:
         self.point: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self.length = 0.0
-        """Of the step before."""
+        """Length of the previous step."""
 
     @torch.no_grad()
     def step_(self, variables: Sequence[Tensor], gradients: Sequence[Tensor], loss: float) -> None:
-        """Go on from a point with its gradients and loss, or from the one before where the loss is not lower.
+        """Step from a point with its gradients and loss, or from the previous one where the loss is not lower.
 
         ``variables``, in place, and ``gradients``: ``[...]``, one shape a pair.
         """

@@ -1,8 +1,8 @@
-"""Rehearse requests beside running text, so that a change keeps what the unedited model says of the text.
+"""Train on requests together with running text, so that a change preserves the unedited model's predictions on text.
 
 Each round takes some requests and some texts and makes one Polyak step on the requests' loss plus a multiple of
-the texts' divergence from the unedited model. A model that answers all requests and says of every text what it
-said before has a loss of zero, so zero is the loss to reach. The change may be any matrix; the step is the gradient
+the texts' divergence from the unedited model. A model that answers all requests and predicts every text as it
+did before has a loss of zero, so zero is the target loss. The change may be any matrix; the step is the gradient
 times M^-1, the steepest one under the cost of change M.
 """
 
@@ -26,7 +26,7 @@ from errata.linalg.solve import CostMatrix
 from errata.training.tune import ROWS, Line, Losses, beside
 
 TOP = 64
-"""Next tokens that are told apart when two distributions are compared; the others count as one."""
+"""Next tokens compared one by one between two distributions; all others count as one token."""
 
 
 GROWTH = 2.0
@@ -36,7 +36,7 @@ far away (Loizou et al., AISTATS 2021, arXiv 2002.10542)."""
 
 @dataclass(frozen=True)
 class Recital:
-    """What a host says next at every token of some texts: its most probable tokens."""
+    """A host's most probable next tokens after every token of some texts, with their log-probabilities."""
 
     rows: Sequence[tuple[int, ...]]
     """Ids of each text."""
@@ -48,7 +48,7 @@ class Recital:
 
 @dataclass(frozen=True)
 class Round:
-    """What one step looks at, by index."""
+    """Requests and texts of one training step, by index."""
 
     lines: Sequence[int]
     texts: Sequence[int]
@@ -71,26 +71,25 @@ def draw(
     for _ in range(-(-passes * new // fresh)):
         if len(deck) < fresh:
             deck += rng.sample(range(earlier, earlier + new), new)
-        known = rng.sample(range(earlier), min(earlier, size - fresh))
-        rounds.append(Round([*deck[:fresh], *known], rng.sample(range(texts), min(texts, beside))))
+        repeats = rng.sample(range(earlier), min(earlier, size - fresh))
+        rounds.append(Round([*deck[:fresh], *repeats], rng.sample(range(texts), min(texts, beside))))
         deck = deck[fresh:]
     return rounds
 
 
 @torch.no_grad()
 def recite(host: Host, rows: Sequence[tuple[int, ...]], *, top: int = TOP, batch: int = ROWS) -> Recital:
-    """Return what the host, as it is now, says next at every token of some texts."""
-
+    """Return the host's most probable next tokens after every token of some texts."""
     runner = PrefixRunner(host)
 
-    def run(chosen: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
-        logprobs = _next_logprobs(runner, chosen, host.batch(list(chosen)), plain_prefix())
+    def run(part: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
+        logprobs = _next_logprobs(runner, part, host.batch(list(part)), plain_prefix())
         best = logprobs.topk(min(top, logprobs.shape[1] - 1), dim=1)
-        lengths = [len(row) for row in chosen]
+        lengths = [len(row) for row in part]
         return list(zip(best.indices.split(lengths), best.values.split(lengths), strict=True))
 
-    said = in_batches(rows, batch, run)
-    return Recital(rows, [tokens for tokens, _ in said], [logprobs for _, logprobs in said])
+    best = in_batches(rows, batch, run)
+    return Recital(rows, [tokens for tokens, _ in best], [logprobs for _, logprobs in best])
 
 
 def divergence(now: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
@@ -101,38 +100,38 @@ def divergence(now: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
     """
     rest_before = (1 - logprobs.exp().sum(1)).clamp_min(0)
     rest_now = now.scatter(1, tokens, -torch.inf).logsumexp(1)
-    told_apart = (logprobs.exp() * (logprobs - now.gather(1, tokens))).sum(1)
-    return told_apart + torch.special.xlogy(rest_before, rest_before) - rest_before * rest_now
+    top_terms = (logprobs.exp() * (logprobs - now.gather(1, tokens))).sum(1)
+    return top_terms + torch.special.xlogy(rest_before, rest_before) - rest_before * rest_now
 
 
 def rehearse_(
     host: Host, changes: Mapping[Site, Tensor], lines: Sequence[Line], recital: Recital,
     rounds: Sequence[Round], costs: Mapping[Site, CostMatrix], *, weight: float, limit: float | None = None,
-    batch: int | None = None, tick: Callable[[int, int], None] = lambda done, total: None,
+    batch: int | None = None, tick: Callable[[int, int], None] = lambda count, total: None,
 ) -> dict[str, float]:  # fmt: skip
     """Change ``changes`` ``[d_out, d_in]`` in place by one step a round; return the last round's losses.
 
     ``weight``: of the texts' divergence, nats per token, beside the requests' mean loss. ``limit``: longest step,
-    in norms under the costs. ``batch``: rows run at once. Raises ConfigError when the loss stops being a number.
+    in norms under the costs. ``batch``: rows run at once. Raises ConfigError when the loss is not finite.
     """
     for change in changes.values():
         change.requires_grad_(True)
-    loss, kept, rate = 0.0, 0.0, float("inf")
+    loss, kl, rate = 0.0, 0.0, float("inf")
     with hooks.frozen(host.model):
         measure = _Measure(host, lines, recital, changes, batch or ROWS)
-        for done, one in enumerate(rounds):
-            tick(done, len(rounds))
+        for step, one in enumerate(rounds):
+            tick(step, len(rounds))
             loss, gradients = measure.of_lines(one.lines)
-            kept, more = measure.of_texts(one.texts)
+            kl, more = measure.of_texts(one.texts)
             for gradient, other in zip(gradients, more, strict=True):
                 gradient += weight * other
-            total = loss + weight * kept
+            total = loss + weight * kl
             if not torch.isfinite(torch.tensor(total)):
-                raise ConfigError(f"the loss is {total} after {done} rounds; load the model in float32")
+                raise ConfigError(f"the loss is {total} after {step} rounds; load the model in float32")
             rate = GROWTH * _step_(changes, gradients, costs, total, rate=rate, limit=limit)
     for change in changes.values():
         change.requires_grad_(False)
-    return {"rehearsed_loss": loss, "divergence": kept}
+    return {"rehearsed_loss": loss, "divergence": kl}
 
 
 @torch.no_grad()
@@ -140,7 +139,7 @@ def _step_(
     changes: Mapping[Site, Tensor], gradients: Sequence[Tensor], costs: Mapping[Site, CostMatrix], loss: float,
     *, rate: float, limit: float | None,
 ) -> float:  # fmt: skip
-    """Go along the gradients times M^-1 to where the loss would be zero if it were linear; return the rate taken.
+    """Go along the gradients times M^-1 to where the loss would be zero if it were linear; return that rate.
 
     ``rate``: the highest one, per unit of the gradients.
     """
@@ -176,13 +175,13 @@ class _Measure:
         self.losses = Losses(host, lines, depth=depth)
         self.computed = ComputedRows(host, recital.rows, depth)
 
-    def of_lines(self, chosen: Sequence[int]) -> tuple[float, list[Tensor]]:
+    def of_lines(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
         """Return the mean loss of some requests in nats per target token, and its gradients."""
-        return self._sum(chosen, lambda part: self.losses(part).sum() / len(chosen))
+        return self._sum(indices, lambda part: self.losses(part).sum() / len(indices))
 
-    def of_texts(self, chosen: Sequence[int]) -> tuple[float, list[Tensor]]:
+    def of_texts(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
         """Return the mean divergence of some texts in nats per token, and its gradients."""
-        count = sum(len(self.recital.rows[i]) for i in chosen)
+        count = sum(len(self.recital.rows[i]) for i in indices)
 
         def part_of(part: Sequence[int]) -> Tensor:
             rows = [self.recital.rows[i] for i in part]
@@ -192,10 +191,10 @@ class _Measure:
             logprobs = torch.cat([self.recital.logprobs[i] for i in part])
             return divergence(now, tokens.to(now.device), logprobs.to(now)).sum() / count
 
-        return self._sum(chosen, part_of)
+        return self._sum(indices, part_of)
 
     def _sum(
-        self, chosen: Sequence[int], part_of: Callable[[Sequence[int]], Tensor]
+        self, indices: Sequence[int], part_of: Callable[[Sequence[int]], Tensor]
     ) -> tuple[float, list[Tensor]]:
         """Return a loss that is a sum over items, and its gradients, run in batches."""
         variables = list(self.changes.values())
@@ -209,4 +208,4 @@ class _Measure:
                 sum_ += gradient
             return [float(loss.detach()) / len(part)] * len(part)
 
-        return sum(in_batches(chosen, self.batch, run)), total
+        return sum(in_batches(indices, self.batch, run)), total

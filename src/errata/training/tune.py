@@ -1,8 +1,8 @@
-"""Train changes beside frozen weights until requests are answered as asked.
+"""Train changes beside frozen weights until the model gives the requests' targets.
 
-What fine-tuning methods share: requests laid out for a loss, the loop that descends it, the sets a
-change may have to stay in, and dense changes that stand beside linear maps meanwhile. Blocks under the
-lowest change are run once; nothing is computed in them again, neither forwards nor backwards.
+What fine-tuning methods share: tokenised requests and their loss, the training loop, bounds on a
+change, and dense changes added to the outputs of linear layers during training. Blocks below the lowest
+change are run once; neither the forward nor the backward pass goes through them again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _end_token(host: Host) -> int:
 
 
 class Losses:
-    """The loss of each request on a host as it stands, with the lowest blocks run only once."""
+    """The loss of each request on the host's current weights; blocks below the lowest change are run once."""
 
     def __init__(
         self,
@@ -88,9 +88,9 @@ class Losses:
         side: Side = "right",
         end: bool = False,
     ) -> None:
-        """Lay out requests, or take what is laid out; ``depth`` blocks from the bottom never change.
+        """Tokenise requests that are not tokenised yet; the lowest ``depth`` blocks never change.
 
-        ``end``: whether requests are scored up to the token that ends a text. Wants a frozen model.
+        ``end``: whether the end-of-text token is scored too. Expects a frozen model.
         """
         depth = depth if host.kind == CAUSAL else 0  # elsewhere lower blocks see more than a row's own tokens
         self.host = host
@@ -100,22 +100,24 @@ class Losses:
         ]
         self.rows = ComputedRows(host, [line.ids for line in self.lines], depth, side=side)
 
-    def __call__(self, chosen: Sequence[int]) -> Tensor:
+    def __call__(self, indices: Sequence[int]) -> Tensor:
         """Return the mean negative log-likelihood per target token, nats ``[n]``."""
-        lines = [self.lines[i] for i in chosen]
+        lines = [self.lines[i] for i in indices]
         row = torch.tensor([i for i, line in enumerate(lines) for _ in line.at])
         at = torch.tensor([at for line in lines for at in line.at])
         token = torch.tensor([t for line in lines for t in line.targets], device=self.host.device)
-        batch, prefix = self.rows.select(chosen)
+        batch, prefix = self.rows.select(indices)
         offset = batch.offset.cpu()
         ends = torch.tensor([line.at[0] for line in lines]) + offset  # routers decide where prompts end
         logits = self.rows.runner.run(batch, prefix, at=(row, at + offset[row]), ends=ends).logits
         assert logits is not None  # [t, vocab]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        lost = functional.cross_entropy(wide, token.to(wide.device), reduction="none")
-        share = torch.tensor([1 / len(line.targets) for line in lines], device=lost.device, dtype=lost.dtype)
-        row = row.to(lost.device)
-        return lost.new_zeros(len(lines)).index_add(0, row, lost * share[row])
+        losses = functional.cross_entropy(wide, token.to(wide.device), reduction="none")
+        share = torch.tensor(
+            [1 / len(line.targets) for line in lines], device=losses.device, dtype=losses.dtype
+        )
+        row = row.to(losses.device)
+        return losses.new_zeros(len(lines)).index_add(0, row, losses * share[row])
 
 
 # --- the descent ----------------------------------------------------------------------------
@@ -123,12 +125,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Stop:
-    """When a descent ends before its steps do."""
+    """When training stops before its last step."""
 
     loss: float | None
-    """Loss to be below; None: never."""
+    """Stop below this loss; None: never."""
     on: Literal["each", "mean"] = "each"
-    """Whether every request must be below, or their mean. A mean can hide a request that is not there yet."""
+    """Whether every request must be below it, or their mean. A mean can hide a request that has not converged."""
 
     def reached(self, losses: Tensor) -> bool:
         """Tell whether the losses ``[n]`` are low enough."""
@@ -139,17 +141,17 @@ class Stop:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a descent went."""
+    """The losses and the number of steps of a training run."""
 
     start: Tensor
-    """Loss of each item when it was first looked at ``[n]``."""
+    """Loss of each item in the first pass ``[n]``."""
     losses: Tensor
     """Loss of each item at the end ``[n]``."""
     steps: int
     """Passes over the items in which something changed."""
 
     def facts(self) -> dict[str, float | int]:
-        """Return what is worth recording: mean loss, the worst one, passes taken."""
+        """Return mean loss, largest loss and number of passes."""
         return {"loss": float(self.losses.mean()), "worst": float(self.losses.max()), "steps": self.steps}
 
 
@@ -163,40 +165,39 @@ def descend(
     per_step: int | None = None,
     shuffle: int | None = None,
     rows: int | None = None,
-    after_step: Callable[[int], None] = lambda taken: None,
-    tick: Tick = lambda done, total: None,
+    after_step: Callable[[int], None] = lambda step: None,
+    tick: Tick = lambda count, total: None,
 ) -> Outcome:
     """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
 
     ``losses`` gives the loss of some items ``[n]``. ``per_step``: items per optimiser step; None: all.
-    ``shuffle``: seed of a new order in each pass; None: always the order given. A step whose items have all
-    stopped is left out; a pass without any step is the last. ``rows``: items run at once, which changes nothing
-    but memory; gradients add up. ``after_step`` is told how many steps were taken, with gradients still in
-    place. Raises ConfigError when the loss stops being
-    a number.
+    ``shuffle``: seed of a new order in each pass; None: always the given order. A batch whose items have all
+    converged is skipped; a pass without any step is the last. ``rows``: items run at once, which changes only
+    memory use; gradients accumulate. ``after_step`` is called with the number of optimiser steps so far, before
+    gradients are reset. Raises ConfigError when the loss is not finite.
     """
     size = min(per_step or count, count)
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
     latest = torch.full((count,), float("nan"), dtype=torch.float64)
-    start, taken = latest, 0
+    start, updates = latest, 0
     for step in range(steps):
         tick(step, steps)
-        before = taken
+        before = updates
         order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         for batch in order.split(size):
-            latest[batch] = _differentiate_(optimizer, losses, batch.tolist(), rows or ROWS, taken)
+            latest[batch] = _differentiate_(optimizer, losses, batch.tolist(), rows or ROWS, updates)
             if not stop.reached(latest[batch]):
                 optimizer.step()
-                taken += 1
-                after_step(taken)
+                updates += 1
+                after_step(updates)
             optimizer.zero_grad()
         start = latest.clone() if step == 0 else start
-        if taken == before:
+        if updates == before:
             return Outcome(start, latest, step)
     with torch.no_grad():
-        found = in_batches(range(count), rows or ROWS, lambda chosen: losses(chosen).tolist())
+        final = in_batches(range(count), rows or ROWS, lambda indices: losses(indices).tolist())
     tick(steps, steps)
-    return Outcome(start, torch.tensor(found, dtype=torch.float64), steps)
+    return Outcome(start, torch.tensor(final, dtype=torch.float64), steps)
 
 
 def _differentiate_(
@@ -204,31 +205,31 @@ def _differentiate_(
     losses: Callable[[Sequence[int]], Tensor],
     batch: Sequence[int],
     rows: int,
-    taken: int,
+    updates: int,
 ) -> Tensor:
     """Set gradients of the mean loss over a batch; return its items' losses."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def run(chosen: Sequence[int]) -> list[float]:
-        lost = losses(chosen)
-        # all or nothing, so that a batch that did not fit leaves no part of its gradient behind
-        found = torch.autograd.grad(lost.sum() / len(batch), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+    def run(indices: Sequence[int]) -> list[float]:
+        values = losses(indices)
+        # all or nothing, so that a batch that runs out of memory leaves no partial gradient behind
+        gradients = torch.autograd.grad(values.sum() / len(batch), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return lost.detach().tolist()
+        return values.detach().tolist()
 
     now = torch.tensor(in_batches(batch, rows, run), dtype=torch.float64)
     if not torch.isfinite(now).all():
         raise ConfigError(
-            f"the loss is {float(now.sum())} after {taken} steps; lower the learning rate, "
+            f"the loss is {float(now.sum())} after {updates} steps; lower the learning rate, "
             "or load the model in float32"
         )
     return now
 
 
 class _Call(nn.Module):
-    """A function that runs a model, as a module around it."""
+    """A module around a model whose forward pass calls a function."""
 
     def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
         super().__init__()
@@ -239,13 +240,13 @@ class _Call(nn.Module):
 
 
 def with_weights(host: Host, weights: Mapping[str, Tensor], run: Callable[[], R]) -> R:
-    """Return what ``run`` returns with other tensors in the place of some of the host's weights.
+    """Return what ``run`` returns with some of the host's weights replaced by other tensors.
 
-    ``weights``: by parameter, of its shape ``[...]``. Gradients reach those tensors; the weights themselves are not
-    written and are back afterwards.
+    ``weights``: by parameter, of its shape ``[...]``. Gradients reach those tensors; the weights themselves are
+    never written and are restored afterwards.
     """
-    named = {f"model.{name}": weight for name, weight in weights.items()}
-    return torch.func.functional_call(_Call(host.model, run), named, ())
+    replacements = {f"model.{name}": weight for name, weight in weights.items()}
+    return torch.func.functional_call(_Call(host.model, run), replacements, ())
 
 
 @contextmanager
@@ -272,7 +273,7 @@ def rms(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def clip_(change: Tensor, bound: float, norm: Norm) -> None:
-    """Bring a change ``[...]`` back into the box (every entry) or the ball (Frobenius norm) around zero.
+    """Project a change ``[...]`` onto the box (every entry) or the ball (Frobenius norm) around zero.
 
     For ``inf`` no entry exceeds ``bound``, not even by rounding.
     """
@@ -293,16 +294,16 @@ class Plan:
     """How to fine-tune some sites."""
 
     objective: Objective
-    """What is lowered."""
+    """Which loss is minimised."""
     steps: int
     """Passes over the requests at most."""
     rates: tuple[float, ...]
-    """Adam's rate for each site, in plain numbers."""
+    """Adam's learning rate for each site."""
     stop: Stop
     bounds: tuple[float, ...] | None = None
-    """How far each site's change may go, in plain numbers; None: anywhere."""
+    """Maximum norm of each site's change; None: unbounded."""
     norm: Norm = "inf"
-    """How that is measured."""
+    """Which norm is bounded."""
     weight_decay: float = 0.0
     """Adam's L2 penalty on the change."""
     per_step: int | None = None
@@ -310,7 +311,7 @@ class Plan:
     bias: bool = False
     """Whether each site's bias is changed too, at the site's rate and within its bounds."""
     shuffle: int | None = None
-    """Seed of a new order of the requests in each pass; None: always the order given."""
+    """Seed of a new order of the requests in each pass; None: always the given order."""
     end: bool = False
     """Whether the token that ends a text is scored after each target."""
 
@@ -319,21 +320,21 @@ class Plan:
 def beside(
     host: Host, changes: Mapping[Site, Tensor], biases: Mapping[Site, Tensor] | None = None
 ) -> Iterator[None]:
-    """Add each change's product to what its site says; no weight is touched, gradients reach the change.
+    """Add each change times the site's input to the site's output; no weight is written, gradients reach the change.
 
     Changes are ``[d_out, d_in]``, those of biases ``[d_out]``.
     """
     with ExitStack() as stack:
         for site, change in changes.items():
-            module, seen = host.model.get_submodule(site.name), []
-            stack.enter_context(hooks.on_input(module, seen.append))
-            stack.enter_context(hooks.on_output(module, _adder(seen, change, (biases or {}).get(site))))
+            module, inputs = host.model.get_submodule(site.name), []
+            stack.enter_context(hooks.on_input(module, inputs.append))
+            stack.enter_context(hooks.on_output(module, _adder(inputs, change, (biases or {}).get(site))))
         yield
 
 
 @contextmanager
 def beside_low_rank(host: Host, factors: Mapping[Site, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Add ``Y (A^T x)`` to each site's output while inside; no weight is touched, gradients reach the factors.
+    """Add ``Y (A^T x)`` to each site's output while inside; no weight is written, gradients reach the factors.
 
     ``factors``: Y ``[d_out, r]`` and A ``[d_in, r]`` by site.
     """
@@ -352,9 +353,9 @@ def _low_rank_adder(inputs: list[Tensor], outer: Tensor, inner: Tensor) -> Calla
     return add
 
 
-def _adder(seen: list[Tensor], change: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _adder(inputs: list[Tensor], change: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     def add(output: Tensor) -> Tensor:
-        return output + functional.linear(seen.pop().to(change.dtype), change, bias).to(output.dtype)
+        return output + functional.linear(inputs.pop().to(change.dtype), change, bias).to(output.dtype)
 
     return add
 
@@ -374,12 +375,12 @@ def tune(
     plan: Plan,
     *,
     rows: int | None = None,
-    tick: Tick = lambda done, total: None,
+    tick: Tick = lambda count, total: None,
 ) -> tuple[dict[str, Tensor], Outcome]:
-    """Return the change of each parameter that lowers the requests' loss, and how it went.
+    """Return the change of each parameter that lowers the requests' loss, and the outcome of training.
 
     By path: each site's weight ``[d_out, d_in]``, and with ``plan.bias`` its bias ``[d_out]``. Adam on the
-    change alone, put back into its bounds after every step. float32, or float64 for a float64 host.
+    change alone, projected onto its bounds after every step. float32, or float64 for a float64 host.
     """
     dtype = torch.promote_types(host.dtype, torch.float32)
     changes = {
@@ -403,9 +404,9 @@ def tune(
     with hooks.frozen(host.model):
         losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites), end=plan.end)
 
-        def run(chosen: Sequence[int]) -> Tensor:
+        def run(indices: Sequence[int]) -> Tensor:
             with beside(host, changes, biases):
-                return losses(chosen)
+                return losses(indices)
 
         outcome = descend(
             optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,

@@ -77,9 +77,9 @@ class Router(ABC):
         outside = self.scores(out_of_scope).amax(1) + own
         allowed = int(most_false * len(outside))
         bound = float(outside.sort(descending=True).values[min(allowed, len(outside) - 1)])
-        chosen = replace(self, threshold=bound)
+        router = replace(self, threshold=bound)
         share_in, share_out = float((inside > bound).float().mean()), float((outside > bound).float().mean())
-        return chosen, Calibration(bound, share_in, share_out)
+        return router, Calibration(bound, share_in, share_out)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors ``[entries, ...]``, by field."""
