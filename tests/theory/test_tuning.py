@@ -17,7 +17,7 @@ from errata.locate.contexts import Context
 from errata.locate.problems import prompt_end
 from errata.locate.values import ValueConfig, optimise
 from errata.methods import lora
-from errata.methods._fine_tune import DefaultByScale, FineTuneConfig, resolve, sites_of, units
+from errata.methods._fine_tune import FineTuneConfig, prepare
 from errata.training.tune import Losses, beside, rms
 from tests.models import fresh
 
@@ -462,11 +462,10 @@ def test_a_layer_counted_from_both_ends_is_one_layer():
 def test_defaults_are_of_the_unit_and_given_values_stay(scale, expected):
     host = fresh("llama")
     config = FineTuneConfig(layers=(0, -1), scale=scale)
-    defaults = DefaultByScale(weight=0.03, published=5e-4)
-    options = {"default_layers": lambda depth: (0,), "learning_rate": defaults}
-    assert resolve("ft", host, [SHORT], config, **options).learning_rate == expected
-    given = resolve("ft", host, [SHORT], replace(config, learning_rate=7.0), **options)
-    assert given.learning_rate == 7.0
-    sites = sites_of(host, given)
-    assert [site.layer for site in sites] == [0, len(host.layout.blocks) - 1]
-    assert units(host, sites, scale) == [1.0 if scale == "published" else rms(host.weight(s)) for s in sites]
+    options = {"layers": lambda depth: (0,), "rate": 0.03}
+    assert prepare("ft", host, [SHORT], config, **options).config.learning_rate == expected
+    given = prepare("ft", host, [SHORT], replace(config, learning_rate=7.0), **options)
+    assert given.config.learning_rate == 7.0
+    assert [site.layer for site in given.sites] == [0, len(host.layout.blocks) - 1]
+    units = tuple(1.0 if scale == "published" else rms(host.weight(s)) for s in given.sites)
+    assert given.units == units and given.bounds(2.0) == [2.0 * unit for unit in units]

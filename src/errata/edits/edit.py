@@ -1,4 +1,4 @@
-"""The result of a method: a frozen artefact that is placed on a host and taken off, saved, loaded and shown."""
+"""The result of a method: a frozen artefact that is placed on a host and removed, saved, loaded and described."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Provenance:
     prompt_format: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How prompts were formatted: template, system prompt, thinking, join; empty in files of earlier versions."""
     parents: tuple[str, ...] = ()
-    """Digests of the edits this one was made from: continued, refitted or retracted from."""
+    """Digests of the edits this one was computed from: continued, refitted or retracted from."""
     created: str = ""
     """When it was fitted, UTC, ISO 8601 to the second; empty in files of earlier versions. Not part of the digest:
     the same fit gives the same edit at any time."""
@@ -90,7 +90,7 @@ class Placement:
 
 
 class Edit(ABC):
-    """A change to a host, kept apart from it; frozen. Subclasses form a small closed family."""
+    """A change to a host, stored apart from it; frozen. Subclasses form a small closed family."""
 
     kind: ClassVar[str]
     provenance: Provenance
@@ -125,16 +125,16 @@ class Edit(ABC):
     ) -> Placement:
         """Put the edit in place and return the receipt; nothing about the edit changes.
 
-        ``foreign`` lets it onto another host than it was made for. ``merge``: whether to write into weights, which
-        rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of an
-        edit set; the edit then acts only on rows of a batch that belong to it, as by
+        ``foreign`` allows another host than the one it was computed for. ``merge``: whether to write into weights,
+        which rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of
+        an edit set; the edit then acts only on rows of a batch that belong to it, as by
         ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, where the edit cannot be in
         place.
         """
 
     @abstractmethod
     def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
-        """Take the edit off; weights are then bit-identical to what they were without it.
+        """Remove the edit; weights are then bit-identical to what they were without it.
 
         ``outside``: what to do about a weight that something else has changed meanwhile.
         """

@@ -22,7 +22,7 @@ from errata.errors import EditError
 VERSION = 3
 KEY = "errata"
 PROTECTION = "sha256"
-"""What the header says of how the file is protected; version 1 had no such field, and no hash."""
+"""How the header describes the file's protection; version 1 had no such field, and no hash."""
 FIRST_FIELDS = frozenset({"format", "kind", "provenance", "transposed", "digest", "records"})
 """All that a header of version 1 may hold."""
 LONGEST_HEADER = 100_000_000
@@ -53,7 +53,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors ``[...]`` and header. Raises EditError for anything that is not a whole edit file.
 
-    Files of version 1 have no hash and are told by their header, which then may hold nothing of version 2: a
+    Files of version 1 have no hash and are recognised by their header, which then may hold nothing of version 2: a
     file whose hash was taken out is not one of those.
     """
     source = Path(path).expanduser()

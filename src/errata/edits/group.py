@@ -18,7 +18,7 @@ class EditGroup:
 
     @property
     def method(self) -> str:
-        """The methods that made them, in the order they are put in place."""
+        """The methods that computed them, in the order they are put in place."""
         return " + ".join(edit.provenance.method for edit in self.edits)
 
     @contextmanager

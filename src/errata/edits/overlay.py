@@ -97,7 +97,7 @@ def key_of(tensor_digest: str, digest: str) -> str:
 
 
 def digest_of(key: str) -> str:
-    """Return the edit's digest in a key that :func:`key_of` made."""
+    """Return the edit's digest in a key that :func:`key_of` returned."""
     return key.rpartition(".")[2]
 
 

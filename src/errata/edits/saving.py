@@ -73,7 +73,7 @@ class _Watch:
 def watch(model: nn.Module) -> None:
     """Have the model saved with its unmerged edits."""
     if not any(isinstance(hook, _Watch) for hook in _hooks(model).values()):
-        # PyTorch does not say what a hook is
+        # PyTorch does not document what a hook is
         model.register_state_dict_pre_hook(_Watch())  # pyright: ignore[reportUnknownMemberType]
     if hasattr(type(model), SAVE) and SAVE not in model.__dict__:
         model.__dict__[SAVE] = _Save(model)

@@ -15,9 +15,9 @@ from errata.linalg import routines
 BLOCK = 256
 """Width of a block column of the second moment."""
 EXACT = 2
-"""Up to so many vectors for each entry products are made in float64 throughout."""
+"""Up to so many vectors for each entry products are computed in float64 throughout."""
 CHUNK = 2048
-"""Most vectors in one float32 product; longer sums are made in float64."""
+"""Most vectors in one float32 product; longer sums are computed in float64."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Moments:
     def update_(self, vectors: Tensor) -> None:
         """Add vectors ``[n, m]``, in equal chunks; multiplied where they are, summed where the sums are.
 
-        Float32 products are never made in TF32 or bfloat16, whatever the program allows elsewhere.
+        Float32 products are never computed in TF32 or bfloat16, whatever the program allows elsewhere.
         """
         vectors = vectors.detach()
         vectors = vectors if vectors.dtype == torch.float64 else vectors.float()

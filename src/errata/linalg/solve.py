@@ -3,7 +3,7 @@
     delta = R (K^T M^-1 K + gamma I)^-1 K^T M^-1
 
 K ``[m, n]`` are keys, R ``[d, n]`` the residuals to add at them, M ``[m, m]`` what change costs
-elsewhere. ROME is M = C, gamma = 0, one key; MEMIT is M = lambda C, gamma = 1. The result is kept as
+elsewhere. ROME is M = C, gamma = 0, one key; MEMIT is M = lambda C, gamma = 1. The result is returned as
 thin factors. Gram matrices and their Cholesky factors are float64 whatever comes in.
 """
 
@@ -86,7 +86,7 @@ class CostMatrix:
     ) -> CostMatrix:
         """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
 
-        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; the smaller of the two complementary bases is kept.
+        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; the smaller of the two complementary bases is stored.
         """
         small = values < below
         label = f"{name} under {below:.9g}"

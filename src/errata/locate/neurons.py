@@ -94,11 +94,11 @@ def attribute(
     *,
     steps: int = 20,
     rule: Rule = "right",
-    on_layer: Tick = lambda done, total: None,
+    on_layer: Tick = lambda count, total: None,
 ) -> dict[Site, Tensor]:
     """Attribute each question's probability to the neurons of each site, float64 ``[n, d_in]``.
 
-    ``steps`` is T; ``on_layer(done, total)`` is called after each layer. The host is left unchanged.
+    ``steps`` is T; ``on_layer(count, total)`` is called after each layer. The host is left unchanged.
     """
     attributions = {site: torch.zeros(len(questions), site.d_in, dtype=torch.float64) for site in sites}
     points = _points(steps, rule)
@@ -260,7 +260,7 @@ def coarse_sets(
     steps: int,
     rule: Rule,
     threshold: float,
-    on_layer: Tick = lambda done, total: None,
+    on_layer: Tick = lambda count, total: None,
 ) -> list[dict[Neuron, float]]:
     """Choose the coarse neurons of an answer after each of several prompts; scores are summed over its tokens."""
     by_prompt = [questions(host, prompt, answer) for prompt in prompts]

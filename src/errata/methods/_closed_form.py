@@ -293,7 +293,7 @@ def find_target_values(
     return find_values(
         task.host, problems, layer=task.sites[-1].layer, where=task.place,
         config=search or search_config(task.config), batch_size=task.work.batch_size,
-        tick=lambda done, total: task.work.on_progress("values", done, total),
+        tick=lambda count, total: task.work.on_progress("values", count, total),
     )  # fmt: skip
 
 

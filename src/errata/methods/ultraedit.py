@@ -94,7 +94,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     answers = [host.encode_answer(r.text, r.target) for r in requests]
     pairs = collect(
         host, answers, names, tokens=config.token, batch_size=work.batch_size or config.micro_batch,
-        on_rows=lambda done: work.on_progress("gradients", done, len(answers)),
+        on_rows=lambda count: work.on_progress("gradients", count, len(answers)),
     )  # fmt: skip
     rows = [len(a.ids) - 1 if config.token == "all" else len(a.target) for a in answers]
     starts = range(0, len(answers), config.micro_batch)

@@ -24,7 +24,7 @@ class Block:
     ) -> None:  # fmt: skip
         """Record inputs and outputs of the unchanged block; each of the first rows has one token with a new target.
 
-        ``plain``: errors in plain numbers, not in units of the old output's mean square.
+        ``plain``: squared errors, not divided by the old output's mean square.
         """
         self.host, self.rows, self.places = host, rows, places
         self.path = host.layout.blocks[layer]
@@ -37,7 +37,7 @@ class Block:
         self.shifts = [float(value.shift.norm()) for value in values]
 
     def outputs(self, indices: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Return the block's output on some rows, each ``[tokens, d]``, with other weights if given."""
+        """Return the block's output on some rows, each ``[tokens, d]``, with some weights replaced by ``weights``."""
         block, captured = self.host.model.get_submodule(self.path), []
 
         def run() -> list[Tensor]:

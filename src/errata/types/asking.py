@@ -12,7 +12,7 @@ LONG_TOKENS = 512
 
 @dataclass(frozen=True)
 class AskOptions:
-    """How a model is asked. Prompt fields left at None are those of the edit in question, else of the host.
+    """How a model is prompted. Prompt fields left at None are those of the edit in question, else of the host.
 
     The prompt fields are resolved and checked by :func:`errata.host.prompts.prompt_format`.
     """

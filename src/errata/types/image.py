@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What is kept of an :class:`ImageRequest` in the record of an edit: names and identity, no pixels."""
+    """What is stored of an :class:`ImageRequest` in the record of an edit: names and identity, no pixels."""
 
     concept: str
     replacement: str
@@ -35,7 +35,7 @@ class ImageRequest:
     """What an image classifier is to take for what: ``replacement`` for ``concept``, shown in pairs of images.
 
     Each pair shows one scene twice, with ``concept`` in the original and ``replacement`` in its place in the
-    changed image; the mask says where. Raises :class:`RequestError` listing all that is wrong.
+    changed image; the mask marks where. Raises :class:`RequestError` listing all that is wrong.
     """
 
     original: Tensor
@@ -51,7 +51,7 @@ class ImageRequest:
     id: str | None = None
     """A name for messages and tables."""
     reference: Tensor | None = None
-    """Further images ``[k, c, h, w]`` that say what a layer sees as a rule; None: the originals say it."""
+    """Further images ``[k, c, h, w]`` whose activations are typical of a layer; None: the originals."""
 
     def __post_init__(self) -> None:
         problems = image_problems(self)

@@ -1,6 +1,6 @@
 """The table of probe kinds: what each measures, and how observers, scores, tables and pages treat it.
 
-A dataset may ask kinds that the table does not list: they belong to the group :data:`DEFAULT_GROUP`, or to ``kept``
+A dataset may use kinds that the table does not list: they belong to the group :data:`DEFAULT_GROUP`, or to ``kept``
 where a table sees that none of their answers is meant to change.
 """
 
@@ -39,7 +39,7 @@ class Kind:
     main: bool = False
     """Whether it has a column in a report's first table; the others follow in a second one."""
     headline: int | None = None
-    """Which part of the headline it is, from 1; of several kinds of one part the first that was asked counts."""
+    """Which part of the headline it is, from 1; of several kinds of one part the first that was evaluated counts."""
     distribution: bool = False
     """Whether the distribution of the next token is observed, which KL divergence needs."""
 

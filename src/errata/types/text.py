@@ -171,16 +171,16 @@ class Probe:
     rival: str | None = None
     """The answer that must be less probable than ``answers[0]``; None: no such comparison."""
     form: Form = "short"
-    """What kind of answer is asked for, see :data:`Form`."""
+    """What kind of answer is expected, see :data:`Form`."""
     group: str | None = None
     """Name, inside the case, of what several probes ask together: the phrasings of one question, the hops of
-    one chain, the queries of one test with their conditions. None: the probe is asked by itself."""
+    one chain, the queries of one test with their conditions. None: the probe is evaluated by itself."""
     need: Literal["any", "all"] = "any"
     """How many probes of the group must be answered right for the group to count."""
     choices: tuple[str, ...] = ()
     """Of form ``choice``: the labels to choose from, ``answers[0]`` among them."""
     covariates: tuple[tuple[str, float], ...] = ()
-    """Numbers known about what is asked, by name, for regressions over probes: the gender scores of a profession."""
+    """Numbers about the probe's subject, by name, for regressions over probes: the gender scores of a profession."""
 
     @property
     def changes(self) -> bool:
@@ -230,7 +230,7 @@ class Observation:
     rival_logprobs: tuple[float, ...]
     """The same for the rival; empty if there is none."""
     next_logprobs: Any = field(default=None, repr=False, compare=False)
-    """Log-probabilities of the next token over the vocabulary, float32 ``[vocab]``; None if not asked."""
+    """Log-probabilities of the next token over the vocabulary, float32 ``[vocab]``; None if not requested."""
     choice_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per choice, the log-probability of each of its tokens; empty if the probe has no choices."""
 
