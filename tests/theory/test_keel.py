@@ -105,6 +105,28 @@ def test_a_step_lowers_a_linear_loss_to_zero():
     assert float((y.detach() - start).norm()) == pytest.approx(0.5)
 
 
+def test_more_steps_never_end_at_a_higher_loss(host):
+    losses = []
+    for steps in range(1, 9):
+        edit = errata.edit(
+            host, [ADA, BRUNO], **OPTIONS, steps=steps, stop_loss=0.0, layers=(0, 1, 2), rho=1e-3
+        )
+        losses.append(edit.provenance.notes["loss"])
+        with edit.on(host):
+            measured = [_loss(host, host.encode_answer(r.text, r.target)) for r in (ADA, BRUNO)]
+        assert losses[-1] == pytest.approx(
+            sum(measured) / 2, rel=1e-6
+        )  # the loss that is noted is that of the edit
+    assert losses == sorted(losses, reverse=True), losses
+
+
+def _loss(host, answer) -> float:
+    with torch.no_grad():
+        logits = host.model(torch.tensor([answer.ids])).logits[0].log_softmax(-1)
+    places = range(answer.start - 1, len(answer.ids) - 1)
+    return -sum(float(logits[i, answer.ids[i + 1]]) for i in places) / len(places)
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_at_the_start_is_named(loss):
     point = torch.zeros(2)

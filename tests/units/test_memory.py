@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import cos, sin
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 import errata
 from errata.edits import Provenance
 from errata.edits.memory import PARTS, Intervention, MemoryEdit
+from errata.edits.routers._router import Question
 from errata.edits.routers.always import Always
+from errata.edits.routers.cosine import Cosine
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.radius import Radius
 from errata.errors import EditError
@@ -245,3 +248,32 @@ def test_an_edit_on_all_prompts_needs_no_key():
         assert not any(torch.equal(a, b) for a, b in zip(before, logits(host, MIXED), strict=True))
         texts = sample_rows(host, [host.encode_prompt(p) for p in IN], 4, top_k=None, seed=0)
     assert len(texts) == len(IN)
+
+
+def _rows(*angles: float) -> Question:
+    inputs = torch.stack([torch.tensor([cos(a), sin(a)]) for a in angles])
+    return Question(inputs, torch.zeros(len(angles), 1), lambda: [""] * len(angles))
+
+
+def test_a_calibrated_threshold_accepts_the_share_out_of_scope_that_it_may():
+    router = Cosine(torch.tensor([[1.0, 0.0]]))
+    out_of_scope = _rows(0.5, 0.7, 0.9, 1.1)
+    for most_false, bound in ((0.0, 0.5), (0.25, 0.7), (0.5, 0.9), (1.0, 1.1)):
+        calibrated, costs = router.calibrate(_rows(0.1, 0.6), out_of_scope, most_false=most_false)
+        assert calibrated.threshold == costs.threshold == pytest.approx(cos(bound), abs=1e-6)
+        accepted = [int(entry) for entry in calibrated.decide(out_of_scope)].count(0) / 4
+        assert accepted == costs.accepted_out_of_scope == min(most_false, 0.75)
+        assert costs.accepted_in_scope == (0.5 if bound == 0.5 else 1.0)
+    assert router.threshold == 0.5  # frozen
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    router, rows = Cosine(torch.tensor([[1.0, 0.0]])), _rows(0.1)
+    nobody = Question(torch.zeros(0, 2), torch.zeros(0, 1), list)
+    for questions in ((rows, nobody), (nobody, rows)):
+        with pytest.raises(ValueError, match="one out of scope"):
+            router.calibrate(*questions)
+    with pytest.raises(ValueError, match="one entry"):
+        Cosine(torch.zeros(0, 2)).calibrate(rows, rows)
+    with pytest.raises(ValueError, match="no threshold"):
+        Radius(torch.zeros(1, 2), torch.ones(1)).calibrate(rows, rows)

@@ -186,6 +186,7 @@ def _descend(
     }
     variables = list(outer.values())
     step, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
+    best = losses
     path = PolyakPath(config.step_limit)
     with hooks.frozen(host.model):
         measure = Losses(host, lines, depth=min(site.layer for site in bases))
@@ -194,8 +195,11 @@ def _descend(
             work.on_progress("keel", step, config.steps)
             by_line, gradients = _gradients(host, measure, factors, weight / len(rows), work.batch_size)
             losses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, by_line * weight)
-            if float(losses.max()) < config.stop_loss or step == config.steps:
+            low = float(losses.max()) < config.stop_loss
+            if low or step == config.steps:
+                losses = best if not low and path.back_(variables, float(losses.mean())) else losses
                 break
+            best = losses if float(losses.mean()) < path.loss else best
             path.step_(variables, gradients, float(losses.mean()))
         if not torch.isfinite(losses).all():
             raise ConfigError(f"the loss is {float(losses.sum())}; load the model in float32")

@@ -45,3 +45,15 @@ class PolyakPath:
         self.length = min(self.loss / size, self.radius)
         for variable, point, gradient in zip(variables, self.point, self.gradients, strict=True):
             variable.copy_(point - self.length / size * gradient)
+
+    @torch.no_grad()
+    def back_(self, variables: Sequence[Tensor], loss: float) -> bool:
+        """Go back to the point before the last step unless that step lowered the loss; return whether it did not.
+
+        ``variables``, in place: ``[...]`` each.
+        """
+        if not self.point or loss < self.loss:
+            return False
+        for variable, point in zip(variables, self.point, strict=True):
+            variable.copy_(point)
+        return True

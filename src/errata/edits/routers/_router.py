@@ -67,14 +67,16 @@ class Router(ABC):
     ) -> tuple[Router, Calibration]:
         """Return the router with a threshold that accepts at most a share of the prompts out of scope, and its costs.
 
-        Raises ValueError for a router without a threshold.
+        Raises ValueError for a router without a threshold or entries, and without prompts of both sorts.
         """
         names = {field.name for field in fields(self)}
         if "threshold" not in names:
             raise ValueError(f"a {self.name} router has no threshold to calibrate")
         own = float(vars(self)["threshold"])
-        inside = self.scores(in_scope).amax(1) + own
-        outside = self.scores(out_of_scope).amax(1) + own
+        scores = [self.scores(question) for question in (in_scope, out_of_scope)]
+        if not all(part.numel() for part in scores):
+            raise ValueError("expected at least one entry, one prompt in scope and one out of scope")
+        inside, outside = (part.amax(1) + own for part in scores)
         allowed = int(most_false * len(outside))
         bound = float(outside.sort(descending=True).values[min(allowed, len(outside) - 1)])
         calibrated = replace(self, threshold=bound)
