@@ -18,6 +18,7 @@ from errata.evaluation import ability as room
 from errata.evaluation import likelihood
 from errata.evaluation.ability import ability, running_text
 from errata.host import tokens
+from errata.host.seq2seq import EncoderDecoderCodec
 from errata.lab.world import sentence
 from tests.models import fresh
 
@@ -219,7 +220,7 @@ def test_what_cannot_be_asked_is_refused_with_the_reason(tmp_path, monkeypatch):
     sampled = [("Who?", {"do_sample": True, "temperature": 0.7, "until": ["\n"]})]
     with pytest.raises(ConfigError, match="do_sample"):
         room._generate(host, sampled, lambda *tick: None)
-    monkeypatch.setattr(host.config, "is_encoder_decoder", True)
+    monkeypatch.setattr(host, "codec", EncoderDecoderCodec(host.model, host.tokenizer, name=host.name))
     with pytest.raises(ConfigError, match="encoder-decoder"):
         ability(host, ["a.txt"])
 
