@@ -86,10 +86,8 @@ def rehearse(
         random.Random(f"rehearsal-{work.seed}-{len(every)}"), new=len(requests), earlier=len(earlier),
         texts=len(texts), passes=config.rehearsal, size=config.rehearsal_requests, beside=config.rehearsal_texts,
     )  # fmt: skip
-    line_numbers, text_numbers = (
-        _in_use([one.lines for one in rounds]),
-        _in_use([one.texts for one in rounds]),
-    )
+    line_numbers = _in_use([one.lines for one in rounds])
+    text_numbers = _in_use([one.texts for one in rounds])
     with without(work.after, host):
         recital = recite(host, [texts[i] for i in text_numbers])
     place_of_line, place_of_text = _places(line_numbers), _places(text_numbers)
