@@ -40,7 +40,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("errata/locate/keys.py", "", "keys"),
     ("errata/locate/contexts.py", "", "contexts"),
     ("errata/locate/gradients.py", "", "gradients"),
-    ("errata/methods/keel.py", "_descend", "descent"),
+    ("errata/training/low_rank.py", "", "descent"),
     ("errata/locate/", "", "values"),
     ("errata/linalg/", "", "solve"),
     ("errata/stats/", "", "statistics"),

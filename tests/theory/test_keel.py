@@ -6,14 +6,17 @@ import pytest
 import torch
 
 import errata
-from errata.errors import ConfigError
+from errata.edits.records import Record
+from errata.errors import ConfigError, EditError
+from errata.host import hooks
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor, update
 from errata.locate.contexts import Context
 from errata.locate.keys import capture_from, subject_place
 from errata.locate.own import OwnText, kept_keys, training_rows
 from errata.locate.problems import value_problems
-from errata.methods import _method, keel
+from errata.methods import _consolidate, _method, keel
+from errata.training.low_rank import LowRankDescent
 from errata.training.polyak import PolyakPath
 from tests.models import fresh
 
@@ -268,6 +271,127 @@ def test_the_edit_in_place_has_the_loss_it_was_fitted_to(host):
             target = torch.tensor(answer.target)
             losses.append(float(torch.nn.functional.cross_entropy(logits, target)))
     assert max(losses) == pytest.approx(edit.provenance.notes["worst"], abs=2e-5)
+
+
+def _descent(host, requests=(ADA, BRUNO), layers=(0, 1, 2)):
+    (sites, problems) = (
+        [host.layout.site(i) for i in layers],
+        value_problems(host, requests, [Context("", 1.0)], merge=False),
+    )
+    rows = [row for one in problems for row in one.rows]
+    return rows, LowRankDescent(host, [keel._line(row) for row in rows], [1.0] * len(rows), [0, 1], sites)
+
+
+def test_the_first_pass_gives_keys_and_the_gradients_at_zero(host):
+    """dL/dY at Y = 0 is the weight's gradient times A, so the pass that reads the keys is a step's pass as well."""
+    with hooks.frozen(host.model):
+        rows, descent = _descent(host)
+        first = descent.first_pass()
+        bases = {site: random(site.d_in, 3, seed=i) for i, site in enumerate(descent.sites)}
+        factors = {s: (torch.zeros(s.d_out, 3, dtype=a.dtype).requires_grad_(), a) for s, a in bases.items()}
+        losses, gradients = descent._gradients(factors, stop_loss=0.0)
+    torch.testing.assert_close(first.losses, losses)
+    for site, gradient in zip(descent.sites, gradients, strict=True):
+        torch.testing.assert_close(first.gradients[site] @ bases[site], gradient)
+    keys = capture_from(host, [row.ids for row in rows], [0] * len(rows), descent.sites)
+    for site, read in first.inputs.items():
+        for one, other in zip(read, keys[site], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_the_pass_that_finds_all_losses_low_is_not_differentiated(host, monkeypatch, batch_size):
+    """k steps take k + 1 passes forward and k back, for rows run together or one by one."""
+    with hooks.frozen(host.model):
+        _, descent = _descent(host)
+        descent.batch_size = batch_size or descent.batch_size
+        first = descent.first_pass()
+        bases = {
+            site: key_basis(keys, keys)
+            for site, keys in ((s, torch.cat(read).mT) for s, read in first.inputs.items())
+        }
+        counts = {"forward": 0, "backward": 0}
+        measure, differentiate = descent.measure, torch.autograd.grad
+
+        def forward(indices):
+            counts["forward"] += len(indices)
+            return measure(indices)
+
+        def backward(*args, **kwargs):
+            counts["backward"] += 1
+            return differentiate(*args, **kwargs)
+
+        descent.measure = forward
+        forward.lines = measure.lines
+        monkeypatch.setattr(torch.autograd, "grad", backward)
+        bound = float(first.losses.max()) - 0.3
+        fitted = descent.run(first, bases, steps=60, stop_loss=bound, step_limit=0.5)
+    assert 1 < fitted.steps < 60 and float(fitted.losses.max()) < bound
+    steps, parts = fitted.steps, 1 if batch_size is None else 2
+    if parts == 1:
+        assert counts == {"forward": 2 * steps, "backward": steps - 1}  # the first pass was both, before
+    else:
+        assert counts["backward"] == 2 * (steps - 1)
+        assert (
+            2 * steps <= counts["forward"] <= 2 * steps + steps - 1
+        )  # a row that is low waits for the other
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+def test_records_hold_what_the_edit_does_at_its_keys_and_solve_for_it_again(host):
+    edit = errata.edit(host, [ADA, BRUNO], **OPTIONS, rho=1e-3, gamma=1e-9)
+    refitted = errata.refit(edit)
+    for name, record in edit.records.items():
+        torch.testing.assert_close(edit.deltas[name] @ record.keys, record.target_changes)
+        torch.testing.assert_close(
+            refitted.deltas[name].dense(), edit.deltas[name].dense(), rtol=1e-3, atol=1e-6
+        )
+        assert {i for group in record.requests for i in group} == {0, 1}
+
+
+def test_retracting_a_request_keeps_the_outputs_at_the_others_keys(host):
+    edit = errata.edit(host, [ADA, BRUNO], **OPTIONS, rho=1e-3, gamma=1e-9)
+    rest = errata.retract(edit, 0)
+    assert rest.provenance.requests == (BRUNO,)
+    for name, delta in rest.deltas.items():
+        record = edit.records[name].select([1])
+        torch.testing.assert_close(delta @ record.keys, record.target_changes, rtol=1e-4, atol=1e-7)
+        assert torch.equal(delta.A, record.delta().A)  # of the other request's keys nothing is left
+
+
+def test_without_records_nothing_is_retracted(host):
+    edit = errata.edit(host, [ADA, BRUNO], **OPTIONS, steps=2, records=False)
+    assert not edit.records
+    with pytest.raises(EditError, match="keeps no keys"):
+        errata.retract(edit, 0)
+    later = errata.edit(host, ADA_ELSEWHERE, after=edit, **OPTIONS, steps=2)
+    with pytest.raises(EditError, match="some of its requests only"):
+        errata.retract(later, 0)
+    with pytest.raises(ConfigError, match="consolidate needs the records of 2 earlier requests"):
+        errata.edit(host, ADA_ELSEWHERE, after=edit, **OPTIONS, steps=2, consolidate=1)
+    with pytest.raises(ConfigError, match="records=true"):
+        errata.edit(host, ADA, **OPTIONS, consolidate=1, records=False)
+
+
+def test_a_consolidated_sequence_solves_for_all_its_records(host):
+    options = {**OPTIONS, "steps": 6, "rho": 1e-3, "gamma": 1e-6}
+    edit = errata.edit(host, ADA, **options, consolidate=2)
+    edit = errata.edit(host, BRUNO, after=edit, **options, consolidate=2)
+    for name, record in edit.records.items():
+        delta = edit.deltas[name]
+        dense = delta.dense() if isinstance(delta, LowRank) else delta
+        torch.testing.assert_close(dense, record.delta().dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_many_keys_are_solved_for_in_the_coordinates_of_their_entries(cost):
+    cost, _ = cost
+    keys, outputs = random(12, 40, seed=1), random(7, 40, seed=2)
+    record = Record(keys, outputs, cost.solve(keys), 0.3, cost.label, ((0,),) * 40)
+    solution = _consolidate.solve_all(record, cost)
+    assert isinstance(solution, torch.Tensor)
+    torch.testing.assert_close(solution, record.delta().dense(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_sequence_keeps_its_history_bounded(host):

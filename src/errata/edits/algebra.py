@@ -135,6 +135,16 @@ def _require_records(edit: Edit, *, exact: bool = True) -> WeightEdit:
             f"the edit by {edit.provenance.method} keeps no keys and values to solve again from; "
             "closed-form weight edits do (rome, memit, alphaedit ...); revert the whole edit instead"
         )
+    partial = [
+        name
+        for name, one in edit.records.items()
+        if _served(one) != set(range(len(edit.provenance.requests)))
+    ]
+    if partial:
+        raise EditError(
+            f"the edit keeps keys and values of some of its requests only at {partial[0]}, so solving again would "
+            "lose the others; revert the whole edit instead"
+        )
     reshaped = [name for name, record in edit.records.items() if not record.is_exact_solution]
     if exact and reshaped:
         raise EditError(
@@ -142,6 +152,10 @@ def _require_records(edit: Edit, *, exact: bool = True) -> WeightEdit:
             "again would give something else; revert the whole edit instead"
         )
     return edit
+
+
+def _served(record: Record) -> set[int]:
+    return {request for group in record.requests for request in group}
 
 
 def _solve(edit: WeightEdit, records: Mapping[str, Record], parents: Sequence[Edit]) -> WeightEdit:

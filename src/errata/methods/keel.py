@@ -34,17 +34,16 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.branch import Delta
+from errata.edits.records import Record
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.host.memory import in_batches
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor
-from errata.locate.keys import capture_from
-from errata.locate.own import kept_keys, training_rows
+from errata.locate.own import OwnText, kept_keys, training_rows
 from errata.locate.problems import PromptRow, value_problems
+from errata.methods._consolidate import consolidate, is_due, record_changes
 from errata.methods._method import (
     Layers,
     Method,
@@ -57,8 +56,8 @@ from errata.methods._method import (
 )
 from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, OwnStatements, at_least_zero
-from errata.training.polyak import PolyakPath
-from errata.training.tune import ROWS, Line, Losses, beside_low_rank
+from errata.training.low_rank import LowRankDescent
+from errata.training.tune import Line
 from errata.types import Request
 
 
@@ -84,20 +83,49 @@ class Config(Inputs, OwnStatements, Rehearsal):
     """Their length in tokens."""
     energy: float = 0.999
     """Share of each layer's squared norm of Y that is kept when its rank is cut; 1 keeps all of it."""
+    consolidate: int = 0
+    """After how many requests of a sequence the whole change is solved anew from all records; 0: never."""
+    records: bool = True
+    """Whether the edit keeps each request's keys and the outputs at them, with which single requests are retracted and
+    edits refitted without the model; they triple its size."""
+    gamma: float = 0.01
+    """Ridge of a refit: how much the cost under M counts beside the squared error of the outputs recorded."""
     tokens: int = 1_000_000
     """Token budget of the second moments."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
         complaints = [
-            *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens"),
-            *at_least_zero(self, "history", "stop_loss"),
+            *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens", "gamma"),
+            *at_least_zero(self, "history", "stop_loss", "consolidate"),
             *self.own_problems(),
             *self.rehearsal_problems(),
         ]
+        if self.consolidate and not self.records:
+            complaints.append("consolidate: needs records=true")
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
         return complaints
+
+
+_Row = tuple[PromptRow, int]
+"""A text and the index of its request."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all steps of one fit share."""
+
+    host: Host
+    requests: Sequence[Request]
+    config: Config
+    work: Workspace
+    sites: Sequence[Site]
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Of the edit that the fit continues."""
+        return self.work.after.state if self.work.after else {}
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -105,42 +133,74 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     check_requests("keel", requests)
     layers = resolve_layers(host, config.layers, wide_layers)
     config = replace(config, layers=layers)
-    sites = [host.layout.site(layer) for layer in layers]
-    costs = work.costs(host, sites, config.tokens, ridge=config.rho, source=config.moments)
-    groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    contexts = work.contexts(host, groups, "flat", config.prefixes)
-    problems = value_problems(host, requests, contexts, merge=False)
+    task = _Task(host, requests, config, work, [host.layout.site(layer) for layer in layers])
+    costs = work.costs(host, task.sites, config.tokens, ridge=config.rho, source=config.moments)
     own = work.own_texts(host, requests, config.own_counts)
-    rows = [training_rows(host, one.rows, text) for one, text in zip(problems, own, strict=True)]
-    flat = [row for group in rows for row in group]
-    keys = {
-        site: torch.cat(inputs).mT
-        for site, inputs in capture_from(
-            host, [r.ids for r in flat], [r.position for r in flat], sites
-        ).items()
-    }
-    state = dict(work.after.state) if work.after else {}
-    statement_keys = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
-    earlier = {site: state[_name(site)] for site in sites if _name(site) in state and config.history > 0}
-    bases = {
-        site: _basis(keys[site], costs[site], earlier.get(site), config.history, statement_keys.get(site))
-        for site in sites
-    }
-    outer, facts = _descend(host, rows, bases, config, work)
-    parts = {site: LowRank(outer[site].cpu(), bases[site].mT).cut(config.energy) for site in sites}
-    deltas: dict[str, Delta] = {site.parameter: part for site, part in parts.items()}
+    rows = _rows(task, own)
+    keys, thin, facts = _find_changes(task, rows, costs, own)
+    changes: dict[Site, Delta] = dict(thin)
     if config.rehearsal:
-        changes = {site: part.dense().to(host.device_of(site)) for site, part in parts.items()}
-        facts |= rehearse(host, requests, changes, costs, config, work)
-        deltas = {site.parameter: change.cpu() for site, change in changes.items()}
-    share = 1 / len(flat) ** 0.5  # the mean over the texts of this fit
-    state |= {_name(site): _history(state.get(_name(site)), keys[site] * share) for site in sites}
+        dense = {s: change.dense().to(host.device_of(s)) for s, change in thin.items()}
+        facts |= rehearse(host, requests, dense, costs, config, work)
+        changes = {site: change.cpu() for site, change in dense.items()}
+    records: dict[str, Record] = {}
+    if config.records:
+        owners = [i for row, i in rows for _ in row.ids[row.position :]]
+        exact = not (config.rehearsal or config.anchors or config.mates)
+        records = record_changes(changes, keys, costs, owners, work.after, gamma=config.gamma, exact=exact)
+    if is_due(len(requests), work.after, config.consolidate):
+        changes = consolidate(records, costs, work.after)
+    share = 1 / len(rows) ** 0.5  # the mean over the texts of this fit
+    past = {_name(s): _history(task.state.get(_name(s)), keys[s] * share) for s in task.sites}
     return WeightEdit(
-        deltas,
-        frozenset(site.parameter for site in sites if site.transposed),
+        {site.parameter: change for site, change in changes.items()},
+        frozenset(site.parameter for site in task.sites if site.transposed),
         provenance("keel", host, requests, config, work, **notes(facts)),
-        state=state,
+        records,
+        {**task.state, **past},
     )
+
+
+def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
+    """Return each request's prompt, bare and behind prefixes, and its own statements, with the request's index."""
+    config = task.config
+    groups = [(config.contexts, config.context_tokens)] if config.contexts else []
+    contexts = task.work.contexts(task.host, groups, "flat", config.prefixes)
+    problems = value_problems(task.host, task.requests, contexts, merge=False)
+    texts = [training_rows(task.host, one.rows, text) for one, text in zip(problems, own, strict=True)]
+    return [(row, i) for i, group in enumerate(texts) for row in group]
+
+
+def _find_changes(
+    task: _Task, rows: Sequence[_Row], costs: Mapping[Site, CostMatrix], own: Sequence[OwnText]
+) -> tuple[dict[Site, Tensor], dict[Site, LowRank], dict[str, float]]:
+    """Return keys ``[d_in, n]`` and change of each site, and the loss, the steps and the cost."""
+    host, config, sites = task.host, task.config, task.sites
+    statement_keys = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    with hooks.frozen(host.model):
+        descent = LowRankDescent(
+            host, [_line(row) for row, _ in rows], [row.loss_weight for row, _ in rows], [i for _, i in rows],
+            sites, batch_size=task.work.batch_size,
+        )  # fmt: skip
+        first = descent.first_pass()
+        keys = {
+            site: torch.cat(
+                [of_row[row.position :] for of_row, (row, _) in zip(read, rows, strict=True)]
+            ).mT.cpu()
+            for site, read in first.inputs.items()
+        }
+        bases = {
+            site: _basis(
+                keys[site], costs[site], task.state.get(_name(site)), config.history, statement_keys.get(site)
+            )
+            for site in sites
+        }
+        fitted = descent.run(
+            first, bases, steps=config.steps, stop_loss=config.stop_loss, step_limit=config.step_limit,
+            tick=lambda done, total: task.work.on_progress("keel", done, total),
+        )  # fmt: skip
+    parts = {site: LowRank(fitted.outer[site].cpu(), basis.mT) for site, basis in bases.items()}
+    return keys, {site: part.cut(config.energy) for site, part in parts.items()}, fitted.facts()
 
 
 # --- where a change may go ------------------------------------------------------------------
@@ -168,72 +228,10 @@ def _history(past: Tensor | None, keys: Tensor) -> Tensor:
     return history if history.shape[1] <= history.shape[0] else square_factor(history).to(keys.dtype)
 
 
-# --- the descent ----------------------------------------------------------------------------
-
-
-def _descend(
-    host: Host, rows: Sequence[Sequence[PromptRow]], bases: Mapping[Site, Tensor], config: Config,
-    work: Workspace,
-) -> tuple[dict[Site, Tensor], dict[str, float]]:  # fmt: skip
-    """Return Y ``[d_out, r]`` for each site, and the loss, the steps and the cost."""
-    lines = [_line(row) for group in rows for row in group]
-    owner = torch.tensor([i for i, group in enumerate(rows) for _ in group])
-    weight = torch.tensor([row.loss_weight for group in rows for row in group], dtype=torch.float64)
-    inner = {site: basis.to(host.device_of(site)) for site, basis in bases.items()}
-    outer = {
-        site: torch.zeros(site.d_out, a.shape[1], dtype=a.dtype, device=a.device, requires_grad=True)
-        for site, a in inner.items()
-    }
-    variables = list(outer.values())
-    step, losses = 0, torch.full((len(rows),), float("inf"), dtype=torch.float64)
-    best = losses
-    path = PolyakPath(config.step_limit)
-    with hooks.frozen(host.model):
-        measure = Losses(host, lines, depth=min(site.layer for site in bases))
-        factors = {site: (outer[site], inner[site]) for site in bases}
-        for step in range(config.steps + 1):
-            work.on_progress("keel", step, config.steps)
-            by_line, gradients = _gradients(host, measure, factors, weight / len(rows), work.batch_size)
-            losses = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, by_line * weight)
-            low = float(losses.max()) < config.stop_loss
-            if low or step == config.steps:
-                losses = best if not low and path.back_(variables, float(losses.mean())) else losses
-                break
-            best = losses if float(losses.mean()) < path.loss else best
-            path.step_(variables, gradients, float(losses.mean()))
-        if not torch.isfinite(losses).all():
-            raise ConfigError(f"the loss is {float(losses.sum())}; load the model in float32")
-    work.on_progress("keel", config.steps, config.steps)
-    cost = sum(float(y.detach().double().square().sum()) for y in outer.values())
-    facts = {"loss": float(losses.mean()), "worst": float(losses.max()), "steps": float(step), "cost": cost}
-    return {site: y.detach() for site, y in outer.items()}, facts
-
-
 def _line(row: PromptRow) -> Line:
     """Return a row for the loss: every target token is predicted by the one before it."""
     count = len(row.targets)
     return Line(row.ids, tuple(range(len(row.ids) - count, len(row.ids))), row.targets)
-
-
-def _gradients(
-    host: Host, measure: Losses, factors: Mapping[Site, tuple[Tensor, Tensor]], weights: Tensor,
-    batch_size: int | None,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Return the loss of each line ``[n]`` and the gradients of their weighted sum, one a Y."""
-    variables = [outer for outer, _ in factors.values()]
-    total = [torch.zeros_like(y) for y in variables]
-
-    def run(indices: Sequence[int]) -> list[float]:
-        with beside_low_rank(host, factors):
-            losses = measure(indices)
-        share = weights[torch.tensor(list(indices))].to(losses)
-        gradients = torch.autograd.grad((losses * share).sum(), variables)
-        for sum_, gradient in zip(total, gradients, strict=True):
-            sum_ += gradient
-        return losses.detach().tolist()
-
-    losses = in_batches(range(len(measure.lines)), batch_size or ROWS, run)
-    return torch.tensor(losses, dtype=torch.float64), total
 
 
 METHOD = Method(

@@ -332,6 +332,12 @@ def beside(
         yield
 
 
+def add_up(total: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add the gradients of a batch ``[...]`` to those of the batches before, in place."""
+    for sum_, gradient in zip(total, gradients, strict=True):
+        sum_ += gradient
+
+
 @contextmanager
 def beside_low_rank(host: Host, factors: Mapping[Site, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Add ``Y (A^T x)`` to each site's output while inside; no weight is written, gradients reach the factors.
