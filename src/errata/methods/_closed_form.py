@@ -222,7 +222,15 @@ def make_problems(
 ) -> list[ValueProblem]:
     """Return one problem per request, or with ``merge`` one for all requests with the same key."""
     contexts = make_contexts(task)
-    return value_problems(task.host, task.requests, contexts, span=span, token=token, merge=task.config.merge)
+    return value_problems(
+        task.host,
+        task.requests,
+        contexts,
+        span=span,
+        token=token,
+        merge=task.config.merge,
+        end=task.config.end,
+    )
 
 
 # --- what a change costs --------------------------------------------------------------------

@@ -170,6 +170,15 @@ class OwnStatements(StatementTerms):
 
 
 @dataclass(frozen=True)
+class TargetEnd:
+    """What is fitted as a request's target."""
+
+    end: bool = False
+    """Whether the token that ends a text is fitted behind each target, so that nothing follows it (papers: not). A
+    value at the subject's last token seldom reaches it, and the target suffers: see docs/keel.md."""
+
+
+@dataclass(frozen=True)
 class Ridge:
     """The setting that keeps C invertible."""
 
@@ -178,7 +187,7 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class ClosedFormConfig(Inputs, Stopping):
+class ClosedFormConfig(Inputs, Stopping, TargetEnd):
     """Settings that the closed-form methods share; values in brackets are from the papers."""
 
     layers: Layers = None

@@ -56,14 +56,14 @@ from errata.methods._method import (
     wide_layers,
 )
 from errata.methods._rehearse import Rehearsal, rehearse
-from errata.methods._settings import Inputs, OwnStatements, at_least_zero
+from errata.methods._settings import Inputs, OwnStatements, TargetEnd, at_least_zero
 from errata.training.polyak import PolyakPath
 from errata.training.tune import ROWS, Line, Losses, beside_low_rank
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, OwnStatements, Rehearsal):
+class Config(Inputs, OwnStatements, Rehearsal, TargetEnd):
     """Settings of KEEL."""
 
     layers: Layers = None
@@ -109,7 +109,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     costs = work.costs(host, sites, config.tokens, ridge=config.rho, source=config.moments)
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = work.contexts(host, groups, "flat", config.prefixes)
-    problems = value_problems(host, requests, contexts, merge=False)
+    problems = value_problems(host, requests, contexts, merge=False, end=config.end)
     own = work.own_texts(host, requests, config.own_counts)
     rows = [training_rows(host, one.rows, text) for one, text in zip(problems, own, strict=True)]
     flat = [row for group in rows for row in group]

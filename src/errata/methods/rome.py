@@ -39,6 +39,7 @@ from errata.methods._settings import (
     Ridge,
     StatementTerms,
     Stopping,
+    TargetEnd,
     at_least_zero,
     fill_search_defaults,
 )
@@ -48,7 +49,7 @@ from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, Ridge, Stopping, StatementTerms):
+class Config(Inputs, Ridge, Stopping, StatementTerms, TargetEnd):
     """Settings of ROME."""
 
     layers: tuple[int, ...] | None = None
@@ -101,7 +102,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     (site,) = task.sites
     groups = tuple(zip(config.contexts, config.context_tokens, strict=True))
     contexts = work.contexts(host, groups, "flat", config.prefixes)
-    problems = value_problems(host, requests, contexts)
+    problems = value_problems(host, requests, contexts, end=config.end)
     values = closed_form.find_target_values(task, problems)
     cost = CostMatrix.identity()
     if config.second_moment:

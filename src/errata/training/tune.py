@@ -61,12 +61,12 @@ def lay_out(host: Host, request: Request, objective: Objective, *, end: bool = F
     if objective == "prompt_last":
         return Line(answer.ids[: answer.start], (last,) * len(answer.target), answer.target)
     if end:
-        targets = (*answer.target, _end_token(host))
+        targets = (*answer.target, end_token(host))
         return Line(answer.ids, tuple(range(last, len(answer.ids))), targets)
     return Line(answer.ids[:-1], tuple(range(last, len(answer.ids) - 1)), answer.target)
 
 
-def _end_token(host: Host) -> int:
+def end_token(host: Host) -> int:
     """Return the id of the tokenizer's end token. Raises ConfigError for a host without one."""
     token = getattr(host.tokenizer, "eos_token_id", None)
     if token is None or host.kind != CAUSAL:
