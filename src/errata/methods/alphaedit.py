@@ -13,7 +13,8 @@ Departs    Solved in coordinates of U (an equivalent symmetric system) and there
            keys: by default the protected space has a given share of the trace of C, and L2 is
            in mean squared norms of keys. ``threshold`` and ``ridge`` set the authors' numbers,
            ``projection`` their file of P.
-           ``anchors`` and ``mates`` add keys of the model's own statements to K_p K_p^T; 0, the default, none.
+           ``anchors`` and ``mates`` add keys of the model's own statements to K_p K_p^T; 0, the default, none. An
+           anchor's key at the subject's last token is the edit's, so its weight is a penalty on the edit too.
            The clamp depends on the schedule (see there): 0.75 suits long sequences, but with it every third
            single edit of a small model fails.
 Needs      Second moment of keys at each layer with its eigenvectors; context prefixes; for own statements,
