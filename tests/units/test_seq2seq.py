@@ -210,6 +210,12 @@ def test_methods_that_need_subject_and_answer_in_one_stack_refuse_it(host, name)
     assert host.weights_hash() == before
 
 
+def test_statements_of_its_own_need_a_model_that_continues_text(host):
+    request = errata.Request("Where was {} born?", "Ada Brenner", "Tallow Esk")
+    with pytest.raises(ConfigError, match="continues none"):
+        errata.edit(host, request, method="ft", anchors=0.3)
+
+
 def test_both_stacks_have_sites(host):
     layout = host.layout
     assert layout.stack == "decoder" and layout.encoder is not None and layout.refused is None

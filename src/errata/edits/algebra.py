@@ -21,7 +21,8 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
 
     The result does not depend on the edits' order beyond rounding. For a sequence whose method protects
     earlier keys (alphaedit, encore, memit with ``history``) it is what the sequence gave; for one that
-    does not, it is what protecting them would have given. Raises EditError for edits that keep no records,
+    does not, it is what protecting them would have given. At statements of the model's own (``anchors``, ``mates``)
+    it keeps the outputs of the host without any of the edits. Raises EditError for edits that keep no records,
     whose deltas were reshaped, that belong to different hosts, or that were solved under different cost matrices.
     """
     parents = [edits] if isinstance(edits, Edit) else list(edits)
@@ -70,7 +71,7 @@ def leverages(edit: Edit) -> list[float]:
     edit = _require_records(edit, exact=False)
     least = [1.0] * len(edit.provenance.requests)
     for record in edit.records.values():
-        for group, share in zip(record.requests, map(float, record.leverages().cpu()), strict=True):
+        for group, share in zip(record.target_requests, map(float, record.leverages().cpu()), strict=True):
             for request in group:
                 least[request] = min(least[request], share)
     return least

@@ -108,12 +108,19 @@ def record_fields(facts: Any, where: str, requests: int) -> dict[str, Any]:
         for number in check_type(group, list, f"{where}: requests"):
             if not 0 <= check_type(number, int, f"{where}: requests") < requests:
                 raise ValueError(f"{where}: serves request {number % 10**12}, and there are {requests}")
+    stored = get_field(facts, "in_cost", list, where) if "in_cost" in facts else list[Any]()
+    in_cost = [bool(check_type(one, bool, f"{where}: in_cost")) for one in stored]
+    if in_cost and (len(in_cost) != len(groups) or all(in_cost)):
+        raise ValueError(
+            f"{where}: in_cost does not tell which of {len(groups)} columns are terms of the cost"
+        )
     return {
         "gamma": get_field(facts, "gamma", float, where),
         "metric": get_field(facts, "metric", str, where),
         "requests": groups,
         "solves": get_field(facts, "solves", bool, where),
         "price": get_field(facts, "price", float, where),
+        "in_cost": in_cost,
     }
 
 

@@ -5,7 +5,8 @@ With keys K, the target changes R of the outputs at them (relative to the host w
     delta = R (K^T Y + gamma I)^-1 Y^T
 
 so a history of such fits under one cost matrix M is one ridge regression: refitting all records at once,
-or all but some, needs neither the model nor its statistics.
+or all but some, needs neither the model nor its statistics. Columns that are terms of the cost, P, have no targets:
+M is M + P P^T then, for every gamma.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from errata.errors import EditError
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import from_solved, influence
+from errata.linalg.solve import condense, from_solved, influence, solve_with_history
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Record:
     """What M was multiplied by when the delta was solved (LyapLock's queue)."""
     is_exact_solution: bool = True
     """Whether the delta is the formula's solution; not so once it was reshaped afterwards."""
+    in_cost: tuple[bool, ...] = ()
+    """Per column, whether it is a term of the cost, k k^T added to M, not a key with a target; empty: none is."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return keys ``[d_in, n]``, target changes ``[d_out, n]`` and M^-1 K ``[d_in, n]`` by their names in files."""
@@ -62,6 +65,7 @@ class Record:
             "requests": [list(group) for group in self.requests],
             "solves": self.is_exact_solution,
             "price": self.cost_scale,
+            **({"in_cost": list(self.in_cost)} if any(self.in_cost) else {}),
         }
 
     @staticmethod
@@ -74,6 +78,7 @@ class Record:
             requests=tuple(tuple(group) for group in facts["requests"]),
             is_exact_solution=facts["solves"],
             cost_scale=facts["price"],
+            in_cost=tuple(facts.get("in_cost", ())),
         )
 
     def contiguous(self) -> Record:
@@ -92,12 +97,14 @@ class Record:
                 f"and {other.cost}, gamma {other.gamma}"
             )
         parts = {p: torch.cat([getattr(self, p), getattr(other, p)], 1) for p in self.PARTS.values()}
+        in_cost = [*self._terms(), *other._terms()]
         return replace(
             self,
             **parts,
             requests=(*self.requests, *other.requests),
             is_exact_solution=self.is_exact_solution and other.is_exact_solution,
             cost_scale=other.cost_scale,
+            in_cost=tuple(in_cost) if any(in_cost) else (),
         )
 
     def select(self, requests: Sequence[int]) -> Record:
@@ -119,20 +126,43 @@ class Record:
                 columns.append(column)
         parts = {p: getattr(self, p)[:, columns].contiguous() for p in self.PARTS.values()}
         groups = tuple(tuple(place[request] for request in self.requests[c]) for c in columns)
-        return replace(self, **parts, requests=groups)
+        in_cost = tuple(self.in_cost[c] for c in columns) if self.in_cost else ()
+        return replace(self, **parts, requests=groups, in_cost=in_cost)
 
     def delta(self) -> LowRank:
         """Solve for the delta of all columns together."""
-        solved = self.solved / self.cost_scale
-        return from_solved(self.keys, solved, self.target_changes, gamma=self.gamma)
+        keys, solved, targets = self._with_terms()
+        return from_solved(keys, solved, targets, gamma=self.gamma)
 
     def leverages(self) -> Tensor:
-        """Return, per column, how much of its own target it decides, ``[n]`` in 0 to 1.
+        """Return, per column with a target, how much of it the column decides, ``[n]`` in 0 to 1.
 
         Diagonal of G (G + gamma I)^-1 with G = K^T M^-1 K; near 0 where other columns, or what is to
         be preserved, outweigh it.
         """
-        return influence(self.keys, self.solved / self.cost_scale, gamma=self.gamma)
+        keys, solved, _ = self._with_terms()
+        return influence(keys, solved, gamma=self.gamma)
+
+    @property
+    def target_requests(self) -> tuple[tuple[int, ...], ...]:
+        """Requests of each column with a target."""
+        return tuple(
+            group for group, is_term in zip(self.requests, self._terms(), strict=True) if not is_term
+        )
+
+    def _terms(self) -> tuple[bool, ...]:
+        return self.in_cost or (False,) * len(self.requests)
+
+    def _with_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys with targets, M^-1 times them with all terms of the cost in M, and their target changes."""
+        solved = self.solved / self.cost_scale
+        if not any(self.in_cost):
+            return self.keys, solved, self.target_changes
+        term = torch.tensor(self.in_cost, device=solved.device)
+        # as many columns as there are directions: statements share their first tokens
+        terms, terms_solved = condense(self.keys[:, term], solved[:, term])
+        whole = solve_with_history(solved[:, ~term], terms, terms_solved)
+        return self.keys[:, ~term], whole, self.target_changes[:, ~term]
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:

@@ -168,6 +168,21 @@ def solve_with_history(solved: Tensor, history_keys: Tensor, history_solved: Ten
     return solved - past @ routines.cholesky_solve(_factor(gram, 0.0)[0], keys.mT @ solved)
 
 
+def condense(keys: Tensor, solved: Tensor, *, floor: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Return L ``[m, r]`` with L L^T = P P^T, and M^-1 L, from P and M^-1 P ``[m, p]``; float64, r at most m and p.
+
+    Directions whose eigenvalue is below ``floor`` times the largest are left out, as keys are often equal.
+    """
+    keys, solved = keys.double(), solved.double()
+    wide = keys.shape[1] > keys.shape[0]
+    values, vectors = routines.eigh(keys @ keys.mT if wide else keys.mT @ keys)
+    large = values > floor * values[-1]
+    right = vectors[:, large]
+    if wide:
+        right = keys.mT @ (right * values[large].rsqrt())
+    return keys @ right, solved @ right
+
+
 def from_solved(keys: Tensor, solved: Tensor, residuals: Tensor, *, gamma: float) -> LowRank:
     """Solve the formula from ``solved`` = M^-1 K ``[m, n]``; arguments and errors as of :func:`update`."""
     keys, solved = keys.double(), solved.double()

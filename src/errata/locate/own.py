@@ -240,26 +240,51 @@ def training_rows(host: Host, rows: Sequence[PromptRow], text: OwnText) -> tuple
     return tuple(replace(row, loss_weight=weight) for row, weight in weighted)
 
 
+@dataclass(frozen=True)
+class WeightedRow:
+    """A statement's row whose keys are terms of a cost matrix."""
+
+    row: PromptRow
+    scale: float
+    """Square root of the weight of each key's outer product."""
+    request: int
+    """Index of the request that it belongs to."""
+
+
+def weighted_rows(host: Host, texts: Sequence[OwnText], *, anchors: float, mates: float) -> list[WeightedRow]:
+    """Return each request's statements with the scale of their keys: a weight over the number of keys of a sort."""
+    rows: list[WeightedRow] = []
+    for i, text in enumerate(texts):
+        for weight, statements in ((anchors, text.anchors), (mates, text.mates)):
+            own = statement_rows(host, statements) if weight > 0 else []
+            count = sum(len(row.ids) - row.position for row in own)
+            rows += [WeightedRow(row, (weight / max(1, count)) ** 0.5, i) for row in own]
+    return rows
+
+
+def scaled_keys(host: Host, rows: Sequence[WeightedRow], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
+    """Return the scaled keys of each row by site, ``[tokens, d_in]``, with the weights that are in place.
+
+    At all positions from the subject's last token to the one that predicts the answer's last.
+    """
+    keys_by_site = capture_from(
+        host, [one.row.ids for one in rows], [one.row.position for one in rows], sites
+    )
+    return {
+        site: [k * one.scale for k, one in zip(keys, rows, strict=True)]
+        for site, keys in keys_by_site.items()
+    }
+
+
 def kept_keys(
     host: Host, texts: Sequence[OwnText], sites: Sequence[Site], *, anchors: float, mates: float
 ) -> dict[Site, Tensor]:
     """Return P ``[d_in, p]`` per site with P P^T = anchors E_anchors[k k^T] + mates E_mates[k k^T].
 
-    Keys at all positions from the subject's last token to the one that predicts the answer's last; means over
-    each request's own statements, summed over requests. Empty where there is none.
+    Keys as of :func:`scaled_keys`; means over each request's own statements, summed over requests. Empty where
+    there is none.
     """
-    rows: list[PromptRow] = []
-    scales: list[float] = []
-    for text in texts:
-        for weight, statements in ((anchors, text.anchors), (mates, text.mates)):
-            own = statement_rows(host, statements) if weight > 0 else []
-            count = sum(len(row.ids) - row.position for row in own)
-            rows += own
-            scales += [(weight / max(1, count)) ** 0.5] * len(own)
+    rows = weighted_rows(host, texts, anchors=anchors, mates=mates)
     if not rows:
         return {}
-    keys_by_site = capture_from(host, [row.ids for row in rows], [row.position for row in rows], sites)
-    return {
-        site: torch.cat([k * scale for k, scale in zip(keys, scales, strict=True)]).mT
-        for site, keys in keys_by_site.items()
-    }
+    return {site: torch.cat(keys).mT for site, keys in scaled_keys(host, rows, sites).items()}

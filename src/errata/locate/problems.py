@@ -12,6 +12,7 @@ from torch import Tensor
 from errata.errors import RequestError
 from errata.host.load import Host
 from errata.locate.contexts import Context, shorten
+from errata.training.tune import end_token
 from errata.types import Request
 
 Token = Literal["last", "first"]
@@ -101,26 +102,34 @@ def value_problems(
     span: Span = subject_span,
     token: Token = "last",
     merge: bool = True,
+    end: bool = False,
 ) -> list[ValueProblem]:
     """Return one problem per request, or one for all requests that share their text up to the edited token.
 
-    Such requests have the same key, which can have one value only (MEMIT-Merge, arXiv 2502.07322).
+    Such requests have the same key, which can have one value only (MEMIT-Merge, arXiv 2502.07322). ``end``: whether
+    the token that ends a text follows each target. Raises ConfigError where the host has none.
     """
+    last = (end_token(host),) if end else ()
     groups: dict[object, list[int]] = {}
     for i, request in enumerate(requests):
         ids, position = edited_token(host, request, span=span, token=token)
         groups.setdefault(ids[: position + 1] if merge else i, []).append(i)
     problems = []
     for members in groups.values():
-        rows = [row for i in members for row in _rows(host, requests[i], contexts, span=span, token=token)]
+        rows = [
+            row
+            for i in members
+            for row in _rows(host, requests[i], contexts, span=span, token=token, last=last)
+        ]
         essence = _essence(host, requests[members[0]], span, token)
         problems.append(ValueProblem(tuple(members), tuple(rows), essence))
     return problems
 
 
 def _rows(
-    host: Host, request: Request, contexts: Sequence[Context], *, span: Span, token: Token
-) -> list[PromptRow]:
+    host: Host, request: Request, contexts: Sequence[Context], *, span: Span, token: Token,
+    last: tuple[int, ...],
+) -> list[PromptRow]:  # fmt: skip
     total = sum(c.weight for c in contexts)
     loss_weight = 1 / len(contexts)  # the authors' code weights contexts in the mean key, not in the loss
     rows = []
@@ -131,9 +140,8 @@ def _rows(
         if position >= answer.start:
             raise RequestError(f"the subject {request.subject!r} and the target share a token")
         key_weight = context.weight / total
-        rows.append(
-            PromptRow(answer.ids[:-1], position, answer.target, loss_weight, number, key_weight=key_weight)
-        )
+        ids, targets = (*answer.ids, *last)[:-1], (*answer.target, *last)
+        rows.append(PromptRow(ids, position, targets, loss_weight, number, key_weight=key_weight))
     return rows
 
 

@@ -20,7 +20,7 @@ from errata.edits.weight import Delta, WeightEdit
 from errata.errors import CollidingRequests, ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import CostMatrix, from_solved, similar_pairs, solve_with_history
+from errata.linalg.solve import CostMatrix, condense, from_solved, similar_pairs, solve_with_history
 from errata.locate.contexts import Context
 from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
 from errata.locate.sweep import LayerSweep
@@ -222,7 +222,15 @@ def make_problems(
 ) -> list[ValueProblem]:
     """Return one problem per request, or with ``merge`` one for all requests with the same key."""
     contexts = make_contexts(task)
-    return value_problems(task.host, task.requests, contexts, span=span, token=token, merge=task.config.merge)
+    return value_problems(
+        task.host,
+        task.requests,
+        contexts,
+        span=span,
+        token=token,
+        merge=task.config.merge,
+        end=task.config.end,
+    )
 
 
 # --- what a change costs --------------------------------------------------------------------
@@ -353,6 +361,16 @@ class LayerStep:
 
 
 @dataclass(frozen=True)
+class CostTerms:
+    """Keys k of one layer whose outer products k k^T are added to its M."""
+
+    keys: Tensor
+    """``[d_in, p]``, each times the square root of its weight."""
+    requests: tuple[tuple[int, ...], ...]
+    """Indices of the requests of each column, with which it leaves."""
+
+
+@dataclass(frozen=True)
 class LayerSolution:
     """The change of one site's weight."""
 
@@ -433,19 +451,41 @@ def sweep_layers(
 
 def solve_layer(
     task: Task[TaskSettings], layer: LayerStep, cost: CostMatrix, residual: Tensor,
-    *, gamma: float = 1.0, history: bool = False,
+    *, gamma: float = 1.0, history: bool = False, terms: CostTerms | None = None,
 ) -> LayerSolution:  # fmt: skip
     """Return delta = R (K^T M^-1 K + gamma I)^-1 K^T M^-1 for a layer, stabilised, with its record.
 
     ``residual`` R ``[d_out, n]``: the change of this layer's output at its keys. ``history``: whether M includes the
-    keys of earlier edits, so that their values are preserved.
+    keys of earlier edits, so that their values are preserved, and the terms of earlier edits. ``terms``: of M besides.
     """
     solved = cost.solve(layer.keys)
     earlier = task.earlier_record(layer.site) if history else None
-    effective = solved if earlier is None else solve_with_history(solved, earlier.keys, earlier.solved)
-    delta = from_solved(layer.keys, effective, residual, gamma=gamma)
+    past = None if earlier is None else (earlier.keys, earlier.solved)
     record = make_record(task, layer, cost, residual, solved, gamma=gamma)
+    if terms is not None:
+        record = record.join(_record_of_terms(record, terms, cost))
+        past = _with_terms(past, terms.keys, cost.solve(terms.keys))
+    effective = solved if past is None else solve_with_history(solved, *past)
+    delta = from_solved(layer.keys, effective, residual, gamma=gamma)
     return stabilise_solution(task, LayerSolution(layer.site, delta, record))
+
+
+def _with_terms(past: tuple[Tensor, Tensor] | None, keys: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
+    """Return earlier keys and terms side by side, and M^-1 times them; at most as many as there are directions."""
+    if past is not None:
+        keys = torch.cat([past[0].double(), keys.double()], 1)
+        solved = torch.cat([past[1].double(), solved], 1)
+    return condense(keys, solved) if keys.shape[1] > keys.shape[0] else (keys, solved)
+
+
+def _record_of_terms(record: Record, terms: CostTerms, cost: CostMatrix) -> Record:
+    """Return terms of the cost as a record that joins the one of the layer's keys."""
+    dtype, width = record.keys.dtype, record.target_changes.shape[0]
+    count = len(terms.requests)
+    return replace(
+        record, keys=terms.keys.to(dtype), solved=cost.solve(terms.keys).to(dtype), requests=terms.requests,
+        target_changes=record.target_changes.new_zeros(width, count), in_cost=(True,) * count,
+    )  # fmt: skip
 
 
 def make_record(

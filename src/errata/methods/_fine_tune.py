@@ -11,7 +11,7 @@ from errata.edits.weight import WeightEdit
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.methods._method import Layers, Workspace, check_requests, notes, provenance, resolve_layers
-from errata.training.tune import Norm, Plan, Stop, rms, tune
+from errata.training.tune import NO_COMPANIONS, Companions, Norm, Plan, Stop, rms, tune
 from errata.types import Request
 
 PUBLISHED_RATE = 5e-4
@@ -102,10 +102,11 @@ def fine_tune(
     stop: Stop,
     norm: Norm = "inf",
     weight_decay: float = 0.0,
+    companions: Companions = NO_COMPANIONS,
 ) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the bounds.
 
-    ``bounds``: how far the change may go, per site, in plain numbers.
+    ``bounds``: how far the change may go, per site, in plain numbers. ``companions``: lines trained beside them.
     """
     config, sites = prepared.config, prepared.sites
     plan = Plan(
@@ -122,8 +123,9 @@ def fine_tune(
         end=config.end,
     )
     changes, outcome = tune(
-        host, requests, sites, plan, rows=work.batch_size, tick=lambda *at: work.on_progress(method, *at)
-    )
+        host, requests, sites, plan, rows=work.batch_size, companions=companions,
+        tick=lambda *at: work.on_progress(method, *at),
+    )  # fmt: skip
     return WeightEdit(
         dict(changes),
         frozenset(site.parameter for site in sites if site.transposed),

@@ -112,34 +112,70 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class OwnStatements:
-    """Statements of the model's own beside the requests, from its tables (``errata stats --tables``)."""
+class StatementTerms:
+    """The model's own statements whose outputs are to be preserved, from its tables (``errata stats --tables``)."""
 
-    paraphrases: int = 0
-    """How many own paraphrases of each request are fitted as well, each with half the prompt's weight."""
-    consequences: int = 0
-    """How many own statements that follow from each request are fitted as well, in the same way."""
     anchors: float = 0.0
-    """Weight in M of the keys of other own statements about the subject."""
+    """Weight in M, in the unit of C, of the mean outer product of keys of other own statements about the subject."""
     anchor_rows: int = 24
     """How many of them, for each request."""
     mates: float = 0.0
-    """Weight in M of the keys of the request's own statement about other subjects of its type."""
+    """Weight in M, in the unit of C, of the mean outer product of keys of the request's own statement about other
+    subjects of its type."""
     mate_rows: int = 16
     """How many of them, for each request."""
 
     def own_problems(self) -> list[str]:
         """Check ranges."""
-        names = ("paraphrases", "consequences", "anchors", "mates")
-        return [*positive(self, "anchor_rows", "mate_rows"), *at_least_zero(self, *names)]
+        return [*positive(self, "anchor_rows", "mate_rows"), *at_least_zero(self, "anchors", "mates")]
 
     @property
     def own_counts(self) -> OwnCounts:
         """How many statements of each sort are needed."""
         return OwnCounts(
-            self.paraphrases, self.consequences,
-            self.anchor_rows if self.anchors > 0 else 0, self.mate_rows if self.mates > 0 else 0,
-        )  # fmt: skip
+            anchors=self.anchor_rows if self.anchors > 0 else 0,
+            mates=self.mate_rows if self.mates > 0 else 0,
+        )
+
+
+@dataclass(frozen=True)
+class StatementRows(StatementTerms):
+    """The same statements as further rows of a loss."""
+
+    anchors: float = 0.0
+    """Weight in the loss, relative to the requests', of the mean loss of other own statements about the subject."""
+    mates: float = 0.0
+    """Weight in the loss, relative to the requests', of the mean loss of the request's own statement about other
+    subjects of its type."""
+
+
+@dataclass(frozen=True)
+class OwnStatements(StatementTerms):
+    """Statements of the model's own beside the requests, to preserve and to fit as well."""
+
+    paraphrases: int = 0
+    """How many own paraphrases of each request are fitted as well, each with half the prompt's weight."""
+    consequences: int = 0
+    """How many own statements that follow from each request are fitted as well, in the same way."""
+
+    def own_problems(self) -> list[str]:
+        """Check ranges."""
+        return [*super().own_problems(), *at_least_zero(self, "paraphrases", "consequences")]
+
+    @property
+    def own_counts(self) -> OwnCounts:
+        """How many statements of each sort are needed."""
+        counts = super().own_counts
+        return replace(counts, paraphrases=self.paraphrases, consequences=self.consequences)
+
+
+@dataclass(frozen=True)
+class TargetEnd:
+    """What is fitted as a request's target."""
+
+    end: bool = False
+    """Whether the token that ends a text is fitted behind each target, so that nothing follows it (papers: not). A
+    value at the subject's last token seldom reaches it, and the target suffers: see docs/keel.md."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +187,7 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class ClosedFormConfig(Inputs, Stopping):
+class ClosedFormConfig(Inputs, Stopping, TargetEnd):
     """Settings that the closed-form methods share; values in brackets are from the papers."""
 
     layers: Layers = None

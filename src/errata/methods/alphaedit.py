@@ -13,9 +13,12 @@ Departs    Solved in coordinates of U (an equivalent symmetric system) and there
            keys: by default the protected space has a given share of the trace of C, and L2 is
            in mean squared norms of keys. ``threshold`` and ``ridge`` set the authors' numbers,
            ``projection`` their file of P.
+           ``anchors`` and ``mates`` add keys of the model's own statements to K_p K_p^T; 0, the default, none. An
+           anchor's key at the subject's last token is the edit's, so its weight is a penalty on the edit too.
            The clamp depends on the schedule (see there): 0.75 suits long sequences, but with it every third
            single edit of a small model fails.
-Needs      Second moment of keys at each layer with its eigenvectors; context prefixes
+Needs      Second moment of keys at each layer with its eigenvectors; context prefixes; for own statements,
+           tables that the model writes once
 """
 
 from __future__ import annotations
@@ -28,13 +31,25 @@ from errata.host.load import Host
 from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Published, Workspace
-from errata.methods._settings import NullSpaceConfig, SequentialDefaults
+from errata.methods._settings import NullSpaceConfig, SequentialDefaults, StatementTerms
+from errata.methods._statements import statement_terms
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(SequentialDefaults, NullSpaceConfig):
+class Config(SequentialDefaults, NullSpaceConfig, StatementTerms):
     """Settings of AlphaEdit."""
+
+    anchors: float = 0.0
+    """Weight beside K K^T, in the unit of one request's key, of the mean outer product of keys of other own
+    statements about the subject."""
+    mates: float = 0.0
+    """Weight beside K K^T, in the unit of one request's key, of the mean outer product of keys of the request's own
+    statement about other subjects of its type."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        return [*super().problems(), *self.own_problems()]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -45,9 +60,15 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     costs = closed_form.null_space_costs(task)
     sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
     values = closed_form.find_target_values(task, sweep.problems)
+    statements = statement_terms(task)
     edit = closed_form.start_edit(task, values)
     for layer in closed_form.sweep_layers(task, sweep, values, edit):
-        edit.add(closed_form.solve_layer(task, layer, costs[layer.site], layer.even_share, history=True))
+        edit.add(
+            closed_form.solve_layer(
+                task, layer, costs[layer.site], layer.even_share, history=True,
+                terms=statements.at(layer.site, edit),
+            )
+        )  # fmt: skip
     return edit.build()
 
 

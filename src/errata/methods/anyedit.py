@@ -29,6 +29,7 @@ from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS, Task
 from errata.methods._method import Method, Workspace
 from errata.methods._settings import CovarianceConfig, NullSpaceConfig
+from errata.training.tune import end_token
 from errata.types import Request
 
 
@@ -68,7 +69,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     config = closed_form.resolve_covariance_config(host, config, METHOD.published_for(host))
     alphaedit = config.base == "alphaedit"
     task = closed_form.start_task("anyedit", host, requests, config, work)
-    problems, rounds = chunk_problems(host, requests, config.chunk, config.overlap)
+    problems, rounds = chunk_problems(host, requests, config.chunk, config.overlap, end=config.end)
     edited = {(problem.requests[0], problem.rows[0].position) for problem in problems}
     costs = closed_form.null_space_costs(task) if alphaedit else closed_form.covariance_costs(task)
     sweep = closed_form.start_sweep(task, problems, costs)
@@ -83,18 +84,23 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 
 def chunk_problems(
-    host: Host, requests: Sequence[Request], chunk: int, overlap: int
+    host: Host, requests: Sequence[Request], chunk: int, overlap: int, *, end: bool = False
 ) -> tuple[list[ValueProblem], list[list[int]]]:
-    """Return one problem per chunk and, per round, the indices of those that are optimised together."""
+    """Return one problem per chunk and, per round, the indices of those that are optimised together.
+
+    ``end``: whether the token that ends a text is the last of each target.
+    """
     problems: list[ValueProblem] = []
     rounds: list[list[int]] = []
+    last = (end_token(host),) if end else ()
     for i, request in enumerate(requests):
         answer = host.encode_answer(request.text, request.target)
-        for j, start in enumerate(range(answer.start, len(answer.ids), chunk - overlap)):
-            stop = min(start + chunk, len(answer.ids))
+        ids = (*answer.ids, *last)
+        for j, start in enumerate(range(answer.start, len(ids), chunk - overlap)):
+            stop = min(start + chunk, len(ids))
             if j and stop - start <= overlap:
                 break  # all its tokens are in the previous chunk
-            row = PromptRow(answer.ids[: stop - 1], start - 1, answer.ids[start:stop], 1.0, 0)
+            row = PromptRow(ids[: stop - 1], start - 1, ids[start:stop], 1.0, 0)
             if j == len(rounds):
                 rounds.append([])
             rounds[j].append(len(problems))

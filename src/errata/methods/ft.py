@@ -8,7 +8,9 @@ Departs    ``objective: target`` scores each target token after the ones before 
            distribution at the prompt's last token; ``objective: prompt_last`` gives that.
            epsilon is in units of the weight's root mean square, so that it carries over between
            models; the papers' absolute values (2e-3 to 5e-5 for GPT-2 medium to GPT-J) do not.
-Needs      Gradients of the weight
+           ``anchors`` and ``mates`` train the model's own statements, with its present answers, beside the
+           requests; 0, the default, is the paper's loss.
+Needs      Gradients of the weight; for own statements, tables that the model writes once
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from errata.host.kinds import TEXT_HOSTS
 from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, fine_tune, prepare
 from errata.methods._method import Baseline, Layers, Method, Workspace
+from errata.methods._settings import StatementRows
+from errata.methods._statements import statement_companions
 from errata.training.tune import Stop, rms
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(FineTuneConfig):
+class Config(FineTuneConfig, StatementRows):
     """Settings of FT."""
 
     layers: Layers = None
@@ -45,6 +49,16 @@ class Config(FineTuneConfig):
     stop: Literal["mean", "each"] = "mean"
     """Whose loss that is: the mean over requests (baseline code), or every request's own."""
 
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        complaints = [*super().problems(), *self.own_problems()]
+        if self.objective == "prompt_last" and (self.anchors or self.mates):
+            complaints.append(
+                "anchors and mates: expected 0 with objective prompt_last, whose loss at the model's own answers "
+                "is not low: it reads all their tokens from one position"
+            )
+        return complaints
+
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the dense edit that lowers the targets' loss within the box."""
@@ -57,6 +71,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     return fine_tune(
         "ft", host, requests, prepared, work, bounds=bounds, stop=Stop(config.stop_loss, config.stop),
         norm=config.norm, weight_decay=config.weight_decay,
+        companions=statement_companions(host, requests, config, work),
     )  # fmt: skip
 
 

@@ -55,14 +55,14 @@ from errata.methods._method import (
     wide_layers,
 )
 from errata.methods._rehearse import Rehearsal, rehearse
-from errata.methods._settings import Inputs, OwnStatements, at_least_zero
+from errata.methods._settings import Inputs, OwnStatements, TargetEnd, at_least_zero
 from errata.training.low_rank import LowRankDescent
 from errata.training.tune import Line
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, OwnStatements, Rehearsal):
+class Config(Inputs, OwnStatements, Rehearsal, TargetEnd):
     """Settings of KEEL."""
 
     layers: Layers = None
@@ -166,7 +166,7 @@ def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
     config = task.config
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = task.work.contexts(task.host, groups, "flat", config.prefixes)
-    problems = value_problems(task.host, task.requests, contexts, merge=False)
+    problems = value_problems(task.host, task.requests, contexts, merge=False, end=config.end)
     texts = [training_rows(task.host, one.rows, text) for one, text in zip(problems, own, strict=True)]
     return [(row, i) for i, group in enumerate(texts) for row in group]
 

@@ -11,7 +11,8 @@ Departs    The delta is computed exactly from the factors, and peft's layers are
            dropped; here LoRA is the default, and AdaLoRA's schedule gets its steps. EasyEdit never stops early;
            LoRA does here, see ``stop_loss``. The rate of B (of E in AdaLoRA), which starts at zero and so
            determines how far the weight moves, is multiplied by the weight's root mean square times sqrt(d_in),
-           near one in Llama models; ``scale: published`` leaves it plain.
+           near one in Llama models; ``scale: published`` leaves it plain. ``anchors`` and ``mates`` train the model's
+           own statements, with its present answers, beside the requests; at 0, the default, there are none.
 Needs      Gradients; the package peft (pip install 'errata[lora]')
 """
 
@@ -36,7 +37,8 @@ from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance
-from errata.methods._settings import at_least_zero
+from errata.methods._settings import StatementRows, at_least_zero
+from errata.methods._statements import statement_companions
 from errata.training.tune import Losses, Outcome, Stop, descend, rms, seeded
 from errata.types import Request
 
@@ -44,7 +46,7 @@ NAME = "errata"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(StatementRows):
     """Settings of LoRA."""
 
     layers: tuple[int, ...] | None = None
@@ -79,7 +81,7 @@ class Config:
     def problems(self) -> list[str]:
         """Check ranges."""
         names = ("rank", "alpha", "steps", "learning_rate", "per_step")
-        complaints = [*positive(self, *names), *at_least_zero(self, "stop_loss")]
+        complaints = [*positive(self, *names), *at_least_zero(self, "stop_loss"), *self.own_problems()]
         if not 0 <= self.dropout < 1:
             complaints.append(f"dropout: expected a share from 0 to below 1, found {self.dropout}")
         if self.variant == "adalora" and self.stop_loss:
@@ -93,8 +95,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     peft = extras.need("lora", "lora", "peft", "peft.utils")[0]
     config, names = _resolve(peft, host, config)
     assert config.layers is not None
+    beside = statement_companions(host, requests, config, work)
     with hooks.frozen(host.model), seeded(host, work.seed):
-        losses = Losses(host, requests, "target", depth=min(config.layers))
+        losses = Losses(host, requests, "target", depth=min(config.layers), companions=beside)
         steps = config.steps * math.ceil(len(requests) / (config.per_step or len(requests)))
         with _adapters(host, names, _settings(peft, host, names, config, steps), peft) as tuner:
             layers = {name: host.model.get_submodule(name) for name in names}
@@ -176,7 +179,7 @@ def _adapters(host: Host, names: list[str], settings: Any, peft: Any) -> Iterato
 
 def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, work: Workspace) -> Outcome:
     """Optimise the adapters' factors."""
-    adaptive = config.variant == "adalora"
+    adaptive, count = config.variant == "adalora", losses.count
     assert config.learning_rate is not None
     groups = []
     for layer in layers.values():
@@ -193,7 +196,8 @@ def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, w
         for layer in layers.values():
             layer.lora_dropout.train(training)
         loss = losses(indices)
-        return loss + config.orthogonal * _skew(layers) if adaptive and training else loss
+        penalised = adaptive and training and indices[0] < count  # once, not with companions again
+        return loss + config.orthogonal * _skew(layers) if penalised else loss
 
     def allocate(step: int) -> None:
         for group in groups:
@@ -202,8 +206,8 @@ def _train(losses: Losses, tuner: Any, layers: dict[str, Any], config: Config, w
         tuner.update_and_allocate(step)
 
     return descend(
-        torch.optim.Adam(groups), run, len(losses.lines), steps=config.steps, stop=Stop(config.stop_loss),
-        per_step=config.per_step, rows=work.batch_size,
+        torch.optim.Adam(groups), run, count, steps=config.steps, stop=Stop(config.stop_loss),
+        per_step=config.per_step, rows=work.batch_size, companions=losses.companions,
         after_step=allocate if adaptive else lambda step: None,
         tick=lambda *at: work.on_progress("lora", *at),
     )  # fmt: skip

@@ -61,18 +61,41 @@ def lay_out(host: Host, request: Request, objective: Objective, *, end: bool = F
     if objective == "prompt_last":
         return Line(answer.ids[: answer.start], (last,) * len(answer.target), answer.target)
     if end:
-        targets = (*answer.target, _end_token(host))
+        targets = (*answer.target, end_token(host))
         return Line(answer.ids, tuple(range(last, len(answer.ids))), targets)
     return Line(answer.ids[:-1], tuple(range(last, len(answer.ids) - 1)), answer.target)
 
 
-def _end_token(host: Host) -> int:
+def end_token(host: Host) -> int:
     """Return the id of the tokenizer's end token. Raises ConfigError for a host without one."""
     token = getattr(host.tokenizer, "eos_token_id", None)
     if token is None or host.kind != CAUSAL:
         what = "has no end token" if token is None else "is no causal language model"
         raise ConfigError(f"{host.name} {what}: leave end=true out")
     return int(token)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Further lines that some requests bring along: their loss is added to that of the requests."""
+
+    lines: tuple[Line, ...] = ()
+    owners: tuple[int, ...] = ()
+    """Index of the request that each line belongs to."""
+    sorts: tuple[int, ...] = ()
+    """Number of each line's sort."""
+    weights: tuple[float, ...] = ()
+    """Weight of each sort's mean loss, that of the requests being 1."""
+
+    def shares(self, requests: Sequence[int]) -> dict[int, float]:
+        """Return the weight in the loss of each line that belongs to some requests, by its index."""
+        chosen = set(requests)
+        own = [i for i, owner in enumerate(self.owners) if owner in chosen]
+        counts = {sort: sum(self.sorts[i] == sort for i in own) for sort in set(self.sorts)}
+        return {i: self.weights[self.sorts[i]] / counts[self.sorts[i]] for i in own}
+
+
+NO_COMPANIONS = Companions()
 
 
 class Losses:
@@ -87,10 +110,12 @@ class Losses:
         depth: int = 0,
         side: Side = "right",
         end: bool = False,
+        companions: Companions = NO_COMPANIONS,
     ) -> None:
         """Tokenise requests, or take tokenised ones; ``depth`` blocks from the bottom never change.
 
-        ``end``: whether requests are scored up to the token that ends a text. Requires a frozen model.
+        ``end``: whether requests are scored up to the token that ends a text. ``companions``: lines whose losses are
+        those of the indices after the requests'. Requires a frozen model.
         """
         depth = depth if host.kind == CAUSAL else 0  # elsewhere lower blocks see more than a row's own tokens
         self.host = host
@@ -98,6 +123,10 @@ class Losses:
             request if isinstance(request, Line) else lay_out(host, request, objective, end=end)
             for request in requests
         ]
+        self.count = len(self.lines)
+        """How many of the lines are requests."""
+        self.companions = companions
+        self.lines += companions.lines
         self.rows = ComputedRows(host, [line.ids for line in self.lines], depth, side=side)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
@@ -165,6 +194,7 @@ def descend(
     per_step: int | None = None,
     shuffle: int | None = None,
     rows: int | None = None,
+    companions: Companions = NO_COMPANIONS,
     after_step: Callable[[int], None] = lambda steps: None,
     tick: Tick = lambda done, total: None,
 ) -> Outcome:
@@ -173,8 +203,9 @@ def descend(
     ``losses`` gives the loss of some items ``[n]``. ``per_step``: items per optimiser step; None: all.
     ``shuffle``: seed of a new order in each pass; None: always the order given. A step whose items have all
     stopped is left out; a pass without any step is the last. ``rows``: items run at once, which changes nothing
-    but memory; gradients are summed. ``after_step`` gets the number of optimiser steps so far, before gradients are
-    zeroed. Raises ConfigError when the loss is not finite.
+    but memory; gradients are summed. ``companions``: lines whose loss joins that of the items they belong to;
+    ``losses`` takes them by their index after the items', and ``stop`` does not look at them. ``after_step`` gets the
+    number of optimiser steps so far, before gradients are zeroed. Raises ConfigError when the loss is not finite.
     """
     size = min(per_step or count, count)
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
@@ -187,6 +218,8 @@ def descend(
         for batch in order.split(size):
             latest[batch] = _differentiate_(optimizer, losses, batch.tolist(), rows or ROWS, updates)
             if not stop.reached(latest[batch]):
+                shares = companions.shares(batch.tolist())
+                _add_gradients_(optimizer, losses, {count + i: w for i, w in shares.items()}, rows or ROWS)
                 optimizer.step()
                 updates += 1
                 after_step(updates)
@@ -226,6 +259,27 @@ def _differentiate_(
             "or load the model in float32"
         )
     return now
+
+
+def _add_gradients_(
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[Sequence[int]], Tensor],
+    shares: Mapping[int, float],
+    rows: int,
+) -> None:
+    """Add the gradients of the losses of some lines, each times its share."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def run(indices: Sequence[int]) -> list[None]:
+        values = losses(indices)
+        share = values.new_tensor([shares[i] for i in indices])
+        gradients = torch.autograd.grad((values * share).sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return [None] * len(indices)
+
+    in_batches(list(shares), rows, run)
 
 
 class _Call(nn.Module):
@@ -381,6 +435,7 @@ def tune(
     plan: Plan,
     *,
     rows: int | None = None,
+    companions: Companions = NO_COMPANIONS,
     tick: Tick = lambda done, total: None,
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Return the change of each parameter that lowers the requests' loss, and the losses and passes.
@@ -408,7 +463,10 @@ def tune(
                     clip_(change, bound, plan.norm)
 
     with hooks.frozen(host.model):
-        losses = Losses(host, requests, plan.objective, depth=min(site.layer for site in sites), end=plan.end)
+        losses = Losses(
+            host, requests, plan.objective, depth=min(site.layer for site in sites), end=plan.end,
+            companions=companions,
+        )  # fmt: skip
 
         def run(indices: Sequence[int]) -> Tensor:
             with beside(host, changes, biases):
@@ -416,7 +474,7 @@ def tune(
 
         outcome = descend(
             optimizer, run, len(requests), steps=plan.steps, stop=plan.stop, per_step=plan.per_step,
-            shuffle=plan.shuffle, rows=rows, after_step=constrain, tick=tick,
+            shuffle=plan.shuffle, rows=rows, companions=companions, after_step=constrain, tick=tick,
         )  # fmt: skip
     weights = {site.parameter: change.detach() for site, change in changes.items()}
     return {**weights, **{names[site]: change.detach() for site, change in biases.items()}}, outcome

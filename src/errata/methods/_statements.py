@@ -1,0 +1,142 @@
+"""Statements of the model's own beside the requests: as terms of a closed form's cost, or as rows to train on.
+
+Anchors are other statements about a request's subject, mates the request's statement about other subjects. At the
+subject's last token an anchor's key is the request's own, so a closed form can preserve anchors at later
+positions only; all positions of a statement enter M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from errata.errors import RequestError
+from errata.host.layout import Site
+from errata.host.load import Host
+from errata.linalg.solve import condense
+from errata.locate.own import TOKENS, OwnText, WeightedRow, scaled_keys, weighted_rows
+from errata.methods._closed_form import CostTerms, EditDraft, Task
+from errata.methods._method import Workspace
+from errata.methods._settings import StatementTerms
+from errata.stats.tables import answers, plain
+from errata.stats.templates import SLOT
+from errata.training.tune import Companions, Line, lay_out
+from errata.types import Request
+
+SAME = 1_000
+"""More paraphrases and consequences than any request has."""
+
+
+def own_statements(
+    host: Host, requests: Sequence[Request], config: StatementTerms, work: Workspace
+) -> list[OwnText]:
+    """Return anchors and mates of each request with the host's present answers; nothing where the weights are 0.
+
+    Statements that another request changes are left out.
+    """
+    counts = config.own_counts
+    if not counts.anchors and not counts.mates:
+        return []
+    subjects = [request.subject for request in requests]
+    if len(set(subjects)) < len(subjects):  # then other requests' relations have to be known
+        counts = replace(counts, paraphrases=SAME, consequences=SAME)
+    texts = work.own_texts(host, requests, counts)
+    changes = [_prompts(request, text) for request, text in zip(requests, texts, strict=True)]
+    texts = [_without_changes(i, subjects, texts, changes) for i in range(len(requests))]
+    if work.after is None:  # the tables' answers are those of the host without the edit that goes on
+        return texts
+    return [replace(text, mates=_present(host, text.mates)) for text in texts]
+
+
+def _prompts(request: Request, text: OwnText) -> set[str]:
+    """Return the prompts that a request changes: its own, its paraphrases and what follows."""
+    return {SLOT.join(request.template), *(one.prompt for one in (*text.paraphrases, *text.consequences))}
+
+
+def _without_changes(
+    i: int, subjects: Sequence[str], texts: Sequence[OwnText], changes: Sequence[set[str]]
+) -> OwnText:
+    """Return a request's anchors and mates less those that the other requests change."""
+    others = [j for j, subject in enumerate(subjects) if j != i and subject == subjects[i]]
+    changed = set().union(*(changes[j] for j in others))
+    return OwnText(
+        anchors=tuple(one for one in texts[i].anchors if one.prompt not in changed),
+        mates=tuple(one for one in texts[i].mates if one.subject not in subjects),
+        type=texts[i].type,
+    )
+
+
+def _present(host: Host, statements: Sequence[Request]) -> tuple[Request, ...]:
+    """Return statements with the host's present answers; those without one are left out."""
+    texts = answers(host, [one.text for one in statements], tokens=TOKENS)
+    return tuple(
+        replace(one, target=text) for one, text in zip(statements, texts, strict=True) if plain(text)
+    )
+
+
+# --- terms of the cost ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Statements whose keys join the cost, in the host's state before the fit."""
+
+    host: Host
+    rows: Sequence[WeightedRow]
+
+    def at(self, site: Site, draft: EditDraft | None = None) -> CostTerms | None:
+        """Return the terms of a site's M, the lower layers' solutions in place; None without statements."""
+        if not self.rows:
+            return None
+        if draft is None:
+            return self._read(site)
+        with draft.in_place():
+            return self._read(site)
+
+    def _read(self, site: Site) -> CostTerms:
+        keys = scaled_keys(self.host, self.rows, [site])[site]
+        parts, requests = [], []
+        for request in sorted({one.request for one in self.rows}):
+            own = torch.cat([k for k, one in zip(keys, self.rows, strict=True) if one.request == request]).mT
+            part = condense(own, own)[0].to(own.dtype)  # statements of one subject begin with the same keys
+            parts.append(part)
+            requests += [(request,)] * part.shape[1]
+        return CostTerms(torch.cat(parts, 1), tuple(requests))
+
+
+def statement_terms(task: Task[Any], *, unit: float = 1.0) -> Terms:
+    """Return the terms of M by the settings ``anchors`` and ``mates``, in multiples of ``unit``."""
+    config: StatementTerms = task.config
+    texts = own_statements(task.host, task.requests, config, task.work)
+    rows = weighted_rows(task.host, texts, anchors=unit * config.anchors, mates=unit * config.mates)
+    return Terms(task.host, rows)
+
+
+# --- rows of a loss -------------------------------------------------------------------------
+
+
+def statement_companions(
+    host: Host, requests: Sequence[Request], config: StatementTerms, work: Workspace
+) -> Companions:
+    """Return anchors and mates as lines to train on beside the requests, with the host's present answers."""
+    lines: list[Line] = []
+    owners: list[int] = []
+    sorts: list[int] = []
+    for i, text in enumerate(own_statements(host, requests, config, work)):
+        for sort, statements in enumerate((text.anchors, text.mates)):
+            own = [line for line in (_line(host, one) for one in statements) if line is not None]
+            lines += own
+            owners += [i] * len(own)
+            sorts += [sort] * len(own)
+    return Companions(tuple(lines), tuple(owners), tuple(sorts), (config.anchors, config.mates))
+
+
+def _line(host: Host, statement: Request) -> Line | None:
+    """Return a statement as a line; None where prompt and answer share their only token."""
+    try:
+        return lay_out(host, statement, "target")
+    except RequestError:
+        return None
