@@ -337,6 +337,26 @@ def test_the_pass_that_finds_all_losses_low_is_not_differentiated(host, monkeypa
         )  # a row that is low waits for the other
 
 
+def test_requests_that_are_not_fitted_jointly_are_a_sequence(host):
+    options = {**OPTIONS, "steps": 4, "rho": 1e-3}
+    one = errata.edit(host, ADA, **options)
+    sequence = errata.edit(host, BRUNO, after=one, **options)
+    together = errata.edit(host, [ADA, BRUNO], **options, joint=1)
+    assert together.provenance.requests == (ADA, BRUNO) and together.provenance.parents == ()
+    for name, delta in sequence.deltas.items():
+        assert torch.equal(delta.B, together.deltas[name].B) and torch.equal(delta.A, together.deltas[name].A)
+        assert torch.equal(sequence.records[name].keys, together.records[name].keys)
+        assert together.records[name].requests == sequence.records[name].requests
+    notes = [one.provenance.notes, sequence.provenance.notes]
+    assert together.provenance.notes["worst"] == max(note["worst"] for note in notes)
+    assert together.provenance.notes["fits"] == 2
+    whole = errata.edit(host, [ADA, BRUNO], **options, joint=2)
+    assert "fits" not in whole.provenance.notes
+    later = errata.edit(host, [BRUNO, ADA_ELSEWHERE], after=one, **options, joint=1)
+    assert later.provenance.parents == (one.digest,) and len(later.provenance.requests) == 3
+    assert not host.placed
+
+
 # --- records --------------------------------------------------------------------------------
 
 

@@ -146,6 +146,21 @@ class Method:
         self.check_kind(host)
         self._refuse_routed(host, after)
         self.check_after(after)
+        size = getattr(config, "joint", None) or max(1, len(requests))
+        if len(requests) <= size:
+            return self._fit_once(host, requests, config, work, after)
+        edit, parts = after, list[Mapping[str, Any]]()
+        for start in range(0, len(requests), size):
+            edit = self._fit_once(host, requests[start : start + size], config, work, edit)
+            parts.append(edit.provenance.notes)
+        assert edit is not None
+        parents = () if after is None else (after.digest,)
+        provenance = replace(edit.provenance, notes=_largest(parts), parents=parents)
+        return type(edit).restore(edit.parts(), edit.body(), provenance)
+
+    def _fit_once(
+        self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None
+    ) -> Edit:
         if after is None:
             return self.fit(host, requests, config, work)
         with after.on(host):
@@ -468,6 +483,15 @@ def resolve_layers(
     for layer in layers:
         layout.site(layer)
     return tuple(sorted(layers))
+
+
+def _largest(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the notes of several fits as one: the largest of each number, else the last one's, and their count."""
+    largest = {
+        name: max(part.get(name, value) for part in parts) if isinstance(value, (int, float)) else value
+        for name, value in parts[-1].items()
+    }
+    return {**largest, "fits": len(parts)}
 
 
 def notes(values: Mapping[str, Any]) -> dict[str, Any]:

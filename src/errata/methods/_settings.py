@@ -96,6 +96,14 @@ def search_config(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class JointRequests:
+    """How requests are divided among fits."""
+
+    joint: int | None = None
+    """How many requests share one fit; the others are fitted after them, as in a sequence. None: all of them."""
+
+
 # --- what closed-form methods read and write ------------------------------------------------
 
 

@@ -55,14 +55,14 @@ from errata.methods._method import (
     wide_layers,
 )
 from errata.methods._rehearse import Rehearsal, rehearse
-from errata.methods._settings import Inputs, OwnStatements, TargetEnd, at_least_zero
+from errata.methods._settings import Inputs, JointRequests, OwnStatements, TargetEnd, at_least_zero
 from errata.training.low_rank import LowRankDescent
 from errata.training.tune import Line
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, OwnStatements, Rehearsal, TargetEnd):
+class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
     """Settings of KEEL."""
 
     layers: Layers = None
@@ -96,7 +96,9 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd):
     def problems(self) -> list[str]:
         """Check ranges."""
         complaints = [
-            *positive(self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens", "gamma"),
+            *positive(
+                self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens", "gamma", "joint"
+            ),
             *at_least_zero(self, "history", "stop_loss", "consolidate"),
             *self.own_problems(),
             *self.rehearsal_problems(),
