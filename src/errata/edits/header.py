@@ -108,8 +108,8 @@ def record_fields(facts: Any, where: str, requests: int) -> dict[str, Any]:
         for number in check_type(group, list, f"{where}: requests"):
             if not 0 <= check_type(number, int, f"{where}: requests") < requests:
                 raise ValueError(f"{where}: serves request {number % 10**12}, and there are {requests}")
-    in_cost = get_field(facts, "in_cost", list, where) if "in_cost" in facts else []
-    in_cost = [check_type(one, bool, f"{where}: in_cost") for one in in_cost]
+    listed: list[Any] = get_field(facts, "in_cost", list, where) if "in_cost" in facts else []
+    in_cost = [bool(check_type(one, bool, f"{where}: in_cost")) for one in listed]
     if in_cost and (len(in_cost) != len(groups) or all(in_cost)):
         raise ValueError(
             f"{where}: in_cost does not tell which of {len(groups)} columns are terms of the cost"
