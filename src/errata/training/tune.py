@@ -24,6 +24,7 @@ from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.prefix import ROWS, ComputedRows
 from errata.host.tokens import Side
+from errata.progress import OnCount, ignore
 from errata.types import Request
 
 Objective = Literal["target", "prompt_last"]
@@ -31,7 +32,6 @@ Objective = Literal["target", "prompt_last"]
 scored by the one distribution at the prompt's last token."""
 Norm = Literal["inf", "2"]
 R = TypeVar("R")
-Tick = Callable[[int, int], None]
 
 
 # --- requests as a loss ---------------------------------------------------------------------
@@ -165,8 +165,8 @@ def descend(
     per_step: int | None = None,
     shuffle: int | None = None,
     rows: int | None = None,
-    after_step: Callable[[int], None] = lambda steps: None,
-    tick: Tick = lambda done, total: None,
+    after_step: Callable[[int], None] = ignore,
+    tick: OnCount = ignore,
 ) -> Outcome:
     """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
 
@@ -375,7 +375,7 @@ def tune(
     plan: Plan,
     *,
     rows: int | None = None,
-    tick: Tick = lambda done, total: None,
+    tick: OnCount = ignore,
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Return the change of each parameter that lowers the requests' loss, and the losses and passes.
 
