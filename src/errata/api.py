@@ -13,9 +13,9 @@ from errata.edits import Edit
 from errata.errors import ConfigError
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.host.load import Host
-from errata.job import OnProgress
 from errata.job import prepare as prepare
 from errata.loading import load as load
+from errata.progress import OnProgress, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 
@@ -24,7 +24,7 @@ def edit(
     method: str = "memit", seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
     corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
     template: str | None = None, system: str | None = None, thinking: bool | str | None = None,
-    join: str | None = None, on_progress: OnProgress = lambda *_: None, **options: Any,
+    join: str | None = None, on_progress: OnProgress = ignore, **options: Any,
 ) -> Edit:  # fmt: skip
     """Fit an edit for some requests and return it; the host is left as it was.
 
@@ -53,7 +53,7 @@ def edit(
 
 def check_edit(
     host: Host, edit: Edit, *, foreign: bool = False, options: AskOptions = DEFAULT_ASK,
-    on_progress: OnProgress = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> EditCheck:  # fmt: skip
     """Check which requests of an edit are answered with their target: by free generation, without and with it.
 
@@ -89,7 +89,7 @@ def evaluate(
     keep: Callable[[Report, Edit], None] | None = None, template: str | None = None, max_new_tokens: int = 24,
     system: str | None = None, thinking: bool | str | None = None, join: str | None = None,
     corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
-    run_folder: str | os.PathLike[str] | None = None, on_progress: OnProgress = lambda *_: None, **options: Any,
+    run_folder: str | os.PathLike[str] | None = None, on_progress: OnProgress = ignore, **options: Any,
 ) -> Report:  # fmt: skip
     """Evaluate a method on cases, or given edits on all of them. The host is left as it was.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,10 @@ from errata.host.load import Host
 from errata.host.prompts import prompt_format, recorded_format
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace, provenance
+from errata.progress import OnProgress, ignore
 from errata.stats.cache import cache_dir
 from errata.stats.corpora import as_corpus
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
-
-OnProgress = Callable[[str, int, int], None]
 
 EXAMPLE_SEED = 1_000_003
 """Seed that named sources of examples are drawn with; no measurement uses it."""
@@ -77,7 +76,7 @@ def prepare(
     options: Mapping[str, Any] | object | None = None, seed: int = 0, after: Edit | None = None,
     batch_size: int | str = "auto", corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, ask: AskOptions = DEFAULT_ASK,
-    work: Workspace | None = None, check: bool = True, on_progress: OnProgress = lambda *_: None,
+    work: Workspace | None = None, check: bool = True, on_progress: OnProgress = ignore,
 ) -> Job:  # fmt: skip
     """Validate everything that a fit needs and return the job; nothing is fitted.
 
@@ -139,7 +138,7 @@ def with_prompt_options(
 
 def workspace(
     host: Host, *, seed: int, corpus: str | os.PathLike[str] | Corpus | None = None,
-    examples: str | Sequence[Case] | None = None, on_progress: OnProgress = lambda *_: None,
+    examples: str | Sequence[Case] | None = None, on_progress: OnProgress = ignore,
 ) -> Workspace:  # fmt: skip
     """Return what fits work with: seed, corpus, examples and cache; those left out are the host's own."""
     if isinstance(examples, str):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from errata.bench import health
+from errata import job
+from errata.bench import health, runner
 from errata.cli.main import app
 from errata.lab import folder
+from errata.methods._method import Workspace
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +33,14 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("errata ")]
 
 
+def save_time(monkeypatch) -> None:
+    """Measure on little text and once: that every command runs does not depend on how much."""
+    monkeypatch.setattr(job, "Workspace", partial(Workspace, tokens=20_000))  # of statistics
+    monkeypatch.setattr(runner, "TEXTS", 20)  # that perplexity is measured on
+    monkeypatch.setattr(health, "PROMPTS", 4)  # continued at a checkpoint
+    monkeypatch.setattr(health, "REPEATS", 1)  # of measuring how long an answer takes
+
+
 def test_the_readme_opens_with_exactly_two_commands():
     first = re.findall(r"```\n(.*?)```", README, re.DOTALL)
     assert [block for block in first if block.startswith("make")] == ["make demo\nmake test\n"]
@@ -40,6 +51,7 @@ def test_the_readme_opens_with_exactly_two_commands():
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    save_time(monkeypatch)
     assert blocks("python")
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
@@ -49,7 +61,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 def test_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    monkeypatch.setattr(health, "REPEATS", 1)  # how often the benchmark measures how long an answer takes
+    save_time(monkeypatch)
     run = [line for line in commands() if not line.startswith((*SLOW, *SERVED))]
     assert len(run) >= 9
     for line in run:

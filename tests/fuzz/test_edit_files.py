@@ -176,7 +176,7 @@ def test_a_file_cannot_be_passed_off_as_one_without_a_hash(tmp_path, change):
     for read in (reader.unsigned, reader.first, reader.signed):
         with pytest.raises(EditError, match="format|hash"):
             read(header)
-    with pytest.raises(EditError, match="hash was taken out"):
+    with pytest.raises(EditError, match="hash was removed"):
         reader.first({key: value for key, value in reader.header.items() if key != FIELD})
 
 

@@ -384,7 +384,7 @@ def test_retracting_a_request_keeps_the_outputs_at_the_others_keys(host):
 def test_without_records_nothing_is_retracted(host):
     edit = errata.edit(host, [ADA, BRUNO], **OPTIONS, steps=2, records=False)
     assert not edit.records
-    with pytest.raises(EditError, match="keeps no keys"):
+    with pytest.raises(EditError, match="has no records"):
         errata.retract(edit, 0)
     later = errata.edit(host, ADA_ELSEWHERE, after=edit, **OPTIONS, steps=2)
     with pytest.raises(EditError, match="some of its requests only"):

@@ -36,7 +36,7 @@ def test_show_says_what_each_kind_changes(files, method):
     text, facts = run("show", path), json.loads(run("show", path, "--json"))
     assert method in text and "Ada Brenner" in text and facts["kind"] == REGISTRY.get(method).gives.kind
     assert ("weights" in text) == (facts["kind"] == "weight")
-    assert ("entries, chosen by the" in text) == (facts["kind"] != "weight")
+    assert ("entries, selected by the" in text) == (facts["kind"] != "weight")
     assert ("interventions" in text) == (facts["kind"] == "memory")
 
 

@@ -103,10 +103,13 @@ def test_the_numbers_of_encores_code(shape, expected):
     assert (row and (row["update_norm_lambda"], row["top_count"])) == expected
 
 
-@pytest.mark.parametrize("method", ["memit", "ft", "keel"])
-def test_wide_layers_run_from_a_twelfth_to_five_sixths_of_the_depth(method, lab_host):
+# where layers lie does not depend on how much text statistics are taken over
+@pytest.mark.parametrize(
+    ("method", "options"), [("memit", {"tokens": 2_000}), ("ft", {}), ("keel", {"tokens": 2_000})]
+)
+def test_wide_layers_run_from_a_twelfth_to_five_sixths_of_the_depth(method, options, lab_host):
     request = errata.Request("{} was born in", "Ada Brenner", "Tallow")
-    edit = errata.edit(lab_host, request, method=method, layers="wide", steps=1)
+    edit = errata.edit(lab_host, request, method=method, layers="wide", steps=1, **options)
     assert edit.provenance.config["layers"] == [0, 1, 2, 3, 4]
     assert len(edit.deltas) == 5
 

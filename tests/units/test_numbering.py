@@ -57,7 +57,7 @@ def test_the_number_that_is_shown_is_the_number_that_is_taken_out(tmp_path, ids,
     number = shown(path)[subject]
     assert number == str(place + 1)
     text = run("retract", str(path), "--request", number, "-o", str(out))
-    assert f"took out request {number}" in text and subject in text
+    assert f"removed request {number}" in text and subject in text
     left = [request.subject for request in errata.Edit.load(out).provenance.requests]
     assert left == [s for _, s, _ in FACTS if s != subject]
     document = json.loads(run("retract", str(path), "-r", number, "-o", str(out), "--force", "--json"))
@@ -93,11 +93,13 @@ def test_whole_numbers_in_python_are_indices():
     assert errata.retract(edit, ["ada", 2]).provenance.requests == edit.provenance.requests[1:2]
     with pytest.raises(EditError, match="no request 3 counted from 0"):
         errata.retract(edit, 3)
-    with pytest.raises(EditError, match="2 requests are called 'a': numbers 1, 3 "):
+    with pytest.raises(
+        EditError, match="2 requests have the id 'a', their numbers in the command line are 1, 3;"
+    ):
         errata.retract(solved("a", "b", "a"), "a")
     assert "0 is" in (errata.retract.__doc__ or "")
 
 
 def test_requests_that_go_together_are_named_as_people_count():
-    with pytest.raises(EditError, match=r"requests 1, 2 \(counted from 1\) share one value"):
+    with pytest.raises(EditError, match=r"requests 1, 2 \(counted from 1\) share one target value"):
         errata.retract(solved(shared=True), 0)

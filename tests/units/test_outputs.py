@@ -65,7 +65,7 @@ def test_an_edit_is_replaced_by_its_repetition_or_with_force_only(model, tmp_pat
         (("--target", "Esk", "--set", "steps=3"), "settings"),
         (("--target", "Esk", "--set", "layers=[2]"), "settings"),
         (("--target", "Esk", "--method", "rome", "--set", "steps=2"), "method"),
-        (("--target", "Esk", "--after", out), "there already"),
+        (("--target", "Esk", "--after", out), "exists; name another file"),
     ):
         text = refused(*words, *more)
         assert "--force" in text and what in text, more
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_edit_is_not_replaced_before_any_work(tmp_path):
     for path in (out, tmp_path / "link.safetensors"):
         # the model does not exist, and it is not even looked for
         text = refused("edit", *PROMPT, "--target", "Esk", "--model", tmp_path / "none", "-o", path)
-        assert "there already" in text and "--force" in text
+        assert " exists" in text and "name another file, or replace it with --force" in text
     assert out.read_text() == "my notes"
 
 
@@ -282,3 +282,17 @@ def test_help_says_decades_and_the_cache():
 def test_checks_of_outputs_name_the_right_kind():
     with pytest.raises(EditError, match="does not exist"):
         outputs.check_edit_name(Path("nowhere/at/all.safetensors"))
+
+
+def test_no_word_of_a_table_is_broken_where_all_words_have_room(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    columns = ("method", "earlier headline", "paraphrase", "neighbours kept", "time per edit")
+    rows = [("in_prompt *", "28.5 22-34", "77.0 70-84", "12.6 9-17", "2 min 10 s")] * 2
+    common.table("a title", columns, rows, right=range(1, 5))
+    shown = capsys.readouterr().out
+    words = shown.split()
+    assert all(words.count(word) >= 2 for row in rows for cell in row for word in cell.split())
+    assert all(word in words for column in columns for word in column.split())
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 60
+    common.table(None, ("prompt", "answer"), [("Ada Brenner was born in " * 3, "Tallow")])
+    assert "Tallow" in capsys.readouterr().out.split()

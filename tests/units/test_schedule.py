@@ -275,7 +275,7 @@ def test_what_does_not_belong_together_is_refused(host, monkeypatch):
     table = made(2)
     edit = by_hand(host, "ft", [table], chain=False)[0]
     for more in ({"at": "end"}, {"after": edit}, {"keep": lambda report, edit: None}):
-        with pytest.raises(ConfigError, match="belong to sequential:N"):
+        with pytest.raises(ConfigError, match="require the schedule sequential:N"):
             errata.evaluate(host, table, method="ft", **more)
     with pytest.raises(ConfigError, match="without a schedule"):
         errata.evaluate(host, table, edit=edit, schedule="batch:2")

@@ -9,6 +9,7 @@ import errata
 from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.prefix import ComputedRows, split_rows
+from errata.training.gradients import sum_gradients
 from errata.training.tune import (
     Losses,
     Stop,
@@ -212,3 +213,23 @@ def test_seeded_draws_repeat_and_leave_the_global_state(host):
             drawn.append(torch.rand(4))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradients_summed_over_batches_are_those_of_the_whole():
+    """Also where a batch runs out of memory after its loss was computed: no part of it is counted twice."""
+    inputs = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = [torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    sizes = []
+
+    def loss_of(part):
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError
+        losses = (inputs[list(part)] @ weights[0]).square() + inputs[list(part)] @ weights[1]
+        return losses.sum(), losses.tolist()
+
+    values, gradients = sum_gradients(range(5), weights, loss_of, batch=4)
+    whole = (inputs @ weights[0]).square() + inputs @ weights[1]
+    assert sizes == [4, 2, 2, 1] and values == pytest.approx(whole.tolist(), rel=1e-12)
+    for found, expected in zip(gradients, torch.autograd.grad(whole.sum(), weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""What a board is read against: the methods that declare themselves baselines."""
+"""Baselines: the methods that every board includes for comparison."""
 
 from __future__ import annotations
 

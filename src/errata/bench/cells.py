@@ -12,20 +12,21 @@ from typing import Any
 from errata.bench import health, summing
 from errata.bench.plan import Cell
 from errata.bench.results import FILES, ROWS, Journal, hashes, read_document, write_sealed
-from errata.bench.runner import CheckpointResult, EvaluatedCase, Tick, check_schedule, count_edited_cases
+from errata.bench.runner import CheckpointResult, EvaluatedCase, check_schedule, count_edited_cases
 from errata.bench.worker_state import WorkerState
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
 from errata.evaluation.observe import check as check_probes
 from errata.job import Job
+from errata.progress import OnProgress, ignore
 from errata.types import Case
 
 START = "start.json"
-"""Which host a cell's rows are of."""
+"""File with the fingerprint of the host that a cell's rows were measured on."""
 
 
 class Refused(ConfigError):
-    """A method cannot run a cell; raised before anything is measured."""
+    """A method does not support a cell; raised before anything is measured."""
 
 
 @dataclass
@@ -39,14 +40,14 @@ class CellFolder:
     completed: int = 0
     """Number of cases that need not be fitted again."""
     fits: list[float | None] = field(default_factory=list)
-    """Seconds that fitting each of those took."""
+    """Seconds for fitting each of those cases."""
     edit: Edit | None = None
     """In a sequence, the edit of those cases."""
     after: Edit | None = None
     """In a sequence, an edit of its first cases to continue from if the folder has none."""
-    on_record: Callable[[dict[str, Any]], None] = lambda record: None
+    on_record: Callable[[dict[str, Any]], None] = ignore
     """Called with every record of a case or checkpoint: those of an earlier attempt, then each one written."""
-    on_edit: Callable[[Edit], None] = lambda edit: None
+    on_edit: Callable[[Edit], None] = ignore
     """In a sequence, called with the edit of every checkpoint after its records are written."""
     saves: bool = True
     """Whether records and edits are written to the folder, so that a stopped cell can be continued."""
@@ -59,9 +60,9 @@ class CellFolder:
         return Journal(self.folder / ROWS)
 
     def begin(self, fingerprint: str, cases: Sequence[Case]) -> None:
-        """Find where to continue; a damaged folder is started again.
+        """Determine where to continue; a damaged folder is started again.
 
-        Raises DataError where the rows are of another host.
+        Raises DataError if the rows were measured on another host.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start = self.folder / START
@@ -179,10 +180,10 @@ class CellFolder:
                 path.unlink()
 
 
-def run(worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: Tick) -> dict[str, Any]:
-    """Evaluate a cell, write its rows and return the measurements that its summary needs besides them.
+def run(worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: OnProgress) -> dict[str, Any]:
+    """Evaluate a cell, write its rows and return the further measurements that its summary needs.
 
-    Raises Refused where the method cannot run the cell; other errors are raised unchanged.
+    Raises Refused if the method does not support the cell; other errors are raised unchanged.
     """
     host = worker.host(cell)
     health.reset_peak(host)
@@ -204,20 +205,20 @@ def run(worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: Tick) ->
 
 
 def _check_start(worker: WorkerState, cell: Cell, cell_folder: CellFolder) -> None:
-    """Set the number of cases that the edit to continue from covers. Raises DataError where the rows are of others."""
+    """Set the number of cases that the edit to continue from covers. Raises DataError unless the rows agree."""
     edit = cell_folder.edit or cell_folder.after
     if edit is None:
         return
     count = count_edited_cases(edit, worker.cases(cell), cell.plan, cell.seed)
     if cell_folder.edit is not None and count != cell_folder.completed:
         raise DataError(
-            f"the saved edit of {cell.id} is of {count} cases, its rows of {cell_folder.completed}"
+            f"the saved edit of {cell.id} covers {count} cases, its rows {cell_folder.completed}; start a new run"
         )
     cell_folder.edit, cell_folder.completed = edit, count
 
 
 def _fill(
-    worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: Tick, job: Job | None
+    worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: OnProgress, job: Job | None
 ) -> Edit | None:
     """Fit and evaluate the remaining cases; return the last edit."""
     neutral, lenient = worker.neutral(cell), worker.live is None

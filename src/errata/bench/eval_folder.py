@@ -1,4 +1,4 @@
-"""The run folder of one evaluation: a new one, or one that is continued where it stopped."""
+"""The run folder of one evaluation, new or continued."""
 
 from __future__ import annotations
 
@@ -44,20 +44,22 @@ def describe(live: Live, cell: Cell, after: Edit | None, *, own_examples: bool) 
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds an evaluation, finished or not."""
+    """Return whether a folder contains an evaluation, finished or not."""
     return (Path(folder) / SETTINGS).is_file()
 
 
 def create_or_resume(folder: Path, plan: Plan, evaluation: Mapping[str, Any]) -> None:
-    """Create a run folder, or prepare an existing one of the same evaluation to be continued.
+    """Create a run folder, or prepare an existing one of the same evaluation for continuation.
 
     ``evaluation``: from :func:`describe`. Raises ConfigError for a folder of another evaluation, DataError for one
-    that holds something else or is damaged.
+    that is no evaluation or is damaged.
     """
     new = json.loads(json.dumps(evaluation, default=str))
     if not exists(folder):
         if folder.is_dir() and any(folder.iterdir()):
-            raise DataError(f"{folder} is not empty and holds no evaluation to continue; name another folder")
+            raise DataError(
+                f"{folder} is not empty and contains no evaluation to continue; name another folder"
+            )
         runs.begin(plan, folder, resume=False)
         results.write_sealed(folder / SETTINGS, new)
         return
@@ -66,7 +68,10 @@ def create_or_resume(folder: Path, plan: Plan, evaluation: Mapping[str, Any]) ->
     if differences:
         raise ConfigError(
             "\n".join(
-                [f"{folder} holds another evaluation; name another folder, or repeat it:", *differences]
+                [
+                    f"{folder} contains another evaluation; name another folder, or repeat that one:",
+                    *differences,
+                ]
             )
         )
     ids = [cell.id for cell in plan.cells]
@@ -86,9 +91,9 @@ def finished_document(folder: Path, cell: Cell) -> dict[str, Any] | None:
 
 @contextmanager
 def lease(folder: Path, cell: Cell) -> Generator[Lease, None, None]:
-    """Lease the cell inside the block, and mark it done at its end; where the block raises, it can be resumed.
+    """Lease the cell inside the block, and mark it done at its end; if the block raises, it can be resumed.
 
-    Raises DataError where another process has the lease.
+    Raises DataError if another process has the lease.
     """
     table, owner = Jobs(folder / results.JOBS), new_owner()
     if table.take(owner, [cell.id]) is None:

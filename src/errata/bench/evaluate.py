@@ -1,4 +1,4 @@
-"""Evaluate a method or given edits on cases: a benchmark run of one cell, on a host that is open already."""
+"""Evaluate a method or given edits on cases: a benchmark run of one cell, on an open host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from errata.bench.cells import CellFolder, Refused
 from errata.bench.plan import Cell, Plan
 from errata.bench.recipe import ModelSpec, Recipe
 from errata.bench.results import finite
-from errata.bench.runner import Tick, with_probes
+from errata.bench.runner import with_probes
 from errata.bench.schedule import SINGLE, Schedule
 from errata.bench.worker_state import Live, WorkerState
 from errata.edits import group as groups
@@ -27,10 +27,11 @@ from errata.evaluation import score
 from errata.host.images import ImageHost
 from errata.host.load import Host
 from errata.job import prepare, with_prompt_options, workspace
+from errata.progress import OnProgress, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, Row
 
 NAME = "eval"
-"""Of the one cell, and of its run."""
+"""Name of the cell and of the run."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,22 @@ class Checkpoint:
     """A host evaluated with several edits in place."""
 
     edits: int
-    """How many: in a sequence all so far, in a batch those of one group."""
+    """Number of edits in place: in a sequence all so far, in a batch those of one group."""
     summary: Mapping[str, Mapping[str, Any]]
     """Averages over the cases of these edits, as in :class:`Report`."""
     perplexity_before: float
-    """Per token of neutral text, without any edit."""
+    """Perplexity per token of neutral text, without any edit."""
     perplexity_after: float
-    """The same with the edits in place; infinite where the host's numbers overflow."""
+    """The same with the edits in place; infinite if the host's outputs overflow."""
     last_batch_efficacy: float | None
-    """Share of the requests fitted last that free generation answers with the target: what was learned,
-    before later edits can undo it. None where efficacy was not asked."""
+    """Share of the most recently fitted requests that free generation answers with the target, before later edits can
+    undo them. None if the cases have no efficacy probes."""
     fit_seconds: float
     """Time spent on fits since the run began."""
     norm: float | None
     """Frobenius norm of all changes of weights."""
     digest: str | None
-    """Identity of the edit of them all."""
+    """Digest of the edit that contains them all."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ class Report:
     meta: Mapping[str, Any]
     """Times, memory, versions, seed, host and method."""
     checkpoints: Sequence[Checkpoint] = ()
-    """Evaluations with several edits in place, in order; none where cases are edited one by one."""
+    """Evaluations with several edits in place, in order; empty if cases are edited one by one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return one JSON-ready document.
 
-        ``{"summary", "rows", "meta"}``, and ``"checkpoints"`` where there are any: a list of ``{"edits",
-        "summary", "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds", "norm",
-        "digest"}``, see :class:`Checkpoint`. In the rows of a sequence, ``detail["checkpoint"]`` is the
-        checkpoint's ``edits``. JSON has no name for numbers that are not finite: they become the texts
-        ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float`` reads.
+        ``{"summary", "rows", "meta"}``, and ``"checkpoints"`` if there are any: a list of ``{"edits", "summary",
+        "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds", "norm", "digest"}``, see
+        :class:`Checkpoint`. In the rows of a sequence, ``detail["checkpoint"]`` is the checkpoint's ``edits``. JSON
+        cannot represent numbers that are not finite: they become the texts ``"inf"``, ``"-inf"`` and ``"nan"``,
+        which ``float`` reads.
         """
         document: dict[str, Any] = {
             "summary": {name: dict(entry) for name, entry in self.summary.items()},
@@ -95,12 +96,12 @@ def evaluate(
     after: Edit | None = None, keep: Callable[[Report, Edit], None] | None = None,
     ask: AskOptions = DEFAULT_ASK, corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, run_folder: str | os.PathLike[str] | None = None,
-    on_progress: Tick = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> Report:  # fmt: skip
     """Evaluate a method on a schedule, or given edits, all in place together, on all cases.
 
-    See :func:`errata.evaluate`. The host's weights are as before afterwards; ``meta["weights_restored"]`` says whether
-    their bytes were found so. Raises ConfigError for what does not belong together.
+    See :func:`errata.evaluate`. The host's weights are restored; ``meta["weights_restored"]`` says whether their bytes
+    were verified to be the same. Raises ConfigError for arguments that exclude each other.
     """
     if isinstance(host, ImageHost):
         raise ConfigError(
@@ -136,7 +137,7 @@ def _check_arguments(
     method: str | None, edited: bool, cases: Sequence[Case], options: Mapping[str, Any] | None,
     schedule: Schedule, at: Any, after: Edit | None, keep: Any,
 ) -> None:  # fmt: skip
-    """Raise ConfigError for arguments that do not belong together."""
+    """Raise ConfigError for arguments that exclude or require each other."""
     if method is None and options:
         raise ConfigError(f"settings {sorted(options)} need a method")
     if (method is None) != edited:
@@ -145,14 +146,14 @@ def _check_arguments(
         raise ConfigError("evaluate needs at least one case")
     if schedule.kind != "sequential" and any(option is not None for option in (at, after, keep)):
         raise ConfigError(
-            f"checkpoints, and edits to keep or continue from, belong to sequential:N, not {schedule}"
+            f"checkpoints, and edits to keep or continue from, require the schedule sequential:N, found {schedule}"
         )
     if edited and schedule != SINGLE:
-        raise ConfigError(f"a given edit is measured as it is, without a schedule; found {schedule}")
+        raise ConfigError(f"a given edit is evaluated without a schedule, found {schedule}; leave it out")
 
 
 def _plan(live: Live, options: Mapping[str, Any], schedule: Schedule, marks: tuple[int, ...] | None) -> Plan:
-    """Return the plan of one cell for a host and cases that are there already."""
+    """Return a plan of one cell for an open host and cases in memory."""
     host, ask = live.host, live.ask
     model = ModelSpec(host.name, label=host.name, template=ask.template or "raw")
     recipe = Recipe(NAME, (model,), (), (live.work.seed,), max_new_tokens=ask.max_new_tokens)
@@ -180,9 +181,9 @@ def _folder(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 def _run(
     folder: Path, plan: Plan, live: Live, options: dict[str, Any], after: Edit | None,
-    keep: Callable[[Report, Edit], None] | None, tick: Tick, lasting: bool,
+    keep: Callable[[Report, Edit], None] | None, tick: OnProgress, lasting: bool,
 ) -> Report:  # fmt: skip
-    """Fill the one cell of a run folder, or what is missing of it, and return the report on all its rows."""
+    """Run the one cell of a run folder, or the rest of it, and return the report on all its rows."""
     (cell,) = plan.cells
     worker = WorkerState(folder, plan, live, health=lasting, tick=tick)
     report = _Report(worker, cell, options, after, keep)
@@ -200,7 +201,7 @@ def _run(
             cell_folder.guard = lease.check
         try:
             measured = cells.run(worker, cell, cell_folder, tick)
-        except Refused as refused:  # here it is an error like any other
+        except Refused as refused:  # a run records it, an evaluation raises it
             raise refused.__cause__ or refused from None
         restored = bool(worker.restored())
         if lasting:
@@ -210,7 +211,7 @@ def _run(
 
 
 def _count(live: Live) -> str:
-    """Return what tables say where there is no schedule."""
+    """Return the text that tables show in place of a schedule."""
     count = 0 if live.edit is None else len(live.edit.edits)
     return "given edit" if count == 1 else f"{count} given edits"
 
@@ -230,15 +231,15 @@ class _Report:
     rows: list[Row] = field(default_factory=list)
     points: list[Checkpoint] = field(default_factory=list)
     fit_seconds: dict[str, float] = field(default_factory=dict)
-    """By case, of those fitted here."""
+    """By case, for the cases fitted in this process."""
     observe_seconds: list[float] = field(default_factory=list)
     neutral: dict[str, int] = field(default_factory=dict)
-    """How many texts and tokens perplexity is measured on."""
+    """Number of texts and tokens on which perplexity is measured."""
     _since: int = 0
-    """Rows at the last checkpoint."""
+    """Number of rows before the last checkpoint."""
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in a record of the cell, as :mod:`errata.bench.cells` writes it."""
+        """Add a record of the cell in the form that :mod:`errata.bench.cells` writes."""
         if record["type"] == "case":
             self.rows += [results.row_of(row) for row in record["rows"]]
             cost = record["cost"]
@@ -266,7 +267,7 @@ class _Report:
         self.points.append(Checkpoint(summary=summary, digest=record["digest"], **point))
 
     def checkpoint(self, edit: Edit) -> None:
-        """Hand over the report so far and the edit of a sequence."""
+        """Pass the report so far and the edit of a sequence to ``keep``."""
         if self.keep is not None:
             self.keep(self.report(restored=None), edit)
 

@@ -1,4 +1,4 @@
-"""Whether a host is still sound with edits in place, and what an edit weighs and costs."""
+"""Signs of collapse of an edited host, norms of edits, and their cost in time and memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 
 PROMPTS = 20
-"""How many open prompts are continued at a checkpoint."""
+"""Number of open prompts continued at a checkpoint."""
 WORDS = 6
-"""How many words of a neutral text make one."""
+"""Number of words of an open prompt, taken from the start of a neutral text."""
 REPEATS = 5
+"""Number of timed runs for each latency."""
 DECODED = 16
-"""Tokens that are generated to time decoding."""
+"""Number of tokens generated to time decoding."""
 
 
 def open_prompts(texts: Sequence[str]) -> list[str]:
-    """Return beginnings of running text, from the first neutral texts that are long enough."""
+    """Return the first words of the first neutral texts that are long enough."""
     long = [text.split() for text in texts if len(text.split()) > WORDS]
     return list(dict.fromkeys(" ".join(words[:WORDS]) for words in long))[:PROMPTS]
 
 
 def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
-    """Describe a weight edit beside the unedited weights, which must be in place.
+    """Measure a weight edit relative to the unedited weights, which must be in place.
 
     ``norm``: Frobenius norm of all changes; ``norm_ratio``: ||D|| / ||W|| by weight; ``spectral_ratio``: largest
-    singular value of W + D over that of W, by weight. Other edits have no such numbers: all None.
-    ``ratios``: False measures the norm alone.
+    singular value of W + D over that of W, by weight. For other edits all are None. ``ratios``: False computes only
+    the norm.
     """
     if not isinstance(edit, WeightEdit):
         return {"norm": None, "norm_ratio": None, "spectral_ratio": None}
@@ -58,10 +59,10 @@ def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
 def condition(
     texts: Sequence[str], unedited: Sequence[str], perplexities: tuple[float, float], norms: Sequence[float]
 ) -> dict[str, Any]:
-    """Describe the condition of a host: fluency of its open texts before and after, and why it counts as collapsed.
+    """Describe the condition of a host: fluency of its open texts before and after, and its signs of collapse.
 
     ``perplexities``: of neutral text, before and after. Returns ``{"before", "after", "alarm"}``: the averages
-    of :class:`errata.evaluation.metrics.collapse.Fluency`, and the reasons, none where it is sound.
+    of :class:`errata.evaluation.metrics.collapse.Fluency`, and the signs of collapse, an empty list if there are none.
     """
     before, after = perplexities
     plain = collapse.fluency(unedited)
@@ -76,10 +77,10 @@ def condition(
 
 
 def limits(repetition: float | None, evenness: float | None) -> collapse.Limits:
-    """Return from where on a sign counts, given what the unedited host shows of it.
+    """Return the limits of the signs of collapse, given their values on the unedited host.
 
-    Continued greedily, many a sound base model repeats itself beyond the usual limits. A sign that it shows
-    unedited says nothing of an edit: the limit is then half way from there to the worst.
+    With greedy decoding, many intact base models exceed the usual limits of repetition and entropy. For such a model
+    the limit is half way between its own value and the worst possible one.
     """
     usual = collapse.Limits()
     most = collapse.legacy_fluency(" ".join(f"w{i}" for i in range(collapse.LEGACY_WORDS)))
@@ -94,18 +95,18 @@ def limits(repetition: float | None, evenness: float | None) -> collapse.Limits:
 
 
 def _stored(host: Host, name: str) -> Tensor | None:
-    """Return a weight as it is stored; None for a packed one."""
+    """Return a weight as it is stored ``[...]``; None for a quantised one."""
     try:
         weight = host.model.get_parameter(name).detach()
-    except AttributeError:  # packed weights are not parameters
+    except AttributeError:  # quantised weights are not parameters
         return None
     return weight if weight.is_floating_point() else None
 
 
 def latency_overhead(host: Host, edit: Edit, prompt: str) -> dict[str, float | None]:
-    """Return by how much slower reading and writing are with an edit in place, 0 for not at all.
+    """Return the relative slow-down of a host by an edit in place, 0 for none.
 
-    Of alternating runs of one prompt: ``prefill``, one forward pass; ``decode``, generating a few tokens.
+    From alternating runs of one prompt: ``prefill``, one forward pass; ``decode``, generating a few tokens.
     """
     plain, edited = [], []
     for _ in range(REPEATS):
@@ -121,7 +122,7 @@ def latency_overhead(host: Host, edit: Edit, prompt: str) -> dict[str, float | N
 def _timed(host: Host, prompt: str) -> dict[str, float]:
     batch = host.batch([host.encode_prompt(prompt)])
     with torch.no_grad():
-        host.forward(batch)  # weights that were just written are read into the caches first, untimed
+        host.forward(batch)  # an untimed run first, so that weights just written are in the caches
         begin = _now(host)
         host.forward(batch)
     middle = _now(host)
@@ -136,7 +137,7 @@ def _now(host: Host) -> float:
 
 
 def reset_peak(host: Host) -> None:
-    """Begin to count memory anew: an accelerator's, or where Linux lets it, the process's own."""
+    """Reset peak memory: that of an accelerator, or on Linux that of the process."""
     if host.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(host.device)
         return
@@ -144,14 +145,14 @@ def reset_peak(host: Host) -> None:
 
 
 def peak_mb(host: Host) -> float:
-    """Return the accelerator memory reserved at most since the count began, else the process's peak, in MB."""
+    """Return the peak memory reserved on the accelerator since the reset, else the process's peak, in MB."""
     if host.device.type == "cuda":
         return torch.cuda.max_memory_reserved(host.device) / 2**20
     return machine.peak_memory_mb()
 
 
 def times(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Return median, 95th percentile and sum of some times; None for what is not known of none."""
+    """Return median, 95th percentile and sum of some times; median and percentile None if there are none."""
     spread = cost.spread(seconds)
     if spread is None:
         return {"median": None, "p95": None, "total": 0.0}

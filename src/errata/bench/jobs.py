@@ -1,7 +1,7 @@
-"""The job table of a run: which cell is open, who works on it and until when, and how it ended.
+"""The job table of a run: the state of each cell, its worker, and the end of the worker's lease.
 
-One SQLite file. A cell is taken with a lease; who works on it renews the lease from a thread of its own,
-so a worker that died or hangs loses it after :data:`LEASE` seconds and another one takes the cell over.
+One SQLite file. A worker takes a cell with a lease and renews it from a background thread, so a worker that died or
+hangs loses the lease after :data:`LEASE` seconds and another one takes over the cell.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ State = Literal["open", "leased", "done", "refused", "failed"]
 OVER: tuple[State, ...] = ("done", "refused", "failed")
 
 LEASE = 60.0
-"""Seconds that a cell is held without a sign of life."""
+"""Seconds until a lease that is not renewed expires."""
 MOST_ATTEMPTS = 3
-"""How often a cell is taken before it counts as failed: something in it kills who works on it."""
+"""Number of attempts after which a cell counts as failed, because its workers died."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 
 
 class LeaseLost(DataError):
-    """Another worker has taken the cell over: this one was silent for too long."""
+    """Another worker has taken over the cell, because this one did not renew its lease in time."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Job:
 
 
 def new_owner() -> str:
-    """Return a worker's name, from which others can tell whether it is running: machine, process, a random part."""
+    """Return a name for a worker: machine, process id and a random part, so that others can tell if it is running."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 class Jobs:
-    """The table in a file; each call is a transaction of its own, so any process and thread may ask."""
+    """The table in a file; each call is one transaction, so it may be used from any process and thread."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Jobs:
         shared: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``shared``: the file lies in a folder that several machines see, where a write-ahead log, which
-        lives in one machine's memory, must not be used."""
+        """``shared``: the folder is shared by several machines, so SQLite's write-ahead log, which needs shared memory,
+        must not be used."""
         self.path, self.lease, self.clock = path, lease, clock
         self.shared = shared
 
@@ -90,15 +90,17 @@ class Jobs:
             raise DataError(f"the job table {self.path} cannot be used: {error}") from error
 
     def create(self, cells: Iterable[str]) -> None:
-        """Make the table, with every cell that it does not have yet open."""
+        """Create the table, and add every missing cell as open."""
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as table:
                 table.execute(f"PRAGMA journal_mode={'DELETE' if self.shared else 'WAL'}")
         except sqlite3.Error as error:
-            raise DataError(f"the job table {self.path} cannot be made: {error}") from error
+            raise DataError(f"the job table {self.path} cannot be created: {error}") from error
         with self._open() as table:
             table.execute(_TABLE)
-            if "seal" not in [line[1] for line in table.execute("PRAGMA table_info(jobs)")]:  # an older one
+            if "seal" not in [
+                line[1] for line in table.execute("PRAGMA table_info(jobs)")
+            ]:  # an older version
                 table.execute("ALTER TABLE jobs ADD COLUMN seal TEXT")
             table.executemany(
                 "INSERT OR IGNORE INTO jobs (cell, place) VALUES (?, ?)",
@@ -106,7 +108,7 @@ class Jobs:
             )
 
     def all(self) -> list[Job]:
-        """Return every line in the order of the plan."""
+        """Return all rows in the order of the plan."""
         with self._open() as table:
             rows = table.execute(
                 "SELECT cell, state, owner, lease_until, attempts, reason FROM jobs ORDER BY place"
@@ -120,9 +122,9 @@ class Jobs:
         return [Job(*line) for line in rows]
 
     def take(self, owner: str, cells: Sequence[str]) -> str | None:
-        """Lease the first of some cells that is open or whose lease has run out; None where there is none.
+        """Lease the first of some cells that is open or whose lease has expired; None if there is none.
 
-        A cell that was taken too often and never ended is set to failed instead.
+        A cell with too many unfinished attempts is set to failed instead.
         """
         now, names = self.clock(), set(cells)
         with self._open() as table:
@@ -135,9 +137,7 @@ class Jobs:
                 if cell not in names:
                     continue
                 if attempts >= MOST_ATTEMPTS:
-                    self._end(
-                        table, cell, "failed", f"given up: {attempts} workers ended while they worked on it"
-                    )
+                    self._end(table, cell, "failed", f"given up: {attempts} workers died while they ran it")
                     continue
                 table.execute(
                     "UPDATE jobs SET state = 'leased', owner = ?, lease_until = ?, attempts = attempts + 1"
@@ -148,7 +148,7 @@ class Jobs:
         return None
 
     def renew(self, cell: str, owner: str) -> bool:
-        """Hold a cell for another lease; False where it is no longer the owner's."""
+        """Renew the lease of a cell; False if the owner no longer has it."""
         with self._open() as table:
             update = table.execute(
                 "UPDATE jobs SET lease_until = ? WHERE cell = ? AND owner = ? AND state = 'leased'",
@@ -157,7 +157,7 @@ class Jobs:
             return update.rowcount == 1
 
     def end(self, cell: str, owner: str, state: State, reason: str | None = None) -> None:
-        """Set how a cell ended. Raises LeaseLost where it is no longer the owner's."""
+        """Set the final state of a cell. Raises LeaseLost if the owner no longer has it."""
         with self._open() as table:
             row = table.execute("SELECT owner, state FROM jobs WHERE cell = ?", (cell,)).fetchone()
             if row != (owner, "leased"):
@@ -171,11 +171,11 @@ class Jobs:
         )
 
     def reopen(self, states: Sequence[State], cells: Sequence[str]) -> None:
-        """Open some cells again that ended in one of some states; how often they were taken is forgotten."""
+        """Reopen the cells that are in one of some final states, and reset their numbers of attempts."""
         self._reopen([job.cell for job in self.all() if job.state in states and job.cell in set(cells)])
 
     def release(self, cell: str, owner: str | None) -> None:
-        """Return a leased cell to the open ones, if it is still leased by this owner; the attempt counts."""
+        """Set a cell to open if it is still leased by this owner; the attempt counts."""
         with self._open() as table:
             table.execute(
                 "UPDATE jobs SET state = 'open', owner = NULL, lease_until = NULL WHERE cell = ? AND owner = ?",
@@ -183,7 +183,7 @@ class Jobs:
             )
 
     def release_dead(self) -> None:
-        """Release cells leased by workers of this machine that no longer run."""
+        """Release cells whose worker on this machine is no longer running."""
         for job in self.all():
             if job.state == "leased" and not _is_running(job.owner):
                 self.release(job.cell, job.owner)
@@ -198,13 +198,13 @@ class Jobs:
             )
 
     def forget_attempts(self) -> None:
-        """Reset the counts of attempts: the user has started the run again."""
+        """Reset the numbers of attempts of unfinished cells, when the user starts the run again."""
         with self._open() as table:
             table.execute("UPDATE jobs SET attempts = 0 WHERE state IN ('open', 'leased')")
 
 
 def _is_running(owner: str | None) -> bool:
-    """Whether a worker may be running; of one on another machine only its lease can tell."""
+    """Whether a worker may be running; always true on another machine, where only its lease expires."""
     name, _, process = (owner or "").rpartition(":")[0].partition(":")
     if name != socket.gethostname() or not process.isdecimal():
         return bool(owner)
@@ -212,7 +212,7 @@ def _is_running(owner: str | None) -> bool:
 
 
 class Lease:
-    """Holds a cell while the block runs, by renewing its lease three times as often as needed."""
+    """Keeps the lease of a cell while the block runs, by renewing it three times per lease period."""
 
     def __init__(self, jobs: Jobs, cell: str, owner: str) -> None:
         self.jobs, self.cell, self.owner = jobs, cell, owner
@@ -230,9 +230,9 @@ class Lease:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise LeaseLost where the cell is no longer this worker's; to be asked before anything is written.
+        """Raise LeaseLost if this worker no longer has the cell; called before every write.
 
-        A worker that slept through its lease, as in a suspended machine, asks the table before its heart does.
+        When a suspended machine wakes up, the lease may have expired before the thread renews it: then it is renewed.
         """
         if self._problem is None and self.jobs.clock() - self._renewed_at > self.jobs.lease:
             self._renew()
@@ -247,7 +247,7 @@ class Lease:
         now = self.jobs.clock()
         try:
             if not self.jobs.renew(self.cell, self.owner):
-                self._problem = f"cell {self.cell} was taken over meanwhile"
+                self._problem = f"cell {self.cell} was taken over by another worker"
         except DataError as error:
             self._problem = str(error)
         self._renewed_at = now

@@ -1,8 +1,8 @@
-"""Judge a run: a language model reads the free answers of its cells, and its rows are written beside theirs."""
+"""Judge a run: a language model rates the generated answers of its cells; its rows are stored with theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from errata.errors import ConfigError
 from errata.evaluation import judge, score
 from errata.evaluation.judge import Agreement, JudgeSettings
 from errata.evaluation.metrics import headline_metric, metric_of
+from errata.progress import OnCount, OnProgress, ignore
 from errata.types import Row
 
 ROWS = "judged.jsonl"
-"""Rows of the judge, beside a cell's own."""
+"""File with the judge's rows, in a cell's folder."""
 REPLIES = "judge.sqlite"
 """The judge's replies, in the run folder."""
 
@@ -36,16 +37,16 @@ class JudgedCell:
 
 def judge_run(
     folder: str | Path, settings: JudgeSettings, *, only: str | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+    on_progress: OnProgress = ignore,
 ) -> dict[str, JudgedCell]:  # fmt: skip
-    """Have a language model judge the free answers of a run, and write its verdicts into the run folder.
+    """Judge the generated answers of a run with a language model, and write its verdicts into the run folder.
 
-    Judged are the newest answers of each cell: of a sequence, those at its last checkpoint. Replies are kept in the run
-    folder, so that a call that was interrupted goes on where it stopped; ``settings.cache`` names another file.
-    ``only``: judge only cells whose name contains this text. Returns what was found, by cell.
+    For a sequence, the answers at its last checkpoint are judged. Replies are cached in the run folder, so that an
+    interrupted call can be continued; ``settings.cache`` names another file. ``only``: judge only cells whose name
+    contains this text. Returns the verdicts by cell.
 
-    Raises ConfigError where there is nothing to judge or the settings cannot work, DataError for a folder that is no
-    run or is damaged, and where the judge cannot be reached.
+    Raises ConfigError if there is nothing to judge or the settings are invalid, DataError for a folder that is no run
+    or is damaged, and if the judge cannot be reached.
     """
     place = Path(folder)
     names = [cell["id"] for cell in results.read_run(place)["cells"] if only is None or only in cell["id"]]
@@ -64,8 +65,8 @@ def judge_run(
     }
 
 
-def _judge_cell(folder: Path, settings: JudgeSettings, tick: Callable[[int, int], None]) -> JudgedCell:
-    """Judge the newest rows of a cell, write the judge's rows beside them, and compare."""
+def _judge_cell(folder: Path, settings: JudgeSettings, tick: OnCount) -> JudgedCell:
+    """Judge the newest rows of a cell, write the judge's rows, and compare the two."""
     rows = _newest(folder)
     judged = judge.judge(rows, settings, on_progress=tick)
     journal = results.Journal(folder / ROWS)
@@ -81,7 +82,7 @@ def _judge_cell(folder: Path, settings: JudgeSettings, tick: Callable[[int, int]
 
 
 def _newest(folder: Path) -> list[Row]:
-    """Return the free answers of a cell; of a sequence, those at its last checkpoint."""
+    """Return the rows with generated answers of a cell; for a sequence, those at its last checkpoint."""
     lines = [line for line in results.Journal(folder / results.ROWS).records() if line["type"] == "case"]
     last = lines[-1]["edits"] if lines else None
     rows = [results.row_of(row) for line in lines if line["edits"] == last for row in line["rows"]]

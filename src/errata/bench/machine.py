@@ -1,4 +1,4 @@
-"""What a run has to know about its machine and processes: processor, memory, who still lives."""
+"""Facts about the machine and its processes: processor, memory, running processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hardware() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name the processor, by the kernel's list where there is one: psutil and platform do not read it."""
+    """Return the processor's name, from /proc/cpuinfo on Linux, which psutil and platform do not read."""
     if LINUX_PROCESSORS.is_file():
         text = LINUX_PROCESSORS.read_text(encoding="utf-8", errors="replace")
         match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -42,26 +42,28 @@ def processor() -> str:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine runs; asking sends it no signal, which would end it on Windows."""
+    """Whether a process of this machine is running; no signal is sent, which would end it on Windows."""
     import psutil
 
     return psutil.pid_exists(process)
 
 
 def reset_peak_memory() -> None:
-    """Begin to count this process's peak memory anew, where the system lets it: Linux alone."""
-    with suppress(OSError):  # not allowed, or no such file: the peak is then that since the process began
+    """Reset this process's peak memory; possible on Linux only."""
+    with suppress(
+        OSError
+    ):  # not allowed, or no such file: the peak then counts from the start of the process
         LINUX_RESET.write_text("5", encoding="ascii")
 
 
 def peak_memory_mb() -> float:
     """Return the largest memory of this process so far, in MB; since :func:`reset_peak_memory` on Linux.
 
-    psutil knows the peak on Windows only; elsewhere the kernel is asked, or failing that the present memory given.
+    psutil reports the peak on Windows only; elsewhere it comes from the kernel, or is the current memory.
     """
     import psutil
 
-    if LINUX_STATUS.is_file():  # getrusage may remember more than this knows since it was reset
+    if LINUX_STATUS.is_file():  # getrusage ignores the reset
         text = LINUX_STATUS.read_text(encoding="ascii", errors="replace")
         peak = re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE)
         if peak:

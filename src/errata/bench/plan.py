@@ -1,4 +1,4 @@
-"""Plans: a recipe crossed out into cells, each named by all that decides its rows."""
+"""Plans: the cells of a recipe, each named by a hash of everything that determines its rows."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from errata.methods import REGISTRY
 from errata.types import Case
 
 SLUG = 60
-"""Longest readable part of a cell's name."""
+"""Maximum length of the readable part of a cell's name."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, method, dataset, schedule and seed: what fills one folder of results."""
+    """One model, method, dataset, schedule and seed; has one folder of results."""
 
     id: str
     model: str
@@ -43,47 +43,47 @@ class Cell:
     """Name among the run's datasets."""
     schedule: str
     look: tuple[int, ...] | None
-    """After how many edits of a sequence the host is asked."""
+    """Numbers of edits of a sequence after which the host is evaluated."""
     seed: int
     baseline: bool
-    """Whether it is there for every model, dataset and schedule, to compare with."""
+    """Whether it is a baseline, which is run for every model, dataset and schedule."""
     rank: int | None = None
-    """Of a baseline, its place among them."""
+    """Position of a baseline among the baselines."""
     role: str = ""
-    """Of a baseline, what its row shows."""
+    """What the row of a baseline shows."""
 
     @property
     def plan(self) -> Schedule:
-        """The schedule, read."""
+        """The parsed schedule."""
         return Schedule.parse(self.schedule)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run folder is about: the recipe, its datasets and its cells in order."""
+    """The recipe of a run, its datasets, and its cells in order."""
 
     recipe: Recipe
     datasets: Mapping[str, Mapping[str, Any]]
     """Facts by name, see :func:`errata.bench.sources.read`."""
     cells: tuple[Cell, ...]
     cases: Mapping[str, Sequence[Case]] = field(default_factory=dict, compare=False, repr=False)
-    """Cases by name of the dataset, as far as they were read."""
+    """Cases by name of the dataset, if they were read."""
     published: Sequence[Mapping[str, Any]] = ()
-    """Tables of expected numbers, see :mod:`errata.bench.published`."""
+    """Published tables for comparison, see :mod:`errata.bench.published`."""
 
     def model(self, label: str) -> ModelSpec:
-        """Return the model of a label."""
+        """Return the model with a label."""
         return next(model for model in self.recipe.models if model.label == label)
 
     def select_ids(self, only: str | None) -> list[str]:
-        """List the ids of the cells that contain a text, all without one. Raises ConfigError where there are none."""
+        """List the ids of the cells that contain a text, or all ids. Raises ConfigError if there are none."""
         ids = [cell.id for cell in self.cells if only is None or only in cell.id]
         if not ids:
-            raise ConfigError(f"no cell holds {only!r}; see the cells with --dry-run")
+            raise ConfigError(f"no cell id contains {only!r}; list the cells with --dry-run")
         return ids
 
     def document(self) -> dict[str, Any]:
-        """Return what goes into ``run.json``."""
+        """Return the content of ``run.json``."""
         return finite({
             "schema": SCHEMA,
             "name": self.recipe.name,
@@ -100,7 +100,7 @@ class Plan:
 
 
 def make(recipe: Recipe) -> Plan:
-    """Read a recipe's datasets and cross it out. Raises ConfigError or DataError listing all that fails."""
+    """Read a recipe's datasets and build its cells. Raises ConfigError or DataError listing all problems."""
     complaints: list[str] = []
     read: dict[str, tuple[Sequence[Case], Mapping[str, Any]]] = {}
     cells: dict[str, Cell] = {}
@@ -158,7 +158,7 @@ def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
     if not differences and [cell["id"] for cell in old["cells"]] != [cell.id for cell in new.cells]:
         was = old.get("versions", {}).get("errata")
         differences.append(
-            f"the cells are others: settings that the recipe leaves open changed since errata {was}"
+            f"the cells differ: defaults of settings that the recipe does not give changed since errata {was}"
         )
     return differences
 
@@ -166,9 +166,9 @@ def changes(old: Mapping[str, Any], new: Plan) -> list[str]:
 def _read(
     spec: DatasetSpec, schedule: Schedule, read: Mapping[str, Any]
 ) -> tuple[str, tuple[Sequence[Case], Mapping[str, Any]]]:
-    """Read a dataset unless it was; return its name among the datasets, its cases and its facts.
+    """Read a dataset unless it was read before; return its name among the datasets, its cases and its facts.
 
-    Raises ConfigError where another dataset of the recipe has its name.
+    Raises ConfigError if another dataset of the recipe has the same name.
     """
     together = schedule.together and sources.is_lab(spec.source)
     name = replace(spec, source=f"{spec.source} together").name if together else spec.name
@@ -212,7 +212,7 @@ def _crossed(
 
 
 def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]) -> str:
-    """Name a cell by a readable part and a hash of everything that decides its rows."""
+    """Build a cell's name: a readable part and a hash of everything that determines its rows."""
     config = _config(cell)
     decides = {
         "model": asdict(replace(model, label="")),

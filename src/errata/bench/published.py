@@ -1,8 +1,8 @@
-"""Published tables of numbers, as data: what a run can be read against, with how sure the digits are.
+"""Published tables of scores, for comparison with measured ones, with their provenance.
 
-One YAML file a table in the folder ``published`` beside this file. Figures are facts taken from the papers
-named in each file; none is included that is known from memory only. A method's row is found among the
-measured ones by its registered name, or by the label a recipe gives to a method with settings of its own.
+One YAML file per table in the folder ``published`` of this package. Figures are taken from the papers named in each
+file; none is included that is known from memory only. A row is matched with a measured one by the method's registered
+name, or by the label that a recipe gives to a method with its own settings.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from errata.errors import ConfigError, listing, shown
 from errata.registry import unknown
 
 Provenance = Literal["confirmed", "secondary", "memory"]
-"""``confirmed``: read in the primary source. ``secondary``: quoted by another source, not checked digit by
-digit. ``memory``: neither; never to be shown as published."""
+"""``confirmed``: read in the primary source. ``secondary``: quoted by another source, not checked against the original.
+``memory``: neither; never shown as published."""
 
 LARGEST = 1e300
-"""Numbers from here on are no scores."""
+"""Larger numbers are rejected."""
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One method's line of a published table."""
+    """One method's row of a published table."""
 
     method: str
-    """As the paper calls it; ``unedited`` for the model before any edit."""
+    """The paper's name of it; ``unedited`` for the model before any edit."""
     errata_method: str | None
-    """Registered name, or a baseline; None where errata has none, or only under settings that a recipe labels."""
+    """Registered name, or a baseline; None if errata has none, or only with settings that a recipe labels."""
     scores: Mapping[str, float]
     """By the paper's name of the score, in its unit."""
     provenance: Provenance
@@ -60,33 +60,33 @@ class PublishedTable:
     """Authors, title, venue."""
     arxiv: str
     provenance: Provenance
-    """Default of the rows."""
+    """Default provenance of the rows."""
     note: str
     model: str
     """Hub name."""
     dataset: str
-    """Source of cases, as recipes name it."""
+    """Source of the cases, in the form of recipes."""
     schedule: str
     metric_convention: str
-    """What the scores mean; rows under another convention are not comparable."""
+    """Definition of the scores; scores with another definition are not comparable."""
     tolerance: float
-    """How far a repetition may lie from a figure and still agree, in the table's unit."""
+    """Largest difference between a published and a measured score that counts as agreement, in the table's unit."""
     rows: tuple[PublishedRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table as plain data, rows known from memory left out."""
+        """Return the table as plain data, without rows known from memory only."""
         document = asdict(self)
         document["rows"] = [row for row in document["rows"] if row["provenance"] != "memory"]
         return document
 
 
 def names() -> list[str]:
-    """List the tables that come with the package."""
+    """List the tables included in the package."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def read(name: str) -> PublishedTable:
-    """Read a table by name, or a file of one's own that ends in ``.yaml``.
+    """Read a table by name, or from a file that ends in ``.yaml``.
 
     Raises ConfigError listing everything that is wrong with it.
     """
@@ -99,7 +99,7 @@ def read(name: str) -> PublishedTable:
 
 
 def documents(names_or_files: Sequence[str]) -> list[dict[str, Any]]:
-    """Return tables as plain data for a run's record. Raises ConfigError for all that cannot be read."""
+    """Return tables as plain data for ``run.json``. Raises ConfigError listing all that cannot be read."""
     tables, complaints = [], []
     for name in names_or_files:
         try:
@@ -175,7 +175,7 @@ class _Row(BaseModel):
     errata_method: Annotated[str | None, BeforeValidator(_registered)]
     scores: Annotated[dict[str, Score], BeforeValidator(_scores)]
     provenance: Provenance = "memory"
-    """Where it is left out, the table's."""
+    """Default: that of the table."""
 
 
 class _Table(BaseModel):
@@ -200,7 +200,7 @@ class _Table(BaseModel):
     @classmethod
     def _agrees(cls, name: str, info: ValidationInfo) -> str:
         if name != info.context:
-            raise settings.problem(f"{name!r} in a file called {info.context}; they must agree")
+            raise settings.problem(f"{name!r} in a file named {info.context}; they must be equal")
         return name
 
 

@@ -1,4 +1,4 @@
-"""Recipes: which models, methods, datasets, schedules and seeds a run crosses, read from YAML, strictly."""
+"""Recipes: the models, methods, datasets, schedules and seeds of a run, read from YAML with strict validation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     label: str = ""
-    """What tables call it; the name, unless given."""
+    """Name in tables; default: the model's name."""
     template: str = "raw"
-    """How a probe's prompt is put: raw, question, chat or auto."""
+    """Prompt format of probes: raw, question, chat or auto."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,27 @@ class MethodSpec:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    """What tables call it; the name and what differs from its defaults, unless given."""
+    """Name in tables; default: the method's name and its settings that differ from the defaults."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Cases to edit and ask, and what is put before and beside their questions."""
+    """Cases to edit and evaluate, with demonstrations and further probes for them."""
 
     source: str
     """A dataset's name, a file, ``lab:N`` or ``lab:N:SEED``."""
     demonstrations: tuple[str, ...] = ()
-    """Files of worked examples that go before multi-hop questions, at most one of each format."""
+    """Files of worked examples to put before multi-hop questions, at most one of each format."""
     beside: tuple[str, ...] = ()
-    """Sources whose questions on what every edit must leave are put to each case too."""
+    """Sources whose probes of unrelated facts are added to each case."""
 
     @property
     def name(self) -> str:
-        """What tables call it: the source and all that was added to it."""
+        """Name in tables: the source and everything added to it."""
         return " + ".join((self.source, *(Path(path).name for path in self.demonstrations), *self.beside))
 
     def plain(self) -> str | dict[str, Any]:
-        """Return it in a recipe's form: a text, or fields where there is more than a source."""
+        """Return it in a recipe's form: a text, or fields if there is more than a source."""
         options = {"demonstrations": list(self.demonstrations), "beside": list(self.beside)}
         extra = {name: value for name, value in options.items() if value}
         return {"source": self.source, **extra} if extra else self.source
@@ -72,33 +72,33 @@ class RunSpec:
     datasets: tuple[DatasetSpec, ...]
     schedule: Schedule = SINGLE
     look: str | tuple[int, ...] | None = None
-    """After how many edits of a sequence to look, see :meth:`Schedule.checkpoints`."""
+    """Numbers of edits of a sequence after which to evaluate, see :meth:`Schedule.checkpoints`."""
     every_method: bool = False
-    """Whether the recipe said ``all``."""
+    """Whether the recipe names ``all`` methods."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run is to do."""
+    """The contents of a recipe."""
 
     name: str
     models: tuple[ModelSpec, ...]
     runs: tuple[RunSpec, ...]
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the methods; the cases are the same for all, so that seeds can be compared case by case."""
+    """Seeds of the methods; all use the same cases, so that seeds can be compared case by case."""
     threads: int = 1
-    """Threads of a cell's arithmetic: part of what decides its numbers, so not a matter of jobs."""
+    """Number of torch threads of a cell. The last bits of results depend on it, so it is independent of ``--jobs``."""
     max_new_tokens: int = 24
-    """Longest free continuation."""
+    """Maximum number of tokens of a generated answer."""
     corpus: str | None = None
-    """Text file for statistics; None: the host's own text."""
+    """Text file for statistics; None: the host's own corpus, or text sampled from the host."""
     keep_edits: bool = False
-    """Whether the last edit of a sequence stays in its cell's folder."""
+    """Whether the last edit of a sequence is kept in its cell's folder."""
     published: tuple[str, ...] = ()
     """Names of tables of published numbers to show next to the measured ones."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain data with nothing left to defaults."""
+        """Return the recipe as plain data with all defaults filled in."""
         document = asdict(self)
         for run, spec in zip(document["runs"], self.runs, strict=True):
             run["schedule"] = str(spec.schedule)

@@ -1,4 +1,4 @@
-"""What a recipe file may hold: each of its fields with what is accepted there, checked all at once."""
+"""The schema of recipe files; all mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL = "all"
 
 
 def check(document: Any) -> tuple[RecipeDocument | None, list[str]]:
-    """Read a recipe's plain data; None where there are complaints, which name each place that is wrong."""
+    """Validate a recipe's plain data; return the document (None if invalid), and the complaints by field."""
     complaints: list[str] = []
     read = None
     try:
@@ -95,7 +95,7 @@ Some = AfterValidator(_some)
 
 
 class _Document(BaseModel):
-    """Fields of which none is unknown."""
+    """A record without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     SHORT: ClassVar[str] = ""
@@ -132,7 +132,7 @@ class MethodDocument(_Document):
 
     @property
     def title(self) -> str:
-        """What tables call it: its label, else its name and what differs from its defaults."""
+        """Name in tables: its label, else its name and the settings that differ from the defaults."""
         return self.label or _title(self.name, self.settings)
 
     @field_validator("name")
@@ -154,12 +154,12 @@ class MethodDocument(_Document):
     def _free(cls, label: str | None, info: ValidationInfo) -> str | None:
         plain = info.data.get("name", label) == label and not info.data.get("settings")
         if label in {method.name for method in baselines()} and not plain:
-            raise settings.problem(f"{label} names a baseline; give another")
+            raise settings.problem(f"{label} is the name of a baseline; choose another label")
         return label
 
 
 class DatasetDocument(_Document):
-    """Cases to edit and ask, and what is put before and beside their questions."""
+    """Cases to edit and evaluate, with demonstrations and further probes for them."""
 
     SHORT = "source"
     EXPECTED: ClassVar[str] = "the name of a dataset, or fields with a source"
@@ -193,7 +193,7 @@ class RunDocument(_Document):
         if look is None:
             return None
         if schedule.kind != "sequential":
-            raise settings.problem(f"belongs to a sequence; the schedule is {schedule}")
+            raise settings.problem(f"requires a sequential schedule; the schedule is {schedule}")
         numbers = [look] if type(look) is int else look
         if isinstance(numbers, list) and numbers and all(type(n) is int and n > 0 for n in numbers):
             return tuple(numbers)
@@ -204,7 +204,7 @@ class RunDocument(_Document):
 
 
 class RecipeDocument(_Document):
-    """All that a run is to do."""
+    """The contents of a recipe."""
 
     name: Text = "run"
     models: Annotated[tuple[Annotated[ModelDocument, _long(ModelDocument)], ...], Items, Some]
@@ -225,7 +225,7 @@ class RecipeDocument(_Document):
 
 
 def _reported(read: Any, *arguments: Any) -> Any:
-    """Call a reader, with what it complains about as a complaint about the field."""
+    """Call a parser, and report its ConfigError as a problem of the field."""
     try:
         return read(*arguments)
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""Result files: documents written whole or not at all, and journals that grow line by line; both carry hashes.
+"""Result files: documents that are written atomically, and append-only journals; both contain hashes.
 
-A document's ``seal`` is the hash of all else in it; a finished cell's also names its rows and kept edits with their
-hashes. What was written before there were seals is read without being verified. Loads the standard library only, so
-that a report can read results without a model's libraries.
+A document's ``seal`` is the hash of its other fields; the document of a finished cell also lists its rows and saved
+edits with their hashes. Files of older versions, without seals, are read without verification. Loads the standard
+library only, so that reports do not load a model's libraries.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from errata.errors import DataError, brief, shown
 from errata.types import Row
 
 SCHEMA = 1
-"""The form of run folders."""
+"""Version of the run folder format."""
 RUN, JOBS, CELLS, UNEDITED = "run.json", "jobs.sqlite", "cells", "unedited"
-"""What a run folder holds; see docs/bench.md."""
+"""Files and folders of a run folder; see docs/bench.md."""
 JOB_STATES = ("open", "leased", "done", "refused", "failed")
 ROWS, CELL, JUDGED = "rows.jsonl", "cell.json", "judged.json"
-"""What a cell's folder holds."""
+"""Files of a cell's folder."""
 SEAL, FILES = "seal", "files"
-"""Fields of a document: the hash of all else in it, and the hashes of the files it speaks for."""
+"""Fields of a document: the hash of its other fields, and the hashes of the files that belong to it."""
 UNTIMED = ("cost", "fit_seconds", SEAL)
-"""Fields of a line that its seal leaves out: times are no result."""
+"""Fields of a line that its seal does not cover: times differ between equal runs."""
 
 
 def finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot write by their names: ``inf``, ``-inf``, ``nan``; ``float`` reads them."""
+    """Replace numbers that JSON cannot represent by the texts ``inf``, ``-inf`` and ``nan``, which ``float`` reads."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
@@ -45,23 +45,23 @@ def finite(value: Any) -> Any:
 
 
 def write_report(path: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
-    """Write a document as JSON. Raises DataError where the path cannot be written."""
+    """Write a document as JSON. Raises DataError if the path cannot be written."""
     return files.write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file whole or not at all, regular files only. Raises DataError."""
+    """Write a regular file atomically. Raises DataError if it cannot be written."""
     return files.write(path, content)
 
 
 def write_sealed(path: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
-    """Write a document with the hash of what it says. Raises DataError where the path cannot be written."""
+    """Write a document with its seal. Raises DataError if the path cannot be written."""
     plain = _plain(document)
     return write_report(path, {**plain, SEAL: seal_of(plain)})
 
 
 def read_document(path: Path, *, sealed: bool = False) -> dict[str, Any]:
-    """Read a JSON document without its seal. Raises DataError where there is none, or it is damaged.
+    """Read a JSON document and remove its seal. Raises DataError if it is missing or damaged.
 
     ``sealed``: a document without a seal counts as damaged.
     """
@@ -71,18 +71,18 @@ def read_document(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         raise DataError(f"{path}: expected a JSON object, found {type(document).__name__}")
     seal = document.pop(SEAL, None)
     if (sealed or seal is not None) and seal != seal_of(document):
-        raise DataError(f"{path} is damaged: its content is not what its seal was made of")
+        raise DataError(f"{path} is damaged: its content does not match its seal")
     return document
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a run was begun with seals, so that every document of it must have one."""
+    """Whether a run was created with seals, so that each of its documents must have one."""
     document = files.parse_json(files.read_text(folder / RUN, DataError), DataError)
     return isinstance(document, dict) and SEAL in document
 
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return number of bytes and hash of some files of a folder, by name; absent ones are left out."""
+    """Return the number of bytes and the hash of some files of a folder, by name; missing files are omitted."""
     return {
         name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
         for name in names
@@ -91,13 +91,13 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def read_sealed(folder: Path, name: str = CELL, *, sealed: bool = False) -> dict[str, Any]:
-    """Read a document of a cell, and check the files it speaks for. Raises DataError naming what is damaged."""
+    """Read a document of a cell, and verify the files it lists. Raises DataError naming the damaged files."""
     document = read_document(folder / name, sealed=sealed)
     listed = document.get(FILES)
     if listed is None and not sealed:
         return document
     damaged = [
-        f"{name} {'are' if name == ROWS else 'is'} {'not what was written' if (folder / name).is_file() else 'gone'}"
+        f"{name} {'does not match its hash' if (folder / name).is_file() else 'is gone'}"
         for name, entry in (listed or {}).items()
         if hashes(folder, [name]) != {name: {k: v for k, v in entry.items() if k != "lines"}}
     ]
@@ -107,17 +107,17 @@ def read_sealed(folder: Path, name: str = CELL, *, sealed: bool = False) -> dict
 
 
 def job_seal(cell: Any, state: Any, reason: Any) -> str:
-    """Hash how a cell ended, as the job table holds it."""
+    """Return the hash of a cell's final state, for the job table."""
     return hashlib.sha256(json.dumps([cell, state, reason], default=repr).encode()).hexdigest()[:16]
 
 
 def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a document as it will be read back."""
+    """Return a document after a round trip through JSON."""
     return json.loads(json.dumps(finite(document)))
 
 
 def seal_of(document: Mapping[str, Any]) -> str:
-    """Hash a document by what it says, whatever the order of its fields."""
+    """Return the hash of a document's fields, independent of their order."""
     plain = {name: value for name, value in document.items() if name != SEAL}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=repr).encode()).hexdigest()
 
@@ -134,9 +134,11 @@ def _file_hash(path: Path) -> str:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read a run's ``run.json``. Raises DataError for a folder that is no run, or whose record is damaged."""
+    """Read a run's ``run.json``. Raises DataError for a folder that is no run, or whose ``run.json`` is damaged."""
     if not (folder / RUN).is_file():
-        raise DataError(f"{folder} is no run folder: it holds no {RUN}; make one with: errata bench RECIPE")
+        raise DataError(
+            f"{folder} is no run folder: it contains no {RUN}; make one with: errata bench RECIPE"
+        )
     document = read_document(folder / RUN)
     cells = document.get("cells")
     if document.get("schema") == SCHEMA and not (
@@ -147,12 +149,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a cell's name is that of a folder within its run."""
+    """Whether a text is a valid name of a cell's folder."""
     return isinstance(value, str) and value not in ("", ".", "..") and not any(c in value for c in "/\\\0")
 
 
 def row_of(record: Mapping[str, Any]) -> Row:
-    """Build a row from its line, numbers that are not finite included. Raises DataError for another record."""
+    """Build a row from a record; texts such as ``inf`` become numbers. Raises DataError for any other record."""
     try:
         values = {**record, "before": float(record["before"]), "after": float(record["after"])}
         return Row(**values)
@@ -162,24 +164,24 @@ def row_of(record: Mapping[str, Any]) -> Row:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a journal, read, and where it ends in the file."""
+    """A parsed line of a journal, and the position in the file where it ends."""
 
     record: dict[str, Any]
     end: int
 
 
 class Journal:
-    """A file of JSON lines that only grows: what is written was flushed to the disk.
+    """An append-only file of JSON lines; every write is flushed to the disk.
 
-    A last line that a killed process left unfinished is no line; :meth:`cut` takes it away. Each line carries a hash
-    of what it says but times, which is verified.
+    An incomplete last line, left by a killed process, is ignored; :meth:`cut` removes it. Each line has a hash of its
+    content without times, which is verified.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __iter__(self) -> Iterator[Line]:
-        """Yield the whole lines. Raises DataError for one that is not JSON but for the last."""
+        """Yield the complete lines. Raises DataError for one that is not JSON, except the last."""
         if not self.path.exists():
             return
         end, broken_line = 0, None
@@ -197,30 +199,30 @@ class Journal:
                 seal = record.pop(SEAL, None)
                 if seal is not None and seal != _line_seal(record):
                     raise DataError(
-                        f"{self.path}, line {number} is damaged: it is not what its seal was made of; remove the file "
-                        "to start its cell again"
+                        f"{self.path}, line {number} is damaged: it does not match its seal; remove the file to start "
+                        "its cell again"
                     )
                 yield Line(record, end)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield what the whole lines say."""
+        """Yield the records of the complete lines."""
         for line in self:
             yield line.record
 
     def cut(self, end: int) -> None:
-        """Keep the first ``end`` bytes only."""
+        """Truncate the file to its first ``end`` bytes."""
         if self.path.exists():
             with self.path.open("r+b") as file:
                 file.truncate(end)
                 os.fsync(file.fileno())
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Write lines at the end and wait until they are on the disk. Raises DataError where that fails."""
+        """Append lines and wait until they are on the disk. Raises DataError if that fails."""
         lines = [{**plain, SEAL: _line_seal(plain)} for plain in map(_plain, records)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
             with self.path.open("ab") as file:
-                # half a surrogate pair is written as JSON escapes it
+                # half a surrogate pair is written as a JSON escape
                 _whole(file, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -231,7 +233,7 @@ def _line_seal(record: Mapping[str, Any]) -> str:
 
 
 def _whole(file: BinaryIO, data: bytes) -> None:
-    """Append all of some bytes or none, whatever breaks in: a full disk, an interrupt."""
+    """Append all of some bytes or none, also on a full disk or an interrupt."""
     start = file.seek(0, os.SEEK_END)
     try:
         file.write(data)
@@ -243,7 +245,7 @@ def _whole(file: BinaryIO, data: bytes) -> None:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Read a line; None for one that is not whole."""
+    """Parse a line; None for an incomplete one."""
     if not line.endswith(b"\n"):
         return None
     try:

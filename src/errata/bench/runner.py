@@ -22,29 +22,29 @@ from errata.host.load import Host
 from errata.host.prompts import PromptFormat
 from errata.job import Job
 from errata.locate.contexts import sampled_corpus
+from errata.progress import OnProgress, ignore
 from errata.registry import unknown
 from errata.types import DEFAULT_ASK, AskOptions, Case, Observation, Row
 
 if TYPE_CHECKING:  # methods are reached through the registry only
     from errata.methods._method import Method, Workspace
 
-Tick = Callable[[str, int, int], None]
 
 TEXTS = 200
-"""Texts of a corpus that perplexity is measured on."""
+"""Number of texts from a corpus on which perplexity is measured."""
 SAMPLED, SAMPLED_TOKENS = 48, 128
-"""How many texts a host without a corpus writes for that, and their length."""
+"""Number of texts sampled from a host without a corpus instead, and their length in tokens."""
 OPEN_TOKENS = 64
-"""Length of what is continued from an open prompt."""
+"""Number of tokens generated after an open prompt."""
 CHUNK = 32
-"""Cases asked together: what batches are made of, so never a matter of where a run was stopped."""
+"""Number of cases observed together. It determines the batches, so chunks are the same in a resumed run."""
 
 
 def held_out(host: Host, work: Workspace) -> list[str]:
-    """Return running text for perplexity: the end of the workspace's corpus, else text the host writes.
+    """Return running text for perplexity: the end of the workspace's corpus, else text sampled from the host.
 
-    Statistics are taken from a corpus's beginning and from samples of another seed, so the text is not
-    theirs unless a corpus is shorter than their budget.
+    Statistics use the beginning of the corpus, or samples of another seed, so the texts are different unless the
+    corpus is shorter than the token budget.
     """
     corpus = work.corpus or sampled_corpus(host, seed=work.seed + 1, texts=SAMPLED, length=SAMPLED_TOKENS)
     return list(deque(corpus.texts(), maxlen=TEXTS))
@@ -57,7 +57,7 @@ def neutral_texts(host: Host, work: Workspace) -> list[str]:
 
 
 def check_schedule(method: Method, schedule: Schedule) -> None:
-    """Raise ConfigError where a method cannot follow the schedule."""
+    """Raise ConfigError if a method does not support the schedule."""
     name = method.name
     if schedule.kind == "batch" and schedule.size > 1 and not method.batch:
         raise ConfigError(
@@ -71,7 +71,7 @@ def check_schedule(method: Method, schedule: Schedule) -> None:
 
 
 def with_probes(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[Case]:
-    """Return cases with only their probes of some kinds. Raises ConfigError for kinds that no case has."""
+    """Return the cases with only the probes of some kinds. Raises ConfigError for kinds that no case has."""
     if kinds is None:
         return cases
     kinds_present = sorted({probe.kind for case in cases for probe in case.probes})
@@ -84,15 +84,15 @@ def with_probes(cases: Sequence[Case], kinds: Sequence[str] | None) -> Sequence[
 
 
 def count_edited_cases(after: Edit, cases: Sequence[Case], schedule: Schedule, seed: int) -> int:
-    """Return how many cases an edit is of. Raises ConfigError unless they are the first ones, fitted alike."""
+    """Return the number of cases an edit covers. Raises ConfigError unless they are the first ones, in their order."""
     requests = after.provenance.requests
     expected = [request for case in cases for request in case.requests]
     for i, request in enumerate(requests):
         other = expected[i] if i < len(expected) else None
         if request != other:
             raise ConfigError(
-                f"cannot continue: request {i + 1} of the edit is {request}, of the cases {other}; "
-                "give the cases that the edit was made from, in their order"
+                f"cannot continue: request {i + 1} of the edit is {request}, that of the cases is {other}; "
+                "give the cases that the edit was made from, in the same order"
             )
     ends = [0, *itertools.accumulate(len(case.requests) for case in cases)]
     count = ends.index(len(requests)) if len(requests) in ends else None
@@ -115,13 +115,13 @@ class EvaluatedCase:
     case: Case
     rows: list[Row]
     edits: int | None
-    """How many edits of a sequence were in place; None where the schedule is none."""
+    """Number of edits of a sequence in place; None for other schedules."""
     fit_seconds: float | None
-    """Its share of the time its group's fit took; None where it was fitted in an earlier run."""
+    """Its share of the time for fitting its group; None if it was fitted in an earlier run."""
     observe_seconds: float
-    """Its share of the time its chunk's observation took."""
+    """Its share of the time for observing its chunk."""
     edit: Edit | None
-    """What was in place; None where nothing could be."""
+    """The edit in place; None if the case could not be fitted."""
     refused: str | None = None
     """Why the case could not be fitted; its rows are then those of the unedited host."""
 
@@ -132,11 +132,11 @@ class CheckpointResult:
 
     edits: int
     newest: int
-    """How many cases were fitted last."""
+    """Number of cases in the most recent fit."""
     logprobs: list[Tensor]
     """Log-probabilities of the neutral texts, see :func:`errata.evaluation.observe.logprobs`."""
     continued: list[str]
-    """How the open prompts were continued."""
+    """The generated continuations of the open prompts."""
     last_batch_efficacy: float | None
     """See :class:`Checkpoint`."""
     edit: Edit
@@ -149,9 +149,9 @@ class CheckpointResult:
 
 @dataclass
 class Engine:
-    """Fits cases on a schedule, or takes a given edit, and evaluates them: a stream of results.
+    """Fits cases on a schedule, or uses given edits, and yields the evaluation results.
 
-    The host is restored whenever the stream pauses after a :class:`CheckpointResult`, or is closed.
+    The host is restored whenever the generator pauses after a :class:`CheckpointResult`, or is closed.
     """
 
     host: Host
@@ -160,18 +160,18 @@ class Engine:
     before: Callable[[Case], Sequence[Observation]]
     """Returns the unedited host's observations for a case's probes."""
     job: Job | None = None
-    """Fits the cases' requests; None where edits are given."""
+    """Fits the cases' requests; None if edits are given."""
     edit: EditGroup | None = None
-    """Edits to evaluate as they are."""
+    """Given edits to evaluate."""
     texts: Sequence[str] = ()
     """Neutral texts, scored at every checkpoint."""
     prompts: Sequence[str] = ()
     """Beginnings of running text, continued at every checkpoint."""
     ask: AskOptions = DEFAULT_ASK
-    """How probes are asked."""
+    """Options for prompts and generation."""
     lenient: bool = False
-    """Whether a case edited alone that cannot be fitted counts as unedited, rather than ending the stream."""
-    tick: Tick = lambda *_: None
+    """Whether a single case that cannot be fitted counts as unedited instead of raising an error."""
+    tick: OnProgress = ignore
     fit_seconds: float = 0.0
     observe_seconds: float = 0.0
     fits: list[float | None] = field(default_factory=list)
@@ -184,14 +184,14 @@ class Engine:
         after: Edit | None = None,
         fits: Sequence[float | None] | None = None,
     ) -> Generator[EvaluatedCase | CheckpointResult, None, None]:
-        """Yield every evaluated case, and after those of a batch or a checkpoint the checkpoint's own result.
+        """Yield every evaluated case, and after the cases of a batch or a checkpoint its CheckpointResult.
 
-        ``marks``: numbers of edits of a sequence to evaluate after. ``start``: number of cases evaluated earlier;
-        in a sequence, ``after`` is the edit of those. ``fits``: seconds that fitting them took, if known.
+        ``marks``: in a sequence, the numbers of edits after which to evaluate. ``start``: number of cases evaluated
+        earlier; in a sequence, ``after`` is the edit of those. ``fits``: seconds for fitting each of them, if known.
         """
         self.fits = list(fits) if fits is not None else [None] * start
         if self.edit is not None:
-            first = start - start % CHUNK  # whole chunks: the batches decide the last bits of the numbers
+            first = start - start % CHUNK  # whole chunks: the last bits of the numbers depend on the batches
             results = self._evaluate(self.cases[first:], self.edit, None, "after", first)
             yield from itertools.islice(results, start - first, None)
         elif self.schedule.kind == "single":
@@ -272,7 +272,7 @@ class Engine:
         )
 
     def health(self) -> tuple[list[Tensor], list[str]]:
-        """Return log-probabilities ``[tokens]`` of each neutral text, and what the host writes after open prompts."""
+        """Return the log-probabilities ``[tokens]`` of each neutral text, and continuations of the open prompts."""
         continued: Any = []
         if self.prompts:
             prompts = list(self.prompts)
@@ -288,7 +288,7 @@ class Engine:
         label: str | None = None,
         first: int = 0,
     ) -> Iterator[EvaluatedCase]:
-        """Ask the probes of cases in chunks with an edit in place, and score the answers after removing it."""
+        """Observe the probes of cases in chunks with an edit in place, and score the answers after removing it."""
         for begin in range(0, len(cases), CHUNK):
             chunk = cases[begin : begin + CHUNK]
             probes = unique(probe for case in chunk for probe in case.probes)
@@ -313,14 +313,14 @@ class Engine:
 
 
 def count_tokens(texts: Sequence[str], text_logprobs: Sequence[Tensor]) -> int:
-    """Count the tokens that perplexity is measured on. Raises DataError where there are none.
+    """Return the number of tokens on which perplexity is measured. Raises DataError if there are none.
 
     ``text_logprobs``: log-probabilities ``[tokens]`` of each text.
     """
     tokens = sum(map(len, text_logprobs))
     if not tokens:
         raise DataError(
-            f"no text to measure perplexity on: {len(texts)} texts without a second token; "
+            f"no text to measure perplexity on: none of {len(texts)} texts has two tokens; "
             "give a longer corpus"
         )
     return tokens

@@ -1,4 +1,4 @@
-"""A whole run: creates or resumes its folder, runs its cells, and returns how they ended."""
+"""A whole run: create or resume its folder, run its cells, and return their outcome."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from errata.bench import results, workers
 from errata.bench.jobs import OVER, Job, Jobs
 from errata.bench.plan import Plan
 from errata.bench.results import is_sealed, read_document, read_run, read_sealed, write_sealed
-from errata.bench.runner import Tick
 from errata.errors import ConfigError, DataError
+from errata.progress import OnProgress, ignore
 
 Executor = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the chosen cells of a run ended."""
+    """Outcome of the chosen cells of a run."""
 
     folder: Path
     jobs: Sequence[Job]
     documents: Mapping[str, Mapping[str, Any]]
-    """By cell, its ``cell.json``, as far as there is one."""
+    """By cell, its ``cell.json`` if it has one."""
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Cells that were made anew because what was there was damaged, with what was wrong."""
+    """Cells that were run again because their files were damaged, with the reason."""
 
     @property
     def failed(self) -> list[Job]:
-        """Cells that went wrong; refused ones are none of them."""
+        """Failed cells; refused ones are not included."""
         return [job for job in self.jobs if job.state == "failed"]
 
 
 def execute(
     plan: Plan, folder: Path, *, resume: bool = False, jobs: int = 1,
-    executor: Executor = "local", only: str | None = None, tick: Tick = lambda *_: None,
+    executor: Executor = "local", only: str | None = None, tick: OnProgress = ignore,
 ) -> Outcome:  # fmt: skip
-    """Work a plan's cells off into a folder and return how they ended.
+    """Run a plan's cells into a folder and return their outcome.
 
-    ``resume``: go on with the run in the folder, failed, refused and damaged cells anew; else the folder must be new or
-    empty. ``jobs``: workers at once, each with a model of its own; the rows do not depend on it. ``executor``:
-    processes of this machine, or Ray. ``only``: cells whose id holds this text. Raises ConfigError or DataError
-    where the folder and the plan do not belong together.
+    ``resume``: continue the run in the folder, with failed, refused and damaged cells run again; otherwise the folder
+    must be new or empty. ``jobs``: number of parallel workers, each with its own model; the rows do not depend on it.
+    ``executor``: processes of this machine, or Ray. ``only``: cells whose id contains this text. Raises ConfigError or
+    DataError if the folder is not a run of this plan.
     """
     if jobs < 1:
         raise ConfigError(f"jobs: expected a number from 1, found {jobs}")
@@ -67,7 +67,7 @@ def execute(
 
 
 def discard_damaged(folder: Path, table: Jobs, cell_ids: Sequence[str]) -> dict[str, str]:
-    """Take away what finished cells have that is not what was written, and open them again; return what was wrong."""
+    """Delete the files of finished cells that are damaged, and reopen those cells; return the reasons by cell."""
     sealed, damaged = is_sealed(folder), {}
     for job in table.all():
         if job.cell not in cell_ids or job.state not in OVER:
@@ -82,7 +82,7 @@ def discard_damaged(folder: Path, table: Jobs, cell_ids: Sequence[str]) -> dict[
             rows = job.state == "done" and not (cell_folder / results.ROWS).is_file()
             if rows or document.get("status") != job.state:
                 damaged[job.cell] = (
-                    "its rows are gone" if rows else "table and cell do not agree how it ended"
+                    "its rows are gone" if rows else "the job table and its result file have different states"
                 )
         except DataError as error:
             damaged[job.cell] = str(error)
@@ -95,11 +95,11 @@ def discard_damaged(folder: Path, table: Jobs, cell_ids: Sequence[str]) -> dict[
 
 
 def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> None:
-    """Make a run folder, or check that the one there is of the same plan. Raises DataError or ConfigError."""
+    """Create a run folder, or check that an existing one has the same plan. Raises DataError or ConfigError."""
     if resume:
         wrong = plans.changes(read_run(folder), plan)
         if wrong:
-            raise ConfigError("\n".join([f"{folder} is a run of something else; start a new one:", *wrong]))
+            raise ConfigError("\n".join([f"{folder} is a run of another plan; start a new one:", *wrong]))
     else:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(
@@ -108,13 +108,13 @@ def begin(plan: Plan, folder: Path, *, resume: bool, shared: bool = False) -> No
         try:
             (folder / results.CELLS).mkdir(parents=True)
         except OSError as error:
-            raise DataError(f"cannot make {folder}: {error.strerror or error}") from error
+            raise DataError(f"cannot create {folder}: {error.strerror or error}") from error
         write_sealed(folder / results.RUN, plan.document())
     Jobs(folder / results.JOBS, shared=shared).create([cell.id for cell in plan.cells])
 
 
 def outcome(folder: Path, cell_ids: Sequence[str]) -> Outcome:
-    """Read how some cells of a run ended."""
+    """Read the outcome of some cells of a run."""
     ids = set(cell_ids)
     jobs = [job for job in Jobs(folder / results.JOBS).all() if job.cell in ids]
     documents = {

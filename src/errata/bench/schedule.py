@@ -1,4 +1,4 @@
-"""Schedules as data: which requests are fitted together, which edits stay, and when the host is asked."""
+"""Schedules: which requests are fitted together, which edits stay in place, and when the host is evaluated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FORM = re.compile(r"single|(batch|sequential):([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Schedule:
-    """When cases are edited: one by one, in groups, or one group after another."""
+    """The order of edits: one by one, in groups, or one group after another."""
 
     kind: Literal["single", "batch", "sequential"] = "single"
-    """``single``: each case alone, reverted after. ``batch``: each group in one fit, reverted after.
+    """``single``: each case alone, then reverted. ``batch``: each group in one fit, then reverted.
     ``sequential``: group after group, edits accumulate."""
     size: int = 1
-    """Cases in a group."""
+    """Number of cases in a group."""
 
     @staticmethod
     def parse(text: str) -> Schedule:
@@ -49,11 +49,11 @@ class Schedule:
     def describe(self) -> str:
         """Return the schedule in words."""
         if self.kind == "single":
-            return "each case edited alone and taken back"
+            return "each case edited alone, then reverted"
         group = "one case" if self.size == 1 else f"{self.size} cases"
         if self.kind == "batch":
-            return f"{group} edited at a time and taken back"
-        return f"{group} edited at a time, all edits staying in place"
+            return f"{group} per fit, then reverted"
+        return f"{group} per fit, edits accumulate"
 
     def groups(self, count: int, start: int = 0) -> Iterator[range]:
         """Yield the groups of ``count`` cases as ranges of their indices, from case ``start`` on."""
@@ -61,12 +61,12 @@ class Schedule:
             yield range(first, min(first + self.size, count))
 
     def checkpoints(self, count: int, at: str | Sequence[int] | None = None) -> tuple[int, ...]:
-        """Return after how many edits of a sequence of ``count`` the host is asked; the end is always one.
+        """Return the numbers of edits after which a sequence of ``count`` edits is evaluated; the last is the end.
 
         ``at``: numbers (also as text, ``"10,50"``), ``"each"`` group, ``"every:N"`` edits, ``"decades"`` or
         ``"end"``. Decades are 1, 10, 32, 100, 316, 1000 and so on: two to a power of ten. None: 10, 50, 100,
-        200, 500, 1000, 2000, 5000 and so on. Of these two, each is moved up to the end of its group.
-        Raises ConfigError for numbers that are not ends of groups or lie beyond ``count``.
+        200, 500, 1000, 2000, 5000 and so on. Numbers of these two are rounded up to the end of a group.
+        Raises ConfigError for numbers that are not ends of groups or exceed ``count``.
         """
         ends = [group.stop for group in self.groups(count)]
         if at is None:
@@ -78,7 +78,7 @@ class Schedule:
             wrong = sorted(set(numbers) - set(ends))
             if wrong:
                 raise ConfigError(
-                    f"cannot look after {', '.join(map(str, wrong))} edits of {count} in steps of {self.size}: "
+                    f"no checkpoint after {', '.join(map(str, wrong))} of {count} edits in groups of {self.size}: "
                     f"expected {_some(ends)}"
                 )
         return tuple(sorted({n for n in numbers if n < count} | {count}))
@@ -95,7 +95,7 @@ def check_looks(text: str) -> None:
 
 
 def _usual(count: int) -> Iterator[int]:
-    """Yield 10, 50, then 1, 2 and 5 times every power of ten from 100, up to a number."""
+    """Yield 10, 50, then 1, 2 and 5 times every power of ten from 100, up to about ``count``."""
     yield from (10, 50)
     power = 100
     while power <= count:
@@ -104,7 +104,7 @@ def _usual(count: int) -> Iterator[int]:
 
 
 def _decades(count: int) -> Iterator[int]:
-    """Yield 1, then half powers of ten from 10 on, up to a number."""
+    """Yield 1, then half powers of ten from 10, up to ``count``."""
     yield 1
     half = 2
     while (number := round(10 ** (half / 2))) <= count:
@@ -128,6 +128,6 @@ def _looks(text: str, ends: Sequence[int], count: int) -> list[int]:
 
 
 def _some(ends: Sequence[int]) -> str:
-    """Name the first few ends of groups and the last."""
+    """List the first few ends of groups and the last."""
     numbers = ", ".join(map(str, ends[:4]))
     return numbers if len(ends) <= 4 else f"{numbers} ... {ends[-1]}"

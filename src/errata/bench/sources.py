@@ -1,4 +1,4 @@
-"""Where cases come from: the lab's world, a named dataset, or a file."""
+"""Read cases from the lab's world, a named dataset, or a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from errata.errors import ConfigError, DataError
 from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
-"""Kinds of probes on what no edit touches, whatever it is about: they may be put to cases of any dataset."""
+"""Kinds of probes about facts that are unrelated to any edit, so they can be added to cases of any dataset."""
 
 
 def is_lab(source: str) -> bool:
@@ -30,15 +30,15 @@ def read(
     demonstrations: Sequence[str] = (),
     beside: Sequence[str] = (),
 ) -> tuple[list[Case], dict[str, Any]]:
-    """Read the cases of a source, and what is to be recorded about them.
+    """Read the cases of a source; return them and the facts to record about them.
 
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
-    seed; where ``together``, edits of all of them can be in place at once. Else what
-    :func:`errata.data.reading.read` takes. ``demonstrations``: files that go before multi-hop questions, see
-    :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``:
-    sources whose questions of :data:`BESIDE` are put to every case. The facts are ``{"source", "together",
-    "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is one of the cases as read and
-    added to, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
+    seed; with ``together``, edits of all of them can be in place at once. Otherwise as for
+    :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
+    :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
+    are added to every case. The facts are ``{"source", "together", "sha256", "rows", "cases", "check",
+    "demonstrations", "beside"}``: the hash is that of the cases with everything added, so a changed file, loader or
+    number of cases is another dataset. Raises ConfigError or DataError.
     """
     cases, rows, check = _lab_cases(source, seed, together) if is_lab(source) else _dataset_cases(source)
     cases, examples = _add_demonstrations(cases, demonstrations)
@@ -56,7 +56,7 @@ def read(
 
 
 def again(facts: Mapping[str, Any]) -> tuple[list[Case], dict[str, Any]]:
-    """Read what :func:`read` gave these facts of, with the seed that runs take."""
+    """Read the cases again that :func:`read` returned with these facts, with the seed of runs."""
     return read(
         facts["source"],
         together=facts["together"],
@@ -66,7 +66,7 @@ def again(facts: Mapping[str, Any]) -> tuple[list[Case], dict[str, Any]]:
 
 
 def digest(cases: Sequence[Case]) -> str:
-    """Hash cases with all that is in them, 64 hex digits."""
+    """Return the SHA-256 of the content of some cases, 64 hex digits."""
     hasher = hashlib.sha256()
     for case in cases:
         hasher.update(json.dumps(plain_case(case), sort_keys=True).encode() + b"\n")
@@ -87,12 +87,12 @@ def _dataset_cases(source: str) -> tuple[list[Case], int, Any]:
 
     loaded = reading.read(source)
     if not loaded.cases:
-        raise ConfigError(f"{source} gives no cases; see: errata data check {source}")
+        raise ConfigError(f"{source} contains no cases; see: errata data check {source}")
     return list(loaded.cases), loaded.check.rows, asdict(loaded.check)
 
 
 def _add_demonstrations(cases: list[Case], paths: Sequence[str]) -> tuple[list[Case], list[dict[str, str]]]:
-    """Put files of demonstrations before questions. Raises ConfigError where two go before the same ones."""
+    """Put files of demonstrations before questions. Raises ConfigError if two apply to the same questions."""
     from errata.data.sets.mquake import with_demonstrations
 
     files: dict[tuple[str, str], str] = {}
@@ -112,8 +112,8 @@ def _add_demonstrations(cases: list[Case], paths: Sequence[str]) -> tuple[list[C
         for kind, form in sorted(probe_types):
             if (kind, form) in files:
                 raise ConfigError(
-                    f"demonstrations: {files[kind, form]} and {path} go before the same questions, kind {kind} of "
-                    f"form {form}; give one file for each"
+                    f"demonstrations: {files[kind, form]} and {path} apply to the same questions, kind {kind} of "
+                    f"form {form}; leave one out"
                 )
             files[kind, form] = path
         cases = new_cases
@@ -131,14 +131,14 @@ def _text(path: str) -> tuple[str, str]:
 
 
 def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], list[dict[str, Any]]]:
-    """Put the questions of other sources to every case, unless it asks them itself."""
+    """Add the probes of other sources to every case, except those that it already has."""
     from errata.data import reading
 
     facts = []
     for source in sources:
         loaded = reading.read(source)
         probes = [
-            # a group is of one case, so the questions of several cases must not share its name
+            # a group belongs to one case, so the probes of several cases must not share its name
             probe if probe.group is None else replace(probe, group=f"{case.id} {probe.group}")
             for case in loaded.cases
             for probe in case.probes
@@ -147,7 +147,7 @@ def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], 
         if not probes:
             kinds = ", ".join(sorted(loaded.check.probes)) or "none"
             raise ConfigError(
-                f"beside {source}: expected questions of the kinds {', '.join(BESIDE)}, found {kinds}; "
+                f"beside {source}: expected probes of the kinds {', '.join(BESIDE)}, found {kinds}; "
                 f"see: errata data check {source}"
             )
         unique_probes = dict.fromkeys(probes)
@@ -157,6 +157,6 @@ def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], 
 
 
 def _with_extra_probes(case: Case, probes: Iterable[Probe]) -> Case:
-    """Add probes that a case does not have itself."""
+    """Add the probes that a case does not have."""
     own = set(case.probes)
     return replace(case, probes=(*case.probes, *(probe for probe in probes if probe not in own)))

@@ -29,18 +29,18 @@ class _CellRows:
     """The contents of a cell's rows."""
 
     rows: list[Row] = field(default_factory=list)
-    """Those that count: of a sequence, of its end."""
+    """Rows to average: for a sequence, those at its end."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     recalls: list[retention.EditRecall] = field(default_factory=list)
     fits: list[float] = field(default_factory=list)
     observe_seconds: list[float] = field(default_factory=list)
-    """Seconds of observing, by case and checkpoint."""
+    """Seconds for observing, by case and checkpoint."""
     bytes: list[int] = field(default_factory=list)
     refusals: list[dict[str, str]] = field(default_factory=list)
 
 
 def document(worker: WorkerState, cell: Cell, journal: Journal, measured: dict[str, Any]) -> dict[str, Any]:
-    """Sum a finished cell up, as ``cell.json`` holds it."""
+    """Return the summary of a finished cell, the content of ``cell.json``."""
     contents = _read(journal, cell)
     summary = score.summarise(contents.rows, seed=cell.seed)
     ripple = {f"Ripple.{name}": value for name, value in score.ripple_scores(contents.rows).items()}
@@ -77,7 +77,7 @@ def unfinished(cell: Cell, status: str, reason: str, restored: bool | None) -> d
 
 
 def tag(worker: WorkerState, cell: Cell) -> dict[str, Any]:
-    """Name the protocol of a cell: what has to be the same for two numbers to be comparable."""
+    """Return the protocol of a cell: the settings that must be equal for two numbers to be comparable."""
     facts = worker.plan.datasets[cell.dataset]
     check = facts["check"] if isinstance(facts["check"], dict) else {}
     cases, size = len(worker.cases(cell)), cell.plan.size
@@ -97,7 +97,7 @@ def tag(worker: WorkerState, cell: Cell) -> dict[str, Any]:
 
 
 def measured(host: Host, edit: Edit | None, prompts: Sequence[str]) -> dict[str, Any]:
-    """Measure what has to be measured while the host is open: memory, and how much slower an edit makes it."""
+    """Measure peak memory, and by how much an edit slows down the host, while it is open."""
     overhead: dict[str, float | None] = {"prefill": None, "decode": None}
     if edit is not None and prompts:
         overhead = health.latency_overhead(host, edit, prompts[0])

@@ -1,8 +1,8 @@
-"""Observations of the unedited host: made once, cached in the run folder, read by every cell and process.
+"""Observations of the unedited host: computed once, cached in the run folder, shared by all cells and processes.
 
-Chunks of cases are kept by content: host, options of observing, probes. Texts and log-probabilities of
-answers are one JSON file a chunk; next-token distributions are one safetensors file a chunk, from which each
-is read when it is needed, so that memory stays bounded whatever the vocabulary.
+The cache key of a chunk of cases is the hash of host, options and probes. A chunk has one JSON file with texts and
+log-probabilities of answers, and one safetensors file with next-token distributions, from which each is read only when
+it is needed, so that memory stays bounded for any vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from errata.bench.runner import CHUNK
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
 from errata.host.load import Host
+from errata.progress import OnCount, ignore
 from errata.types import AskOptions, Case, Observation, Probe, plain_probe
 
 FORMAT = 1
@@ -37,12 +38,12 @@ class _Chunk:
     """Observations of one chunk of cases, as read from its files."""
 
     observations: Mapping[Probe, Observation]
-    """Without next-token distributions."""
+    """Observations without next-token distributions."""
     places: Mapping[Probe, str]
-    """Names of the distributions in the file, by probe."""
+    """By probe, the name of its distribution in the file ``tensors``."""
     tensors: Path
     seconds: float
-    """Time that observing took, in this run or an earlier one."""
+    """Time for observing, in this run or an earlier one."""
 
 
 class Unedited:
@@ -50,29 +51,29 @@ class Unedited:
 
     def __init__(
         self, folder: Path, host: Host, cases: Sequence[Case], ask: AskOptions, *, chunk: int | None = None,
-        on_progress: Callable[[int, int], None] = lambda *_: None,
+        on_progress: OnCount = ignore,
     ) -> None:  # fmt: skip
-        """``chunk``: how many cases are observed together, default :data:`CHUNK`. Nothing is observed yet."""
+        """``chunk``: number of cases observed together, default :data:`CHUNK`. Nothing is observed yet."""
         self.folder, self.host, self.cases, self.ask = folder, host, cases, ask
         self.on_progress = on_progress
         self._chunk_size = chunk or CHUNK
         self._chunk_of = {case.id: place // self._chunk_size for place, case in enumerate(cases)}
         if len(self._chunk_of) != len(cases) > self._chunk_size:
             raise DataError(
-                f"{len(cases)} cases have {len(self._chunk_of)} different names; name each its own"
+                f"{len(cases)} cases have only {len(self._chunk_of)} different names; give each its own name"
             )
         self._loaded_chunk: tuple[int, _Chunk] | None = None
 
     def of(self, case: Case) -> list[Observation]:
         """Return the observations for a case's probes, from the cache or by observing the case's chunk.
 
-        The case may leave out or reword nothing: its probes are those of the case of its name.
+        The case must have the same probes as the case of that name given to the constructor.
         """
         chunk = self._at(self._chunk_of[case.id])
         return [_with_spread(chunk, probe) for probe in case.probes]
 
     def seconds(self) -> float:
-        """Return the seconds that observing all cases took, in this run or an earlier one."""
+        """Return the seconds for observing all cases, in this run or an earlier one."""
         return sum(self._at(i).seconds for i in range(-(-len(self.cases) // self._chunk_size)))
 
     def _at(self, place: int) -> _Chunk:
@@ -101,7 +102,7 @@ class Unedited:
                     self._observe(facts, probes, texts, tensors)
         chunk = chunk or _read(texts, tensors, probes)
         if chunk is None:
-            raise DataError(f"{texts} is not what was just written there; check the disk")
+            raise DataError(f"{texts} does not contain what was just written to it; check the disk")
         return chunk
 
     def _observe(self, facts: Mapping[str, Any], probes: Sequence[Probe], texts: Path, tensors: Path) -> None:
@@ -136,7 +137,7 @@ def _plain(observation: Observation) -> dict[str, Any]:
 
 
 def _read(texts: Path, tensors: Path, probes: Sequence[Probe]) -> _Chunk | None:
-    """Read a chunk; None where it is not there whole, so that it is made anew."""
+    """Read a chunk; None if it is missing or damaged, so that it is computed again."""
     if not texts.is_file():
         return None
     try:
@@ -171,7 +172,7 @@ def _tensor(path: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        # copied out of the file: numbers at other addresses may add up otherwise in the last bit
+        # copied: sums may differ in the last bit between differently aligned memory
         return file.get_tensor(name).clone()
 
 
@@ -181,7 +182,7 @@ def _part(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock inside the block; it falls with the process, however that ends."""
+    """Hold a file's lock inside the block; it is released when the process ends in any way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench import health, results, sources
 from errata.bench.plan import Cell, Plan
-from errata.bench.runner import Engine, Tick, count_tokens, neutral_texts
+from errata.bench.runner import Engine, count_tokens, neutral_texts
 from errata.bench.unedited import Unedited
 from errata.edits.group import EditGroup
 from errata.errors import DataError
@@ -18,6 +18,7 @@ from errata.evaluation.metrics import perplexity
 from errata.host.prompts import PromptFormat, prompt_format
 from errata.job import Job, prepare, workspace
 from errata.loading import load
+from errata.progress import OnProgress, ignore
 from errata.types import AskOptions, Case
 
 if TYPE_CHECKING:  # methods are reached through the registry only
@@ -27,16 +28,16 @@ if TYPE_CHECKING:  # methods are reached through the registry only
 
 @dataclass(frozen=True)
 class Live:
-    """Host, cases and job of an evaluation in this process, which a benchmark run would open and prepare itself."""
+    """Host, cases and job of an evaluation in this process; a benchmark run opens and prepares its own."""
 
     host: Host
     cases: Sequence[Case]
     work: Workspace
     ask: AskOptions
     job: Job | None = None
-    """Fits the cases' requests; None where edits are given."""
+    """Fits the cases' requests; None if edits are given."""
     edit: EditGroup | None = None
-    """Edits to evaluate as they are."""
+    """Given edits to evaluate."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class Neutral:
 
 @dataclass
 class WorkerState:
-    """Opens the model and data that cells need, and reuses them for the next cells that need the same."""
+    """Opens the model and data that cells need, and reuses them for later cells."""
 
     folder: Path
     plan: Plan
     live: Live | None = None
-    """Of an evaluation in this process: what need not be opened."""
+    """Host and cases of an evaluation in this process; None: they are opened."""
     health: bool = True
-    """Whether to measure beyond the rows: open texts, spectra of weights, latency."""
-    tick: Tick = lambda *_: None
+    """Whether to measure open texts, spectra of weights and latency in addition to the rows."""
+    tick: OnProgress = ignore
     _model: str | None = None
     _host: Any = None
     _hash: str = ""
@@ -71,7 +72,7 @@ class WorkerState:
     _unedited: dict[str, Unedited] = field(default_factory=dict)
 
     def host(self, cell: Cell) -> Host:
-        """Return a cell's model, opened unless it is open."""
+        """Return a cell's model, opening it if necessary."""
         if self._model != cell.model:
             self.close()
             spec = self.plan.model(cell.model)
@@ -79,7 +80,7 @@ class WorkerState:
                 self._host = self.live.host
             else:
                 host = load(spec.name, device=spec.device, dtype=spec.dtype)
-                # fits and questions alike
+                # the same format for fits and probes
                 self._host = host.with_prompt_format(prompt_format(PromptFormat(), self.ask(cell)))
             self._model, self._hash = cell.model, self._host.weights_hash()
         return self._host
@@ -91,7 +92,7 @@ class WorkerState:
             cache.clear()
 
     def restored(self) -> bool | None:
-        """Whether the model's weights are those it was opened with, bit by bit; if not, it is let go.
+        """Whether the model's weights are bit-identical to when it was opened; if not, it is closed.
 
         None: no model is open.
         """
@@ -103,9 +104,9 @@ class WorkerState:
         return same
 
     def job(self, cell: Cell) -> Job | None:
-        """Return what fits a cell's cases; None where edits are given. Raises ConfigError as ``prepare`` does.
+        """Return the job that fits a cell's cases; None if edits are given. Raises ConfigError as ``prepare`` does.
 
-        Requests that the host cannot take are left to the fit: such a case counts as refused, others continue.
+        Requests are not checked here: a case that the host cannot take counts as refused when it is fitted.
         """
         if self.live is not None:
             return self.live.job
@@ -120,7 +121,7 @@ class WorkerState:
         )
 
     def work(self, cell: Cell) -> Workspace:
-        """Return the workspace of a cell's model and seed; sharing it saves time and changes nothing."""
+        """Return the workspace of a cell's model and seed; sharing it saves time and changes no result."""
         host = self.host(cell)
         if self.live is not None:
             return self.live.work
@@ -130,7 +131,7 @@ class WorkerState:
         return self._works[cell.seed]
 
     def cases(self, cell: Cell) -> Sequence[Case]:
-        """Return a cell's cases. Raises DataError where they are no longer those of the plan."""
+        """Return a cell's cases. Raises DataError if they have changed since the plan was made."""
         if self.live is not None:
             return self.live.cases
         if cell.dataset not in self._cases:
@@ -145,14 +146,14 @@ class WorkerState:
         return self._cases[cell.dataset]
 
     def ask(self, cell: Cell) -> AskOptions:
-        """Return how a cell's probes are asked."""
+        """Return the options for a cell's probes."""
         if self.live is not None:
             return self.live.ask
         template, recipe = self.plan.model(cell.model).template, self.plan.recipe
         return AskOptions(template, max_new_tokens=recipe.max_new_tokens)
 
     def unedited(self, cell: Cell) -> Unedited:
-        """Return what the unedited host answers to a cell's cases."""
+        """Return the unedited host's observations of a cell's cases."""
         if cell.dataset not in self._unedited:
             cases = self.cases(cell)
             self._unedited[cell.dataset] = Unedited(
@@ -163,7 +164,7 @@ class WorkerState:
         return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
-        """Return neutral text with the unedited host's results on it; empty where the cell does not use them."""
+        """Return neutral text with the unedited host's results on it; empty if the cell does not use them."""
         if cell.plan.kind == "single" and not self.health:
             return Neutral((), 0, math.nan, (), ())
         if cell.seed not in self._neutral:
@@ -177,7 +178,7 @@ class WorkerState:
         return self._neutral[cell.seed]
 
     def engine(self, cell: Cell, job: Job | None, **more: Any) -> Engine:
-        """Return what fits and observes a cell's cases."""
+        """Return the engine that fits and observes a cell's cases."""
         edit = None if self.live is None else self.live.edit
         return Engine(
             self.host(cell), self.cases(cell), cell.plan, before=self.unedited(cell).of, job=job, edit=edit,

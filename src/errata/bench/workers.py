@@ -20,20 +20,20 @@ from errata.bench import cells, plan, results, summing
 from errata.bench.cells import CellFolder, Refused
 from errata.bench.jobs import OVER, Jobs, Lease, LeaseLost, State, new_owner
 from errata.bench.results import read_run
-from errata.bench.runner import Tick
 from errata.bench.worker_state import WorkerState
 from errata.errors import ConfigError, DataError
+from errata.progress import OnProgress, ignore
 
 POLL = 0.2
-"""Seconds between looks at the job table while others hold all that is left."""
+"""Seconds between reads of the job table while other workers have all remaining cells."""
 PATIENCE = 10.0
-"""Seconds that a worker has to end when it is told to."""
+"""Seconds to wait for a worker to end before it is killed."""
 
 
-def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None) -> None:
-    """Run cells until all of these are finished, including any that other workers lose.
+def work(folder: Path, cell_ids: Sequence[str], *, tick: OnProgress = ignore) -> None:
+    """Run cells until all of these are finished, including those whose worker died.
 
-    A cell that fails is marked so and does not end the work.
+    A failed cell is marked as failed; the others are still run.
     """
     run_plan = plan.restore(read_run(folder))
     jobs, worker, owner = Jobs(folder / results.JOBS), WorkerState(folder, run_plan), new_owner()
@@ -42,7 +42,7 @@ def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None)
         while True:
             cell_id = jobs.take(owner, cell_ids)
             if cell_id is not None:
-                # where the lease is lost, another worker continues the cell: nothing to do here
+                # after a lost lease, another worker continues the cell
                 with suppress(LeaseLost), Lease(jobs, cell_id, owner) as lease:
                     cell_folder = CellFolder(folder / results.CELLS / cell_id, by_id[cell_id], lease.check)
                     jobs.end(cell_id, owner, *_attempt(worker, cell_folder, tick))
@@ -55,7 +55,7 @@ def work(folder: Path, cell_ids: Sequence[str], *, tick: Tick = lambda *_: None)
                 time.sleep(POLL)
 
 
-def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[State, str | None]:
+def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: OnProgress) -> tuple[State, str | None]:
     """Run a cell; return its final state and the reason. Raises LeaseLost if another worker has taken it over."""
     cell, restored = cell_folder.cell, None
     state: State
@@ -63,9 +63,7 @@ def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[
         measured = cells.run(worker, cell, cell_folder, tick)
         restored = worker.restored()
         if not restored:
-            raise DataError(
-                f"{cell.method} left weights of {cell.model} other than they were; the rows are void"
-            )
+            raise DataError(f"{cell.method} did not restore the weights of {cell.model}; the rows are void")
         cell_folder.end(
             summing.document(worker, cell, cell_folder.journal, measured),
             keep_edits=worker.plan.recipe.keep_edits,
@@ -74,7 +72,7 @@ def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[
         raise
     except Refused as refused:
         state, reason = "refused", str(refused)
-    except Exception:  # whatever a method does: the others are not to lose their turn
+    except Exception:  # whatever a method raises, the other cells must still run
         state, reason = "failed", traceback.format_exc()
     else:
         return "done", None
@@ -89,7 +87,7 @@ def _attempt(worker: WorkerState, cell_folder: CellFolder, tick: Tick) -> tuple[
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads inside the block."""
+    """Set the number of torch threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -98,10 +96,10 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def work_in_processes(folder: Path, cell_ids: Sequence[str], count: int, tick: Tick) -> None:
-    """Work with several processes. One that dies is replaced, unless it died before it took a cell.
+def work_in_processes(folder: Path, cell_ids: Sequence[str], count: int, tick: OnProgress) -> None:
+    """Run cells in several processes. One that dies is replaced.
 
-    Raises DataError for that.
+    Raises DataError for one that dies before it took a cell.
     """
     jobs, context = Jobs(folder / results.JOBS), multiprocessing.get_context("spawn")
     attempts_before = 0
@@ -141,7 +139,7 @@ def work_in_processes(folder: Path, cell_ids: Sequence[str], count: int, tick: T
 
 
 def _run_worker(folder: Path, cell_ids: Sequence[str]) -> None:
-    """Work in a process of its own, which its parent ends: what is half-written is then taken away again."""
+    """Run cells in a child process; on SIGTERM it raises SystemExit, so that half-written files are removed."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -153,14 +151,14 @@ def _run_worker(folder: Path, cell_ids: Sequence[str]) -> None:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back inside the block, and for good in processes started there.
+    """Block SIGINT inside the block, and permanently in processes started inside it.
 
-    A terminal sends it to them all: this process answers it, and ends the others.
+    A terminal sends Ctrl-C to all of them: this process handles it and ends the others.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # which lets Ctrl-C through when it starts, as it would inside the block
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must start before the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -168,10 +166,10 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_on_ray(folder: Path, cell_ids: Sequence[str], count: int, tick: Tick) -> None:
-    """Work with Ray tasks, here or on the cluster that ``RAY_ADDRESS`` names; all must see the folder.
+def work_on_ray(folder: Path, cell_ids: Sequence[str], count: int, tick: OnProgress) -> None:
+    """Run cells as Ray tasks, here or on the cluster that ``RAY_ADDRESS`` names; all must share the folder.
 
-    Raises ConfigError where Ray is not installed.
+    Raises ConfigError if Ray is not installed.
     """
     try:
         import ray

@@ -1,4 +1,4 @@
-"""errata ability: what else a model can do, without and with an edit."""
+"""errata ability: measure a model's general ability, without and with an edit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errata.cli._verb import Verb
 
 Tasks = Annotated[
     list[str],
-    typer.Argument(help="Tasks of the harness, .yaml or .jsonl files with tasks of your own, .txt for perplexity."),
+    typer.Argument(help="Tasks of lm-evaluation-harness, .yaml or .jsonl files of own tasks, .txt for perplexity."),
 ]  # fmt: skip
 
 
@@ -21,19 +21,23 @@ def command(
     model: common.Model = "lab",
     edit: Annotated[
         list[Path] | None,
-        typer.Option("--edit", "-e", help="Measure again with this edit; repeatable: all together."),
+        typer.Option("--edit", "-e", help="Measure again with this edit; repeatable: applied together."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents a task, the first ones; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use the first N documents of each task; default: all.")
+    ] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Examples before a question; default: the task's.")
+        int | None, typer.Option(help="Number of few-shot examples; default: the task's.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Format prompts with the tokenizer's chat template.")
+    ] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Measure general ability, before and after an edit: lm-evaluation-harness tasks, your own, perplexity."""
+    """Measure general ability before and after an edit: lm-evaluation-harness tasks, own tasks, perplexity."""
     from errata.edits import Edit
     from errata.evaluation.ability import ability
 

@@ -80,7 +80,9 @@ def _print_notes(name: str, placement: Placement, dtype: str) -> None:
         print(f"overruled: {note}")
     worst = max(placement.lost.values(), default=0.0)
     if worst >= 1e-3:  # in float32 it is a millionth
-        print(f"{name}: rounding to {dtype} lost up to {worst:.1%} of a weight's change; --no-merge keeps it")
+        print(
+            f"{name}: rounding to {dtype} lost up to {worst:.1%} of a weight's change; --no-merge avoids this"
+        )
 
 
 VERB = Verb("ask", command, order=20)

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file, see docs/bench.md.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; see docs/bench.md.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder; default: runs/ and the recipe's name.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Workers at once, each with its own model.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", help="Number of parallel workers, each with its own copy of the model."),
+    ] = 1,
     executor: Annotated[
         str, typer.Option(help="local: processes here; ray: tasks on a Ray cluster.")
     ] = "local",
@@ -103,7 +106,7 @@ def _show_plan(plan: Plan, cell_ids: list[str], folder: Path) -> None:
 
 
 def _show(outcome: Outcome) -> None:
-    """Print how every cell ended, and what evaluating took."""
+    """Print the outcome of every cell and the evaluation time."""
     from errata.evaluation.metrics import headline_metric
     from errata.types import KINDS
     from errata.types.kinds import EFFICACY
@@ -125,10 +128,10 @@ def _show(outcome: Outcome) -> None:
             job.cell, job.state, *("-" if share is None else f"{share:.3f}" for share in shares),
             "-" if fit is None else f"{fit:.2f}", f"{cost['observe']['per_case']:.3f}",
         ])  # fmt: skip
-    columns = ("cell", "status", "efficacy", "kept", "fit s", "observe s a case, or why not")
+    columns = ("cell", "status", "efficacy", "kept", "fit, s", "evaluation, s per case; or the reason")
     common.table(metric.title, columns, rows, right=(2, 3, 4))
     seconds = _evaluation(outcome)
-    words = [f"{value:.3f} s a case {name}" for name, value in seconds.items() if value is not None]
+    words = [f"{value:.3f} s per {name} case" for name, value in seconds.items() if value is not None]
     if words:
         print(f"evaluation: {', '.join(words)}")
     print(f"results in {outcome.folder}")
@@ -140,7 +143,7 @@ def _last_line(reason: str | None) -> str:
 
 
 def _evaluation(outcome: Outcome) -> dict[str, float | None]:
-    """Return the mean seconds of observing and scoring a case, over cells: with an edit, and without."""
+    """Return the mean seconds of observing and scoring a case, with an edit and without one, averaged over cells."""
     costs: dict[str, list[float]] = {"edited": [], "unedited": []}
     for document in outcome.documents.values():
         if document["status"] == "done":

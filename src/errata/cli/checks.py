@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from errata.cli import common
+from errata.progress import OnProgress
 
 if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.host.load import Host
 
 ROWS = 20
-"""Answers that a table shows, those that miss their target first."""
+"""Maximum number of answers in the table; those that miss their target come first."""
 CHARACTERS = 160
-"""Of a text in a cell of the table."""
+"""Maximum length of a text in the table."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Outcome:
     answers: tuple[dict[str, Any], ...]
     """``answered``: whether the answer contains the target; the other fields are texts, or a number."""
     noun: str
-    """What is counted."""
+    """What the records are called in messages: requests or images."""
     texts: bool
-    """Whether the answers are to prompts that can be put to the model again."""
+    """Whether the answers are to text prompts, which ``errata ask`` can repeat."""
 
     @property
     def missed(self) -> list[dict[str, Any]]:
@@ -66,8 +67,8 @@ class Outcome:
         if missed:
             names = ", ".join(_name(answer) for answer in missed[:ROWS])
             more = f" and {len(missed) - ROWS} more" if len(missed) > ROWS else ""
-            print(f"{counts}; these did not take: {names}{more}")
-            print("other settings or another method may do better: errata methods, errata eval")
+            print(f"{counts}; missed: {names}{more}")
+            print("other settings or another method may do better; see errata methods and errata eval")
         else:
             print(counts)
         example = next((answer for answer in self.answers if answer["answered"]), None)
@@ -89,7 +90,7 @@ class Outcome:
             print(f"{len(rows) - ROWS} more {self.noun} not shown; --json has all")
 
 
-def texts(host: Host, edit: Edit, tick: common.Tick) -> Outcome:
+def texts(host: Host, edit: Edit, tick: OnProgress) -> Outcome:
     """Ask the host every request of an edit, without and with it."""
     from errata import api
 

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from errata.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     from errata.host.load import Host
@@ -41,7 +43,7 @@ Examples = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 Foreign = Annotated[
-    bool, typer.Option("--foreign", help="Use an edit on another model than it was made for; recorded.")
+    bool, typer.Option("--foreign", help="Apply an edit to another model than it was made for; recorded.")
 ]
 
 TemplateName = Annotated[
@@ -55,25 +57,22 @@ System = Annotated[
     str | None, typer.Option("--system", help="System prompt of a conversation.", metavar="TEXT")
 ]
 Thinking = Annotated[
-    str | None, typer.Option("--thinking", help="Whether the template lets the model think: on or off.")
+    str | None, typer.Option("--thinking", help="Whether the chat template enables thinking: on or off.")
 ]
 JoinName = Annotated[
     str | None,
-    typer.Option(
-        "--join", help="Between prompt and answer: auto (as their writing requires), space or none."
-    ),
+    typer.Option("--join", help="Between prompt and answer: auto (as the script requires), space or none."),
 ]
 
-Tick = Callable[[str, int, int], None]
 
 _UNSAFE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""What a text could steer a terminal with: control characters but tabs and line breaks, marks that turn the direction
-of writing; and half surrogate pairs, which cannot be printed."""
+"""Characters with which a text could control a terminal: control characters except tabs and line breaks, and marks that
+change the direction of writing; also half surrogate pairs, which cannot be printed."""
 PIPED_WIDTH, MIN_WIDTH = 120, 20
-"""Columns of a table that goes to no terminal, and the fewest that one takes."""
+"""Width of tables in columns if the output is no terminal, and the smallest width."""
 
 
 def open_host(model: str, device: str, dtype: str) -> Host:
@@ -102,20 +101,22 @@ def ask_options(
     template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
     chat: bool = False, max_new_tokens: int | None = None,
 ) -> AskOptions:  # fmt: skip
-    """Return how the model is asked. Raises ConfigError for --chat beside another template."""
+    """Return the options for prompts and answers. Raises ConfigError for --chat with another --template."""
     from errata.errors import ConfigError
     from errata.types import AskOptions
     from errata.types.asking import MAX_NEW_TOKENS
 
     if chat and template not in (None, "chat"):
-        raise ConfigError(f"--chat is --template chat, found --template {template} beside it; leave one out")
+        raise ConfigError(
+            f"--chat means --template chat, but --template {template} was given too; leave one out"
+        )
     return AskOptions("chat" if chat else template, system, thinking, join, max_new_tokens or MAX_NEW_TOKENS)
 
 
 def read_what(
     what: str, subject: str | None, target: str | None, target_old: str | None = None
 ) -> list[Request]:
-    """Read requests from a file, or make one from a prompt with its options."""
+    """Read requests from a file, or build one from a prompt and its options."""
     from errata.data.requests import SUFFIXES, read_requests
     from errata.errors import RequestError
     from errata.types import Request
@@ -147,15 +148,15 @@ def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
 def emit(document: Any) -> None:
     """Print one JSON document."""
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
-    # controls beyond ASCII and half surrogate pairs are let through by JSON, not by terminals
+    # json.dumps does not escape control characters beyond ASCII and half surrogate pairs
     print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 @contextmanager
-def progress(show: bool = True) -> Iterator[Tick]:
-    """Show bars for long work on stderr where that is a terminal; one bar a phase."""
+def progress(show: bool = True) -> Iterator[OnProgress]:
+    """Show progress bars on stderr if it is a terminal, one for each phase."""
     if not show or not sys.stderr.isatty():
-        yield lambda *_: None
+        yield ignore
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -175,7 +176,7 @@ def progress(show: bool = True) -> Iterator[Tick]:
 def table(
     title: str | None, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
 ) -> None:
-    """Print a table to stdout; plain when it is not a terminal."""
+    """Print a table to stdout, without styles if that is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -188,13 +189,37 @@ def table(
         title_justify="left",
         pad_edge=False,
     )
-    for i, column in enumerate(columns):
-        grid.add_column(Text(safe(column)), justify="right" if i in right else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
-    with console.capture() as text:  # rich ends the program itself where nobody reads its output any more
+    heads = [Text(safe(column)) for column in columns]
+    cells = [[cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row] for row in rows]
+    texts = [[one.plain for one in column] for column in zip(heads, *cells, strict=True)]
+    for i, (head, width) in enumerate(zip(heads, _column_widths(texts, console.width), strict=True)):
+        grid.add_column(head, justify="right" if i in right else "left", overflow="fold", width=width)
+    for row in cells:
+        grid.add_row(*row)
+    with console.capture() as text:  # printed here: rich would exit the program itself on a broken pipe
         console.print(grid)
     print(text.get(), end="")
+
+
+def _column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int | None]:
+    """Return widths that break no word, for a table that is too wide for its longest lines; else None each."""
+    from rich.cells import cell_len
+
+    room -= 3 * len(columns)  # between columns
+    lines = [max(cell_len(line) for text in texts for line in text.split("\n")) for texts in columns]
+    words = [max((cell_len(word) for text in texts for word in text.split()), default=0) for texts in columns]
+    spare = room - sum(words)
+    if sum(lines) <= room or spare < 0:
+        return [None] * len(columns)
+    widths: list[int | None] = [None] * len(columns)
+    order = sorted(range(len(columns)), key=lambda i: lines[i] - words[i])
+    for place, i in enumerate(
+        order
+    ):  # those that lack little get all of it, the others equal shares of the rest
+        more = min(lines[i] - words[i], spare // (len(order) - place))
+        widths[i] = words[i] + more
+        spare -= more
+    return widths
 
 
 def _width() -> int | None:
@@ -206,7 +231,7 @@ def _width() -> int | None:
 
 
 def plain_warnings() -> None:
-    """Have warnings shown as one line each on stderr, without the line of source that gave them."""
+    """Show each warning as one line on stderr, without its line of source code."""
     import warnings
 
     def show(
@@ -218,7 +243,7 @@ def plain_warnings() -> None:
 
 
 def safe(text: str) -> str:
-    """Escape what a text could steer a terminal with, see ``_CONTROLS``."""
+    """Escape the characters with which a text could control a terminal, see ``_CONTROLS``."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 

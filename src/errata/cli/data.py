@@ -1,4 +1,4 @@
-"""errata data: the datasets, what a file of theirs holds, and how to get one."""
+"""errata data: list, check, show, export and download datasets."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from errata.types import Case, Probe
 
 SHOWN = 10
-"""Rows left out that a table names."""
+"""Maximum number of omitted rows that a table lists."""
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: list, check, show, export, fetch.")
 
 SourceName = Annotated[
     str,
     typer.Argument(
-        help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; :N behind it: the first N. "
-        "lab:N: N cases of the lab's world, lab:N:SEED: those of a seed."
+        help="NAME, NAME/VARIANT, a file, or NAME/VARIANT@FILE; append :N for the first N cases. "
+        "lab:N: N cases of the lab's world, lab:N:SEED: drawn with that seed."
     ),
 ]
 
 
 @app.command("list")
 def list_(json: common.Json = False) -> None:
-    """List the datasets: variants, paper, licence, where each can be had, and whether it is here."""
+    """List the datasets: variants, paper, licence, source, and whether each is in the data folder."""
     from errata.data import fetching
     from errata.data.sets import REGISTRY
 
@@ -62,9 +62,9 @@ def list_(json: common.Json = False) -> None:
         name = "\n".join([entry.name, *(f"  /{variant}" for variant in entry.variants if variant)])
         state = "" if not here else "yes" if len(here) == len(entry.variants) else f"{len(here)} variants"
         rows.append((name, entry.paper, entry.licence, _way(entry), state))
-    common.table(f"data folder: {folder}", ("dataset", "paper", "licence", "where", "here"), rows)
+    common.table(f"data folder: {folder}", ("dataset", "paper", "licence", "source", "here"), rows)
     print(
-        "the first variant is the default; lab:N are N cases of the lab's world, lab:N:SEED those of a seed"
+        "the first variant is the default; lab:N is N cases of the lab's world, lab:N:SEED drawn with that seed"
     )
 
 
@@ -79,22 +79,22 @@ def _way(entry: Dataset) -> str:
 def check(
     source: SourceName,
     dataset: Annotated[
-        str | None, typer.Option(help="Read the file as this one, NAME or NAME/VARIANT; default: told by its records.")
+        str | None, typer.Option(help="Read the file as this dataset, NAME or NAME/VARIANT; default: recognised.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Name every row left out, not the first ten.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every omitted row, not only the first ten.")] = False,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Report what a dataset's file holds: counts, repetitions, contradictions, rows left out and why.
+    """Report what a dataset's file holds: counts, duplicates, conflicts, and omitted rows with the reason.
 
-    Exit code 0 also where rows were left out; 1 where the file is truncated, so that
-    only its beginning was read, or no row has the dataset's schema; 2 where it cannot be read.
+    Exit code 0, even if rows were omitted; 1 if the file is truncated (only its beginning is read) or no row has the
+    dataset's schema; 2 if it cannot be read.
     """
     from errata.data import reading
     from errata.errors import ConfigError
 
     if source.startswith("lab:"):
         raise ConfigError(
-            f"{source} is drawn from the lab's world, there is no file to check; see: errata data show {source}"
+            f"{source} is generated from the lab's world, so there is no file to check; see: errata data show {source}"
         )
     report = reading.check(f"{dataset}@{source}" if dataset else source)
     if json:
@@ -109,24 +109,24 @@ def _show_check(report: Check, every: bool) -> None:
     rows: list[tuple[str, Any]] = [
         ("file", report.path),
         ("sha256", report.sha256),
-        ("rows", report.rows if report.limit is None else f"{report.rows}, ended after {report.limit} cases"),
+        ("rows", report.rows if report.limit is None else f"{report.rows}, up to case {report.limit}"),
         ("cases", report.cases if report.no_cases is None else f"none: {report.no_cases}"),
         ("requests", f"{report.requests}, {report.prompts} distinct prompts"),
         ("probes", _counts(report.probes)),
-        ("duplicates", f"{report.duplicates} requests repeat prompt, subject and target of an earlier one"),
+        ("duplicates", f"{report.duplicates} requests with the prompt, subject and target of an earlier one"),
         ("conflicts", _conflicts(report)),
-        ("subject not in the prompt", f"{report.subject_absent} rows, left out"),
+        ("subject not in the prompt", f"{report.subject_absent} rows, omitted"),
         ("skipped", f"{len(report.skipped)} rows"),
         ("malformed", f"{len(report.malformed)} rows"),
     ]
     if report.subject_is_prompt:
         rows.append(("whole prompt as subject", f"{report.subject_is_prompt} requests"))
     if report.renamed:
-        rows.append(("renamed", f"{report.renamed} cases, whose name an earlier one has"))
+        rows.append(("renamed", f"{report.renamed} cases whose name was already taken"))
     rows += [
         (name, _counts(value) if isinstance(value, dict) else value) for name, value in report.facts.items()
     ]
-    common.table(report.name, ("", "found"), rows)
+    common.table(report.name, ("", "value"), rows)
     _show_faults("malformed rows", report.malformed, every)
     _show_faults("skipped rows", report.skipped, every)
     if report.broken is not None:
@@ -150,7 +150,7 @@ def _show_faults(title: str, faults: Sequence[Fault], every: bool) -> None:
         return
     listed_faults = faults if every else faults[:SHOWN]
     more = (
-        f", the first {len(listed_faults)} of {len(faults)}; --all names every one"
+        f", the first {len(listed_faults)} of {len(faults)}; --all lists every one"
         if len(listed_faults) < len(faults)
         else ""
     )
@@ -163,7 +163,7 @@ def show(
     name: Annotated[str, typer.Option("--case", help="Its name, or its number counted from 1.")] = "1",
     json: common.Json = False,
 ) -> None:
-    """Show one case: what it asks for, and the probes that measure it."""
+    """Show one case: its requests and its probes."""
     from dataclasses import asdict
 
     case = _case(source, name)
@@ -179,7 +179,7 @@ def show(
 
 
 def _case(source: str, name: str) -> Case:
-    """Find a case by name or number, reading no further than needed."""
+    """Return a case by name or number, reading no further than needed."""
     from errata.bench.sources import is_lab
     from errata.data import reading
     from errata.errors import DataError
@@ -206,7 +206,7 @@ def _kind(probe: Probe) -> str:
 
 
 def _answers(probe: Probe) -> str:
-    """Word what is right, and of a choice all that there is to choose from."""
+    """Format the accepted answers, for a multiple-choice probe with all options."""
     return _few(probe.answers) + (f"\nof: {' | '.join(probe.choices)}" if probe.choices else "")
 
 
@@ -227,9 +227,9 @@ def export(
     force: common.Force = False,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Write the cases of a source, or of lab:N, as a file of your own, to change or add to.
+    """Write the cases of a source, or of lab:N, to a JSONL file that can be edited.
 
-    It is read wherever cases are, as FILE or cases@FILE, and gives the same cases.
+    Every command that takes cases reads it, as FILE or cases@FILE, and gets the same cases.
     """
     from errata.bench import sources
     from errata.data import fetching
@@ -248,19 +248,19 @@ def export(
         return
     print(f"{file}: {count} cases, {probes} probes")
     if omitted:
-        print(f"{omitted} rows of {source} were left out; see: errata data check {source}")
+        print(f"{omitted} rows of {source} were omitted; see: errata data check {source}")
 
 
 @app.command("fetch")
 def fetch(
-    name: Annotated[str, typer.Argument(help="NAME or NAME/VARIANT; without variant, the files of all of them.")],
+    name: Annotated[str, typer.Argument(help="NAME or NAME/VARIANT; without a variant, all of them.")],
     revision: Annotated[
         str | None,
-        typer.Option(help="Commit or branch of the hub; default: the newest at the first fetch, and then always that."),
+        typer.Option(help="Commit or branch on the hub; default: the newest, pinned at the first download."),
     ] = None,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Download a dataset into the data folder, with a lock beside it that later reads are held to."""
+    """Download a dataset into the data folder, with a lock file that later reads are checked against."""
     from dataclasses import asdict
 
     from errata.data import fetching, reading

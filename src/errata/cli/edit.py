@@ -50,7 +50,7 @@ def command(
     output: Output,
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
-    target_old: Annotated[str | None, typer.Option(help="The present answer, for the record.")] = None,
+    target_old: Annotated[str | None, typer.Option(help="The current answer; only recorded.")] = None,
     method: Annotated[str, typer.Option(help="See: errata methods.")] = "memit",
     settings: common.Settings = None,
     after: After = None,
@@ -102,7 +102,7 @@ def command(
 def _texts(
     what: str, subject: str | None, target: str | None, target_old: str | None, *, pictures: bool
 ) -> list[Request]:
-    """Read requests in words; none where the method takes pictures."""
+    """Read requests about text; an empty list if the method edits image models."""
     from errata.errors import RequestError
 
     folder = _is_folder(what)
@@ -113,7 +113,7 @@ def _texts(
     if not folder:
         raise RequestError(f"expected a folder with original/, changed/ and mask/, found no folder {what!r}")
     if target_old:
-        raise RequestError("pairs of images have no --target-old: the originals show it")
+        raise RequestError("pairs of images take no --target-old: the original images show it")
     return []
 
 
@@ -125,9 +125,9 @@ def _is_folder(what: str) -> bool:
 
 
 def _pairs(what: str, host: Host, subject: str | None, target: str | None) -> list[ImageRequest]:
-    """Read pairs of images in the host's size; subject names what the changed ones show, target the originals.
+    """Read pairs of images, scaled to the host's input size; an empty list for a host that takes no images.
 
-    None for a host that takes no images, which the method does not edit.
+    ``target`` names what the original images show, ``subject`` what the changed ones show.
     """
     from errata.data.images import read_pairs
     from errata.host.images import ImageHost
@@ -154,7 +154,7 @@ def _show_job(job: Job, output: Path, json: bool) -> None:
     ]
     common.table("job", ("", "value"), rows)
     print(
-        f"{document['requests']} requests and all settings are fine; {document['method']} would write "
+        f"{document['requests']} requests and all settings are valid; {document['method']} would write "
         f"{output} (dry run: nothing was fitted or written)"
     )
 

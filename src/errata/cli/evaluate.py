@@ -58,16 +58,16 @@ After = Annotated[
 def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, lab:N, or lab:N:SEED.")],
     model: common.Model = "lab",
-    method: Annotated[str | None, typer.Option(help="Fit this method, on the schedule.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method to evaluate; see: errata methods.")] = None,
     edit: Annotated[
         list[Path] | None,
-        typer.Option("--edit", "-e", help="Measure this edit on all cases; repeatable: all together."),
+        typer.Option("--edit", "-e", help="Evaluate this saved edit on all cases; repeatable: applied together."),
     ] = None,
     schedule: ScheduleName = "single",
     at: Checkpoints = None, probes: Kinds = None,
     template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
     thinking: common.Thinking = None, join: common.JoinName = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest short answer in tokens.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a short answer.")] = 24,
     settings: common.Settings = None,
     corpus: common.CorpusFile = None, examples: common.Examples = None,
     output: Output = None, keep_edit: KeepEdit = None, after: After = None, run_folder: RunFolder = None,
@@ -107,7 +107,8 @@ def command(
         _write(output, document)
     if keep_edit is not None and not keep_edit.exists():
         print(
-            f"warning: {keep_edit} not written: {run_folder} is finished, without its edit", file=sys.stderr
+            f"warning: {keep_edit} not written: {run_folder} is finished and was saved without its edit",
+            file=sys.stderr,
         )
     if json:
         common.emit(document)
@@ -130,7 +131,7 @@ def _check_outputs(
 
 @contextmanager
 def _hint(run_folder: Path | None) -> Iterator[None]:
-    """Add to an interruption how to continue."""
+    """Add to the message of an interruption how to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -140,7 +141,7 @@ def _hint(run_folder: Path | None) -> Iterator[None]:
 
 
 def _keeper(output: Path | None, keep_edit: Path | None) -> Any:
-    """Return what writes the edit and the report so far, the edit first: it is what cannot be had again."""
+    """Return a callback that writes the edit and the report so far; the edit first, as it is costlier to make again."""
 
     def keep(report: Report, edit: Edit) -> None:
         if keep_edit is not None:
@@ -172,10 +173,10 @@ def show(report: Report) -> None:
         points = report.checkpoints
         mean = sum(point.perplexity_after for point in points) / len(points)
         before = points[0].perplexity_before
-        print(f"perplexity of neutral text: {before:.2f} > {mean:.2f}, mean over batches")
+        print(f"perplexity of neutral text: {before:.2f} -> {mean:.2f}, mean over batches")
     print(
         f"{meta['seconds']:.1f} s, {meta['cpu_seconds']:.1f} CPU s, peak {meta['peak_memory_mb']:.0f} MB; "
-        f"fit {meta['fit_seconds_per_case']:.2f} s and observe {meta['observe_seconds_per_case']:.2f} s a case; "
+        f"per case: fit {meta['fit_seconds_per_case']:.2f} s, evaluation {meta['observe_seconds_per_case']:.2f} s; "
         f"weights {'restored bit-identically' if meta['weights_restored'] else 'NOT RESTORED'}"
     )
 
@@ -200,7 +201,7 @@ def _show_kinds(report: Report) -> None:
     ]
     meta = report.meta
     how = f", {meta['schedule']}" if report.checkpoints else ""
-    title = f"{meta['method']} on {meta['cases']} cases{how}, {meta['host']}: before > after [95 % interval]"
+    title = f"{meta['method']} on {meta['cases']} cases{how}, {meta['host']}: before -> after [95 % interval]"
     columns = ("probe", "n", *(metric.label_and_unit for metric in metrics))
     right = (1, *(place for place, metric in enumerate(metrics, 2) if metric.compares))
     common.table(title, columns, rows, right=right)
@@ -222,28 +223,28 @@ def _show_checkpoints(report: Report) -> None:
         rows.append([
             point.edits,
             *("-" if share is None else f"{share:.3f}" for share in (*shares, point.last_batch_efficacy)),
-            f"{point.perplexity_before:.2f} > {point.perplexity_after:.2f}",
+            f"{point.perplexity_before:.2f} -> {point.perplexity_after:.2f}",
             "-" if point.norm is None else f"{point.norm:.3g}",
             f"{point.fit_seconds:.1f}",
         ])  # fmt: skip
     meta = report.meta
     title = f"{meta['method']} on {meta['cases']} cases, {meta['schedule']}, {meta['host']}: {metric.title}"
-    columns = ("edits", *kinds.values(), "last batch", "perplexity", "norm", "fit s")
+    columns = ("edits", *kinds.values(), "last batch", "perplexity", "norm of the edit", "fit, s")
     common.table(title, columns, rows, right=range(len(columns)))
 
 
 def _number(entry: dict[str, Any] | None, metric: Metric) -> str:
-    """Show a summary's entry: before > after [95 % interval], or one number where the metric compares the two."""
+    """Format a summary's entry: before -> after [95 % interval], or one number if the metric compares the two."""
     if entry is None:
         return ""
     if metric.compares:
         return "" if entry["after"] is None else f"{entry['after']:.4f}"
     before = "-" if entry["before"] is None else f"{entry['before']:.3f}"
     if entry["after"] is None:
-        return f"{before} > -"
+        return f"{before} -> -"
     low, high = entry["ci"]
     interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-    return f"{before} > {entry['after']:.3f}{interval}"
+    return f"{before} -> {entry['after']:.3f}{interval}"
 
 
 VERB = Verb("eval", command, order=30)

@@ -1,4 +1,4 @@
-"""errata judge: have a language model judge the answers of a run, beside the matcher."""
+"""errata judge: have a language model judge the answers of a run, in addition to string matching."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from errata.cli._verb import Verb
 if TYPE_CHECKING:
     from errata.bench.judging import JudgedCell
 
-Url = Annotated[str, typer.Option("--url", help="The server, up to its version: http://localhost:8000/v1.")]
-Name = Annotated[str, typer.Option("--judge", help="The judging model, as the server knows it.")]
+Url = Annotated[str, typer.Option("--url", help="Base URL of the server: http://localhost:8000/v1.")]
+Name = Annotated[str, typer.Option("--judge", help="Name of the judging model on the server.")]
 Key = Annotated[str | None, typer.Option("--key-variable", help="Environment variable that holds the key.")]
 
 
@@ -25,13 +25,13 @@ def command(
     judge: Name,
     key: Key = None,
     only: Annotated[str | None, typer.Option(help="Only cells whose name contains this text.")] = None,
-    parallel: Annotated[int, typer.Option(help="Calls under way at once.")] = 4,
+    parallel: Annotated[int, typer.Option(help="Number of concurrent calls.")] = 4,
     json: common.Json = False,
 ) -> None:
-    """Judge a run's free answers with any OpenAI-compatible server; prints how far judge and matcher agree.
+    """Judge a run's generated answers with any OpenAI-compatible server; print the agreement with string matching.
 
-    Replies are cached in the run folder, so an interrupted command can be continued. The judge's verdicts
-    are saved with each cell's rows, where reports show them under the judge's name.
+    Replies are cached in the run folder, so an interrupted command can be continued. The judge's verdicts are saved
+    with each cell's rows; reports show them under the judge's name.
     """
     from errata.bench.judging import judge_run
     from errata.evaluation.judge import JudgeSettings
@@ -46,7 +46,7 @@ def command(
 
 
 def _show(cells: Mapping[str, JudgedCell], judge: str) -> None:
-    """Print what matcher and judge call right, by cell and kind of probe, and how far they agree."""
+    """Print the shares that matcher and judge call right, by cell and kind of probe, and their agreement."""
     from errata.evaluation.metrics import headline_metric
     from errata.evaluation.metrics.judged import JUDGE, UNDECIDED
 
@@ -61,7 +61,7 @@ def _show(cells: Mapping[str, JudgedCell], judge: str) -> None:
             [name, "agreement", _share(agreement.agree), _share(agreement.kappa), agreement.undecided]
         )
     columns = ("cell", "probe", "matcher (agreement)", f"{judge} (kappa)", "undecided")
-    common.table("free answers, after the edit", columns, rows, right=(2, 3, 4))
+    common.table("generated answers after the edit: share right", columns, rows, right=(2, 3, 4))
 
 
 def _share(value: float | None) -> str:

@@ -10,16 +10,16 @@ import typer
 from errata.cli import common
 from errata.cli._verb import Verb
 
-app = typer.Typer(no_args_is_help=True, help="The embedded world and its model: look, check, train.")
+app = typer.Typer(no_args_is_help=True, help="The embedded world and its model: inspect, check, train.")
 
 
 @app.command("world")
 def world(
-    subject: Annotated[str | None, typer.Argument(help="An entity, for all its facts.")] = None,
+    subject: Annotated[str | None, typer.Argument(help="An entity whose facts to list.")] = None,
     json: common.Json = False,
     seed: Annotated[int, typer.Option(help="Seed of the world; default: the shipped one.")] = 20,
 ) -> None:
-    """Show what is true in the lab's world: how much of what, or one entity's facts."""
+    """Show the facts of the lab's world: counts by relation, or all facts of one entity."""
     from errata.errors import ConfigError
     from errata.lab.world import default_world
     from errata.registry import close
@@ -33,11 +33,13 @@ def world(
         if json:
             common.emit({"facts": len(lab_world.facts), "relations": {name: n for name, _, _, n in rows}})
             return
-        common.table(f"{len(lab_world.facts)} facts", ("relation", "of a", "is a", "facts"), rows, right=(3,))
+        common.table(
+            f"{len(lab_world.facts)} facts", ("relation", "subject", "object", "facts"), rows, right=(3,)
+        )
         return
     if subject not in lab_world.by_subject:
         near = close(subject, list(lab_world.by_subject))
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "none has a name like it"
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "none has a similar name"
         raise ConfigError(f"the lab's world has no entity {subject!r}: {hint}")
     facts = [{"relation": f.relation, "object": f.object} for f in lab_world.by_subject[subject]]
     aliases = list(lab_world.entities[subject].aliases)
@@ -51,14 +53,14 @@ def world(
 @app.command("check")
 def check(
     model: common.Model = "lab",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only this many facts; default all.")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of the layer test.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of facts to ask; default: all.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests in the layer test.")] = 48,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Measure the lab's model: recall, in-context episodes, compositions, and the test per layer."""
+    """Measure the lab's model: recall, new facts in the prompt, compositions of facts, and a test of each layer."""
     from errata.lab.check import check as measure
 
     host = common.open_host(model, device, dtype)
@@ -84,10 +86,12 @@ def _show(report: dict[str, Any]) -> None:
         rows,
         right=(1, 2, 3),
     )
-    print(f"questions about subjects never asked about in training: {recall['question_never_asked']:.3f}")
+    print(
+        f"recall by questions on subjects with no question in training: {recall['question_never_asked']:.3f}"
+    )
     episodes = report["episodes"]
     print(
-        f"new fact in the context: obeyed {episodes['obeyed']:.3f}, unrelated ignored {episodes['ignored']:.3f}"
+        f"new fact in the prompt: used {episodes['obeyed']:.3f}; unrelated one ignored {episodes['ignored']:.3f}"
     )
     print(f"perplexity of sentences without facts: {report['perplexity']:.2f}")
     common.table(
@@ -112,14 +116,16 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     precision: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Type that matrices are multiplied in.")
+        Literal["bfloat16", "float32"], typer.Option(help="Type of matrix products.")
     ] = "bfloat16",
-    compiled: Annotated[bool, typer.Option("--compile", help="A sixth faster; needs a C++ compiler.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile: about a sixth faster, needs a C++ compiler.")
+    ] = False,
     device: common.Device = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Train a model of the lab's world from nothing: seeded, resumable; writes the model and its card."""
+    """Train a model on the lab's world from scratch: seeded and resumable; writes the model and its card."""
     from errata.lab.carding import write_card
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run

@@ -1,4 +1,4 @@
-"""The entry point: runs the command line and ends it as a program should. Imports nothing before a verb runs."""
+"""The entry point: runs the command line, and turns errors and signals into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def __getattr__(name: str) -> Any:
 
 
 def run() -> NoReturn:
-    """Run the command line: one message and exit code 2 for errors of the user, a quiet end on Ctrl-C.
+    """Run the command line: one message and exit code 2 for user errors, one line on Ctrl-C.
 
-    A library may turn the interrupt into an error of its own, or lose it inside a destructor; whatever comes out
-    of the verb after a signal counts as the interruption.
+    A library may turn the interrupt into an error of its own, or lose it inside a destructor; so whatever the verb
+    raises after a signal counts as the interruption.
     """
     signals: list[int] = []
     try:
@@ -60,7 +60,7 @@ def _run() -> int:
 
 
 def _bad_input(error: BaseException) -> int:
-    """Word an error of the user and return its exit code; any other is raised again."""
+    """Print a user error and return its exit code; raise any other error again."""
     from errata.errors import ErrataError
 
     if not isinstance(error, ErrataError):
@@ -70,7 +70,7 @@ def _bad_input(error: BaseException) -> int:
 
 
 def _on_signals(signals: list[int]) -> None:
-    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, and note that they came.
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt, and append them to ``signals``.
 
     A signal that the parent process set to be ignored stays ignored.
     """
@@ -114,7 +114,7 @@ def _end(signals: list[int], error: BaseException | None) -> NoReturn:
 
 
 def _broken_pipe() -> int:
-    """Let the interpreter end quietly though nobody reads its output any more."""
+    """Let the interpreter exit without an error message although its output is closed."""
     import os
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

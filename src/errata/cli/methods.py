@@ -1,4 +1,4 @@
-"""errata methods: the catalogue, and one method's settings."""
+"""errata methods: list the methods, or one method's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from errata.cli._verb import Verb
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A method, for its settings.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A method whose settings to list.")] = None,
     json: common.Json = False,
 ) -> None:
     """List the methods, or one method's settings with their meanings and the paper's values."""
@@ -29,8 +29,10 @@ def command(
         ]  # fmt: skip
         common.table(None, ("method", "paper", "edits", "batch", "sequential", "needs"), rows)
         steps = [(step["name"], step["on"], step["settings"], step["meaning"]) for step in _steps()]
-        print("steps for --set stabilise=[...], in the order given, each with :numbers after its name")
-        common.table(None, ("step", "acts on", "numbers", "what it does"), steps)
+        print(
+            "stabilisers for --set stabilise=[...], applied in the order given; numbers follow a name after colons"
+        )
+        common.table(None, ("stabiliser", "acts on", "numbers", "effect"), steps)
         return
     from errata.config import settings
 
@@ -48,7 +50,7 @@ def command(
         ("setting", "default", "meaning"),
         [(f["name"], _text(f["default"]), f["meaning"]) for f in fields],
     )
-    print(f"use: errata edit ... --method {name} --set key=value")
+    print(f"usage: errata edit ... --method {name} --set key=value")
 
 
 def _facts(method: Any) -> dict[str, Any]:

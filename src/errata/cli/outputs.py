@@ -1,4 +1,4 @@
-"""Where verbs may write: existing files are replaced with --force only, which is checked before the work."""
+"""Check output files before the work begins: existing ones are replaced only with --force."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIX = ".safetensors"
 
 
 def check_edit_name(path: Path) -> None:
-    """Raise EditError where an edit cannot be written under this name."""
+    """Raise EditError if an edit cannot be written under this name."""
     from errata.edits.format import check_writable
     from errata.errors import EditError
 
@@ -28,20 +28,20 @@ def check_edit_name(path: Path) -> None:
 
 
 def check_new_edit(path: Path, *, force: bool) -> None:
-    """Raise EditError where an edit cannot be written, or without ``force`` would replace a file."""
+    """Raise EditError if an edit cannot be written or, without ``force``, would replace a file."""
     check_edit_name(path)
     if not force:
         check_new(path)
 
 
 def check_new(path: Path) -> None:
-    """Raise EditError where a file is there already."""
-    if _is_there(path):
-        raise _replaces(path, "there already")
+    """Raise EditError if the file exists."""
+    if _exists(path):
+        raise _replaces(path, "exists")
 
 
 def check_report_name(path: Path) -> None:
-    """Raise EditError where a report, which may be written again, would take the place of an edit."""
+    """Raise EditError if a report, which may overwrite files, has the name of an edit."""
     from errata.edits.format import check_writable
     from errata.errors import EditError
 
@@ -53,28 +53,28 @@ def check_report_name(path: Path) -> None:
 
 
 def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
-    """Return the edit that is there, which only its own repetition may replace; None where nothing hinders.
+    """Return the existing edit, which only a fit of the same edit may replace; None if there is no such file.
 
-    ``repeatable``: whether the fit can be told to be that repetition. Raises EditError for any other file.
+    ``repeatable``: whether the two fits can be compared. Raises EditError for any other existing file.
     """
     from errata.edits import Edit
     from errata.errors import EditError
 
     check_edit_name(path)
-    if force or not _is_there(path):
+    if force or not _exists(path):
         return None
     if not repeatable:
-        raise _replaces(path, "there already")
+        raise _replaces(path, "exists")
     try:
         return Edit.load(path)
     except EditError as error:
-        raise _replaces(path, "there already, and no edit that can be read") from error
+        raise _replaces(path, "exists and is no readable edit") from error
 
 
 def check_repeat(path: Path, earlier: Edit | None, job: Job, options: Collection[str]) -> None:
-    """Raise EditError unless a job repeats the one that an earlier edit comes from: then nothing is lost.
+    """Raise EditError unless a job repeats the one that made the earlier edit, so that nothing is lost.
 
-    ``options``: the settings that were given; others may still be left open.
+    ``options``: the settings that were given; of the others, those still undetermined are not compared.
     """
     if earlier is None:
         return
@@ -94,21 +94,22 @@ def check_repeat(path: Path, earlier: Edit | None, job: Job, options: Collection
     }
     other = [name for name, differs in differences.items() if differs]
     if other:
-        raise _replaces(path, f"an edit of other {' and '.join(other)} already")
+        raise _replaces(path, f"holds an edit with other {' and '.join(other)}")
 
 
 def save_edit(edit: Edit, path: Path, earlier: Edit | None) -> Path:
-    """Write an edit and return where: beside an earlier one that turns out to have other settings.
+    """Write an edit and return its path: a new name if the earlier edit turns out to have other settings.
 
-    An earlier one that is the same edit stays as it is.
+    If the earlier edit is the same one, its file is kept.
     """
     if earlier is not None and earlier.digest == edit.digest:
         return path
     if earlier is not None and _plain(earlier.provenance.config) != _plain(edit.provenance.config):
         numbers = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
-        free = next(each for each in numbers if not _is_there(each))
+        free = next(each for each in numbers if not _exists(each))
         print(
-            f"warning: {path} is an edit of other settings and was left; written to {free}", file=sys.stderr
+            f"warning: {path} holds an edit with other settings and was kept; written to {free}",
+            file=sys.stderr,
         )
         path = free
     return edit.save(path)
@@ -117,10 +118,10 @@ def save_edit(edit: Edit, path: Path, earlier: Edit | None) -> Path:
 def _replaces(path: Path, what: str) -> Exception:
     from errata.errors import EditError
 
-    return EditError(f"{path} is {what}; name another file, or replace it with --force")
+    return EditError(f"{path} {what}; name another file, or replace it with --force")
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.expanduser().exists() or path.expanduser().is_symlink()
 
 
@@ -129,5 +130,5 @@ def _fields(request: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as it is after it was written as JSON and read."""
+    """Return a value after a round trip through JSON."""
     return json.loads(json.dumps(value, default=str))

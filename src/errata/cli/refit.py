@@ -1,4 +1,4 @@
-"""errata refit and errata retract: several edits as one, and one request out of an edit."""
+"""errata refit and errata retract: combine edits into one, and remove requests from an edit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def retract(
         typer.Option(
             "--request",
             "-r",
-            help="Id of a request, or its number as errata show counts, from 1; repeatable.",
+            help="Id of a request, or its number in errata show, from 1; repeatable.",
         ),
     ],
     output: Output,
@@ -90,7 +90,7 @@ def _finish(
             else one["concept"]
         )
         name = f" ({one['id']})" if "id" in one else ""
-        print(f"took out request {one['number']}{name}: {what}")
+        print(f"removed request {one['number']}{name}: {what}")
     rows = []
     for i, (request, share) in enumerate(zip(requests, shares, strict=True), 1):
         fields = request.to_dict()

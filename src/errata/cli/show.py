@@ -28,7 +28,7 @@ def command(
     """Show an edit: requests, method, settings, host, and what it changes.
 
     Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
-    weight the share of the change that its precision cannot represent: ||(W' - W) - delta|| / ||delta||.
+    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||.
     """
     from errata.edits import Edit
 
@@ -48,7 +48,7 @@ def command(
 
 
 def _changes(facts: dict[str, Any], losses: dict[str, float] | None) -> None:
-    """Print what an edit changes: weights, or where entries act and what chooses among them."""
+    """Print what an edit changes: its weights, or its interventions with the router that selects entries."""
     if "weights" in facts:
         weights = [
             (n, "x".join(map(str, w["shape"])), w["form"], f"{w['norm']:.4g}", *_share(losses, n))
@@ -60,7 +60,7 @@ def _changes(facts: dict[str, Any], losses: dict[str, float] | None) -> None:
         sites = [(one["module"], one["operation"], one["positions"]) for one in facts["sites"]]
         common.table("interventions", ("module", "operation", "positions"), sites)
     if "router" in facts:
-        print(f"{facts['entries']} entries, chosen by the {facts['router']} router")
+        print(f"{facts['entries']} entries, selected by the {facts['router']} router")
 
 
 def _requests(requests: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -96,7 +96,7 @@ def _rounding_losses(
 def _share(losses: dict[str, float] | None, name: str) -> tuple[str, ...]:
     if losses is None:
         return ()
-    return (f"{losses[name]:.2%}" if name in losses else "packed: not merged",)
+    return (f"{losses[name]:.2%}" if name in losses else "quantised: not merged",)
 
 
 VERB = Verb("show", command, order=90)

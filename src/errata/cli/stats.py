@@ -12,6 +12,7 @@ import typer
 
 from errata.cli import common
 from errata.cli._verb import Verb
+from errata.progress import OnProgress
 
 if TYPE_CHECKING:
     from errata.host.layout import Site
@@ -33,39 +34,39 @@ def command(
             "default: text sampled from the model.",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to take.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Token budget.")] = 1_000_000,
     layers: Annotated[str | None, typer.Option(help="As in 0,2,5-8; default: all editable.")] = None,
     eigen: Annotated[
-        bool, typer.Option("--eigen", help="Decompose now what methods decompose when first needed.")
+        bool, typer.Option("--eigen", help="Also compute the eigendecompositions that some methods need.")
     ] = False,
     tables: Annotated[
         bool,
         typer.Option(
-            "--tables", help="Instead: mine templates and names from free text, and have the host answer them."
+            "--tables", help="Instead: mine templates and names from free text, and let the model complete them."
         ),
     ] = False,
     budget: Annotated[
-        int, typer.Option(min=1, help="With --tables: how many tokens may be generated.")
+        int, typer.Option(min=1, help="With --tables: maximum number of generated tokens.")
     ] = 150_000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost; compute nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the estimated cost; compute nothing.")] = False,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Compute the second moments of keys over a corpus, all layers in one pass; cached for every later edit.
+    """Compute the second moments of keys over a corpus, all layers in one pass; cached for later edits.
 
-    An interrupted pass is resumed. Methods use these statistics when they need the same number of tokens of the
-    same corpus: --set tokens=N. The folder is that of the environment variable ERRATA_CACHE, by default errata in
-    the user's cache. With --tables: the names and templates in the model's own text, with its answer to each; for
-    --set paraphrases, anchors and mates of methods that have them.
+    An interrupted pass is resumed. Methods use these statistics if they need the same number of tokens of the same
+    corpus: --set tokens=N. The cache folder is that of the environment variable ERRATA_CACHE, by default errata in
+    the user's cache. With --tables: find names and templates in the model's own text and record its answer to each;
+    used by the settings paraphrases, anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
 
     host = common.open_host(model, device, dtype)
     if host.tokenizer is None:
-        raise ConfigError(f"statistics are taken over texts, and {host.name} reads none")
+        raise ConfigError(f"statistics are computed over texts, and {host.name} reads none")
     if tables:
         _tables(host, corpus, budget, seed, dry_run, json)
         return
@@ -88,7 +89,7 @@ def command(
 def _tables(
     host: Host, corpus: str | None, budget: int, seed: int, dry_run: bool, json: bool
 ) -> None:  # fmt: skip
-    """Make the host's own tables, or say what they take, and show them."""
+    """Compute the host's own tables and print them, or with ``dry_run`` print their cost."""
     from errata.stats.cache import cache_dir, path
     from errata.stats.tables import TableSettings, facts, own_tables
 
@@ -119,13 +120,13 @@ def _show_tables(host_tables: Tables, place: str) -> None:
         ]
         common.table(
             f"{row['names']} names such as {', '.join(row['examples'])}: {row['templates']} templates",
-            ("template", "say the same", "example", "follow from it"), rows, right=(1,),
+            ("template", "paraphrases", "example", "consequences"), rows, right=(1,),
         )  # fmt: skip
     if not host_tables.types:
-        print("no templates repeat in this text: methods let the model write about each subject instead")
+        print("no template repeats in this text: methods sample text about each subject instead")
     print(
         f"from {host_tables.texts:,} texts {host_tables.source}; {host_tables.prompts:,} prompts answered, "
-        f"{host_tables.generated:,} tokens generated at most; kept in {place}"
+        f"at most {host_tables.generated:,} tokens generated; stored in {place}"
     )
 
 
@@ -146,7 +147,7 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _corpus(host: Host, name: str | None, seed: int) -> Corpus:
-    """Find the texts: a file, else a public dataset; without a name those that an edit would take."""
+    """Open the corpus: a file, else a public dataset; without a name, the one that edits use by default."""
     from errata.locate.contexts import sampled_corpus
     from errata.stats.collect import public_corpus
     from errata.stats.corpora import file_corpus
@@ -197,7 +198,7 @@ def _place(host: Host, site: Site, corpus: Corpus, tokens: int) -> Path:
 
 
 def _measure(
-    host: Host, sites: list[Site], corpus: Corpus, tokens: int, decompose: bool, tick: common.Tick
+    host: Host, sites: list[Site], corpus: Corpus, tokens: int, decompose: bool, tick: OnProgress
 ) -> list[dict[str, Any]]:
     from errata.linalg.moments import condition
     from errata.stats.cache import cache_dir
@@ -211,7 +212,7 @@ def _measure(
         on_tokens=lambda completed, total: tick("tokens", completed, total),
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    # a damaged file was there, and was made anew
+    # a damaged file existed before but was computed again
     cached_sites = {
         site
         for site, place in places.items()
@@ -237,7 +238,7 @@ def _measure(
 
 
 def _modified_at(place: Path) -> int | None:
-    """When a file was written, in nanoseconds; None where there is none."""
+    """Return when a file was written, in nanoseconds; None if there is none."""
     return place.stat().st_mtime_ns if place.exists() else None
 
 
@@ -258,14 +259,14 @@ def _show(document: dict[str, Any]) -> None:
             f"{row['effective_rank']:.1f} of {row['width']}",
             "singular" if row["condition"] is None else f"{row['condition']:.1e}",
             "unknown" if row["remaining_error"] is None else f"{100 * row['remaining_error']:.1f} %",
-            "kept" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            "cached" if row["seconds"] is None else f"{row['seconds']:.1f}",
             Path(row["path"]).name,
         )
         for row in document["layers"]
     ]
     common.table(
         f"second moments of keys of {document['model']} over {document['corpus']}",
-        ("layer", "tokens", "effective rank", "condition", "remaining error", "seconds", "file"),
+        ("layer", "tokens", "effective rank", "condition number", "sampling error", "seconds", "file"),
         rows,
         right=(1, 2, 3, 4, 5),
     )
@@ -274,8 +275,8 @@ def _show(document: dict[str, Any]) -> None:
             f"the corpus ended after {document['tokens']:,} of {document['tokens_asked']:,} tokens; "
             "name a longer one with --corpus"
         )
-    print(f"kept in {document['folder']}; seconds are those of the one pass all layers shared")
-    print(f"methods read it with: --set tokens={document['tokens_asked']}")
+    print(f"stored in {document['folder']}; seconds: of the one pass over all layers")
+    print(f"methods use these statistics with: --set tokens={document['tokens_asked']}")
 
 
 def _show_cost(document: dict[str, Any], json: bool) -> None:
@@ -286,11 +287,11 @@ def _show_cost(document: dict[str, Any], json: bool) -> None:
         f"{document['model']}, layers {', '.join(map(str, document['layers']))}, "
         f"corpus {document['corpus']}: "
         f"{document['tokens']:,} tokens in rows of {document['row_tokens']}, {document['flop']:.1e} FLOP, "
-        f"{document['disk_bytes'] / 1e6:.1f} MB in {document['folder']}, as much again while it runs, and "
-        f"{document['eigen_bytes'] / 1e6:.1f} MB should methods decompose them"
+        f"{document['disk_bytes'] / 1e6:.1f} MB in {document['folder']}, twice that while it runs, and "
+        f"{document['eigen_bytes'] / 1e6:.1f} MB more if a method needs eigendecompositions"
     )
     if document["kept_already"]:
-        print(f"kept already: layers {', '.join(map(str, document['kept_already']))}")
+        print(f"cached already: layers {', '.join(map(str, document['kept_already']))}")
     print("dry run: nothing was computed or written")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,8 +16,7 @@ from urllib.request import urlopen
 from errata import files
 from errata.data._base import Dataset
 from errata.errors import DataError
-
-Tick = Callable[[str, int, int], None]
+from errata.progress import OnProgress, ignore
 
 CHUNK = 1 << 20
 TIMEOUT = 60.0
@@ -131,7 +130,7 @@ def verified_sha256(path: Path) -> str:
 
 def fetch_file(
     dataset: Dataset, variant: str, *, revision: str | None = None, endpoint: str | None = None,
-    tick: Tick = lambda *_: None,
+    tick: OnProgress = ignore,
 ) -> Path:  # fmt: skip
     """Download a variant's file into the data folder, write its lock, and return its path.
 
@@ -186,7 +185,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _from_address(address: str, target: Path, tick: Tick) -> Path:
+def _from_address(address: str, target: Path, tick: OnProgress) -> Path:
     """Download a URL. Raises DataError where the server does not respond, or stops before the end."""
     try:
         with urlopen(address, timeout=TIMEOUT) as answer, target.open("wb") as file:

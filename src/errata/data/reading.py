@@ -18,11 +18,11 @@ from typing import Any
 from errata.data import fetching, formats
 from errata.data._base import Dataset, Malformed, Record, Skip, no_facts
 from errata.data.checking import Check, Tally
-from errata.data.fetching import Tick
 from errata.data.formats import Layout, Row, Truncated
 from errata.data.requests import CASE_FIELDS, REQUIRED, read_cases
 from errata.data.sets import REGISTRY
 from errata.errors import DataError, RequestError
+from errata.progress import OnProgress, ignore
 from errata.registry import nearest, unknown
 from errata.types import Case
 
@@ -82,7 +82,7 @@ def check(source: str | os.PathLike[str], *, limit: int | None = None) -> Check:
 
 
 def fetch(
-    name: str, *, revision: str | None = None, endpoint: str | None = None, tick: Tick = lambda *_: None
+    name: str, *, revision: str | None = None, endpoint: str | None = None, tick: OnProgress = ignore
 ) -> list[Path]:
     """Download a dataset, ``NAME[/VARIANT]``, with its lock, into the data folder; return the files.
 

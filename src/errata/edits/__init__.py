@@ -1,4 +1,4 @@
-"""The result of a method. Importing the room makes every kind of edit known to ``Edit.load``."""
+"""The results of methods. Importing this package makes every kind of edit known to ``Edit.load``."""
 
 from errata.edits.edit import Edit, Placement, Provenance
 from errata.edits.memory import MemoryEdit

@@ -1,8 +1,8 @@
 """Join and split edits: any set of closed-form edits is the solution of one ridge regression.
 
-Every such edit keeps, per weight, its keys, the absolute target changes at them and M^-1
-times the keys (:mod:`errata.edits.records`). Solving all of them at once needs neither the model nor its
-statistics, does not depend on their order, and leaves out exactly what is left out.
+Such an edit records, per weight, its keys, the absolute target changes at them and M^-1 times the keys
+(:mod:`errata.edits.records`). Solving for all of them jointly needs neither the model nor its statistics, does not
+depend on their order, and can omit any request exactly.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from errata.errors import EditError
 def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
     """Solve for all requests of some edits together, as one edit.
 
-    The result does not depend on the edits' order beyond rounding. For a sequence whose method protects
-    earlier keys (alphaedit, encore, memit with ``history``) it is what the sequence gave; for one that
-    does not, it is what protecting them would have given. At statements of the model's own (``anchors``, ``mates``)
-    it keeps the outputs of the host without any of the edits. Raises EditError for edits that keep no records,
-    whose deltas were reshaped, that belong to different hosts, or that were solved under different cost matrices.
+    The result does not depend on the edits' order beyond rounding. For a sequence whose method protects earlier keys
+    (alphaedit, encore, memit with ``history``) it equals the result of the sequence; for other methods, the result
+    that protecting them would have given. At statements of the model's own (``anchors``, ``mates``) the outputs of the
+    host without any of the edits are preserved. Raises EditError for edits without records, whose deltas were modified
+    after solving, that belong to different hosts, or that were solved with different cost matrices.
     """
     parents = [edits] if isinstance(edits, Edit) else list(edits)
     if not parents:
@@ -33,18 +33,18 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
     for edit in checked[1:]:
         if edit.provenance.host != total.provenance.host:
             raise EditError(
-                f"edits for different hosts do not join: {total.provenance.host} and {edit.provenance.host}"
+                f"edits for different hosts cannot be joined: {total.provenance.host} and {edit.provenance.host}"
             )
         if edit.records.keys() != total.records.keys():
             raise EditError(
-                f"edits of different weights do not join: {sorted(total.records)} and {sorted(edit.records)}"
+                f"edits of different weights cannot be joined: {sorted(total.records)} and {sorted(edit.records)}"
             )
         total = total.then(edit)
     return _solve(total, total.records, parents)
 
 
 def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
-    """Return the edit as it would be without some of its requests.
+    """Return the edit recomputed without some of its requests.
 
     ``which``: ids of requests as texts, or whole numbers that index ``edit.provenance.requests``, so that 0 is
     the first; the command line and all messages count from 1. Several are retracted in any order. Raises EditError
@@ -63,10 +63,10 @@ def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
 
 
 def leverages(edit: Edit) -> list[float]:
-    """Return the leverage of each request, 0 to 1: the least over weights and keys.
+    """Return the leverage of each request, 0 to 1: the minimum over weights and keys.
 
-    Near 1, a request alone decides the outputs at its keys; near 0, other requests or the cost matrix outweigh
-    it, and retracting it changes little.
+    Near 1, the outputs at its keys depend on this request alone; near 0, other requests or the cost matrix outweigh it,
+    and retracting it changes little.
     """
     edit = _require_records(edit, exact=False)
     least = [1.0] * len(edit.provenance.requests)
@@ -95,8 +95,8 @@ def request_index(edit: Edit, item: str | int) -> int:
     if len(matches) > 1:
         numbers = ", ".join(str(i + 1) for i in matches)
         raise EditError(
-            f"{len(matches)} requests are called {item!r:.80}: numbers {numbers} as the command line counts, from 1; "
-            "name the one that is meant by its number"
+            f"{len(matches)} requests have the id {item!r:.80}, their numbers in the command line are {numbers}; "
+            "give one of these numbers"
         )
     return matches[0]
 
@@ -104,7 +104,7 @@ def request_index(edit: Edit, item: str | int) -> int:
 def find_request(edit: Edit, text: str) -> tuple[int, str | None]:
     """Return the index, from 0, of a request given by its id or else by its number from 1, and a remark.
 
-    The remark, or None, says so where a text is both the id of one request and the number of another.
+    The remark, or None, notes that a text is both the id of one request and the number of another.
     Raises EditError as :func:`request_index` does.
     """
     requests = edit.provenance.requests
@@ -123,7 +123,7 @@ def find_request(edit: Edit, text: str) -> tuple[int, str | None]:
 
 
 def list_requests(edit: Edit) -> str:
-    """Name the first requests of an edit, each by its number from 1 and its id."""
+    """List the first requests of an edit, each by its number from 1 and its id."""
     requests = edit.provenance.requests
     names = [f"{i} ({one.id[:40]!r})" if one.id else str(i) for i, one in enumerate(requests[:20], 1)]
     return ", ".join(names) + (" ..." if len(requests) > 20 else "")
@@ -133,7 +133,7 @@ def _require_records(edit: Edit, *, exact: bool = True) -> WeightEdit:
     """Return an edit with records. Raises EditError for others, with ``exact`` also for one that was reshaped."""
     if not isinstance(edit, WeightEdit) or not edit.records or edit.records.keys() != edit.deltas.keys():
         raise EditError(
-            f"the edit by {edit.provenance.method} keeps no keys and values to solve again from; "
+            f"the edit by {edit.provenance.method} has no records of keys and target values to solve again; "
             "closed-form weight edits do (rome, memit, alphaedit ...); revert the whole edit instead"
         )
     partial = [
@@ -143,14 +143,14 @@ def _require_records(edit: Edit, *, exact: bool = True) -> WeightEdit:
     ]
     if partial:
         raise EditError(
-            f"the edit keeps keys and values of some of its requests only at {partial[0]}, so solving again would "
+            f"the edit has records for some of its requests only at {partial[0]}, so solving again would "
             "lose the others; revert the whole edit instead"
         )
     reshaped = [name for name, record in edit.records.items() if not record.is_exact_solution]
     if exact and reshaped:
         raise EditError(
-            f"{reshaped[0]} was reshaped after it was solved (stabilise, or a choice of neurons), so solving "
-            "again would give something else; revert the whole edit instead"
+            f"{reshaped[0]} was modified after it was solved (stabilise, or a selection of neurons), so solving "
+            "again would give another result; revert the whole edit instead"
         )
     return edit
 

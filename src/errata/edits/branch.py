@@ -2,7 +2,7 @@
 
 Thin factors are applied one after the other and never multiplied out. All branches of a module are
 summed with its output in float32 (float64 for float64 models), in an order that depends on the edits
-alone, and cast once to the output's dtype. So nothing is lost to 16-bit weights, packed weights can be
+alone, and cast once to the output's dtype. So nothing is lost to 16-bit weights, quantised weights can be
 edited, and removing a branch needs no write.
 """
 
@@ -31,9 +31,9 @@ class Branches:
     """The unmerged deltas of one linear map; also the hook that applies them."""
 
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
-    """By edit digest, oriented ``[d_out, d_in]``; replaced, never changed, for another thread may be reading."""
+    """By edit digest, oriented ``[d_out, d_in]``; replaced, never modified, as another thread may be reading."""
     stored: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
-    """Those that act on all rows, oriented as the weight is stored."""
+    """The deltas that act on all rows, oriented as the weight is stored."""
     numbers: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
     """Edit sets whose rows get each delta; None: all rows."""
     ready: dict[str, Delta] = field(default_factory=dict[str, Delta])
@@ -61,8 +61,8 @@ class Branches:
         current = passes.routing() or passes.Routing()
         if key.ndim != 3 and passes.routing() is not None:
             raise EditError(
-                f"a module is handed {list(key.shape)}, not [rows, tokens, entries]: edits of one set cannot tell rows "
-                "apart there; place the edit for all rows"
+                f"a module gets inputs of shape {list(key.shape)}, expected [rows, tokens, d_in]: an edit set needs to "
+                "tell rows apart; place the edit for all rows"
             )
         return current.members(number, len(key))
 
@@ -83,7 +83,7 @@ def _product(delta: Delta, key: Tensor) -> Tensor:
 def branches_of(model: nn.Module) -> dict[str, Branches]:
     """Return a model's unmerged deltas by parameter.
 
-    Kept on the model, so that two hosts of it agree; not to be written to.
+    Stored on the model, so that all hosts of it share them; do not modify.
     """
     return model.__dict__.get(BRANCHES, {})
 
@@ -94,12 +94,12 @@ def attach(
     """Add an unmerged delta ``[d_out, d_in]`` to the module of the weight ``name``.
 
     ``stored``: the delta as that weight is stored. ``number``: the edit set whose rows get it, None all rows.
-    It counts as in place from the first step on, so that :func:`detach` undoes whatever was done.
+    It counts as in place from the first statement on, so that :func:`detach` undoes an interrupted call too.
     """
     branches: dict[str, Branches] = model.__dict__.setdefault(BRANCHES, {})
     branch = branches.setdefault(name, Branches())
     branch.numbers = {**branch.numbers, digest: number}
-    if number is None:  # what is of some rows only is no part of the weight
+    if number is None:  # a delta for some rows only is no part of the weight
         branch.stored = {**branch.stored, digest: stored}
     branch.deltas = {**branch.deltas, digest: delta}
     hooks.attach(model.get_submodule(_path(name)), branch)
@@ -107,7 +107,7 @@ def attach(
 
 
 def detach(model: nn.Module, name: str, digest: str) -> None:
-    """Remove a delta; with the last one the hook is removed, before the delta is."""
+    """Remove a delta; for the last one, the hook is removed first."""
     branches: dict[str, Branches] = model.__dict__[BRANCHES]
     branch = branches[name]
     rest = {key: delta for key, delta in branch.deltas.items() if key != digest}
@@ -115,7 +115,7 @@ def detach(model: nn.Module, name: str, digest: str) -> None:
         branch.ready = {key: delta for key, delta in branch.ready.items() if key != digest}
         branch.deltas = rest
         return
-    with contextlib.suppress(AttributeError):  # a module that is gone took its hook along
+    with contextlib.suppress(AttributeError):  # a module that was removed has no hook any more
         hooks.detach(model.get_submodule(_path(name)), branch)
     if len(branches) > 1:
         del branches[name]
@@ -127,9 +127,8 @@ def detach(model: nn.Module, name: str, digest: str) -> None:
 def for_module(host: ModelHost, name: str, delta: Delta, transposed: bool) -> Delta:
     """Return a delta as the module of a weight applies it, ``[d_out, d_in]``.
 
-    ``transposed``: as in the edit, whether a dense delta is ``[d_out, d_in]`` where the weight is stored
-    the other way round. Raises EditError where the module takes no unmerged delta: it is no linear map, is
-    sharded, or has another shape.
+    ``transposed``: whether a dense delta is ``[d_out, d_in]`` while the weight is stored ``[d_in, d_out]``. Raises
+    EditError if the module supports no unmerged delta: it is no linear map, is sharded, or has another shape.
     """
     module = _module(host, name)
     reason = placement.obstacle(host.model, name, beside=True)

@@ -38,7 +38,7 @@ class Provenance:
     requests: tuple[Request | ImageRecord, ...]
     """The requests; of image requests names, number and a content hash, never pixels."""
     config: Mapping[str, Any]
-    """The method's settings, resolved: nothing left to a default."""
+    """The method's settings with all defaults resolved."""
     host: str
     """Fingerprint of the unedited host."""
     host_name: str = ""
@@ -48,7 +48,7 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Versions of errata, torch, transformers and Python."""
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What the fit reports: losses, norms, steps."""
+    """Results of the fit: losses, norms, steps."""
     prompt_format: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How prompts were formatted: template, system prompt, thinking, join; empty in files of earlier versions."""
     parents: tuple[str, ...] = ()
@@ -67,22 +67,22 @@ class Provenance:
 
 
 def timestamp() -> str:
-    """Return the time now as :attr:`Provenance.created` holds it."""
+    """Return the current time in the format of :attr:`Provenance.created`."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The receipt of an edit being in place on a host."""
+    """The receipt for an edit in place on a host."""
 
     digest: str
-    """Of the edit."""
+    """Digest of the edit."""
     host: str
     """Fingerprint of the host without edits."""
     lost: Mapping[str, float] = field(default_factory=dict[str, float])
-    """By merged parameter, what rounding cost: ||(W' - W) - delta|| / ||delta||."""
+    """By merged parameter, the share of the change lost to rounding: ||(W' - W) - delta|| / ||delta||."""
     unmerged: tuple[str, ...] = ()
-    """Parameters whose change is added to their module's output instead, which costs no precision."""
+    """Parameters whose change is added to their module's output instead, without loss of precision."""
     overrides: tuple[str, ...] = ()
     """Safety checks that were overruled, in words."""
     rows: str | None = None
@@ -107,12 +107,12 @@ class Edit(ABC):
 
     @abstractmethod
     def body(self) -> Mapping[str, Any]:
-        """Return everything else but the provenance, as plain data for the file's header."""
+        """Return everything else except the provenance, as plain data for the file's header."""
 
     @classmethod
     @abstractmethod
     def restore(cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance) -> Edit:
-        """Build an edit from what :meth:`parts` ``[...]`` and :meth:`body` gave. Raises ValueError or KeyError."""
+        """Build an edit from its :meth:`parts` ``[...]`` and :meth:`body`. Raises ValueError or KeyError."""
 
     @property
     def size(self) -> int:
@@ -127,8 +127,8 @@ class Edit(ABC):
 
         ``foreign`` allows another host than the one it was computed for. ``merge``: whether to write into weights,
         which rounds to their precision, or to add to their modules' outputs; None decides by weight. ``rows``: name of
-        an edit set; the edit then acts only on rows of a batch that belong to it, as by
-        ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, where the edit cannot be in
+        an edit set; the edit then acts only on rows of a batch that belong to it, as in
+        ``host.generate(prompts, sets=[...])``. Raises EditError, with nothing changed, if the edit cannot be put in
         place.
         """
 
@@ -147,8 +147,8 @@ class Edit(ABC):
     def then(self, later: Any, *, cumulative: bool = False) -> Edit:
         """Return one edit for this one and a later fit of the same method that continued it.
 
-        ``cumulative``: whether the later one includes this one's change. Raises EditError where the two do
-        not add up.
+        ``cumulative``: whether the later one includes this one's change. Raises EditError if the two cannot be
+        combined.
         """
 
     def summary(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Edit(ABC):
         self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None,
         beside: bool | None = None,
     ) -> Generator[Placement, None, None]:  # fmt: skip
-        """Have the edit in place inside the block only; options as of :meth:`apply_`."""
+        """Put the edit in place inside the block and revert it after; options as of :meth:`apply_`."""
         placed_here = True
         try:
             try:
@@ -218,11 +218,13 @@ class Edit(ABC):
         kind = family.get(name) if isinstance(name, str) else None
         if kind is None:
             label = repr(name)[:80] if isinstance(name, str) else f"a {type(name).__name__}"
-            raise EditError(f"{path} holds an edit of kind {label}, known: {', '.join(sorted(family))}")
+            raise EditError(
+                f"{path} has an edit of kind {label}, expected one of {', '.join(sorted(family))}"
+            )
         try:
             edit = kind.restore(tensors, header, Provenance(**provenance_fields(header.get("provenance"))))
             file_format.check_digest(header, edit.digest, tensors)
-        except Exception as error:  # whatever wrong fields make of what is built of them
+        except Exception as error:  # wrong fields may raise anything
             raise EditError(
                 f"{path} is damaged: {file_format.reason(error)}, read from its header"
             ) from error
@@ -236,7 +238,7 @@ class Edit(ABC):
     def require_in_place(self, host: ModelHost) -> None:
         """Raise EditError unless the edit is in place on a host."""
         if not self.in_place(host):
-            raise EditError(f"edit {self.digest} is not active on this host; nothing to take back")
+            raise EditError(f"edit {self.digest} is not active on this host; nothing to revert")
 
     def overridden_checks(self, host: ModelHost, *, foreign: bool) -> tuple[str, ...]:
         """Return the checks that ``foreign`` overrules. Raises EditError when the host is another one without it."""
@@ -251,18 +253,18 @@ class Edit(ABC):
         return (mismatch,)
 
     def _cause(self, host: ModelHost) -> str:
-        """Name what may alone make two fingerprints of one checkpoint differ; empty where nothing may."""
+        """Return a possible reason why the fingerprints of one checkpoint differ; empty if there is none."""
         fitted_dtype = str(self.provenance.notes.get("dtype", ""))
         now = sorted({str(p.dtype).removeprefix("torch.") for p in host.model.parameters()})
         if "float16" in (fitted_dtype, *now) and fitted_dtype not in now:
             return (
                 f"the edit was made in {fitted_dtype or 'another dtype'} and the model is open in {', '.join(now)}: "
-                "in float16 numbers too small for it are lost, so that one checkpoint has another fingerprint "
-                "than in float32 or bfloat16. If it is the same checkpoint, open it with the "
-                "dtype the edit was made in, or apply with foreign=True; else "
+                "float16 loses very small numbers, so that one checkpoint has another fingerprint than in float32 or "
+                "bfloat16. If it is the same checkpoint, open it with the dtype the edit was made in, or apply with "
+                "foreign=True; else "
             )
         if placement.adapters(host.model):
-            return "the model carries PEFT adapters, which count; if that is all, merge or unload them, or "
+            return "the model has PEFT adapters, which change its fingerprint; merge or unload them, or "
         return ""
 
 
@@ -275,14 +277,14 @@ def _concrete(kind: type[Edit]) -> Iterator[type[Edit]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides an edit's numbers."""
+    """Return the versions of the packages that an edit's numbers depend on."""
     packages = {name: _version(name) for name in ("errata", "torch", "transformers")}
     return {**packages, "python": platform.python_version()}
 
 
 @lru_cache(maxsize=8)
 def _version(package: str) -> str:
-    """Return the version of an installed package, whose metadata take a while to read."""
+    """Return the version of an installed package; cached, as reading its metadata is slow."""
     from importlib.metadata import version
 
     return version(package)

@@ -1,4 +1,4 @@
-"""One edit, one ``.safetensors`` file: tensors, and all the rest as JSON in the header. No pickle."""
+"""The file format of edits: one ``.safetensors`` file with the tensors, and everything else as JSON in its header."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KEY = "errata"
 PROTECTION = "sha256"
 """How the header describes the file's protection; version 1 had no such field, and no hash."""
 FIRST_FIELDS = frozenset({"format", "kind", "provenance", "transposed", "digest", "records"})
-"""All that a header of version 1 may hold."""
+"""All fields of a header of version 1."""
 LONGEST_HEADER = 100_000_000
-"""Bytes, as safetensors bounds them."""
+"""Maximum bytes of a header, the limit of safetensors."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Write a file whole or not at all, with one hash over header and tensors.
+    """Write a file atomically, with one hash over header and tensors.
 
-    Tensors ``[...]`` of any shape are stored row by row. Raises EditError where the path cannot be written.
+    Tensors ``[...]`` of any shape are stored contiguously. Raises EditError if the path cannot be written.
     """
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = {**header, "format": VERSION, "protection": PROTECTION}
@@ -42,31 +42,30 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Return what is to be written: behind a link, what it points to.
+    """Return the path to write; for a link, its target.
 
-    Raises EditError now where :func:`write` would fail after the work is done, or would take the place of what is
-    no regular file, as a device.
+    Raises EditError early if :func:`write` would fail later, or if the path is no regular file.
     """
     return files.output(path, EditError)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors ``[...]`` and header. Raises EditError for anything that is not a whole edit file.
+    """Read tensors ``[...]`` and header. Raises EditError for anything that is not an undamaged edit file.
 
-    Files of version 1 have no hash and are recognised by their header, which then may hold nothing of version 2: a
-    file whose hash was taken out is not one of those.
+    Files of version 1 have no hash. Their header may have no field of later versions, so that removing the hash from a
+    later file is detected.
     """
     source = Path(path).expanduser()
     try:
         return _read(source)
     except EditError:
         raise
-    except Exception as error:  # whatever damaged bytes make of the readers beneath
+    except Exception as error:  # readers may raise anything on damaged bytes
         raise EditError(f"{source} is truncated or not an edit file ({reason(error)})") from error
 
 
 def _open(source: Path) -> Any:
-    """Open a safetensors file; the package leaves open what it returns."""
+    """Open a safetensors file; the package does not type the result."""
     return safe_open(source, "pt")
 
 
@@ -75,7 +74,7 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise EditError(f"{source} does not exist" if not source.exists() else f"{source} is no regular file")
     with source.open("rb") as stream:
         start = stream.read(9)
-    # a safetensors file begins with eight bytes of length, which may look like anything, then a brace
+    # a safetensors file begins with eight bytes of length, which may have any value, then a brace
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise EditError(f"{source} is a pickle, which could run code when opened; refused, as always")
     size, length = source.stat().st_size, int.from_bytes(start[:8], "little")
@@ -100,18 +99,16 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check(source: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise EditError unless the file is what was written: by its hash, or, before there was one, by its form."""
+    """Raise EditError unless the file matches its hash, or, in version 1, has only known fields."""
     if header["format"] == 1:
         strange = sorted(set(header) - FIRST_FIELDS)
         if strange:
             raise EditError(
-                f"{source} is damaged: it calls itself format 1, which has no {_cut(strange[0])}; its header was "
-                "changed after it was written"
+                f"{source} is damaged: its format is 1, which has no field {_cut(strange[0])}; its header was changed "
+                "after it was written"
             )
     elif FIELD not in header or header.get("protection") != PROTECTION:
-        raise EditError(
-            f"{source} is damaged: its hash was taken out; restore it from a copy, or fit it again"
-        )
+        raise EditError(f"{source} is damaged: its hash was removed; restore it from a copy, or fit it again")
     elif header[FIELD] != checksum(header, tensors):
         raise EditError(
             f"{source} is damaged: its content does not match the recorded hash; restore it from a copy, or fit "
@@ -120,7 +117,7 @@ def _check(source: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def check_digest(header: Mapping[str, Any], digest: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless an edit is the one its header names; up to version 2 tensors ``[...]`` alone counted."""
+    """Raise ValueError unless an edit has the digest in its header, up to version 2 that of its tensors ``[...]``."""
     recorded = header.get("digest")
     if not isinstance(recorded, str):
         raise ValueError("the header has no digest")
@@ -139,11 +136,11 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Word an exception for a message: one line, bounded, no control characters."""
+    """Format an exception for a message: one line, bounded, no control characters."""
     return f"{type(error).__name__}: {_cut(str(error)[:200])}"
 
 
 def _cut(value: Any) -> str:
-    """Show at most 200 characters of a plain value."""
+    """Format at most 200 characters of a plain value."""
     text = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""Where in the program a warning belongs: to the code that called the library."""
+"""Attribute warnings to the code that called the library."""
 
 from __future__ import annotations
 

@@ -12,20 +12,20 @@ from errata.host.base import ModelHost
 
 @dataclass(frozen=True)
 class EditGroup:
-    """Edits put in place one after the other and taken back the other way round."""
+    """Edits that are put in place in order, and reverted in reverse order."""
 
     edits: tuple[Edit, ...]
 
     @property
     def method(self) -> str:
-        """The methods that computed them, in the order they are put in place."""
+        """The names of their methods, in order."""
         return " + ".join(edit.provenance.method for edit in self.edits)
 
     @contextmanager
     def on(
         self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None
     ) -> Generator[tuple[Placement, ...], None, None]:
-        """Have all of them in place inside the block only, or none; options as of :meth:`Edit.place`."""
+        """Put all of them in place inside the block, or none; options as of :meth:`Edit.place`."""
         with ExitStack() as stack:
             yield tuple(
                 [stack.enter_context(edit.on(host, foreign=foreign, merge=merge)) for edit in self.edits]
@@ -33,7 +33,7 @@ class EditGroup:
 
 
 def group(edits: Edit | Sequence[Edit] | None) -> EditGroup | None:
-    """Return one or several edits as a group; None for none."""
+    """Return one or several edits as a group; None if there are none."""
     if edits is None:
         return None
     members = tuple(edits) if isinstance(edits, Sequence) else (edits,)

@@ -1,4 +1,4 @@
-"""Read the header of an edit file: every field of the type it is to have, or one complaint that names it."""
+"""Read the header of an edit file with type checks; the first wrong field is reported by name."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
 
 
 def get_field(holder: Any, name: str, kind: type, where: str) -> Any:
-    """Return a field of an object. Raises ValueError where it is missing or of another type."""
+    """Return a field of an object. Raises ValueError if it is missing or of another type."""
     if not is_object(holder) or name not in holder:
         raise ValueError(f"{where} has no {name}")
     return check_type(holder[name], kind, f"{where}: {name}")
 
 
 def check_type(value: Any, kind: type, where: str) -> Any:
-    """Return a value if it is of a type; whole numbers are numbers, true and false are not."""
+    """Return a value of a type, else raise ValueError; whole numbers count as numbers, true and false do not."""
     own = _type(value)
     if kind is float:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
@@ -102,7 +102,7 @@ def _request(stored: Any, where: str) -> Request | ImageRecord:
 
 
 def record_fields(facts: Any, where: str, requests: int) -> dict[str, Any]:
-    """Return the facts of a record. Raises ValueError for mistyped ones and for requests that are not there."""
+    """Return the facts of a record. Raises ValueError for mistyped ones and for requests that do not exist."""
     groups = get_field(facts, "requests", list, where)
     for group in groups:
         for number in check_type(group, list, f"{where}: requests"):

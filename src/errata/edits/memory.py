@@ -35,7 +35,7 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
 }
-"""Tensors of each operation's payload; each begins with an axis for the entries."""
+"""Tensors of each operation's payload; the first axis is that of the entries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ class Intervention:
     operation: Operation
     payload: Mapping[str, Tensor]
     positions: Positions = "last"
-    """Tokens it acts on: the prompt's last one, all of the prompt, the prompt's last one and all that follow, all."""
+    """Tokens it acts on. ``last``: the prompt's last one; ``prompt``: all of the prompt; ``after``: the prompt's last
+    one and all later ones; ``all``."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -91,12 +92,12 @@ class MemoryEdit(RuntimeEdit):
 
     interventions: tuple[Intervention, ...]
     router: Router
-    """Decides by what it sees at the first intervention's module."""
+    """Decides by the input and output of the first intervention's module."""
     provenance: Provenance
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What a method needs to continue from here."""
+    """Tensors that a method needs to continue from here."""
     log: tuple[Mapping[str, Any], ...] = ()
-    """What each request did to the entries, as plain data: enough to build them again without some requests."""
+    """The effect of each request on the entries, as plain data: enough to rebuild them without some requests."""
 
     def __post_init__(self) -> None:
         if not self.interventions:
@@ -125,7 +126,7 @@ class MemoryEdit(RuntimeEdit):
         return tensors
 
     def body(self) -> Mapping[str, Any]:
-        """Return where the interventions act, the router's settings and the log."""
+        """Return the modules of the interventions, the router's settings and the log."""
         return {
             "interventions": [
                 {"module": one.module, "operation": one.operation, "positions": one.positions}
@@ -179,7 +180,7 @@ class MemoryEdit(RuntimeEdit):
                 raise EditError(f"the host has no module {one.module!r}, at which the edit acts") from error
 
     def summary(self) -> dict[str, Any]:
-        """Describe the edit: provenance, entries, where they act and what decides."""
+        """Describe the edit: provenance, number of entries, interventions and router."""
         return {
             **super().summary(),
             "entries": self.entries,
@@ -192,7 +193,7 @@ class MemoryEdit(RuntimeEdit):
 
 
 class _ActiveIntervention:
-    """An intervention of an edit that is in place; what the hook runs."""
+    """An intervention of an edit in place; called by the module's hook."""
 
     def __init__(self, edit: MemoryEdit, index: int, host: ModelHost, number: int | None) -> None:
         """Take an edit's intervention by its index; ``number``: the edit set whose rows it acts on, None all rows."""
@@ -207,8 +208,8 @@ class _ActiveIntervention:
         """Return the output ``[rows, length, d_out]``, changed at the tokens that the chosen entries act on."""
         if inputs.ndim != 3:
             raise ConfigError(
-                f"{self.intervention.module} is handed {list(inputs.shape)}, not [rows, tokens, entries]: a memory "
-                "cannot tell rows apart there; name another site"
+                f"{self.intervention.module} gets inputs of shape {list(inputs.shape)}, expected [rows, tokens, d_in]: "
+                "a memory needs to tell rows apart; choose another site"
             )
         rows, length = inputs.shape[:2]
         ends = routing.ends(rows, length).to(inputs.device)

@@ -1,12 +1,11 @@
-"""The edits merged into one weight of a model, and how a change of the weight by anything else is noticed.
+"""The edits merged into one weight of a model, and the detection of changes of the weight by anything else.
 
-An overlay keeps the original bits and the active deltas. The weight is always computed from these, and every write
-is recorded first, as a database does, so that an interrupt at any moment loses nothing: a journal names what the
-weight will hold; deltas that are removed are dropped after the weight was written and read back, and the original
-bits last of all.
+An overlay keeps the original bits and the active deltas. The weight is always computed from these, and every write is
+recorded first, as in a database, so that an interrupt at any moment loses nothing: the journal has the content that
+will be written; removed deltas are dropped after the weight was written and read back, and the original bits last.
 
-The journal also tells whether the weight still holds what was written here. A weight that was only cast or moved
-since is recognised; one that something else has changed is never overwritten in silence.
+The journal also tells whether the weight still has the content written here. A weight that was only cast or moved
+since is recognised; one that something else has changed is never overwritten silently.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ CASTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Entry:
-    """One content that a weight may hold: the base with some deltas."""
+    """A possible content of a weight: the base with some deltas."""
 
     deltas: Mapping[str, Delta]
     content_hash: bytes
-    """Of the weight with these deltas, see :func:`errata.host.identity.content`."""
+    """Hash of the weight with these deltas, see :func:`errata.host.identity.content`."""
     dtype: torch.dtype
     device: torch.device
 
@@ -45,9 +44,9 @@ class Overlay:
     deltas: Mapping[str, Delta]
     """Active deltas by edit, oriented as the weight is stored; replaced, never changed."""
     journal: tuple[Entry, ...]
-    """What the weight may hold: what was written last, and during a write also what is about to be written."""
+    """Possible contents of the weight: the last one written, and during a write also the next one."""
     base_hash: bytes = field(default=b"", repr=False)
-    """Content of the base."""
+    """Hash of the base's content."""
 
     @staticmethod
     def of(weight: Tensor, deltas: Mapping[str, Delta]) -> Overlay:
@@ -57,11 +56,11 @@ class Overlay:
         return Overlay(base, deltas, (Entry({}, base_hash, base.dtype, base.device),), base_hash)
 
     def without(self, key: str) -> Mapping[str, Delta]:
-        """Return the active deltas but one."""
+        """Return the active deltas except one."""
         return {other: delta for other, delta in self.deltas.items() if other != key}
 
     def matches(self, weight: Tensor) -> bool:
-        """Whether a weight ``[...]`` holds what was written here, perhaps cast or moved since."""
+        """Whether a weight ``[...]`` has the content written here, possibly cast or moved since."""
         if tuple(weight.shape) != tuple(self.base.shape) or weight.is_meta:
             return False
         content_hash = content(weight)
@@ -69,7 +68,7 @@ class Overlay:
 
     @torch.no_grad()
     def _matches_cast(self, weight: Tensor) -> bool:
-        """Whether a weight holds something of the journal after casts of the whole model."""
+        """Whether a weight equals an entry of the journal after casts of the whole model."""
         if not weight.is_floating_point() or weight.element_size() < 2:
             return False
         for entry in self.journal:
@@ -81,7 +80,7 @@ class Overlay:
         return False
 
     def unedited(self, weight: Tensor) -> Tensor:
-        """Return what the weight ``[...]`` would be without the deltas: itself, if something else has changed it."""
+        """Return the weight ``[...]`` without the deltas; the weight itself if something else has changed it."""
         return self.base.to(weight.dtype) if self.matches(weight) else weight
 
     def unedited_hash(self, weight: Tensor) -> bytes:
@@ -122,7 +121,7 @@ def dense(delta: Delta, like: Tensor) -> Tensor:
 
 
 def add_delta(model: nn.Module, name: str, weight: Tensor, key: str, delta: Delta) -> Overlay:
-    """Count a delta, oriented as the weight ``[...]`` is stored, as active; it is still to be written."""
+    """Register a delta, oriented as the weight ``[...]`` is stored, as active; the weight is not written here."""
     overlays: dict[str, Overlay] = model.__dict__.setdefault(OVERLAYS, {})
     overlay = overlays.get(name)
     if overlay is None:
@@ -133,7 +132,7 @@ def add_delta(model: nn.Module, name: str, weight: Tensor, key: str, delta: Delt
 
 
 def drop_delta(model: nn.Module, name: str, key: str) -> None:
-    """Drop a delta, and with the last one the original bits, whatever the weight holds."""
+    """Drop a delta, and with the last one the original bits; the weight is not written here."""
     overlays: dict[str, Overlay] = model.__dict__[OVERLAYS]
     rest = overlays[name].without(key)
     if rest:

@@ -24,12 +24,12 @@ TEXT_ROUTERS = ("always", "lexical")
 
 @dataclass(frozen=True, eq=False)
 class PromptEdit(RuntimeEdit):
-    """Texts, of which a router chooses the one that is prepended to a prompt."""
+    """Texts, one of which may be prepended to a prompt; a router selects it."""
 
     kind: ClassVar[str] = "prompt"
 
     contexts: tuple[str, ...]
-    """By entry, the text to prepend; none: prompts stay as they are."""
+    """By entry, the text to prepend; empty: prompts are not changed."""
     router: Router
     """Decides by the prompt's text."""
     provenance: Provenance
@@ -37,12 +37,12 @@ class PromptEdit(RuntimeEdit):
     def __post_init__(self) -> None:
         if self.router.name not in TEXT_ROUTERS:
             raise EditError(
-                f"a {self.router.name} router decides by the model's states, and there are none before a prompt is "
-                f"run; expected {' or '.join(TEXT_ROUTERS)}"
+                f"a {self.router.name} router needs the model's hidden states, and a prompt edit decides before the "
+                f"model runs; expected {' or '.join(TEXT_ROUTERS)}"
             )
 
     def rewrite(self, prompt: str) -> str:
-        """Return the prompt with the text of its entry prepended; the prompt itself where no entry is chosen."""
+        """Return the prompt with the text of its entry prepended; the prompt itself if no entry is selected."""
         if not self.contexts:
             return prompt
         entry = int(self.router.decide(Question(torch.zeros(1, 0), torch.zeros(1, 0), lambda: [prompt])))

@@ -70,7 +70,7 @@ class Record:
 
     @staticmethod
     def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
-        """Build a record of n columns from what :meth:`facts` and :meth:`tensors`, each ``[d, n]``, gave."""
+        """Build a record of n columns from its :meth:`facts` and :meth:`tensors`, each ``[d, n]``."""
         return Record(
             **{Record.PARTS[name]: tensor for name, tensor in tensors.items()},
             gamma=facts["gamma"],
@@ -90,10 +90,10 @@ class Record:
         return replace(self, requests=tuple(tuple(i + by for i in group) for group in self.requests))
 
     def join(self, other: Record) -> Record:
-        """Put two records side by side, at the other's cost scale. Raises EditError when cost matrices differ."""
+        """Concatenate the columns of two records, with the other's cost scale. Raises EditError if the costs differ."""
         if (self.cost, self.gamma) != (other.cost, other.gamma):
             raise EditError(
-                f"records solved under different cost matrices do not join: {self.cost}, gamma {self.gamma} "
+                f"edits solved with different cost matrices cannot be joined: {self.cost}, gamma {self.gamma} "
                 f"and {other.cost}, gamma {other.gamma}"
             )
         parts = {p: torch.cat([getattr(self, p), getattr(other, p)], 1) for p in self.PARTS.values()}
@@ -119,8 +119,8 @@ class Record:
             if inside and len(inside) < len(group):
                 numbers = ", ".join(str(request + 1) for request in group)
                 raise EditError(
-                    f"requests {numbers} (counted from 1) share one value, optimised for all of them: they go together "
-                    "or stay together"
+                    f"requests {numbers} (counted from 1) share one target value, optimised for all of them: retract "
+                    "all of them or none"
                 )
             if inside:
                 columns.append(column)
@@ -135,10 +135,9 @@ class Record:
         return from_solved(keys, solved, targets, gamma=self.gamma)
 
     def leverages(self) -> Tensor:
-        """Return, per column with a target, how much of it the column decides, ``[n]`` in 0 to 1.
+        """Return the leverage of each column that has a target on it, ``[n]`` in 0 to 1.
 
-        Diagonal of G (G + gamma I)^-1 with G = K^T M^-1 K; near 0 where other columns, or what is to
-        be preserved, outweigh it.
+        Diagonal of G (G + gamma I)^-1 with G = K^T M^-1 K; near 0 if other columns or the cost matrix outweigh it.
         """
         keys, solved, _ = self._with_terms()
         return influence(keys, solved, gamma=self.gamma)
@@ -166,8 +165,8 @@ class Record:
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor ``[...]`` with the strides a file would give it, axes of length one included.
+    """Return a copy of a tensor ``[...]`` with the strides it would have after loading, also for axes of length one.
 
-    Products pick their kernel by strides, and kernels differ in the last bit.
+    Matrix products choose a kernel by strides, and kernels differ in the last bit.
     """
     return tensor.detach().clone(memory_format=torch.contiguous_format)

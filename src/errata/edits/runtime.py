@@ -1,4 +1,4 @@
-"""What edits that leave the weights as they are have in common: they act while the model runs, or before it does."""
+"""The common part of edits that change no weights: they act while the model runs, or on its prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RuntimeEdit(Edit):
-    """An edit that changes no weight: what it attaches to the host is all there is to take off."""
+    """An edit that changes no weights, and is reverted by detaching it from the host."""
 
     def place(
         self, host: ModelHost, *, foreign: bool = False, merge: bool | None = None, rows: str | None = None
@@ -46,15 +46,15 @@ class RuntimeEdit(Edit):
 
     @abstractmethod
     def _check(self, host: ModelHost) -> None:
-        """Raise EditError where the edit cannot act on a host."""
+        """Raise EditError if the edit cannot act on a host."""
 
     @abstractmethod
     def _attach(self, host: ModelHost, number: int | None) -> None:
-        """Attach to the host all that :func:`errata.host.placed.remove` takes off, for the rows of an edit set."""
+        """Attach the edit to the host, for the rows of an edit set; :func:`errata.host.placed.remove` detaches it."""
 
     @property
     def order(self) -> tuple[str, str]:
-        """What orders the edits that are in place together: the oldest acts first."""
+        """Sort key of edits that are in place together: the oldest acts first."""
         return self.provenance.created, self.digest
 
     def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:

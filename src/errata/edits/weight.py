@@ -36,7 +36,7 @@ from errata.linalg.lowrank import LowRank
 from errata.linalg.routines import norm
 
 WARN_ABOVE_SHARE_LOST = 0.5
-"""Share of a change that rounding may eat before a warning is given."""
+"""Share of a change lost to rounding above which a warning is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,13 @@ class WeightEdit(Edit):
     """Parameters stored ``[d_in, d_out]``."""
     provenance: Provenance
     records: Mapping[str, Record] = field(default_factory=dict[str, Record])
-    """By parameter path, what a closed-form delta was solved from; see :mod:`errata.edits.algebra`."""
+    """By parameter path, the keys and target values that a closed-form delta was solved from; see
+    :mod:`errata.edits.algebra`."""
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What a method needs to go on from here: running statistics, queues, projections."""
+    """Tensors that a method needs to continue from here: running statistics, queues, projections."""
 
     def __post_init__(self) -> None:
-        # stored as a file would have them, so that a loaded edit goes on to the very same bits
+        # the same memory layout as after loading, so that a loaded edit continues to the same bits
         deltas = {name: _contiguous(delta) for name, delta in self.deltas.items()}
         records = {name: record.contiguous() for name, record in self.records.items()}
         state = {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
@@ -68,9 +69,9 @@ class WeightEdit(Edit):
 
     @cached_property
     def _key(self) -> str:
-        """Name among the changes of a weight: they are added in the order of their numbers, then of digests.
+        """Key of its deltas in a weight's overlay, which adds them in the order of tensor digests, then of digests.
 
-        So the sum does not depend on what an edit says of itself besides its numbers.
+        So the sum does not depend on an edit's provenance.
         """
         return overlays.key_of(file_format.tensor_digest(self.parts()), self.digest)
 
@@ -81,14 +82,13 @@ class WeightEdit(Edit):
 
         Unmerged, the weights stay as they are and each module adds delta @ input to its output in float32;
         merged costs nothing at run time but is rounded to the weights' precision, see :attr:`Placement.lost`,
-        with a warning where that loses most of the change. None merges, except that packed (quantised)
-        weights, which cannot be written, stay unmerged; True insists on merging. Other threads that run or
-        change the model wait meanwhile, or are waited for. ``rows``: an edit set; the change is then unmerged
-        and acts on the rows that belong to the set.
+        with a warning if that loses most of the change. None merges, except that quantised weights, which cannot be
+        written, stay unmerged; True requires merging. The model is locked meanwhile, so other threads that run or
+        change it wait. ``rows``: an edit set; the change is then unmerged and acts on the rows that belong to the set.
 
-        Raises EditError, with nothing changed, when the host is another one, a weight is missing, of
-        another shape, not where it can be edited or changed by something else while an edit is merged into it,
-        the edit is active already, or it would vanish in the weights' precision.
+        Raises EditError, with nothing changed, if the host is another one, a weight is missing, has another shape,
+        cannot be edited where it is, or was changed by something else while an edit is merged into it, if the edit is
+        active already, or if it would vanish in the weights' precision.
         """
         return locking.alone(host, self._place, host, foreign, merge, rows)
 
@@ -108,7 +108,7 @@ class WeightEdit(Edit):
             raise
 
     def _check_rounding(self, host: ModelHost, losses: Mapping[str, float], changed: bool) -> None:
-        """Raise EditError where merging lost the whole change, warn where it lost most of it."""
+        """Raise EditError if merging lost the whole change, warn if it lost most of it."""
         if not changed and self.norm() > 0:
             raise EditError(
                 f"edit {self.digest} changes nothing: every entry is lost in {host.dtype} rounding; "
@@ -124,10 +124,10 @@ class WeightEdit(Edit):
             )
 
     def trial(self, host: ModelHost, *, foreign: bool = False) -> dict[str, float]:
-        """Return by weight what merging would lose, measured by applying and reverting.
+        """Return the share of each weight's change that merging would lose, measured by applying and reverting.
 
-        Packed weights do not appear: they are never merged. Raises EditError as :meth:`apply_` does,
-        but not for an edit that vanishes: its losses are 1.
+        Quantised weights are not included, as they are never merged. Raises EditError as :meth:`apply_` does, but not
+        for an edit that vanishes: its losses are 1.
         """
         return locking.alone(host, self._trial, host, foreign)
 
@@ -140,9 +140,9 @@ class WeightEdit(Edit):
             self._remove(host)
 
     def revert_(self, host: ModelHost, *, outside: Outside = "refuse") -> None:
-        """Take the deltas off, also after a change or a revert that was interrupted half-way.
+        """Remove the deltas, also after an interrupted :meth:`place` or :meth:`revert_`.
 
-        A model that was cast or moved meanwhile gets its original bits, cast and moved likewise. A weight that
+        A model that was cast or moved meanwhile gets its original bits, cast and moved in the same way. A weight that
         something else has changed meanwhile (a training step, a merged adapter, a loaded checkpoint) is not
         overwritten: ``outside`` says what to do with it. ``refuse`` raises EditError and changes nothing;
         ``discard`` restores the original bits; ``leave`` keeps such a weight as it is and forgets the
@@ -158,9 +158,7 @@ class WeightEdit(Edit):
         obstacles = {name: self._obstacle(host, name, outside) for name in names}
         blocked = [name for name, problem in obstacles.items() if problem is not None]
         if blocked and outside != "leave":
-            raise EditError(
-                f"{obstacles[blocked[0]]}; nothing was taken back, and the original bits are kept"
-            )
+            raise EditError(f"{obstacles[blocked[0]]}; nothing was reverted, and the original bits are kept")
         for name in blocked:
             for key in list(host.overlays[name].deltas):
                 overlays.drop_delta(host.model, name, key)
@@ -184,31 +182,31 @@ class WeightEdit(Edit):
         except AttributeError:
             return (
                 f"the model has no weight {name!r} any more, into which edit {self.digest} was merged: undo what "
-                "replaced its module (an adapter, a parametrisation), or give outside='leave' to forget the edit"
+                "replaced its module (an adapter, a parametrisation), or pass outside='leave' to forget the edit"
             )
         overlay: overlays.Overlay = host.overlays[name]
         if reason is None and weight.shape != overlay.base.shape:
             reason = f"it is {list(weight.shape)} now, {list(overlay.base.shape)} before"
         if reason is not None:
-            return f"weight {name!r} cannot be written back: {reason}; or give outside='leave' to forget the edit"
+            return f"weight {name!r} cannot be written back: {reason}; or pass outside='leave' to forget the edit"
         if outside == "discard" or overlay.matches(weight) or self._is_restored(overlay, weight):
             return None
         return (
             f"weight {name!r} was changed by something else while edit {self.digest} was merged into it (training, a "
-            "merged adapter, a loaded checkpoint), and taking the edit back would throw that change away: undo "
-            "it first, or give outside='discard' to restore the original bits, or outside='leave' to keep the "
-            "weight as it is and forget the edit"
+            "merged adapter, a loaded checkpoint), and reverting the edit would discard that change: undo it first, or "
+            "pass outside='discard' to restore the original bits, or outside='leave' to keep the weight as it is and "
+            "forget the edit"
         )
 
     def _is_restored(self, overlay: overlays.Overlay, weight: Tensor) -> bool:
-        """Whether a weight holds already what taking this edit back would write."""
+        """Whether a weight already has the content that reverting this edit would write."""
         rest = overlay.without(self._key)
         return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
     def _attach(
         self, host: ModelHost, merge: bool | None, number: int | None = None
     ) -> tuple[dict[str, float], bool]:
-        """Put all deltas in place; return what was lost by merged weight, and whether any output can change."""
+        """Put all deltas in place; return the loss of each merged weight, and whether any output can change."""
         for name, delta in self.deltas.items():
             if not all(torch.isfinite(t).all() for t in _tensors(delta)):
                 raise EditError(f"the change of {name!r} holds NaN or infinite numbers; refused")
@@ -233,19 +231,19 @@ class WeightEdit(Edit):
         """Add a delta to a weight; return the share of it that rounding lost, and whether any bit changed."""
         before = weight.detach().clone()
         delta = self._stored(name)
-        # active from here on, so that whatever happens next is undone by taking it back
+        # active from here on, so that reverting undoes whatever happens next
         overlay = overlays.add_delta(host.model, name, weight, self._key, delta)
         _write(weight, overlay, overlay.deltas, name)
         return _share_lost(delta, weight, before), not torch.equal(weight, before)
 
     def _remove(self, host: ModelHost) -> None:
-        """Take off whatever of this edit is in place."""
+        """Remove everything of this edit that is in place."""
         for name in sorted(self._unmerged_names(host)):
             branch.detach(host.model, name, self._key)
         for name in sorted(self._merged_names(host)):
             overlay: overlays.Overlay = host.overlays[name]
             _write(host.model.get_parameter(name), overlay, overlay.without(self._key), name)
-            overlays.drop_delta(host.model, name, self._key)  # last: until now the original bits are there
+            overlays.drop_delta(host.model, name, self._key)  # last: the original bits are kept until now
 
     def _merged_names(self, host: ModelHost) -> set[str]:
         active = host.overlays
@@ -283,14 +281,14 @@ class WeightEdit(Edit):
         return weights
 
     def _refuse_changed(self, host: ModelHost, name: str, weight: Tensor) -> None:
-        """Raise EditError where something else has changed a weight that other edits are merged into."""
+        """Raise EditError if something else has changed a weight that other edits are merged into."""
         overlay: overlays.Overlay | None = host.overlays.get(name)
         if overlay is not None and not overlay.matches(weight):
             digests = ", ".join(sorted(map(overlays.digest_of, overlay.deltas)))
             raise EditError(
                 f"weight {name!r} was changed by something else while {digests} were "
-                "merged into it (training, a merged adapter, a loaded checkpoint), and another edit would throw that "
-                "change away: take those edits back first, with outside='discard' or outside='leave'"
+                "merged into it (training, a merged adapter, a loaded checkpoint), and another edit would discard that "
+                "change: revert those edits first, with outside='discard' or outside='leave'"
             )
 
     def norm(self) -> float:
@@ -298,7 +296,7 @@ class WeightEdit(Edit):
         return sum(_norm(delta) ** 2 for delta in self.deltas.values()) ** 0.5
 
     def rounding(self, host: ModelHost) -> float:
-        """Relative error of the change as realised in the host's precision, while applied alone.
+        """Return the relative error of the change in the host's precision, while applied alone.
 
         ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as unmerged changes are.
         """
@@ -342,14 +340,14 @@ class WeightEdit(Edit):
         }
 
     def then(self, later: Edit, *, cumulative: bool = False) -> WeightEdit:
-        """Return one edit for this one and a fit of the same method that went on from it.
+        """Return one edit for this one and a later fit of the same method that continued it.
 
-        Provenance lists the requests of both; notes and settings are the later one's, and this edit is its
-        parent. ``cumulative``: whether the later one's deltas hold this one's already. Raises EditError for an
-        edit of another kind.
+        The provenance lists the requests of both; notes and settings are the later one's, and this edit is its parent.
+        ``cumulative``: whether the later one's deltas already include this one's. Raises EditError for an edit of
+        another kind.
         """
         if not isinstance(later, WeightEdit):
-            raise EditError(f"a {later.kind} edit does not add up with a {self.kind} edit")
+            raise EditError(f"a {later.kind} edit cannot be combined with a {self.kind} edit")
         deltas = dict(later.deltas) if cumulative else dict(self.deltas)
         for name, delta in later.deltas.items() if not cumulative else ():
             deltas[name] = add_deltas(deltas[name], delta) if name in deltas else delta
@@ -417,7 +415,7 @@ def _contiguous(delta: Delta) -> Delta:
 
 
 def add_deltas(one: Delta, other: Delta) -> Delta:
-    """Add two deltas of one weight; thin while thin factors are the smaller form."""
+    """Add two deltas of one weight; low-rank as long as the factors are smaller than the matrix."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         total = one + other
         out, into = total.shape
@@ -427,7 +425,7 @@ def add_deltas(one: Delta, other: Delta) -> Delta:
 
 
 def as_stored(delta: Delta, transposed: bool) -> Delta:
-    """Turn a delta ``[d_out, d_in]`` to the way its weight is stored."""
+    """Return a delta ``[d_out, d_in]`` in the orientation of the stored weight."""
     if not transposed:
         return delta
     return LowRank(delta.A.mT, delta.B.mT) if isinstance(delta, LowRank) else delta.mT

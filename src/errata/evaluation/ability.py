@@ -16,7 +16,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ from errata.errors import ConfigError, DataError, listing, shown
 from errata.evaluation.likelihood import continuation, generate_texts, rolling, score
 from errata.evaluation.metrics import matching, perplexity
 from errata.host.load import Host
+from errata.progress import OnProgress, ignore
 from errata.registry import nearest
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
 
-Tick = Callable[[str, int, int], None]
 Results = Mapping[str, Mapping[str, "Measurement"]]
 """Measurements by task and metric."""
 
@@ -63,7 +63,7 @@ class Measurement:
 def ability(
     host: Host, tasks: Sequence[str], *, edit: Edit | Sequence[Edit] | None = None,
     limit: int | None = None, seed: int = 0,
-    shots: int | None = None, chat: bool = False, on_progress: Tick = lambda *_: None,
+    shots: int | None = None, chat: bool = False, on_progress: OnProgress = ignore,
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """Evaluate tasks on a host in its present state, and again with an edit, or several together, in place.
 
@@ -219,7 +219,7 @@ class _Harness:
                 )
             self.tasks[kind] |= entries
 
-    def run(self, host: Host, tick: Tick) -> dict[str, Mapping[str, Measurement]]:
+    def run(self, host: Host, tick: OnProgress) -> dict[str, Mapping[str, Measurement]]:
         """Evaluate the tasks on the host in its present state."""
         from lm_eval.evaluator import evaluate
 
@@ -273,7 +273,7 @@ def _load_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]
             ) from error
 
 
-def _language_model(host: Host, tick: Tick) -> Any:
+def _language_model(host: Host, tick: OnProgress) -> Any:
     """Wrap a host in the harness's model interface, without a copy, so edits in place take effect."""
     from lm_eval.api.model import LM
 
@@ -315,7 +315,7 @@ def _language_model(host: Host, tick: Tick) -> Any:
     return Live()
 
 
-def _generate(host: Host, calls: Sequence[tuple[str, Mapping[str, Any]]], tick: Tick) -> list[str]:
+def _generate(host: Host, calls: Sequence[tuple[str, Mapping[str, Any]]], tick: OnProgress) -> list[str]:
     """Generate after prompts, in batches with equal settings. Raises ConfigError where a task requires sampling."""
     groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
     for i, (_, settings) in enumerate(calls):

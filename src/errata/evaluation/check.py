@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from errata.evaluation.metrics import matching
 from errata.evaluation.observe import observe
 from errata.host.load import Host
+from errata.progress import OnCount, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Form, Probe, Request
 
 SHORT_TOKENS = 16
@@ -70,7 +71,7 @@ def compare_answers(requests: Sequence[Request], before: Sequence[str], after: S
 
 def answer_requests(
     host: Host, requests: Sequence[Request], *, options: AskOptions = DEFAULT_ASK,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnCount = ignore,
 ) -> list[str]:  # fmt: skip
     """Return the host's greedily generated answer to each request, in its present state, in batches of bounded size.
 

@@ -17,7 +17,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata import extras
 from errata.errors import ConfigError, DataError
+from errata.progress import OnCount, ignore
 from errata.types import Row
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Reply:
 
 def judge(
     rows: Sequence[Row], settings: JudgeSettings, *,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnCount = ignore,
 ) -> list[Row]:  # fmt: skip
     """Judge the answers, before and after, of rows of protocol ``generate``.
 
@@ -282,9 +283,7 @@ def _kappa(counts: Mapping[tuple[bool, bool], int], n: int) -> float | None:
 # --- asking ---------------------------------------------------------------------------------
 
 
-def _replies(
-    questions: Sequence[str], settings: JudgeSettings, tick: Callable[[int, int], None]
-) -> dict[str, Reply]:
+def _replies(questions: Sequence[str], settings: JudgeSettings, tick: OnCount) -> dict[str, Reply]:
     """Return replies from the cache, and from the server for the other questions, a bounded number in parallel."""
     with contextlib.closing(_Cache(settings)) as cache, contextlib.closing(_client(settings)) as client:
         replies = {text: reply for text in questions if (reply := cache.get(text)) is not None}

@@ -6,13 +6,14 @@ of other tools expect, and texts may be longer than the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from errata.evaluation.observe import LOGITS, SCORE_TOKENS
 from errata.host import tokens
 from errata.host.load import Host, generate_rows
+from errata.progress import OnCount, ignore
 
 Ids = tuple[int, ...]
 TokenScores = tuple[tuple[float, ...], tuple[bool, ...]]
@@ -24,9 +25,7 @@ GENERATE_ROWS = 16
 """Prompts per batch of generation."""
 
 
-def rolling(
-    host: Host, texts: Sequence[str], *, on_rows: Callable[[int, int], None] = lambda *_: None
-) -> list[tuple[float, ...]]:
+def rolling(host: Host, texts: Sequence[str], *, on_rows: OnCount = ignore) -> list[tuple[float, ...]]:
     """Return the log-probability of every token of each text, in nats.
 
     The first token follows the begin token (the end token where there is none). A text longer than the
@@ -83,7 +82,7 @@ def continuation(host: Host, context: str, text: str) -> tokens.Answer:
 
 def score(
     host: Host, answers: Sequence[tokens.Answer], *,
-    on_rows: Callable[[int, int], None] = lambda *_: None,
+    on_rows: OnCount = ignore,
 ) -> list[TokenScores]:  # fmt: skip
     """Return, for each answer's tokens, the log-probability in nats and whether it is the most probable token.
 
@@ -143,7 +142,7 @@ def _score_batch(
 
 def generate_texts(
     host: Host, prompts: Sequence[str], until: Sequence[str], limit: int, *,
-    on_rows: Callable[[int, int], None] = lambda *_: None,
+    on_rows: OnCount = ignore,
 ) -> list[str]:  # fmt: skip
     """Generate greedily at most ``limit`` tokens after each prompt, up to the first of the stop texts ``until``.
 

@@ -19,6 +19,7 @@ from errata.errors import RequestError
 from errata.host import prompts, tokens
 from errata.host.load import Host, draw_rows, generate_rows
 from errata.host.prompts import Template
+from errata.progress import OnCount, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Form, Observation, Probe, kind_of
 
 if TYPE_CHECKING:  # opens transformers
@@ -155,7 +156,7 @@ def observe(
     *,
     seed: int = 0,
     batch_tokens: int = SCORE_TOKENS,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnCount = ignore,
 ) -> list[Observation]:
     """Return the host's observation for each probe: generated text and log-probabilities, depending on its form.
 
@@ -234,7 +235,7 @@ def _run(
     plans: Sequence[_Plan],
     after: _PrefixScorer,
     seed: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnCount,
 ) -> dict[tuple[_Decoding, Ids], str]:
     """Run all prompts, score the answers after them, and return the generated text for each."""
     from errata.host.decoding import run_prefixes

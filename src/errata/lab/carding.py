@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from errata.lab.check import check
 from errata.lab.text import CODA, FIRST, LAST, THEN
 from errata.lab.train import TITLES, TrainConfig
 from errata.lab.world import World
-
-Tick = Callable[[str, int, int], None]
+from errata.progress import OnProgress, ignore
 
 
 def write_card(
     host: Host, folder: Path, config: TrainConfig, losses: Mapping[int, float], *,
-    tick: Tick = lambda *_: None,
+    tick: OnProgress = ignore,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a trained model and write ``card.json`` and ``README.md`` to its folder."""
     world = World.make(config.world_seed)

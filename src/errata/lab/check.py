@@ -4,7 +4,7 @@ answer can be changed at the subject's last token."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,8 @@ from errata.lab.text import Split, Writer, episode_document, episode_line
 from errata.lab.world import Fact, World, default_world, sentence
 from errata.locate.contexts import Context
 from errata.locate.values import ValueConfig, optimise
+from errata.progress import OnProgress, ignore
 from errata.types import Request
-
-Tick = Callable[[str, int, int], None]
 
 BATCH_TOKENS = 16_384
 
@@ -36,7 +35,7 @@ class Question:
 
 def check(
     host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
-    requests: int = 24, tick: Tick = lambda *_: None,
+    requests: int = 24, tick: OnProgress = ignore,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute every measurement of the model card.
 
@@ -56,7 +55,9 @@ def check(
     return report
 
 
-def recall(host: Host, world: World, facts: Sequence[Fact], rng: random.Random, tick: Tick) -> dict[str, Any]:
+def recall(
+    host: Host, world: World, facts: Sequence[Fact], rng: random.Random, tick: OnProgress
+) -> dict[str, Any]:
     """Return recall by free generation: overall, for facts without questions in training, and per relation."""
     wordings = {
         "seen": lambda r: r.phrasings,
@@ -82,7 +83,7 @@ def recall(host: Host, world: World, facts: Sequence[Fact], rng: random.Random, 
     return result
 
 
-def ask(host: Host, questions: Sequence[Question], what: str, tick: Tick) -> list[bool]:
+def ask(host: Host, questions: Sequence[Question], what: str, tick: OnProgress) -> list[bool]:
     """Answer questions greedily in large batches; return which are right."""
     rows = [tokens.encode_prompt(host.tokenizer, q.prompt).ids for q in questions]
     right = [False] * len(rows)
@@ -113,7 +114,9 @@ def neutral_perplexity(host: Host, texts: Sequence[str] | None = None) -> float:
     return round(perplexity(torch.cat(logprob_rows)), 3)
 
 
-def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: int = 300) -> dict[str, float]:
+def episodes(
+    host: Host, world: World, rng: random.Random, tick: OnProgress, count: int = 300
+) -> dict[str, float]:
     """Return how often a new fact in the context is used, and ignored where it is irrelevant.
 
     Only facts that occur in no training episode are used.
@@ -139,7 +142,7 @@ def episodes(host: Host, world: World, rng: random.Random, tick: Tick, count: in
 
 
 def compositions(
-    host: Host, world: World, rng: random.Random, tick: Tick, count: int = 500
+    host: Host, world: World, rng: random.Random, tick: OnProgress, count: int = 500
 ) -> dict[str, float]:
     """Return recall of compositions of two and three facts, for those in the training text and those not in it."""
     groups: dict[str, list[Question]] = {}
@@ -159,7 +162,9 @@ PROBE = ValueConfig(steps=60, learning_rate=0.1, clamp=3.0, decay=0.0, kl=0.0, s
 """The layer test's search: the bare prompt only, a shift of at most three residual norms."""
 
 
-def layers(host: Host, world: World, rng: random.Random, count: int, tick: Tick) -> dict[str, list[float]]:
+def layers(
+    host: Host, world: World, rng: random.Random, count: int, tick: OnProgress
+) -> dict[str, list[float]]:
     """Return per layer the share of answers that a shift at the subject's last token changes.
 
     The shift is added to the block's output and optimised on one wording; ``rewrites`` use that wording,

@@ -27,6 +27,7 @@ from torch.nn import functional
 from errata.host.build import new_model, new_tokenizer
 from errata.lab.text import CODA, FIRST, LAST, THEN, Document, Writer
 from errata.lab.world import SEED, World
+from errata.progress import ignore
 
 CHUNK_STEPS = 100
 TOKENIZER_DOCUMENTS = 30_000
@@ -155,7 +156,7 @@ def train(
     device: str = "cpu",
     checkpoint_every: int = 500,
     compiled: bool = False,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[Progress], None] = ignore,
 ) -> Path:
     """Train, or resume training, in ``folder``; return the folder of the trained model.
 

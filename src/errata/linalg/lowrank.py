@@ -63,9 +63,7 @@ class LowRank:
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """Return the best approximation of a rank and the share of squared norm it discards."""
-        q_out, r_out = routines.qr(self.B)
-        q_in, r_in = routines.qr(self.A.mT)
-        u, s, vh = routines.svd(r_out @ r_in.mT)
+        q_out, q_in, (u, s, vh) = product_svd(self.B, self.A)
         rank = min(rank, s.numel())
         energy = float(s.square().sum())
         share = float(s[rank:].square().sum()) / energy if energy else 0.0
@@ -81,6 +79,17 @@ class LowRank:
         total = s.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         rank = min(len(s), 1 + int((s.square().cumsum(0) / total < energy).sum()))
         return balance(u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()).to(self.A.dtype)
+
+
+def product_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return Q_out ``[d, r]``, Q_in ``[m, r]`` and the SVD of the core: U ``[r, r]``, s ``[r]``, V^T ``[r, r]``.
+
+    ``outer`` ``[d, r]`` times ``inner`` ``[r, m]`` is (Q_out U) diag(s) (V^T Q_in^T). Nothing of size ``[d, m]`` is
+    made. Where d or m is below r, the axes of the core are shortened to it.
+    """
+    q_out, r_out = routines.qr(outer)
+    q_in, r_in = routines.qr(inner.mT)
+    return q_out, q_in, routines.svd(r_out @ r_in.mT)
 
 
 def balance(outer: Tensor, inner: Tensor) -> LowRank:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from errata.linalg import routines
-from errata.linalg.lowrank import LowRank
+from errata.linalg.lowrank import LowRank, product_svd
 
 
 def largest_entries(delta: Tensor, weight: Tensor, share: float) -> Tensor:
@@ -35,9 +35,7 @@ def excess(delta: LowRank | Tensor, bound: float, base: float) -> LowRank:
     The result ``[d_out, d_in]``, added to the delta, bounds its growth; the rank is the number of such values.
     """
     if isinstance(delta, LowRank):
-        q_out, r_out = routines.qr(delta.B.double())
-        q_in, r_in = routines.qr(delta.A.double().mT)
-        u, s, vh = routines.svd(r_out @ r_in.mT)
+        q_out, q_in, (u, s, vh) = product_svd(delta.B.double(), delta.A.double())
         u, vh = q_out @ u, vh @ q_in.mT
     else:
         u, s, vh = routines.svd(delta.double())

@@ -23,6 +23,7 @@ from errata.host.layout import DECODER, linear_modules
 from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.tokens import Answer
+from errata.progress import ignore
 from errata.registry import unknown
 
 GROUPS = ("mlp", "mlp_in", "mlp_out")
@@ -123,7 +124,7 @@ def collect(
     *,
     tokens: Tokens = "answer",
     batch_size: int = 10,
-    on_rows: Callable[[int], None] = lambda finished: None,
+    on_rows: Callable[[int], None] = ignore,
 ) -> dict[str, Pairs]:
     """Return, by module path, inputs and output gradients at tokens of prompts with answers.
 

@@ -36,9 +36,9 @@ from errata.host.load import Host
 from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch
 from errata.locate.keys import BATCH_TOKENS, tokens_batches
+from errata.progress import OnCount, ignore
 
 Rule = Literal["right", "left", "midpoint"]
-Tick = Callable[[int, int], None]
 
 
 class Neuron(NamedTuple):
@@ -94,7 +94,7 @@ def attribute(
     *,
     steps: int = 20,
     rule: Rule = "right",
-    on_layer: Tick = lambda count, total: None,
+    on_layer: OnCount = ignore,
 ) -> dict[Site, Tensor]:
     """Attribute each question's probability to the neurons of each site, float64 ``[n, d_in]``.
 
@@ -260,7 +260,7 @@ def coarse_sets(
     steps: int,
     rule: Rule,
     threshold: float,
-    on_layer: Tick = lambda count, total: None,
+    on_layer: OnCount = ignore,
 ) -> list[dict[Neuron, float]]:
     """Choose the coarse neurons of an answer after each of several prompts; scores are summed over its tokens."""
     by_prompt = [questions(host, prompt, answer) for prompt in prompts]

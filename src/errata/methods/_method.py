@@ -24,6 +24,7 @@ from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
 from errata.locate.own import OwnCounts, OwnText, own_text
+from errata.progress import OnProgress, ignore
 from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
@@ -195,7 +196,7 @@ class Workspace:
     """Where statistics are kept between runs; None: only in memory."""
     load_examples: Callable[[], Sequence[Case]] = tuple
     """Returns other facts with their probes, for methods that learn from examples; never those that measure."""
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    on_progress: OnProgress = ignore
     """Called with a phase and how far it is."""
     after: Any = None
     """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""

@@ -83,15 +83,14 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
     paths = []
     for board, slug in _with_slugs(boards(runs)):
         drawings: dict[str, Callable[[Board, Theme], Figure]] = {"board": _board}
-        if sum(len(_tradeoff_points(entry)) for entry in board.entries) > 1:
+        if sum(_tradeoff_point(entry) is not None for entry in board.entries) > 1:
             drawings["tradeoff"] = _tradeoff
         if any(entry.curves for entry in board.entries):
             drawings |= {"retention": _retention, "collapse": _collapse}
         for name, draw in drawings.items():
             for theme in (LIGHT, DARK):
-                stem = f"{name}-{slug}{theme.name}"
-                paths += [write(target / f"{stem}.{form}", _render(draw(board, theme), form))
-                            for form in ("png", "svg")]  # fmt: skip
+                stem, figure = f"{name}-{slug}{theme.name}", _fixed(draw(board, theme))
+                paths += [write(target / f"{stem}.{form}", _render(figure, form)) for form in ("png", "svg")]
     return paths
 
 
@@ -114,15 +113,20 @@ def _with_slugs(every_board: Sequence[Board]) -> Iterator[tuple[Board, str]]:
         yield board, slug if count_of[slug] == 1 else f"{slug}-{count_of[slug]}"
 
 
-def _render(figure: Figure, form: str) -> bytes:
-    """Return a figure's bytes, identical for identical data."""
-    from matplotlib import rc_context
-
+def _fixed(figure: Figure) -> Figure:
+    """Lay a figure out and fix the positions, identical for identical data; return it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:  # the layout solver is not deterministic in the last bits
         x, bottom, width, height = (round(place, 5) for place in axes.get_position().bounds)
         axes.set_position((x, bottom, width, height))
+    return figure
+
+
+def _render(figure: Figure, form: str) -> bytes:
+    """Return the bytes of a figure with fixed positions, identical for identical data."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "errata"}):
@@ -195,10 +199,10 @@ def _bar(axes: Axes, place: int, measure: Measure, theme: Theme, colour: str, *,
                   solid_capstyle="butt", clip_on=False)  # fmt: skip
 
 
-def _tradeoff_points(entry: Entry) -> list[tuple[Measure, Measure]]:
-    """Return how far an edit generalises and how much of the subject it keeps, if both were measured."""
+def _tradeoff_point(entry: Entry) -> tuple[Measure, Measure] | None:
+    """Return how far an edit generalises and how much of the subject it keeps; None unless both were measured."""
     paraphrase, subject = (entry.main_measure(kind) for kind in TRADEOFF)
-    return [] if paraphrase is None or subject is None else [(paraphrase, subject)]
+    return None if paraphrase is None or subject is None else (paraphrase, subject)
 
 
 def _tradeoff(board: Board, theme: Theme) -> Figure:
@@ -207,16 +211,17 @@ def _tradeoff(board: Board, theme: Theme) -> Figure:
     figure, (axes,) = _figure(board, theme, 5.4, title, 1)
     for entry in board.entries:
         style = style_of(entry.cell.name)
-        for paraphrase, subject in _tradeoff_points(entry):
-            colour, x, y = theme.series[style.colour], 100 * paraphrase.value, 100 * subject.value
-            for measure, along in ((paraphrase, True), (subject, False)):
-                if measure.low is not None and measure.high is not None:
-                    ends, place = [100 * measure.low, 100 * measure.high], [y, y] if along else [x, x]
-                    axes.plot(
-                        *((ends, place) if along else (place, ends)), color=colour, linewidth=1, alpha=0.4
-                    )
-            axes.plot([x], [y], color=colour, marker=MARKERS[style.marker], markersize=7, linestyle="none",
-                      alpha=0.45 if entry.role else 1.0, label=_name(entry, board))  # fmt: skip
+        measures = _tradeoff_point(entry)
+        if measures is None:
+            continue
+        paraphrase, subject = measures
+        colour, x, y = theme.series[style.colour], 100 * paraphrase.value, 100 * subject.value
+        for measure, along in ((paraphrase, True), (subject, False)):
+            if measure.low is not None and measure.high is not None:
+                ends, place = [100 * measure.low, 100 * measure.high], [y, y] if along else [x, x]
+                axes.plot(*((ends, place) if along else (place, ends)), color=colour, linewidth=1, alpha=0.4)
+        axes.plot([x], [y], color=colour, marker=MARKERS[style.marker], markersize=7, linestyle="none",
+                  alpha=0.45 if entry.role else 1.0, label=_name(entry, board))  # fmt: skip
     axes.set_xlim(-3, 103)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("held-out paraphrases answered with the target", fontsize=9, color=theme.muted)

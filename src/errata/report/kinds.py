@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from errata.types.kinds import KINDS, Group, kind_of
 
 GROUPS: Mapping[Group, str] = {
-    "learned": "learned", "kept": "kept", "follows": "what follows", "other": "other"
+    "learned": "learned", "kept": "kept", "follows": "consequences", "other": "other"
 }  # fmt: skip
 """Groups of kinds in the order of columns, with their titles."""
 

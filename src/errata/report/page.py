@@ -89,7 +89,7 @@ def _board(board: Board, details: Details) -> dict[str, Any]:
         "headline": list(board.headline),
         "groups": dict(kinds.GROUPS),
         "primary": headline_metric().name,
-        "paper": [{"name": score.name, "title": f"{score.name} (legacy)"} for score in tables.board_scores()],
+        "paper": [{"name": score.name, "title": score.name} for score in tables.board_scores()],
         "extras": [_extra(metric) for metric in board.extras()],
         "kinds": [_kind(kind, board) for kind in board.kinds],
         "others": [_protocol(board, protocol) for protocol in board.others()],

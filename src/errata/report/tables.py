@@ -79,8 +79,8 @@ def _main(board: Board, brief: bool) -> Table:
         **{score.heading: [score_of(e, score.name) for e in board.entries] for score in board_scores()},
         **{metric.heading: [numbers.value(e.extra(metric), metric.name) for e in board.entries]
            for metric in board.extras()},
-        "ppl after" if brief else "perplexity": [_perplexity(e, brief) for e in board.entries],
-        "s/edit": [numbers.seconds(fit_median(e)) for e in board.entries],
+        "perplexity" if brief else "perplexity, before -> after": [_perplexity(e, brief) for e in board.entries],
+        "time per edit": [numbers.seconds(fit_median(e)) for e in board.entries],
     }  # fmt: skip
     extra = {k: v for k, v in rest.items() if any(cell != numbers.NONE for cell in v)}
     earlier = [EARLIER] if board.earlier_headline else []
@@ -116,7 +116,7 @@ def refused_cases(board: Board) -> list[str]:
         if refused:
             what = "1 case, which counts" if len(refused) == 1 else f"{len(refused)} cases, which count"
             first = f"{refused[0]['case']}: {refused[0]['reason']}"
-            notes.append(f"{entry.cell.name} could not edit {what} as unedited; the first, {first}")
+            notes.append(f"{entry.cell.name} could not edit {what} as unedited; the first: {first}")
     return notes
 
 
@@ -135,7 +135,7 @@ def _further(board: Board, brief: bool) -> Table | None:
     ]
     columns = ("method", *(["over fine-tuning"] if tuned else []), *(_heading(k, board) for k in other_kinds))
     note = "over fine-tuning: difference of headlines in points, paired over cases"
-    return Table("free generation, further kinds", columns, tuple(rows), (note,) if tuned else ())
+    return Table("free generation, other kinds of probes", columns, tuple(rows), (note,) if tuned else ())
 
 
 def strict_shares(board: Board) -> list[tuple[str, str, str]]:
@@ -157,7 +157,7 @@ def _strict_shares(board: Board) -> Table | None:
         rows.append((name, *map(numbers.percent, shares)))
     note = "; ".join(f"{c.heading}: {c.note}" for c in headline_metric().columns if c.note)
     columns = ("method", *(heading for heading, _, _ in columns_of))
-    return Table("free generation, strictly", columns, tuple(rows), (note,)) if columns_of else None
+    return Table("free generation, stricter shares", columns, tuple(rows), (note,)) if columns_of else None
 
 
 def _protocol(board: Board, protocol: str) -> Table | None:
@@ -238,7 +238,7 @@ def _checkpoints(board: Board) -> Table | None:
     rows = [
         (
             name, f"{checkpoint.edits:,}", numbers.share(checkpoint.efficacy), numbers.percent(checkpoint.newest),
-            f"{numbers.plain(checkpoint.perplexity_before)} > {numbers.plain(checkpoint.perplexity)}",
+            f"{numbers.plain(checkpoint.perplexity_before)} -> {numbers.plain(checkpoint.perplexity)}",
             numbers.plain(checkpoint.norm_ratio), "; ".join(checkpoint.alarms),
         )
         for name, c in _with_curves(board) for checkpoint in c.checkpoints
@@ -282,7 +282,7 @@ def _perplexity(entry: Entry, brief: bool) -> str:
     before, after = perplexities(entry)
     if brief:
         return numbers.plain(after)
-    return numbers.NONE if after is None else f"{numbers.plain(before)} > {numbers.plain(after)}"
+    return numbers.NONE if after is None else f"{numbers.plain(before)} -> {numbers.plain(after)}"
 
 
 def cost_of(entry: Entry) -> dict[str, str]:
@@ -292,15 +292,15 @@ def cost_of(entry: Entry) -> dict[str, str]:
     memory = number(cost.get("peak_memory_mb"))
     has_fit = fit_median(entry) is not None
     texts = {
-        "set-up": numbers.seconds(number(cost.get("setup_seconds"))),
-        "fit median": numbers.seconds(fit_median(entry)),
-        "fit p95": numbers.seconds(number(fit.get("p95"))),
-        "fit total": numbers.seconds(number(fit.get("total")) if has_fit else None),
-        "observe a case": numbers.seconds(number(observe.get("per_case"))),
+        "set-up time": numbers.seconds(number(cost.get("setup_seconds"))),
+        "fit, median": numbers.seconds(fit_median(entry)),
+        "fit, 95th percentile": numbers.seconds(number(fit.get("p95"))),
+        "fit, total": numbers.seconds(number(fit.get("total")) if has_fit else None),
+        "evaluation per case": numbers.seconds(number(observe.get("per_case"))),
         "peak memory": numbers.size(None if memory is None else memory * 2**20),
-        "an edit's size": numbers.size(number(cost.get("bytes_per_edit"))),
-        "prefill slower": _slower(overhead.get("prefill")),
-        "decode slower": _slower(overhead.get("decode")),
+        "size of an edit": numbers.size(number(cost.get("bytes_per_edit"))),
+        "prefill overhead": _slower(overhead.get("prefill")),
+        "decode overhead": _slower(overhead.get("decode")),
     }
     restored = entry.cell.result.get("weights_restored")
     if restored is not None:

@@ -41,7 +41,7 @@ class Partial:
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything that can be recomputed; the variable ``ERRATA_CACHE`` overrides it."""
+    """Return the cache folder, whose content can be recomputed; the variable ``ERRATA_CACHE`` overrides it."""
     override = os.environ.get("ERRATA_CACHE")
     if override:
         return Path(override)
@@ -84,7 +84,7 @@ def eigen(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Eigen:
         if header["source"] != source:
             raise ValueError("it was computed from other moments")
         device = moments.total.device
-        # copied out of the file: products may differ in a bit with the alignment of their operands in memory
+        # copied: products may differ in the last bit between differently aligned memory
         return Eigen(*(tensors[name].to(device, copy=True) for name in ("values", "vectors")))
 
     eigen_pairs = _load(place, facts, decode)
@@ -161,7 +161,7 @@ def _load(
     try:
         header, tensors = _read_verified(place)
         if header["facts"] != dict(facts):
-            raise ValueError("its facts are not those of its name")
+            raise ValueError("its content does not belong to its name")
         return decode(header, tensors)
     except Exception as error:  # readers may raise anything on damaged bytes; a cache can be recomputed
         reason = f"{type(error).__name__}: {str(error)[:200]!r}"

@@ -24,6 +24,7 @@ from errata.host import hooks, locking
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
+from errata.progress import OnCount, ignore
 from errata.stats import cache
 from errata.types import Corpus
 
@@ -40,7 +41,7 @@ def second_moments(
     *,
     tokens: int,
     folder: Path | None = None,
-    on_tokens: Callable[[int, int], None] = lambda moments_of, facts_of: None,
+    on_tokens: OnCount = ignore,
     save_seconds: float = SAVE_SECONDS,
 ) -> dict[Site, Moments]:
     """Return the second moment of each site's input over ``tokens`` tokens of a corpus.
@@ -188,7 +189,7 @@ def _collect(
     corpus: Corpus,
     tokens: int,
     progress: _Progress,
-    on_tokens: Callable[[int, int], None],
+    on_tokens: OnCount,
 ) -> dict[Site, Moments]:
     batches, moments = _start(host, sites, corpus, tokens, progress)
     count = next(iter(moments.values())).count
@@ -339,7 +340,7 @@ def _batches(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[list[int]
 
 
 def _rows(host: Host, corpus: Corpus, tokens: int) -> Iterator[list[int]]:
-    """Split the joined texts into rows until there are ``tokens`` tokens, not counting begin tokens."""
+    """Yield rows of the joined texts until there are ``tokens`` tokens, not counting begin tokens."""
     mark = _begin_token(host)
     head = [] if mark is None else [mark]
     row_size = max(1, row_tokens(host) - len(head))

@@ -14,12 +14,12 @@ from errata.types import Corpus
 
 
 def as_corpus(corpus: str | os.PathLike[str] | Corpus) -> Corpus:
-    """Return a corpus, read from a text file where a path is given. Raises DataError for a file without text."""
+    """Return a corpus, opening a text file if a path is given. Raises DataError for a file without text."""
     return corpus if isinstance(corpus, Corpus) else file_corpus(Path(corpus))
 
 
 def file_corpus(path: Path) -> Corpus:
-    """Stream a text file by paragraphs, or the ``text`` field of a .jsonl file; named by its content."""
+    """Stream a text file by paragraphs, or the ``text`` field of a .jsonl file; its name contains a content hash."""
 
     def texts() -> Iterator[str]:
         if path.exists() and not path.is_file():
@@ -31,19 +31,19 @@ def file_corpus(path: Path) -> Corpus:
             raise DataError(f"cannot read corpus {path}: {error}") from error
 
     if next(texts(), None) is None:
-        raise DataError(f"corpus {path} holds no text")
+        raise DataError(f"corpus {path} contains no text")
     return Corpus(corpus_name(path.name, texts()), texts)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines up to the next empty one."""
+    """Yield paragraphs: the lines between empty lines, joined."""
     for empty, group in itertools.groupby(lines, lambda line: not line.strip()):
         if not empty:
             yield "".join(group).strip()
 
 
 def _records(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    """Read the texts of JSON lines. Raises DataError for a line without one."""
+    """Yield the texts of JSON lines. Raises DataError for a line without one."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

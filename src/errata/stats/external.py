@@ -22,7 +22,7 @@ from errata.errors import DataError
 from errata.host.layout import Site
 
 SYMMETRIC = 1e-3
-"""Largest difference between a matrix and its transpose, in its largest entry."""
+"""Largest difference between a matrix and its transpose, relative to its largest entry."""
 T = TypeVar("T")
 
 

@@ -1,14 +1,14 @@
-"""A host's own tables: what it writes about, in which templates, and what it answers to each.
+"""A host's own tables: the names and templates in text sampled from it, and its answer to each template.
 
-From free text come templates, names and their types (:mod:`errata.stats.templates`); the host then answers
-every template for names of its type. Columns of that table tell which templates say the same and which
-follow from one another. Made of the host alone, once, and kept beside its statistics.
+Templates, names and their types come from free text (:mod:`errata.stats.templates`); the host then completes every
+template for the names of its type. Comparing the columns of answers shows which templates are paraphrases and which
+are consequences of one another. The tables depend on the host alone and are cached with its statistics.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,45 +24,45 @@ from errata.host import locking
 from errata.host.kinds import CAUSAL
 from errata.host.load import Host, generate_rows, sample_rows
 from errata.host.memory import in_batches
+from errata.progress import OnCount, OnProgress, ignore
 from errata.stats import cache
 from errata.stats.collect import Corpus
 from errata.stats.templates import SLOT, Kind, mine
 from errata.writing import TERMINAL
 
 VERSION = 1
-"""Of what is mined and how; a part of the tables' name on disk."""
+"""Version of the algorithm; part of the cache key."""
 ROWS = 64
+"""Prompts per batch."""
 RELATED = 0.3
-"""Share of names with the same answer from which two templates may be about the same."""
+"""Minimum share of equal answers for two templates to count as related."""
 AGREE = 0.6
-"""Share of names with the same answer from which two templates are taken to say the same."""
+"""Minimum share of equal answers for two templates to count as paraphrases."""
 FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
-"""When B follows from A: pairs of names that agree in A agree in B at least this often, this many times as often
-as other pairs, and there are at least this many of them."""
+"""B is a consequence of A if pairs of names with equal answers to A have equal answers to B in at least this share of
+cases, this many times as often as other pairs, and there are at least this many such pairs."""
 
 _CLAUSE = regex.compile(rf"\n|[{TERMINAL},;:、，；：](?![\p{{N}}\p{{Ll}}])")
-
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class TableSettings:
-    """How much text and how many answers tables are made of."""
+    """Sizes and budget of the tables."""
 
     texts: int = 1280
-    """Samples of free text, where the host writes it."""
+    """Number of texts to sample, or to read from a corpus."""
     length: int = 26
-    """Tokens of each."""
+    """Tokens per sampled text."""
     names: int = 64
-    """Names of a type that are asked about, the most frequent ones."""
+    """Maximum number of names per type, the most frequent ones."""
     templates: int = 96
-    """Templates of a type that are asked, the most frequent ones."""
+    """Maximum number of templates per type, the most frequent ones."""
     answer_tokens: int = 8
-    """Tokens of an answer at most."""
+    """Maximum tokens of an answer."""
     budget: int = 150_000
-    """Tokens generated at most, text and answers together."""
+    """Maximum number of generated tokens, text and answers together."""
     seed: int = 0
-    """Of the free text."""
+    """Seed of the sampled text."""
 
     def __post_init__(self) -> None:
         names = ("texts", "length", "names", "templates", "answer_tokens", "budget")
@@ -73,26 +73,26 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """What the host answers to the templates of one type of names."""
+    """The host's answers to the templates of one type of names."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
     """Each with ``{}`` for the name; the answer follows."""
     answers: tuple[tuple[str, ...], ...]
-    """``answers[template][name]``; empty where the host says nothing."""
+    """``answers[template][name]``; empty if the host generated nothing."""
 
     def column(self, template: str) -> tuple[str, ...] | None:
-        """Return the answers to a template, one a name; None where it is not among the table's."""
+        """Return the answers to a template, one per name; None if the table does not have it."""
         return self.answers[self.templates.index(template)] if template in self.templates else None
 
     @cached_property
     def plain(self) -> list[list[str]]:
-        """The answers as they are compared."""
+        """The answers in normalised form, for comparison."""
         return [[plain(answer) for answer in column] for column in self.answers]
 
     @cached_property
     def relations(self) -> list[list[str]]:
-        """The templates in groups that say the same, in the order of each group's first."""
+        """Groups of paraphrases, in the order of each group's first template."""
         groups: list[list[int]] = []
         for i, own in enumerate(self.plain):
             same = next((group for group in groups if _share(self.plain[group[0]], own) >= AGREE), None)
@@ -109,15 +109,15 @@ class AnswerTable:
         return [template for score, template in sorted(scores, key=lambda one: -one[0]) if score >= AGREE]
 
     def related(self, column: Sequence[str]) -> set[str]:
-        """Return the templates that may be about the same as a column: some answers agree, up to a leading word."""
+        """Return the templates that may state the same relation as a column: some answers have equal last words."""
         own = [plain(answer) for answer in column]
         pairs = zip(self.templates, self.plain, strict=True)
         return {template for template, other in pairs if _share(own, other, endings=True) >= RELATED}
 
     def consequences(self, column: Sequence[str]) -> list[str]:
-        """Return the templates whose answers follow from those of a column, and are not the same.
+        """Return the templates whose answers are functionally dependent on those of a column, except related ones.
 
-        As a country follows from its city: names that agree in the column agree in the other, and others seldom do.
+        For example a country on its city: names with the same city have the same country, other names seldom do.
         """
         cause, related = _numbers([plain(answer) for answer in column]), self.related(column)
         pairs = zip(self.templates, self.plain, strict=True)
@@ -126,21 +126,21 @@ class AnswerTable:
 
 @dataclass(frozen=True)
 class Tables:
-    """All tables of a host, and what they were made of."""
+    """All tables of a host, and what they were computed from."""
 
     types: tuple[AnswerTable, ...]
-    """Empty where the text has no templates that repeat."""
+    """Empty if no template repeats in the text."""
     source: str
     """Name of the text."""
     texts: int
-    """How many texts were read."""
+    """Number of texts."""
     prompts: int
-    """How many prompts the host answered."""
+    """Number of prompts that the host completed."""
     generated: int
-    """Tokens generated at most: those of the text, if the host wrote it, and ``answer_tokens`` a prompt."""
+    """Upper bound of the generated tokens: those of sampled texts, and ``answer_tokens`` per prompt."""
 
     def report(self) -> list[dict[str, Any]]:
-        """Return what a person wants to know, one record a type: its relations, their wordings, what follows."""
+        """Return a readable summary, one record per type: its relations, their paraphrases and consequences."""
         return [
             {
                 "names": len(table.names),
@@ -157,7 +157,7 @@ class Tables:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Tables:
-        """Read tables from plain data. Raises KeyError or TypeError where it is no such data."""
+        """Build tables from plain data. Raises KeyError or TypeError for other data."""
         types = tuple(
             AnswerTable(tuple(t["names"]), tuple(t["templates"]), tuple(tuple(row) for row in t["answers"]))
             for t in record["types"]
@@ -166,7 +166,7 @@ class Tables:
 
 
 def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
-    """Describe the templates that say the same as the first of them."""
+    """Describe a group of paraphrases."""
     column = table.column(group[0]) or ()
     name, answer = next(((n, a) for n, a in zip(table.names, column, strict=True) if a), ("", ""))
     return {
@@ -182,7 +182,7 @@ def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(answer: str) -> str:
-    """Return an answer without what does not matter when two are compared: case, marks, white space."""
+    """Return an answer in normalised form: without case, punctuation and extra white space."""
     return " ".join(regex.sub(r"[\p{P}\p{S}]+", " ", answer).casefold().split())
 
 
@@ -192,7 +192,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def follows(cause: Sequence[str], effect: Sequence[str]) -> bool:
-    """Tell whether the answers in ``effect`` are a function of those in ``cause``, seen from pairs of names."""
+    """Whether the answers in ``effect`` are a function of those in ``cause``, judged by pairs of names."""
     return _follows(_numbers([plain(one) for one in cause]), _numbers([plain(one) for one in effect]))
 
 
@@ -206,7 +206,7 @@ def _share(first: Sequence[str], second: Sequence[str], *, endings: bool = False
 
 
 def _numbers(column: Sequence[str]) -> Tensor:
-    """Return one number for each answer, different ones for empty answers: int64 ``[names]``."""
+    """Return a number for each answer, equal for equal answers, unique for empty ones: int64 ``[names]``."""
     numbers = {answer: i for i, answer in enumerate(dict.fromkeys(column))}
     return torch.tensor([numbers[answer] if answer else len(numbers) + i for i, answer in enumerate(column)])
 
@@ -224,14 +224,12 @@ def _follows(cause: Tensor, effect: Tensor) -> bool:
 
 
 def fill(template: str, name: str) -> str:
-    """Put a name into a template."""
+    """Fill a name into a template."""
     before, _, after = template.partition(SLOT)
     return before + name + after
 
 
-def answers(
-    host: Host, prompts: Sequence[str], *, tokens: int, tick: Callable[[int, int], None] = lambda *_: None
-) -> list[str]:
+def answers(host: Host, prompts: Sequence[str], *, tokens: int, tick: OnCount = ignore) -> list[str]:
     """Return the host's greedy answer to each prompt, up to the end of the clause."""
     rows = [host.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -254,17 +252,17 @@ def answers(
 @locking.exclusive
 def own_tables(
     host: Host, settings: TableSettings, *, corpus: Corpus | None = None, folder: Path | None = None,
-    on_progress: Tick = lambda what, done, total: None,
+    on_progress: OnProgress = ignore,
 ) -> Tables:  # fmt: skip
     """Return a host's tables: read from ``folder``, or computed and stored there; None stores nothing.
 
-    ``corpus``: text to mine instead of what the host writes. Raises ConfigError for a host that continues no
-    text and for a budget that does not pay for the text, HostError for a folder while an edit is in place.
+    ``corpus``: text to use instead of samples from the host. Raises ConfigError for a host that generates no text and
+    for a budget that is too small for the text, HostError for a folder while an edit is in place.
     """
     if host.kind != CAUSAL or host.tokenizer is None:
-        raise ConfigError(f"tables are made from text that a model writes, and {host.name} continues none")
+        raise ConfigError(f"tables need a model that generates text, and {host.name} generates none")
     if folder is not None and host.placed:
-        raise HostError("tables of an edited host are not kept: take its edits back, or give no folder")
+        raise HostError("tables of an edited host are not stored: revert its edits, or give no folder")
     key = facts(host, settings, corpus)
     stored = None if folder is None else cache.read_document(folder, key, "tables")
     if stored is not None:
@@ -276,7 +274,7 @@ def own_tables(
 
 
 def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> dict[str, Any]:
-    """Return what a host's tables depend on; :mod:`errata.stats.cache` names files by it."""
+    """Return everything that a host's tables depend on, the cache key of :mod:`errata.stats.cache`."""
     return {
         "tables": VERSION,
         "host": host.fingerprint,
@@ -287,13 +285,13 @@ def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> 
     }
 
 
-def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: Tick) -> Tables:
+def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: OnProgress) -> Tables:
     own = corpus is None
     text_tokens = settings.texts * settings.length if own else 0
     if text_tokens >= settings.budget:
         raise ConfigError(
-            f"a budget of {settings.budget} tokens does not pay for {settings.texts} texts of {settings.length} "
-            "tokens and their answers; raise the budget, or ask for fewer texts"
+            f"a budget of {settings.budget} tokens is too small for {settings.texts} texts of {settings.length} "
+            "tokens and the answers; raise the budget, or lower the number of texts"
         )
     texts = free_text(host, settings, on_progress) if corpus is None else list(_some(corpus, settings))
     kinds = plan(mine(texts), settings, settings.budget - text_tokens)
@@ -315,7 +313,7 @@ def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progres
 
 
 def _table(kind: Kind, columns: Sequence[Sequence[str]]) -> AnswerTable:
-    """Return the table without templates to which all names have one answer: they tell nothing of a name."""
+    """Return the table without templates that have the same answer for all names."""
     informative = [
         (t, tuple(column))
         for t, column in zip(kind.templates, columns, strict=True)
@@ -332,7 +330,7 @@ def _some(corpus: Corpus, settings: TableSettings) -> Iterable[str]:
     return itertools.islice(corpus.texts(), settings.texts)
 
 
-def free_text(host: Host, settings: TableSettings, on_progress: Tick = lambda *_: None) -> list[str]:
+def free_text(host: Host, settings: TableSettings, on_progress: OnProgress = ignore) -> list[str]:
     """Return ancestral samples from the host's begin token."""
     start = host.encode_prompt("", special=True) if host.prompt_format.is_default else host.encode("").ids
     room = host.room(tuple(start))
@@ -347,9 +345,9 @@ def free_text(host: Host, settings: TableSettings, on_progress: Tick = lambda *_
 
 
 def plan(kinds: Sequence[Kind], settings: TableSettings, budget: int) -> list[Kind]:
-    """Cut types to the names and templates that a budget of generated tokens pays for.
+    """Reduce types to the names and templates that fit a budget of generated tokens.
 
-    What small types leave over goes to the larger ones; a type that gets less than two of each is left out.
+    Tokens that small types do not use go to larger ones; a type with fewer than two names or templates is omitted.
     """
     cut = [Kind(kind.names[: settings.names], kind.templates[: settings.templates]) for kind in kinds]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i].names) * len(cut[i].templates))

@@ -1,7 +1,7 @@
-"""Templates and names in raw text: which words recur around which names. Text alone; no model, no word list.
+"""Find templates and names in raw text, from the text alone, without a model or a word list.
 
-A name is a run of capitalised words. A template is a sentence with a name cut out and its last words, the
-answer, cut off; it counts where several names and several answers stand in it. Names that fill the same
+A name is a run of capitalised words. A template is a sentence with a slot in place of a name and without its last
+words, which are the answer; it counts if it occurs with several names and several answers. Names that fill the same
 templates are of one type.
 """
 
@@ -17,15 +17,15 @@ from errata.writing import TERMINAL
 
 SLOT = "{}"
 ANSWER_WORDS = 3
-"""Words that an answer has at most."""
+"""Maximum number of words of an answer."""
 LEAST_NAMES = 4
-"""Names of a type; columns of fewer answers cannot be compared."""
+"""Minimum number of names of a type; columns of fewer answers cannot be compared."""
 REPEATS = 3.0
-"""How often the words behind a template occur on average where they are a part of longer templates."""
+"""If the words after a template recur more often than this on average, they belong to longer templates."""
 SHARED = 2
-"""Names that two templates have in common, at least, where they are of one type."""
+"""Minimum number of names that two templates of one type have in common."""
 SHARED_PART = 0.1
-"""Share of the names of the smaller of two groups of templates that both have where they are of one type."""
+"""Minimum share of the smaller group's names that two groups of templates of one type have in common."""
 
 _WORD = r"\p{Lu}[\p{L}\p{M}\p{N}]*(?:-[\p{L}\p{M}\p{N}]+)*"
 _NAME = regex.compile(rf"(?<![\p{{L}}\p{{M}}\p{{N}}]){_WORD}(?: {_WORD})*")
@@ -36,7 +36,7 @@ _LOWER = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Ll}[\p{L}\p{M}\p{N}]*")
 
 @dataclass(frozen=True)
 class Kind:
-    """Names of one type and the templates that they fill, the most frequent first."""
+    """Names of one type and the templates they occur in, the most frequent first."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -45,7 +45,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to read a sentence: a name, the text around it, and what is cut off as the answer."""
+    """One analysis of a sentence: a name, the text around it, and the answer at its end."""
 
     template: str
     name: str
@@ -53,7 +53,7 @@ class _Reading:
 
 
 def sentences(texts: Iterable[str]) -> list[str]:
-    """Split texts into statements; questions, and what a text breaks off in, are left out."""
+    """Split texts into statements; questions and incomplete last sentences are omitted."""
     statements = []
     for text in texts:
         for match in _SENTENCE.finditer(text):
@@ -65,9 +65,9 @@ def sentences(texts: Iterable[str]) -> list[str]:
 
 
 def mine(texts: Iterable[str]) -> list[Kind]:
-    """Return the types of names that texts speak of, those with the most occurrences first.
+    """Return the types of names in some texts, those with the most occurrences first.
 
-    Empty where nothing repeats, or where the writing has no capital letters.
+    Empty if nothing repeats, or if the script has no capital letters.
     """
     readings = list(_readings(sentences(texts)))
     valid = _templates(readings)
@@ -77,7 +77,7 @@ def mine(texts: Iterable[str]) -> list[Kind]:
 
 
 def _readings(statements: Sequence[str]) -> Iterator[list[_Reading]]:
-    """Yield, for each name in each sentence, its readings with answers of one word and more."""
+    """Yield, for each name in each sentence, its analyses with answers of one word and more."""
     lower = {word for sentence in statements for word in _LOWER.findall(sentence)}
     inside = {match.group() for sentence in statements for match in _NAME.finditer(sentence) if match.start()}
     for sentence in statements:
@@ -92,7 +92,7 @@ def _readings(statements: Sequence[str]) -> Iterator[list[_Reading]]:
 
 
 def _cuts(sentence: str, name: str, start: int) -> Iterator[_Reading]:
-    """Yield the readings of a sentence whose name is settled, the shortest answer first."""
+    """Yield the analyses of a sentence for a given name, the shortest answer first."""
     before, words = sentence[:start], sentence[start + len(name) :].split(" ")
     for count in range(1, min(ANSWER_WORDS, len(words) - 1) + 1):
         after = " ".join(words[:-count])
@@ -101,7 +101,7 @@ def _cuts(sentence: str, name: str, start: int) -> Iterator[_Reading]:
 
 
 def _templates(readings: Iterable[Sequence[_Reading]]) -> set[str]:
-    """Return the templates that hold two names and two answers at least."""
+    """Return the templates that occur with at least two names and two answers."""
     names: dict[str, set[str]] = {}
     answers: dict[str, set[str]] = {}
     for options in readings:
@@ -112,11 +112,11 @@ def _templates(readings: Iterable[Sequence[_Reading]]) -> set[str]:
 
 
 def _settled(readings: Iterable[_Reading]) -> dict[str, Counter[str]]:
-    """Settle where templates end, the longest first; return how often each holds each name.
+    """Decide where templates end, the longest first; return for each how often it occurs with each name.
 
-    Most of "{} was" goes on as one of a few other templates, such as "{} was born in": it is none itself. Where
-    what follows is nearly always new, as in "{} lives in New", the longer one is none, and what it holds counts
-    for the shorter one.
+    "{} was" mostly continues as one of a few longer templates, such as "{} was born in", so it is no template itself.
+    If the words after a template are nearly always different, as in "{} lives in New", the longer one is no template,
+    and its occurrences count for the shorter one.
     """
     names: dict[str, Counter[str]] = {}
     first: dict[str, Counter[str]] = {}  # the words that answers begin with
@@ -139,7 +139,7 @@ def _settled(readings: Iterable[_Reading]) -> dict[str, Counter[str]]:
 
 
 def _kinds(fills: dict[str, Counter[str]]) -> list[Kind]:
-    """Group templates that share names; a name belongs where it occurs most."""
+    """Group templates that share names; a name belongs to the group in which it occurs most."""
     groups = _components(fills)
     total: list[Counter[str]] = [sum((fills[t] for t in group), Counter()) for group in groups]
     owner = {
@@ -160,9 +160,9 @@ def _kinds(fills: dict[str, Counter[str]]) -> list[Kind]:
 
 
 def _components(fills: dict[str, Counter[str]]) -> list[list[str]]:
-    """Group templates that hold two names in common, then groups that hold a share of their names in common.
+    """Group templates with two names in common, then groups with a share of their names in common.
 
-    One name in common is not enough: a single slip in the text would join two types.
+    One name in common is not enough: a single error in the text would join two types.
     """
     groups: list[tuple[list[str], set[str]]] = []
     for template in sorted(fills, key=lambda one: (-len(fills[one]), one)):
@@ -184,7 +184,7 @@ def _components(fills: dict[str, Counter[str]]) -> list[list[str]]:
 
 
 def _alike(first: Iterable[str], second: Iterable[str], fills: dict[str, Counter[str]], single: bool) -> bool:
-    """Tell whether any two templates of two groups share names enough."""
+    """Whether any two templates of two groups have enough names in common."""
     return single and any(len(fills[a].keys() & fills[b].keys()) >= SHARED for a in first for b in second)
 
 

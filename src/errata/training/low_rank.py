@@ -19,8 +19,10 @@ from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.host.memory import in_batches
+from errata.progress import OnCount, ignore
+from errata.training.gradients import add_up
 from errata.training.polyak import PolyakPath
-from errata.training.tune import ROWS, Line, Losses, Tick, add_up, beside_low_rank
+from errata.training.tune import ROWS, Line, Losses, beside_low_rank
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class LowRankDescent:
 
     def run(
         self, first: FirstPass, bases: Mapping[Site, Tensor], *, steps: int, stop_loss: float,
-        step_limit: float | None = None, tick: Tick = lambda done, total: None,
+        step_limit: float | None = None, tick: OnCount = ignore,
     ) -> Fitted:  # fmt: skip
         """Take steps from Y = 0 until every item's loss is below ``stop_loss``; ``bases`` A ``[d_in, r]``.
 

@@ -23,6 +23,8 @@ from errata.host.memory import in_batches
 from errata.host.prefix import ComputedRows, Prefix, PrefixRunner, plain_prefix
 from errata.host.tokens import Batch
 from errata.linalg.solve import CostMatrix
+from errata.progress import OnCount, ignore
+from errata.training.gradients import sum_gradients
 from errata.training.tune import ROWS, Line, Losses, beside
 
 TOP = 64
@@ -107,7 +109,7 @@ def divergence(now: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
 def rehearse_(
     host: Host, changes: Mapping[Site, Tensor], lines: Sequence[Line], recital: Recital,
     rounds: Sequence[Round], costs: Mapping[Site, CostMatrix], *, weight: float, limit: float | None = None,
-    batch: int | None = None, tick: Callable[[int, int], None] = lambda done, total: None,
+    batch: int | None = None, tick: OnCount = ignore,
 ) -> dict[str, float]:  # fmt: skip
     """Change ``changes`` ``[d_out, d_in]`` in place by one step a round; return the last round's losses.
 
@@ -197,15 +199,11 @@ class _Measure:
         self, indices: Sequence[int], part_of: Callable[[Sequence[int]], Tensor]
     ) -> tuple[float, list[Tensor]]:
         """Return a loss that is a sum over items, and its gradients, run in batches."""
-        variables = list(self.changes.values())
-        total = [torch.zeros_like(change) for change in variables]
 
-        def run(part: Sequence[int]) -> list[float]:
+        def loss_of(part: Sequence[int]) -> tuple[Tensor, list[float]]:
             with beside(self.host, self.changes):
                 loss = part_of(part)
-            gradients = torch.autograd.grad(loss, variables)
-            for sum_, gradient in zip(total, gradients, strict=True):
-                sum_ += gradient
-            return [float(loss.detach()) / len(part)] * len(part)
+            return loss, [float(loss.detach()) / len(part)] * len(part)
 
-        return sum(in_batches(indices, self.batch, run)), total
+        losses, gradients = sum_gradients(indices, list(self.changes.values()), loss_of, batch=self.batch)
+        return sum(losses), gradients

@@ -24,6 +24,7 @@ from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.prefix import ROWS, ComputedRows
 from errata.host.tokens import Side
+from errata.progress import OnCount, ignore
 from errata.types import Request
 
 Objective = Literal["target", "prompt_last"]
@@ -31,7 +32,6 @@ Objective = Literal["target", "prompt_last"]
 scored by the one distribution at the prompt's last token."""
 Norm = Literal["inf", "2"]
 R = TypeVar("R")
-Tick = Callable[[int, int], None]
 
 
 # --- requests as a loss ---------------------------------------------------------------------
@@ -195,8 +195,8 @@ def descend(
     shuffle: int | None = None,
     rows: int | None = None,
     companions: Companions = NO_COMPANIONS,
-    after_step: Callable[[int], None] = lambda steps: None,
-    tick: Tick = lambda done, total: None,
+    after_step: Callable[[int], None] = ignore,
+    tick: OnCount = ignore,
 ) -> Outcome:
     """Lower the mean of ``losses`` over ``count`` items in at most ``steps`` passes over them.
 
@@ -386,12 +386,6 @@ def beside(
         yield
 
 
-def add_up(total: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add the gradients of a batch ``[...]`` to those of the batches before, in place."""
-    for sum_, gradient in zip(total, gradients, strict=True):
-        sum_ += gradient
-
-
 @contextmanager
 def beside_low_rank(host: Host, factors: Mapping[Site, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Add ``Y (A^T x)`` to each site's output while inside; no weight is written, gradients reach the factors.
@@ -436,7 +430,7 @@ def tune(
     *,
     rows: int | None = None,
     companions: Companions = NO_COMPANIONS,
-    tick: Tick = lambda done, total: None,
+    tick: OnCount = ignore,
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Return the change of each parameter that lowers the requests' loss, and the losses and passes.
 

@@ -41,9 +41,9 @@ def test_every_mistake_is_told_at_once():
         "unknown field 'nmae': did you mean 'name'", "models: 'lab' occurs twice", "'float8'", "'colour'",
         "threads: expected a whole number from 1, found 0", "seeds[0]", "did you mean 'rome'",
         "did you mean 'steps'", "unknown method 'unedited'", "runs[0].datasets: is empty",
-        "runs[1].methods: 'rome' occurs twice", "runs[1].schedule", "runs[1].look: belongs to a sequence",
+        "runs[1].methods: 'rome' occurs twice", "runs[1].schedule", "runs[1].look: requires a sequential schedule",
         "runs[2].look: checkpoints 'evry:2'", "runs[3].datasets: is missing",
-        "runs[4].methods[0].label: ft names a baseline",
+        "runs[4].methods[0].label: ft is the name of a baseline",
     ):  # fmt: skip
         assert piece in text, piece
 
@@ -111,7 +111,7 @@ def test_what_a_plan_cannot_do_is_told_for_all_runs():
     with pytest.raises(ConfigError) as caught:
         plan.make(recipe.parse(words))
     text = str(caught.value)
-    assert "lab:N" in text and "cannot look after 7" in text and "no/such/file.json" in text
+    assert "lab:N" in text and "no checkpoint after 7" in text and "no/such/file.json" in text
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,14 @@ def test_what_cannot_be_added_is_refused(files):
         ([str(files / "mello.txt")], DataError, "mello.txt: .*no demonstrations"),
         ([str(files / "latin.txt")], DataError, "latin.txt, line 1: .* is not UTF-8"),
         ([str(files / "none.txt")], DataError, "cannot read demonstrations .*none.txt"),
-        (two, ConfigError, "lines.txt and .*more.txt go before the same questions"),
-        (two[:1] * 2, ConfigError, "go before the same questions"),
+        (two, ConfigError, "lines.txt and .*more.txt apply to the same questions"),
+        (two[:1] * 2, ConfigError, "apply to the same questions"),
     ):
         with pytest.raises(kind, match=message):
             sources.read(source(files), demonstrations=texts)
     with pytest.raises(DataError, match=r"lines.txt: no case has a multi-hop question"):
         sources.read("lab:2", demonstrations=two[:1])
-    with pytest.raises(ConfigError, match="expected questions of the kinds locality.*found efficacy, hop"):
+    with pytest.raises(ConfigError, match="expected probes of the kinds locality.*found efficacy, hop"):
         sources.read("lab:2", beside=[source(files)])
 
 

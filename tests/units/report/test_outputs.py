@@ -55,7 +55,7 @@ def test_protocols_have_tables_of_their_own(run):
     assert sum("probability" in title for title in titles) == 1
     main = tables.sections(boards([run]))[0].tables[0]
     assert main.columns[:2] == ("method", "headline") and "neighbourhood kept" in main.columns
-    assert {"legacy S", "KL, nats", "s/edit"} <= set(main.columns)
+    assert {"legacy S", "KL, nats", "time per edit"} <= set(main.columns)
 
 
 def test_mean_perplexity_of_batches(tmp_path):

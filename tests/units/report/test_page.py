@@ -187,7 +187,7 @@ def test_in_a_browser(browser, run, tmp_path, width):
     assert tab.evaluate("window.hacked") is None
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.locator("#protocol .choice").nth(1).click()
-    assert tab.locator("#wear figure svg").count() == 4
+    assert tab.locator("#curves figure svg").count() == 4
     tab.locator("#board [data-sort='efficacy']").click()
     assert tab.locator("#board th[aria-sort='descending']").inner_text().startswith("efficacy")
     shown = [

@@ -10,6 +10,13 @@ from errata.data.sets._parts import has, locality_probe, rival_to
 from errata.types import Probe, Request
 from errata.writing import statement
 
+AUTHORS_FIELDS = tuple(
+    f"requested_rewrite.{field}" for field in ("prompt", "subject", "target_new.str", "target_true.str")
+)
+"""Paths of prompt, subject, new and old target in the authors' form."""
+FLAT_FIELDS = ("prompt", "subject", "target_new", "ground_truth")
+"""The same in the flat form."""
+
 
 def nested(value: Any) -> bool:
     """Whether a record holds one edit in the authors' form, ``requested_rewrite`` with two targets."""
@@ -25,24 +32,17 @@ def flat(value: Any) -> bool:
 
 def rewrite(record: Record, name: str) -> Request:
     """Read the edit of a record in the authors' form. Raises Skip, Malformed."""
-    return make_request(
-        record.text("requested_rewrite.prompt"),
-        record.text("requested_rewrite.subject"),
-        record.text("requested_rewrite.target_new.str"),
-        record.text("requested_rewrite.target_true.str"),
-        id=name,
-    )
+    return _request(record, name, AUTHORS_FIELDS)
 
 
 def flat_rewrite(record: Record, name: str) -> Request:
     """Read the edit of a record in the flat form. Raises Skip, Malformed."""
-    return make_request(
-        record.text("prompt"),
-        record.text("subject"),
-        record.text("target_new"),
-        record.text("ground_truth"),
-        id=name,
-    )
+    return _request(record, name, FLAT_FIELDS)
+
+
+def _request(record: Record, name: str, fields: Iterable[str]) -> Request:
+    prompt, subject, target, target_old = map(record.text, fields)
+    return make_request(prompt, subject, target, target_old, id=name)
 
 
 def paraphrase_probes(request: Request, prompts: Iterable[str], kind: str = "paraphrase") -> Iterator[Probe]:

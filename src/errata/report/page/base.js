@@ -59,6 +59,8 @@ function seconds(given) {
   return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
 }
 
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
 function limited(share) {
   return Math.min(100, Math.max(0, 100 * share));
 }

@@ -46,7 +46,7 @@ function overCell(measure, className) {
   const signed = (value) => (value > 0 ? "+" : "") + percent(value);
   const worse = measure[2] !== null ? measure[2] < 0 : measure[0] < 0;
   return el("td", { class: `${className}${worse ? " bad" : ""}` }, signed(measure[0]),
-    interval(measure, signed, " to "), worse ? el("span", { class: "ends bad" }, "loses to it") : null);
+    interval(measure, signed, " to "), worse ? el("span", { class: "ends bad" }, "worse than it") : null);
 }
 
 function columnsOf(one) {
@@ -62,7 +62,7 @@ function columnsOf(one) {
       cell: (e, c) => overCell(e.over, c) });
   }
   for (const kind of one.kinds) {
-    columns.push({ id: kind.id, title: kind.label, group: one.groups[kind.group],
+    columns.push({ id: kind.id, title: capital(kind.label), group: capital(one.groups[kind.group]),
       value: (e) => first(e)[kind.id] && first(e)[kind.id][0], cell: (e, c) => shareCell(first(e)[kind.id], c) });
   }
   const text = (id, title, group, value, show, up) => {
@@ -72,15 +72,15 @@ function columnsOf(one) {
   };
   for (const paper of one.paper) {
     const score = (e) => e.scores[paper.name];
-    text(`score-${paper.name}`, paper.title, "legacy", score, (e) => (
+    text(`score-${paper.name}`, paper.title, "Legacy", score, (e) => (
       score(e) === undefined || score(e) === null ? NONE : score(e).toFixed(1)), false);
   }
   for (const extra of one.extras) {
-    text(extra.id, extra.title, "model", (e) => e[extra.id], (e) => (extra.share ? percent(e[extra.id]) : plain(e[extra.id])), extra.up);
+    text(extra.id, extra.title, "Model", (e) => e[extra.id], (e) => (extra.share ? percent(e[extra.id]) : plain(e[extra.id])), extra.up);
   }
-  text("perplexity", "Perplexity", "model", (e) => e.perplexity[1],
+  text("perplexity", "Perplexity", "Model", (e) => e.perplexity[1],
     (e) => `${plain(e.perplexity[0])} → ${plain(e.perplexity[1])}`, true);
-  text("fit", "Seconds per edit", "cost", (e) => e.fit, (e) => seconds(e.fit), true);
+  text("fit", "Time per edit", "Cost", (e) => e.fit, (e) => seconds(e.fit), true);
   return columns;
 }
 
@@ -146,7 +146,7 @@ function boardSection() {
     base.length ? el("tbody", { class: "base" }, base.map((e) => boardRow(e, columns))) : null,
     el("tbody", {}, rest.map((e) => boardRow(e, columns))));
   return section("board", `Board: ${one.title}`,
-    el("p", {}, `${one.explained[0].toUpperCase()}${one.explained.slice(1)}.`,
+    el("p", {}, `${capital(one.explained)}.`,
       one.entries.some((e) => e.over) ? " Over fine-tuning: difference of headlines in points, paired over cases." : ""),
     el("p", { class: "note" }, "Free generation, per cent with 95 % bootstrap intervals over cases. ",
       "For kinds that must not change: the share still right among those right before the edit. A method's name links to its details."),
@@ -160,16 +160,16 @@ function legacyTables(one) {
   if (!one.others.length && !one.scores.length && !one.beside.length) return null;
   const tables = [];
   if (one.beside.length) {
-    tables.push(scrolled(plainTable("Free generation, strictly, %: nothing else than the answer; the old answer still asserted; the same text as before",
-      ["Method", ...one.beside.map(([heading]) => heading)], one.entries.map((e) => [e.name, ...one.beside.map(([, kind, name]) => {
+    tables.push(scrolled(plainTable("Free generation, stricter shares, %: only the answer generated; old answer still asserted; same text as before",
+      ["Method", ...one.beside.map(([heading]) => capital(heading))], one.entries.map((e) => [e.name, ...one.beside.map(([, kind, name]) => {
         const measure = measuresOf(e)[kind];
         return measure && measure[5] && name in measure[5] ? percent(measure[5][name]) : NONE;
       })])), "Strict shares"));
   }
   tables.push(...one.others.map((protocol) => {
     const show = protocol.share ? (v) => percent(v) : plain;
-    return scrolled(plainTable(`${protocol.title[0].toUpperCase()}${protocol.title.slice(1)}`,
-      ["Method", ...protocol.kinds.map((kind) => kind.label + (kind.kept ? " kept" : ""))],
+    return scrolled(plainTable(capital(protocol.title),
+      ["Method", ...protocol.kinds.map((kind) => capital(kind.label) + (kind.kept ? " kept" : ""))],
       one.entries.map((e) => [e.name, ...protocol.kinds.map((kind) => {
         const measure = (e.measures[protocol.id] || {})[kind.id];
         return measure ? el("span", {}, show(measure[0]), interval(measure, show)) : NONE;
@@ -187,6 +187,6 @@ function costTable(one) {
   const names = [...new Set(one.entries.flatMap((e) => Object.keys(e.cost)))];
   if (!names.length) return null;
   return el("details", {}, el("summary", {}, "Cost: time, memory, size"),
-    scrolled(plainTable("Cost of each cell", ["Method", ...names],
+    scrolled(plainTable("Cost of each cell", ["Method", ...names.map(capital)],
       one.entries.map((e) => [e.name, ...names.map((name) => e.cost[name] || NONE)])), "Cost"));
 }

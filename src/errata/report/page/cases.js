@@ -63,7 +63,7 @@ function casesSection() {
         (i) => { shown.case = Number(i); refreshCases("#cases label:nth-child(2) select"); }, "wide"),
       chooser("Kind", [["", "every kind"], ...kinds.map((kind) => [kind, kind.replaceAll("_", " ")])], shown.kind,
         (kind) => { shown.kind = kind; refreshCases("#cases label:nth-child(3) select"); }),
-      chooser("Show", [["all", "all probes"], ["wrong", "wrong after"], ["changed", "text changed"], ["broken", "right before, wrong after"]], shown.filter,
+      chooser("Show", [["all", "all probes"], ["wrong", "wrong after the edit"], ["changed", "text changed"], ["broken", "right before, wrong after"]], shown.filter,
         (filter) => { shown.filter = filter; refreshCases("#cases label:nth-child(4) select"); }),
       el("div", { class: "choices", style: { margin: "0" } },
         el("button", { type: "button", class: "quiet", id: "earlier", disabled: shown.case <= 0, onclick: () => step(-1) }, "← Previous case"),
@@ -99,7 +99,7 @@ function probeTable(cell) {
     }
   }
   const counted = el("p", { class: "note", "aria-live": "polite" },
-    total ? `${total.toLocaleString("en")} probes, ${right.toLocaleString("en")} right after by free generation${total > shown.count ? `; the first ${shown.count} are shown` : ""}.` : "No probe of this case passes the filter.");
+    total ? `${total.toLocaleString("en")} probes, ${right.toLocaleString("en")} right after the edit (free generation)${total > shown.count ? `; the first ${shown.count} are shown` : ""}.` : "No probe of this case passes the filter.");
   if (!total) return [counted];
   const table = el("table", { class: "probes" },
     el("caption", { class: "hidden-label" }, "Probes with their texts before and after"),

@@ -2,15 +2,15 @@
 
 const DASHES = ["", "6 3", "2 3"];
 const LOG_SPAN = 15;
-const FAR = 1000; // beyond so many times the unedited value, or so large a change, it no longer matters how far
+const FAR = 1000; // values beyond this multiple of the unedited one, or this relative change, are drawn at the upper edge
 
 function picked() {
   if (!state.picked) {
-    const worn = board().entries.filter((e) => e.looks.length);
-    const best = worn.filter((e) => !e.role).slice(0, 5);
-    const tuning = worn.find((e) => e.role.startsWith("fine"));
+    const withCurves = board().entries.filter((e) => e.looks.length);
+    const best = withCurves.filter((e) => !e.role).slice(0, 5);
+    const tuning = withCurves.find((e) => e.role.startsWith("fine"));
     state.picked = [...best, ...(tuning ? [tuning] : [])].map((e) => e.id);
-    if (!state.picked.length) state.picked = worn.map((e) => e.id);
+    if (!state.picked.length) state.picked = withCurves.map((e) => e.id);
   }
   return state.picked;
 }
@@ -22,22 +22,22 @@ function styleOf(id) {
   return { stroke: `var(--s${colourOf(id)})`, width: 2, shown: true, dash: DASHES[alike.indexOf(id) % DASHES.length] };
 }
 
-function wearSection() {
-  const worn = board().entries.filter((e) => e.looks.length);
-  if (!worn.length) {
-    return section("wear", "Curves", el("p", { class: "empty" },
+function curvesSection() {
+  const withCurves = board().entries.filter((e) => e.looks.length);
+  if (!withCurves.length) {
+    return section("curves", "Curves", el("p", { class: "empty" },
       "This board has no sequence of edits, so there are no curves."));
   }
   const charts = el("div", { class: "charts" });
   const legend = el("div", { class: "choices", role: "group", "aria-label": "Methods shown in colour" });
   const draw = () => {
-    legend.replaceChildren(...worn.map((e) => legendButton(e, draw)));
-    charts.replaceChildren(...chartsOf(worn).map((chart) => figure(chart)));
+    legend.replaceChildren(...withCurves.map((e) => legendButton(e, draw)));
+    charts.replaceChildren(...chartsOf(withCurves).map((chart) => figure(chart)));
     charts.querySelectorAll("figure").forEach((one) => one.draw());
   };
-  const made = section("wear", "Curves over the sequence",
+  const made = section("curves", "Curves over the sequence",
     el("p", { class: "note" }, "Selected methods are in colour, the others in grey."), legend, charts,
-    lookTable(worn));
+    lookTable(withCurves));
   made.draw = draw;
   return made;
 }
@@ -48,7 +48,7 @@ function legendButton(one, draw) {
     onclick: () => {
       state.picked = style.shown ? picked().filter((id) => id !== one.id) : [...picked(), one.id];
       draw();
-      document.querySelector(`#wear [data-id="${CSS.escape(one.id)}"]`).focus();
+      document.querySelector(`#curves [data-id="${CSS.escape(one.id)}"]`).focus();
     } },
   svgSwatch(style), one.name);
 }
@@ -58,22 +58,22 @@ function svgSwatch(style) {
     svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, stroke: style.stroke, "stroke-width": style.width + 0.5, "stroke-dasharray": style.dash }));
 }
 
-function chartsOf(worn) {
+function chartsOf(withCurves) {
   const look = (i, low, high) => (e) => e.looks.map((l) => ({ x: l[0], y: number(l[i]), low: low && l[low], high: high && l[high] }));
-  const base = worn.map((e) => number(e.looks[0][6])).find(Number.isFinite);
+  const base = withCurves.map((e) => number(e.looks[0][6])).find(Number.isFinite);
   const within = (top, points) => (e) => points(e).map((p) => (p.y > top ? { ...p, y: Infinity, said: p.y } : p));
   const found = [
     { title: "Retention", note: "still answered with the target, %, by number of later edits", share: true, x: "later edits", age: true,
       points: (e) => e.retention.map((a) => ({ x: (a[0] + a[1]) / 2, y: a[2], low: a[3], high: a[4],
         label: a[0] === a[1] ? String(a[0]) : `${a[0]} to ${a[1]}` })) },
     { title: "Efficacy", note: "over all edits so far, %, free generation", share: true, x: "edits in place", points: look(1, 2, 3) },
-    { title: "Perplexity", note: `of neutral text, per token; dotted: unedited; at the edge: beyond ${FAR.toLocaleString("en")} times it`,
+    { title: "Perplexity", note: `of neutral text, per token; dotted: unedited; triangle: more than ${FAR.toLocaleString("en")} times that`,
       x: "edits in place", points: within(FAR * (base || 1), look(5)), base },
-    { title: "Change of the weights", note: `largest |change| / |weight|, Frobenius; at the edge: beyond ${FAR.toLocaleString("en")}`,
+    { title: "Change of the weights", note: `largest |change| / |weight|, Frobenius norms; triangle: more than ${FAR.toLocaleString("en")}`,
       x: "edits in place", points: within(FAR, look(7)) },
   ];
   return found.map((chart) => ({ ...chart, 
-    series: worn.map((e) => ({ id: e.id, name: e.name, points: chart.points(e) }))
+    series: withCurves.map((e) => ({ id: e.id, name: e.name, points: chart.points(e) }))
       .filter((s) => s.points.some((p) => Number.isFinite(p.y) || p.y === Infinity)) }))
     .filter((chart) => chart.series.length);
 }
@@ -127,7 +127,7 @@ function scalesOf(chart, width, height, left) {
   if (Number.isFinite(chart.base)) finite.push(chart.base);
   const positive = xs.filter((v) => v > 0);
   const logX = positive.length > 1 && Math.max(...positive) / Math.min(...positive) >= LOG_SPAN;
-  // age 0 has no place on a logarithmic axis: it stands half a step before the first
+  // a logarithmic axis has no 0: age 0 is drawn at half the smallest positive age
   const shift = logX && Math.min(...xs) <= 0 ? Math.min(...positive) / 2 : 0;
   const at = (v) => (shift && v <= 0 ? shift : v);
   const x = scale(xs.map(at), left, width - 14, logX);
@@ -156,7 +156,7 @@ function lineChart(chart, width) {
       svg("text", { x: x(tick), y: height - 22, "text-anchor": "middle" }, tick === shift ? "0" : plainTick(tick)));
   }
   drawn.append(svg("text", { x: (left + width - 14) / 2, y: height - 4, "text-anchor": "middle" },
-    `${chart.x}${x.log ? ", logarithmic" : ""}`));
+    `${chart.x}${x.log ? " (log scale)" : ""}`));
   if (Number.isFinite(chart.base)) {
     drawn.append(svg("line", { x1: left, x2: width - 14, y1: y(chart.base), y2: y(chart.base), stroke: "var(--muted)", "stroke-dasharray": "1 4", "stroke-width": 1.5 }));
   }
@@ -188,12 +188,12 @@ function seriesOf(series, at, x, y, show, chart) {
   return group;
 }
 
-function lookTable(worn) {
-  const rows = worn.flatMap((e) => e.looks.map((l) => [e.name, l[0].toLocaleString("en"), shareText(l.slice(1, 4)),
+function lookTable(withCurves) {
+  const rows = withCurves.flatMap((e) => e.looks.map((l) => [e.name, l[0].toLocaleString("en"), shareText(l.slice(1, 4)),
     percent(l[4]), plain(l[5]), plain(l[7]), l[8].join("; ")]));
-  const ages = worn.flatMap((e) => e.retention.map((a) => [e.name, a[0] === a[1] ? String(a[0]) : `${a[0]} to ${a[1]}`,
+  const ages = withCurves.flatMap((e) => e.retention.map((a) => [e.name, a[0] === a[1] ? String(a[0]) : `${a[0]} to ${a[1]}`,
     shareText(a.slice(2, 5)), String(a[5])]));
-  const alarms = worn.filter((e) => e.looks.some((l) => l[8].length));
+  const alarms = withCurves.filter((e) => e.looks.some((l) => l[8].length));
   return [
     alarms.length ? [el("p", {}, "First collapse alarms:"), el("ul", { class: "alarms" }, alarms.map((e) => {
       const first = e.looks.find((l) => l[8].length);
@@ -263,11 +263,11 @@ function bars(one, other) {
   for (const kind of board().kinds) {
     const measure = measuresOf(one)[kind.id];
     if (!measure) continue;
-    if (kind.group !== last) list.append(el("dt", { class: "group" }, board().groups[kind.group]));
+    if (kind.group !== last) list.append(el("dt", { class: "group" }, capital(board().groups[kind.group])));
     last = kind.group;
     const [value, low, high, , n] = measure;
     const against = other && measuresOf(other)[kind.id];
-    list.append(el("dt", {}, kind.label),
+    list.append(el("dt", {}, capital(kind.label)),
       el("dd", { "aria-hidden": "true" }, el("div", { class: "bar" },
         el("u", { style: { width: `${limited(value)}%` } }),
         low === null || high === null ? null
@@ -285,5 +285,5 @@ function factsOf(one) {
     facts.settings = Object.entries(one.settings).map(([k, v]) => `${k}=${typeof v === "string" ? v : JSON.stringify(v)}`).join(", ");
   }
   if (one.host.fingerprint) facts.host = `${one.host.name || ""} ${String(one.host.fingerprint).slice(0, 16)}`.trim();
-  return el("dl", { class: "facts" }, Object.entries(facts).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  return el("dl", { class: "facts" }, Object.entries(facts).flatMap(([name, value]) => [el("dt", {}, capital(name)), el("dd", {}, value)]));
 }

@@ -33,7 +33,7 @@ function chooseBoard(i) {
   state.method = firstMethod();
   state.against = defaultRival();
   Object.assign(shown, { case: 0, kind: "", filter: "all", count: PAGE });
-  for (const [id, make] of [["protocol", protocolSection], ["board", boardSection], ["wear", wearSection], ["method", methodSection], ["cases", casesSection]]) redraw(id, make);
+  for (const [id, make] of [["protocol", protocolSection], ["board", boardSection], ["curves", curvesSection], ["method", methodSection], ["cases", casesSection]]) redraw(id, make);
   focusOn(`#protocol .choice:nth-child(${i + 1})`);
 }
 
@@ -60,7 +60,7 @@ function publishedSection() {
 }
 
 function publishedTable(one) {
-  return scrolled(plainTable(one.title, ["Method", "Score", "Published", "Provenance", "Measured", "Difference", ""],
+  return scrolled(plainTable(one.title, ["Method", "Score", "Published", "Provenance", "Measured", "Difference", "Agreement"],
     one.lines.map(([method, score, published, measured, within, provenance]) => [method, score,
       published === null ? "not shown" : figureText(published), provenance, measured === null ? NONE : figureText(measured),
       published === null || measured === null ? NONE : `${measured > published ? "+" : ""}${(measured - published).toFixed(2)}`,
@@ -70,19 +70,19 @@ function publishedTable(one) {
 const figureText = (value) => String(Number(Number(value).toFixed(2)));
 
 function absentSection() {
-  if (!data.absent.length) return section("absent", "Missing", el("p", { class: "empty" }, "Every cell has results."));
-  return section("absent", "Missing: refused, failed or not finished",
+  if (!data.absent.length) return section("absent", "Cells without results", el("p", { class: "empty" }, "Every cell has results."));
+  return section("absent", "Cells without results",
     scrolled(el("table", { class: "wrap" },
-      el("caption", {}, "Cells without results, with the reason"),
+      el("caption", {}, "Refused, failed or unfinished, with the reason"),
       el("thead", {}, el("tr", {}, ["Method", "Model", "Dataset", "Schedule", "Status", "Reason"].map((t) => el("th", { scope: "col" }, t)))),
       el("tbody", {}, data.absent.map((one) => el("tr", {}, el("th", { scope: "row" }, one.method),
         [one.model, one.dataset, one.schedule].map((t) => el("td", {}, t)),
         el("td", { class: one.status === "failed" ? "bad" : "" }, one.status),
-        el("td", {}, one.reason || "no result file yet", one.trace ? el("details", {}, el("summary", {}, "traceback"), el("pre", {}, one.trace)) : null))))), "Missing cells"));
+        el("td", {}, one.reason || "no result file yet", one.trace ? el("details", {}, el("summary", {}, "traceback"), el("pre", {}, one.trace)) : null))))), "Cells without results"));
 }
 
-function madeSection() {
-  return section("made", "Provenance", data.runs.map((run) => [
+function provenanceSection() {
+  return section("provenance", "Provenance", data.runs.map((run) => [
     data.runs.length > 1 ? el("h3", {}, run.name) : null,
     el("ul", { class: "plain" }, run.facts.map((fact) => el("li", {}, fact))),
   ]));
@@ -106,16 +106,16 @@ function start() {
   document.getElementById("sections").hidden = false;
   themes();
   if (!data.boards.length) {
-    app.append(section("board", "Board", el("p", { class: "empty" }, "No cell has results yet.")), publishedSection(), absentSection(), madeSection());
+    app.append(section("board", "Board", el("p", { class: "empty" }, "No cell has results yet.")), publishedSection(), absentSection(), provenanceSection());
     return;
   }
   state.method = firstMethod();
   state.against = defaultRival();
-  app.append(protocolSection(), boardSection(), wearSection(), methodSection(), casesSection(), publishedSection(), absentSection(), madeSection());
-  const wear = () => { const one = document.getElementById("wear"); if (one.draw) one.draw(); };
-  wear();
+  app.append(protocolSection(), boardSection(), curvesSection(), methodSection(), casesSection(), publishedSection(), absentSection(), provenanceSection());
+  const drawCurves = () => { const one = document.getElementById("curves"); if (one.draw) one.draw(); };
+  drawCurves();
   let width = window.innerWidth;
-  window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; wear(); } });
+  window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; drawCurves(); } });
   window.addEventListener("beforeprint", () => document.querySelectorAll("#board details").forEach((one) => { one.open = true; }));
 }
 
