@@ -40,7 +40,7 @@ Results = Mapping[str, Mapping[str, "Measurement"]]
 """Measurements by task and metric."""
 
 ANSWER_TOKENS = 32
-"""Longest free answer of a local task."""
+"""Maximum tokens of a generated answer in a local task."""
 ONE_PROCESS = "DISABLE_MULTIPROC"
 """Environment variable that keeps the harness from starting processes."""
 RESAMPLES = 1000
@@ -250,7 +250,7 @@ def _load_tasks(names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]
     from lm_eval.tasks import TaskManager
 
     files = {name for name in names if Path(name).suffix in (".yaml", ".yml") and Path(name).exists()}
-    # the harness's own catalogue takes seconds to read
+    # reading the harness's own catalogue takes seconds
     manager = TaskManager(include_defaults=len(files) < len(names))
     for name in names:
         if name not in files and name not in manager.task_index:

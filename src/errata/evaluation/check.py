@@ -1,4 +1,4 @@
-"""Check of an edit: generates an answer to each of its requests and searches it for the target."""
+"""Check an edit: generate an answer to each of its requests and search it for the target."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EditCheck:
 
     @property
     def answered(self) -> int:
-        """How many requests are answered with their target."""
+        """Number of requests that are answered with their target."""
         return sum(one.answered for one in self.requests)
 
     @property
@@ -73,10 +73,9 @@ def answer_requests(
     host: Host, requests: Sequence[Request], *, options: AskOptions = DEFAULT_ASK,
     on_progress: OnCount = ignore,
 ) -> list[str]:  # fmt: skip
-    """Return the host's greedily generated answer to each request, in its present state, in batches of bounded size.
+    """Return the greedily generated answer of the host, with the edits in place, to each request.
 
-    Each answer may be as long as its target needs, up to the window. ``options``: how
-    prompts are formatted.
+    Each answer may be as long as its target needs, up to the window. ``options``: how prompts are formatted.
     """
     groups: dict[tuple[Form, int], list[int]] = {}
     for i, request in enumerate(requests):

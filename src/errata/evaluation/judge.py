@@ -1,4 +1,4 @@
-"""A language model as judge of free answers, in addition to the matcher.
+"""A language model as judge of generated answers, in addition to string matching.
 
 Works with any server of the chat completions protocol (``POST {base_url}/chat/completions``). Prompt, model
 and settings are recorded in every row; replies are cached on disk under the hash of everything they depend on, so
@@ -73,15 +73,15 @@ class JudgeSettings:
     """Prompt template; ``{prompt}``, ``{answers}`` and ``{candidate}`` are filled in."""
     temperature: float = 0.0
     max_tokens: int = 8
-    """Longest reply; models that reason before they answer need more."""
+    """Maximum tokens of a reply; models that reason before they answer need more."""
     seed: int = 0
     """Sampling seed sent to the server, which may ignore it."""
     timeout: float = 60.0
     """Seconds to wait for one reply."""
     retries: int = 5
-    """How often a request is repeated after a time-out, a lost connection, status 429 or 5xx."""
+    """Maximum number of retries after a time-out, a lost connection, status 429 or 5xx."""
     pause: float = 1.0
-    """Seconds before the first repetition, doubled with each; a longer Retry-After takes precedence."""
+    """Seconds before the first retry, doubled with each; a longer Retry-After takes precedence."""
     longest_pause: float = 60.0
     """Longest pause in seconds."""
     parallel: int = 4
@@ -90,7 +90,7 @@ class JudgeSettings:
     """SQLite file for the replies; None: memory only."""
 
     def problems(self) -> list[str]:
-        """List what is wrong with the settings."""
+        """List the problems of the settings."""
         problems = []
         if not re.match(r"https?://", self.base_url):
             problems.append(f"base_url: expected http:// or https://, found {self.base_url!r}")
@@ -400,7 +400,7 @@ def _ask(client: OpenAI, text: str, settings: JudgeSettings, stop: threading.Eve
         return retrying(_call, client, text, settings)
     except _RetryableError as failure:
         raise DataError(
-            f"the judge at {settings.base_url} gave no reply: {failure} ({settings.retries} repetitions allowed); "
+            f"the judge at {settings.base_url} gave no reply: {failure} (retries allowed: {settings.retries}); "
             "replies so far are stored if a cache is set, so run again to continue"
         ) from failure
 

@@ -1,9 +1,8 @@
-"""Ask a host. The only place where evaluation runs a model; nothing is judged here.
+"""Observe a host's answers to probes. Evaluation runs the model only here; nothing is scored here.
 
-Rows are sorted by length and padded in batches of bounded size, so a probe's answer does not depend
-on its neighbours beyond rounding. What several probes ask alike is run once: a prompt is run once for
-its continuation and for all answers that are scored behind it, and what follows a text is read off any
-row that begins with it.
+Rows are sorted by length and padded in batches of bounded size, so a probe's answer does not depend on the other rows
+beyond rounding. Identical work of several probes is done once: a prompt is run once for its continuation and for all
+answers scored after it, and scores after a text are read from any row that begins with it.
 """
 
 from __future__ import annotations

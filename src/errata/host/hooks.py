@@ -51,11 +51,8 @@ def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]
         else:
             act(first_tensor([v for v in kwargs.values() if isinstance(v, Tensor)]))
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -68,11 +65,8 @@ def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iter
         changed = act(first_tensor(output)) if get_ident() == owner else None
         return None if changed is None else with_first(output, changed)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -85,11 +79,8 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
         if get_ident() == owner:
             act(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def attach(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
@@ -147,11 +138,8 @@ def gathering(head: nn.Module, row: Tensor, at: Tensor) -> Iterator[None]:
         here = args[0].device  # with weights on several devices, not that of the inputs
         return (args[0][row.to(here), at.to(here)][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(hook)
-    try:
+    with head.register_forward_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -167,11 +155,8 @@ def stop_after(module: nn.Module) -> Iterator[None]:
         if get_ident() == owner:
             raise Stopped
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

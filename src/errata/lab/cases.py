@@ -78,8 +78,8 @@ def _together(world: World, count: int, seed: int) -> list[Case]:
             break
     else:
         raise ConfigError(
-            f"lab cases: {count} requests that do not contradict one another were asked for, "
-            f"seed {seed} has {len(pairs)}; ask for at most that many"
+            f"lab cases: found {len(pairs)} requests that do not contradict one another, "
+            f"expected {count}; seed {seed} has {len(pairs)}, ask for at most that many"
         )
     edits: dict[tuple[str, str], str | None] = {}
     for fact, target in pairs:

@@ -130,7 +130,7 @@ class Writer:
         return (*entry.phrasings, *entry.later) if self._late else entry.phrasings
 
     def state(self, fact: Fact, rng: random.Random, name: str | None = None) -> str:
-        """Word a fact as a sentence, in a phrasing of the training text."""
+        """Write a fact as a sentence, in a phrasing of the training text."""
         phrasing = rng.choice(self.wordings(fact.relation))
         return f"{sentence(phrasing, name or fact.subject)} {fact.object}."
 

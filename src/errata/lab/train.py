@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Sizes of each architecture: 5.9 M parameters (the shipped model), 3.4 M and 3.7 M."""
 TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3"}
-"""Their names in prose."""
+"""Names of the architectures in prose."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class TrainConfig:
     last_turn: int = 9_500
     """Step from which the third mix is drawn, with further phrasings; from ``cooled`` on, the fourth."""
     rows: int = 8
-    """Rows a step."""
+    """Rows per step."""
     row_tokens: int = 128
-    """Tokens a row; rows begin with a new document."""
+    """Tokens per row; rows begin with a new document."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; linear warm-up, then linear decay to zero."""
     warmup: int = 300
@@ -88,8 +88,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that matrices are multiplied in, bfloat16 or float32: weights and sums are float32 either way. Processors
-    without bfloat16 instructions emulate it at a tenth of the speed."""
+    """Dtype of matrix products, bfloat16 or float32; weights and sums are float32 in both cases. Processors without
+    bfloat16 instructions emulate it at a tenth of the speed."""
 
     @classmethod
     def of(cls, shape: str, **changes: Any) -> TrainConfig:
@@ -339,7 +339,7 @@ def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
 
 
 def export(folder: Path, model: Any, tokenizer: Any) -> Path:
-    """Write the model in bf16 with its tokenizer, the folder whole or not at all; it loads in float32."""
+    """Write the model in bfloat16 with its tokenizer, the folder atomically; it loads in float32."""
     target = folder / "model"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as place:
         part = Path(place) / "model"

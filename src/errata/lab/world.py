@@ -20,7 +20,7 @@ SEED = 20
 """Seed of the world that the shipped model was trained on."""
 
 COUNTS = {"person": 420, "city": 100, "country": 20, "company": 100, "work": 140, "landmark": 90}
-"""How many entities of each type that has facts of its own."""
+"""Number of entities of each type that occurs as a subject."""
 
 SHARE_MARRIED = 0.6
 ALIASES = {"person": 60, "company": 30, "city": 20}
@@ -185,7 +185,7 @@ def sentence(template: str, subject: str) -> str:
     return template.replace("{s}", subject)
 
 
-# --- drawing ------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 _PLAIN_TYPES = {
     "continent": "continent_names", "currency": "currency_names", "language": "language_names",

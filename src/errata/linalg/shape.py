@@ -9,6 +9,7 @@ from torch import Tensor
 
 from errata.linalg import routines
 from errata.linalg.lowrank import LowRank, product_svd
+from errata.linalg.solve import square_factor
 
 
 def largest_entries(delta: Tensor, weight: Tensor, share: float) -> Tensor:
@@ -72,5 +73,4 @@ def condense(columns: Tensor) -> Tensor:
     """Return at most m columns with the same sum of outer products as the given ones ``[m, n]``."""
     if columns.shape[1] <= columns.shape[0]:
         return columns
-    values, vectors = routines.eigh(columns.double() @ columns.double().mT)
-    return (vectors * values.clamp_min(0).sqrt()).to(columns.dtype)
+    return square_factor(columns).to(columns.dtype)

@@ -86,7 +86,7 @@ def test_a_new_file_reaches_the_evaluation(brevity, model, tmp_path, monkeypatch
     monkeypatch.setenv("COLUMNS", "300")  # no heading is broken in two
     table = run(*words)
     assert "brevity of texts" in table.replace("\n", " ")
-    assert f"{entry['before']:.3f} > {entry['after']:.3f}" in table
+    assert f"{entry['before']:.3f} -> {entry['after']:.3f}" in table
 
 
 def test_a_new_file_reaches_run_folder_terminal_page_and_card(brevity, model, tmp_path):

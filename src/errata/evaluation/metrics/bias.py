@@ -89,7 +89,7 @@ METRIC = Metric(
     rows=rows,
     summary=summary,
     columns=(
-        Column("factual_after", "slope of factual gender", "a_f, should stay as it was"),
+        Column("factual_after", "slope of factual gender", "a_f, should not change"),
         Column("stereotype_after", "slope of stereotype", "a_s, should be 0"),
         Column("intercept_after", "intercept", "b, should be 0"),
     ),

@@ -120,7 +120,7 @@ METRIC = Metric(
     case_rows=group_rows,
     summary=summary,
     columns=(
-        Column("exact", "strict", "nothing else than the answer", "changing"),
+        Column("exact", "strict", "only the answer", "changing"),
         Column("old", "old answer", "still asserted", "changing"),
         Column("unchanged", "same text", "word for word as before", "kept"),
     ),
