@@ -212,7 +212,7 @@ def test_methods_that_need_subject_and_answer_in_one_stack_refuse_it(host, name)
 
 def test_statements_of_its_own_need_a_model_that_continues_text(host):
     request = errata.Request("Where was {} born?", "Ada Brenner", "Tallow Esk")
-    with pytest.raises(ConfigError, match="continues none"):
+    with pytest.raises(ConfigError, match="generates none"):
         errata.edit(host, request, method="ft", anchors=0.3)
 
 

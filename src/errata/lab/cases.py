@@ -79,7 +79,7 @@ def _together(world: World, count: int, seed: int) -> list[Case]:
     else:
         raise ConfigError(
             f"lab cases: found {len(pairs)} requests that do not contradict one another, "
-            f"expected {count}; seed {seed} has {len(pairs)}, ask for at most that many"
+            f"expected {count}; seed {seed} has {len(pairs)}; ask for at most that many"
         )
     edits: dict[tuple[str, str], str | None] = {}
     for fact, target in pairs:

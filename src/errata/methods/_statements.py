@@ -17,7 +17,7 @@ from errata.errors import RequestError
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.solve import condense
-from errata.locate.own import TOKENS, OwnText, WeightedRow, scaled_keys, weighted_rows
+from errata.locate.own import TOKENS, OwnCounts, OwnText, WeightedRow, scaled_keys, weighted_rows
 from errata.methods._closed_form import CostTerms, EditDraft, Task
 from errata.methods._method import Workspace
 from errata.methods._settings import StatementTerms
@@ -33,19 +33,21 @@ SAME = 1_000
 def own_statements(
     host: Host, requests: Sequence[Request], config: StatementTerms, work: Workspace
 ) -> list[OwnText]:
-    """Return anchors and mates of each request with the host's present answers; nothing where the weights are 0.
+    """Return the host's own statements for each request, anchors and mates with its present answers.
 
-    Statements that another request changes are left out.
+    None of a sort whose weight or number is 0. Anchors and mates that another request changes are left out.
     """
-    counts = config.own_counts
+    wanted = counts = config.own_counts
+    if counts == OwnCounts():
+        return [OwnText() for _ in requests]
     if not counts.anchors and not counts.mates:
-        return []
+        return work.own_texts(host, requests, counts)
     subjects = [request.subject for request in requests]
     if len(set(subjects)) < len(subjects):  # then other requests' relations have to be known
         counts = replace(counts, paraphrases=SAME, consequences=SAME)
     texts = work.own_texts(host, requests, counts)
     changes = [_prompts(request, text) for request, text in zip(requests, texts, strict=True)]
-    texts = [_without_changes(i, subjects, texts, changes) for i in range(len(requests))]
+    texts = [_without_changes(i, subjects, texts, changes, wanted) for i in range(len(requests))]
     if work.after is None:  # the tables' answers are those of the host without the edit that goes on
         return texts
     return [replace(text, mates=_present(host, text.mates)) for text in texts]
@@ -57,15 +59,17 @@ def _prompts(request: Request, text: OwnText) -> set[str]:
 
 
 def _without_changes(
-    i: int, subjects: Sequence[str], texts: Sequence[OwnText], changes: Sequence[set[str]]
+    i: int, subjects: Sequence[str], texts: Sequence[OwnText], changes: Sequence[set[str]], counts: OwnCounts
 ) -> OwnText:
-    """Return a request's anchors and mates less those that the other requests change."""
+    """Return a request's statements less the anchors and mates that the other requests change."""
     others = [j for j, subject in enumerate(subjects) if j != i and subject == subjects[i]]
     changed = set().union(*(changes[j] for j in others))
-    return OwnText(
+    return replace(
+        texts[i],
+        paraphrases=texts[i].paraphrases[: counts.paraphrases],
+        consequences=texts[i].consequences[: counts.consequences],
         anchors=tuple(one for one in texts[i].anchors if one.prompt not in changed),
         mates=tuple(one for one in texts[i].mates if one.subject not in subjects),
-        type=texts[i].type,
     )
 
 

@@ -56,6 +56,7 @@ from errata.methods._method import (
 )
 from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, JointRequests, OwnStatements, TargetEnd, at_least_zero
+from errata.methods._statements import own_statements
 from errata.training.low_rank import LowRankDescent
 from errata.training.tune import Line
 from errata.types import Request
@@ -86,8 +87,7 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
     consolidate: int = 0
     """After how many requests of a sequence the whole change is solved anew from all records; 0: never."""
     records: bool = True
-    """Whether the edit keeps each request's keys and the outputs at them, with which single requests are retracted and
-    edits refitted without the model; they triple its size."""
+    """Whether the edit keeps each request's keys and the outputs at them, for retract and refit; they triple it."""
     gamma: float = 0.01
     """Ridge of a refit: how much the cost under M counts beside the squared error of the outputs recorded."""
     tokens: int = 1_000_000
@@ -137,7 +137,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     config = replace(config, layers=layers)
     task = _Task(host, requests, config, work, [host.layout.site(layer) for layer in layers])
     costs = work.costs(host, task.sites, config.tokens, ridge=config.rho, source=config.moments)
-    own = work.own_texts(host, requests, config.own_counts)
+    own = own_statements(host, requests, config, work)
     rows = _rows(task, own)
     keys, thin, facts = _find_changes(task, rows, costs, own)
     changes: dict[Site, Delta] = dict(thin)
