@@ -71,6 +71,8 @@ _CONTROLS = re.compile(
 )
 """Characters with which a text could control a terminal: control characters except tabs and line breaks, and marks that
 change the direction of writing; also half surrogate pairs, which cannot be printed."""
+SHORT_LINE = 16
+"""Longest cell, in columns, that is not broken while there is room for all words."""
 PIPED_WIDTH, MIN_WIDTH = 120, 20
 """Width of tables in columns if the output is no terminal, and the smallest width."""
 
@@ -213,12 +215,11 @@ def _column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int | No
         return [None] * len(columns)
     widths: list[int | None] = [None] * len(columns)
     order = sorted(range(len(columns)), key=lambda i: lines[i] - words[i])
-    for place, i in enumerate(
-        order
-    ):  # those that lack little get all of it, the others equal shares of the rest
-        more = min(lines[i] - words[i], spare // (len(order) - place))
-        widths[i] = words[i] + more
-        spare -= more
+    for place, i in enumerate(order):
+        # cells of a few words stay on one line; longer ones share what is left
+        share = spare if lines[i] <= SHORT_LINE else spare // (len(order) - place)
+        widths[i] = words[i] + min(lines[i] - words[i], share)
+        spare -= min(lines[i] - words[i], share)
     return widths
 
 

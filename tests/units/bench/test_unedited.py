@@ -66,5 +66,5 @@ def test_what_is_read_back_is_what_was_observed(host, tmp_path, monkeypatch):
 def test_names_of_cases_must_differ(host, tmp_path, monkeypatch):
     monkeypatch.setattr(unedited, "CHUNK", 1)
     case = made(1)[0]
-    with pytest.raises(DataError, match="2 cases have 1 different names"):
+    with pytest.raises(DataError, match="2 cases have only 1 different names"):
         Unedited(tmp_path, host, [case, case], AskOptions())
