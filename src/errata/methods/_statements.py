@@ -37,7 +37,7 @@ def own_statements(
 
     None of a sort whose weight or number is 0. Anchors and mates that another request changes are left out.
     """
-    wanted = counts = config.own_counts
+    limits = counts = config.own_counts
     if counts == OwnCounts():
         return [OwnText() for _ in requests]
     if not counts.anchors and not counts.mates:
@@ -47,7 +47,7 @@ def own_statements(
         counts = replace(counts, paraphrases=SAME, consequences=SAME)
     texts = work.own_texts(host, requests, counts)
     changes = [_prompts(request, text) for request, text in zip(requests, texts, strict=True)]
-    texts = [_without_changes(i, subjects, texts, changes, wanted) for i in range(len(requests))]
+    texts = [_without_changes(i, subjects, texts, changes, limits) for i in range(len(requests))]
     if work.after is None:  # the tables' answers are those of the host without the edit that goes on
         return texts
     return [replace(text, mates=_present(host, text.mates)) for text in texts]
