@@ -10,7 +10,7 @@ from errata.edits import WeightEdit
 from errata.errors import ConfigError
 from errata.job import workspace
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import condense
+from errata.linalg.solve import independent_columns
 from errata.locate.keys import Place, capture, capture_from, subject_place
 from errata.locate.own import OwnText
 from errata.methods import _method
@@ -260,7 +260,7 @@ def test_condensed_keys_have_the_same_products_in_every_shape():
     for count in (3, 20):
         keys = torch.randn(8, count).double()
         keys = torch.cat([keys, keys[:, :2]], 1)  # two of them twice
-        small, solved = condense(keys, inverse @ keys)
+        small, solved = independent_columns(keys, inverse @ keys)
         assert small.shape[1] == min(8, count)
         torch.testing.assert_close(small @ small.mT, keys @ keys.mT)
         torch.testing.assert_close(solved, inverse @ small)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from errata.errors import EditError
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import condense, from_solved, influence, solve_with_history
+from errata.linalg.solve import from_solved, independent_columns, influence, solve_with_history
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Record:
             return self.keys, solved, self.target_changes
         term = torch.tensor(self.in_cost, device=solved.device)
         # as many columns as there are directions: statements share their first tokens
-        terms, terms_solved = condense(self.keys[:, term], solved[:, term])
+        terms, terms_solved = independent_columns(self.keys[:, term], solved[:, term])
         whole = solve_with_history(solved[:, ~term], terms, terms_solved)
         return self.keys[:, ~term], whole, self.target_changes[:, ~term]
 

@@ -168,7 +168,7 @@ def solve_with_history(solved: Tensor, history_keys: Tensor, history_solved: Ten
     return solved - past @ routines.cholesky_solve(_factor(gram, 0.0)[0], keys.mT @ solved)
 
 
-def condense(keys: Tensor, solved: Tensor, *, floor: float = 1e-12) -> tuple[Tensor, Tensor]:
+def independent_columns(keys: Tensor, solved: Tensor, *, floor: float = 1e-12) -> tuple[Tensor, Tensor]:
     """Return L ``[m, r]`` with L L^T = P P^T, and M^-1 L, from P and M^-1 P ``[m, p]``; float64, r at most m and p.
 
     Directions whose eigenvalue is below ``floor`` times the largest are left out, as keys are often equal.

@@ -20,7 +20,13 @@ from errata.edits.weight import Delta, WeightEdit
 from errata.errors import CollidingRequests, ConfigError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import CostMatrix, condense, from_solved, similar_pairs, solve_with_history
+from errata.linalg.solve import (
+    CostMatrix,
+    from_solved,
+    independent_columns,
+    similar_pairs,
+    solve_with_history,
+)
 from errata.locate.contexts import Context
 from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
 from errata.locate.sweep import LayerSweep
@@ -475,7 +481,7 @@ def _with_terms(past: tuple[Tensor, Tensor] | None, keys: Tensor, solved: Tensor
     if past is not None:
         keys = torch.cat([past[0].double(), keys.double()], 1)
         solved = torch.cat([past[1].double(), solved], 1)
-    return condense(keys, solved) if keys.shape[1] > keys.shape[0] else (keys, solved)
+    return independent_columns(keys, solved) if keys.shape[1] > keys.shape[0] else (keys, solved)
 
 
 def _record_of_terms(record: Record, terms: CostTerms, cost: CostMatrix) -> Record:

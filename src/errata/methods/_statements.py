@@ -16,7 +16,7 @@ import torch
 from errata.errors import RequestError
 from errata.host.layout import Site
 from errata.host.load import Host
-from errata.linalg.solve import condense
+from errata.linalg.solve import independent_columns
 from errata.locate.own import TOKENS, OwnCounts, OwnText, WeightedRow, scaled_keys, weighted_rows
 from errata.methods._closed_form import CostTerms, EditDraft, Task
 from errata.methods._method import Workspace
@@ -105,7 +105,9 @@ class Terms:
         parts, requests = [], []
         for request in sorted({one.request for one in self.rows}):
             own = torch.cat([k for k, one in zip(keys, self.rows, strict=True) if one.request == request]).mT
-            part = condense(own, own)[0].to(own.dtype)  # statements of one subject begin with the same keys
+            part = independent_columns(own, own)[0].to(
+                own.dtype
+            )  # statements of one subject begin with the same keys
             parts.append(part)
             requests += [(request,)] * part.shape[1]
         return CostTerms(torch.cat(parts, 1), tuple(requests))

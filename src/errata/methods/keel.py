@@ -40,7 +40,8 @@ from errata.host import hooks
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
-from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor
+from errata.linalg.shape import condense
+from errata.linalg.solve import CostMatrix, key_basis, solve_with_history
 from errata.locate.own import OwnText, kept_keys, training_rows
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._consolidate import consolidate, is_due, record_changes
@@ -218,8 +219,7 @@ def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, o
     parts = [] if past is None or weight == 0 else [past.to(keys.dtype) * weight**0.5]
     parts += [] if own is None else [own]
     if parts:
-        more = torch.cat(parts, 1)  # [d_in, p]: M is the shrunken C and P P^T
-        more = more if more.shape[1] <= more.shape[0] else square_factor(more).to(keys.dtype)
+        more = condense(torch.cat(parts, 1)).to(keys.dtype)  # [d_in, p]: M is the shrunken C and P P^T
         solved = solve_with_history(solved, more, cost.solve(more))
     return key_basis(keys, solved).to(keys.dtype)
 
@@ -227,7 +227,7 @@ def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, o
 def _history(past: Tensor | None, keys: Tensor) -> Tensor:
     """Return P ``[d_in, p]`` with P P^T the sum of all edits' mean outer products; never wider than high."""
     history = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
-    return history if history.shape[1] <= history.shape[0] else square_factor(history).to(keys.dtype)
+    return condense(history).to(keys.dtype)
 
 
 def _line(row: PromptRow) -> Line:
