@@ -78,6 +78,7 @@ _OPERATORS = regex.compile(r"[\p{Sm}\p{Pd}^&|]+\Z")
 
 _THOUGHTS = r"think|thinking|thought|thoughts|reasoning"
 _BLOCK_OPEN = regex.compile(rf"(?i)<({_THOUGHTS})>|\[(THINK)\]|◁(think)▷")
+_BLOCK = regex.compile(rf"(?i)</?(?:{_THOUGHTS})>|\[/?THINK\]|◁/?think▷")
 _BLOCK_CLOSE = regex.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷")
 
 
@@ -274,6 +275,8 @@ def after_thoughts(text: str) -> str:
 
     If the prompt opened the block, the text has only its end. A text without a block is returned unchanged.
     """
+    if not _BLOCK.search(text):
+        return text
     closes = list(_BLOCK_CLOSE.finditer(text))
     rest = text[closes[-1].end() :] if closes else text
     opening = _BLOCK_OPEN.search(rest)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.bench import results
+from errata.bench.plan import is_named
 from errata.errors import ConfigError
 from errata.evaluation import judge, score
 from errata.evaluation.judge import Agreement, JudgeSettings
@@ -49,7 +50,7 @@ def judge_run(
     or is damaged, and if the judge cannot be reached.
     """
     place = Path(folder)
-    names = [cell["id"] for cell in results.read_run(place)["cells"] if only is None or only in cell["id"]]
+    names = [cell["id"] for cell in results.read_run(place)["cells"] if is_named(cell["id"], only)]
     folders = [place / results.CELLS / name for name in names]
     folders = [cell for cell in folders if (cell / results.ROWS).exists()]
     if not folders:

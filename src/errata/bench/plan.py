@@ -76,8 +76,8 @@ class Plan:
         return next(model for model in self.recipe.models if model.label == label)
 
     def select_ids(self, only: str | None) -> list[str]:
-        """List the ids of the cells that contain a text, or all ids. Raises ConfigError if there are none."""
-        ids = [cell.id for cell in self.cells if only is None or only in cell.id]
+        """List the ids of all cells, or of those that :func:`is_named` finds. Raises ConfigError if there are none."""
+        ids = [cell.id for cell in self.cells if is_named(cell.id, only)]
         if not ids:
             raise ConfigError(f"no cell id contains {only!r}; list the cells with --dry-run")
         return ids
@@ -228,8 +228,16 @@ def _name(cell: Cell, recipe: Recipe, model: ModelSpec, facts: Mapping[str, Any]
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
     words = f"{cell.model}-{cell.label}-{cell.dataset}-{cell.schedule}-s{cell.seed}"
-    slug = re.sub(r"[^a-z0-9_.]+", "-", words.lower()).strip("-.")
-    return f"{slug[:SLUG].rstrip('-.')}-{digest}"
+    return f"{_slug(words)[:SLUG].rstrip('-.')}-{digest}"
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9_.]+", "-", words.lower()).strip("-.")
+
+
+def is_named(cell_id: str, only: str | None) -> bool:
+    """Whether a cell's id contains a text, as it is or written like an id: ``keel, 3 layers`` is ``keel-3-layers``."""
+    return only is None or only in cell_id or bool(_slug(only) and _slug(only) in cell_id)
 
 
 def _config(cell: Cell) -> dict[str, Any]:

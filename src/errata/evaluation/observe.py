@@ -323,11 +323,12 @@ class _PrefixScorer:
         """Set the prefixes that will be run: each answer is scored after the longest one that it begins with."""
         lengths = sorted({len(root) for root in roots}, reverse=True)
         self._after_prefix = {root: [] for root in roots}
+        continues, shareable = self.host.continues, self.host.shareable
         for answer in self._answers:
             begins = (answer.ids[:length] for length in lengths if length <= answer.start)
             root = next((text for text in begins if text in roots), None)
-            alone = root is None or (not self.host.continues and len(root) < len(answer.ids) - 1)
-            if root is not None and not self.host.shareable and len(root) != answer.start:
+            alone = root is None or (not continues and len(root) < len(answer.ids) - 1)
+            if root is not None and not shareable and len(root) != answer.start:
                 alone = True  # a router decided at the end of another prompt
             (self._without_prefix if root is None or alone else self._after_prefix[root]).append(answer)
 

@@ -96,7 +96,8 @@ class Codec(ABC):
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Return answers as texts, thinking blocks left out."""
-        answers = [prompts.behind_thoughts(self.tokenizer, list(row)) for row in ids]
+        ends = prompts.block_ends(self.tokenizer)
+        answers = [prompts.behind_thoughts(list(row), ends) for row in ids]
         return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
     # --- rows to passes --------------------------------------------------------------------

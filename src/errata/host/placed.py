@@ -66,9 +66,13 @@ class Placed:
         return frozenset(acting | {one.digest for one in self.rewriters})
 
 
+_NOTHING = Placed()
+
+
 def on(model: nn.Module) -> Placed:
     """Return what is in place on a model; not to be written to."""
-    return model.__dict__.get(PLACED) or Placed()
+    state: Placed = model.__dict__.get(PLACED, _NOTHING)
+    return state
 
 
 def set_number(model: nn.Module, name: str | None) -> int | None:

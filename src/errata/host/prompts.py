@@ -6,7 +6,7 @@ same template, the same (closed) thinking block, with the same join of prompt an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -151,13 +151,14 @@ def conversation(prompt: str) -> Framed:
     return Framed(prompt, prompt, 0, False, None)
 
 
-def behind_thoughts(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Cut a thinking block off generated ids where its end is a special token, which decoding would drop."""
-    ends = {
-        i
-        for i in getattr(tokenizer, "all_special_ids", ())
-        if closes_block(tokenizer.convert_ids_to_tokens(i))
-    }
+def block_ends(tokenizer: Any) -> set[int]:
+    """Return the ids of special tokens that end a thinking block, which decoding would drop."""
+    special = getattr(tokenizer, "all_special_ids", ())
+    return {i for i in special if closes_block(tokenizer.convert_ids_to_tokens(i))}
+
+
+def behind_thoughts(ids: list[int], ends: Set[int]) -> list[int]:
+    """Cut a thinking block off generated ids, up to the last of the tokens that end one."""
     last = max((place for place, token in enumerate(ids) if token in ends), default=-1)
     return ids[last + 1 :]
 

@@ -76,9 +76,8 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> Encoded:
     doubled = bool(begin) and text.startswith(begin)  # a begin token in the text itself
     output = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special and not doubled)
     ids, spans = list(output["input_ids"]), [tuple(s) for s in output["offset_mapping"]]
-    end = getattr(tokenizer, "eos_token_id", None)
     # tokenizers that close every text (T5 style) would end it before its continuation
-    while ids and end is not None and ids[-1] == end and spans[-1][0] == spans[-1][1]:
+    while ids and spans[-1][0] == spans[-1][1] and ids[-1] == getattr(tokenizer, "eos_token_id", None):
         ids.pop()
         spans.pop()
     return Encoded(text, tuple(ids), tuple(spans))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ thin factors. Gram matrices and their Cholesky factors are float64 whatever come
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,12 +136,13 @@ def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     Raises ValueError as :meth:`CostMatrix.of` does.
     """
     mean = float(matrix.diagonal().mean())
-    if not (mean > 0 and torch.isfinite(matrix).all()):
+    if not (mean > 0 and math.isfinite(float(matrix.sum()))):
         raise ValueError("the matrix is zero or not finite")
-    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     trial = ridge
     while trial <= max(ridge, MOST_RIDGE):
-        factor = routines.cholesky(matrix + trial * mean * eye)
+        shifted = matrix.clone()
+        shifted.diagonal().add_(trial * mean)
+        factor = routines.cholesky(shifted)
         if factor is not None:
             return factor, trial
         trial = max(10 * trial, 1e-12)

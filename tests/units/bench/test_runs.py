@@ -19,6 +19,7 @@ import errata
 from errata import job
 from errata.bench import plan, recipe, workers
 from errata.bench.jobs import Jobs
+from errata.bench.plan import is_named
 from errata.bench.results import read_run
 from errata.bench.schedule import Schedule
 from errata.data.reading import read
@@ -327,6 +328,14 @@ def test_another_recipe_is_not_gone_on_with(words, whole, tmp_path):
     with pytest.raises(ConfigError, match="no cell id contains 'nobody'"):
         execute(words, tmp_path / "new", only="nobody")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [("keel-3", True), ("keel, 3 layers", True), ("KEEL", True), ("3 keel", False), ("!", False)],
+)
+def test_cells_are_picked_by_part_of_an_id_or_by_a_label(only, found):
+    assert is_named("lab-keel-3-layers-lab-100-single-s0-0a1b2c3d", only) is found
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
