@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,11 @@ from errata.stats.tables import (
     Tables,
     TableSettings,
     agreement,
+    compositions,
     facts,
     follows,
     free_text,
+    inverses,
     own_tables,
     plan,
 )
@@ -111,13 +114,51 @@ def test_paraphrases_agree_in_their_answers():
 
 def test_a_country_follows_from_its_city():
     assert follows(CITIES, LANDS)
-    assert TABLE.consequences(CITIES) == ["{} pays in"]
+    assert TABLE.dependents(CITIES) == ["{} pays in"]
     shuffled = tuple(CITIES[(3 * i + 1) % 10] for i in range(10))
     assert not follows(CITIES, shuffled)
     assert not follows(TRADES, LANDS), "no two names agree in their trade: nothing can be said"
     many = tuple(itertools.chain.from_iterable([land] * 10 for land in ("N", "S")))
     towns = tuple(str(i) for i in range(20))
     assert not follows(many, towns)
+
+
+TOWNS = AnswerTable(
+    ("Anko", "Dresi", "Folu", "Ganta", "Hovo"),
+    ("{} lies in", "The sea at {} is", "{} has a wall"),
+    (
+        ("North", "North", "South", "East", "West"),
+        ("A", "B", "C", "D", "E"),
+        ("Yes", "Yes", "Yes", "Yes", "No"),
+    ),
+)
+CRAFTS = AnswerTable(
+    TRADES,
+    ("{} is done by", "{} needs"),
+    (tuple(f"name {i}." for i in range(10)), tuple(f"tool {i}" for i in range(10))),
+)
+WITH_BRIDGES = Tables((TABLE, TOWNS, CRAFTS), "by hand", 0, 0, 0)
+
+
+def test_a_template_that_composes_two_others_is_found_by_its_answers():
+    """Name -> city -> land is what "{} pays in" answers, for names whose land no other name shares as well."""
+    found = compositions(CITIES, TABLE, WITH_BRIDGES)
+    assert {template: bridge.template for template, bridge in found.items()} == {"{} pays in": "{} lies in"}
+    assert found["{} pays in"].share == 1 and found["{} pays in"].table is TOWNS
+    assert compositions(TRADES, TABLE, WITH_BRIDGES) == {}, "what trades need is nobody's land"
+    assert compositions(CITIES, TABLE, TABLES) == {}, "no table is about cities"
+
+
+def test_answers_that_agree_because_they_are_nearly_all_equal_compose_nothing():
+    walled = ("Yes",) * 9 + ("No",)
+    table = replace(TABLE, templates=(*TABLE.templates, "{} is safe"), answers=(*TABLE.answers, walled))
+    assert "{} is safe" not in compositions(CITIES, table, replace(WITH_BRIDGES, types=(table, TOWNS)))
+
+
+def test_the_inverse_of_a_relation_leads_back_to_the_names():
+    (found,) = inverses(TRADES, TABLE.names, WITH_BRIDGES)
+    assert found.template == "{} is done by" and found.share == 1
+    assert inverses(CITIES, TABLE.names, WITH_BRIDGES) == [], "two names live in each city"
 
 
 def test_tables_are_read_back_as_they_were():
@@ -180,7 +221,7 @@ REQUEST = errata.Request("{} lives in", "Name 0", "Folu", "Anko")
 def test_statements_come_from_the_columns(monkeypatch):
     host = fresh("llama")
     monkeypatch.setattr(own, "answers", lambda host, prompts, **_: [f"said to {p}" for p in prompts])
-    found = own_text(host, REQUEST, TABLES, OwnCounts(6, 4, 24, 16))
+    found = own_text(host, REQUEST, TABLES, OwnCounts(paraphrases=6, consequences=4, anchors=24, mates=16))
     assert [(r.text, r.target) for r in found.paraphrases] == [("The home of Name 0 is", "Folu")]
     assert [(r.text, r.target) for r in found.consequences] == [("Name 0 pays in", "South")]
     assert {r.text for r in found.anchors} == {"Name 0 works as", "Ask Name 0 for"}
@@ -189,6 +230,31 @@ def test_statements_come_from_the_columns(monkeypatch):
     for mate in found.mates:
         assert (TABLE.column(mate.prompt) or ())[TABLE.names.index(mate.subject)] == mate.target
     assert type_of(host, REQUEST, TABLES) == 0
+
+
+def test_what_follows_is_what_the_host_says_about_the_target(monkeypatch):
+    host = fresh("llama")
+    monkeypatch.setattr(own, "answers", lambda host, prompts, **_: [f"said to {p}" for p in prompts])
+    found = own_text(host, REQUEST, WITH_BRIDGES, OwnCounts(consequences=4, anchors=9))
+    assert [(r.text, r.target) for r in found.consequences] == [("Name 0 pays in", "said to Folu lies in")]
+    assert "{} pays in" not in {r.prompt for r in found.anchors}
+    abroad = replace(REQUEST, target="Jurt")
+    (statement,) = own_text(host, abroad, WITH_BRIDGES, OwnCounts(consequences=4)).consequences
+    assert statement.target == "said to Jurt lies in", (
+        "no name has this city so far, nor does a table know it"
+    )
+
+
+def test_the_inverse_is_said_about_the_target_and_its_mates_keep_their_answers(monkeypatch):
+    host = fresh("llama")
+    monkeypatch.setattr(own, "answers", lambda host, prompts, **_: [f"said to {p}" for p in prompts])
+    request = errata.Request("{} works as", "Name 0", "trade 4", "trade 0")
+    found = own_text(host, request, WITH_BRIDGES, OwnCounts(inverses=2, mates=6))
+    assert [(r.text, r.target) for r in found.inverses] == [("trade 4 is done by", "Name 0")]
+    others = [mate for mate in found.mates if mate.prompt == "{} is done by"]
+    assert len(others) == 6 and not {"trade 4", "trade 0"} & {mate.subject for mate in others}
+    assert all(mate.target == f"name {mate.subject[-1]}." for mate in others)
+    assert not own_text(host, request, WITH_BRIDGES, OwnCounts(mates=6)).inverses
 
 
 def test_without_tables_the_host_is_let_write_about_the_subject(monkeypatch):
@@ -201,7 +267,12 @@ def test_without_tables_the_host_is_let_write_about_the_subject(monkeypatch):
         " sold Folu to him.",
     ]
     monkeypatch.setattr(own, "sample_rows", lambda *_, **__: written)
-    found = own_text(host, REQUEST, Tables((), "none", 0, 0, 0), OwnCounts(6, 4, 24, 16))
+    found = own_text(
+        host,
+        REQUEST,
+        Tables((), "none", 0, 0, 0),
+        OwnCounts(paraphrases=6, consequences=4, anchors=24, mates=16),
+    )
     assert [(r.text, r.target) for r in found.paraphrases] == [("Name 0 lives near", "Folu")]
     assert [(r.text, r.target) for r in found.anchors] == [("Name 0 works as a cook,", "and")]
     assert not found.mates and found.type is None
@@ -241,9 +312,9 @@ def test_no_held_out_wording_enters_and_every_statement_is_in_the_hosts_own_word
         assert before in text and after in text
     taken = 0
     for case in errata.lab.cases(6, seed=9):
-        found = own_text(host, case.request, tables, OwnCounts(6, 4, 8, 8))
+        found = own_text(host, case.request, tables, OwnCounts(6, 4, 2, 8, 8))
         asked = {probe.prompt for probe in case.probes if probe.kind in ("paraphrase", "question")}
-        statements = (*found.paraphrases, *found.consequences, *found.anchors, *found.mates)
+        statements = (*found.paraphrases, *found.consequences, *found.inverses, *found.anchors, *found.mates)
         taken += len(statements)
         for statement in statements:
             assert statement.prompt in templates | {"{}".join(case.request.template)}

@@ -115,12 +115,18 @@ def _tables(
 def _show_tables(host_tables: Tables, place: str) -> None:
     for row in host_tables.report():
         rows = [
-            (one["template"], one["paraphrases"], one["example"], ", ".join(one["follows"]) or "-")
+            (
+                one["template"],
+                one["paraphrases"],
+                one["example"],
+                ", ".join(one["follows"]) or "-",
+                ", ".join(one["inverses"]) or "-",
+            )
             for one in row["relations"]
         ]
         common.table(
             f"{row['names']} names such as {', '.join(row['examples'])}: {row['templates']} templates",
-            ("template", "paraphrases", "example", "consequences"), rows, right=(1,),
+            ("template", "paraphrases", "example", "consequences", "inverses"), rows, right=(1,),
         )  # fmt: skip
     if not host_tables.types:
         print("no template repeats in this text: methods sample text about each subject instead")

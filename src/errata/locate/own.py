@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import regex
@@ -23,7 +23,7 @@ from errata.host.load import Host, sample_rows
 from errata.locate.contexts import Context
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems
-from errata.stats.tables import AnswerTable, Tables, answers, fill, plain
+from errata.stats.tables import AnswerTable, Bridge, Tables, answers, consequences, fill, inverses, plain
 from errata.stats.templates import SLOT
 from errata.training.tune import Line, Losses
 from errata.types import Request
@@ -34,7 +34,7 @@ TOKENS = 8
 SAMPLES, SAMPLE_TOKENS = 32, 16
 """Statements about the subject that are sampled where the tables know no type for it, and their length."""
 OWN_WEIGHT = 0.5
-"""Loss weight of a paraphrase or consequence, that of the request's own prompt being 1."""
+"""Loss weight of a paraphrase, consequence or inverse, that of the request's own prompt being 1."""
 KNOWN = 2
 """Names with the new answer, at least, whose answers settle what follows from it."""
 TAILS = 8
@@ -49,10 +49,13 @@ class OwnText:
     """Other templates for the request's relation, with its target."""
     consequences: tuple[Request, ...] = ()
     """Templates whose answer follows from the request's, with the answer that its target brings with it."""
+    inverses: tuple[Request, ...] = ()
+    """Statements about the request's target whose answer is its subject."""
     anchors: tuple[Request, ...] = ()
     """Other statements about the subject, with the host's own answers."""
     mates: tuple[Request, ...] = ()
-    """The request's statement about other subjects of its type, with the host's own answers."""
+    """The request's statement about other subjects of its type, and the inverses about others than the target, with
+    the host's own answers."""
     type: int | None = None
     """Which of the tables' types the subject is of; None: none, the statements were sampled."""
 
@@ -63,6 +66,7 @@ class OwnCounts:
 
     paraphrases: int = 0
     consequences: int = 0
+    inverses: int = 0
     anchors: int = 0
     mates: int = 0
 
@@ -78,14 +82,23 @@ def own_text(host: Host, request: Request, tables: Tables, counts: OwnCounts, *,
         host, [fill(template, name) for name in table.names], tokens=TOKENS
     )
     same = [one for one in table.paraphrases(column) if one != template]
-    after = table.consequences(column)
+    spoken = _usable(same, request.subject)[: counts.paraphrases]
+    after, composed = (
+        consequences(column, table, tables) if counts.consequences or counts.anchors else ([], {})
+    )
+    back = inverses(column, table.names, tables) if counts.inverses else []
+    back = [one for one in back if _usable([one.template], request.target)][: counts.inverses]
     closed = {template, *same, *after, *table.related(column)}
-    others = _one_of_each(table, closed)
+    others = _one_of_each(table, set(table.templates) - closed)
+    mates = _mates(request, table, {template: tuple(column)}, same, counts.mates, draw)
+    for one in back:
+        mates += _inverse_mates(request, one, counts.mates // len(back), draw)
     return OwnText(
-        tuple(_ask(request, one, request.target) for one in _usable(same, request)[: counts.paraphrases]),
-        tuple(_consequences(request, table, column, after))[: counts.consequences],
-        tuple(_anchors(host, request, _usable(others, request), counts.anchors)),
-        tuple(_mates(request, table, {template: tuple(column)}, same, counts.mates, draw)),
+        tuple(_ask(request, one, request.target) for one in spoken),
+        tuple(_consequences(host, request, table, column, after, composed, counts.consequences)),
+        tuple(Request(one.template, request.target, request.subject) for one in back),
+        tuple(_anchors(host, request, _usable(others, request.subject), counts.anchors)),
+        tuple(mates),
         number,
     )
 
@@ -124,14 +137,14 @@ def _ask(request: Request, template: str, answer: str, subject: str | None = Non
     return Request(template, subject or request.subject, answer)
 
 
-def _usable(templates: Sequence[str], request: Request) -> list[str]:
-    """Leave out what the subject cannot be put into, as where it stands in the template already."""
-    return [one for one in templates if one.count(SLOT) == 1 and request.subject not in one]
+def _usable(templates: Sequence[str], name: str) -> list[str]:
+    """Leave out what a name cannot be put into, as where it stands in the template already."""
+    return [one for one in templates if one.count(SLOT) == 1 and name not in one]
 
 
-def _one_of_each(table: AnswerTable, closed: Collection[str]) -> list[str]:
-    """Order the templates that are not closed so that each relation comes once before any comes again."""
-    groups = [[one for one in group if one not in closed] for group in table.relations]
+def _one_of_each(table: AnswerTable, wanted: Collection[str]) -> list[str]:
+    """Order some of a table's templates so that each relation comes once before any comes again."""
+    groups = [[one for one in group if one in wanted] for group in table.relations]
     deepest = max(map(len, groups), default=0)
     return [group[i] for i in range(deepest) for group in groups if i < len(group)]
 
@@ -143,19 +156,34 @@ def _anchors(host: Host, request: Request, templates: Sequence[str], count: int)
 
 
 def _consequences(
-    request: Request, table: AnswerTable, column: Sequence[str], templates: Sequence[str]
-) -> list[Request]:
-    """Return what names that have the request's target already have besides, where most of them agree."""
+    host: Host, request: Request, table: AnswerTable, column: Sequence[str], templates: Sequence[str],
+    composed: Mapping[str, Bridge], count: int,
+) -> list[Request]:  # fmt: skip
+    """Return what follows from the request, at most ``count`` statements, of each relation one before another.
+
+    The new answer is what the host says about the target in the second template of a composition; of templates that
+    compose nothing, what most names have that have the target already.
+    """
+    if not count:
+        return []
+    ordered = _usable(_one_of_each(table, templates), request.subject)
+    asked = [one for one in ordered if one in composed and _usable([composed[one].template], request.target)]
+    prompts = [fill(composed[one].template, request.target) for one in asked[:count]]
+    texts = dict(zip(asked, answers(host, prompts, tokens=TOKENS), strict=False))
+    for template in ordered:
+        if template not in texts:
+            texts[template] = _most_common(request, column, table.column(template) or ())
+    return [_ask(request, one, texts[one]) for one in ordered if plain(texts[one])][:count]
+
+
+def _most_common(request: Request, column: Sequence[str], effect: Sequence[str]) -> str:
+    """Return the answer of most names that have the request's target already; empty where too few agree."""
     having = [i for i, answer in enumerate(column) if plain(answer) == plain(request.target)]
-    statements = []
-    for template in templates:
-        own = table.column(template) or ()
-        votes = Counter(plain(own[i]) for i in having)
-        (answer, count), *_ = votes.most_common(1) or [("", 0)]
-        if answer and count >= KNOWN and 2 * count > len(having):
-            text = next(own[i] for i in having if plain(own[i]) == answer)
-            statements.append(_ask(request, template, text))
-    return statements
+    votes = Counter(plain(effect[i]) for i in having)
+    (answer, count), *_ = votes.most_common(1) or [("", 0)]
+    if not answer or count < KNOWN or 2 * count <= len(having):
+        return ""
+    return next(effect[i] for i in having if plain(effect[i]) == answer)
 
 
 def _mates(
@@ -178,6 +206,22 @@ def _mates(
         if template.count(SLOT) == 1 and table.names[i] not in template and plain(columns[template][i]):
             statements.append(_ask(request, template, columns[template][i], table.names[i]))
     return statements
+
+
+def _inverse_mates(request: Request, inverse: Bridge, count: int, draw: random.Random) -> list[Request]:
+    """Return an inverse's template with other names than the target, with the answers of its table."""
+    column = inverse.table.column(inverse.template) or ()
+    excluded = {request.subject, request.target, request.target_old}
+    pairs = [
+        (name, answer)
+        for name, answer in zip(inverse.table.names, column, strict=True)
+        if name not in excluded
+        and answer != request.subject
+        and name not in inverse.template
+        and plain(answer)
+    ]
+    draw.shuffle(pairs)
+    return [Request(inverse.template, name, answer) for name, answer in pairs[:count]]
 
 
 # --- statements that the host writes about a subject ----------------------------------------
@@ -228,11 +272,11 @@ def statement_rows(host: Host, statements: Sequence[Request]) -> list[PromptRow]
 
 
 def training_rows(host: Host, rows: Sequence[PromptRow], text: OwnText) -> tuple[PromptRow, ...]:
-    """Return a request's rows with its own paraphrases and consequences behind them, at half the weight of a row.
+    """Return a request's rows with its own paraphrases, consequences and inverses behind, at half the weight of a row.
 
     Loss weights of the result sum to one.
     """
-    added = statement_rows(host, (*text.paraphrases, *text.consequences))
+    added = statement_rows(host, (*text.paraphrases, *text.consequences, *text.inverses))
     if not added:
         return tuple(rows)
     one = 1 / (len(rows) + OWN_WEIGHT * len(added))

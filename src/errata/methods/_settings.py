@@ -165,16 +165,20 @@ class OwnStatements(StatementTerms):
     """How many own paraphrases of each request are fitted as well, each with half the prompt's weight."""
     consequences: int = 0
     """How many own statements that follow from each request are fitted as well, in the same way."""
+    inverses: int = 0
+    """How many own statements about each target whose answer is the request's subject are fitted, in the same way."""
 
     def own_problems(self) -> list[str]:
         """Check ranges."""
-        return [*super().own_problems(), *at_least_zero(self, "paraphrases", "consequences")]
+        return [*super().own_problems(), *at_least_zero(self, "paraphrases", "consequences", "inverses")]
 
     @property
     def own_counts(self) -> OwnCounts:
         """How many statements of each sort are needed."""
         counts = super().own_counts
-        return replace(counts, paraphrases=self.paraphrases, consequences=self.consequences)
+        return replace(
+            counts, paraphrases=self.paraphrases, consequences=self.consequences, inverses=self.inverses
+        )
 
 
 @dataclass(frozen=True)

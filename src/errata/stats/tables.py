@@ -8,8 +8,9 @@ are consequences of one another. The tables depend on the host alone and are cac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ AGREE = 0.6
 FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
 """B is a consequence of A if pairs of names with equal answers to A have equal answers to B in at least this share of
 cases, this many times as often as other pairs, and there are at least this many such pairs."""
+
+CHANCE = 2.0
+"""Answers reached over a second template must equal those of a first this many times as often as by chance."""
 
 _CLAUSE = regex.compile(rf"\n|[{TERMINAL},;:、，；：](?![\p{{N}}\p{{Ll}}])")
 
@@ -114,7 +118,7 @@ class AnswerTable:
         pairs = zip(self.templates, self.plain, strict=True)
         return {template for template, other in pairs if _share(own, other, endings=True) >= RELATED}
 
-    def consequences(self, column: Sequence[str]) -> list[str]:
+    def dependents(self, column: Sequence[str]) -> list[str]:
         """Return the templates whose answers are functionally dependent on those of a column, except related ones.
 
         For example a country on its city: names with the same city have the same country, other names seldom do.
@@ -140,13 +144,13 @@ class Tables:
     """Upper bound of the generated tokens: those of sampled texts, and ``answer_tokens`` per prompt."""
 
     def report(self) -> list[dict[str, Any]]:
-        """Return a readable summary, one record per type: its relations, their paraphrases and consequences."""
+        """Return a readable summary, one record per type: its relations, with paraphrases, consequences, inverses."""
         return [
             {
                 "names": len(table.names),
                 "examples": list(table.names[:3]),
                 "templates": len(table.templates),
-                "relations": [_described(table, group) for group in table.relations],
+                "relations": [_described(self, table, group) for group in table.relations],
             }
             for table in self.types
         ]
@@ -165,7 +169,7 @@ class Tables:
         return Tables(types, record["source"], record["texts"], record["prompts"], record["generated"])
 
 
-def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
+def _described(tables: Tables, table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
     """Describe a group of paraphrases."""
     column = table.column(group[0]) or ()
     name, answer = next(((n, a) for n, a in zip(table.names, column, strict=True) if a), ("", ""))
@@ -174,7 +178,8 @@ def _described(table: AnswerTable, group: Sequence[str]) -> dict[str, Any]:
         "paraphrases": len(group),
         "wordings": list(group),
         "example": f"{fill(group[0], name)} {answer}",
-        "follows": table.consequences(column),
+        "follows": consequences(column, table, tables)[0],
+        "inverses": [bridge.template for bridge in inverses(column, table.names, tables)],
     }
 
 
@@ -218,6 +223,81 @@ def _follows(cause: Tensor, effect: Tensor) -> bool:
         return False
     share, rest = float(both[equal].double().mean()), float(both[~equal].double().mean())
     return share >= FOLLOWS and share >= TIMES * rest
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A template about the answers to another one: that of "{} is located in", about employers."""
+
+    template: str
+    table: AnswerTable
+    """The table that has it."""
+    share: float
+    """Share of names, 0 to 1, that agree."""
+
+
+def _bridges(column: Sequence[str], tables: Tables) -> Iterator[tuple[Bridge, list[int], list[str]]]:
+    """Yield each template about answers of a column, the places of those it knows, and its own answers about them."""
+    own = [plain(answer) for answer in column]
+    for table in tables.types:
+        row = {plain(name): i for i, name in enumerate(table.names)}
+        places = [i for i, answer in enumerate(own) if answer in row]
+        if len(places) >= PAIRS:
+            for template, replies in zip(table.templates, table.plain, strict=True):
+                yield Bridge(template, table, 0.0), places, [replies[row[own[i]]] for i in places]
+
+
+def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> dict[str, Bridge]:
+    """Return the templates of a table that compose a column with a second template, each with the one that fits best.
+
+    "The employer of {} is located in" composes "{} works for" with "{} is located in" if its answer for most names is
+    the second template's for their employers. ``column``: the first template's answers for the names of ``table``.
+    Templates that may state the same relation as the column are left out.
+    """
+    found: dict[str, Bridge] = {}
+    related = table.related(column)
+    for bridge, places, reached in _bridges(column, tables):
+        for template, replies in zip(table.templates, table.plain, strict=True):
+            if template in related:
+                continue
+            own = [replies[i] for i in places]
+            share = _share(own, reached)
+            known = found.get(template)
+            if (
+                share >= AGREE
+                and share >= CHANCE * _by_chance(own, reached)
+                and not (known and known.share >= share)
+            ):
+                found[template] = replace(bridge, share=share)
+    return found
+
+
+def consequences(
+    column: Sequence[str], table: AnswerTable, tables: Tables
+) -> tuple[list[str], dict[str, Bridge]]:
+    """Return the templates of a table that follow from a column, and of those that compose it the second template."""
+    composed = compositions(column, table, tables)
+    return list(dict.fromkeys((*composed, *table.dependents(column)))), composed
+
+
+def inverses(column: Sequence[str], names: Sequence[str], tables: Tables) -> list[Bridge]:
+    """Return the templates that lead from a column's answers back to the names, the surest first.
+
+    ``column``: the answers for ``names``.
+    """
+    own = [plain(name) for name in names]
+    found = [
+        replace(bridge, share=share)
+        for bridge, places, reached in _bridges(column, tables)
+        if (share := _share([own[i] for i in places], reached)) >= AGREE
+    ]
+    return sorted(found, key=lambda bridge: -bridge.share)
+
+
+def _by_chance(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the share of equal answers that is expected if two columns have nothing to do with one another."""
+    one, two = Counter(first), Counter(second)
+    return sum(one[answer] * two[answer] for answer in one if answer) / max(1, len(first)) ** 2
 
 
 # --- prompting the host ---------------------------------------------------------------------
