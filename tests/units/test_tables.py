@@ -16,8 +16,9 @@ import errata
 from errata import api
 from errata.cli.main import app
 from errata.errors import ConfigError, HostError
-from errata.locate import own
+from errata.locate import contexts, own
 from errata.locate.own import OwnCounts, own_text, type_of
+from errata.methods._method import Workspace
 from errata.stats import tables as stats
 from errata.stats.collect import Corpus
 from errata.stats.tables import (
@@ -211,6 +212,20 @@ def test_free_text_is_the_hosts_and_the_same_for_the_same_seed():
     texts = free_text(host, TableSettings(texts=3, length=5))
     assert texts == free_text(host, TableSettings(texts=3, length=5)) and len(texts) == 3
     assert texts != free_text(host, TableSettings(texts=3, length=5, seed=1))
+
+
+def test_texts_to_rehearse_are_written_once_for_the_unedited_host(tmp_path, monkeypatch):
+    host, calls = fresh("llama"), []
+    first = Workspace(folder=tmp_path, on_progress=lambda *call: calls.append(call))
+    texts = first.texts(host, 20, 5, own=True)
+    assert calls == [("free text", 16, 20), ("free text", 20, 20)] and len(texts) > 10
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "sample", None)
+        assert Workspace(folder=tmp_path).texts(host, 20, 5, own=True) == texts
+    edit = errata.edit(host, errata.Request("{} lives in", "Ada Brenner", "Merrin"), method="ft", steps=1)
+    with edit.on(host):
+        Workspace(folder=tmp_path).texts(host, 20, 5, own=True)
+    assert len(list(tmp_path.glob("texts-*"))) == 1, "what an edited host writes is not stored"
 
 
 # --- statements for a request ---------------------------------------------------------------

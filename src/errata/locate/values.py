@@ -34,6 +34,7 @@ from errata.locate.problems import (
     value_problems,
     wide,
 )
+from errata.progress import OnCount, ignore
 from errata.types import Request
 
 Where = Literal["mlp_out", "block_out", "attn_and_mlp"]
@@ -125,7 +126,7 @@ def find_values(
     where: Where,
     config: ValueConfig,
     batch_size: int | None = None,
-    tick: Callable[[int, int], None] = lambda finished, total: None,
+    tick: OnCount = ignore,
 ) -> list[Value]:
     """Find a value per problem, in the order given.
 

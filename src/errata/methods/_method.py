@@ -22,7 +22,7 @@ from errata.host.layout import DECODER, Site
 from errata.host.load import Host
 from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
-from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
+from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, stored_corpus, weigh
 from errata.locate.own import OwnCounts, OwnText, own_text
 from errata.progress import OnProgress, ignore
 from errata.stats import external
@@ -356,8 +356,16 @@ class Workspace:
 
         ``own``, or without a corpus: texts that the host without ``after`` writes instead.
         """
+        folder = None if self._others(host) else self.folder
         corpus = None if own else self.corpus
-        corpus = corpus or sampled_corpus(host, seed=self.seed + OWN_TEXTS, texts=count, length=tokens)
+        corpus = corpus or stored_corpus(
+            host,
+            seed=self.seed + OWN_TEXTS,
+            texts=count,
+            length=tokens,
+            folder=folder,
+            on_progress=self.on_progress,
+        )
         key = ("texts", host.fingerprint, *self._others(host), corpus.name, count, tokens)
         if key not in self._cache:
             with without(self.after, host):
