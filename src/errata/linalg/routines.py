@@ -57,6 +57,11 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
+def triangle(matrix: Tensor) -> Tensor:
+    """Return R ``[m, m]``, upper, of the QR decomposition of a matrix A ``[n, m]``, n at least m: R^T R = A^T A."""
+    return _linalg.qr(matrix, mode="r")[1]
+
+
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q ``[d, r]`` with orthonormal columns and upper triangular R ``[r, n]`` of ``[d, n]``, r = min(d, n)."""
     q, r = _linalg.qr(matrix)

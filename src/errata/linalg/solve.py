@@ -227,10 +227,8 @@ def key_basis(keys: Tensor, solved: Tensor, *, floor: float = 1e-6) -> Tensor:
 
 
 def square_factor(factor: Tensor) -> Tensor:
-    """Return L ``[m, m]``, float64, with L L^T = P P^T for P ``[m, p]`` of many columns."""
-    wide = factor.double()
-    values, vectors = routines.eigh(wide @ wide.mT)
-    return vectors * values.clamp_min(0).sqrt()
+    """Return L ``[m, m]``, lower, float64, with L L^T = P P^T for P ``[m, p]`` of many columns, p at least m."""
+    return routines.triangle(factor.double().mT).mT
 
 
 def leverage(keys: Tensor, cost: CostMatrix) -> Tensor:
