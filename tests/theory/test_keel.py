@@ -159,7 +159,7 @@ def test_keys_of_own_statements_join_the_cost_with_their_weights(host):
     """M = shrunken C + mu E_anchors[k k^T] + nu E_mates[k k^T], means over all positions from the subject on."""
     site = host.layout.site(1)
     own = OwnText(anchors=(ADA_ELSEWHERE,), mates=(BRUNO,))
-    factor = kept_keys(host, [own], [site], anchors=0.3, mates=0.7)[site]
+    factor = kept_keys(host, [own], [site], anchors=0.3, mates=0.7)[0][site]
     expected = torch.zeros(site.d_in, site.d_in, dtype=torch.float64)
     for weight, statement in ((0.3, ADA_ELSEWHERE), (0.7, BRUNO)):
         row = host.encode_answer(statement.text, statement.target).ids[:-1]
@@ -177,11 +177,13 @@ def test_keys_of_own_statements_join_the_cost_with_their_weights(host):
 
 def test_each_request_brings_as_much_of_its_own_as_it_would_alone(host):
     site, own = host.layout.site(1), OwnText(anchors=(ADA_ELSEWHERE,))
-    alone = kept_keys(host, [own], [site], anchors=1.0, mates=0.0)[site]
-    both = kept_keys(host, [own, OwnText(anchors=(BRUNO,))], [site], anchors=1.0, mates=0.0)[site]
+    alone = kept_keys(host, [own], [site], anchors=1.0, mates=0.0)[0][site]
+    factors, owners = kept_keys(host, [own, OwnText(anchors=(BRUNO,))], [site], anchors=1.0, mates=0.0)
+    both = factors[site]
+    assert owners == [0] * alone.shape[1] + [1] * (both.shape[1] - alone.shape[1])
     torch.testing.assert_close(both[:, : alone.shape[1]], alone)
     assert both.shape[1] > alone.shape[1]
-    assert kept_keys(host, [own], [site], anchors=0.0, mates=1.0) == {}
+    assert kept_keys(host, [own], [site], anchors=0.0, mates=1.0) == ({}, [])
 
 
 def test_at_the_subjects_last_token_alone_other_statements_about_it_cannot_be_kept(host, cost):

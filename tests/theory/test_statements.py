@@ -99,8 +99,8 @@ def terms(host, request, site, anchors: float, mates: float) -> torch.Tensor:
     return total
 
 
-def moment(host, site) -> torch.Tensor:
-    factor = workspace(host, seed=0).costs(host, [site], FAST["tokens"])[site].factor
+def moment(host, site, **options: float) -> torch.Tensor:
+    factor = workspace(host, seed=0).costs(host, [site], FAST["tokens"], **options)[site].factor
     return factor @ factor.mT
 
 
@@ -377,3 +377,25 @@ def test_settings_are_checked(host):
             fit(host, ADA, method, anchors=-1.0)
     with pytest.raises(ConfigError, match="anchors and mates: expected 0 with objective prompt_last"):
         fit(host, ADA, "ft", anchors=0.3, objective="prompt_last")
+
+
+def test_keel_with_statements_is_solved_for_again_under_the_same_cost(host, own, tmp_path):
+    """Its change is the cheapest with its outputs at the keys under M with all statements in it."""
+    options = {"layers": [1, 2], "anchors": 0.7, "mates": 0.4, "rho": 1e-3, "gamma": 1e-9, "energy": 1.0}
+    both = fit(host, [ADA, BRUNO], "keel", **options)
+    for name in both.deltas:
+        site = next(site for site in map(host.layout.site, (1, 2)) if site.parameter == name)
+        assert any(both.records[name].in_cost)
+        assert relative(dense(errata.refit(both), site), dense(both, site)) < 1e-3
+        record = both.records[name].select([1])
+        left = errata.retract(both, "ada")
+        keys, targets, own_terms = (part.double() for part in record.split())
+        matrix = moment(host, site, ridge=1e-3) + own_terms @ own_terms.mT
+        solved = torch.linalg.solve(matrix, keys)
+        system = keys.mT @ solved + 1e-9 * torch.eye(keys.shape[1])
+        assert relative(dense(left, site), targets @ torch.linalg.solve(system, solved.mT)) < 1e-3
+        torch.testing.assert_close(
+            own_terms @ own_terms.mT, terms(host, BRUNO, site, 0.7, 0.4), rtol=1e-4, atol=1e-6
+        )
+    stored = errata.Edit.load(both.save(tmp_path / "both.safetensors"))
+    assert errata.retract(stored, "ada").digest == errata.retract(both, "ada").digest

@@ -107,6 +107,19 @@ class Record:
             in_cost=tuple(in_cost) if any(in_cost) else (),
         )
 
+    def as_terms(self, keys: Tensor, solved: Tensor, requests: tuple[tuple[int, ...], ...]) -> Record:
+        """Return a record that joins this one: keys P ``[d_in, p]`` and M^-1 P as terms of M; ``requests`` of each."""
+        dtype, count = self.keys.dtype, len(requests)
+        return replace(
+            self, keys=keys.to(dtype), solved=solved.to(dtype), requests=requests,
+            target_changes=self.target_changes.new_zeros(len(self.target_changes), count), in_cost=(True,) * count,
+        )  # fmt: skip
+
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys with targets ``[d_in, n]``, their target changes ``[d_out, n]``, terms of M ``[d_in, p]``."""
+        term = torch.tensor(self._terms(), device=self.keys.device)
+        return self.keys[:, ~term], self.target_changes[:, ~term], self.keys[:, term]
+
     def select(self, requests: Sequence[int]) -> Record:
         """Return the columns of some requests, renumbered in the order given.
 

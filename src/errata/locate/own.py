@@ -306,6 +306,11 @@ def weighted_rows(host: Host, texts: Sequence[OwnText], *, anchors: float, mates
     return rows
 
 
+def owners_of(rows: Sequence[WeightedRow]) -> list[int]:
+    """Return the request of each key of some rows."""
+    return [one.request for one in rows for _ in one.row.ids[one.row.position :]]
+
+
 def scaled_keys(host: Host, rows: Sequence[WeightedRow], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
     """Return the scaled keys of each row by site, ``[tokens, d_in]``, with the weights that are in place.
 
@@ -322,13 +327,14 @@ def scaled_keys(host: Host, rows: Sequence[WeightedRow], sites: Sequence[Site]) 
 
 def kept_keys(
     host: Host, texts: Sequence[OwnText], sites: Sequence[Site], *, anchors: float, mates: float
-) -> dict[Site, Tensor]:
-    """Return P ``[d_in, p]`` per site with P P^T = anchors E_anchors[k k^T] + mates E_mates[k k^T].
+) -> tuple[dict[Site, Tensor], list[int]]:
+    """Return P ``[d_in, p]`` per site with P P^T = anchors E_anchors[k k^T] + mates E_mates[k k^T], and p owners.
 
-    Keys as of :func:`scaled_keys`; means over each request's own statements, summed over requests. Empty where
-    there is none.
+    Keys as of :func:`scaled_keys`; means over each request's own statements, summed over requests; an owner is the
+    request of a key. Empty where there is none.
     """
     rows = weighted_rows(host, texts, anchors=anchors, mates=mates)
     if not rows:
-        return {}
-    return {site: torch.cat(keys).mT for site, keys in scaled_keys(host, rows, sites).items()}
+        return {}, []
+    owners = owners_of(rows)
+    return {site: torch.cat(keys).mT for site, keys in scaled_keys(host, rows, sites).items()}, owners

@@ -469,8 +469,9 @@ def solve_layer(
     past = None if earlier is None else (earlier.keys, earlier.solved)
     record = make_record(task, layer, cost, residual, solved, gamma=gamma)
     if terms is not None:
-        record = record.join(_record_of_terms(record, terms, cost))
-        past = _with_terms(past, terms.keys, cost.solve(terms.keys))
+        terms_solved = cost.solve(terms.keys)
+        record = record.join(record.as_terms(terms.keys, terms_solved, terms.requests))
+        past = _with_terms(past, terms.keys, terms_solved)
     effective = solved if past is None else solve_with_history(solved, *past)
     delta = from_solved(layer.keys, effective, residual, gamma=gamma)
     return stabilise_solution(task, LayerSolution(layer.site, delta, record))
@@ -482,16 +483,6 @@ def _with_terms(past: tuple[Tensor, Tensor] | None, keys: Tensor, solved: Tensor
         keys = torch.cat([past[0].double(), keys.double()], 1)
         solved = torch.cat([past[1].double(), solved], 1)
     return independent_columns(keys, solved) if keys.shape[1] > keys.shape[0] else (keys, solved)
-
-
-def _record_of_terms(record: Record, terms: CostTerms, cost: CostMatrix) -> Record:
-    """Return terms of the cost as a record that joins the one of the layer's keys."""
-    dtype, width = record.keys.dtype, record.target_changes.shape[0]
-    count = len(terms.requests)
-    return replace(
-        record, keys=terms.keys.to(dtype), solved=cost.solve(terms.keys).to(dtype), requests=terms.requests,
-        target_changes=record.target_changes.new_zeros(width, count), in_cost=(True,) * count,
-    )  # fmt: skip
 
 
 def make_record(

@@ -16,16 +16,19 @@ from errata.edits.weight import Delta, WeightEdit, add_deltas
 from errata.errors import ConfigError
 from errata.host.layout import Site
 from errata.linalg.solve import CostMatrix, update_primal
+from errata.methods._closed_form import CostTerms
 
 
 def record_changes(
     changes: Mapping[Site, Delta], keys: Mapping[Site, Tensor], costs: Mapping[Site, CostMatrix],
     owners: Sequence[int], after: WeightEdit | None, *, gamma: float, exact: bool,
+    terms: Mapping[Site, CostTerms],
 ) -> dict[str, Record]:  # fmt: skip
     """Return the records of fitted changes ``[d_out, d_in]`` at their keys ``[d_in, n]``, by parameter.
 
-    ``owners``: the request of each key. Outputs are recorded relative to the host without ``after``, the edit that the
-    fit continues. ``exact``: whether nothing but keys and cost determined the changes.
+    ``owners``: the request of each key. ``terms``: of the cost at each site, or none. Outputs are recorded relative to
+    the host without ``after``, the edit that the fit continues. ``exact``: whether nothing but keys and cost determined
+    the changes.
     """
     records: dict[str, Record] = {}
     groups = tuple((i,) for i in owners)
@@ -35,6 +38,9 @@ def record_changes(
         outputs = outputs if before is None else outputs + before.to(inputs.dtype) @ inputs
         solved = costs[site].solve(inputs).to(inputs.dtype)
         record = Record(inputs, outputs, solved, gamma, costs[site].label, groups, is_exact_solution=exact)
+        if site in terms:
+            own = terms[site]
+            record = record.join(record.as_terms(own.keys, costs[site].solve(own.keys), own.requests))
         records[site.parameter] = record.contiguous()
     return records
 
@@ -77,8 +83,6 @@ def solve_all(record: Record, cost: CostMatrix) -> Delta:
     width, count = record.keys.shape
     if count <= width or cost.factor is None:
         return record.delta()
-    matrix = cost.scale * cost.factor @ cost.factor.mT
-    dense = update_primal(
-        record.keys, record.target_changes, matrix.to(record.keys.device), gamma=record.gamma
-    )
-    return dense.to(record.keys.dtype)
+    keys, targets, terms = record.split()
+    matrix = (cost.scale * cost.factor @ cost.factor.mT).to(keys.device) + terms.double() @ terms.double().mT
+    return update_primal(keys, targets, matrix, gamma=record.gamma).to(keys.dtype)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from errata.errors import RequestError
 from errata.host.layout import Site
 from errata.host.load import Host
 from errata.linalg.solve import independent_columns
-from errata.locate.own import TOKENS, OwnCounts, OwnText, WeightedRow, scaled_keys, weighted_rows
+from errata.locate.own import TOKENS, OwnCounts, OwnText, WeightedRow, owners_of, scaled_keys, weighted_rows
 from errata.methods._closed_form import CostTerms, EditDraft, Task
 from errata.methods._method import Workspace
 from errata.methods._settings import StatementTerms
@@ -102,15 +103,21 @@ class Terms:
 
     def _read(self, site: Site) -> CostTerms:
         keys = scaled_keys(self.host, self.rows, [site])[site]
-        parts, requests = [], []
-        for request in sorted({one.request for one in self.rows}):
-            own = torch.cat([k for k, one in zip(keys, self.rows, strict=True) if one.request == request]).mT
-            part = independent_columns(own, own)[0].to(
-                own.dtype
-            )  # statements of one subject begin with the same keys
-            parts.append(part)
-            requests += [(request,)] * part.shape[1]
-        return CostTerms(torch.cat(parts, 1), tuple(requests))
+        return cost_terms(torch.cat(keys).mT, owners_of(self.rows))
+
+
+def cost_terms(keys: Tensor, owners: Sequence[int]) -> CostTerms:
+    """Return terms with the same sum of outer products as keys ``[d_in, p]``, each of one request.
+
+    Fewer than p, since statements about one subject begin with the same keys.
+    """
+    parts, requests, owner = [], list[tuple[int, ...]](), torch.tensor(owners)
+    for request in sorted(set(owners)):
+        own = keys[:, owner == request]
+        part = independent_columns(own, own)[0].to(own.dtype)
+        parts.append(part)
+        requests += [(request,)] * part.shape[1]
+    return CostTerms(torch.cat(parts, 1), tuple(requests))
 
 
 def statement_terms(task: Task[Any], *, unit: float = 1.0) -> Terms:

@@ -57,7 +57,7 @@ from errata.methods._method import (
 )
 from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, JointRequests, OwnStatements, TargetEnd, at_least_zero
-from errata.methods._statements import own_statements
+from errata.methods._statements import cost_terms, own_statements
 from errata.training.low_rank import LowRankDescent
 from errata.training.tune import Line
 from errata.types import Request
@@ -140,7 +140,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     costs = work.costs(host, task.sites, config.tokens, ridge=config.rho, source=config.moments)
     own = own_statements(host, requests, config, work)
     rows = _rows(task, own)
-    keys, thin, facts = _find_changes(task, rows, costs, own)
+    kept, kept_owners = kept_keys(host, own, task.sites, anchors=config.anchors, mates=config.mates)
+    keys, thin, facts = _find_changes(task, rows, costs, kept)
     changes: dict[Site, Delta] = dict(thin)
     if config.rehearsal:
         dense = {s: change.dense().to(host.device_of(s)) for s, change in thin.items()}
@@ -149,8 +150,17 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     records: dict[str, Record] = {}
     if config.records:
         owners = [i for row, i in rows for _ in row.ids[row.position :]]
-        exact = not (config.rehearsal or config.anchors or config.mates)
-        records = record_changes(changes, keys, costs, owners, work.after, gamma=config.gamma, exact=exact)
+        terms = {site: cost_terms(columns.cpu(), kept_owners) for site, columns in kept.items()}
+        records = record_changes(
+            changes,
+            keys,
+            costs,
+            owners,
+            work.after,
+            gamma=config.gamma,
+            exact=not config.rehearsal,
+            terms=terms,
+        )
     if is_due(len(requests), work.after, config.consolidate):
         changes = consolidate(records, costs, work.after)
     share = 1 / len(rows) ** 0.5  # the mean over the texts of this fit
@@ -175,11 +185,10 @@ def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
 
 
 def _find_changes(
-    task: _Task, rows: Sequence[_Row], costs: Mapping[Site, CostMatrix], own: Sequence[OwnText]
+    task: _Task, rows: Sequence[_Row], costs: Mapping[Site, CostMatrix], kept: Mapping[Site, Tensor]
 ) -> tuple[dict[Site, Tensor], dict[Site, LowRank], dict[str, float]]:
-    """Return keys ``[d_in, n]`` and change of each site, and the loss, the steps and the cost."""
+    """Return keys ``[d_in, n]`` and change of each site, and the loss, the steps and the cost; ``kept``: terms of M."""
     host, config, sites = task.host, task.config, task.sites
-    statement_keys = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
     with hooks.frozen(host.model):
         descent = LowRankDescent(
             host, [_line(row) for row, _ in rows], [row.loss_weight for row, _ in rows], [i for _, i in rows],
@@ -193,9 +202,7 @@ def _find_changes(
             for site, read in first.inputs.items()
         }
         bases = {
-            site: _basis(
-                keys[site], costs[site], task.state.get(_name(site)), config.history, statement_keys.get(site)
-            )
+            site: _basis(keys[site], costs[site], task.state.get(_name(site)), config.history, kept.get(site))
             for site in sites
         }
         fitted = descent.run(
