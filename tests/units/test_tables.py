@@ -200,6 +200,33 @@ def test_tables_are_made_once_kept_whole_and_made_anew_when_damaged(tmp_path, mo
     assert facts(host, SMALL) != facts(fresh("llama", seed=1), SMALL)
 
 
+@pytest.mark.parametrize("stage", ["free text", "answers"])
+def test_tables_that_were_interrupted_go_on_from_what_was_stored(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "ROWS", 4)
+    monkeypatch.setattr(stats, "SAVE_EVERY", 1)
+    monkeypatch.setattr(
+        stats, "mine", lambda texts: mine(list(TEXT.texts()))
+    )  # a random model repeats nothing
+    host, asked = fresh("llama"), []
+    settings = replace(SMALL, texts=16)
+    whole = own_tables(host, settings)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == stage and done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own_tables(host, settings, folder=tmp_path, on_progress=stop)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("tables-unfinished")
+    for name in ("sample_rows", "generate_rows"):
+        run = getattr(stats, name)
+        monkeypatch.setattr(stats, name, lambda *a, run=run, **b: asked.extend(a[1]) or run(*a, **b))
+    assert own_tables(host, settings, folder=tmp_path) == whole
+    assert len(asked) == (8 + whole.prompts if stage == "free text" else whole.prompts - 8)
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["tables-"] and not left.exists()
+
+
 def test_tables_of_an_edited_host_are_not_kept(tmp_path):
     host = fresh("llama")
     edit = errata.edit(host, errata.Request("{} lives in", "Ada Brenner", "Merrin"), method="ft", steps=1)

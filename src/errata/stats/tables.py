@@ -35,6 +35,8 @@ VERSION = 1
 """Version of the algorithm; part of the cache key."""
 ROWS = 64
 """Prompts per batch."""
+UNFINISHED, SAVE_EVERY = "tables-unfinished", 8
+"""Kind of file of tables that are being made, and the number of batches after which it is written."""
 RELATED = 0.3
 """Minimum share of equal answers for two templates to count as related."""
 AGREE = 0.6
@@ -309,14 +311,51 @@ def fill(template: str, name: str) -> str:
     return before + name + after
 
 
-def answers(host: Host, prompts: Sequence[str], *, tokens: int, tick: OnCount = ignore) -> list[str]:
-    """Return the host's greedy answer to each prompt, up to the end of the clause."""
+class Unfinished:
+    """Texts and answers of tables that are being made, stored now and then; a killed computation goes on from them."""
+
+    def __init__(self, folder: Path | None, facts: Mapping[str, Any]) -> None:
+        """Read what an earlier computation left under these facts; without a folder nothing is read or stored."""
+        self.folder, self.facts = folder, facts
+        stored = None if folder is None else cache.read_document(folder, facts, UNFINISHED)
+        self.texts: list[str] = list(stored["texts"]) if stored else []
+        self.answers: dict[str, str] = dict(stored["answers"]) if stored else {}
+        """By prompt."""
+        self._batches = 0
+
+    def add(self, texts: Sequence[str] = (), answers: Mapping[str, str] | None = None) -> None:
+        """Keep one more batch; every ``SAVE_EVERY`` of them the file is written."""
+        self.texts += texts
+        self.answers |= answers or {}
+        self._batches += 1
+        if self.folder is not None and self._batches % SAVE_EVERY == 0:
+            document = {"texts": self.texts, "answers": self.answers}
+            cache.write_document(self.folder, self.facts, UNFINISHED, document)
+
+    def drop(self) -> None:
+        """Remove the file, if there is one."""
+        if self.folder is not None:
+            cache.path(self.folder, self.facts, UNFINISHED).unlink(missing_ok=True)
+
+
+def answers(
+    host: Host, prompts: Sequence[str], *, tokens: int, tick: OnCount = ignore,
+    unfinished: Unfinished | None = None,
+) -> list[str]:  # fmt: skip
+    """Return the host's greedy answer to each prompt, up to the end of the clause.
+
+    ``unfinished``: answers of an earlier computation, which are not generated again, and where new ones are kept.
+    """
     rows = [host.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    known = unfinished.answers if unfinished else {}
     texts: dict[int, str] = {}
     for first in range(0, len(order), ROWS):
         tick(first, len(order))
         group = order[first : first + ROWS]
+        if all(prompts[i] in known for i in group):
+            texts |= {i: known[prompts[i]] for i in group}
+            continue
 
         def generate(part: Sequence[int], group: Sequence[int] = group) -> list[str]:
             return generate_rows(host, [rows[group[i]] for i in part], tokens)
@@ -326,6 +365,8 @@ def answers(host: Host, prompts: Sequence[str], *, tokens: int, tick: OnCount = 
             i: _CLAUSE.split(text.strip(), maxsplit=1)[0].strip()
             for i, text in zip(group, generated, strict=True)
         }
+        if unfinished:
+            unfinished.add(answers={prompts[i]: texts[i] for i in group})
     return [texts[i] for i in range(len(rows))]
 
 
@@ -336,8 +377,9 @@ def own_tables(
 ) -> Tables:  # fmt: skip
     """Return a host's tables: read from ``folder``, or computed and stored there; None stores nothing.
 
-    ``corpus``: text to use instead of samples from the host. Raises ConfigError for a host that generates no text and
-    for a budget that is too small for the text, HostError for a folder while an edit is in place.
+    A computation that was interrupted goes on from what it had stored. ``corpus``: text to use instead of samples from
+    the host. Raises ConfigError for a host that generates no text and for a budget that is too small for the text,
+    HostError for a folder while an edit is in place.
     """
     if host.kind != CAUSAL or host.tokenizer is None:
         raise ConfigError(f"tables need a model that generates text, and {host.name} generates none")
@@ -347,9 +389,11 @@ def own_tables(
     stored = None if folder is None else cache.read_document(folder, key, "tables")
     if stored is not None:
         return Tables.from_dict(stored)
-    tables = _make(host, settings, corpus, on_progress)
+    unfinished = Unfinished(folder, key)
+    tables = _make(host, settings, corpus, unfinished, on_progress)
     if folder is not None:
         cache.write_document(folder, key, "tables", tables.to_dict())
+        unfinished.drop()
     return tables
 
 
@@ -365,7 +409,13 @@ def facts(host: Host, settings: TableSettings, corpus: Corpus | None = None) -> 
     }
 
 
-def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progress: OnProgress) -> Tables:
+def _make(
+    host: Host,
+    settings: TableSettings,
+    corpus: Corpus | None,
+    unfinished: Unfinished,
+    on_progress: OnProgress,
+) -> Tables:
     own = corpus is None
     text_tokens = settings.texts * settings.length if own else 0
     if text_tokens >= settings.budget:
@@ -373,7 +423,7 @@ def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progres
             f"a budget of {settings.budget} tokens is too small for {settings.texts} texts of {settings.length} "
             "tokens and the answers; raise the budget, or lower the number of texts"
         )
-    texts = free_text(host, settings, on_progress) if corpus is None else list(_some(corpus, settings))
+    texts = list(_some(corpus, settings)) if corpus else free_text(host, settings, on_progress, unfinished)
     kinds = plan(mine(texts), settings, settings.budget - text_tokens)
     total = sum(len(kind.names) * len(kind.templates) for kind in kinds)
     types, finished = [], 0
@@ -382,6 +432,7 @@ def _make(host: Host, settings: TableSettings, corpus: Corpus | None, on_progres
         flat = answers(
             host, prompts, tokens=settings.answer_tokens,
             tick=lambda here, _, before=finished: on_progress("answers", before + here, total),
+            unfinished=unfinished,
         )  # fmt: skip
         finished += len(prompts)
         width = len(kind.names)
@@ -410,16 +461,24 @@ def _some(corpus: Corpus, settings: TableSettings) -> Iterable[str]:
     return itertools.islice(corpus.texts(), settings.texts)
 
 
-def free_text(host: Host, settings: TableSettings, on_progress: OnProgress = ignore) -> list[str]:
-    """Return ancestral samples from the host's begin token."""
+def free_text(
+    host: Host,
+    settings: TableSettings,
+    on_progress: OnProgress = ignore,
+    unfinished: Unfinished | None = None,
+) -> list[str]:
+    """Return ancestral samples from the host's begin token; ``unfinished`` as for :func:`answers`."""
     start = host.encode_prompt("", special=True) if host.prompt_format.is_default else host.encode("").ids
     room = host.room(tuple(start))
     length = settings.length if room is None else min(settings.length, room)
-    texts: list[str] = []
-    for first in range(0, settings.texts, ROWS):
+    texts: list[str] = list(unfinished.texts) if unfinished else []
+    for first in range(len(texts), settings.texts, ROWS):  # whole batches are stored
         on_progress("free text", first, settings.texts)
         rows = [start] * min(ROWS, settings.texts - first)
-        texts += sample_rows(host, rows, length, top_k=None, seed=settings.seed * 100_003 + first)
+        part = sample_rows(host, rows, length, top_k=None, seed=settings.seed * 100_003 + first)
+        texts += part
+        if unfinished:
+            unfinished.add(part)
     on_progress("free text", settings.texts, settings.texts)
     return texts
 
