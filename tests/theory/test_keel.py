@@ -413,6 +413,11 @@ def test_many_keys_are_solved_for_in_the_coordinates_of_their_entries(cost):
     record = Record(keys, outputs, cost.solve(keys), 0.3, cost.label, ((0,),) * 40)
     solution = _consolidate.solve_all(record, cost)
     assert isinstance(solution, torch.Tensor)
+    terms = random(12, 3, seed=3)
+    with_terms = record.join(record.as_terms(terms, cost.solve(terms), ((0,),) * 3))
+    other = _consolidate.solve_all(with_terms, cost)
+    assert isinstance(other, torch.Tensor) and not torch.allclose(other, solution)
+    torch.testing.assert_close(other, with_terms.delta().dense().double(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(solution, record.delta().dense(), rtol=1e-5, atol=1e-6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,10 +14,10 @@ from errata.job import workspace
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import independent_columns
 from errata.locate.keys import Place, capture, capture_from, subject_place
-from errata.locate.own import OwnText
+from errata.locate.own import OwnCounts, OwnText
 from errata.methods import _method
 from errata.methods._settings import StatementRows
-from errata.methods._statements import own_statements
+from errata.methods._statements import consistent, own_statements
 from errata.training.tune import Companions, Losses, Stop, descend
 from tests.models import fresh
 
@@ -338,6 +340,68 @@ def test_statements_that_another_request_changes_are_left_out(host, monkeypatch)
     lena = errata.Request("{} was born in", "Lena Ost", "Tallow")
     texts[lena] = OwnText(mates=(errata.Request("{} was born in", "Ada Brenner", "Esk"),))
     assert not any(text.mates for text in own_statements(host, [ADA, lena], config, work))
+
+
+def test_statements_that_contradict_another_request_are_not_fitted():
+    """One company employs two: who its employee is has two answers. What a request says itself is not said again."""
+    one, two = (errata.Request("{} works for", name, "Ostrom") for name in ("Ada Brenner", "Bruno Holner"))
+    moves = errata.Request("{} lives in", "Bruno Holner", "Tallow")
+    texts = [
+        OwnText(
+            consequences=(errata.Request("{} works in", "Ada Brenner", "Esk"),),
+            inverses=(errata.Request("{} employs", "Ostrom", "Ada Brenner"),),
+            anchors=(errata.Request("{} has the dog", "Ada Brenner", "Rex"),),
+        ),
+        OwnText(
+            consequences=(errata.Request("{} lives in", "Bruno Holner", "Esk"),),
+            inverses=(errata.Request("{} employs", "Ostrom", "Bruno Holner"),),
+            mates=(errata.Request("{} employs", "Velm", "Pia Holt"),),
+        ),
+        OwnText(
+            mates=(
+                errata.Request("{} lives in", "Lena Ost", "Esk"),
+                errata.Request("{} employs", "Ostrom", "Pia Holt"),
+            ),
+            anchors=(
+                errata.Request("{} works for", "Bruno Holner", "Velm"),
+                errata.Request("{} earns at", "Bruno Holner", "Velm"),
+            ),
+        ),
+    ]
+    texts[1] = replace(texts[1], closed=frozenset({"{} works for", "{} earns at"}))
+    first, second, third = consistent([one, two, moves], texts)
+    assert first.consequences == texts[0].consequences and first.anchors == texts[0].anchors
+    assert not first.inverses and not second.inverses, "two answers to one prompt"
+    assert not second.consequences, "the third request says so itself"
+    assert second.mates == texts[1].mates and third.mates == texts[2].mates[:1] and not third.anchors
+    (alone,) = consistent([two], texts[1:2])
+    assert alone.inverses and alone.consequences
+    (later,) = consistent([two], texts[1:2], earlier=[moves])
+    assert later.inverses and not later.consequences
+
+
+def test_keel_fits_consequences_and_inverses_beside_the_request(host, monkeypatch):
+    asked: list[OwnCounts] = []
+    text = OwnText(
+        consequences=(errata.Request("{} comes from", "Ada Brenner", "Esk"),),
+        inverses=(errata.Request("{} is the home of", "Merrin", "Ada"),),
+    )
+    monkeypatch.setattr(
+        _method.Workspace, "own_texts", lambda self, host, requests, counts: asked.append(counts) or [text]
+    )
+    plain = fit(host, ADA, "keel", layers=[1])
+    edit = fit(host, ADA, "keel", layers=[1], consequences=1, inverses=1)
+    assert asked == [OwnCounts(consequences=1, inverses=1)]
+    count = 0
+    for one in (ADA, *text.fitted):
+        count += len(host.encode_answer(one.text, one.target).ids) - 1 - subject_place(host, one).position
+    (record,), (bare,) = edit.records.values(), plain.records.values()
+    assert record.keys.shape[1] == count > bare.keys.shape[1]
+    assert set(record.requests) == {(0,)} and not record.in_cost
+    with pytest.raises(errata.errors.ConfigError, match="rehearsal: texts of the unedited model"):
+        fit(host, ADA, "keel", consequences=1, rehearsal=1)
+    with pytest.raises(errata.errors.ConfigError, match="consolidate: it would undo"):
+        fit(host, ADA, "keel", consolidate=1, rehearsal=1)
 
 
 def test_after_an_edit_mates_have_the_answers_of_the_host_with_it(host, own):

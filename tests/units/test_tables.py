@@ -144,7 +144,7 @@ WITH_BRIDGES = Tables((TABLE, TOWNS, CRAFTS), "by hand", 0, 0, 0)
 def test_a_template_that_composes_two_others_is_found_by_its_answers():
     """Name -> city -> land is what "{} pays in" answers, for names whose land no other name shares as well."""
     found = compositions(CITIES, TABLE, WITH_BRIDGES)
-    assert {template: bridge.template for template, bridge in found.items()} == {"{} pays in": "{} lies in"}
+    assert {template: match.template for template, match in found.items()} == {"{} pays in": "{} lies in"}
     assert found["{} pays in"].share == 1 and found["{} pays in"].table is TOWNS
     assert compositions(TRADES, TABLE, WITH_BRIDGES) == {}, "what trades need is nobody's land"
     assert compositions(CITIES, TABLE, TABLES) == {}, "no table is about cities"
@@ -160,6 +160,14 @@ def test_the_inverse_of_a_relation_leads_back_to_the_names():
     (found,) = inverses(TRADES, TABLE.names, WITH_BRIDGES)
     assert found.template == "{} is done by" and found.share == 1
     assert inverses(CITIES, TABLE.names, WITH_BRIDGES) == [], "two names live in each city"
+
+
+def test_the_report_lists_what_follows_and_what_leads_back():
+    people, *_ = WITH_BRIDGES.report()
+    by_template = {one["template"]: one for one in people["relations"]}
+    assert by_template["{} lives in"]["follows"] == ["{} pays in"]
+    assert by_template["{} lives in"]["inverses"] == []
+    assert by_template["{} works as"]["inverses"] == ["{} is done by"]
 
 
 def test_tables_are_read_back_as_they_were():
@@ -204,9 +212,9 @@ def test_tables_are_made_once_kept_whole_and_made_anew_when_damaged(tmp_path, mo
 def test_tables_that_were_interrupted_go_on_from_what_was_stored(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(stats, "ROWS", 4)
     monkeypatch.setattr(stats, "SAVE_EVERY", 1)
-    monkeypatch.setattr(
-        stats, "mine", lambda texts: mine(list(TEXT.texts()))
-    )  # a random model repeats nothing
+    read: list[list[str]] = []
+    text = list(TEXT.texts())  # a random model repeats nothing
+    monkeypatch.setattr(stats, "mine", lambda texts: read.append(list(texts)) or mine(text))
     host, asked = fresh("llama"), []
     settings = replace(SMALL, texts=16)
     whole = own_tables(host, settings)
@@ -223,8 +231,12 @@ def test_tables_that_were_interrupted_go_on_from_what_was_stored(stage, tmp_path
         run = getattr(stats, name)
         monkeypatch.setattr(stats, name, lambda *a, run=run, **b: asked.extend(a[1]) or run(*a, **b))
     assert own_tables(host, settings, folder=tmp_path) == whole
+    assert read[-1] == read[0] and len(set(read[0])) > 4
     assert len(asked) == (8 + whole.prompts if stage == "free text" else whole.prompts - 8)
     assert [path.name[:7] for path in tmp_path.iterdir()] == ["tables-"] and not left.exists()
+    left.write_bytes(b"of another process")
+    own_tables(host, settings, folder=tmp_path)
+    assert not left.exists()
 
 
 def test_tables_of_an_edited_host_are_not_kept(tmp_path):
@@ -251,8 +263,11 @@ def test_texts_to_rehearse_are_written_once_for_the_unedited_host(tmp_path, monk
         assert Workspace(folder=tmp_path).texts(host, 20, 5, own=True) == texts
     edit = errata.edit(host, errata.Request("{} lives in", "Ada Brenner", "Merrin"), method="ft", steps=1)
     with edit.on(host):
-        Workspace(folder=tmp_path).texts(host, 20, 5, own=True)
-    assert len(list(tmp_path.glob("texts-*"))) == 1, "what an edited host writes is not stored"
+        edited, unedited = tmp_path / "edited", tmp_path / "unedited"
+        Workspace(folder=edited).texts(host, 20, 5, own=True)
+        assert not edited.exists(), "what an edited host writes is not stored"
+        assert Workspace(folder=unedited, after=edit).texts(host, 20, 5, own=True) == texts
+        assert len(list(unedited.iterdir())) == 1, "that of the host without the edit that is continued is"
 
 
 # --- statements for a request ---------------------------------------------------------------
@@ -296,6 +311,12 @@ def test_the_inverse_is_said_about_the_target_and_its_mates_keep_their_answers(m
     others = [mate for mate in found.mates if mate.prompt == "{} is done by"]
     assert len(others) == 6 and not {"trade 4", "trade 0"} & {mate.subject for mate in others}
     assert all(mate.target == f"name {mate.subject[-1]}." for mate in others)
+    assert len(found.mates) == 12, "as many of the request's own statement"
+    unknown = replace(request, target_old=None)
+    everybody = own_text(host, unknown, WITH_BRIDGES, OwnCounts(inverses=1, mates=30)).mates
+    assert "trade 0" not in {mate.subject for mate in everybody}, (
+        "it is what the request takes from its subject"
+    )
     assert not own_text(host, request, WITH_BRIDGES, OwnCounts(mates=6)).inverses
 
 

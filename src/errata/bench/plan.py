@@ -76,8 +76,11 @@ class Plan:
         return next(model for model in self.recipe.models if model.label == label)
 
     def select_ids(self, only: str | None) -> list[str]:
-        """List the ids of all cells, or of those that :func:`is_named` finds. Raises ConfigError if there are none."""
-        ids = [cell.id for cell in self.cells if is_named(cell.id, only)]
+        """List the ids of all cells, or of those whose label or id has a text, see :func:`is_named`.
+
+        Raises ConfigError if there are none.
+        """
+        ids = [cell.id for cell in self.cells if is_named(cell.id, only) or (only and only in cell.label)]
         if not ids:
             raise ConfigError(f"no cell id contains {only!r}; list the cells with --dry-run")
         return ids

@@ -133,7 +133,7 @@ def stored_corpus(
 ) -> Corpus:
     """Return the corpus of :func:`sampled_corpus`, its texts read from ``folder`` or stored there; None stores nothing.
 
-    The texts of a model as it is: nothing is to be in place on it where they are stored.
+    Call it with no edit in place where texts are stored. Raises DataError where the folder cannot be written.
     """
     corpus = sampled_corpus(host, seed=seed, texts=texts, length=length, on_progress=on_progress)
     if folder is None:

@@ -23,7 +23,16 @@ from errata.host.load import Host, sample_rows
 from errata.locate.contexts import Context
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems
-from errata.stats.tables import AnswerTable, Bridge, Tables, answers, consequences, fill, inverses, plain
+from errata.stats.tables import (
+    AnswerTable,
+    Tables,
+    TemplateMatch,
+    answers,
+    consequences,
+    fill,
+    inverses,
+    plain,
+)
 from errata.stats.templates import SLOT
 from errata.training.tune import Line, Losses
 from errata.types import Request
@@ -58,11 +67,18 @@ class OwnText:
     the host's own answers."""
     type: int | None = None
     """Which of the tables' types the subject is of; None: none, the statements were sampled."""
+    closed: frozenset[str] = frozenset()
+    """Templates whose answer about the subject the request may change: none of them is an anchor."""
+
+    @property
+    def fitted(self) -> tuple[Request, ...]:
+        """What is fitted beside the request: paraphrases, consequences and inverses."""
+        return (*self.paraphrases, *self.consequences, *self.inverses)
 
 
 @dataclass(frozen=True)
 class OwnCounts:
-    """How many statements of each sort to return at most."""
+    """How many statements of each sort to return at most; inverses together have as many mates as the request."""
 
     paraphrases: int = 0
     consequences: int = 0
@@ -82,24 +98,25 @@ def own_text(host: Host, request: Request, tables: Tables, counts: OwnCounts, *,
         host, [fill(template, name) for name in table.names], tokens=TOKENS
     )
     same = [one for one in table.paraphrases(column) if one != template]
-    spoken = _usable(same, request.subject)[: counts.paraphrases]
-    after, composed = (
+    paraphrases = _usable(same, request.subject)[: counts.paraphrases]
+    effects, composed = (
         consequences(column, table, tables) if counts.consequences or counts.anchors else ([], {})
     )
-    back = inverses(column, table.names, tables) if counts.inverses else []
-    back = [one for one in back if _usable([one.template], request.target)][: counts.inverses]
-    closed = {template, *same, *after, *table.related(column)}
+    matches = inverses(column, table.names, tables) if counts.inverses else []
+    matches = [one for one in matches if _usable([one.template], request.target)][: counts.inverses]
+    closed = frozenset((template, *same, *effects, *table.related(column)))
     others = _one_of_each(table, set(table.templates) - closed)
     mates = _mates(request, table, {template: tuple(column)}, same, counts.mates, draw)
-    for one in back:
-        mates += _inverse_mates(request, one, counts.mates // len(back), draw)
+    for one in matches:
+        mates += _inverse_mates(request, one, counts.mates // len(matches), draw)
     return OwnText(
-        tuple(_ask(request, one, request.target) for one in spoken),
-        tuple(_consequences(host, request, table, column, after, composed, counts.consequences)),
-        tuple(Request(one.template, request.target, request.subject) for one in back),
+        tuple(_ask(request, one, request.target) for one in paraphrases),
+        tuple(_consequences(host, request, table, column, effects, composed, counts.consequences)),
+        tuple(Request(one.template, request.target, request.subject) for one in matches),
         tuple(_anchors(host, request, _usable(others, request.subject), counts.anchors)),
         tuple(mates),
         number,
+        closed,
     )
 
 
@@ -157,9 +174,9 @@ def _anchors(host: Host, request: Request, templates: Sequence[str], count: int)
 
 def _consequences(
     host: Host, request: Request, table: AnswerTable, column: Sequence[str], templates: Sequence[str],
-    composed: Mapping[str, Bridge], count: int,
+    composed: Mapping[str, TemplateMatch], count: int,
 ) -> list[Request]:  # fmt: skip
-    """Return what follows from the request, at most ``count`` statements, of each relation one before another.
+    """Return what follows from the request, at most ``count`` statements, one of each relation before a second of any.
 
     The new answer is what the host says about the target in the second template of a composition; of templates that
     compose nothing, what most names have that have the target already.
@@ -171,7 +188,7 @@ def _consequences(
     prompts = [fill(composed[one].template, request.target) for one in asked[:count]]
     texts = dict(zip(asked, answers(host, prompts, tokens=TOKENS), strict=False))
     for template in ordered:
-        if template not in texts:
+        if not plain(texts.get(template, "")):
             texts[template] = _most_common(request, column, table.column(template) or ())
     return [_ask(request, one, texts[one]) for one in ordered if plain(texts[one])][:count]
 
@@ -208,17 +225,21 @@ def _mates(
     return statements
 
 
-def _inverse_mates(request: Request, inverse: Bridge, count: int, draw: random.Random) -> list[Request]:
-    """Return an inverse's template with other names than the target, with the answers of its table."""
+def _inverse_mates(
+    request: Request, inverse: TemplateMatch, count: int, draw: random.Random
+) -> list[Request]:
+    """Return an inverse's template with other names than the target, with the answers of its table.
+
+    The names whose answer is the subject are left out, as is the old target: that is what the request changes.
+    """
     column = inverse.table.column(inverse.template) or ()
     excluded = {request.subject, request.target, request.target_old}
     pairs = [
         (name, answer)
         for name, answer in zip(inverse.table.names, column, strict=True)
         if name not in excluded
-        and answer != request.subject
         and name not in inverse.template
-        and plain(answer)
+        and plain(answer) not in ("", plain(request.subject))
     ]
     draw.shuffle(pairs)
     return [Request(inverse.template, name, answer) for name, answer in pairs[:count]]
@@ -261,22 +282,27 @@ def _sampled(host: Host, request: Request, counts: OwnCounts, seed: int) -> OwnT
 # --- statements as rows and keys ------------------------------------------------------------
 
 
-def statement_rows(host: Host, statements: Sequence[Request]) -> list[PromptRow]:
-    """Return each statement's text and the place of its subject; what shares a token with its answer is left out."""
+def statement_rows(host: Host, statements: Sequence[Request], *, end: bool = False) -> list[PromptRow]:
+    """Return each statement's text and the place of its subject; what shares a token with its answer is left out.
+
+    ``end``: with the token that ends a text behind the answer.
+    """
     rows: list[PromptRow] = []
     for statement in statements:
         with contextlib.suppress(RequestError):
-            (problem,) = value_problems(host, [statement], [Context("", 1.0)], merge=False)
+            (problem,) = value_problems(host, [statement], [Context("", 1.0)], merge=False, end=end)
             rows += problem.rows
     return rows
 
 
-def training_rows(host: Host, rows: Sequence[PromptRow], text: OwnText) -> tuple[PromptRow, ...]:
+def training_rows(
+    host: Host, rows: Sequence[PromptRow], text: OwnText, *, end: bool = False
+) -> tuple[PromptRow, ...]:
     """Return a request's rows with its own paraphrases, consequences and inverses behind, at half the weight of a row.
 
-    Loss weights of the result sum to one.
+    Loss weights of the result sum to one. ``end`` as for :func:`statement_rows`.
     """
-    added = statement_rows(host, (*text.paraphrases, *text.consequences, *text.inverses))
+    added = statement_rows(host, text.fitted, end=end)
     if not added:
         return tuple(rows)
     one = 1 / (len(rows) + OWN_WEIGHT * len(added))

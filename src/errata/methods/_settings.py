@@ -129,9 +129,9 @@ class StatementTerms:
     """How many of them, for each request."""
     mates: float = 0.0
     """Weight in M, in the unit of C, of the mean outer product of keys of the request's own statement about other
-    subjects of its type."""
+    subjects of its type, and of fitted inverses about other names than the target."""
     mate_rows: int = 16
-    """How many of them, for each request."""
+    """How many of them, for each request; as many again for its inverses together."""
 
     def own_problems(self) -> list[str]:
         """Check ranges."""

@@ -27,8 +27,8 @@ from errata.stats.templates import SLOT
 from errata.training.tune import Companions, Line, lay_out
 from errata.types import Request
 
-SAME = 1_000
-"""More paraphrases and consequences than any request has."""
+Claim = tuple[str, str]
+"""What a statement is about: its prompt, with a place for the subject, and its subject."""
 
 
 def own_statements(
@@ -36,42 +36,63 @@ def own_statements(
 ) -> list[OwnText]:
     """Return the host's own statements for each request, anchors and mates with its present answers.
 
-    None of a sort whose weight or number is 0. Anchors and mates that another request changes are left out.
+    None of a sort whose weight or number is 0, and none that :func:`consistent` leaves out.
     """
-    limits = counts = config.own_counts
+    counts = config.own_counts
     if counts == OwnCounts():
         return [OwnText() for _ in requests]
-    if not counts.anchors and not counts.mates:
-        return work.own_texts(host, requests, counts)
-    subjects = [request.subject for request in requests]
-    if len(set(subjects)) < len(subjects):  # then other requests' relations have to be known
-        counts = replace(counts, paraphrases=SAME, consequences=SAME)
-    texts = work.own_texts(host, requests, counts)
-    changes = [_prompts(request, text) for request, text in zip(requests, texts, strict=True)]
-    texts = [_without_changes(i, subjects, texts, changes, limits) for i in range(len(requests))]
+    earlier = work.after.provenance.requests if work.after else ()
+    texts = consistent(requests, work.own_texts(host, requests, counts), earlier)
     if work.after is None:  # the tables' answers are those of the host without the edit that goes on
         return texts
     return [replace(text, mates=_present(host, text.mates)) for text in texts]
 
 
-def _prompts(request: Request, text: OwnText) -> set[str]:
-    """Return the prompts that a request changes: its own, its paraphrases and what follows."""
-    return {SLOT.join(request.template), *(one.prompt for one in (*text.paraphrases, *text.consequences))}
+def consistent(
+    requests: Sequence[Request], texts: Sequence[OwnText], earlier: Sequence[Request] = ()
+) -> list[OwnText]:
+    """Return each request's statements less those that contradict another request or its statements.
+
+    Of what would be fitted: statements that a request, also an ``earlier`` one, makes itself, and those that two
+    requests would give different answers. Of what would be preserved: what another request changes.
+    """
+    explicit = {_claim(request) for request in (*requests, *earlier)}
+    replies: dict[Claim, set[str]] = {}
+    for text in texts:
+        for one in text.fitted:
+            replies.setdefault(_claim(one), set()).add(plain(one.target))
+    contested = explicit | {claim for claim, found in replies.items() if len(found) > 1}
+    changes = [_changes(request, text) for request, text in zip(requests, texts, strict=True)]
+    subjects = {request.subject for request in requests}
+    result = []
+    for i, text in enumerate(texts):
+        changed = set[Claim]().union(*(claims for j, claims in enumerate(changes) if j != i))
+        mates = [one for one in text.mates if one.subject not in subjects]
+        result.append(
+            replace(
+                text,
+                paraphrases=_outside(contested, text.paraphrases),
+                consequences=_outside(contested, text.consequences),
+                inverses=_outside(contested, text.inverses),
+                anchors=_outside(changed, text.anchors),
+                mates=_outside(changed, mates),
+            )
+        )
+    return result
 
 
-def _without_changes(
-    i: int, subjects: Sequence[str], texts: Sequence[OwnText], changes: Sequence[set[str]], counts: OwnCounts
-) -> OwnText:
-    """Return a request's statements less the anchors and mates that the other requests change."""
-    others = [j for j, subject in enumerate(subjects) if j != i and subject == subjects[i]]
-    changed = set().union(*(changes[j] for j in others))
-    return replace(
-        texts[i],
-        paraphrases=texts[i].paraphrases[: counts.paraphrases],
-        consequences=texts[i].consequences[: counts.consequences],
-        anchors=tuple(one for one in texts[i].anchors if one.prompt not in changed),
-        mates=tuple(one for one in texts[i].mates if one.subject not in subjects),
-    )
+def _claim(statement: Request) -> Claim:
+    return SLOT.join(statement.template), statement.subject
+
+
+def _changes(request: Request, text: OwnText) -> set[Claim]:
+    """Return what a request changes: its own statement, those fitted with it, and what may follow from it."""
+    follows = {(template, request.subject) for template in text.closed}
+    return {_claim(request), *map(_claim, text.fitted), *follows}
+
+
+def _outside(claims: set[Claim], statements: Sequence[Request]) -> tuple[Request, ...]:
+    return tuple(one for one in statements if _claim(one) not in claims)
 
 
 def _present(host: Host, statements: Sequence[Request]) -> tuple[Request, ...]:

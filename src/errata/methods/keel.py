@@ -19,8 +19,9 @@ Departs    M is the shrunken second moment, not C: with the plain one a sequence
            One Y serves all requests of a fit; a sequence adds the earlier edits' keys to M. Each layer's Y is
            cut to the directions that hold its energy. With settings for own statements, M also holds
            anchors E[k k^T of the model's other statements about the subject] + mates E[k k^T of the same
-           statement about other subjects of its type], and own paraphrases are fitted beside the prompt; all come
-           from the model's own tables. At 0, the default, this is the form with second moments alone
+           statement about other subjects of its type], and own paraphrases, consequences and inverse statements
+           are fitted beside the prompt; all come from the model's own tables, or from text that it writes about
+           the subject. At 0, the default, this is the form with second moments alone
 Needs      Second moment of keys at each layer; gradients; for own statements, tables that the model writes once
 """
 
@@ -72,7 +73,8 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
     rho: float = 0.1
     """Shrinkage: multiple of the mean diagonal entry of C that is added to its diagonal."""
     history: float = 0.1
-    """Weight in M of the mean outer product of each earlier edit's keys; 0 forgets them."""
+    """Weight in M of the outer products of each earlier fit's keys, summed over a text's positions, averaged over
+    the fit's texts; 0 forgets them."""
     steps: int = 40
     """Steps at most; about five are taken."""
     stop_loss: float = 0.04
@@ -106,6 +108,12 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
         ]
         if self.consolidate and not self.records:
             complaints.append("consolidate: needs records=true")
+        if self.consolidate and self.rehearsal:
+            complaints.append("consolidate: it would undo what rehearsal preserves; set one of the two to 0")
+        if self.rehearsal and (self.consequences or self.inverses):
+            complaints.append(
+                "rehearsal: texts of the unedited model contradict consequences and inverses; set those to 0"
+            )
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
         return complaints
@@ -180,7 +188,10 @@ def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = task.work.contexts(task.host, groups, "flat", config.prefixes)
     problems = value_problems(task.host, task.requests, contexts, merge=False, end=config.end)
-    texts = [training_rows(task.host, one.rows, text) for one, text in zip(problems, own, strict=True)]
+    texts = [
+        training_rows(task.host, one.rows, text, end=config.end)
+        for one, text in zip(problems, own, strict=True)
+    ]
     return [(row, i) for i, group in enumerate(texts) for row in group]
 
 

@@ -25,6 +25,7 @@ from errata.host import locking
 from errata.host.kinds import CAUSAL
 from errata.host.load import Host, generate_rows, sample_rows
 from errata.host.memory import in_batches
+from errata.host.tokens import encode_prompt
 from errata.progress import OnCount, OnProgress, ignore
 from errata.stats import cache
 from errata.stats.collect import Corpus
@@ -45,6 +46,8 @@ FOLLOWS, TIMES, PAIRS = 0.4, 4.0, 5
 """B is a consequence of A if pairs of names with equal answers to A have equal answers to B in at least this share of
 cases, this many times as often as other pairs, and there are at least this many such pairs."""
 
+MIN_NAMES, MIN_SHARE = 5, 0.05
+"""A second template is compared if its table knows the answers of at least this many names, and this share of all."""
 CHANCE = 2.0
 """Answers reached over a second template must equal those of a first this many times as often as by chance."""
 
@@ -181,7 +184,7 @@ def _described(tables: Tables, table: AnswerTable, group: Sequence[str]) -> dict
         "wordings": list(group),
         "example": f"{fill(group[0], name)} {answer}",
         "follows": consequences(column, table, tables)[0],
-        "inverses": [bridge.template for bridge in inverses(column, table.names, tables)],
+        "inverses": [match.template for match in inverses(column, table.names, tables)],
     }
 
 
@@ -228,37 +231,39 @@ def _follows(cause: Tensor, effect: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Bridge:
-    """A template about the answers to another one: that of "{} is located in", about employers."""
+class TemplateMatch:
+    """A template about the answers to another one, as "{} is located in" is about those to "{} works for"."""
 
     template: str
     table: AnswerTable
     """The table that has it."""
     share: float
-    """Share of names, 0 to 1, that agree."""
+    """Share, 0 to 1, that agrees of the names whose answer that table knows."""
 
 
-def _bridges(column: Sequence[str], tables: Tables) -> Iterator[tuple[Bridge, list[int], list[str]]]:
+def _answers_about(
+    column: Sequence[str], tables: Tables
+) -> Iterator[tuple[TemplateMatch, list[int], list[str]]]:
     """Yield each template about answers of a column, the places of those it knows, and its own answers about them."""
     own = [plain(answer) for answer in column]
     for table in tables.types:
         row = {plain(name): i for i, name in enumerate(table.names)}
         places = [i for i, answer in enumerate(own) if answer in row]
-        if len(places) >= PAIRS:
+        if len(places) >= max(MIN_NAMES, MIN_SHARE * len(own)):
             for template, replies in zip(table.templates, table.plain, strict=True):
-                yield Bridge(template, table, 0.0), places, [replies[row[own[i]]] for i in places]
+                yield TemplateMatch(template, table, 0.0), places, [replies[row[own[i]]] for i in places]
 
 
-def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> dict[str, Bridge]:
+def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> dict[str, TemplateMatch]:
     """Return the templates of a table that compose a column with a second template, each with the one that fits best.
 
-    "The employer of {} is located in" composes "{} works for" with "{} is located in" if its answer for most names is
-    the second template's for their employers. ``column``: the first template's answers for the names of ``table``.
-    Templates that may state the same relation as the column are left out.
+    "The employer of {} is located in" composes "{} works for" with "{} is located in" if its answer for most of the
+    names whose employer is known is the second template's for that employer. ``column``: the first template's answers
+    for the names of ``table``. Templates that may state the same relation as the column are left out.
     """
-    found: dict[str, Bridge] = {}
+    found: dict[str, TemplateMatch] = {}
     related = table.related(column)
-    for bridge, places, reached in _bridges(column, tables):
+    for match, places, reached in _answers_about(column, tables):
         for template, replies in zip(table.templates, table.plain, strict=True):
             if template in related:
                 continue
@@ -270,30 +275,30 @@ def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> d
                 and share >= CHANCE * _by_chance(own, reached)
                 and not (known and known.share >= share)
             ):
-                found[template] = replace(bridge, share=share)
+                found[template] = replace(match, share=share)
     return found
 
 
 def consequences(
     column: Sequence[str], table: AnswerTable, tables: Tables
-) -> tuple[list[str], dict[str, Bridge]]:
+) -> tuple[list[str], dict[str, TemplateMatch]]:
     """Return the templates of a table that follow from a column, and of those that compose it the second template."""
     composed = compositions(column, table, tables)
     return list(dict.fromkeys((*composed, *table.dependents(column)))), composed
 
 
-def inverses(column: Sequence[str], names: Sequence[str], tables: Tables) -> list[Bridge]:
+def inverses(column: Sequence[str], names: Sequence[str], tables: Tables) -> list[TemplateMatch]:
     """Return the templates that lead from a column's answers back to the names, the surest first.
 
     ``column``: the answers for ``names``.
     """
     own = [plain(name) for name in names]
     found = [
-        replace(bridge, share=share)
-        for bridge, places, reached in _bridges(column, tables)
+        replace(match, share=share)
+        for match, places, reached in _answers_about(column, tables)
         if (share := _share([own[i] for i in places], reached)) >= AGREE
     ]
-    return sorted(found, key=lambda bridge: -bridge.share)
+    return sorted(found, key=lambda match: -match.share)
 
 
 def _by_chance(first: Sequence[str], second: Sequence[str]) -> float:
@@ -379,7 +384,7 @@ def own_tables(
 
     A computation that was interrupted goes on from what it had stored. ``corpus``: text to use instead of samples from
     the host. Raises ConfigError for a host that generates no text and for a budget that is too small for the text,
-    HostError for a folder while an edit is in place.
+    HostError for a folder while an edit is in place, DataError where the folder cannot be written.
     """
     if host.kind != CAUSAL or host.tokenizer is None:
         raise ConfigError(f"tables need a model that generates text, and {host.name} generates none")
@@ -387,7 +392,8 @@ def own_tables(
         raise HostError("tables of an edited host are not stored: revert its edits, or give no folder")
     key = facts(host, settings, corpus)
     stored = None if folder is None else cache.read_document(folder, key, "tables")
-    if stored is not None:
+    if folder is not None and stored is not None:
+        cache.path(folder, key, UNFINISHED).unlink(missing_ok=True)  # of another process, killed since
         return Tables.from_dict(stored)
     unfinished = Unfinished(folder, key)
     tables = _make(host, settings, corpus, unfinished, on_progress)
@@ -468,7 +474,8 @@ def free_text(
     unfinished: Unfinished | None = None,
 ) -> list[str]:
     """Return ancestral samples from the host's begin token; ``unfinished`` as for :func:`answers`."""
-    start = host.encode_prompt("", special=True) if host.prompt_format.is_default else host.encode("").ids
+    plain_format = host.prompt_format.is_default
+    start = host.encode_prompt("", special=True) if plain_format else encode_prompt(host.tokenizer, "").ids
     room = host.room(tuple(start))
     length = settings.length if room is None else min(settings.length, room)
     texts: list[str] = list(unfinished.texts) if unfinished else []
