@@ -13,7 +13,7 @@ from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history, square_factor, update
 from errata.locate.contexts import Context
 from errata.locate.keys import capture_from, subject_place
-from errata.locate.own import OwnText, kept_keys, training_rows
+from errata.locate.own import OwnText, kept_keys, line_of, training_rows
 from errata.locate.problems import value_problems
 from errata.methods import _consolidate, _method, keel
 from errata.training.low_rank import LowRankDescent
@@ -281,7 +281,7 @@ def _descent(host, requests=(ADA, BRUNO), layers=(0, 1, 2)):
         value_problems(host, requests, [Context("", 1.0)], merge=False),
     )
     rows = [row for one in problems for row in one.rows]
-    return rows, LowRankDescent(host, [keel._line(row) for row in rows], [1.0] * len(rows), [0, 1], sites)
+    return rows, LowRankDescent(host, [line_of(row) for row in rows], [1.0] * len(rows), [0, 1], sites)
 
 
 def test_the_first_pass_gives_keys_and_the_gradients_at_zero(host):

@@ -398,7 +398,7 @@ def test_keel_fits_consequences_and_inverses_beside_the_request(host, monkeypatc
     (record,), (bare,) = edit.records.values(), plain.records.values()
     assert record.keys.shape[1] == count > bare.keys.shape[1]
     assert set(record.requests) == {(0,)} and not record.in_cost
-    with pytest.raises(errata.errors.ConfigError, match="rehearsal: texts of the unedited model"):
+    with pytest.raises(errata.errors.ConfigError, match="rehearsal: its texts contradict"):
         fit(host, ADA, "keel", consequences=1, rehearsal=1)
     with pytest.raises(errata.errors.ConfigError, match="consolidate: it would undo"):
         fit(host, ADA, "keel", consolidate=1, rehearsal=1)

@@ -310,6 +310,12 @@ def training_rows(
     return tuple(replace(row, loss_weight=weight) for row, weight in weighted)
 
 
+def line_of(row: PromptRow) -> Line:
+    """Return a row for the loss: every target token is predicted by the one before it."""
+    count = len(row.targets)
+    return Line(row.ids, tuple(range(len(row.ids) - count, len(row.ids))), row.targets)
+
+
 @dataclass(frozen=True)
 class WeightedRow:
     """A statement's row whose keys are terms of a cost matrix."""

@@ -43,7 +43,7 @@ from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.shape import condense
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history
-from errata.locate.own import OwnText, kept_keys, training_rows
+from errata.locate.own import OwnText, kept_keys, line_of, training_rows
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._consolidate import consolidate, is_due, record_changes
 from errata.methods._method import (
@@ -60,7 +60,6 @@ from errata.methods._rehearse import Rehearsal, rehearse
 from errata.methods._settings import Inputs, JointRequests, OwnStatements, TargetEnd, at_least_zero
 from errata.methods._statements import cost_terms, own_statements
 from errata.training.low_rank import LowRankDescent
-from errata.training.tune import Line
 from errata.types import Request
 
 
@@ -73,8 +72,7 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
     rho: float = 0.1
     """Shrinkage: multiple of the mean diagonal entry of C that is added to its diagonal."""
     history: float = 0.1
-    """Weight in M of the outer products of each earlier fit's keys, summed over a text's positions, averaged over
-    the fit's texts; 0 forgets them."""
+    """Weight in M of each earlier fit's keys, the mean over its texts of the sum of k k^T; 0 forgets them."""
     steps: int = 40
     """Steps at most; about five are taken."""
     stop_loss: float = 0.04
@@ -111,9 +109,7 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
         if self.consolidate and self.rehearsal:
             complaints.append("consolidate: it would undo what rehearsal preserves; set one of the two to 0")
         if self.rehearsal and (self.consequences or self.inverses):
-            complaints.append(
-                "rehearsal: texts of the unedited model contradict consequences and inverses; set those to 0"
-            )
+            complaints.append("rehearsal: its texts contradict consequences and inverses; set those to 0")
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
         return complaints
@@ -159,15 +155,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if config.records:
         owners = [i for row, i in rows for _ in row.ids[row.position :]]
         terms = {site: cost_terms(columns.cpu(), kept_owners) for site, columns in kept.items()}
+        exact = not config.rehearsal
         records = record_changes(
-            changes,
-            keys,
-            costs,
-            owners,
-            work.after,
-            gamma=config.gamma,
-            exact=not config.rehearsal,
-            terms=terms,
+            changes, keys, costs, owners, work.after, gamma=config.gamma, exact=exact, terms=terms
         )
     if is_due(len(requests), work.after, config.consolidate):
         changes = consolidate(records, costs, work.after)
@@ -188,10 +178,8 @@ def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
     contexts = task.work.contexts(task.host, groups, "flat", config.prefixes)
     problems = value_problems(task.host, task.requests, contexts, merge=False, end=config.end)
-    texts = [
-        training_rows(task.host, one.rows, text, end=config.end)
-        for one, text in zip(problems, own, strict=True)
-    ]
+    pairs = zip(problems, own, strict=True)
+    texts = [training_rows(task.host, one.rows, text, end=config.end) for one, text in pairs]
     return [(row, i) for i, group in enumerate(texts) for row in group]
 
 
@@ -202,7 +190,7 @@ def _find_changes(
     host, config, sites = task.host, task.config, task.sites
     with hooks.frozen(host.model):
         descent = LowRankDescent(
-            host, [_line(row) for row, _ in rows], [row.loss_weight for row, _ in rows], [i for _, i in rows],
+            host, [line_of(row) for row, _ in rows], [row.loss_weight for row, _ in rows], [i for _, i in rows],
             sites, batch_size=task.work.batch_size,
         )  # fmt: skip
         first = descent.first_pass()
@@ -246,12 +234,6 @@ def _history(past: Tensor | None, keys: Tensor) -> Tensor:
     """Return P ``[d_in, p]`` with P P^T the sum of all edits' mean outer products; never wider than high."""
     history = keys if past is None else torch.cat([past.to(keys.dtype), keys], 1)
     return condense(history).to(keys.dtype)
-
-
-def _line(row: PromptRow) -> Line:
-    """Return a row for the loss: every target token is predicted by the one before it."""
-    count = len(row.targets)
-    return Line(row.ids, tuple(range(len(row.ids) - count, len(row.ids))), row.targets)
 
 
 METHOD = Method(
