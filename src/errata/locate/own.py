@@ -184,9 +184,11 @@ def _consequences(
     if not count:
         return []
     ordered = _usable(_one_of_each(table, templates), request.subject)
-    asked = [one for one in ordered if one in composed and _usable([composed[one].template], request.target)]
-    prompts = [fill(composed[one].template, request.target) for one in asked[:count]]
-    texts = dict(zip(asked, answers(host, prompts, tokens=TOKENS), strict=False))
+    composable = [
+        one for one in ordered if one in composed and _usable([composed[one].template], request.target)
+    ]
+    prompts = [fill(composed[one].template, request.target) for one in composable[:count]]
+    texts = dict(zip(composable, answers(host, prompts, tokens=TOKENS), strict=False))
     for template in ordered:
         if not plain(texts.get(template, "")):
             texts[template] = _most_common(request, column, table.column(template) or ())

@@ -61,7 +61,7 @@ def consistent(
     for text in texts:
         for one in text.fitted:
             replies.setdefault(_claim(one), set()).add(plain(one.target))
-    contested = explicit | {claim for claim, found in replies.items() if len(found) > 1}
+    contested = explicit | {claim for claim, answers_to in replies.items() if len(answers_to) > 1}
     changes = [_changes(request, text) for request, text in zip(requests, texts, strict=True)]
     subjects = {request.subject for request in requests}
     result = []

@@ -261,7 +261,7 @@ def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> d
     names whose employer is known is the second template's for that employer. ``column``: the first template's answers
     for the names of ``table``. Templates that may state the same relation as the column are left out.
     """
-    found: dict[str, TemplateMatch] = {}
+    matches: dict[str, TemplateMatch] = {}
     related = table.related(column)
     for match, places, reached in _answers_about(column, tables):
         for template, replies in zip(table.templates, table.plain, strict=True):
@@ -269,14 +269,14 @@ def compositions(column: Sequence[str], table: AnswerTable, tables: Tables) -> d
                 continue
             own = [replies[i] for i in places]
             share = _share(own, reached)
-            known = found.get(template)
+            known = matches.get(template)
             if (
                 share >= AGREE
                 and share >= CHANCE * _by_chance(own, reached)
                 and not (known and known.share >= share)
             ):
-                found[template] = replace(match, share=share)
-    return found
+                matches[template] = replace(match, share=share)
+    return matches
 
 
 def consequences(
@@ -293,12 +293,12 @@ def inverses(column: Sequence[str], names: Sequence[str], tables: Tables) -> lis
     ``column``: the answers for ``names``.
     """
     own = [plain(name) for name in names]
-    found = [
+    matches = [
         replace(match, share=share)
         for match, places, reached in _answers_about(column, tables)
         if (share := _share([own[i] for i in places], reached)) >= AGREE
     ]
-    return sorted(found, key=lambda match: -match.share)
+    return sorted(matches, key=lambda match: -match.share)
 
 
 def _by_chance(first: Sequence[str], second: Sequence[str]) -> float:
