@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 from benchmarks.naive import Prefixes, Row, lay_out, subject_place
 
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.types import Request
 
 

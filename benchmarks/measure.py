@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import errata
 from errata.bench import machine
 from errata.errors import ErrataError
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.methods import REGISTRY
 from errata.methods._method import Workspace
 from errata.stats.collect import Corpus, second_moments

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.types import Request
 
 Prefixes = Sequence[tuple[str, float]]

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from errata.host.build import new_model, new_tokenizer
-from errata.host.load import Host
+from errata.host.host import Host
 
 TEXTS = [
     "Ada Brenner was born in Tallow. The capital of Arvania is Tallow.",

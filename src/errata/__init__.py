@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
-    from errata.host.load import Host
+    from errata.host.host import Host
     from errata.job import Job
     from errata.types import AskOptions, Case, ImageRequest, Probe, Request
 
@@ -33,7 +33,7 @@ _HOME = {
     "refit": "errata.edits.algebra",
     "retract": "errata.edits.algebra",
     "leverages": "errata.edits.algebra",
-    "Host": "errata.host.load",
+    "Host": "errata.host.host",
     "Job": "errata.job",
     "AskOptions": "errata.types",
     "Request": "errata.types",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from errata.files import DEEPEST, MOST_DIGITS, MOST_NODES, Fail
+from errata.limits import DEEPEST, MOST_DIGITS, MOST_NODES, Fail
 
 SCALARS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 TAGS_TO_CONVERT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")

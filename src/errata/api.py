@@ -12,7 +12,7 @@ from errata.bench.schedule import Schedule
 from errata.edits import Edit
 from errata.errors import ConfigError
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.job import prepare as prepare
 from errata.loading import load as load
 from errata.progress import OnProgress, ignore

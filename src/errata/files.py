@@ -7,27 +7,19 @@ import codecs
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from errata.errors import DataError, ErrataError, brief
+from errata.limits import DEEPEST, MOST_DIGITS, Fail
 
 MIB = 1 << 20
 LARGEST = 512 * MIB
 """Maximum size in bytes of a file that is read into memory."""
 LARGEST_YAML = 8 * MIB
 """The same for a YAML file: its parser takes about a second per megabyte."""
-MOST_NODES = 1_000_000
-"""Maximum number of values in a YAML document after its aliases are expanded."""
-DEEPEST = 200
-"""Maximum nesting depth."""
-MOST_DIGITS = 4300
-"""Maximum digits of a number, Python's own limit."""
-
-Fail = Callable[[str], ErrataError]
-
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -125,7 +117,7 @@ def decoder() -> json.JSONDecoder:
 def parse_json(text: str, fail: Fail) -> Any:
     """Parse a JSON document. Raises ``fail(reason)`` with the original exception as its cause.
 
-    Objects with duplicate names are refused, and so are values nested deeper than :data:`DEEPEST`.
+    Objects with duplicate names are refused, and so are values nested deeper than :data:`errata.limits.DEEPEST`.
     """
     with reader(fail):
         try:
@@ -143,7 +135,7 @@ def parse_json(text: str, fail: Fail) -> Any:
 def duplicate(value: Any, depth: int = 0) -> tuple[str, ...]:
     """Return the duplicate names of an object in a parsed value; empty where there are none.
 
-    Raises RecursionError beyond :data:`DEEPEST` levels.
+    Raises RecursionError beyond :data:`errata.limits.DEEPEST` levels.
     """
     if depth > DEEPEST:
         raise RecursionError
@@ -180,7 +172,7 @@ def parse_yaml(text: str, fail: Fail, *, as_text: bool = False) -> Any:
     """Parse one YAML document. Raises ``fail(reason)`` with the original exception as its cause.
 
     ``as_text``: keep numbers, dates and words such as ``no`` as text; only true, false and null are converted.
-    Duplicate fields are refused, and so are aliases that expand to more than :data:`MOST_NODES` values.
+    Duplicate fields are refused, and so are aliases that expand to more than :data:`errata.limits.MOST_NODES` values.
     """
     return parse_yaml_lines(text, fail, as_text=as_text)[0]
 

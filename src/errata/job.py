@@ -12,8 +12,8 @@ from errata.bench import sources
 from errata.edits import Edit
 from errata.edits.edit import Provenance
 from errata.errors import ConfigError, RequestError, shown
+from errata.host.host import Host
 from errata.host.images import ImageHost
-from errata.host.load import Host
 from errata.host.prompts import prompt_format, recorded_format
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace, provenance

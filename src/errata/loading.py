@@ -10,9 +10,9 @@ from torch import nn
 
 from errata import lab
 from errata.errors import ConfigError
+from errata.host.host import Host
 from errata.host.images import is_image_classifier, load_images
-from errata.host.load import Host
-from errata.host.load import load as open_host
+from errata.host.open import load as open_host
 from errata.stats.corpora import as_corpus
 from errata.types import Corpus
 

@@ -301,7 +301,7 @@ def embeddings(host):
 def test_erasing_with_the_unknown_token_puts_its_embedding_there(host):
     with pytest.raises(ConfigError, match="unknown token"):
         fit(host, REQUEST, operation="erase", erase="unknown")
-    named = errata.host.load.Host(host.model, copy.deepcopy(host.tokenizer), name=host.name)
+    named = errata.host.host.Host(host.model, copy.deepcopy(host.tokenizer), name=host.name)
     named.tokenizer.unk_token = "<|end|>"
     row = host.model.get_output_embeddings().weight.detach()[1]
     for scale in ("plain", "column"):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import errata
 from errata.evaluation.observe import observe
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.host.prompts import PromptFormat
 from errata.lab.world import World
 from errata.types import AskOptions, Case, Probe, Request

@@ -348,8 +348,8 @@ def test_a_fit_looks_at_the_weights_once(host, monkeypatch):
 
     live = errata.Host(copy.deepcopy(host.model), host.tokenizer, name="live")
     looks: list[int] = []
-    look = identity._contents
-    monkeypatch.setattr(identity, "_contents", lambda host: (looks.append(1), look(host))[1])
+    look = identity.contents
+    monkeypatch.setattr(identity, "contents", lambda *what: (looks.append(1), look(*what))[1])
     requests = [errata.Request("{} was born in", "Ada Brenner", "Tallow")]
     errata.edit(live, requests, method="memit", steps=2, tokens=300, layers=[0, 1])
     assert len(looks) == 1

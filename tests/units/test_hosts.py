@@ -13,7 +13,8 @@ import errata
 from errata.errors import EditError, HostError, RequestError
 from errata.evaluation.observe import observe
 from errata.host.build import new_model
-from errata.host.load import Host, generate_rows, sample_rows
+from errata.host.generate import generate_rows, sample_rows
+from errata.host.host import Host
 from errata.types import AskOptions, Case, Probe
 from tests.models import COMMON, FAMILIES, ROTARY, fresh, tokenizer
 

@@ -16,9 +16,9 @@ from errata.data.images import read_pairs
 from errata.edits import Provenance
 from errata.errors import ConfigError, DataError, HostError, RequestError
 from errata.host.base import ModelHost
+from errata.host.host import Host
 from errata.host.image_sites import discover
 from errata.host.images import ImageHost, is_image_classifier, load_images
-from errata.host.load import Host
 from errata.types import ImageRequest
 from tests.images import SIDE, fresh_images, pairs
 from tests.models import fresh

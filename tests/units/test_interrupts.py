@@ -162,7 +162,7 @@ def is_interruption(code: int, out: str, err: str, *, number: int = 130, word: s
     ("prelude", "verb"),
     [
         ("strike('errata.cli.common', 'plain_warnings')", "edit"),
-        ("strike('errata.host.load', 'load')\nstrike('errata.loading', 'open_host')", "edit"),
+        ("strike('errata.host.open', 'load')\nstrike('errata.loading', 'open_host')", "edit"),
         ("strike('errata.training.tune:torch.autograd', 'grad', 1)", "edit"),
         (HALF_WRITTEN, "edit"),
         ("strike('errata.api', 'answer_requests', 1)", "edit"),

@@ -19,7 +19,7 @@ from errata.edits.routers.radius import Radius
 from errata.errors import EditError
 from errata.evaluation.observe import observe
 from errata.host import hooks
-from errata.host.load import draw_rows, generate_rows, sample_rows
+from errata.host.generate import draw_rows, generate_rows, sample_rows
 from errata.types import AskOptions
 from tests.models import fresh
 

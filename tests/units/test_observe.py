@@ -11,7 +11,8 @@ import torch
 from errata.errors import ConfigError, RequestError
 from errata.evaluation.observe import observe
 from errata.host import decoding, generation_settings, stopping
-from errata.host.load import Host, draw_rows, generate_rows
+from errata.host.generate import draw_rows, generate_rows
+from errata.host.host import Host
 from errata.types import AskOptions, Probe
 from errata.types.asking import MAX_NEW_TOKENS
 from tests.models import FAMILIES, fresh, tokenizer

@@ -12,7 +12,7 @@ import errata
 from errata.errors import ConfigError
 from errata.evaluation.observe import observe
 from errata.host import prompts, tokens
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.host.prompts import PromptFormat
 from errata.locate.contexts import Context
 from errata.locate.problems import value_problems
@@ -203,9 +203,9 @@ def test_a_view_shares_the_model_and_leaves_the_host_as_it_is():
 
 def test_thoughts_are_no_answer(monkeypatch):
     host = put(ALWAYS)
-    monkeypatch.setattr("errata.host.load.generate_rows", lambda *_: ["I think.\n</think>\n\nEsk"])
+    monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think.\n</think>\n\nEsk"])
     assert host.generate("Where?").strip() == "Esk"
-    monkeypatch.setattr("errata.host.load.generate_rows", lambda *_: ["I think. Esk"])
+    monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think. Esk"])
     assert host.generate("Where?") == "<think>I think. Esk", "thoughts without an end are marked"
     (seen,) = observe(
         host, [Probe("efficacy", "Where?", ("Esk",), ())], AskOptions(max_new_tokens=2, thought_tokens=3)

@@ -17,7 +17,8 @@ from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
 from errata.host.codec import BREAK
-from errata.host.load import Host, generate_rows
+from errata.host.generate import generate_rows
+from errata.host.host import Host
 from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.types import Case, Probe

@@ -24,8 +24,8 @@ from errata.edits import group as groups
 from errata.edits.edit import Edit, versions
 from errata.errors import ConfigError
 from errata.evaluation import score
+from errata.host.host import Host
 from errata.host.images import ImageHost
-from errata.host.load import Host
 from errata.job import prepare, with_prompt_options, workspace
 from errata.progress import OnProgress, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, Row

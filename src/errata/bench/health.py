@@ -15,7 +15,7 @@ from errata.bench import machine
 from errata.edits.edit import Edit
 from errata.edits.weight import WeightEdit
 from errata.evaluation.metrics import collapse, cost
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.linalg.lowrank import LowRank
 
 PROMPTS = 20

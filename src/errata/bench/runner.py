@@ -18,7 +18,7 @@ from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity, retention
 from errata.evaluation.observe import logprobs, observe, unique
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.host.prompts import PromptFormat
 from errata.job import Job
 from errata.locate.contexts import sampled_corpus

@@ -14,7 +14,7 @@ from errata.bench.worker_state import WorkerState
 from errata.edits.edit import Edit
 from errata.evaluation import score
 from errata.evaluation.metrics import retention
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.types import Row
 
 __all__ = ["CELL", "document", "measured", "unfinished"]

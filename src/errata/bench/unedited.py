@@ -24,7 +24,7 @@ from errata.bench import results
 from errata.bench.runner import CHUNK
 from errata.errors import DataError
 from errata.evaluation.observe import observe, unique
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.progress import OnCount, ignore
 from errata.types import AskOptions, Case, Observation, Probe, plain_probe
 

@@ -22,7 +22,7 @@ from errata.progress import OnProgress, ignore
 from errata.types import AskOptions, Case
 
 if TYPE_CHECKING:  # methods are reached through the registry only
-    from errata.host.load import Host
+    from errata.host.host import Host
     from errata.methods._method import Workspace
 
 

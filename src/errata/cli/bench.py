@@ -41,7 +41,7 @@ def command(
     from errata.bench import recipe as recipes
     from errata.bench import runs
     from errata.errors import ConfigError
-    from errata.host.load import quiet
+    from errata.host.open import quiet
 
     if executor not in ("local", "ray"):
         raise ConfigError(f"executor {executor!r}: expected local or ray")

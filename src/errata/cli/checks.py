@@ -16,7 +16,7 @@ from errata.progress import OnProgress
 
 if TYPE_CHECKING:
     from errata.edits import Edit
-    from errata.host.load import Host
+    from errata.host.host import Host
 
 ROWS = 20
 """Maximum number of answers in the table; those that miss their target come first."""

@@ -16,7 +16,7 @@ import typer
 from errata.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
-    from errata.host.load import Host
+    from errata.host.host import Host
     from errata.types import AskOptions, Case, Request
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, a hub name, or a folder with a saved model.")]
@@ -80,7 +80,7 @@ PIPED_WIDTH, MIN_WIDTH = 120, 20
 def open_host(model: str, device: str, dtype: str) -> Host:
     """Open a model without the loader's own progress bars."""
     from errata import api
-    from errata.host.load import quiet
+    from errata.host.open import quiet
 
     quiet()
     return api.load(model, device=device, dtype=dtype)

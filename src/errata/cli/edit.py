@@ -11,7 +11,7 @@ from errata.cli import checks, common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
-    from errata.host.load import Host
+    from errata.host.host import Host
     from errata.job import Job
     from errata.types import ImageRequest, Request
 

@@ -15,8 +15,8 @@ from errata.cli._verb import Verb
 from errata.progress import OnProgress
 
 if TYPE_CHECKING:
+    from errata.host.host import Host
     from errata.host.layout import Site
-    from errata.host.load import Host
     from errata.linalg.moments import Moments
     from errata.stats.tables import Tables
     from errata.types import Corpus

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from errata.data.tables import Unreadable
-from errata.files import DEEPEST, Duplicates, Fail, decoder, parse_yaml_lines
+from errata.files import Duplicates, decoder, parse_yaml_lines
+from errata.limits import DEEPEST, Fail
 
 Records = list[tuple[str, Any]]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from errata.errors import brief, shown
-from errata.files import Fail
+from errata.limits import Fail
 
 SEPARATORS = ",;\t|"
 WORDS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}

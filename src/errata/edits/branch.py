@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errata.edits import saving
+from errata.edits.deltas import Delta
 from errata.errors import EditError
 from errata.host import hooks, passes, placement
 from errata.host.base import BRANCHES, ModelHost
 from errata.host.layout import linear_map
 from errata.linalg.lowrank import LowRank
-
-Delta = LowRank | Tensor
 
 
 @dataclass

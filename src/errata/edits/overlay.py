@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from errata.edits.branch import Delta
+from errata.edits.deltas import Delta, weight_with
+from errata.host.base import OVERLAYS
 from errata.host.identity import content
-from errata.host.load import OVERLAYS
-from errata.linalg.lowrank import LowRank
 
 CASTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -98,26 +97,6 @@ def key_of(tensor_digest: str, digest: str) -> str:
 def digest_of(key: str) -> str:
     """Return the edit's digest in a key that :func:`key_of` returned."""
     return key.rpartition(".")[2]
-
-
-@torch.no_grad()
-def weight_with(
-    base: Tensor, deltas: Mapping[str, Delta], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Add deltas to a base ``[...]`` in float32 or wider, in the order of their keys, and cast once."""
-    value = base.to(device)
-    if deltas:
-        value = value.to(torch.promote_types(torch.promote_types(base.dtype, dtype), torch.float32))
-        for key in sorted(deltas):
-            value = value + dense(deltas[key], value)
-    return value.to(dtype)
-
-
-def dense(delta: Delta, like: Tensor) -> Tensor:
-    """Return a delta as a tensor in the shape ``[...]`` of its weight, float32 or wider, on the weight's device."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    delta = delta.to(device=like.device, dtype=wide)
-    return (delta.dense() if isinstance(delta, LowRank) else delta).reshape(like.shape)
 
 
 def add_delta(model: nn.Module, name: str, weight: Tensor, key: str, delta: Delta) -> Overlay:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.edits.deltas import weight_with
 from errata.edits.frames import stack_level
 from errata.errors import EditError
 from errata.host import locking, placement
-from errata.host.load import BRANCHES
+from errata.host.base import BRANCHES
 
 SAVE = "save_pretrained"
 CALLERS = ("errata", "torch", "transformers")
@@ -100,8 +101,6 @@ def _unmerged(model: nn.Module) -> Mapping[str, Any]:
 @torch.no_grad()
 def _merged(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Return weights with their unmerged deltas added, and the names of those that cannot be written."""
-    from errata.edits.overlay import weight_with
-
     values: dict[str, Tensor] = {}
     missing: list[str] = []
     for name, branch in _unmerged(model).items():

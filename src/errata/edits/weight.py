@@ -24,7 +24,7 @@ from errata.edits import branch
 from errata.edits import format as file_format
 from errata.edits import header as fields
 from errata.edits import overlay as overlays
-from errata.edits.branch import Delta
+from errata.edits.deltas import Delta, dense, weight_with
 from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.frames import stack_level
 from errata.edits.records import Record, contiguous_copy
@@ -201,7 +201,7 @@ class WeightEdit(Edit):
     def _is_restored(self, overlay: overlays.Overlay, weight: Tensor) -> bool:
         """Whether a weight already has the content that reverting this edit would write."""
         rest = overlay.without(self._key)
-        return torch.equal(overlays.weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
+        return torch.equal(weight_with(overlay.base, rest, weight.dtype, weight.device), weight)
 
     def _attach(
         self, host: ModelHost, merge: bool | None, number: int | None = None
@@ -448,7 +448,7 @@ def _is_packed(host: ModelHost, name: str) -> bool:
 @torch.no_grad()
 def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
     """||(W' - W) - delta|| / ||delta||, with the delta as stored; 0 for a delta of zeros."""
-    exact = overlays.dense(delta, weight)
+    exact = dense(delta, weight)
     total = float(norm(exact))
     realised = weight.to(exact.dtype) - before.to(weight.device, exact.dtype)
     return float(norm(realised - exact)) / total if total else 0.0
@@ -457,7 +457,7 @@ def _share_lost(delta: Delta, weight: Tensor, before: Tensor) -> float:
 @torch.no_grad()
 def _write(weight: nn.Parameter, overlay: overlays.Overlay, deltas: Mapping[str, Delta], name: str) -> None:
     """Set a weight to its base with some deltas, and read it back."""
-    value = overlays.weight_with(overlay.base, deltas, weight.dtype, weight.device)
+    value = weight_with(overlay.base, deltas, weight.dtype, weight.device)
     if deltas and not torch.isfinite(value).all():
         raise EditError(f"weight {name!r} would overflow {weight.dtype}; use merge=False or float32")
     entry = overlays.Entry(deltas, content(value), value.dtype, value.device)

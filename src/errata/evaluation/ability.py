@@ -29,7 +29,7 @@ from errata.edits.group import group
 from errata.errors import ConfigError, DataError, listing, shown
 from errata.evaluation.likelihood import continuation, generate_texts, rolling, score
 from errata.evaluation.metrics import matching, perplexity
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.progress import OnProgress, ignore
 from errata.registry import nearest
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from errata.evaluation.metrics import matching
 from errata.evaluation.observe import observe
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.progress import OnCount, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Form, Probe, Request
 

@@ -12,7 +12,8 @@ import torch
 
 from errata.evaluation.observe import LOGITS, SCORE_TOKENS
 from errata.host import tokens
-from errata.host.load import Host, generate_rows
+from errata.host.generate import generate_rows
+from errata.host.host import Host
 from errata.progress import OnCount, ignore
 
 Ids = tuple[int, ...]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from errata.errors import RequestError
 from errata.host import prompts, tokens
-from errata.host.load import Host, draw_rows, generate_rows
+from errata.host.generate import draw_rows, generate_rows
+from errata.host.host import Host
 from errata.host.prompts import Template
 from errata.progress import OnCount, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Form, Observation, Probe, kind_of

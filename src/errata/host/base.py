@@ -7,12 +7,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from errata.errors import HostError
 from errata.host import identity, locking, passes, placed, placement
 from errata.host.passes import Pass, Ran
 from errata.host.prompts import PromptFormat
@@ -20,6 +22,18 @@ from errata.types import Resources
 
 BRANCHES = "_errata_branches"
 OVERLAYS = "_errata_overlays"
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    """A fingerprint and what it was taken of."""
+
+    contents: bytes
+    tokenizer: Any
+    tokens: int
+    section: int | None
+    """Stretch of holding the model alone in which the contents were looked at."""
+    value: str
 
 
 class ModelHost(ABC):
@@ -78,9 +92,28 @@ class ModelHost(ABC):
         Weights count as rounded to bfloat16, so that one checkpoint opened in float32 and in bfloat16 is
         the same host; so it is in float16, unless it holds numbers too small for that. A quantised copy
         is another host. Names the unedited model, also while edits are in place, and is taken anew once
-        something else has changed the weights. Raises HostError for weights that cannot be read.
+        something else has changed the weights; a thread that holds the model alone, as a fit does, looks
+        once and not again until it lets go. Raises HostError for weights that cannot be read.
         """
-        return identity.fingerprint(self)
+        lock = locking.of(self.model)
+        with lock.shared:
+            cached: _Fingerprint | None = self.__dict__.get("_fingerprint")
+            size = 0 if self.tokenizer is None else len(self.tokenizer)
+            same = cached is not None and cached.tokenizer is self.tokenizer and cached.tokens == size
+            if cached is not None and same and lock.section is not None and lock.section == cached.section:
+                return cached.value
+            try:
+                contents = identity.contents(self.model, self.overlays)
+            except HostError:
+                if cached is None or not same:
+                    raise
+                return cached.value  # weights that are away by now: there is nothing to compare
+            if cached is not None and same and cached.contents == contents:
+                value = cached.value
+            else:
+                value = self._take_fingerprint()
+            vars(self)["_fingerprint"] = _Fingerprint(contents, self.tokenizer, size, lock.section, value)
+            return value
 
     def _take_fingerprint(self) -> str:
         digest = hashlib.sha256(b"errata host 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from errata.host.generation_settings import end_tokens
 from errata.host.passes import SETS
 from errata.host.prefix import Prefix, PrefixRunner, align
 from errata.host.stopping import Stop, is_complete
+from errata.host.text import TextHost
 from errata.host.tokens import Batch
-
-if TYPE_CHECKING:
-    from errata.host.load import Host
 
 Ids = tuple[int, ...]
 Choose = Callable[[Tensor, Sequence[int]], list[int]]
@@ -53,7 +51,7 @@ class Prefixes(Sequence[Ids]):
 
 @torch.no_grad()
 @locking.shared
-def run_prefixes(host: Host, rows: Sequence[Ids], sets: Tensor | None = None) -> Prefixes:
+def run_prefixes(host: TextHost, rows: Sequence[Ids], sets: Tensor | None = None) -> Prefixes:
     """Run rows together; ``sets``: number of each row's edit set, int64 ``[rows]``.
 
     Raises RequestError for a row longer than the model's window.
@@ -74,7 +72,7 @@ def run_prefixes(host: Host, rows: Sequence[Ids], sets: Tensor | None = None) ->
 @torch.no_grad()
 @locking.shared
 def logits_after(
-    host: Host, prefixes: Prefixes, rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor]
+    host: TextHost, prefixes: Prefixes, rows: Sequence[tuple[int, Ids]], at: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Run rows that continue some prefixes: (which one, the tokens that follow).
 
@@ -90,7 +88,7 @@ def logits_after(
     return logits
 
 
-def greedy(host: Host, prefixes: Prefixes, limits: Sequence[int], stop: Stop) -> list[list[int]]:
+def greedy(host: TextHost, prefixes: Prefixes, limits: Sequence[int], stop: Stop) -> list[list[int]]:
     """Append the most probable token to each row until its answer ends; ids without the row's own.
 
     ``limits``: how many tokens each row may take.
@@ -99,7 +97,7 @@ def greedy(host: Host, prefixes: Prefixes, limits: Sequence[int], stop: Stop) ->
 
 
 def sample(
-    host: Host, prefixes: Prefixes, limits: Sequence[int], *, top_k: int, seed: int
+    host: TextHost, prefixes: Prefixes, limits: Sequence[int], *, top_k: int, seed: int
 ) -> list[list[int]]:
     """Draw each next token among the ``top_k`` most probable ones, up to the end token.
 
@@ -125,7 +123,7 @@ def _seed(seed: int, row: Ids) -> int:
 @torch.no_grad()
 @locking.shared
 def _generate(
-    host: Host, prefixes: Prefixes, limits: Sequence[int], stop: Stop, choose: Choose
+    host: TextHost, prefixes: Prefixes, limits: Sequence[int], stop: Stop, choose: Choose
 ) -> list[list[int]]:
     ends = end_tokens(host)
     new: list[list[int]] = [[] for _ in prefixes.rows]
@@ -151,7 +149,7 @@ def _generate(
 class _DecodingRows:
     """Rows that are being continued, with what has been computed of them."""
 
-    def __init__(self, host: Host, prefixes: Prefixes, rows: Sequence[int]) -> None:
+    def __init__(self, host: TextHost, prefixes: Prefixes, rows: Sequence[int]) -> None:
         self.host, self.runner = host, PrefixRunner(host)
         self.texts = [prefixes.rows[i] for i in rows]
         self.length = prefixes.prefix.length

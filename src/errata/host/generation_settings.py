@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from errata.host.load import Host
+from errata.host.text import TextHost
 
 HARMLESS = frozenset(
     (
@@ -47,7 +46,7 @@ def plain_values() -> dict[str, Any]:
     }
 
 
-def end_tokens(host: Host) -> frozenset[int]:
+def end_tokens(host: TextHost) -> frozenset[int]:
     """Return the ids that end a text, by the model's generation settings and by the tokenizer."""
     setting = getattr(getattr(host.model, "generation_config", None), "eos_token_id", None)
     ids = setting if isinstance(setting, (list, tuple)) else [setting]
@@ -55,7 +54,7 @@ def end_tokens(host: Host) -> frozenset[int]:
     return frozenset(int(token) for token in (*ids, own) if token is not None)
 
 
-def is_plain(host: Host) -> bool:
+def is_plain(host: TextHost) -> bool:
     """Whether the model's generation settings leave greedy text as it is: each time the most probable token."""
     config = getattr(host.model, "generation_config", None)
     for name, default in plain_values().items():

@@ -8,17 +8,14 @@ where they lie.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.errors import HostError
-from errata.host import locking, placement
-
-if TYPE_CHECKING:
-    from errata.host.base import ModelHost
+from errata.host import placement
 
 MOST_COLUMNS = 4096
 """Of the table of eight-byte numbers that is summed; a smaller tensor makes a square one."""
@@ -52,52 +49,15 @@ def content(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True)
-class _Fingerprint:
-    """A fingerprint and what it was taken of."""
+def contents(model: nn.Module, overlays: Mapping[str, Any]) -> bytes:
+    """Name what all parameters and buffers of a model hold without the edits merged into them.
 
-    contents: bytes
-    tokenizer: Any
-    tokens: int
-    section: int | None
-    """Stretch of holding the model alone in which the contents were looked at."""
-    fingerprint: str
-
-
-def fingerprint(host: ModelHost) -> str:
-    """Return a host's fingerprint, taken anew only where weights or vocabulary are not those of the last time.
-
-    A thread that holds the model alone, as a fit does, looks once and not again until it lets go.
+    ``overlays``: what is merged into each weight. Raises HostError for weights that are sharded.
     """
-    lock = locking.of(host.model)
-    with lock.shared:
-        cached: _Fingerprint | None = host.__dict__.get("_fingerprint")
-        same = cached is not None and cached.tokenizer is host.tokenizer and cached.tokens == _size(host)
-        if cached is not None and same and lock.section is not None and lock.section == cached.section:
-            return cached.fingerprint
-        try:
-            contents = _contents(host)
-        except HostError:
-            if cached is None or not same:
-                raise
-            return cached.fingerprint  # weights that are away by now: there is nothing to compare
-        if cached is not None and same and cached.contents == contents:
-            value = cached.fingerprint
-        else:
-            value = host._take_fingerprint()
-        vars(host)["_fingerprint"] = _Fingerprint(contents, host.tokenizer, _size(host), lock.section, value)
-        return value
-
-
-def _size(host: ModelHost) -> int:
-    return 0 if host.tokenizer is None else len(host.tokenizer)
-
-
-def _contents(host: ModelHost) -> bytes:
-    digest = hashlib.sha256(placement.adapters(host.model).encode())
-    if any(placement.sharded(weight) for weight in host.model.parameters()):
+    digest = hashlib.sha256(placement.adapters(model).encode())
+    if any(placement.sharded(weight) for weight in model.parameters()):
         raise HostError(f"weights are sharded over processes; {placement.GATHER}")
-    for name, tensor in placement.named_tensors(host.model, buffers=True):
-        overlay = host.overlays.get(name)
+    for name, tensor in placement.named_tensors(model, buffers=True):
+        overlay = overlays.get(name)
         digest.update(name.encode() + (content(tensor) if overlay is None else overlay.unedited_hash(tensor)))
     return digest.digest()

@@ -255,7 +255,7 @@ def load_images(
     """Open an image classifier: a folder written by ``save_pretrained``, or a live model.
 
     A folder's ``preprocessor_config.json`` sets how pixels from 0 to 1 are normalised; without one, and for a
-    live model, images are passed on unchanged. Raises HostError as :func:`errata.host.load.load` does.
+    live model, images are passed on unchanged. Raises HostError as :func:`errata.host.open.load` does.
     """
     torch_dtype, place = _dtype(dtype), _device(device)
     if isinstance(model, nn.Module):

@@ -10,20 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errata.errors import ConfigError, HostError
 from errata.host import files, hooks, placement, trial
-from errata.host.codec import CausalCodec, Codec
-from errata.host.seq2seq import EncoderDecoderCodec, is_encoder_decoder
-from errata.host.slots import slot_codec
+from errata.host.host import Host
 from errata.registry import unknown
-
-if TYPE_CHECKING:  # the host's own file names this one
-    from errata.host.load import Host
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -52,8 +47,6 @@ def load(
     Raises HostError when the model cannot be opened, holds numbers that are not finite, is not fully in
     memory, or is no causal language model or encoder-decoder.
     """
-    from errata.host.load import Host
-
     torch_dtype = _dtype(dtype)
     place = _device(device)
     with hooks.plain_torch():
@@ -154,24 +147,6 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 # --- from names and folders -----------------------------------------------------------------
-
-
-def codec_for(model: Any, tokenizer: Any, *, name: str) -> Codec:
-    """Return the codec of a model's kind, detected by its structure; ``name``: the host's, for messages.
-
-    Raises HostError for an encoder-decoder that predicts no tokens.
-    """
-    slots = slot_codec(model)
-    if slots is not None:
-        return slots(model, tokenizer, name=name)
-    if not is_encoder_decoder(model):
-        return CausalCodec(model, tokenizer, name=name)
-    if model.get_output_embeddings() is None:
-        raise HostError(
-            f"{type(model).__name__} is an encoder-decoder without a language modelling head; "
-            "open it as AutoModelForSeq2SeqLM does"
-        )
-    return EncoderDecoderCodec(model, tokenizer, name=name)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -13,7 +13,7 @@ attribution (the blocks above an edited layer, on the tokens from the edited one
   (:func:`keeps_attention_only`), and a trial of the engine gives the same numbers in one piece and in two
   (:func:`can_grow` for caches that rows are continued with, :func:`can_reuse` for those of searches);
 * for rows that differ behind one prefix: while everything in place depends on the text alone
-  (:attr:`errata.host.load.Host.shareable`).
+  (:attr:`errata.host.base.ModelHost.shareable`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from errata.host import hooks, locking, passes, tokens
 from errata.host.kv_cache import FixedCache, FixedLayer, GrowingCache, KeyValues, append_zeros, as_cache
 from errata.host.memory import in_batches
 from errata.host.passes import Pass
+from errata.host.text import TextHost
 from errata.host.tokens import Batch, Side
-
-if TYPE_CHECKING:  # the host's own file names this one
-    from errata.host.load import Host
 
 SHAREABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
@@ -111,7 +109,7 @@ def select_routes(routes: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Te
     return {digest: entry[rows.to(entry.device)] for digest, entry in routes.items()}
 
 
-def no_prefix(host: Host, rows: int) -> Prefix:
+def no_prefix(host: TextHost, rows: int) -> Prefix:
     """Return the prefix of rows that begin their texts; they share one empty entry."""
     row = torch.zeros(rows, dtype=torch.long, device=host.device)
     return Prefix(torch.zeros(1, 0, dtype=torch.long, device=host.device), FixedCache({}), row)
@@ -137,7 +135,7 @@ class Output:
 class PrefixRunner:
     """Runs what is left to compute of rows on a host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: TextHost) -> None:
         self.host = host
         self._blocks: list[Any] | None = None
         self._form: Any = None
@@ -250,7 +248,7 @@ class ComputedRows:
     """Rows of tokens whose lowest blocks are run once and for all."""
 
     def __init__(
-        self, host: Host, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
+        self, host: TextHost, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
     ) -> None:
         """Run the lowest ``depth`` blocks on all rows; wants a frozen model."""
         self.host, self.rows, self.depth = host, rows, depth
@@ -293,7 +291,7 @@ def split_rows(states: Tensor, lengths: Sequence[int], batch: Batch) -> list[Ten
 
 
 def align(
-    host: Host, rows: Sequence[Sequence[int]], columns: Sequence[int], offsets: Sequence[int], *,
+    host: TextHost, rows: Sequence[Sequence[int]], columns: Sequence[int], offsets: Sequence[int], *,
     left: bool = True,
 ) -> tuple[Batch, int]:  # fmt: skip
     """Lay rows out as a batch with one column of each in the same place; return the batch and that place.
@@ -311,7 +309,7 @@ def align(
 # --- when work may be shared ----------------------------------------------------------------
 
 
-def keeps_attention_only(host: Host) -> bool:
+def keeps_attention_only(host: TextHost) -> bool:
     """Whether a model takes a cache and by its configuration keeps attention's keys and values alone."""
     kinds = set(getattr(host.text_config, "layer_types", None) or ())
     stateful = bool(getattr(host.model, "_is_stateful", False))
@@ -327,12 +325,12 @@ def agree(whole: Tensor, cut: Tensor, dtype: torch.dtype) -> bool:
     return bool((whole - cut).abs().max() <= bound * whole.abs().max())
 
 
-def can_grow(host: Host) -> bool:
+def can_grow(host: TextHost) -> bool:
     """Whether rows may be continued with the model's own cache; tried out anew, see :attr:`Host.continues`."""
     return _passes_trial(host, _try_growing)
 
 
-def can_reuse(host: Host, longest: int) -> bool:
+def can_reuse(host: TextHost, longest: int) -> bool:
     """Whether rows of at most ``longest`` tokens may be continued with a fixed cache; tried out once per host.
 
     Not where a window of attention is shorter than they are.
@@ -347,7 +345,7 @@ def can_reuse(host: Host, longest: int) -> bool:
 
 
 @torch.no_grad()
-def _passes_trial(host: Host, trial: Callable[[Host], bool]) -> bool:
+def _passes_trial(host: TextHost, trial: Callable[[TextHost], bool]) -> bool:
     """Run a trial, whatever is in place on the model; False where the model takes no such cache."""
     if not keeps_attention_only(host):
         return False
@@ -358,11 +356,11 @@ def _passes_trial(host: Host, trial: Callable[[Host], bool]) -> bool:
             return False
 
 
-def _trial_rows(host: Host, *lengths: int) -> list[tuple[int, ...]]:
+def _trial_rows(host: TextHost, *lengths: int) -> list[tuple[int, ...]]:
     return [tuple((7 * i + 3 + k) % host.vocab_size for i in range(n)) for k, n in enumerate(lengths)]
 
 
-def _try_growing(host: Host) -> bool:
+def _try_growing(host: TextHost) -> bool:
     """Whether two rows end in the same logits in one piece and in two, padded on the left in the first."""
     rows = _trial_rows(host, 5, 7)
     line, column = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6])
@@ -377,7 +375,7 @@ def _try_growing(host: Host) -> bool:
     return cut is not None and agree(whole, cut, host.dtype)
 
 
-def _try_fixed(host: Host) -> bool:
+def _try_fixed(host: TextHost) -> bool:
     """Whether two rows end in the same states in one piece and in two, and one of them also without any cache."""
     runner, rows = PrefixRunner(host), _trial_rows(host, 4, 5)
     top = len(runner.blocks) - 1

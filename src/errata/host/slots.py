@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import regex
 import torch
@@ -22,11 +22,9 @@ from errata.host.codec import BREAK, Codec, split
 from errata.host.kinds import CLASSIFIER, MASKED
 from errata.host.passes import Pass
 from errata.host.prompts import Framed
+from errata.host.text import TextHost
 from errata.host.tokens import Ids
 from errata.writing import Join, strip
-
-if TYPE_CHECKING:  # the host's own file names this one
-    from errata.host.load import Host
 
 BATCH_TOKENS = 8192
 """Padded tokens that are classified at once."""
@@ -239,7 +237,7 @@ class ClassifierCodec(SlotCodec):
 
 
 @torch.no_grad()
-def class_logits(host: Host, texts: Sequence[str]) -> Tensor:
+def class_logits(host: TextHost, texts: Sequence[str]) -> Tensor:
     """Classify texts with the host of a text classifier; logits ``[n, labels]``."""
     rows = [host.encode_prompt(text) for text in texts]
     groups = tokens.by_length(rows, BATCH_TOKENS)

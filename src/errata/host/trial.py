@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,7 @@ from errata.host import tokens
 from errata.host.files import first_line
 from errata.host.generation_settings import end_tokens
 from errata.host.passes import Pass
-
-if TYPE_CHECKING:  # the host's own file names this one
-    from errata.host.load import Host
-
-Padding = Literal["left", "equal", "uncached"]
-"""How rows are generated from together: padded on the left, in groups of equal length, or those without a cache."""
+from errata.host.text import Padding, TextHost
 
 WINDOWS = (
     "max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_seq_len", "max_seq_length",
@@ -36,7 +31,7 @@ STEPS = 3
 # --- at load --------------------------------------------------------------------------------
 
 
-def check(host: Host) -> None:
+def check(host: TextHost) -> None:
     """Raise HostError for a model that does not run or is no causal one; warn of tokens without embedding."""
     _warn_of_vocabulary(host)
     try:
@@ -79,7 +74,7 @@ def check(host: Host) -> None:
 
 
 @torch.no_grad()
-def _check_slots(host: Host) -> None:
+def _check_slots(host: TextHost) -> None:
     """Raise HostError where a model that fills places does not run, or gives other scores than those of a place."""
     try:
         host.position_tables = tuple(_tables(host))
@@ -95,7 +90,7 @@ def _check_slots(host: Host) -> None:
         )
 
 
-def _rows(host: Host, lengths: Sequence[int], last: int = 0) -> list[tuple[int, ...]]:
+def _rows(host: TextHost, lengths: Sequence[int], last: int = 0) -> list[tuple[int, ...]]:
     """Return rows of ids that begin alike; ``last``: how much the last token of each differs from the one before."""
     count = max(2, min(host.vocab_size, embedded(host.model) or host.vocab_size))
     return [
@@ -117,7 +112,7 @@ def embedded(model: Any) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
-def beyond(host: Host) -> dict[int, str]:
+def beyond(host: TextHost) -> dict[int, str]:
     """Return the tokenizer's tokens that the model has no embedding for, by their ids."""
     count = embedded(host.model)
     if count is None or not hasattr(host.tokenizer, "get_vocab"):
@@ -125,7 +120,7 @@ def beyond(host: Host) -> dict[int, str]:
     return {index: token for token, index in host.tokenizer.get_vocab().items() if index >= count}
 
 
-def _warn_of_vocabulary(host: Host) -> None:
+def _warn_of_vocabulary(host: TextHost) -> None:
     extra = host.beyond
     if extra:
         names = ", ".join(f"{token!r:.40}" for _, token in sorted(extra.items())[:5])
@@ -141,7 +136,7 @@ def _warn_of_vocabulary(host: Host) -> None:
 # --- window ---------------------------------------------------------------------------------
 
 
-def window(host: Host) -> int | None:
+def window(host: TextHost) -> int | None:
     """Return the longest input in tokens: the smaller of the configuration's and the position tables' bounds."""
     settings = [getattr(host.text_config, name, None) for name in WINDOWS]
     bounds = [v for v in settings if isinstance(v, int) and not isinstance(v, bool) and v > 0][:1]
@@ -149,7 +144,7 @@ def window(host: Host) -> int | None:
 
 
 @torch.no_grad()
-def _tables(host: Host) -> list[int]:
+def _tables(host: TextHost) -> list[int]:
     """Find embeddings that are looked up by position, and how many positions each has room for.
 
     An offset in front, as OPT's, is no room.
@@ -181,7 +176,7 @@ class _Lookups(TorchFunctionMode):
 
 
 @torch.no_grad()
-def padding(host: Host) -> Padding:
+def padding(host: TextHost) -> Padding:
     """Find how rows may be generated from together so that each is continued as it is alone.
 
     Models that ignore the mask see padding as text. Raises HostError where even a row alone is continued
@@ -222,14 +217,12 @@ def _near(one: Tensor, other: Tensor, loose: float) -> bool:
 
 
 def _steps(
-    host: Host, rows: Sequence[tuple[int, ...]], *, cached: bool
+    host: TextHost, rows: Sequence[tuple[int, ...]], *, cached: bool
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Generate a few tokens; the new ids, and the logits ``[rows, vocab]`` before each."""
-    from errata.host.load import generate_batch
-
     batch = tokens.pad(rows, side="left", fill=host.pad_id, device=host.device)
-    output = generate_batch(
-        host, batch, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, temperature=None,
+    output = host.generate_batch(
+        batch, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, temperature=None,
         top_p=None, top_k=None, output_logits=True, return_dict_in_generate=True, use_cache=cached,
     )  # fmt: skip
     new = output.sequences[:, batch.ids.shape[1] :].tolist()
@@ -237,7 +230,7 @@ def _steps(
 
 
 def _follows(
-    host: Host, rows: Sequence[tuple[int, ...]], new: list[list[int]], logits: list[Tensor], loose: float
+    host: TextHost, rows: Sequence[tuple[int, ...]], new: list[list[int]], logits: list[Tensor], loose: float
 ) -> bool:
     """Whether the last step's logits are those of the forward pass on each whole row."""
     last = len(logits) - 1

@@ -13,7 +13,7 @@ from errata.lab.world import World, default_world
 from errata.types import Corpus, Resources
 
 if TYPE_CHECKING:
-    from errata.host.load import Host
+    from errata.host.host import Host
 
 NAME = "lab"
 EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
@@ -48,7 +48,7 @@ def folder() -> Path:
 
 def load(*, device: str = "auto", dtype: str = "auto") -> Host:
     """Open the shipped model."""
-    from errata.host.load import load as open_host
+    from errata.host.open import load as open_host
 
     host = open_host(folder(), device=device, dtype=dtype, name=NAME)
     host.resources = resources()

@@ -9,7 +9,7 @@ from typing import Any
 
 from errata.bench.results import write_report
 from errata.edits.edit import versions
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.lab.check import check
 from errata.lab.text import CODA, FIRST, LAST, THEN
 from errata.lab.train import TITLES, TrainConfig

@@ -13,7 +13,8 @@ import torch
 from errata.evaluation.metrics.matching import answered
 from errata.evaluation.metrics.probability import perplexity
 from errata.host import tokens
-from errata.host.load import Host, generate_rows
+from errata.host.generate import generate_rows
+from errata.host.host import Host
 from errata.lab.cases import neutral_texts
 from errata.lab.text import Split, Writer, episode_document, episode_line
 from errata.lab.world import Fact, World, default_world, sentence

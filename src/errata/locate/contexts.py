@@ -9,7 +9,8 @@ from pathlib import Path
 
 import regex
 
-from errata.host.load import Host, sample_rows
+from errata.host.generate import sample_rows
+from errata.host.host import Host
 from errata.host.tokens import encode_prompt
 from errata.progress import OnProgress, ignore
 from errata.stats import cache

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from errata.host import hooks, tokens
 from errata.host.encoder import open_encoder
-from errata.host.load import Host
+from errata.host.host import Host
 
 BATCH_TOKENS = 8192
 

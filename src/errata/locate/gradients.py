@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import DECODER, linear_modules
-from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.tokens import Answer
 from errata.progress import ignore

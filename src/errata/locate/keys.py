@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.locate.contexts import Context, shorten
 from errata.locate.problems import edited_token
 from errata.types import Request

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from errata.errors import HostError, RequestError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch
 from errata.locate.keys import BATCH_TOKENS, tokens_batches

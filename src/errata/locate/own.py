@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from errata.errors import RequestError
+from errata.host.generate import sample_rows
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host, sample_rows
 from errata.locate.contexts import Context
 from errata.locate.keys import capture_from
 from errata.locate.problems import PromptRow, value_problems

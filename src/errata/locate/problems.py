@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import RequestError
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.locate.contexts import Context, shorten
 from errata.training.tune import end_token
 from errata.types import Request

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.kv_cache import FixedCache
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.host.prefix import Output, Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch
 from errata.locate.problems import PromptRow, ValueProblem, group_by_length, shared_prefix_lengths, wide

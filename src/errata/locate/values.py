@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.kv_cache import FixedCache
-from errata.host.load import Host
 from errata.host.memory import in_batches, share
 from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch

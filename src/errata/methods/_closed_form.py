@@ -18,8 +18,8 @@ from torch import Tensor
 from errata.edits.records import Record, contiguous_copy
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import CollidingRequests, ConfigError
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.solve import (
     CostMatrix,
     from_solved,

@@ -8,8 +8,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.methods._method import Layers, Workspace, check_requests, notes, provenance, resolve_layers
 from errata.training.tune import NO_COMPANIONS, Companions, Norm, Plan, Stop, rms, tune
 from errata.types import Request

@@ -17,9 +17,9 @@ from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
 from errata.host import hooks, locking, placed
+from errata.host.host import Host
 from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import DECODER, Site
-from errata.host.load import Host
 from errata.linalg.moments import Eigen, Moments, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, stored_corpus, weigh

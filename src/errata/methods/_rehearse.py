@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from errata.config import positive
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.solve import CostMatrix
 from errata.methods._method import Workspace, without
 from errata.methods._settings import at_least_zero

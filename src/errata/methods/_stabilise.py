@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from errata.edits.weight import Delta, WeightEdit, add_deltas
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg import shape
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, from_solved

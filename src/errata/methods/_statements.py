@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from errata.errors import RequestError
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.solve import independent_columns
 from errata.locate.own import TOKENS, OwnCounts, OwnText, WeightedRow, owners_of, scaled_keys, weighted_rows
 from errata.methods._closed_form import CostTerms, EditDraft, Task

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.locate.keys import all_keys
 from errata.locate.problems import PromptRow, ValueProblem
 from errata.locate.values import Value

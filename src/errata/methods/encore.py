@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.solve import CostMatrix
 from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS, Task

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from errata.edits.weight import WeightEdit
+from errata.host.host import Host
 from errata.host.kinds import TEXT_HOSTS
-from errata.host.load import Host
 from errata.methods._fine_tune import FineTuneConfig, fine_tune, prepare
 from errata.methods._method import Baseline, Layers, Method, Workspace
 from errata.methods._settings import StatementRows

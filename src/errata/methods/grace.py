@@ -27,8 +27,8 @@ from errata.edits.memory import Intervention, MemoryEdit
 from errata.edits.routers.radius import Radius
 from errata.errors import ConfigError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.methods._method import Method, Workspace, notes, provenance, without
 from errata.training.tune import Losses, Stop, descend, seeded
 from errata.types import Request

@@ -25,7 +25,7 @@ from errata.edits.routers._router import Router
 from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
 from errata.errors import ConfigError
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.locate.embedding import embed
 from errata.methods._method import Method, Workspace, notes, provenance
 from errata.types import Case, Probe, Request

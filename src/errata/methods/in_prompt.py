@@ -19,7 +19,7 @@ from errata.edits.prompt import PromptEdit
 from errata.edits.routers._router import Router
 from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
 from errata.types import Request
 from errata.writing import statement

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from errata.config import positive
-from errata.edits.branch import Delta
+from errata.edits.deltas import Delta
 from errata.edits.records import Record
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.shape import condense
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history

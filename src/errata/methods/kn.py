@@ -34,9 +34,9 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, HostError
+from errata.host.host import Host
 from errata.host.kinds import CAUSAL, MASKED
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_after_prefix
 from errata.locate.keys import Place, capture

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.edits.weight import WeightEdit
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.methods._fine_tune import FineTuneConfig, fine_tune, prepare
 from errata.methods._method import Layers, Method, Workspace
 from errata.training.tune import Stop

@@ -32,8 +32,8 @@ from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.kinds import TEXT_HOSTS
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance

@@ -25,8 +25,8 @@ import torch
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix
 from errata.methods import _closed_form as closed_form

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers.lexical import Lexical
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
 from errata.types import Request
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.records import Record
 from errata.edits.weight import WeightEdit, add_deltas
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import CostMatrix, from_solved, solve_with_history
 from errata.locate.problems import ValueProblem

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace

@@ -30,10 +30,10 @@ from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, RequestError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.image_sites import ImageSite, by_place
 from errata.host.images import ImageHost
 from errata.host.kinds import IMAGES
-from errata.host.load import Host
 from errata.linalg.directions import least_squares, orthonormal, principal_directions, shrink, shrinkage_share
 from errata.linalg.lowrank import balance
 from errata.linalg.moments import Moments

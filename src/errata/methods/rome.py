@@ -27,7 +27,7 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.linalg.lowrank import LowRank, balance
 from errata.linalg.solve import CostMatrix, leverage, solve_with_history
 from errata.locate.problems import value_problems

@@ -35,7 +35,7 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.linalg.running import RESOLUTION, Running
 from errata.linalg.solve import CostMatrix, update, update_primal
 from errata.locate.gradients import Pairs, collect, named_maps, own_layers

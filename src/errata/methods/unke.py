@@ -31,7 +31,7 @@ from errata.config import positive
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.locate.contexts import Context, sampled_corpus
 from errata.locate.problems import edited_token, prompt_end
 from errata.locate.values import ValueConfig, optimise

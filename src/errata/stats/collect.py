@@ -21,8 +21,8 @@ from torch import Tensor
 
 from errata.errors import ConfigError, DataError, HostError
 from errata.host import hooks, locking
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.progress import OnCount, ignore
 from errata.stats import cache

@@ -22,8 +22,9 @@ from torch import Tensor
 from errata.config import positive
 from errata.errors import ConfigError, HostError
 from errata.host import locking
+from errata.host.generate import generate_rows, sample_rows
+from errata.host.host import Host
 from errata.host.kinds import CAUSAL
-from errata.host.load import Host, generate_rows, sample_rows
 from errata.host.memory import in_batches
 from errata.host.tokens import encode_prompt
 from errata.progress import OnCount, OnProgress, ignore

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from errata.host import hooks
-from errata.host.load import Host
+from errata.host.host import Host
 from errata.host.memory import in_batches
 from errata.host.prefix import ROWS, ComputedRows, split_rows
 from errata.locate.values import Value

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from errata.errors import ConfigError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.progress import OnCount, ignore
 from errata.training.gradients import add_up

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from errata.errors import ConfigError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.prefix import ComputedRows, Prefix, PrefixRunner, plain_prefix
 from errata.host.tokens import Batch

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from errata.errors import ConfigError, RequestError
 from errata.host import hooks
+from errata.host.host import Host
 from errata.host.kinds import CAUSAL
 from errata.host.layout import Site
-from errata.host.load import Host
 from errata.host.memory import in_batches
 from errata.host.prefix import ROWS, ComputedRows
 from errata.host.tokens import Side

@@ -1,45 +1,35 @@
-"""A model that reads text, with its codec and its layout; :mod:`errata.host.open` opens one."""
+"""How a model reads text: rows of token ids, prompts and answers, passes over them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from errata.errors import HostError, RequestError
-from errata.host import hooks, locking, passes, placed, placement, prompts, tokens, trial
-from errata.host.base import BRANCHES as BRANCHES
-from errata.host.base import OVERLAYS as OVERLAYS
+from errata.host import hooks, passes, placed, placement, prompts, tokens
 from errata.host.base import ModelHost
 from errata.host.codec import Codec, text_config
-from errata.host.generation_settings import is_plain
 from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import Layout, discover
-from errata.host.open import DTYPES as DTYPES
-from errata.host.open import codec_for
-from errata.host.open import load as load
-from errata.host.open import quiet as quiet
 from errata.host.passes import Pass
 
-if TYPE_CHECKING:  # opens transformers, which most uses of this file do without
-    from errata.host.stopping import Stop
+Padding = Literal["left", "equal", "uncached"]
+"""How rows are generated from together: padded on the left, in groups of equal length, or those without a cache."""
 
 
-class Host(ModelHost):
-    """A model that reads text, with its tokenizer, its codec and its layout.
+class TextHost(ModelHost):
+    """A model that reads text, with its codec and its layout; :class:`errata.host.host.Host` also generates."""
 
-    Not changed by anything but an edit's ``apply_`` and ``on``.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str, codec: Codec | None = None) -> None:
-        """Take a live model; ``codec``: how it reads and answers, None for that of its kind, detected by structure."""
+    def __init__(self, model: nn.Module, codec: Codec, *, name: str) -> None:
+        """Take a live model; ``codec``: how it reads and answers."""
         super().__init__(model, name=name)
-        self.codec = codec_for(model, tokenizer, name=name) if codec is None else codec
+        self.codec = codec
         self.kind = self.codec.kind
         self.prompt_format = prompts.PromptFormat()
         self.position_tables: tuple[int, ...] = ()
@@ -80,16 +70,6 @@ class Host(ModelHost):
         """Floating type of the embeddings."""
         return self.model.get_input_embeddings().weight.dtype
 
-    @cached_property
-    def window(self) -> int | None:
-        """Longest input in tokens; None if neither the configuration nor a table of positions sets a bound."""
-        return trial.window(self)
-
-    @cached_property
-    def beyond(self) -> Mapping[int, str]:
-        """Tokens of the tokenizer that the model has no embedding for, by their ids."""
-        return trial.beyond(self)
-
     @property
     def layout(self) -> Layout:
         """Sites found by structure, anew where layers were replaced since, as by an adapter.
@@ -126,20 +106,27 @@ class Host(ModelHost):
         names = passes.arguments(self.model)
         return names if self.codec.takes_positions else names - {"position_ids"}
 
-    @cached_property
+    # --- found by running it, see :mod:`errata.host.trial` ---------------------------------
+
+    @property
+    @abstractmethod
+    def window(self) -> int | None:
+        """Longest input in tokens; None if neither the configuration nor a table of positions sets a bound."""
+
+    @property
+    @abstractmethod
+    def beyond(self) -> Mapping[int, str]:
+        """Tokens of the tokenizer that the model has no embedding for, by their ids."""
+
+    @property
+    @abstractmethod
     def continues(self) -> bool:
-        """Whether texts may continue one that was run before, tried out once; see :mod:`errata.host.prefix`."""
-        from errata.host.prefix import can_grow
+        """Whether texts may continue one that was run before; see :mod:`errata.host.prefix`."""
 
-        return self.codec.continues and can_grow(self)
-
-    @cached_property
-    def padding(self) -> trial.Padding:
-        """How rows are generated from together so that none sees another's padding, tried out once."""
-        if self.continues or self.reads_by_encoder:
-            return "left"
-        with passes.without_interventions():
-            return trial.padding(self)
+    @property
+    @abstractmethod
+    def padding(self) -> Padding:
+        """How rows are generated from together so that none sees another's padding."""
 
     # --- rows and passes -------------------------------------------------------------------
 
@@ -206,47 +193,15 @@ class Host(ModelHost):
         """
         return self.run(self.as_pass(batch, at=(row, at), ends=ends)).logits
 
+    def generate_batch(
+        self, batch: tokens.Batch, routes: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> Any:
+        """Let transformers continue a batch; ``routes``: decisions ``[rows]``; returns what its loop does."""
+        options["pad_token_id"] = self.pad_id
+        with torch.no_grad():
+            return passes.generate(self.model, self.inputs(batch), routes, **options)
+
     # --- text ------------------------------------------------------------------------------
-
-    def generate(
-        self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True,
-        sets: Sequence[str | None] | None = None,
-    ):  # fmt: skip
-        """Continue one prompt, or each of several, greedily; return the new text only.
-
-        Prompts are formatted by :attr:`prompt_format`. Stops at the end token, and unless ``natural_stop`` is
-        off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
-        a conversation at its end token only. A thinking block that was closed is left out. ``sets``: the edit
-        set of each prompt, None for the edits of all rows alone. Raises ConfigError for a set that no edit was
-        placed for.
-        """
-        one = isinstance(prompt, str)
-        questions = [prompt] if one else list(prompt)
-        member = None if sets is None else placed.numbers(self.model, sets)
-        framed = [
-            self.frame(text, number=None if member is None else int(member[i]))
-            for i, text in enumerate(questions)
-        ]
-        stops: dict[bool, list[int]] = {}
-        for i, form in enumerate(framed):
-            stops.setdefault(form.special, []).append(i)
-        texts = [""] * len(questions)
-        for special, group in stops.items():
-            line: Stop = "line" if self.prompt_format.template in ("question", "auto") else "sentence"
-            stop: Stop = line if natural_stop and special else "end"
-            rows = [self.encode_framed(framed[i]) for i in group]
-            own = None if member is None else member[torch.tensor(group)]
-            for i, text in zip(group, generate_rows(self, rows, max_new_tokens, stop, own), strict=True):
-                texts[i] = prompts.answer_of(text, framed[i].open_block)
-        return texts[0] if one else texts
-
-    def with_prompt_format(self, settings: prompts.PromptFormat) -> Host:
-        """Return this host with another prompt format; model, tokenizer and what is in place are shared."""
-        if settings == self.prompt_format:
-            return self
-        view = copy.copy(self)
-        view.prompt_format = settings
-        return view
 
     def frame(
         self, prompt: str, *, prefix: str = "", before: int | None = None, number: int | None = None
@@ -343,106 +298,3 @@ def _frame(
     tokenizer: Any, settings: prompts.PromptFormat, prompt: str, prefix: str, before: int | None, key: str
 ) -> prompts.Framed:
     return prompts.frame(tokenizer, settings, prompt, prefix, before)
-
-
-@locking.shared
-def generate_rows(
-    host: Host, rows: Sequence[tuple[int, ...]], max_new_tokens: int, stop: Stop = "sentence",
-    sets: Tensor | None = None,
-) -> list[str]:  # fmt: skip
-    """Continue rows of token ids greedily; the new text only, cut at its natural stop.
-
-    Rows that were run already (``decoding.Prefixes``) are continued. No row takes more tokens than the model's
-    window holds. ``sets``: number of each row's edit set, int64 ``[rows]``.
-    """
-    from errata.host import decoding, stopping
-
-    if host.fills:
-        stop = "end"
-    if (host.continues and is_plain(host)) or host.fills or not hasattr(host.model, "generate"):
-        prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows, sets)
-        ids: Any = decoding.greedy(host, prefixes, _limits(host, rows, max_new_tokens), stop)
-    else:
-        from transformers import StoppingCriteriaList
-
-        def stops(length: int) -> Any:
-            return StoppingCriteriaList([stopping.NaturalStop(host.tokenizer, length, stop)])
-
-        limit = min(_limits(host, rows, max_new_tokens))
-        ids = _generate(host, rows, limit, stops, sets, do_sample=False)
-    return [stopping.cut(text, stop) for text in host.decode(ids)]
-
-
-def _limits(host: Host, rows: Sequence[tuple[int, ...]], most: int) -> list[int]:
-    """Return how many tokens each row may take: one at least, as all fit before it."""
-    rooms = [host.room(tuple(row)) for row in rows]
-    return [most if room is None else min(max(1, most) if room else 0, room) for room in rooms]
-
-
-@locking.shared
-def draw_rows(
-    host: Host, rows: Sequence[tuple[int, ...]], total: int, *, top_k: int = 5, seed: int = 0
-) -> list[str]:
-    """Continue rows by drawing among the ``top_k`` most probable tokens, up to ``total`` with the row's own.
-
-    A row's text depends on seed and row, not on its neighbours or the global random state. Rows that were run
-    already are continued.
-    """
-    from errata.host import decoding
-
-    limits = [min(total - len(row), one) for row, one in zip(rows, _limits(host, rows, total), strict=True)]
-    prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows)
-    ids = decoding.sample(host, prefixes, limits, top_k=top_k, seed=seed)
-    return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-
-@locking.exclusive
-def sample_rows(
-    host: Host, rows: Sequence[Sequence[int]], new_tokens: int, *, top_k: int | None, seed: int
-) -> list[str]:
-    """Continue rows of token ids by sampling exactly ``new_tokens`` tokens each.
-
-    ``top_k`` keeps the k most probable tokens at each step, None all. The global random state is left
-    as it was.
-    """
-    devices = [host.device] if host.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        ids = _generate(
-            host, rows, new_tokens, None, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=1.0,
-            min_new_tokens=new_tokens,
-        )  # fmt: skip
-    return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-
-def _generate(
-    host: Host, rows: Sequence[Sequence[int]], new_tokens: int, stops: Callable[[int], Any] | None,
-    sets: Tensor | None = None, **options: Any,
-) -> list[list[int]]:  # fmt: skip
-    """Let transformers continue rows, those together that do not disturb one another; the new ids of each.
-
-    ``stops``: makes stopping criteria from the length of what is continued.
-    """
-    settings = {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **options}
-    manner = host.padding
-    if manner == "uncached":
-        settings["use_cache"] = False
-    new: list[list[int]] = [[] for _ in rows]
-    for group in trial.groups(rows, manner):
-        batch = host.batch([rows[i] for i in group], side="left")
-        length = batch.ids.shape[1]
-        if stops is not None:
-            settings["stopping_criteria"] = stops(length)
-        own = {} if sets is None else {passes.SETS: sets[torch.tensor(group)]}
-        out = generate_batch(host, batch, own, max_new_tokens=new_tokens, **settings)
-        for i, ids in zip(group, out[:, length:].tolist(), strict=True):
-            new[i] = ids
-    return new
-
-
-def generate_batch(
-    host: Host, batch: tokens.Batch, routes: Mapping[str, Tensor] | None = None, **options: Any
-) -> Any:
-    """Let transformers continue a batch; ``routes``: decisions ``[rows]``; what its loop returns for the options."""
-    with torch.no_grad():
-        return passes.generate(host.model, host.inputs(batch), routes, pad_token_id=host.pad_id, **options)
