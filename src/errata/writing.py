@@ -6,6 +6,7 @@ library, so there is no list of languages.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Literal
 
 import regex
@@ -304,6 +305,11 @@ def unclosed_block(text: str) -> str | None:
     mark = opens[-1][0]
     lines = "\n" if text.endswith("\n") else "\n\n"
     return f"{lines}{mark[0]}/{mark[1:]}\n\n"
+
+
+def folded(text: str) -> str:
+    """Return a text for comparison whatever its capitals and however its accents are encoded."""
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def names(text: str, phrase: str) -> bool:

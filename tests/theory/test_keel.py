@@ -15,7 +15,7 @@ from errata.locate.contexts import Context
 from errata.locate.keys import capture_from, subject_place
 from errata.locate.own import OwnText, kept_keys, line_of, training_rows
 from errata.locate.problems import value_problems
-from errata.methods import _consolidate, _method, keel
+from errata.methods import _consolidate, _kernel, _method
 from errata.training.low_rank import LowRankDescent
 from errata.training.polyak import PolyakPath
 from tests.models import fresh
@@ -171,7 +171,7 @@ def test_keys_of_own_statements_join_the_cost_with_their_weights(host):
     matrix = samples @ samples.mT / samples.shape[1]
     cost, keys = CostMatrix.of(matrix, ridge=0.1), random(site.d_in, 4, seed=6)
     shrunken = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(site.d_in, dtype=torch.float64)
-    basis = keel._basis(keys, cost, None, 0.0, factor)
+    basis = _kernel._basis(keys, cost, factor)
     torch.testing.assert_close(basis.mT @ (shrunken + expected) @ basis, torch.eye(4, dtype=torch.float64))
 
 
@@ -195,7 +195,7 @@ def test_at_the_subjects_last_token_alone_other_statements_about_it_cannot_be_ke
     for weight in (1.0, 1e6):
         # the anchor's key is the edit's: no weight on it takes the change away from the anchor alone
         kept = key * weight**0.5
-        basis = keel._basis(key, cost, None, 0.0, kept)
+        basis = _kernel._basis(key, cost, kept)
         change = (residual / (basis.mT @ key)) @ basis.mT
         torch.testing.assert_close(change @ key, residual)
     # at a later position keys differ, and the anchor's output stays the better the more it weighs
@@ -204,7 +204,7 @@ def test_at_the_subjects_last_token_alone_other_statements_about_it_cannot_be_ke
     for weight in (0.0, 1.0, 1e6):
         keys = torch.cat([key, later], 1)
         kept = torch.cat([key, anchor], 1) * weight**0.5
-        basis = keel._basis(keys, cost, None, 0.0, kept)
+        basis = _kernel._basis(keys, cost, kept)
         gram = basis.mT @ later
         change = residual @ (gram / gram.square().sum()).mT @ basis.mT  # the cheapest with that output there
         torch.testing.assert_close(change @ later, residual)

@@ -37,17 +37,13 @@ from errata.config import positive
 from errata.edits.deltas import Delta
 from errata.edits.records import Record
 from errata.edits.weight import WeightEdit
-from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
-from errata.linalg.lowrank import LowRank
 from errata.linalg.shape import condense
-from errata.linalg.solve import CostMatrix, key_basis, solve_with_history
-from errata.locate.own import OwnText, kept_keys, line_of, training_rows
-from errata.locate.problems import PromptRow, value_problems
+from errata.locate.own import kept_keys
 from errata.methods._consolidate import consolidate, is_due, record_changes
+from errata.methods._kernel import KernelSettings, find_changes, text_rows
 from errata.methods._method import (
-    Layers,
     Method,
     Workspace,
     check_requests,
@@ -57,50 +53,30 @@ from errata.methods._method import (
     wide_layers,
 )
 from errata.methods._rehearse import Rehearsal, rehearse
-from errata.methods._settings import Inputs, JointRequests, OwnStatements, TargetEnd, at_least_zero
+from errata.methods._settings import JointRequests, OwnStatements, at_least_zero
 from errata.methods._statements import cost_terms, own_statements
-from errata.training.low_rank import LowRankDescent
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
+class Config(KernelSettings, OwnStatements, Rehearsal, JointRequests):
     """Settings of KEEL."""
 
-    layers: Layers = None
-    """Layers whose down-projections are written. None and wide: from a twelfth to five sixths of the depth."""
-    rho: float = 0.1
-    """Shrinkage: multiple of the mean diagonal entry of C that is added to its diagonal."""
     history: float = 0.1
     """Weight in M of each earlier fit's keys, the mean over its texts of the sum of k k^T; 0 forgets them."""
-    steps: int = 40
-    """Steps at most; about five are taken."""
-    stop_loss: float = 0.04
-    """Loss in nats per target token that every request has to be below."""
-    step_limit: float | None = None
-    """Longest step, in norms of Y over all layers. None: no limit."""
-    contexts: int = 0
-    """How many sampled prefixes each request is also fitted behind; each counts as much as the bare prompt."""
-    context_tokens: int = 10
-    """Their length in tokens."""
-    energy: float = 0.999
-    """Share of each layer's squared norm of Y that is kept when its rank is cut; 1 keeps all of it."""
     consolidate: int = 0
     """After how many requests of a sequence the whole change is solved anew from all records; 0: never."""
     records: bool = True
     """Whether the edit keeps each request's keys and the outputs at them, for retract and refit; they triple it."""
     gamma: float = 0.01
     """Ridge of a refit: how much the cost under M counts beside the squared error of the outputs recorded."""
-    tokens: int = 1_000_000
-    """Token budget of the second moments."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
         complaints = [
-            *positive(
-                self, "rho", "steps", "step_limit", "context_tokens", "energy", "tokens", "gamma", "joint"
-            ),
-            *at_least_zero(self, "history", "stop_loss", "consolidate"),
+            *self.kernel_problems(),
+            *positive(self, "gamma", "joint"),
+            *at_least_zero(self, "history", "consolidate"),
             *self.own_problems(),
             *self.rehearsal_problems(),
         ]
@@ -110,29 +86,7 @@ class Config(Inputs, OwnStatements, Rehearsal, TargetEnd, JointRequests):
             complaints.append("consolidate: it would undo what rehearsal preserves; set one of the two to 0")
         if self.rehearsal and (self.consequences or self.inverses):
             complaints.append("rehearsal: its texts contradict consequences and inverses; set those to 0")
-        if self.energy > 1:
-            complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
         return complaints
-
-
-_Row = tuple[PromptRow, int]
-"""A text and the index of its request."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What all steps of one fit share."""
-
-    host: Host
-    requests: Sequence[Request]
-    config: Config
-    work: Workspace
-    sites: Sequence[Site]
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """Of the edit that the fit continues."""
-        return self.work.after.state if self.work.after else {}
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -140,15 +94,24 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     check_requests("keel", requests)
     layers = resolve_layers(host, config.layers, wide_layers)
     config = replace(config, layers=layers)
-    task = _Task(host, requests, config, work, [host.layout.site(layer) for layer in layers])
-    costs = work.costs(host, task.sites, config.tokens, ridge=config.rho, source=config.moments)
+    sites = [host.layout.site(layer) for layer in layers]
+    costs = work.costs(host, sites, config.tokens, ridge=config.rho, source=config.moments)
     own = own_statements(host, requests, config, work)
-    rows = _rows(task, own)
-    kept, kept_owners = kept_keys(host, own, task.sites, anchors=config.anchors, mates=config.mates)
-    keys, thin, facts = _find_changes(task, rows, costs, kept)
-    changes: dict[Site, Delta] = dict(thin)
+    rows = text_rows(host, requests, own, config, work)
+    kept, kept_owners = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    state: Mapping[str, Tensor] = work.after.state if work.after else {}
+    earlier = {site: state[_name(site)] for site in sites if _name(site) in state}
+    weighted = {site: keys * config.history**0.5 for site, keys in earlier.items() if config.history}
+    terms = {
+        site: torch.cat([part[site] for part in (weighted, kept) if site in part], 1)
+        for site in sites
+        if site in weighted or site in kept
+    }
+    kernel = find_changes(host, rows, sites, costs, terms, config, work)
+    keys, facts = kernel.keys, dict(kernel.facts)
+    changes: dict[Site, Delta] = dict(kernel.changes)
     if config.rehearsal:
-        dense = {s: change.dense().to(host.device_of(s)) for s, change in thin.items()}
+        dense = {s: change.dense().to(host.device_of(s)) for s, change in kernel.changes.items()}
         facts |= rehearse(host, requests, dense, costs, config, work)
         changes = {site: change.cpu() for site, change in dense.items()}
     records: dict[str, Record] = {}
@@ -162,72 +125,18 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if is_due(len(requests), work.after, config.consolidate):
         changes = consolidate(records, costs, work.after)
     share = 1 / len(rows) ** 0.5  # the mean over the texts of this fit
-    past = {_name(s): _history(task.state.get(_name(s)), keys[s] * share) for s in task.sites}
+    past = {_name(s): _history(earlier.get(s), keys[s] * share) for s in sites}
     return WeightEdit(
         {site.parameter: change for site, change in changes.items()},
-        frozenset(site.parameter for site in task.sites if site.transposed),
+        frozenset(site.parameter for site in sites if site.transposed),
         provenance("keel", host, requests, config, work, **notes(facts)),
         records,
-        {**task.state, **past},
+        {**state, **past},
     )
-
-
-def _rows(task: _Task, own: Sequence[OwnText]) -> list[_Row]:
-    """Return each request's prompt, bare and behind prefixes, and its own statements, with the request's index."""
-    config = task.config
-    groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    contexts = task.work.contexts(task.host, groups, "flat", config.prefixes)
-    problems = value_problems(task.host, task.requests, contexts, merge=False, end=config.end)
-    pairs = zip(problems, own, strict=True)
-    texts = [training_rows(task.host, one.rows, text, end=config.end) for one, text in pairs]
-    return [(row, i) for i, group in enumerate(texts) for row in group]
-
-
-def _find_changes(
-    task: _Task, rows: Sequence[_Row], costs: Mapping[Site, CostMatrix], kept: Mapping[Site, Tensor]
-) -> tuple[dict[Site, Tensor], dict[Site, LowRank], dict[str, float]]:
-    """Return keys ``[d_in, n]`` and change of each site, and the loss, the steps and the cost; ``kept``: terms of M."""
-    host, config, sites = task.host, task.config, task.sites
-    with hooks.frozen(host.model):
-        descent = LowRankDescent(
-            host, [line_of(row) for row, _ in rows], [row.loss_weight for row, _ in rows], [i for _, i in rows],
-            sites, batch_size=task.work.batch_size,
-        )  # fmt: skip
-        first = descent.first_pass()
-        keys = {
-            site: torch.cat(
-                [of_row[row.position :] for of_row, (row, _) in zip(read, rows, strict=True)]
-            ).mT.cpu()
-            for site, read in first.inputs.items()
-        }
-        bases = {
-            site: _basis(keys[site], costs[site], task.state.get(_name(site)), config.history, kept.get(site))
-            for site in sites
-        }
-        fitted = descent.run(
-            first, bases, steps=config.steps, stop_loss=config.stop_loss, step_limit=config.step_limit,
-            tick=lambda done, total: task.work.on_progress("keel", done, total),
-        )  # fmt: skip
-    parts = {site: LowRank(fitted.outer[site].cpu(), basis.mT) for site, basis in bases.items()}
-    return keys, {site: part.cut(config.energy) for site, part in parts.items()}, fitted.facts()
-
-
-# --- where a change may go ------------------------------------------------------------------
 
 
 def _name(site: Site) -> str:
     return f"{site.parameter}.history"
-
-
-def _basis(keys: Tensor, cost: CostMatrix, past: Tensor | None, weight: float, own: Tensor | None) -> Tensor:
-    """Return A ``[d_in, r]``, orthonormal under the cost with earlier keys and those of own statements in it."""
-    solved = cost.solve(keys)
-    parts = [] if past is None or weight == 0 else [past.to(keys.dtype) * weight**0.5]
-    parts += [] if own is None else [own]
-    if parts:
-        more = condense(torch.cat(parts, 1)).to(keys.dtype)  # [d_in, p]: M is the shrunken C and P P^T
-        solved = solve_with_history(solved, more, cost.solve(more))
-    return key_basis(keys, solved).to(keys.dtype)
 
 
 def _history(past: Tensor | None, keys: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from errata.edits.routers._router import Question, Router
-from errata.writing import names
+from errata.writing import folded, names
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +22,11 @@ class Lexical(Router):
 
     def scores(self, question: Question) -> Tensor:
         """Return the length of the name where the prompt contains it, else 0, ``[rows, entries]``."""
-        texts = [_folded(text) for text in question.texts()]
+        texts = [folded(text) for text in question.texts()]
         newest = len(self.phrases) + 1
         table = [
             [
-                len(phrase) + (number + 1) / newest if names(text, _folded(phrase)) else 0.0
+                len(phrase) + (number + 1) / newest if names(text, folded(phrase)) else 0.0
                 for number, phrase in enumerate(self.phrases)
             ]
             for text in texts
@@ -35,10 +34,6 @@ class Lexical(Router):
         return torch.tensor(table, dtype=torch.float32, device=question.inputs.device).reshape(
             len(texts), len(self.phrases)
         )
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold()
 
 
 ROUTER = Lexical
