@@ -18,6 +18,7 @@ from torch import Tensor
 from errata.host.generate import sample_rows
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.linalg.gate import two_sided_ridge
 from errata.locate.keys import Place, capture
 from errata.locate.own import TOKENS, type_of
 from errata.stats.tables import AnswerTable, Tables, answers, fill
@@ -59,7 +60,7 @@ class ScopeData:
         """Return the gate of a request; without tables its own prompt against what the host writes of its subject."""
         number = type_of(self.host, request, self.tables)
         if number is None:
-            return fit_gate(self.states([request.text]), self.states(self._continuations(request)))
+            return _gate(self.states([request.text]), self.states(self._continuations(request)))
         table, template = self.tables.types[number], SLOT.join(request.template)
         column = table.column(template) or answers(
             self.host, [fill(template, name) for name in table.names], tokens=TOKENS
@@ -69,7 +70,7 @@ class ScopeData:
         outside = [i for i, one in enumerate(table.templates) if one not in same and one not in related]
         of_type = self._of_type(number, table)
         own = self.states([request.text, *(fill(template, name) for name in self._names(table))])
-        return fit_gate(torch.cat([own, of_type[inside].flatten(0, 1)]), of_type[outside].flatten(0, 1))
+        return _gate(torch.cat([own, of_type[inside].flatten(0, 1)]), of_type[outside].flatten(0, 1))
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Return the site's inputs at the last token of prompts ``[n, d_in]``, float32."""
@@ -97,23 +98,6 @@ class ScopeData:
         return [request.subject, *(request.subject + text.rstrip() for text in texts)]
 
 
-def fit_gate(inside: Tensor, outside: Tensor) -> ScopeGate:
-    """Regress 1 for states in scope and -1 for those outside ``[n, d_in]`` on the states, both sides alike in weight.
-
-    Solved among the states, so that the cost grows with their number and not with their width.
-    """
-    states = torch.cat([inside, outside]).double()
-    sides = torch.cat([torch.ones(len(inside)), -torch.ones(len(outside))]).to(states)
-    shares = torch.cat([torch.full((len(part),), 0.5 / max(1, len(part))) for part in (inside, outside)]).to(
-        states
-    )
-    center = shares @ states
-    offset = float(shares @ sides)
-    roots = shares.sqrt()
-    rows = (states - center) * roots[:, None]
-    gram = rows @ rows.mT
-    ridge = RIDGE * gram.diagonal().sum() / states.shape[1]
-    ridge = ridge.clamp_min(torch.finfo(torch.float64).tiny)
-    solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), (sides - offset) * roots)
-    weight = rows.mT @ solved
-    return ScopeGate(weight.float(), offset - float(center @ weight))
+def _gate(inside: Tensor, outside: Tensor) -> ScopeGate:
+    weight, bias = two_sided_ridge(inside.double(), outside.double(), ridge=RIDGE)
+    return ScopeGate(weight.float(), bias)
