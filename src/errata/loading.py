@@ -22,12 +22,13 @@ def load(
     dtype: Any = "auto", revision: str | None = None, trust_remote_code: bool = False,
     corpus: str | os.PathLike[str] | Corpus | None = None,
 ) -> Host:  # fmt: skip
-    """Open a model: ``"lab"``, a hub name, a folder, or a live transformers model with its tokenizer.
+    """Open a model: one of the lab's, a hub name, a folder, or a live transformers model with its tokenizer.
 
     A model that reads text opens as a ``Host``: a causal or masked language model, an encoder-decoder, a text
     classifier. An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``.
-    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"`` is always
-    the embedded model; a folder of that name is ``"./lab"``. ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
+    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"``, ``"lab-gpt2"`` and
+    ``"lab-qwen3"`` are always the embedded models (``errata.lab.MODELS``); a folder of that name is ``"./lab"``.
+    ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
     auto, float32, float16, bfloat16. ``corpus``: a text file, or an ``errata.types.Corpus``, that fits and
     evaluations of this host take statistics and neutral text from unless told otherwise; ``host.resources`` holds it.
     Raises HostError when the model cannot be opened or cannot be trusted to be edited, DataError for a corpus that
@@ -45,8 +46,8 @@ def _open(
     model: str | os.PathLike[str] | nn.Module, tokenizer: Any, *, device: str, dtype: Any,
     revision: str | None, trust_remote_code: bool,
 ) -> Host:  # fmt: skip
-    if isinstance(model, str) and model == lab.NAME:
-        return lab.load(device=device, dtype=dtype)
+    if isinstance(model, str) and model in lab.MODELS:
+        return lab.load(model, device=device, dtype=dtype)
     if is_image_classifier(model):
         if tokenizer is not None:
             raise ConfigError("an image classifier takes no tokenizer; leave it out")

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from errata.host.host import Host
 
 NAME = "lab"
+MODELS = {"lab": "model", "lab-gpt2": "model-gpt2"}
+"""Folders of the shipped models by their names: a Llama-shaped one, and others of the same world."""
 EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
 """How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
 __all__ = [
+    "MODELS",
     "NAME",
     "World",
     "card",
@@ -36,21 +39,27 @@ __all__ = [
 world = default_world
 
 
-def folder() -> Path:
-    """Return the folder of the shipped model. Raises HostError where the package lacks it."""
-    from errata.errors import HostError
+def folder(name: str = NAME) -> Path:
+    """Return the folder of a shipped model.
 
-    path = Path(str(files("errata.lab") / "model"))
+    Raises ConfigError for a name that is not in ``MODELS``, HostError where the package lacks the folder.
+    """
+    from errata.errors import ConfigError, HostError
+    from errata.registry import unknown
+
+    if name not in MODELS:
+        raise ConfigError(unknown(name, list(MODELS), "model of the lab"))
+    path = Path(str(files("errata.lab") / MODELS[name]))
     if not (path / "config.json").exists():
         raise HostError(f"the lab's model is missing from {path}; train it with: errata lab train")
     return path
 
 
-def load(*, device: str = "auto", dtype: str = "auto") -> Host:
-    """Open the shipped model."""
+def load(name: str = NAME, *, device: str = "auto", dtype: str = "auto") -> Host:
+    """Open a shipped model, one of ``MODELS``."""
     from errata.host.open import load as open_host
 
-    host = open_host(folder(), device=device, dtype=dtype, name=NAME)
+    host = open_host(folder(name), device=device, dtype=dtype, name=name)
     host.resources = resources()
     return host
 
@@ -60,9 +69,9 @@ def resources() -> Resources:
     return Resources(corpus(), neutral_texts, lambda: cases(EXAMPLES, seed=EXAMPLE_SEED))
 
 
-def card() -> dict[str, Any]:
-    """Return the model card of the shipped model: data, size, training, recall, layer test."""
-    return json.loads((folder() / "card.json").read_text(encoding="utf-8"))
+def card(name: str = NAME) -> dict[str, Any]:
+    """Return the model card of a shipped model: data, size, training, recall, layer test."""
+    return json.loads((folder(name) / "card.json").read_text(encoding="utf-8"))
 
 
 def corpus(documents: int = 4000) -> Corpus:
