@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from errata import job
 from errata.bench import health, runner
 from errata.cli.main import app
-from errata.lab import folder
+from errata.lab import MODELS, folder
 from errata.methods._method import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,8 @@ def test_slow_commands_run(tmp_path, monkeypatch):
     assert (tmp_path / "out/lab/model/card.json").exists()
 
 
-def test_the_lab_is_small_and_whole():
-    files = [p for p in folder().iterdir() if p.is_file()]
+@pytest.mark.parametrize("name", MODELS)
+def test_the_lab_s_models_are_small_and_whole(name):
+    files = [p for p in folder(name).iterdir() if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 24_000_000
     assert {"model.safetensors", "tokenizer.json", "config.json", "card.json"} <= {p.name for p in files}
