@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from errata.host.host import Host
 
 NAME = "lab"
-MODELS = {"lab": "model", "lab-gpt2": "model-gpt2"}
+MODELS = {"lab": "model", "lab-gpt2": "model-gpt2", "lab-qwen3": "model-qwen3"}
 """Folders of the shipped models by their names: a Llama-shaped one, and others of the same world."""
 EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
 """How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
