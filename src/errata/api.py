@@ -15,13 +15,14 @@ from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.host.host import Host
 from errata.job import prepare as prepare
 from errata.loading import load as load
+from errata.methods import DEFAULT
 from errata.progress import OnProgress, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 
 def edit(
     host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *,
-    method: str = "memit", seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
+    method: str = DEFAULT, seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
     corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
     template: str | None = None, system: str | None = None, thinking: bool | str | None = None,
     join: str | None = None, on_progress: OnProgress = ignore, **options: Any,

@@ -9,6 +9,7 @@ import typer
 
 from errata.cli import common, outputs
 from errata.cli._verb import Verb
+from errata.methods import DEFAULT
 
 if TYPE_CHECKING:
     from errata.types import Case, Observation, Probe
@@ -32,7 +33,7 @@ def command(
         typer.Option("--output", "-o", help=f"Where to write the edit (.safetensors); default: {NAME}, also again."),
     ] = None,
     force: common.Force = False,
-    method: Annotated[str, typer.Option(help="A method that takes several requests.")] = "memit",
+    method: Annotated[str, typer.Option(help="A method that takes several requests.")] = DEFAULT,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,

@@ -9,6 +9,7 @@ import typer
 
 from errata.cli import checks, common, outputs
 from errata.cli._verb import Verb
+from errata.methods import DEFAULT
 
 if TYPE_CHECKING:
     from errata.host.host import Host
@@ -51,7 +52,7 @@ def command(
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     target_old: Annotated[str | None, typer.Option(help="The current answer; only recorded.")] = None,
-    method: Annotated[str, typer.Option(help="See: errata methods.")] = "memit",
+    method: Annotated[str, typer.Option(help="See: errata methods.")] = DEFAULT,
     settings: common.Settings = None,
     after: After = None,
     batch_size: BatchSize = "auto",

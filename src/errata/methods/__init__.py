@@ -9,4 +9,7 @@ from errata.registry import Registry
 if TYPE_CHECKING:
     from errata.methods._method import Method
 
+DEFAULT = "keel"
+"""The method that is used where none is named."""
+
 REGISTRY: Registry[Method] = Registry("errata.methods", "METHOD", "Method", group="errata.methods")
