@@ -365,7 +365,7 @@ def test_the_command_line_edits_a_classifier(folder, tmp_path):
         (("{pairs}", "--model", "lab", "--method", "rewrite"), "edits image classifiers"),
         (
             ("Ada is", "--subject", "Ada", "--target", "Esk", "--model", "{model}"),
-            "memit edits causal language models",
+            "keel edits causal language models",
         ),
         (("{model}", "--model", "{model}", "--method", "rewrite"), "has no original/"),
     ],
