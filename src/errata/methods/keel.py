@@ -98,14 +98,14 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     costs = work.costs(host, sites, config.tokens, ridge=config.rho, source=config.moments)
     own = own_statements(host, requests, config, work)
     rows = text_rows(host, requests, own, config, work)
-    kept, kept_owners = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
+    statement_keys, statement_owners = kept_keys(host, own, sites, anchors=config.anchors, mates=config.mates)
     state: Mapping[str, Tensor] = work.after.state if work.after else {}
     earlier = {site: state[_name(site)] for site in sites if _name(site) in state}
     weighted = {site: keys * config.history**0.5 for site, keys in earlier.items() if config.history}
     terms = {
-        site: torch.cat([part[site] for part in (weighted, kept) if site in part], 1)
+        site: torch.cat([part[site] for part in (weighted, statement_keys) if site in part], 1)
         for site in sites
-        if site in weighted or site in kept
+        if site in weighted or site in statement_keys
     }
     kernel = find_changes(host, rows, sites, costs, terms, config, work)
     keys, facts = kernel.keys, dict(kernel.facts)
@@ -117,7 +117,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     records: dict[str, Record] = {}
     if config.records:
         owners = [i for row, i in rows for _ in row.ids[row.position :]]
-        terms = {site: cost_terms(columns.cpu(), kept_owners) for site, columns in kept.items()}
+        terms = {
+            site: cost_terms(columns.cpu(), statement_owners) for site, columns in statement_keys.items()
+        }
         exact = not config.rehearsal
         records = record_changes(
             changes, keys, costs, owners, work.after, gamma=config.gamma, exact=exact, terms=terms
