@@ -445,3 +445,29 @@ def test_settings_are_checked(host):
         errata.edit(host, ADA, method="keel", energy=1.5)
     with pytest.raises(ConfigError, match="history"):
         errata.edit(host, ADA, method="keel", history=-1.0)
+
+
+def test_a_change_of_high_rank_is_descended_in_the_weight_as_it_is_beside_it(monkeypatch):
+    """At a rank above d_in d_out / (d_in + d_out) gradients come from the weight; they are the same."""
+    from errata.training.low_rank import LowRankDescent
+
+    names = ("Ada Brenner", "Bruno Holner", "Carla Dorn", "Ivo Marn", "Lena Ost")
+    requests = [errata.Request("{} was born in the town of", name, "Merrin") for name in names]
+    edits = []
+    for family in ("llama", "gpt2"):
+        for merged in (True, False):
+            host, seen = fresh(family), []
+            own = LowRankDescent._merged
+
+            def watched(self, factors, seen=seen, merged=merged, own=own):
+                found = own(self, factors) if merged else {}
+                seen.append(len(found))
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(LowRankDescent, "_merged", watched)
+                edits.append((host, errata.edit(host, requests, method="keel", tokens=400, energy=1.0)))
+            assert (max(seen) > 0) is merged
+    for (_, one), (_, other) in (edits[:2], edits[2:]):
+        for name in one.deltas:
+            torch.testing.assert_close(one.deltas[name].dense(), other.deltas[name].dense(), rtol=1e-3, atol=1e-5)

@@ -2,6 +2,9 @@
 
 The model runs once per step. The first pass, on the model as it is, also gives the inputs of the sites, from which A
 is made: its gradients for the sites' outputs, times the inputs, times A, are those for Y at zero.
+
+A change of high rank costs more beside its site, for many tokens, than the site itself. It is then added to the weight
+once per step, and the gradient for Y is the weight's, times A. Many lines are run by length, for less padding.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from errata.host.memory import in_batches
 from errata.progress import OnCount, ignore
 from errata.training.gradients import add_up
 from errata.training.polyak import PolyakPath
-from errata.training.tune import ROWS, Line, Losses, beside_low_rank
+from errata.training.tune import ROWS, Line, Losses, beside_low_rank, with_weights
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ class LowRankDescent:
         self.count = int(self.items.max()) + 1
         self.measure = Losses(host, lines, depth=min(site.layer for site in sites))
         self.batch_size = batch_size or ROWS
+        order, lengths = list(range(len(lines))), [len(line.ids) for line in lines]
+        if len(lines) > self.batch_size:
+            order.sort(key=lengths.__getitem__)
+            self.batch_size = max(1, self.batch_size // 2)
+        self.order = order
+        """In which lines are run."""
+        self.tokens = sum(lengths)
         self.dtype = torch.promote_types(host.dtype, torch.float32)
 
     def by_item(self, losses: Tensor) -> Tensor:
@@ -83,7 +93,7 @@ class LowRankDescent:
 
     def first_pass(self) -> FirstPass:
         """Run the model without a change; return losses, inputs and gradients."""
-        inputs: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        inputs: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         total = [
             torch.zeros(s.d_out, s.d_in, dtype=self.dtype, device=self.host.device_of(s)) for s in self.sites
         ]
@@ -101,14 +111,22 @@ class LowRankDescent:
             add_up(total, products)
             for site, states in zip(self.sites, read, strict=True):
                 rows = states.reshape(len(indices), -1, site.d_in)
-                inputs[site] += [
-                    row[: len(self.measure.lines[i].ids)] for row, i in zip(rows, indices, strict=True)
-                ]
+                for row, i in zip(rows, indices, strict=True):
+                    inputs[site][i] = row[: len(self.measure.lines[i].ids)]
             return losses.detach().tolist()
 
-        losses = in_batches(range(len(self.measure.lines)), self.batch_size, run)
+        losses = self._in_order(self.order, run)
         gradients = dict(zip(self.sites, total, strict=True))
-        return FirstPass(torch.tensor(losses, dtype=torch.float64), inputs, gradients)
+        by_line = {site: [rows[i] for i in range(len(rows))] for site, rows in inputs.items()}
+        return FirstPass(losses, by_line, gradients)
+
+    def _in_order(self, lines: Sequence[int], run: Callable[[Sequence[int]], list[float]]) -> Tensor:
+        """Run lines in batches; return what ``run`` gives for them by line, float64 ``[n]``, NaN for others."""
+        values = torch.full((len(self.order),), math.nan, dtype=torch.float64)
+        values[torch.tensor(list(lines), dtype=torch.int64)] = torch.tensor(
+            in_batches(lines, self.batch_size, run), dtype=torch.float64
+        )
+        return values
 
     def run(
         self, first: FirstPass, bases: Mapping[Site, Tensor], *, steps: int, stop_loss: float,
@@ -154,27 +172,51 @@ class LowRankDescent:
 
         Lines that are all below it are differentiated only once others turn out not to be.
         """
-        variables = [outer for outer, _ in factors.values()]
-        total = [torch.zeros_like(y) for y in variables]
+        merged = self._merged(factors)
+        beside = {site: pair for site, pair in factors.items() if site not in merged}
+        leaves = [merged.get(site, outer) for site, (outer, _) in factors.items()]
+        weights = {site.parameter: weight for site, weight in merged.items()}
+        total = [torch.zeros_like(leaf) for leaf in leaves]
         postponed: list[int] = []
 
+        def measured(indices: Sequence[int]) -> Tensor:
+            with beside_low_rank(self.host, beside):
+                if not weights:
+                    return self.measure(indices)
+                return with_weights(self.host, weights, lambda: self.measure(indices))
+
         def differentiate(indices: Sequence[int], *, postpone: bool) -> list[float]:
-            with beside_low_rank(self.host, factors):
-                losses = self.measure(indices)
+            losses = measured(indices)
             if postpone and float(losses.detach().max()) < stop_loss:
                 postponed.extend(indices)
             else:
-                add_up(total, torch.autograd.grad(self._mean(losses, indices), variables))
+                add_up(total, torch.autograd.grad(self._mean(losses, indices), leaves))
             return losses.detach().tolist()
 
-        def run(lines: Sequence[int], *, postpone: bool) -> list[float]:
-            return in_batches(lines, self.batch_size, lambda part: differentiate(part, postpone=postpone))
-
-        losses = torch.tensor(run(range(len(self.measure.lines)), postpone=True), dtype=torch.float64)
+        losses = self._in_order(self.order, lambda part: differentiate(part, postpone=True))
         if float(self.by_item(losses).max()) < stop_loss:
             return losses, None
-        run(postponed, postpone=False)
-        return losses, total
+        in_batches(postponed, self.batch_size, lambda part: differentiate(part, postpone=False))
+        gradients = [
+            (total[i].mT if site.transposed else total[i]) @ inner if site in merged else total[i]
+            for i, (site, (_, inner)) in enumerate(factors.items())
+        ]
+        return losses, gradients
+
+    def _merged(self, factors: Mapping[Site, tuple[Tensor, Tensor]]) -> dict[Site, Tensor]:
+        """Return the weights, as they are stored, with the changes whose rank makes that cheaper than beside them."""
+        merged: dict[Site, Tensor] = {}
+        for site, (outer, inner) in factors.items():
+            rank, full = inner.shape[1], site.d_in * site.d_out
+            # products of one pass and its gradients: for each token beside the site, or in its weight, whose change is
+            # multiplied out and whose gradient is projected once
+            beside = self.tokens * rank * (2 * site.d_in + 3 * site.d_out)
+            if beside <= 2 * rank * full + self.tokens * full or site.packed or self.host.dtype != self.dtype:
+                continue
+            weight = self.host.model.get_submodule(site.name).weight.detach()
+            change = outer.detach() @ inner.mT
+            merged[site] = (weight + (change.mT if site.transposed else change)).requires_grad_()
+        return merged
 
     def _mean(self, losses: Tensor, indices: Sequence[int]) -> Tensor:
         """Return some lines' part in the mean loss over items, from their losses ``[n]``."""
