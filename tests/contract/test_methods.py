@@ -42,7 +42,17 @@ PAIRS = [(name, family) for name in ALL for family in ("llama", "gpt2", "gemma2"
 def options(name: str) -> dict:
     """Make a method fast without changing what it does."""
     fields = {f.name for f in dataclasses.fields(REGISTRY.get(name).config)}
-    return {k: v for k, v in {"steps": 4, "tokens": 400, "block_steps": 8}.items() if k in fields}
+    if name == "scr":
+        return {"select": "{texts}{prompt}", "tokens": 8}
+    if name == "mello":  # its own examples exceed a small window
+        return {"worked_examples": "Question: a b?\nFinal answer: c\n\n", "tokens": 8}
+    if name == "defer":  # its gate is closed until it is trained
+        return {"steps": 100}
+    return {
+        k: v
+        for k, v in {"steps": 4, "tokens": 400, "block_steps": 8, "memory": 256, "texts": 4}.items()
+        if k in fields
+    }
 
 
 def new(name: str, family: str, seed: int = 0):

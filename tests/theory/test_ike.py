@@ -10,7 +10,7 @@ import torch
 import errata
 from errata.edits.prompt import PromptEdit
 from errata.errors import ConfigError, EditError
-from errata.locate.embedding import embed
+from errata.host.embedding import embed
 from errata.methods.ike import Config, _kinds
 from tests.models import fresh, tokenizer
 

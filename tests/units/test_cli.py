@@ -190,3 +190,12 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     done = run(*EDIT, "--model", str(folder), "-o", str(tmp_path / "e.safetensors"), "--dry-run")
     assert done.returncode == 0 and "dry run" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_are_listed_by_the_kind_of_their_edits():
+    everything = json.loads(run("methods", "--json").stdout)
+    for kind in ("weight", "memory", "prompt"):
+        names = [entry["name"] for entry in json.loads(run("methods", "--kind", kind, "--json").stdout)]
+        assert names and names == [entry["name"] for entry in everything if entry["gives"] == kind]
+    refused = run("methods", "--kind", "zqxw")
+    assert refused.returncode == 2 and "expected one of memory, prompt, weight" in refused.stderr

@@ -47,7 +47,9 @@ def payload(site, operation: str, entries: int, seed: int = 0) -> dict[str, torc
         "replace": {"values": (entries, out)},
         "lowrank": {"left": (entries, out, 2), "right": (entries, 2, into)},
         "slots": {"keys": (entries, 3, into), "biases": (entries, 3), "values": (entries, 3, out)},
+        "dense": {"changes": (entries, out, into)},
         "swap": {"weights": (entries, out, into)},
+        "affine": {"weights": (entries, out, into), "biases": (entries, out)},
     }[operation]
     return {name: 2 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
 

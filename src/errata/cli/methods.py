@@ -8,17 +8,21 @@ import typer
 
 from errata.cli import common
 from errata.cli._verb import Verb
+from errata.errors import ConfigError
 
 
 def command(
     name: Annotated[str | None, typer.Argument(help="A method whose settings to list.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only methods whose edits are of this kind: weight, memory, prompt.")
+    ] = None,
     json: common.Json = False,
 ) -> None:
     """List the methods, or one method's settings with their meanings and the paper's values."""
     from errata.methods import REGISTRY
 
     if name is None:
-        entries = [_facts(REGISTRY.get(n)) for n in REGISTRY]
+        entries = _of_kind([_facts(REGISTRY.get(n)) for n in REGISTRY], kind)
         if json:
             common.emit(entries)
             return
@@ -28,6 +32,8 @@ def command(
             for e in entries
         ]  # fmt: skip
         common.table(None, ("method", "paper", "edits", "batch", "sequential", "needs"), rows)
+        if kind is not None:
+            return
         steps = [(step["name"], step["on"], step["settings"], step["meaning"]) for step in _steps()]
         print(
             "stabilisers for --set stabilise=[...], applied in the order given; numbers follow a name after colons"
@@ -51,6 +57,14 @@ def command(
         [(f["name"], _text(f["default"]), f["meaning"]) for f in fields],
     )
     print(f"usage: errata edit ... --method {name} --set key=value")
+
+
+def _of_kind(entries: list[dict[str, Any]], kind: str | None) -> list[dict[str, Any]]:
+    """Keep the methods whose edits are of a kind. Raises ConfigError for a kind that no method gives."""
+    kinds = sorted({entry["gives"] for entry in entries})
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"--kind {kind!r}: expected one of {', '.join(kinds)}")
+    return [entry for entry in entries if kind in (None, entry["gives"])]
 
 
 def _facts(method: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ row. So a row has the same output alone and in any batch, with a cache and witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -26,16 +26,24 @@ from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
 
-Operation = Literal["add", "replace", "lowrank", "slots", "swap"]
+Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine"]
 Positions = Literal["last", "prompt", "after", "all"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
     "replace": ("values",),
     "lowrank": ("left", "right"),
+    "dense": ("changes",),
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
+    "affine": ("weights", "biases"),
 }
 """Tensors of each operation's payload; the first axis is that of the entries."""
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
+"""What slots may apply to their keys' products."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +55,11 @@ class Intervention:
     add      y + values                               values ``[entries, d_out]``
     replace  values
     lowrank  y + left @ (right @ x)                   left ``[entries, d_out, r]``, right ``[entries, r, d_in]``
-    slots    y + values^T relu(keys @ x + biases)     keys ``[entries, s, d_in]``, biases ``[entries, s]``,
+    dense    y + changes @ x                          changes ``[entries, d_out, d_in]``
+    slots    y + values^T act(keys @ x + biases)      keys ``[entries, s, d_in]``, biases ``[entries, s]``,
                                                       values ``[entries, s, d_out]``
     swap     weights @ x                              weights ``[entries, d_out, d_in]``
+    affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
     """
 
     module: str
@@ -59,6 +69,8 @@ class Intervention:
     positions: Positions = "last"
     """Tokens it acts on. ``last``: the prompt's last one; ``prompt``: all of the prompt; ``after``: the prompt's last
     one and all later ones; ``all``."""
+    activation: str = "relu"
+    """Of ``slots``, one of :data:`ACTIVATIONS`."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -66,6 +78,7 @@ class Intervention:
             for what, value, options in (
                 ("operation", self.operation, get_args(Operation)),
                 ("positions", self.positions, get_args(Positions)),
+                ("activation", self.activation, tuple(ACTIVATIONS)),
             )
             if value not in options
         ]
@@ -82,6 +95,11 @@ class Intervention:
     def entries(self) -> int:
         """Number of entries."""
         return len(next(iter(self.payload.values())))
+
+    def description(self) -> dict[str, str]:
+        """Return everything but the payload, as plain data."""
+        described = {"module": self.module, "operation": self.operation, "positions": self.positions}
+        return described if self.activation == "relu" else {**described, "activation": self.activation}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +146,7 @@ class MemoryEdit(RuntimeEdit):
     def body(self) -> Mapping[str, Any]:
         """Return the modules of the interventions, the router's settings and the log."""
         return {
-            "interventions": [
-                {"module": one.module, "operation": one.operation, "positions": one.positions}
-                for one in self.interventions
-            ],
+            "interventions": [one.description() for one in self.interventions],
             "router": _stored.body_of(self.router),
             "log": [dict(entry) for entry in self.log],
         }
@@ -151,7 +166,8 @@ class MemoryEdit(RuntimeEdit):
                 fields.get_field(item, name, str, where) for name in ("module", "operation", "positions")
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
-            interventions.append(Intervention(module, operation, payload, positions))
+            activation = fields.check_type(item.get("activation", "relu"), str, where)
+            interventions.append(Intervention(module, operation, payload, positions, activation))
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
@@ -185,10 +201,7 @@ class MemoryEdit(RuntimeEdit):
             **super().summary(),
             "entries": self.entries,
             "router": self.router.name,
-            "sites": [
-                {"module": one.module, "operation": one.operation, "positions": one.positions}
-                for one in self.interventions
-            ],
+            "sites": [one.description() for one in self.interventions],
         }
 
 
@@ -235,8 +248,8 @@ class _ActiveIntervention:
         if self.first and len(here):
             at = ends[here]
             question = Question(
-                inputs[here, at].float(),
-                output[here.to(output.device), at.to(output.device)].float(),
+                inputs[here, at].detach().float(),
+                output[here.to(output.device), at.to(output.device)].detach().float(),
                 lambda: self._texts(routing, list(map(int, here.cpu())), list(map(int, at.cpu()))),
             )
             entries[here] = self.router.decide(question).to(entries.device)
@@ -258,19 +271,34 @@ class _ActiveIntervention:
         }[self.intervention.positions]()
 
     def _apply(self, inputs: Tensor, output: Tensor, entry: Tensor) -> Tensor:
-        """Return outputs ``[n, d_out]`` of tokens, each by its entry."""
-        part = {name: self._part(name, output)[entry] for name in self.intervention.payload}
+        """Return outputs ``[n, d_out]`` of tokens, each by its entry ``[n]``."""
         operation = self.intervention.operation
+        part = {name: self._part(name, output) for name in self.intervention.payload}
         if operation == "replace":
-            return part["values"]
+            return part["values"][entry]
         if operation == "add":
-            return output + part["values"]
-        if operation == "swap":
-            return torch.einsum("noi,ni->no", part["weights"], inputs)
+            return output + part["values"][entry]
         if operation == "lowrank":
-            return output + torch.einsum("nor,nri,ni->no", part["left"], part["right"], inputs)
-        active = functional.relu(torch.einsum("nsi,ni->ns", part["keys"], inputs) + part["biases"])
-        return output + torch.einsum("nso,ns->no", part["values"], active)
+            return output + torch.einsum("nor,nri,ni->no", part["left"][entry], part["right"][entry], inputs)
+        # entries of whole matrices: one product for all tokens of an entry, rather than a matrix for each token
+        after = output.clone()
+        for one in range(self.intervention.entries):
+            own = entry == one
+            if not bool(own.any()):
+                continue
+            after[own] = self._apply_one({n: t[one] for n, t in part.items()}, inputs[own], output[own])
+        return after
+
+    def _apply_one(self, part: Mapping[str, Tensor], inputs: Tensor, output: Tensor) -> Tensor:
+        """Return outputs ``[n, d_out]`` of tokens of one entry, with its part of the payload."""
+        if self.intervention.operation == "dense":
+            return output + inputs @ part["changes"].mT
+        if self.intervention.operation == "swap":
+            return inputs @ part["weights"].mT
+        if self.intervention.operation == "affine":
+            return inputs @ part["weights"].mT + part["biases"]
+        act = ACTIVATIONS[self.intervention.activation]
+        return output + act(inputs @ part["keys"].mT + part["biases"]) @ part["values"]
 
     def _part(self, name: str, like: Tensor) -> Tensor:
         cached = self.ready.get(name)

@@ -1,9 +1,10 @@
-"""Edits that change no weight and prepend a text to prompts that a router accepts: in-context editing."""
+"""Edits that change no weight and rewrite prompts that a router accepts: in-context editing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,42 +12,101 @@ from torch import Tensor
 
 from errata.edits import header as fields
 from errata.edits.edit import Provenance
+from errata.edits.procedures import Procedure
 from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
+from errata.edits.routers.similarity import Similarity
 from errata.edits.runtime import RuntimeEdit
 from errata.errors import EditError
-from errata.host import placed
+from errata.host import hooks, passes, placed
 from errata.host.base import ModelHost
+from errata.host.embedding import embed, encoder_digest
+from errata.host.host import Host
+from errata.host.prompts import PromptFormat
 
-TEXT_ROUTERS = ("always", "lexical")
-"""Routers that decide by a prompt's text alone, before the model runs."""
+PUT = Procedure()
+ROOM = 64
+"""Tokens of the window that are left for an answer."""
+REMEMBERED = 4096
+"""Prompts whose decision is kept while an edit is in place."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptEdit(RuntimeEdit):
-    """Texts, one of which may be prepended to a prompt; a router selects it."""
+    """Texts that a router finds for a prompt, and what is done with them; see :class:`Procedure`."""
 
     kind: ClassVar[str] = "prompt"
 
     contexts: tuple[str, ...]
-    """By entry, the text to prepend; empty: prompts are not changed."""
+    """By entry, the text; empty: prompts are not changed."""
     router: Router
-    """Decides by the prompt's text."""
+    """Decides by the prompt: its text, its sentence vector, or what a module reads at its last token."""
     provenance: Provenance
+    module: str = ""
+    """Path of the module whose input and output the router reads; empty for a router that reads none."""
+    suffixes: tuple[str, ...] = ()
+    """By entry, a text behind the prompt, for ``put`` with one entry; empty: none."""
+    procedure: Procedure = PUT
 
     def __post_init__(self) -> None:
-        if self.router.name not in TEXT_ROUTERS:
+        if bool(self.module) != ("states" in self.router.reads):
             raise EditError(
-                f"a {self.router.name} router needs the model's hidden states, and a prompt edit decides before the "
-                f"model runs; expected {' or '.join(TEXT_ROUTERS)}"
+                f"a {self.router.name} router reads a module's states: name the module"
+                if not self.module
+                else f"a {self.router.name} router reads no module's states: leave module out"
             )
+        if self.suffixes and (len(self.suffixes) != len(self.contexts) or self.procedure != PUT):
+            raise EditError("suffixes: expected one for each context, and one entry put before a prompt")
 
-    def rewrite(self, prompt: str) -> str:
-        """Return the prompt with the text of its entry prepended; the prompt itself if no entry is selected."""
+    def rewrite(self, prompt: str, host: Host | None = None) -> str:
+        """Return the prompt with the texts of its entry; the prompt itself if no entry is selected.
+
+        ``host``: reads prompts for routers that do not decide by their text alone.
+        """
         if not self.contexts:
             return prompt
-        entry = int(self.router.decide(Question(torch.zeros(1, 0), torch.zeros(1, 0), lambda: [prompt])))
-        return prompt if entry == NONE else self.contexts[entry] + prompt
+        if self.procedure == PUT:
+            entry = int(self.router.decide(self._question(prompt, host)))
+            if entry == NONE:
+                return prompt
+            return self.contexts[entry] + prompt + (self.suffixes[entry] if self.suffixes else "")
+
+        def search(text: str) -> list[str]:
+            return self._search(text, host)
+
+        def generate(text: str, tokens: int) -> str:
+            return _continue(host, text, tokens)
+
+        def fits(text: str) -> bool:
+            return host is None or host.window is None or len(host.encode(text).ids) + ROOM <= host.window
+
+        return self.procedure.run(prompt, search, generate, fits)
+
+    def _search(self, prompt: str, host: Host | None) -> list[str]:
+        """Return the texts of the entries that the router accepts, the best last, as many as the procedure takes."""
+        scores = self.router.scores(self._question(prompt, host))[0]
+        best = scores.topk(min(self.procedure.count, len(scores)))
+        entries = [
+            int(entry) for entry, score in zip(best.indices, best.values, strict=True) if float(score) > 0
+        ]
+        return [self.contexts[entry] for entry in reversed(entries)]
+
+    def _question(self, prompt: str, host: Host | None) -> Question:
+        empty = torch.zeros(1, 0)
+        if host is None or self.router.reads <= {"text"}:
+            return Question(empty, empty, lambda: [prompt])
+        with passes.without_interventions():
+            states = prompt_states(host, prompt, self.module) if self.module else (empty, empty)
+        return Question(*states, lambda: [prompt], lambda: self._vectors(prompt, host))
+
+    def _vectors(self, prompt: str, host: Host) -> Tensor:
+        encoder = self.router.encoder if isinstance(self.router, Similarity) else None
+        with passes.without_interventions():
+            return embed(host, [prompt], encoder=encoder)
+
+    @property
+    def _runs_the_model(self) -> bool:
+        return not self.router.reads <= {"text"} or self.procedure.name != "put"
 
     def parts(self) -> Mapping[str, Tensor]:
         """Return the router's tensors ``[entries, ...]``."""
@@ -54,15 +114,19 @@ class PromptEdit(RuntimeEdit):
 
     def body(self) -> Mapping[str, Any]:
         """Return the texts and the router's settings."""
-        return {
-            "contexts": list(self.contexts),
-            "router": _stored.body_of(self.router),
-        }
+        body: dict[str, Any] = {"contexts": list(self.contexts), "router": _stored.body_of(self.router)}
+        if self.module:
+            body["module"] = self.module
+        if self.suffixes:
+            body["suffixes"] = list(self.suffixes)
+        if self.procedure != PUT:
+            body["procedure"] = self.procedure.body()
+        return body
 
     @property
     def size(self) -> int:
         """Bytes of all texts and tensors."""
-        return super().size + sum(len(text.encode()) for text in self.contexts)
+        return super().size + sum(len(text.encode()) for text in (*self.contexts, *self.suffixes))
 
     @classmethod
     def restore(
@@ -73,15 +137,69 @@ class PromptEdit(RuntimeEdit):
         Raises ValueError or KeyError where they do not fit.
         """
         router = _stored.restore(parts, body)
-        return cls(fields.get_texts(body, "contexts", "the header"), router, provenance)
+        module = fields.check_type(body.get("module", ""), str, "module")
+        suffixes = fields.get_texts(body, "suffixes", "the header") if "suffixes" in body else ()
+        procedure = PUT
+        if "procedure" in body:
+            procedure = Procedure.restore(fields.get_field(body, "procedure", dict, "the header"))
+        contexts = fields.get_texts(body, "contexts", "the header")
+        return cls(contexts, router, provenance, module, suffixes, procedure)
 
     def _check(self, host: ModelHost) -> None:
         if host.tokenizer is None:
             raise EditError(f"{host.name} reads no text, so there are no prompts to change")
+        if self.router.reads <= {"text"}:
+            return
+        if not isinstance(host, Host):
+            raise EditError(
+                f"a {self.router.name} router runs the model to decide, and {host.name} reads no text"
+            )
+        if self.module:
+            try:
+                host.model.get_submodule(self.module)
+            except AttributeError as error:
+                raise EditError(f"the host has no module {self.module!r}, which the router reads") from error
+        if isinstance(self.router, Similarity):
+            found = encoder_digest(host, self.router.encoder)
+            if found != self.router.encoder_digest:
+                raise EditError(
+                    f"the edit's vectors were made by an encoder with checksum {self.router.encoder_digest}, and "
+                    f"{self.router.encoder!r} has {found}; open the same encoder, or fit the edit again"
+                )
 
     def _attach(self, host: ModelHost, number: int | None) -> None:
-        placed.add_rewriter(host.model, placed.Rewriter(self.digest, self.order, self.rewrite, number))
+        reader = host if isinstance(host, Host) else None
+
+        @lru_cache(maxsize=REMEMBERED)
+        def rewrite_on(prompt: str, _: tuple[str, ...]) -> str:
+            return self.rewrite(prompt, reader)
+
+        def rewrite(prompt: str) -> str:
+            return rewrite_on(prompt, host.placed)  # what the router reads depends on the weights' edits
+
+        placed.add_rewriter(host.model, placed.Rewriter(self.digest, self.order, rewrite, number))
 
     def summary(self) -> dict[str, Any]:
         """Describe the edit: provenance, how many texts there are and what decides."""
         return {**super().summary(), "entries": len(self.contexts), "router": self.router.name}
+
+
+@torch.no_grad()
+def prompt_states(host: Host, prompt: str, module: str) -> tuple[Tensor, Tensor]:
+    """Return a module's input ``[1, d_in]`` and output ``[1, d_out]`` at a prompt's last token, float32, on the CPU."""
+    layer = host.model.get_submodule(module)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    row = host.encode_prompt(prompt)
+    with hooks.on_input(layer, inputs.append), hooks.on_output(layer, outputs.append):
+        host.forward(host.batch([row]), keep=1)
+    return inputs[0][:, -1].float().cpu(), outputs[0][:, -1].float().cpu()
+
+
+def _continue(host: Host | None, text: str, tokens: int) -> str:
+    """Continue a text greedily on the host without this and other rewriters; the new text only."""
+    if host is None:
+        raise EditError("this edit runs the model on prompts: place it on a host")
+    plain = host.with_prompt_format(PromptFormat())
+    with passes.without_interventions():
+        return plain.generate([text], max_new_tokens=tokens, natural_stop=False)[0]

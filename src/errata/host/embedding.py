@@ -24,7 +24,8 @@ def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Te
     Raises HostError for an encoder that cannot be opened.
     """
     if encoder is not None:
-        return functional.normalize(open_encoder(encoder, device=host.device)(texts), dim=1)
+        encode, _ = open_encoder(encoder, host.device)
+        return functional.normalize(encode(texts), dim=1)
     layer = len(host.layout.blocks) // 2
     block = host.model.get_submodule(host.layout.blocks[layer])
     rows = [host.encode(text).ids[: host.window] for text in texts]
@@ -38,3 +39,8 @@ def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Te
         mean = (states[0].float() * mask).sum(1) / mask.sum(1)
         vectors[torch.tensor(group)] = mean.cpu()
     return functional.normalize(vectors, dim=1)
+
+
+def encoder_digest(host: Host, encoder: str | None) -> str:
+    """Return the checksum of what :func:`embed` compares texts with; empty for the host itself."""
+    return "" if encoder is None else open_encoder(encoder, host.device)[1]

@@ -94,6 +94,19 @@ class Layout:
             raise HostError(f"layer {layer} has no editable {part}: {self.refused or 'none was found'}")
         return site
 
+    def feed_forward(self, layer: int) -> str:
+        """Return the path of a block's feed-forward as a whole, whose input is as wide as the residual stream.
+
+        Raises HostError for a layer that is not there, and where the feed-forward is no module of its own.
+        """
+        path = self.site(layer).name
+        inside = path.removeprefix(f"{self.blocks[layer]}.").split(".")[:-1]
+        if not inside:
+            raise HostError(
+                f"the feed-forward of layer {layer} is not a module of its own, so nothing can act on it as a whole"
+            )
+        return f"{self.blocks[layer]}.{inside[0]}"
+
     @property
     def sites(self) -> list[Site]:
         """All editable sites."""

@@ -214,7 +214,7 @@ class TextHost(ModelHost):
         text, before = self._hidden(prompt, before)
         rewritten = self.rewritten(text, number)
         if before is not None and rewritten != text:
-            before += len(rewritten) - len(text)
+            before += max(rewritten.rfind(text), 0)  # what edits put before it
         template = getattr(self.tokenizer, "chat_template", None)
         key = repr(template) if template else ""  # it may be changed on a live tokenizer
         framed = self.codec.remember(
@@ -233,7 +233,12 @@ class TextHost(ModelHost):
         return text, before
 
     def rewritten(self, prompt: str, number: int | None = None) -> str:
-        """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit set."""
+        """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit set.
+
+        Passes that interventions leave alone read prompts as they are.
+        """
+        if passes.is_plain():
+            return prompt
         for rewriter in placed.on(self.model).rewriters:
             if rewriter.number in (None, number):
                 prompt = rewriter.rewrite(prompt)

@@ -7,7 +7,7 @@ Implements Sec. 3: demonstrations of three kinds - copy, update, retain - built 
 Departs    Where all demonstrations exceed the window, the least similar are left out. Without ``encoder`` facts
            are compared by the model's own hidden states (paper: all-MiniLM-L6-v2). The paper edits one fact at a
            time and puts it before every prompt; with several, each prompt gets the fact whose subject it contains,
-           and a prompt without any of the subjects is unchanged (``scope``).
+           and a prompt without any of the subjects is unchanged (``scope``; ``statement`` also looks at the relation).
 Needs      Examples: other facts with paraphrases and neighbours
 """
 
@@ -21,13 +21,11 @@ from typing import Literal
 
 from errata.config import positive
 from errata.edits.prompt import PromptEdit
-from errata.edits.routers._router import Router
-from errata.edits.routers.always import Always
-from errata.edits.routers.lexical import Lexical
 from errata.errors import ConfigError
+from errata.host.embedding import embed
 from errata.host.host import Host
-from errata.locate.embedding import embed
 from errata.methods._method import Method, Workspace, notes, provenance
+from errata.methods._scope import Scope, TextScope, scope_router
 from errata.types import Case, Probe, Request
 from errata.writing import joint
 
@@ -35,7 +33,7 @@ Kind = Literal["copy", "update", "retain"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TextScope):
     """Settings of IKE."""
 
     demonstrations: int = 32
@@ -46,18 +44,18 @@ class Config:
     """Share that ask for their fact in a paraphrase, in parts (paper: 3 of 8)."""
     retain: int = 4
     """Share that ask for another fact, whose answer is unchanged, in parts (paper: 4 of 8)."""
-    scope: Literal["always", "subject"] | None = None
-    """Prompts that get the fact: all, or those that contain its subject. None: all for one request, as in the paper, by
-    subject for several."""
+    scope: Scope | None = None
+    """Prompts that get the fact: all, those that contain its subject, those of them that ask what it states, or those
+    that are similar to it. None: all for one request, as in the paper, by subject for several."""
     encoder: str | None = None
     """Name or folder of the sentence encoder that compares facts. None: the model's own hidden states (paper:
-    sentence-transformers/all-MiniLM-L6-v2)."""
+    all-MiniLM-L6-v2, which the extra ``encoder`` brings under that name)."""
     room: int = 96
     """Tokens of the window that are reserved for prompt and answer."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        complaints = positive(self, "room")
+        complaints = [*positive(self, "room"), *self.scope_problems()]
         if min(self.demonstrations, self.copy, self.update, self.retain) < 0:
             complaints.append("demonstrations, copy, update, retain: expected 0 or more")
         if self.demonstrations and not self.copy + self.update + self.retain:
@@ -98,10 +96,17 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         contexts.append(text)
         counts.append(count)
         work.on_progress("demonstrations", number + 1, len(requests))
-    subjects = tuple(request.subject for request in (*earlier_requests, *requests))
-    router: Router = Always() if config.scope == "always" else Lexical(subjects)
+    router, module = scope_router(
+        host,
+        (*earlier_requests, *requests),
+        earlier,
+        config.scope or "subject",
+        config,
+        work,
+        encoder=config.encoder,
+    )
     record = provenance("ike", host, requests, config, work, **notes({"demonstrations": min(counts)}))
-    return PromptEdit((*(earlier.contexts if earlier else ()), *contexts), router, record)
+    return PromptEdit((*(earlier.contexts if earlier else ()), *contexts), router, record, module)
 
 
 def _usable(examples: Sequence[Case], requests: Sequence[Request]) -> list[Case]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from errata.config import positive
 from errata.edits.prompt import PromptEdit
@@ -21,23 +20,27 @@ from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
 from errata.host.host import Host
 from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
+from errata.methods._scope import Scope, TextScope, scope_router
 from errata.types import Request
 from errata.writing import statement
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TextScope):
     """Settings of IN_PROMPT."""
 
-    scope: Literal["always", "subject"] | None = None
-    """Prompts that get facts: all of them get all facts, or each gets those about the subject it names. None: all
-    facts for up to ``most`` requests without an earlier edit, else by subject."""
+    scope: Scope | None = None
+    """Prompts that get facts: all of them get all facts, or each gets those about the subject it names; the one fact
+    that states what it asks about its subject (``statement``); or the one that it is similar to. None: all facts for up
+    to ``most`` requests without an earlier edit, else by subject."""
+    encoder: str | None = None
+    """Name or folder of the sentence encoder of scope similar. None: the model's own hidden states."""
     most: int = 4
     """Facts up to which all are put before every prompt where ``scope`` is open."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        return positive(self, "most")
+        return [*positive(self, "most"), *self.scope_problems()]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
@@ -49,14 +52,20 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     )
     few = not earlier_requests and len(requests) <= config.most
     config = replace(config, scope=config.scope or ("always" if few else "subject"))
+    record = provenance("in_prompt", host, requests, config, work)
+    if config.scope in ("statement", "similar"):
+        together = (*earlier_requests, *requests)
+        router, module = scope_router(
+            host, together, earlier, config.scope, config, work, encoder=config.encoder
+        )
+        lines = tuple(_line(host, request) for request in together)
+        return PromptEdit(lines, router, record, module)
     by_subject: dict[str, str] = {}
     for request in (*earlier_requests, *requests):
         subject = "" if config.scope == "always" else request.subject
         by_subject[subject] = by_subject.get(subject, "") + _line(host, request)
-    router: Router = Always() if config.scope == "always" else Lexical(tuple(by_subject))
-    return PromptEdit(
-        tuple(by_subject.values()), router, provenance("in_prompt", host, requests, config, work)
-    )
+    subjects: Router = Always() if config.scope == "always" else Lexical(tuple(by_subject))
+    return PromptEdit(tuple(by_subject.values()), subjects, record)
 
 
 def _line(host: Host, request: Request) -> str:

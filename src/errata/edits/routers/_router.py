@@ -5,16 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from errata.edits.header import is_list
 from errata.edits.records import contiguous_copy
+from errata.errors import EditError
+
+Reading = Literal["text", "states", "vectors"]
+"""What a router decides by: a prompt's text, a site's input and output at its end, its sentence vector."""
 
 NONE = -1
 """The decision that no entry acts."""
+
+
+def _no_vectors() -> Tensor:
+    raise EditError("this router compares sentence vectors, which interventions at sites do not have")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +35,8 @@ class Question:
     """The site's output there, float32 ``[rows, d_out]``."""
     texts: Callable[[], Sequence[str]]
     """Returns the rows' prompts."""
+    vectors: Callable[[], Tensor] = _no_vectors
+    """Returns the prompts' sentence vectors by the router's own encoder, unit length ``[rows, d]``."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,17 @@ class Router(ABC):
     """Decides which entry of a memory acts on a row. Frozen; tensors are fields, all else is plain data."""
 
     name: ClassVar[str]
+    reads: ClassVar[frozenset[Reading]] = frozenset({"states"})
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
             object.__setattr__(self, name, contiguous_copy(tensor))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Router:
+        return self  # frozen; what it keeps to look entries up may not be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @abstractmethod
     def scores(self, question: Question) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from errata.edits.routers._router import Question, Router
+from errata.edits.routers._router import Question, Reading, Router
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +16,7 @@ class Always(Router):
     """Accepts every row."""
 
     name: ClassVar[str] = "always"
+    reads: ClassVar[frozenset[Reading]] = frozenset()
 
     def scores(self, question: Question) -> Tensor:
         """Return 1 for the one entry there is ``[rows, 1]``."""

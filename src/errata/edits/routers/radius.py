@@ -6,11 +6,13 @@ Source     Hartvigsen et al., "Aging with GRACE", NeurIPS 2023, arXiv 2211.11031
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from errata.edits.index import VectorIndex, compare
 from errata.edits.routers._router import NONE, Question, Router
 
 
@@ -24,24 +26,23 @@ class Radius(Router):
     radii: Tensor
     """``[entries]``."""
 
-    def distances(self, inputs: Tensor) -> Tensor:
-        """Return the distance of each row from each key ``[rows, entries]``."""
-        keys = self.keys.to(inputs.device, torch.float32)
-        # not the expanded form |a|^2 - 2ab + |b|^2, which cancels where a row is a key itself
-        return torch.cdist(inputs.float(), keys, compute_mode="donot_use_mm_for_euclid_dist")
+    @cached_property
+    def index(self) -> VectorIndex:
+        """The keys, for searches."""
+        return VectorIndex(self.keys.float(), "distance")
 
     def scores(self, question: Question) -> Tensor:
         """Return radius less distance ``[rows, entries]``."""
-        distances = self.distances(question.inputs)
+        keys = self.keys.to(question.inputs.device, torch.float32)
+        distances = compare(keys, question.inputs, "distance")
         return self.radii.to(distances) - distances
 
     def decide(self, question: Question) -> Tensor:
         """Return the nearest entry, int64 ``[rows]``, where the row is inside its radius, the border included."""
-        distances = self.distances(question.inputs)
-        if not distances.shape[1]:
-            return torch.full((len(distances),), NONE, device=distances.device)
-        least, entry = distances.min(1)
-        return torch.where(least <= self.radii.to(distances)[entry], entry, NONE)
+        if not len(self.keys):
+            return torch.full((len(question.inputs),), NONE, device=question.inputs.device)
+        distance, entry = self.index.nearest(question.inputs)
+        return torch.where(distance <= self.radii.to(distance)[entry], entry, NONE)
 
 
 ROUTER = Radius

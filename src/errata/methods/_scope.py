@@ -1,0 +1,103 @@
+"""Which prompts a text memory's entries are for: the routers that in-context methods offer, by one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from errata.edits.prompt import PromptEdit
+from errata.edits.routers._router import Router
+from errata.edits.routers.always import Always
+from errata.edits.routers.fulltext import FullText
+from errata.edits.routers.lexical import Lexical
+from errata.edits.routers.similarity import Similarity
+from errata.edits.routers.statement import Statement
+from errata.errors import ConfigError
+from errata.host.embedding import embed, encoder_digest
+from errata.host.host import Host
+from errata.locate.scope import ScopeData
+from errata.methods._method import Workspace, resolve_layers, wide_layers
+from errata.types import Request
+from errata.writing import statement
+
+Scope = Literal["always", "subject", "statement", "similar"]
+
+
+@dataclass(frozen=True)
+class TextScope:
+    """Settings of a text memory's router."""
+
+    threshold: float | None = None
+    """Least value of the gate with scope statement (None: -0.1, chosen on the lab, seed 1), least cosine with scope
+    similar (None: 0.5)."""
+    gate_names: int = 8
+    """Names per template among the statements that the gate of scope statement is fitted to."""
+
+    def scope_problems(self) -> list[str]:
+        """Check ranges."""
+        complaints = (
+            [] if self.gate_names > 0 else [f"gate_names: expected 1 or more, found {self.gate_names}"]
+        )
+        if self.threshold is not None and not -1 < self.threshold < 1:
+            complaints.append(f"threshold: expected a value between -1 and 1, found {self.threshold}")
+        return complaints
+
+
+def scope_router(
+    host: Host, requests: Sequence[Request], earlier: PromptEdit | None, scope: Scope, settings: TextScope,
+    work: Workspace, *, encoder: str | None = None,
+) -> tuple[Router, str]:  # fmt: skip
+    """Return a router with an entry for each request, an earlier edit's first, and the module that it reads.
+
+    ``requests``: all of them, the earlier edit's first. ``always`` has one entry for all prompts; ``subject`` accepts
+    prompts that name a request's subject; ``statement`` those of them that ask what the request states, see
+    :class:`Statement`; ``similar`` those whose sentence vector is near that of the request's statement.
+    """
+    before = earlier.router if earlier is not None else None
+    if scope == "always":
+        return Always(), ""
+    if scope == "subject":
+        return Lexical(tuple(request.subject for request in requests)), ""
+    if scope == "similar":
+        old = [before.keys] if isinstance(before, Similarity) else []
+        new = requests[sum(map(len, old)) :]
+        texts = [statement(r.text, r.target, host.prompt_format.join) for r in new]
+        keys = torch.cat([*old, embed(host, texts, encoder=encoder)])
+        threshold = 0.5 if settings.threshold is None else settings.threshold
+        return Similarity(keys, threshold, encoder, encoder_digest(host, encoder)), ""
+    (layer, *_) = resolve_layers(host, None, wide_layers)
+    site = host.layout.site(layer)
+    threshold = -0.1 if settings.threshold is None else settings.threshold
+    done = before if isinstance(before, Statement) else None
+    new = requests[len(done.phrases) if done else 0 :]
+    data = ScopeData(host, work.tables(host), site, settings.gate_names, work.seed)
+    gates = [data.gate(request) for request in new]
+    weights = [*(done.weights if done else ()), *(gate.weight for gate in gates)]
+    biases = [*(done.biases.tolist() if done else ()), *(gate.bias for gate in gates)]
+    phrases = tuple(request.subject for request in requests)
+    return Statement(phrases, torch.stack(weights), torch.tensor(biases), threshold), site.name
+
+
+def passage_router(
+    host: Host, texts: Sequence[str], earlier: PromptEdit | None, retriever: Literal["vectors", "words"], *,
+    threshold: float | None = None, encoder: str | None = None,
+) -> Router:  # fmt: skip
+    """Return a router over passages, an earlier edit's first: by sentence vectors, or by BM25.
+
+    ``threshold``: cosine or BM25 that must be exceeded; None: -1 or 0. Raises ConfigError where the earlier edit has
+    another router.
+    """
+    before = earlier.router if earlier is not None else None
+    kind = Similarity if retriever == "vectors" else FullText
+    if before is not None and not isinstance(before, kind):
+        raise ConfigError(f"retriever: the earlier edit has a {before.name} router; go on with the same one")
+    if retriever == "words":
+        old = before.passages if isinstance(before, FullText) else ()
+        return FullText((*old, *texts), 0.0 if threshold is None else threshold)
+    old_keys = [before.keys] if isinstance(before, Similarity) else []
+    keys = torch.cat([*old_keys, embed(host, texts, encoder=encoder)])
+    least = -1.0 if threshold is None else threshold
+    return Similarity(keys, least, encoder, encoder_digest(host, encoder))
