@@ -203,3 +203,50 @@ def test_masks_bound_what_a_shard_may_change():
     change = edit.interventions[0].payload["changes"][0]
     assert 0 < float((change != 0).float().mean()) < 0.15
     assert float(change.abs().max()) <= 0.05 + 1e-7
+
+
+# --- several kinds at once ------------------------------------------------------------------
+
+KINDS = {
+    "weight": ("rome", {"steps": 4, "tokens": 400}),
+    "memory": ("calinet", FAST["calinet"]),
+    "routed": ("grace", {"steps": 8}),
+    "prompt": ("in_prompt", {}),
+}
+
+
+@pytest.mark.parametrize(
+    "pair", [("weight", "memory"), ("weight", "routed"), ("memory", "prompt"), ("routed", "prompt")]
+)
+def test_edits_of_two_kinds_are_taken_off_in_any_order(pair):
+    host = fresh("llama")
+    one, two = (
+        errata.edit(host, request, method=KINDS[kind][0], **KINDS[kind][1])
+        for kind, request in zip(pair, (ADA, BRUNO), strict=True)
+    )
+    prompts = (ADA.text, BRUNO.text, "The capital of Arvania is")
+
+    def state() -> list[torch.Tensor]:
+        return [said(host, prompt) for prompt in prompts]
+
+    def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    plain, alone = state(), []
+    for edit in (one, two):
+        with edit.on(host):
+            alone.append(state())
+    assert not equal(alone[0], plain) and not equal(alone[1], plain)
+    for first, second in ((one, two), (two, one)):
+        first.apply_(host)
+        second.apply_(host)
+        both = state()
+        assert not any(equal(both, other) for other in (plain, *alone))
+        for off, left in ((first, second), (second, first)):
+            off.revert_(host)
+            assert equal(state(), alone[0 if left is one else 1])
+            off.apply_(host)
+        assert equal(state(), both)
+        second.revert_(host)
+        first.revert_(host)
+        assert equal(state(), plain)

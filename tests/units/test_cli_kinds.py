@@ -12,7 +12,11 @@ from errata.errors import ErrataError
 from errata.methods import REGISTRY
 
 WORDS = ("{} was born in", "--subject", "Ada Brenner", "--target", "Tallow", "--model", "lab")
-METHODS = {"grace": (), "in_prompt": (), "none": (), "ike": ("--set", "demonstrations=2"), "ft": ()}
+METHODS = {
+    "grace": (), "in_prompt": (), "none": (), "ike": ("--set", "demonstrations=2"), "ft": (), "calinet": (),
+    "t_patcher": ("--set", "memory=1000"), "wise": ("--set", "shards=1"), "rag": (), "scr": (),
+    "mello": ("--set", 'worked_examples="Question: Who?\\nFinal answer: Ann\\n\\n"'),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def test_each_kind_is_asked_and_measured_from_its_file(files, method):
         "answers"
     ]
     assert answer["without"].strip().startswith("Rowanport")
-    if method in ("ft", "grace", "in_prompt"):
+    if method in ("ft", "grace", "in_prompt", "calinet", "t_patcher", "rag"):
         assert answer["with"].strip().startswith("Tallow")
     if method == "none":
         assert answer["with"] == answer["without"]
