@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ from errata.host import placed
 from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
+from errata.writing import folded, names
 
 Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine"]
-Positions = Literal["last", "prompt", "after", "all"]
+Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
     "replace": ("values",),
@@ -68,7 +69,8 @@ class Intervention:
     payload: Mapping[str, Tensor]
     positions: Positions = "last"
     """Tokens it acts on. ``last``: the prompt's last one; ``prompt``: all of the prompt; ``after``: the prompt's last
-    one and all later ones; ``all``."""
+    one and all later ones; ``all``; ``subject``: the last token of the name that a router of names found, where the
+    prompt first has it."""
     activation: str = "relu"
     """Of ``slots``, one of :data:`ACTIVATIONS`."""
 
@@ -123,6 +125,8 @@ class MemoryEdit(RuntimeEdit):
         counts = {one.entries for one in self.interventions}
         if len(counts) > 1:
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
+        if any(one.positions == "subject" for one in self.interventions):
+            phrases_of(self.router)
         object.__setattr__(
             self, "state", {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
         )
@@ -205,6 +209,26 @@ class MemoryEdit(RuntimeEdit):
         }
 
 
+def phrases_of(router: Router) -> tuple[str, ...]:
+    """Return the name that each entry of a router needs. Raises EditError for a router without names."""
+    phrases = router.facts().get("phrases")
+    if not isinstance(phrases, tuple):
+        raise EditError(f"a {router.name} router knows no names, so that no position is a subject's")
+    return tuple(str(phrase) for phrase in cast("tuple[Any, ...]", phrases))
+
+
+def name_end(tokenizer: Any, ids: Sequence[int], phrase: str) -> int | None:
+    """Return the index of the token with which a text first names a phrase in full; None where it does not."""
+    wanted = folded(phrase)
+    for at in range(len(ids)):
+        text = folded(str(tokenizer.decode(ids[: at + 1], skip_special_tokens=True)))
+        if names(text, wanted):
+            following = folded(str(tokenizer.decode(ids[: at + 2], skip_special_tokens=True)))
+            if names(following, wanted):  # else the name goes on in the next token, as Ada in Adam
+                return at
+    return None
+
+
 class _ActiveIntervention:
     """An intervention of an edit in place; called by the module's hook."""
 
@@ -232,7 +256,10 @@ class _ActiveIntervention:
         members = routing.members(self.number, rows)
         if members is not None:
             selected = selected & members.to(selected.device)
-        acting = selected[:, None] & self._columns(ends, length).to(output.device)  # [rows, length]
+        columns = self._columns(ends, length)
+        if columns is None:
+            columns = self._subjects(selected, entry, ends, length, routing)
+        acting = selected[:, None] & columns.to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output
         row = acting.nonzero()[:, 0]
@@ -259,8 +286,24 @@ class _ActiveIntervention:
         prompts = [routing.prompt(row, end) for row, end in zip(rows, ends, strict=True)]
         return list(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
 
-    def _columns(self, ends: Tensor, length: int) -> Tensor:
-        """Return which columns of each row are acted on, bool ``[rows, length]``."""
+    def _subjects(
+        self, selected: Tensor, entry: Tensor, ends: Tensor, length: int, routing: Routing
+    ) -> Tensor:
+        """Return the column of the name of each row's entry, bool ``[rows, length]``; none behind the prompt."""
+        columns = torch.zeros(len(ends), length, dtype=torch.bool)
+        phrases = phrases_of(self.router)
+        for row in (selected.cpu() & (ends >= 0).cpu()).nonzero()[:, 0]:
+            end = int(ends[row])
+            ids = routing.prompt(int(row), end)
+            at = name_end(self.tokenizer, ids, phrases[int(entry[row])])
+            if at is not None:
+                columns[row, end + 1 - len(ids) + at] = True
+        return columns
+
+    def _columns(self, ends: Tensor, length: int) -> Tensor | None:
+        """Return which columns of each row are acted on, bool ``[rows, length]``; None where that is a name's."""
+        if self.intervention.positions == "subject":
+            return None
         column = torch.arange(length, device=ends.device)[None]
         last = ends[:, None]
         return {

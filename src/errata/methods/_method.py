@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.types import Case, Corpus, Request
 
+R = TypeVar("R")
 OWN_TEXTS = 10_000
 """Added to the seed of texts that the host writes to be kept, so that none is among those it is measured on."""
 
@@ -210,6 +211,12 @@ class Workspace:
         if ("examples",) not in self._cache:
             self._cache[("examples",)] = self.load_examples()
         return self._cache[("examples",)]
+
+    def remember(self, key: tuple[Any, ...], make: Callable[[], R]) -> R:
+        """Return what was made under a key before in this workspace, or make it; for what many fits share."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def costs(
         self, host: Host, sites: Sequence[Site], tokens: int, *, ridge: float = RIDGE,

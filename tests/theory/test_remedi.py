@@ -1,0 +1,129 @@
+"""REMEDI: where its direction is added, what the map is trained to do, and what it is computed from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import errata
+from errata.edits.memory import Intervention, MemoryEdit, name_end
+from errata.edits.routers.always import Always
+from errata.edits.routers.lexical import Lexical
+from errata.errors import ConfigError, EditError
+from errata.host import hooks
+from errata.methods.remedi import Config, _attributes, _example, _loss
+from tests.models import fresh
+
+ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
+TOWNS = ("Tallow", "Merrin", "Esk")
+EXAMPLES = [
+    errata.Case(f"e{i}", errata.Request("{} was born in", name, TOWNS[i % 3], TOWNS[(i + 1) % 3]), ())
+    for i, name in enumerate(
+        ("Ivo Marn", "Lena Ost", "Pia Holt", "Bruno Holner", "Carla Dorn", "Otto Vane") * 3
+    )
+]
+
+
+def test_the_name_s_last_token_is_found_where_it_is_first_said_in_full():
+    host = fresh("llama")
+    tokens = host.tokenizer
+    for text, phrase in (
+        ("Ada Brenner was born in", "Ada Brenner"), ("Where was ada brenner born, Ada Brenner?", "Ada Brenner"),
+        ("Adam and Ada", "Ada"), ("Ada", "Ada"),
+    ):  # fmt: skip
+        ids = list(host.encode(text).ids)
+        at = name_end(tokens, ids, phrase)
+        assert at is not None
+        before, upto = (tokens.decode(ids[: at + n], skip_special_tokens=True) for n in (0, 1))
+        assert upto.casefold().endswith(phrase.casefold()) and not before.casefold().endswith(
+            phrase.casefold()
+        )
+    assert name_end(tokens, list(host.encode("Adam was born").ids), "Ada") is None
+    assert name_end(tokens, [], "Ada") is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_direction_is_added_at_the_subject_s_last_token_alone(family):
+    host = fresh(family)
+    direction = torch.randn(1, host.layout.width, generator=torch.Generator().manual_seed(0))
+    block = host.layout.blocks[1]
+    made = errata.edit(host, ADA, method="in_prompt").provenance
+    edit = MemoryEdit(
+        (Intervention(block, "add", {"values": direction}, "subject"),), Lexical(("Ada Brenner",)), made
+    )
+    texts = ["Tell me, Ada Brenner was born in", "Ada Brenner", "Bruno Holner was born in"]
+    rows = [host.encode_prompt(text) for text in texts]
+    outputs = []
+    handle = host.model.get_submodule(block).register_forward_hook(
+        lambda _, args, out: outputs.append(
+            (out if isinstance(out, torch.Tensor) else out[0]).detach().clone()
+        )
+    )
+    batch = host.batch(rows, side="left")
+    host.forward(batch)
+    with edit.on(host):
+        host.forward(batch)
+        texts_with = host.generate(texts[:1], max_new_tokens=4)
+        assert texts_with == [host.generate(texts[0], max_new_tokens=4)]
+    handle.remove()
+    change = outputs[1] - outputs[0]
+    for row, ids in enumerate(rows):
+        at = name_end(host.tokenizer, ids, "Ada Brenner")
+        expected = torch.zeros(len(ids), host.layout.width)
+        if at is not None:
+            expected[at] = direction[0]
+        torch.testing.assert_close(change[row, -len(ids) :], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_without_names_has_no_subject_to_act_at():
+    host = fresh("llama")
+    made = errata.edit(host, ADA, method="in_prompt").provenance
+    values = {"values": torch.zeros(1, host.layout.width)}
+    with pytest.raises(EditError, match="knows no names"):
+        MemoryEdit((Intervention(host.layout.blocks[0], "add", values, "subject"),), Always(), made)
+
+
+def test_each_request_has_the_direction_of_its_target_s_state():
+    host = fresh("llama")
+    options = {"method": "remedi", "examples": EXAMPLES, "layer": 1, "epochs": 2}
+    edit = errata.edit(host, ADA, **options)
+    weight, bias = edit.state["weight"], edit.state["bias"]
+    (state,) = _attributes(host, [ADA], 1)
+    torch.testing.assert_close(edit.interventions[0].payload["values"][0], weight @ state + bias)
+    both = errata.edit(host, errata.Request("{} was born in", "Nora Lind", "Esk"), after=edit, **options)
+    assert both.router.phrases == ("Ada Brenner", "Nora Lind")
+    assert torch.equal(both.state["weight"], weight)
+    assert torch.equal(both.interventions[0].payload["values"][0], edit.interventions[0].payload["values"][0])
+
+
+def test_the_map_learns_to_write_the_examples_targets():
+    host = errata.load("lab")
+    facts = [case.request for case in errata.lab.cases(24, seed=3)]
+    cases = [errata.Case(f"e{i}", fact, ()) for i, fact in enumerate(facts)]
+    config = Config(layer=0, epochs=30, held_out=0.0, kl_weight=0.0, per_step=8)
+    edit = errata.edit(
+        host,
+        ADA,
+        method="remedi",
+        examples=cases,
+        layer=0,
+        epochs=30,
+        held_out=0.0,
+        kl_weight=0.0,
+        per_step=8,
+    )
+    with hooks.frozen(host.model), torch.no_grad():
+        states = _attributes(host, facts, 0)
+        examples = [_example(host, fact, state) for fact, state in zip(facts, states, strict=True)]
+        trained, nothing = (torch.nn.Linear(host.layout.width, host.layout.width) for _ in range(2))
+        trained.weight.copy_(edit.state["weight"])
+        trained.bias.copy_(edit.state["bias"])
+        nothing.weight.zero_()
+        nothing.bias.zero_()
+        before, after = (float(_loss(host, one, examples, config)) for one in (nothing, trained))
+    assert after < before / 4
+
+
+def test_it_needs_examples():
+    with pytest.raises(ConfigError, match="two examples"):
+        errata.edit(fresh("llama"), ADA, method="remedi")
