@@ -1,0 +1,167 @@
+"""Measure what a memory of many entries costs when a prompt is looked up, and beside a forward pass.
+
+    python benchmarks/memory.py --quick      a graph of 100,000 vectors, in a few minutes on one thread
+    python benchmarks/memory.py              a graph of a million
+
+Vectors are drawn around 2,000 centres, as keys of a model are; queries are near stored vectors. The pass is that of the
+embedded model over 8 prompts, half of which name a subject, with a memory of 100,000 entries at one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import errata
+from errata.edits.edit import Provenance
+from errata.edits.index import VectorIndex
+from errata.edits.memory import Intervention, MemoryEdit
+from errata.edits.names import NameTable
+from errata.edits.routers.statement import Statement
+
+WIDTH = 256
+"""Entries of a vector."""
+ENTRIES = 100_000
+"""Of the memory beside a forward pass."""
+
+
+def names(count: int, seed: int = 0) -> list[str]:
+    """Return different names of two words."""
+    draw = random.Random(seed)
+    letters = "bcdfghklmnprstvz", "aeiou"
+
+    def word() -> str:
+        return "".join(draw.choice(letters[i % 2]) for i in range(6)).capitalize()
+
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[f"{word()} {word()}"] = None
+    return list(found)
+
+
+def vectors(count: int, seed: int = 0) -> Tensor:
+    """Return unit vectors around 2,000 centres ``[count, WIDTH]``."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(2000, WIDTH, generator=generator)
+    chosen = torch.randint(2000, (count,), generator=generator)
+    return functional.normalize(centres[chosen] + 0.5 * torch.randn(count, WIDTH, generator=generator), dim=1)
+
+
+def median_ms(run: Callable[[int], Any], count: int) -> float:
+    """Return the median CPU milliseconds of so many calls, each with its number."""
+    seconds = []
+    for number in range(count):
+        start = time.process_time()
+        run(number)
+        seconds.append(time.process_time() - start)
+    return 1000 * statistics.median(seconds)
+
+
+def look_up_names(count: int) -> dict[str, Any]:
+    """Look prompts up among names."""
+    phrases = names(count)
+    start = time.process_time()
+    table = NameTable(phrases)
+    made = time.process_time() - start
+    prompts = [f"Where was {phrases[i * 7919 % count]} born, and who told you?" for i in range(500)]
+    assert all(
+        phrases[i * 7919 % count] in [phrases[n] for n in table.named(p)] for i, p in enumerate(prompts)
+    )
+    return {
+        "entries": count,
+        "made s": made,
+        "ms a prompt": median_ms(lambda i: table.named(prompts[i]), 500),
+    }
+
+
+def look_up_vectors(count: int, *, exact: bool) -> dict[str, Any]:
+    """Look vectors up, all compared or by the graph; recall against comparing all."""
+    stored = vectors(count)
+    index = VectorIndex(stored, "product", exact=count if exact else 0)
+    generator = torch.Generator().manual_seed(1)
+    near = stored[torch.randint(count, (500,), generator=generator)]
+    queries = functional.normalize(near + 0.02 * torch.randn(500, WIDTH, generator=generator), dim=1)
+    start = time.process_time()
+    index.nearest(queries[:1])
+    made = time.process_time() - start
+    expected = torch.cat([(part @ stored.mT).argmax(1) for part in queries.split(50)])
+    found = torch.cat([index.nearest(queries[i : i + 1])[1] for i in range(500)])
+    return {
+        "entries": count, "made s": made, "ms a query": median_ms(lambda i: index.nearest(queries[i : i + 1]), 500),
+        "recall@1": float((found == expected).float().mean()),
+    }  # fmt: skip
+
+
+def beside_a_pass() -> dict[str, Any]:
+    """Compare a forward pass with a memory of many entries with one without."""
+    host = errata.load("lab")
+    site = host.layout.site(0)
+    phrases = names(ENTRIES)
+    generator = torch.Generator().manual_seed(0)
+    router = Statement(
+        tuple(phrases), 0.01 * torch.randn(ENTRIES, site.d_in, generator=generator), torch.ones(ENTRIES)
+    )
+    values = 0.01 * torch.randn(ENTRIES, site.d_out, generator=generator)
+    edit = MemoryEdit(
+        (Intervention(site.name, "add", {"values": values}, "last"),), router,
+        Provenance("benchmark", (), {}, host.fingerprint),
+    )  # fmt: skip
+    prompts = [
+        f"{phrases[i]} was born in the town of" if i % 2 else "The rain fell on the old road to"
+        for i in range(8)
+    ]
+    batch = host.batch([host.encode_prompt(prompt) for prompt in prompts], side="left")
+    host.forward(batch)
+    before = host.forward(batch, keep=1)
+    without, with_memory = [], []
+    for _ in range(40):
+        without.append(median_ms(lambda _: host.forward(batch, keep=1), 1))
+        with edit.on(host):
+            after = host.forward(batch, keep=1)
+            with_memory.append(median_ms(lambda _: host.forward(batch, keep=1), 1))
+    changed = [not torch.equal(after[i], before[i]) for i in range(8)]
+    assert changed == [bool(i % 2) for i in range(8)]
+    plain, beside = statistics.median(without), statistics.median(with_memory)
+    return {
+        "entries": ENTRIES, "ms without": plain, "ms with": beside, "added": beside / plain - 1,
+        "bytes an entry": edit.size / ENTRIES,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run all workloads on one thread and print them."""
+    parser = argparse.ArgumentParser(description="Measure what looking entries of a memory up costs.")
+    parser.add_argument(
+        "--quick", action="store_true", help="a graph of 100,000 vectors in place of a million"
+    )
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    large = 100_000 if options.quick else 1_000_000
+    results: dict[str, dict[str, Any]] = {}
+    for name, run in (
+        ("a pass of 8 prompts", beside_a_pass),
+        ("names", lambda: look_up_names(100_000)),
+        ("names, a million", lambda: look_up_names(1_000_000)),
+        ("vectors, all compared", lambda: look_up_vectors(100_000, exact=True)),
+        ("vectors, graph", lambda: look_up_vectors(large, exact=False)),
+    ):
+        results[name] = run()
+        shown = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in results[name].items())
+        print(f"{name}: {', '.join(shown)}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
