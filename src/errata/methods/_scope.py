@@ -81,6 +81,16 @@ def scope_router(
     return Statement(phrases, torch.stack(weights), torch.tensor(biases), threshold), site.name
 
 
+@dataclass(frozen=True)
+class Retrieval:
+    """Settings of how passages are found for a prompt."""
+
+    retriever: Literal["vectors", "words"] = "vectors"
+    """What passages are compared with prompts by: the cosine of sentence vectors, or BM25 of words in common."""
+    encoder: str | None = None
+    """Name or folder of the sentence encoder. None: the model's own hidden states."""
+
+
 def passage_router(
     host: Host, texts: Sequence[str], earlier: PromptEdit | None, retriever: Literal["vectors", "words"], *,
     threshold: float | None = None, encoder: str | None = None,

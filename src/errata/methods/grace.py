@@ -29,6 +29,7 @@ from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.methods._memory import editable_layer
 from errata.methods._method import Method, Workspace, notes, provenance, without
 from errata.training.tune import Losses, Stop, descend, seeded
 from errata.types import Request
@@ -109,7 +110,7 @@ class _Codebook:
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> MemoryEdit:
     """Return the codebook of all requests so far: each is assigned to an entry in order, and its value trained."""
-    site = _site(host, config)
+    site = host.layout.site(editable_layer(host, config.layer, 0.75))
     config = replace(config, layer=site.layer)
     book = _load_codebook(work.after, site)
     first = len(work.after.provenance.requests) if work.after else 0
@@ -129,16 +130,6 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         "grace", host, requests, config, work, **notes({"loss": largest_loss, "entries": len(book.keys)})
     )
     return _edit(book, site, config, record)
-
-
-def _site(host: Host, config: Config) -> Site:
-    depth = len(host.layout.blocks)
-    editable = [i for i, site in enumerate(host.layout.mlp_out) if site is not None]
-    if config.layer is not None:
-        return host.layout.site(config.layer + depth if config.layer < 0 else config.layer)
-    if not editable:
-        return host.layout.site(0)  # raises, with the reason
-    return host.layout.site(min(editable, key=lambda i: (abs(i - round(0.75 * depth)), i)))
 
 
 def _load_codebook(after: MemoryEdit | None, site: Site) -> _Codebook:

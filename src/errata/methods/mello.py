@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from errata.config import positive
 from errata.edits.procedures import Procedure
@@ -25,7 +24,7 @@ from errata.edits.prompt import PromptEdit
 from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import passage_router
+from errata.methods._scope import Retrieval, passage_router
 from errata.types import Request
 from errata.writing import statement
 
@@ -55,14 +54,9 @@ Final answer: Portuguese
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Retrieval):
     """Settings of MELLO."""
 
-    retriever: Literal["vectors", "words"] = "vectors"
-    """What facts are compared with subquestions by: the cosine of sentence vectors, or BM25 of words in common."""
-    encoder: str | None = None
-    """Name or folder of the sentence encoder (authors: facebook/contriever-msmarco). None: the model's own hidden
-    states."""
     hops: int = 4
     """Subquestions at most (authors' code: 4)."""
     tokens: int = 256

@@ -13,30 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from errata.config import positive
 from errata.edits.procedures import Procedure
 from errata.edits.prompt import PromptEdit
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import passage_router
+from errata.methods._scope import Retrieval, passage_router
 from errata.types import Request
 from errata.writing import statement
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Retrieval):
     """Settings of RAG."""
 
     passages: int = 3
     """How many passages a prompt gets at most."""
-    retriever: Literal["vectors", "words"] = "vectors"
-    """What passages are compared by: the cosine of sentence vectors, or BM25 of words in common."""
     threshold: float | None = None
     """What a passage has to exceed. None: a cosine of -1, a BM25 of 0, so that every prompt that can gets passages."""
-    encoder: str | None = None
-    """Name or folder of the sentence encoder. None: the model's own hidden states."""
     passage: str = "New fact: {text}\n"
     """How a passage is put; ``{text}`` is the statement."""
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from errata.config import positive
 from errata.edits.procedures import Procedure
 from errata.edits.prompt import PromptEdit
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import passage_router
+from errata.methods._scope import Retrieval, passage_router
 from errata.types import Request
 from errata.writing import statement
 
@@ -39,17 +38,13 @@ Needed:"""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Retrieval):
     """Settings of SCR."""
 
     passages: int = 5
     """How many facts the model selects from (authors: 5)."""
-    retriever: Literal["vectors", "words"] = "vectors"
-    """What facts are compared with prompts by: the cosine of sentence vectors, or BM25 of words in common."""
     threshold: float | None = None
     """What a fact has to exceed to be shown. None: a cosine of -1, a BM25 of 0."""
-    encoder: str | None = None
-    """Name or folder of the sentence encoder. None: the model's own hidden states."""
     select: str = SELECT
     """What the model is asked; ``{texts}`` are the facts, ``{prompt}`` is the prompt."""
     answer: str = "New fact: {text}\n{prompt}"
