@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata import lab as lab
     from errata import methods as methods
-    from errata.api import check_edit, edit, evaluate, load, prepare
+    from errata.api import check_edit, edit, evaluate, load, prepare, train
     from errata.bench.evaluate import Report
     from errata.bench.judging import JudgedCell, judge_run
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
+    from errata.edits.artefact import Artefact
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
@@ -29,6 +30,8 @@ _HOME = {
     "edit": "errata.api",
     "check_edit": "errata.api",
     "evaluate": "errata.api",
+    "train": "errata.api",
+    "Artefact": "errata.edits.artefact",
     "Edit": "errata.edits",
     "refit": "errata.edits.algebra",
     "retract": "errata.edits.algebra",
@@ -49,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Artefact",
     "AskOptions",
     "Case",
     "Edit",
@@ -73,6 +77,7 @@ __all__ = [
     "prepare",
     "refit",
     "retract",
+    "train",
 ]
 
 

@@ -10,10 +10,12 @@ from errata.bench.evaluate import Report
 from errata.bench.evaluate import evaluate as run
 from errata.bench.schedule import Schedule
 from errata.edits import Edit
+from errata.edits.artefact import Artefact
 from errata.errors import ConfigError
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.host.host import Host
 from errata.job import prepare as prepare
+from errata.job import prepare_training as prepare_training
 from errata.loading import load as load
 from errata.methods import DEFAULT
 from errata.progress import OnProgress, ignore
@@ -50,6 +52,21 @@ def edit(
         host, requests, method=method, options=options, seed=seed, after=after, batch_size=batch_size,
         corpus=corpus, examples=examples, ask=ask, on_progress=on_progress,
     ).run()  # fmt: skip
+
+
+def train(
+    host: Host, *, method: str, cases: str | Sequence[Case] | None = None, seed: int = 0,
+    on_progress: OnProgress = ignore, **options: Any,
+) -> Artefact:  # fmt: skip
+    """Train a method's editor on a host and return it; the host is left as it was.
+
+    ``cases``: facts with paraphrases and neighbours, or a source as for ``errata eval --cases``; None: the host's own
+    examples. ``options`` are the method's settings. Save the result, and edit with ``editor=PATH``. Raises ConfigError
+    for a method that learns no editor.
+    """
+    return prepare_training(
+        host, method=method, options=options, seed=seed, cases=cases, on_progress=on_progress
+    ).run()
 
 
 def check_edit(

@@ -10,6 +10,7 @@ from typing import Any
 from errata import config as settings
 from errata.bench import sources
 from errata.edits import Edit
+from errata.edits.artefact import Artefact
 from errata.edits.edit import Provenance
 from errata.errors import ConfigError, RequestError, shown
 from errata.host.host import Host
@@ -104,6 +105,53 @@ def prepare(
         work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
         work.batch_size = size
     return Job(entry, config, host, requests, work, after)
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A validated training of a method's editor."""
+
+    method: Method
+    config: Any
+    """Instance of the method's settings class."""
+    host: Host
+    work: Workspace
+
+    def run(self) -> Artefact:
+        """Train the editor; the host is left as it was."""
+        return self.method.train_on(self.host, self.config, self.work)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the job as plain data."""
+        return {
+            "method": self.method.name,
+            "settings": settings.plain(self.config),
+            "model": self.host.name,
+            "examples": len(self.work.examples),
+            "seed": self.work.seed,
+        }
+
+
+def prepare_training(
+    host: Host, *, method: str, options: Mapping[str, Any] | object | None = None, seed: int = 0,
+    cases: str | Sequence[Case] | None = None, on_progress: OnProgress = ignore,
+) -> TrainingJob:  # fmt: skip
+    """Validate everything that the training of a method's editor needs and return the job; nothing is trained.
+
+    ``options``: the method's settings by name, or an instance of its settings class. ``cases``: facts with paraphrases
+    and neighbours, or a source as for ``errata eval --cases``; None: the host's own examples. Raises ConfigError for a
+    method that learns no editor and for unknown settings, DataError for cases that cannot be read.
+    """
+    entry = REGISTRY.get(method)
+    if entry.train is None:
+        learned = [name for name in REGISTRY if REGISTRY.get(name).train is not None]
+        raise ConfigError(f"{method} learns no editor beforehand; methods that do: {', '.join(learned)}")
+    config = options
+    if not isinstance(config, entry.config):
+        config = settings.make(entry.config, options or {}, method)  # type: ignore[arg-type]
+    check_kind(entry, host)
+    work = workspace(host, seed=seed, examples=cases, on_progress=on_progress)
+    return TrainingJob(entry, config, host, work)
 
 
 def with_prompt_options(

@@ -46,6 +46,8 @@ def options(name: str) -> dict:
         return {"select": "{texts}{prompt}", "tokens": 8}
     if name == "mello":  # its own examples exceed a small window
         return {"worked_examples": "Question: a b?\nFinal answer: c\n\n", "tokens": 8}
+    if name == "serac":  # a classifier of another width learns to accept in fewer steps
+        return {"steps": 4, "classifier_steps": 300, "classifier_width": 16}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {

@@ -9,7 +9,7 @@ import torch
 
 import errata
 from errata.edits import Edit, PromptEdit
-from errata.edits.prompt import prompt_states
+from errata.edits.questions import states_at_end
 from errata.edits.routers.statement import Statement
 from errata.errors import ConfigError, EditError
 from tests.models import fresh
@@ -83,7 +83,8 @@ def test_a_fact_is_put_only_where_its_subject_and_its_relation_are_asked_for(tmp
     host = fresh("llama")
     site = host.layout.site(0)
     inside, outside = (
-        prompt_states(host, text, site.name)[0][0] for text in (ADA.text, "Ada Brenner plays the")
+        states_at_end(host, host.encode_prompt(text), site.name)[0][0]
+        for text in (ADA.text, "Ada Brenner plays the")
     )
     weight = 2 * (inside - outside) / (inside - outside).square().sum()
     bias = -float(weight @ (inside + outside)) / 2

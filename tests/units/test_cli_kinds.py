@@ -15,6 +15,7 @@ WORDS = ("{} was born in", "--subject", "Ada Brenner", "--target", "Tallow", "--
 METHODS = {
     "grace": (), "in_prompt": (), "none": (), "ike": ("--set", "demonstrations=2"), "ft": (), "calinet": (),
     "t_patcher": ("--set", "memory=1000"), "wise": ("--set", "shards=1"), "rag": (), "scr": (),
+    "serac": ("--set", "steps=60", "--set", "classifier_steps=1500"),
     "mello": ("--set", 'worked_examples="Question: Who?\\nFinal answer: Ann\\n\\n"'),
 }  # fmt: skip
 
@@ -51,7 +52,7 @@ def test_each_kind_is_asked_and_measured_from_its_file(files, method):
         "answers"
     ]
     assert answer["without"].strip().startswith("Rowanport")
-    if method in ("ft", "grace", "in_prompt", "calinet", "t_patcher", "rag"):
+    if method in ("ft", "grace", "in_prompt", "calinet", "t_patcher", "rag", "serac"):
         assert answer["with"].strip().startswith("Tallow")
     if method == "none":
         assert answer["with"] == answer["without"]

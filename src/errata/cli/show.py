@@ -12,10 +12,11 @@ from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits import Edit
+    from errata.edits.artefact import Artefact
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="An edit file.")],
+    file: Annotated[Path, typer.Argument(help="A file of an edit, or of a trained editor.")],
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Also measure what merging into this model's precision loses."),
@@ -31,7 +32,11 @@ def command(
     weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||.
     """
     from errata.edits import Edit
+    from errata.edits.artefact import Artefact, holds_artefact
 
+    if holds_artefact(file):
+        _show_editor(Artefact.load(file), file, json)
+        return
     edit = Edit.load(file)
     losses = _rounding_losses(edit, model, device, dtype, foreign)
     facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
@@ -45,6 +50,24 @@ def command(
     common.table("requests", *_requests(facts["requests"]))
     _changes(facts, losses)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
+
+
+def _show_editor(editor: Artefact, file: Path, json: bool) -> None:
+    """Print what a trained editor is and how it was trained."""
+    facts = editor.summary()
+    if json:
+        common.emit({"path": str(file), **facts})
+        return
+    card = facts["card"]
+    print(
+        f"{file}  {common.size(file)}  editor {editor.digest}, trained by {editor.method} for host {editor.host}"
+    )
+    rows = [
+        (name, f"{value:.4g}" if isinstance(value, float) else value)
+        for name, value in card.items() if name not in ("settings", "versions")
+    ]  # fmt: skip
+    common.table("training", ("", "value"), rows)
+    common.table("settings", ("name", "value"), list(card.get("settings", {}).items()))
 
 
 def _changes(facts: dict[str, Any], losses: dict[str, float] | None) -> None:

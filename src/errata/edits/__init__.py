@@ -2,7 +2,8 @@
 
 from errata.edits.edit import Edit, Placement, Provenance
 from errata.edits.memory import MemoryEdit
+from errata.edits.model import ModelEdit
 from errata.edits.prompt import PromptEdit
 from errata.edits.weight import WeightEdit
 
-__all__ = ["Edit", "MemoryEdit", "Placement", "PromptEdit", "Provenance", "WeightEdit"]
+__all__ = ["Edit", "MemoryEdit", "ModelEdit", "Placement", "PromptEdit", "Provenance", "WeightEdit"]

@@ -25,6 +25,8 @@ from errata.host import placement
 from errata.host.base import ModelHost
 from errata.types import ImageRecord, ImageRequest, Request
 
+TRAINED = "artefact"
+"""What the header of a trained editor's file names as its kind, see :class:`errata.edits.artefact.Artefact`."""
 Outside = Literal["refuse", "discard", "leave"]
 """What to do about a weight that something else has changed while an edit was merged into it."""
 
@@ -215,6 +217,8 @@ class Edit(ABC):
         tensors, header = file_format.read(path)
         family = {kind.kind: kind for kind in _concrete(Edit)}
         name = header.get("kind")
+        if name == TRAINED:
+            raise EditError(f"{path} is a trained editor, no edit: edit with it by --set editor={path}")
         kind = family.get(name) if isinstance(name, str) else None
         if kind is None:
             label = repr(name)[:80] if isinstance(name, str) else f"a {type(name).__name__}"

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from errata.edits import header as fields
 from errata.edits.edit import Provenance
 from errata.edits.procedures import Procedure
+from errata.edits.questions import check_module, check_reader, question
 from errata.edits.routers import _stored
 from errata.edits.routers._router import NONE, Question, Router
-from errata.edits.routers.similarity import Similarity
 from errata.edits.runtime import RuntimeEdit
 from errata.errors import EditError
-from errata.host import hooks, passes, placed
+from errata.host import passes, placed
 from errata.host.base import ModelHost
-from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.host.prompts import PromptFormat
 
@@ -49,12 +47,7 @@ class PromptEdit(RuntimeEdit):
     procedure: Procedure = PUT
 
     def __post_init__(self) -> None:
-        if bool(self.module) != ("states" in self.router.reads):
-            raise EditError(
-                f"a {self.router.name} router reads a module's states: name the module"
-                if not self.module
-                else f"a {self.router.name} router reads no module's states: leave module out"
-            )
+        check_module(self.router, self.module)
         if self.suffixes and (len(self.suffixes) != len(self.contexts) or self.procedure != PUT):
             raise EditError("suffixes: expected one for each context, and one entry put before a prompt")
 
@@ -92,17 +85,7 @@ class PromptEdit(RuntimeEdit):
         return [self.contexts[entry] for entry in reversed(entries)]
 
     def _question(self, prompt: str, host: Host | None) -> Question:
-        empty = torch.zeros(1, 0)
-        if host is None or self.router.reads <= {"text"}:
-            return Question(empty, empty, lambda: [prompt])
-        with passes.without_interventions():
-            states = prompt_states(host, prompt, self.module) if self.module else (empty, empty)
-        return Question(*states, lambda: [prompt], lambda: self._vectors(prompt, host))
-
-    def _vectors(self, prompt: str, host: Host) -> Tensor:
-        encoder = self.router.encoder if isinstance(self.router, Similarity) else None
-        with passes.without_interventions():
-            return embed(host, [prompt], encoder=encoder)
+        return question(host, self.router, prompt, None, self.module)
 
     @property
     def _runs_the_model(self) -> bool:
@@ -148,24 +131,7 @@ class PromptEdit(RuntimeEdit):
     def _check(self, host: ModelHost) -> None:
         if host.tokenizer is None:
             raise EditError(f"{host.name} reads no text, so there are no prompts to change")
-        if self.router.reads <= {"text"}:
-            return
-        if not isinstance(host, Host):
-            raise EditError(
-                f"a {self.router.name} router runs the model to decide, and {host.name} reads no text"
-            )
-        if self.module:
-            try:
-                host.model.get_submodule(self.module)
-            except AttributeError as error:
-                raise EditError(f"the host has no module {self.module!r}, which the router reads") from error
-        if isinstance(self.router, Similarity):
-            found = encoder_digest(host, self.router.encoder)
-            if found != self.router.encoder_digest:
-                raise EditError(
-                    f"the edit's vectors were made by an encoder with checksum {self.router.encoder_digest}, and "
-                    f"{self.router.encoder!r} has {found}; open the same encoder, or fit the edit again"
-                )
+        check_reader(host, self.router, self.module)
 
     def _attach(self, host: ModelHost, number: int | None) -> None:
         reader = host if isinstance(host, Host) else None
@@ -182,18 +148,6 @@ class PromptEdit(RuntimeEdit):
     def summary(self) -> dict[str, Any]:
         """Describe the edit: provenance, how many texts there are and what decides."""
         return {**super().summary(), "entries": len(self.contexts), "router": self.router.name}
-
-
-@torch.no_grad()
-def prompt_states(host: Host, prompt: str, module: str) -> tuple[Tensor, Tensor]:
-    """Return a module's input ``[1, d_in]`` and output ``[1, d_out]`` at a prompt's last token, float32, on the CPU."""
-    layer = host.model.get_submodule(module)
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    row = host.encode_prompt(prompt)
-    with hooks.on_input(layer, inputs.append), hooks.on_output(layer, outputs.append):
-        host.forward(host.batch([row]), keep=1)
-    return inputs[0][:, -1].float().cpu(), outputs[0][:, -1].float().cpu()
 
 
 def _continue(host: Host | None, text: str, tokens: int) -> str:

@@ -195,7 +195,8 @@ class ModelHost(ABC):
     @property
     def shareable(self) -> bool:
         """Whether what follows a text depends on the text alone: not while routers decide at prompts' ends."""
-        return not placed.on(self.model).interventions
+        here = placed.on(self.model)
+        return not here.interventions and not here.substitutes
 
     @property
     def branches(self) -> Mapping[str, Any]:
@@ -223,4 +224,4 @@ class ModelHost(ABC):
     @locking.shared
     def run(self, request: Pass) -> Ran:
         """Run one forward pass, the only way that anything reaches the model; see :mod:`errata.host.passes`."""
-        return passes.run(self.model, request, self.accepts)
+        return passes.run(self.model, request, self.accepts, placed.substituting(self.model))

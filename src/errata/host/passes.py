@@ -102,6 +102,8 @@ class Routing:
         """
         self._ends, self._mask, self._prefix, self._past = ends, mask, prefix, past
         self._ids = ids
+        self.by_host = False
+        """Whether a host runs the pass, and puts other models' logits in place itself."""
         self.decided: dict[str, Tensor] = dict(decided or {})
         """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none."""
 
@@ -138,6 +140,10 @@ class Routing:
         if digest not in self.decided:
             self.decided[digest] = decide()
         return self.decided[digest]
+
+
+Substituting = Callable[[Pass, Tensor, Routing], Tensor]
+"""Gives other logits of the same shape for a pass, given the model's own."""
 
 
 class _Running(local):
@@ -212,8 +218,15 @@ def arguments(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) -> Ran:
+def run(
+    model: nn.Module,
+    request: Pass,
+    accepts: frozenset[str] | None = None,
+    substitute: Substituting | None = None,
+) -> Ran:
     """Run a pass in evaluation mode; ``accepts`` as :func:`arguments` gives it.
+
+    ``substitute`` replaces the logits that the pass asks for, unless interventions are to leave it alone.
 
     With a large vocabulary the output head costs as much as many blocks, so where places are named it computes
     those alone.
@@ -222,18 +235,27 @@ def run(model: nn.Module, request: Pass, accepts: frozenset[str] | None = None) 
     head = output_head(model) if request.at is not None and request.source is None else None
     reduce = nullcontext() if head is None or request.at is None else hooks.gathering(head, *request.at)
     current = _routing(request)
+    if current is not None:
+        current.by_host = True
     with hooks.evaluating(model), reduce, routed(current):
         out = model(**inputs)
     if isinstance(out, Tensor):  # a bare module, that returns nothing else
         return Ran(out)
+    logits = _logits(out.logits, request, gathered=head is not None)
+    if current is not None and substitute is not None and not is_plain():
+        logits = substitute(request, logits, current)
     prefix = out.past_key_values if request.use_cache else None
-    routes = current.decided if current is not None else {}
+    return Ran(logits, prefix, current.decided if current is not None else {})
+
+
+def _logits(logits: Tensor, request: Pass, *, gathered: bool) -> Tensor:
+    """Return those that a pass asks for; ``gathered``: the head has computed them at its places alone."""
     if request.at is None:
-        return Ran(out.logits if request.last is None else out.logits[:, -request.last :], prefix, routes)
-    if head is not None:
-        return Ran(out.logits[0], prefix, routes)
-    row, column = (index.to(out.logits.device) for index in request.at)
-    return Ran(out.logits[row, column], prefix, routes)
+        return logits if request.last is None else logits[:, -request.last :]
+    if gathered:
+        return logits[0]
+    row, column = (index.to(logits.device) for index in request.at)
+    return logits[row, column]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,41 @@ class Rewriter:
     """Of the edit set whose prompts it rewrites; None: all prompts."""
 
 
+class Substitute(Protocol):
+    """What an edit puts in place of a model's logits: those of another model."""
+
+    digest: str
+    order: tuple[str, str]
+
+    def __call__(self, reading: Reading, logits: Tensor, routing: passes.Routing) -> Tensor:
+        """Return other logits ``[n, vocab]`` at the places of a pass, given the model's own."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model reads in one pass, and where logits are returned."""
+
+    ids: Tensor
+    """int64 ``[rows, length]``."""
+    mask: Tensor
+    """Of these ids, bool ``[rows, length]``: True for tokens."""
+    before: int
+    """Columns of earlier passes that the rows continue."""
+    row: Tensor
+    """Of each place, int64 ``[n]``."""
+    column: Tensor
+    """Of each place, in this pass, int64 ``[n]``."""
+
+
 @dataclass
 class Placed:
-    """Interventions by module path, oldest edit first, and rewriters."""
+    """Interventions by module path, oldest edit first, rewriters, and substitutes."""
 
     interventions: Mapping[str, tuple[Intervention, ...]] = field(default_factory=dict)
     """Replaced, never changed, for another thread may be reading."""
     rewriters: tuple[Rewriter, ...] = ()
+    substitutes: tuple[Substitute, ...] = ()
     acts: dict[str, _ModuleActs] = field(default_factory=dict)
     sets: dict[str, int] = field(default_factory=dict)
     """Numbers of edit sets by name, in the order they were first named."""
@@ -63,7 +91,7 @@ class Placed:
     def digests(self) -> frozenset[str]:
         """Edits that have anything in place here."""
         acting = {one.digest for several in self.interventions.values() for one in several}
-        return frozenset(acting | {one.digest for one in self.rewriters})
+        return frozenset(acting | {one.digest for one in (*self.rewriters, *self.substitutes)})
 
 
 _NOTHING = Placed()
@@ -102,10 +130,7 @@ def attach(model: nn.Module, path: str, intervention: Intervention) -> None:
     state.interventions = {**state.interventions, path: several}
     acts.interventions = several
     hooks.attach(model.get_submodule(path), acts, rank=1)
-    if not any(isinstance(hook, _Watch) for hook in model._forward_pre_hooks.values()):
-        watch = _Watch()
-        model.register_forward_pre_hook(watch, with_kwargs=True)
-        model.register_forward_hook(watch.after, with_kwargs=True, always_call=True)
+    _watch(model)
 
 
 def add_rewriter(model: nn.Module, rewriter: Rewriter) -> None:
@@ -114,12 +139,20 @@ def add_rewriter(model: nn.Module, rewriter: Rewriter) -> None:
     state.rewriters = tuple(sorted((*state.rewriters, rewriter), key=lambda one: one.order))
 
 
+def substitute(model: nn.Module, other: Substitute) -> None:
+    """Have another model's logits in place of a model's own, in every thread; of several the newest edit's last."""
+    state: Placed = model.__dict__.setdefault(PLACED, Placed())
+    state.substitutes = tuple(sorted((*state.substitutes, other), key=lambda one: one.order))
+    _watch(model)
+
+
 def remove(model: nn.Module, digest: str) -> None:
     """Take away all that an edit has in place here, if anything."""
     state: Placed | None = model.__dict__.get(PLACED)
     if state is None:
         return
     state.rewriters = tuple(one for one in state.rewriters if one.digest != digest)
+    state.substitutes = tuple(one for one in state.substitutes if one.digest != digest)
     remaining: dict[str, tuple[Intervention, ...]] = {}
     for path, several in state.interventions.items():
         rest = tuple(one for one in several if one.digest != digest)
@@ -130,9 +163,10 @@ def remove(model: nn.Module, digest: str) -> None:
             _leave(model, path, state.acts[path])
     state.interventions = remaining
     state.acts = {path: acts for path, acts in state.acts.items() if path in remaining}
-    if not remaining:
+    watched = bool(remaining or state.substitutes)
+    if not watched:
         _unwatch(model)
-    if not remaining and not state.rewriters and not state.sets:
+    if not watched and not state.rewriters and not state.sets:
         del model.__dict__[PLACED]
 
 
@@ -142,6 +176,13 @@ def _leave(model: nn.Module, path: str, acts: _ModuleActs) -> None:
     except AttributeError:  # a module that is gone took its hook along
         return
     hooks.detach(module, acts)
+
+
+def _watch(model: nn.Module) -> None:
+    if not any(isinstance(hook, _Watch) for hook in model._forward_pre_hooks.values()):
+        watch = _Watch()
+        model.register_forward_pre_hook(watch, with_kwargs=True)
+        model.register_forward_hook(watch.after, with_kwargs=True, always_call=True)
 
 
 def _unwatch(model: nn.Module) -> None:
@@ -200,9 +241,85 @@ class _Watch:
         tokens = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
         passes.enter(passes.Routing(mask=plain, prefix=prefix, ids=tokens))
 
-    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """End the pass that was begun here; its cache keeps the decisions."""
+    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """End the pass that was begun here; its cache keeps the decisions. Return the output with other logits."""
         current = passes.leave()
         cache = getattr(output, "past_key_values", None)
         if current is not None and cache is not None:
             self.routings[cache] = current
+        substitutes = on(model).substitutes
+        routing = current or passes.routing() or passes.Routing()
+        # no output: the pass was stopped, or failed
+        if output is None or not substitutes or routing.by_host or passes.is_plain():
+            return None
+        if cache is not None:
+            _follow_beams(cache, routing if current is None else None, self.routings)
+        ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if not isinstance(ids, Tensor):
+            raise ConfigError(
+                "an edit that answers by another model is in place, and a pass has no token ids"
+            )
+        if not isinstance(mask, Tensor) or mask.ndim != 2:  # transformers leaves out a mask without padding
+            mask = ids.new_ones(len(ids), max(ids.shape[1], _cached(cache)))
+        request = passes.Pass(ids, mask)
+        logits = _substituted(
+            substitutes, request, output[0] if isinstance(output, tuple) else output.logits, routing
+        )
+        if isinstance(output, tuple):
+            return logits, *cast("tuple[Any, ...]", output)[1:]
+        output.logits = logits
+        return output
+
+
+def _cached(cache: Any) -> int:
+    """Return how many tokens a transformers cache holds, those of the pass that filled it last included."""
+    length = getattr(cache, "get_seq_length", None)
+    return 0 if length is None else int(length())
+
+
+def substituting(model: nn.Module) -> passes.Substituting | None:
+    """Return what puts other models' logits in place of a model's own; None where nothing does."""
+    substitutes = on(model).substitutes
+    if not substitutes:
+        return None
+    return lambda request, logits, routing: _substituted(substitutes, request, logits, routing)
+
+
+def _substituted(
+    substitutes: Sequence[Substitute], request: passes.Pass, logits: Tensor, routing: passes.Routing
+) -> Tensor:
+    """Return logits of the same shape: ``[n, vocab]`` at the places of a pass, else ``[rows, last columns, vocab]``."""
+    assert request.ids is not None and request.mask is not None
+    rows, length = request.ids.shape
+    if request.at is not None:
+        row, column = request.at
+    else:
+        last = torch.arange(length - logits.shape[1], length)
+        row, column = torch.arange(rows).repeat_interleave(len(last)), last.repeat(rows)
+    own, before = request.mask[:, -length:].bool(), request.mask.shape[1] - length
+    reading = Reading(request.ids, own, before, row.cpu(), column.cpu())
+    changed = logits.reshape(-1, logits.shape[-1])  # [n, vocab]
+    for one in substitutes:
+        changed = one(reading, changed, routing)
+    return changed.reshape(logits.shape)
+
+
+def _follow_beams(
+    cache: Any, routing: passes.Routing | None, routings: WeakKeyDictionary[Any, passes.Routing]
+) -> None:
+    """Have what is known of rows follow them where a search among beams reorders their cache.
+
+    ``routing``: of the loop that the cache belongs to; None: the one that the cache is looked up by.
+    """
+    if not hasattr(cache, "reorder_cache") or "reorder_cache" in vars(cache):
+        return
+    owner = ref(cache)  # not the cache itself, which would then be freed late
+
+    def follow(beams: Tensor) -> None:
+        own: Any = owner()
+        type(own).reorder_cache(own, beams)
+        current = routings.get(own) if routing is None else routing
+        if current is not None:
+            current.decided = {name: rows[beams.to(rows.device)] for name, rows in current.decided.items()}
+
+    cache.reorder_cache = follow

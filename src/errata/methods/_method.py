@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from errata import config as settings
+from errata.edits.artefact import Artefact
 from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, DataError
@@ -77,6 +78,8 @@ class Method:
     """Whether one fit takes several requests."""
     sequential: bool
     """Whether fits may follow one another on a host that is edited already."""
+    train: Callable[[Host, Any, Workspace], Artefact] | None = None
+    """Trains what its fits then share, on the workspace's examples; None: nothing is trained beforehand."""
     cumulative: bool = False
     """Whether a fit that goes on from an edit gives the whole change, that edit's included, not only what is new."""
     needs: tuple[str, ...] = ()
@@ -141,6 +144,17 @@ class Method:
         """
         with locking.of(host.model).exclusive, hooks.plain_torch(), hooks.evaluating(host.model):
             return self._run(host, requests, config, work, after)
+
+    def train_on(self, host: Host, config: Any, work: Workspace) -> Artefact:
+        """Train the method's editor on a host; the model is held alone meanwhile, and left as it was.
+
+        Raises ConfigError for a method that trains nothing beforehand.
+        """
+        if self.train is None:
+            raise ConfigError(f"{self.name} trains nothing beforehand; errata methods lists those that do")
+        with locking.of(host.model).exclusive, hooks.plain_torch(), hooks.evaluating(host.model):
+            self.check_kind(host)
+            return self.train(host, config, work)
 
     def _run(
         self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None

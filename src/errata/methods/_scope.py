@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from errata.edits.model import ModelEdit
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers._router import Router
 from errata.edits.routers.always import Always
@@ -47,7 +48,7 @@ class TextScope:
 
 
 def scope_router(
-    host: Host, requests: Sequence[Request], earlier: PromptEdit | None, scope: Scope, settings: TextScope,
+    host: Host, requests: Sequence[Request], earlier: PromptEdit | ModelEdit | None, scope: Scope, settings: TextScope,
     work: Workspace, *, encoder: str | None = None,
 ) -> tuple[Router, str]:  # fmt: skip
     """Return a router with an entry for each request, an earlier edit's first, and the module that it reads.

@@ -1,0 +1,203 @@
+"""Edits that change no weight and let another model answer the rows that a router accepts (SERAC).
+
+The other model has the host's vocabulary and is part of the edit. It reads an accepted row with the entry's text before
+it, and its logits take the place of the host's, wherever they are asked for: the host's own hidden states are as they
+were. The decision is made once for a row, at the last token of its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from errata.edits import header as fields
+from errata.edits.edit import Provenance
+from errata.edits.questions import check_module, check_reader, question
+from errata.edits.records import contiguous_copy
+from errata.edits.routers import _stored
+from errata.edits.routers._router import NONE, Router
+from errata.edits.runtime import RuntimeEdit
+from errata.errors import EditError, HostError
+from errata.host import placed
+from errata.host.base import ModelHost
+from errata.host.host import Host
+from errata.host.kinds import CAUSAL, KINDS
+from errata.host.passes import Routing
+from errata.host.replica import model_beside
+
+PREFIX = "model."
+"""Before the names of the other model's weights in a file."""
+PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEdit(RuntimeEdit):
+    """Texts that a router finds for a prompt, and the model that answers with them."""
+
+    kind: ClassVar[str] = "model"
+
+    contexts: tuple[str, ...]
+    """By entry, the text that the other model reads before the prompt."""
+    router: Router
+    """Decides by the prompt: its text, its sentence vector, or what a module of the host reads at its last token."""
+    config: Mapping[str, Any]
+    """What the other model is built from: a transformers configuration as plain data."""
+    weights: Mapping[str, Tensor]
+    """Its weights ``[...]`` by name."""
+    provenance: Provenance
+    module: str = ""
+    """Path of the host's module whose input and output the router reads; empty for a router that reads none."""
+
+    def __post_init__(self) -> None:
+        check_module(self.router, self.module)
+        weights = {name: contiguous_copy(tensor) for name, tensor in self.weights.items()}
+        object.__setattr__(self, "weights", weights)
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """Return the router's tensors ``[entries, ...]`` and the other model's weights ``[...]``."""
+        weights = {f"{PREFIX}{name}": tensor for name, tensor in self.weights.items()}
+        return {**_stored.parts_of(self.router), **weights}
+
+    def body(self) -> Mapping[str, Any]:
+        """Return the texts, the router's settings and the other model's configuration."""
+        body = {
+            "contexts": list(self.contexts),
+            "router": _stored.body_of(self.router),
+            "config": dict(self.config),
+        }
+        return {**body, "module": self.module} if self.module else body
+
+    @property
+    def size(self) -> int:
+        """Bytes of all texts and tensors."""
+        return super().size + sum(len(text.encode()) for text in self.contexts)
+
+    @classmethod
+    def restore(
+        cls, parts: Mapping[str, Tensor], body: Mapping[str, Any], provenance: Provenance
+    ) -> ModelEdit:
+        """Build the edit from its file's tensors ``[...]`` and header. Raises ValueError or KeyError."""
+        weights = {n.removeprefix(PREFIX): t for n, t in parts.items() if n.startswith(PREFIX)}
+        contexts = fields.get_texts(body, "contexts", "the header")
+        config = fields.get_field(body, "config", dict, "the header")
+        module = fields.check_type(body.get("module", ""), str, "module")
+        return cls(contexts, _stored.restore(parts, body), config, weights, provenance, module)
+
+    def _check(self, host: ModelHost) -> None:
+        if host.kind != CAUSAL or not isinstance(host, Host):
+            raise EditError(
+                f"{host.name} is one of the {KINDS[host.kind].plural}; edits that answer by another model act on "
+                "causal language models"
+            )
+        for name, tensor in self.parts().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise EditError(f"{name} of edit {self.digest} holds NaN or infinite numbers; refused")
+        check_reader(host, self.router, self.module)
+
+    def _attach(self, host: ModelHost, number: int | None) -> None:
+        assert isinstance(host, Host)
+        placed.substitute(host.model, _OtherModel(self, host, number))
+
+    def other(self, host: Host) -> Host:
+        """Build the other model beside a host. Raises EditError where it cannot be built, or has another vocabulary."""
+        try:
+            return model_beside(host, self.config, self.weights, name=f"the model of edit {self.digest}")
+        except HostError as error:
+            raise EditError(str(error)) from error
+
+    def summary(self) -> dict[str, Any]:
+        """Describe the edit: provenance, how many texts there are, what decides, and the model that answers."""
+        return {
+            **super().summary(),
+            "entries": len(self.contexts),
+            "router": self.router.name,
+            "model": str(self.config.get("model_type", "")),
+        }
+
+
+def behind_context(host: Host, context: str, row: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Put a text before a row of ids, behind the tokens that begin every text; return ids and tokens inserted.
+
+    What a model's window does not hold of the row is left out, its first tokens first; the number is then less.
+    """
+    special, first = set(host.tokenizer.all_special_ids), 0
+    while first < len(row) and row[first] in special:
+        first += 1
+    before = (*row[:first], *host.encode(context, special=False).ids)
+    excess = 0 if host.window is None else max(0, len(before) + len(row) - first - host.window)
+    return (*before, *row[first + excess :]), len(before) - first - excess
+
+
+def _numbers(whole: Tensor) -> list[int]:
+    """Return the numbers of a tensor ``[n]``."""
+    return list(map(int, whole))
+
+
+class _OtherModel:
+    """The other model of an edit in place; called by the model's hook."""
+
+    def __init__(self, edit: ModelEdit, host: Host, number: int | None) -> None:
+        self.edit, self.host, self.number = edit, host, number
+        self.digest, self.order = edit.digest, edit.order
+        self.history = f"{edit.digest} ids"
+        """Name under which a routing keeps the ids that rows had in earlier passes."""
+        self.other = edit.other(host)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OtherModel:
+        return self  # frozen; a copy of the host is answered for by the same model
+
+    def __call__(self, reading: placed.Reading, logits: Tensor, routing: Routing) -> Tensor:
+        """Return logits ``[n, vocab]``, those of the other model at the places of rows that an entry acts on."""
+        ids = self._ids(reading, routing)
+        rows = len(ids)
+        entry = routing.decision(self.digest, lambda: self._decide(ids, reading, routing)).cpu()
+        acting = entry != NONE
+        members = routing.members(self.number, rows)
+        if members is not None:
+            acting = acting & members.cpu()
+        column = reading.before + reading.column
+        chosen = (acting[reading.row] & (ids[reading.row, column] != PADDING)).nonzero()[:, 0]
+        if not len(chosen):
+            return logits
+        places = list(zip(_numbers(reading.row[chosen]), _numbers(column[chosen]), strict=True))
+        used = sorted({row for row, _ in places})
+        texts: list[tuple[int, ...]] = []
+        inserted: dict[int, int] = {}
+        for row in used:
+            own = _numbers(ids[row][ids[row] != PADDING])
+            text, inserted[row] = behind_context(self.other, self.edit.contexts[int(entry[row])], own)
+            texts.append(text)
+        index = (ids != PADDING).cumsum(1) - 1  # [rows, columns]: of each token in its own text
+        at = torch.tensor([max(0, int(index[row, one]) + inserted[row]) for row, one in places])
+        line = torch.tensor([used.index(row) for row, _ in places])
+        answers = self.other.forward_at(self.other.batch(texts), line, at)
+        return logits.index_put((chosen.to(logits.device),), answers.to(logits))
+
+    def _ids(self, reading: placed.Reading, routing: Routing) -> Tensor:
+        """Return the ids of all columns so far, int64 ``[rows, columns]``; padding also where they are not known."""
+        own = torch.where(reading.mask, reading.ids, PADDING).cpu()
+        if not reading.before:
+            whole = own
+        else:
+            earlier = routing.decided.get(self.history)
+            if earlier is None or earlier.shape[1] < reading.before:
+                earlier = own.new_full((len(own), reading.before), PADDING)
+            whole = torch.cat([earlier[:, : reading.before], own], 1)
+        routing.decided[self.history] = whole
+        return whole
+
+    def _decide(self, ids: Tensor, reading: placed.Reading, routing: Routing) -> Tensor:
+        rows, length = reading.ids.shape
+        ends = routing.ends(rows, length).cpu()
+        decisions = torch.full((rows,), NONE)
+        for row in _numbers((ends >= 0).nonzero()[:, 0]):
+            prompt = ids[row, : reading.before + int(ends[row]) + 1]
+            own = _numbers(prompt[prompt != PADDING])
+            text = self.host.tokenizer.decode(own, skip_special_tokens=True)
+            asked = question(self.host, self.edit.router, text, own, self.edit.module)
+            decisions[row] = int(self.edit.router.decide(asked))
+        return decisions

@@ -1,0 +1,44 @@
+"""Cases as what an editor is trained on: a request, prompts in its scope with their answers, and prompts outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from errata.types import Case, Request
+from errata.types.kinds import kind_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request of a training set."""
+
+    request: Request
+    inside: tuple[tuple[str, str], ...]
+    """Prompts in scope, each with the answer that the edit should give; the request's own first."""
+    outside: tuple[str, ...]
+    """Prompts whose answers the edit must not change."""
+
+
+def examples_of(cases: Iterable[Case], *, consequences: bool = False) -> list[Example]:
+    """Return the requests of cases with the prompts of their probes.
+
+    In scope are the probes of what an edit teaches, with ``consequences`` also those of what follows from it; out of
+    scope those of what it must keep. Cases of several requests are left out: their prompts belong to no single one.
+    """
+    groups = ("learned", "follows") if consequences else ("learned",)
+    return [_example(case, groups) for case in cases if not case.also]
+
+
+def _example(case: Case, groups: tuple[str, ...]) -> Example:
+    inside = {case.request.text: case.request.target}
+    outside: dict[str, None] = {}
+    for probe in case.probes:
+        if probe.form != "short" or not probe.answers:
+            continue
+        group = kind_of(probe.kind).group
+        if group in groups and probe.changes:
+            inside.setdefault(probe.prompt, probe.answers[0])
+        elif group == "kept" and not probe.changes:
+            outside.setdefault(probe.prompt)
+    return Example(case.request, tuple(inside.items()), tuple(outside))

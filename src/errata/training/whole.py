@@ -1,0 +1,94 @@
+"""Train all weights of a model on rows of tokens, keeping those with the least loss on rows that are held out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errata.host import hooks
+from errata.host.host import Host
+from errata.progress import OnProgress
+from errata.training.tune import Line
+
+
+@dataclass(frozen=True)
+class WholeTraining:
+    """Settings of the training."""
+
+    steps: int
+    """Steps of AdamW at most."""
+    rows: int
+    """Rows in a step."""
+    learning_rate: float
+    """AdamW's."""
+    every: int
+    """Steps between evaluations on the held-out rows."""
+    patience: int
+    """Evaluations without a lower loss after which training ends."""
+
+
+def train_model(
+    model: Host, lines: Sequence[Line], held: Sequence[Line], settings: WholeTraining, *, seed: int,
+    on_progress: OnProgress,
+) -> dict[str, float]:  # fmt: skip
+    """Train a model in place on -log p of lines' targets; return the steps taken and losses, nats a token.
+
+    With ``held`` lines the weights are in the end those of the least loss on them, else the last.
+    """
+    weights = [p for p in model.model.parameters() if p.is_floating_point()]
+    draw = random.Random(f"model {seed}")
+    best, kept, waited, loss, step = float("inf"), None, 0, 0.0, 0
+    with hooks.evaluating(model.model):
+        for weight in weights:
+            weight.requires_grad_(True)
+        optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate)
+        for step in range(1, settings.steps + 1):
+            chosen = [lines[draw.randrange(len(lines))] for _ in range(settings.rows)]
+            value = _loss(model, chosen)
+            for weight, gradient in zip(
+                weights, torch.autograd.grad(value, weights, allow_unused=True), strict=True
+            ):
+                weight.grad = gradient
+            optimizer.step()
+            loss = float(value.detach())
+            on_progress("model", step, settings.steps)
+            if not held or (step % settings.every and step < settings.steps):
+                continue
+            now = held_out_loss(model, held, settings.rows)
+            waited = 0 if now < best else waited + 1
+            if now < best:
+                best, kept = now, [weight.detach().clone() for weight in weights]
+            if waited >= settings.patience:
+                break
+        if kept is not None:
+            with torch.no_grad():
+                for weight, value in zip(weights, kept, strict=True):
+                    weight.copy_(value)
+    for weight in weights:
+        weight.grad = None
+        weight.requires_grad_(False)
+    return {"steps": step, "loss": loss, **({"held_out_loss": best} if kept is not None else {})}
+
+
+@torch.no_grad()
+def held_out_loss(model: Host, lines: Sequence[Line], rows: int) -> float:
+    """Return the mean of -log p over the targets of lines, nats a token, run ``rows`` at a time."""
+    sums = [(_loss(model, part), sum(len(line.at) for line in part)) for part in _parts(lines, rows)]
+    return sum(float(loss) * count for loss, count in sums) / sum(count for _, count in sums)
+
+
+def _parts(lines: Sequence[Line], rows: int) -> list[Sequence[Line]]:
+    return [lines[first : first + rows] for first in range(0, len(lines), rows)]
+
+
+def _loss(model: Host, lines: Sequence[Line]) -> Tensor:
+    row = torch.tensor([i for i, line in enumerate(lines) for _ in line.at])
+    at = torch.tensor([place for line in lines for place in line.at])
+    targets = torch.tensor([token for line in lines for token in line.targets])
+    logits = model.forward_at(model.batch([line.ids for line in lines]), row, at).float()
+    return functional.cross_entropy(logits, targets.to(logits.device))
