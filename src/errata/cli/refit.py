@@ -12,7 +12,7 @@ from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
-    from errata.edits import WeightEdit
+    from errata.edits import Edit
 
 Files = Annotated[list[Path], typer.Argument(metavar="EDIT...", help="Files of closed-form edits.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
@@ -35,7 +35,7 @@ def refit(
 
 
 def retract(
-    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="A file of a closed-form edit.")],
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="A file of an edit.")],
     request: Annotated[
         list[str],
         typer.Option(
@@ -49,7 +49,10 @@ def retract(
     dry_run: DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Remove requests from a closed-form edit, as if they had never been made. No model needed.
+    """Remove requests from an edit, as if they had never been made. No model needed.
+
+    A closed-form edit is solved again without them; a memory or a prompt edit loses their entries, where each request has
+    its own. Other edits are refused.
 
     Prints the requests it removes. A text that is the id of one request and the number of another counts as
     the id, with a note.
@@ -68,16 +71,19 @@ def retract(
 
 
 def _finish(
-    edit: WeightEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
+    edit: Edit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
+    from errata.edits import WeightEdit
     from errata.edits.algebra import leverages
 
-    shares = leverages(edit)
+    closed = isinstance(edit, WeightEdit)
+    shares = leverages(edit) if closed else [None] * len(edit.provenance.requests)
     requests = edit.provenance.requests
     path = None if dry_run else edit.save(output)
     if json:
-        table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
+        own = zip(requests, shares, strict=True)
+        table = [{**r.to_dict(), **({} if s is None else {"leverage": s})} for r, s in own]
         document = {"path": None if path is None else str(path), "requests": table, "digest": edit.digest}
         common.emit({**document, "retracted": retracted, "notes": notes} if retracted else document)
         return
@@ -94,12 +100,15 @@ def _finish(
     rows = []
     for i, (request, share) in enumerate(zip(requests, shares, strict=True), 1):
         fields = request.to_dict()
-        rows.append((i, *(fields.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
-    common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
+        shown = () if share is None else (f"{share:.3f}",)
+        rows.append((i, *(fields.get(k, "") for k in ("id", "prompt", "subject", "target")), *shown))
+    columns = ("", "id", "prompt", "subject", "target", *(("leverage",) if closed else ()))
+    common.table(None, columns, rows, right=(0, 5))
     status = (
         "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
     )
-    print(f"{len(requests)} requests in one edit, norm {edit.norm():.4g}; {status}")
+    size = f"norm {edit.norm():.4g}" if isinstance(edit, WeightEdit) else f"{edit.size / 1000:.1f} kB"
+    print(f"{len(requests)} requests in one edit, {size}; {status}")
 
 
 VERBS = (Verb("refit", refit, order=80), Verb("retract", retract, order=81))

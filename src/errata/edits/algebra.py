@@ -12,6 +12,8 @@ from dataclasses import replace
 
 from errata.edits.edit import Edit, timestamp
 from errata.edits.records import Record
+from errata.edits.runtime import RuntimeEdit
+from errata.edits.undo import without
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import EditError
 
@@ -43,20 +45,22 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
     return _solve(total, total.records, parents)
 
 
-def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
-    """Return the edit recomputed without some of its requests.
+def retract(edit: Edit, which: str | int | Sequence[str | int]) -> Edit:
+    """Return the edit without some of its requests: recomputed, or of one that acts at run time without their entries.
 
     ``which``: ids of requests as texts, or whole numbers that index ``edit.provenance.requests``, so that 0 is
     the first; the command line and all messages count from 1. Several are retracted in any order. Raises EditError
     when there is no such request, or when none would be left (then revert the whole edit).
     """
-    full = _require_records(edit)
+    full = edit if isinstance(edit, RuntimeEdit) else _require_records(edit)
     items = [which] if isinstance(which, (str, int)) else list(which)
     requests = full.provenance.requests
     retracted = {request_index(full, item) for item in items}
     rest = [i for i in range(len(requests)) if i not in retracted]
     if not rest:
         raise EditError("no request would be left: revert the whole edit instead")
+    if isinstance(full, RuntimeEdit):
+        return without(full, sorted(retracted))
     records = {name: record.select(rest) for name, record in full.records.items()}
     provenance = replace(full.provenance, requests=tuple(requests[i] for i in rest))
     return _solve(replace(full, provenance=provenance), records, [edit])

@@ -53,6 +53,10 @@ Published = Mapping[Shape, Mapping[str, Any]]
 """Settings of a method's paper or its authors' code, by the shape of model they were used for."""
 
 
+Undo = Literal["any", "latest", "none"]
+"""Any request of several; the latest, others leaving what was fitted beside them as it is; or none, only whole edits."""
+
+
 class Baseline(NamedTuple):
     """A method that others are compared with."""
 
@@ -78,6 +82,9 @@ class Method:
     """Whether one fit takes several requests."""
     sequential: bool
     """Whether fits may follow one another on a host that is edited already."""
+    undo: Undo = "none"
+    """Of edits that act at run time: which requests can be taken out as if they had never been made. Those of weights
+    are solved again, see :mod:`errata.edits.algebra`."""
     train: Callable[[Host, Any, Workspace], Artefact] | None = None
     """Trains what its fits then share, on the workspace's examples; None: nothing is trained beforehand."""
     cumulative: bool = False

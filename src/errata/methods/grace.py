@@ -211,6 +211,7 @@ METHOD = Method(
     paper="Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors, NeurIPS 2023, arXiv 2211.11031",
     config=Config,
     fit=fit,
+    undo="latest",
     gives=MemoryEdit,
     batch=True,
     sequential=True,

@@ -191,6 +191,7 @@ METHOD = Method(
     paper="Can We Edit Factual Knowledge by In-Context Learning?, EMNLP 2023, arXiv 2305.12740",
     config=Config,
     fit=fit,
+    undo="latest",
     gives=PromptEdit,
     batch=True,
     sequential=True,

@@ -79,6 +79,7 @@ METHOD = Method(
     "arXiv 2305.12740",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

@@ -184,6 +184,7 @@ METHOD = Method(
     "ICML 2022, arXiv 2206.06520",
     config=Config,
     fit=fit,
+    undo="any",
     gives=MemoryEdit,
     batch=True,
     sequential=True,

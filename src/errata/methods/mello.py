@@ -98,6 +98,7 @@ METHOD = Method(
     "arXiv 2305.14795",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

@@ -64,6 +64,7 @@ METHOD = Method(
     "arXiv 2005.11401",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

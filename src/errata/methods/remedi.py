@@ -220,6 +220,7 @@ METHOD = Method(
     paper="Inspecting and Editing Knowledge Representations in Language Models, COLM 2024, arXiv 2304.00740",
     config=Config,
     fit=fit,
+    undo="any",
     gives=MemoryEdit,
     batch=True,
     sequential=True,

@@ -82,6 +82,7 @@ METHOD = Method(
     paper="Selective Contextual Reasoning, baseline, arXiv 2606.00570",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

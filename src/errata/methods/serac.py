@@ -241,6 +241,7 @@ METHOD = Method(
     config=Config,
     fit=fit,
     train=train,
+    undo="any",
     gives=ModelEdit,
     batch=True,
     sequential=True,

@@ -193,6 +193,7 @@ METHOD = Method(
     paper="Transformer-Patcher: One Mistake worth One Neuron, ICLR 2023, arXiv 2301.09785",
     config=Config,
     fit=fit,
+    undo="latest",
     gives=MemoryEdit,
     batch=True,
     sequential=True,

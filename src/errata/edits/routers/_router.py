@@ -56,6 +56,8 @@ class Router(ABC):
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[Reading]] = frozenset({"states"})
+    per_entry: ClassVar[tuple[str, ...] | None] = None
+    """Fields whose first axis, or whose items, are the entries; None: entries cannot be told apart."""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
@@ -99,6 +101,22 @@ class Router(ABC):
         calibrated = replace(self, threshold=bound)
         share_in, share_out = float((inside > bound).float().mean()), float((outside > bound).float().mean())
         return calibrated, Calibration(bound, share_in, share_out)
+
+    def select(self, entries: Sequence[int]) -> Router:
+        """Return the router of some entries, in the order of their numbers here.
+
+        Raises EditError for a router that does not tell its entries apart.
+        """
+        if self.per_entry is None:
+            raise EditError(f"a {self.name} router does not tell its entries apart")
+        chosen: dict[str, Any] = {}
+        for name in self.per_entry:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                chosen[name] = value[torch.tensor(list(entries), dtype=torch.long)]
+            elif value is not None:
+                chosen[name] = tuple(value[i] for i in entries)
+        return replace(self, **chosen)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors ``[entries, ...]``, by field."""

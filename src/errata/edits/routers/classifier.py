@@ -25,6 +25,7 @@ class Classifier(Router):
 
     name: ClassVar[str] = "classifier"
     reads: ClassVar[frozenset[Reading]] = frozenset({"vectors"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("keys",)
     keys: Tensor
     """P e of each entry ``[entries, k]``."""
     projection: Tensor

@@ -19,6 +19,7 @@ class Cosine(Router):
     """Accepts rows whose cosine with a key exceeds the threshold."""
 
     name: ClassVar[str] = "cosine"
+    per_entry: ClassVar[tuple[str, ...] | None] = ("keys",)
     keys: Tensor
     """``[entries, d_in]``."""
     threshold: float = 0.5

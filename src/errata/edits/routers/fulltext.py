@@ -23,6 +23,7 @@ class FullText(Router):
 
     name: ClassVar[str] = "fulltext"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("passages",)
     passages: tuple[str, ...]
     """By entry, the text that prompts are compared with."""
     threshold: float = 0.0

@@ -19,6 +19,7 @@ class Gate(Router):
     """Accepts rows for which sigmoid(w h + b) exceeds the threshold."""
 
     name: ClassVar[str] = "gate"
+    per_entry: ClassVar[tuple[str, ...] | None] = ("weights", "biases")
     weights: Tensor
     """w, ``[entries, d_in]``."""
     biases: Tensor

@@ -19,6 +19,7 @@ class Lexical(Router):
 
     name: ClassVar[str] = "lexical"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("phrases",)
     phrases: tuple[str, ...]
     """By entry, the name that a prompt must contain."""
 

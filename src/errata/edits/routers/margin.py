@@ -21,6 +21,7 @@ class Margin(Router):
     """Accepts rows on which a side memory's change of the output is longer than the threshold."""
 
     name: ClassVar[str] = "margin"
+    per_entry: ClassVar[tuple[str, ...] | None] = ("changes", "thresholds")
     changes: Tensor
     """W' - W of each entry, ``[entries, d_out, d_in]``."""
     threshold: float = 0.0

@@ -21,6 +21,7 @@ class Radius(Router):
     """Accepts rows whose site input lies within an entry's radius, Euclidean, in float32."""
 
     name: ClassVar[str] = "radius"
+    per_entry: ClassVar[tuple[str, ...] | None] = ("keys", "radii")
     keys: Tensor
     """``[entries, d_in]``."""
     radii: Tensor

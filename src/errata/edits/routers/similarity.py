@@ -22,6 +22,7 @@ class Similarity(Router):
 
     name: ClassVar[str] = "similarity"
     reads: ClassVar[frozenset[Reading]] = frozenset({"vectors"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("keys",)
     keys: Tensor
     """Sentence vectors of unit length ``[entries, d]``."""
     threshold: float = 0.5

@@ -25,6 +25,7 @@ class Statement(Router):
 
     name: ClassVar[str] = "statement"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text", "states"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("phrases", "weights", "biases")
     phrases: tuple[str, ...]
     """By entry, the subject that a prompt must contain, as whole words, whatever their capitals."""
     weights: Tensor
