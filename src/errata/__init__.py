@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from errata.bench.judging import JudgedCell, judge_run
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
+    from errata.edits.export import Export, export
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
@@ -30,6 +31,8 @@ _HOME = {
     "check_edit": "errata.api",
     "evaluate": "errata.api",
     "Edit": "errata.edits",
+    "Export": "errata.edits.export",
+    "export": "errata.edits.export",
     "refit": "errata.edits.algebra",
     "retract": "errata.edits.algebra",
     "leverages": "errata.edits.algebra",
@@ -54,6 +57,7 @@ __all__ = [
     "Edit",
     "EditCheck",
     "ErrataError",
+    "Export",
     "Host",
     "ImageRequest",
     "Job",
@@ -65,6 +69,7 @@ __all__ = [
     "check_edit",
     "edit",
     "evaluate",
+    "export",
     "judge_run",
     "lab",
     "leverages",
