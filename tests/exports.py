@@ -19,7 +19,8 @@ def open_checkpoint(folder: Path, host: Host, **options: Any) -> Host:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == host.tokenizer.get_vocab()
+    text = "Ada Brenner was born in Tallow. Éric said: «oui»."
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == host.tokenizer(text)["input_ids"]
     return Host(model, host.tokenizer, name=f"{host.name} exported")
 
 

@@ -25,7 +25,7 @@ from errata.host import wider
 from errata.host.host import Host
 from errata.linalg.lowrank import LowRank, nearest
 from tests.exports import Client, open_adapter, open_checkpoint
-from tests.models import fresh
+from tests.models import fresh, tokenizer
 
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
 BRUNO = errata.Request("{} plays the", "Bruno Holner", "harp")
@@ -428,27 +428,52 @@ def test_an_adapter_merged_by_peft_is_the_checkpoint(tmp_path):
         agree(edit, host, Host(merged, host.tokenizer, name="merged"))
 
 
-def test_an_adapter_of_a_t5_and_of_a_bert(tmp_path):
-    """Other kinds of model have no text to compare here: the weight beside and the factors' product are the same."""
+@pytest.mark.parametrize("kind", ["t5", "bert", "classifier"])
+def test_other_kinds_of_model_are_exported(kind, tmp_path):
+    """Opened by transformers or peft, their logits are those of the edit in place."""
     import peft
-    from transformers import BertConfig, BertForMaskedLM
+    import transformers
 
-    from tests.models import tokenizer
-
-    config = BertConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=2,
-    )  # fmt: skip
+    sizes = {"vocab_size": 400, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    bert = {**sizes, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 2}
     words = copy.deepcopy(tokenizer())
     words.add_special_tokens({"mask_token": "<|pad|>"})
-    host = Host(BertForMaskedLM(config).eval(), words, name="tiny bert")
-    edit = errata.edit(host, ADA, method="lora", steps=2)
-    errata.export(edit, tmp_path / "out", to="peft", host=host)
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "out")
-    merged = adapted.merge_and_unload()
-    with edit.on(host):
-        for name in edit.deltas:
-            torch.testing.assert_close(merged.get_parameter(name), host.model.get_parameter(name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "t5":
+            config = transformers.T5Config(
+                vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=2,
+                bos_token_id=0, eos_token_id=1, pad_token_id=2,
+            )  # fmt: skip
+            model, opener = (
+                transformers.T5ForConditionalGeneration(config),
+                transformers.AutoModelForSeq2SeqLM,
+            )
+        elif kind == "bert":
+            model, opener = (
+                transformers.BertForMaskedLM(transformers.BertConfig(**bert)),
+                transformers.AutoModelForMaskedLM,
+            )
+        else:
+            config = transformers.BertConfig(
+                **bert, id2label={0: "Merrin", 1: "Esk"}, label2id={"Merrin": 0, "Esk": 1}
+            )
+            model = transformers.BertForSequenceClassification(config)
+            opener = transformers.AutoModelForSequenceClassification
+    host = errata.load(model.eval(), words, device="cpu")
+    edit = errata.edit(host, ADA, method="lora", steps=5, scale="published", learning_rate=0.05)
+    errata.export(edit, tmp_path / "full", to="checkpoint", host=host)
+    errata.export(edit, tmp_path / "adapter", to="peft", host=host)
+    ids = torch.tensor([words(ADA.text)["input_ids"]])
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if kind == "t5" else {})}
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "adapter")
+    with torch.no_grad():
+        plain = host.model(**inputs).logits
+        with edit.on(host):
+            expected = host.model(**inputs).logits
+        assert float((expected - plain).abs().max()) > 1e-3
+        for exported in (opener.from_pretrained(tmp_path / "full"), adapted):
+            torch.testing.assert_close(exported.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_wide_change_is_approximated_only_when_asked_for(tmp_path):

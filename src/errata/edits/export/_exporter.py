@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from safetensors import SafetensorError
+
 from errata import files
 from errata.edits.edit import Edit, versions
 from errata.errors import ConfigError, EditError
@@ -132,13 +134,17 @@ def write_folder(
         if host is not None:
             if host.edited:
                 raise EditError(
-                    f"edits are in place on {host.name}: {', '.join(host.placed)}; revert them, so that the "
-                    "export holds "
-                    "this edit alone"
+                    f"edits are in place on {host.name}: {', '.join(host.placed)}; revert them, so that the export "
+                    "holds this edit alone"
                 )
             overrides = edit.overridden_checks(host, foreign=options.foreign)
         plan = exporter.plan(edit, host, options)
-        names = () if dry_run else _write(exporter, edit, plan, target)
+        record = {
+            "exporter": exporter.name, "edit": edit.digest, "kind": edit.kind, "method": edit.provenance.method,
+            "requests": len(edit.provenance.requests), "host": edit.provenance.host, "versions": versions(),
+            "overrides": list(overrides), **plan.facts,
+        }  # fmt: skip
+        names = () if dry_run else _write(plan, record, target.absolute())
         return Export(exporter.name, target, edit.digest, plan.facts, names, overrides)
 
     return run() if host is None else locking.alone(host, run)
@@ -185,7 +191,7 @@ def _recorded(folder: Path) -> set[str]:
     return {RECORD, *map(str, cast("dict[str, Any]", names))}
 
 
-def _write(exporter: Exporter, edit: Edit, plan: Plan, target: Path) -> tuple[str, ...]:
+def _write(plan: Plan, record: Mapping[str, Any], target: Path) -> tuple[str, ...]:
     """Write a folder beside the target and put it in its place; return the names of its files."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     old = target.with_name(f"{target.name}.{os.getpid()}.old")
@@ -193,21 +199,19 @@ def _write(exporter: Exporter, edit: Edit, plan: Plan, target: Path) -> tuple[st
         part.mkdir()
         plan.write(part)
         names = tuple(sorted(path.name for path in part.iterdir()))
-        record = {
-            "exporter": exporter.name, "edit": edit.digest, "kind": edit.kind, "method": edit.provenance.method,
-            "requests": len(edit.provenance.requests), "host": edit.provenance.host, "versions": versions(),
-            **plan.facts, "files": {name: _checksum(part / name) for name in names},
-        }  # fmt: skip
-        text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
+        whole = {**record, "files": {name: _checksum(part / name) for name in names}}
+        text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
         (part / RECORD).write_text(f"{text}\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
         part.rename(target)
-    except OSError as problem:
+    except (OSError, SafetensorError) as problem:  # as where the disk is full
+        raise EditError(
+            f"cannot write {target}: {getattr(problem, 'strerror', None) or problem}"
+        ) from problem
+    finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        raise EditError(f"cannot write {target}: {problem.strerror or problem}") from problem
-    finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return (*names, RECORD)

@@ -21,13 +21,13 @@ from errata.edits.memory import MemoryEdit
 from errata.edits.weight import WeightEdit
 from errata.errors import EditError
 from errata.host.base import ModelHost
-from errata.host.kinds import CAUSAL, CLASSIFIER, ENCODER_DECODER
+from errata.host.kinds import CAUSAL, ENCODER_DECODER
 from errata.host.layout import stored_transposed
 from errata.linalg.lowrank import LowRank, nearest
 
 WHAT = "a PEFT adapter"
-TASKS = {CAUSAL: "CAUSAL_LM", ENCODER_DECODER: "SEQ_2_SEQ_LM", CLASSIFIER: "SEQ_CLS"}
-"""What PEFT calls the kinds of model; others have none."""
+TASKS = {CAUSAL: "CAUSAL_LM", ENCODER_DECODER: "SEQ_2_SEQ_LM"}
+"""What PEFT calls the kinds of model. Not that of classifiers, for which it wants their head in the adapter, too."""
 PREFIX = "base_model.model."
 
 

@@ -79,10 +79,8 @@ def _refuse_router(router: Router) -> None:
     own = isinstance(router, Similarity) and router.encoder is None
     if "states" in router.reads or own:
         raise EditError(
-            f"the {router.name} router decides by {'vectors' if own else 'states'} of the edited model "
-            "itself, which a "
-            "client of another program does not have; fit the edit with a scope by subject, a retriever by "
-            "words, or a "
+            f"the {router.name} router decides by {'vectors' if own else 'states'} of the edited model itself, which "
+            "no client of another program has; fit the edit with a scope by subject, a retriever by words or a "
             f"sentence encoder by name, or {INSTEAD}"
         )
     if router.name not in RULES:
