@@ -1,4 +1,4 @@
-"""What reads exports: transformers, peft, and a client that knows the exported JSON alone."""
+"""What reads exports: transformers, peft, and a client that knows the exported JSON alone; edits to export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+import errata
+from errata.edits.memory import Intervention, MemoryEdit
+from errata.edits.routers.always import Always
+from errata.errors import ErrataError
 from errata.host.host import Host
+
+ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
+BRUNO = errata.Request("{} plays the", "Bruno Holner", "harp")
 
 
 def open_checkpoint(folder: Path, host: Host, **options: Any) -> Host:
@@ -102,3 +112,34 @@ class Client:
 
 def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
+
+
+def refused(edit: errata.Edit, folder: Path, match: str, **options: object) -> str:
+    """Nothing is written, and the host is as it was."""
+    host = options.get("host")
+    before = host.weights_hash() if isinstance(host, Host) else None
+    with pytest.raises(ErrataError, match=match) as caught:
+        errata.export(edit, folder, **options)
+    assert not folder.exists() and not list(folder.parent.glob(f"{folder.name}*"))
+    assert before is None or host.weights_hash() == before
+    return str(caught.value)
+
+
+def neurons(host: Host, layers: dict[int, int], activation: str, *, seed: int = 0) -> MemoryEdit:
+    """Random neurons beside feed-forwards, so many by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    width = host.layout.width
+    interventions = tuple(
+        Intervention(
+            host.layout.feed_forward(layer), "slots",
+            {
+                "keys": torch.randn(1, count, width, generator=generator),
+                "biases": torch.randn(1, count, generator=generator),
+                "values": torch.randn(1, count, width, generator=generator),
+            },
+            "all", activation,
+        )
+        for layer, count in layers.items()
+    )  # fmt: skip
+    record = errata.edit(host, ADA, method="in_prompt").provenance
+    return MemoryEdit(interventions, Always(), record)

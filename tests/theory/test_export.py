@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +12,18 @@ from torch import nn
 from torch.nn import functional
 
 import errata
-from errata.edits.export import EXPORTERS
-from errata.edits.memory import Intervention, MemoryEdit
+from errata.edits.memory import Intervention
 from errata.edits.prompt import PromptEdit
-from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.similarity import Similarity
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError, EditError, ErrataError, HostError
+from errata.errors import HostError
 from errata.host import wider
 from errata.host.host import Host
 from errata.linalg.lowrank import LowRank, nearest
-from tests.exports import Client, open_adapter, open_checkpoint
+from tests.exports import ADA, BRUNO, Client, neurons, open_adapter, open_checkpoint, refused
 from tests.models import fresh, tokenizer
 
-ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
-BRUNO = errata.Request("{} plays the", "Bruno Holner", "harp")
 PROMPTS = [ADA.text, BRUNO.text, "The rain fell on the", "Éric said"]
 CALINET = {"method": "calinet", "steps": 60, "slots": 8}
 UNGATED = [
@@ -70,37 +65,6 @@ def agree(edit: errata.Edit, host: Host, exported: Host, *, close: float = 1e-5)
     assert float((expected - plain).abs().max()) > 100 * close * scale, "the edit was to be seen"
     torch.testing.assert_close(logits(exported).to(expected), expected, rtol=0, atol=close * max(scale, 1.0))
     assert exported.generate(PROMPTS, max_new_tokens=6, natural_stop=False) == answers
-
-
-def refused(edit: errata.Edit, folder: Path, match: str, **options: object) -> str:
-    """Nothing is written, and the host is as it was."""
-    host = options.get("host")
-    before = host.weights_hash() if isinstance(host, Host) else None
-    with pytest.raises(ErrataError, match=match) as caught:
-        errata.export(edit, folder, **options)
-    assert not folder.exists() and not list(folder.parent.glob(f"{folder.name}*"))
-    assert before is None or host.weights_hash() == before
-    return str(caught.value)
-
-
-def neurons(host: Host, layers: dict[int, int], activation: str, *, seed: int = 0) -> MemoryEdit:
-    """Random neurons beside feed-forwards, so many by layer."""
-    generator = torch.Generator().manual_seed(seed)
-    width = host.layout.width
-    interventions = tuple(
-        Intervention(
-            host.layout.feed_forward(layer), "slots",
-            {
-                "keys": torch.randn(1, count, width, generator=generator),
-                "biases": torch.randn(1, count, generator=generator),
-                "values": torch.randn(1, count, width, generator=generator),
-            },
-            "all", activation,
-        )
-        for layer, count in layers.items()
-    )  # fmt: skip
-    record = errata.edit(host, ADA, method="in_prompt").provenance
-    return MemoryEdit(interventions, Always(), record)
 
 
 # --- weights in a checkpoint ----------------------------------------------------------------
@@ -606,125 +570,3 @@ def test_routers_that_read_the_model_are_refused(tmp_path):
     refused(stated, tmp_path / "out", "statement router decides by states", to="prompts")
     weights = errata.edit(host, ADA, method="ft", steps=1)
     refused(weights, tmp_path / "out", "no texts to put into prompts", to="prompts")
-
-
-# --- folders, hosts, options --------------------------------------------------------------------
-
-
-def test_only_an_earlier_export_is_replaced(tmp_path):
-    host = fresh("llama")
-    first, second = (errata.edit(host, request, method="in_prompt") for request in (ADA, BRUNO))
-    out = tmp_path / "out"
-    out.mkdir()
-    errata.export(first, out, to="prompts")
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(EditError, match="--force"):
-        errata.export(second, out, to="prompts")
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    adapter = errata.edit(host, ADA, method="lora", steps=2)
-    errata.export(adapter, out, to="peft", host=host, force=True)
-    assert {p.name for p in out.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "errata-export.json",
-    }
-    with pytest.raises(EditError, match="no texts"):
-        errata.export(adapter, out, to="prompts", force=True)
-    assert (out / "adapter_config.json").exists(), "a refusal replaces nothing"
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(EditError, match=r"notes\.txt.*no export wrote"):
-        errata.export(first, out, to="prompts", force=True)
-    assert (out / "notes.txt").read_text() == "mine" and (out / "adapter_config.json").exists()
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(EditError, match="it is a file"):
-        errata.export(first, tmp_path / "file", to="prompts", force=True)
-    with pytest.raises(EditError, match="does not exist"):
-        errata.export(first, tmp_path / "no" / "out", to="prompts")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
-
-
-def test_the_record_has_the_checksums_of_all_files(tmp_path):
-    import hashlib
-
-    host = fresh("llama")
-    edit = errata.edit(host, ADA, method="rome", tokens=400)
-    errata.export(edit, tmp_path / "out", to="checkpoint", host=host)
-    record = json.loads((tmp_path / "out" / "errata-export.json").read_text(encoding="utf-8"))
-    files = {p.name: p for p in (tmp_path / "out").iterdir() if p.name != "errata-export.json"}
-    assert record["edit"] == edit.digest and record["method"] == "rome" and record["exporter"] == "checkpoint"
-    assert record["files"] == {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
-
-
-def test_a_dry_run_writes_nothing_and_refuses_the_same(tmp_path):
-    host = fresh("gpt2")
-    edit = neurons(host, {1: 4}, "gelu_tanh")
-    receipt = errata.export(edit, tmp_path / "out", to="checkpoint", host=host, dry_run=True)
-    assert receipt.files == () and receipt.facts["width"] == {"before": 80, "after": 128}
-    refused(
-        neurons(host, {1: 4}, "silu"),
-        tmp_path / "out",
-        "applies gelu_tanh",
-        to="checkpoint",
-        host=host,
-        dry_run=True,
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_another_host_and_edits_in_place_are_refused(tmp_path):
-    host, other = fresh("llama"), fresh("llama", seed=1)
-    edit, second = (errata.edit(host, request, method="ft", steps=2) for request in (ADA, BRUNO))
-    refused(edit, tmp_path / "out", "edit made for host", to="checkpoint", host=other)
-    receipt = errata.export(edit, tmp_path / "other", to="checkpoint", host=other, foreign=True)
-    assert receipt.overrides and receipt.to_dict()["overrides"] == list(receipt.overrides)
-    with second.on(host), pytest.raises(EditError, match="edits are in place"):
-        errata.export(edit, tmp_path / "out", to="checkpoint", host=host)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_that_transformers_does_not_open_is_refused(tmp_path):
-    host = fresh("llama")
-    edit = errata.edit(host, ADA, method="lora", steps=2)
-
-    class Own(type(host.model)):
-        pass
-
-    host.model.__class__ = Own
-    refused(edit, tmp_path / "out", "does not open by itself", to="checkpoint", host=host)
-
-
-def test_a_model_with_an_adapter_is_refused(tmp_path):
-    import peft
-
-    plain = fresh("llama")
-    peft.get_peft_model(plain.model, peft.LoraConfig(target_modules=["up_proj"], r=2))
-    host = Host(plain.model, plain.tokenizer, name="adapted")
-    edit = errata.edit(host, ADA, method="rome", tokens=400)
-    for to in ("checkpoint", "peft"):
-        refused(edit, tmp_path / "out", "has PEFT adapters", to=to, host=host)
-
-
-def test_options_that_an_export_does_not_take_are_refused(tmp_path):
-    host = fresh("llama")
-    edit = errata.edit(host, ADA, method="ft", steps=1)
-    cases = [
-        ({"to": "prompts", "host": host}, "needs no model"), ({"to": "checkpoint"}, "needs the model"),
-        ({"to": "checkpoint", "host": host, "rank": 2}, "takes no rank"),
-        ({"to": "peft", "host": host, "dtype": "float16"}, "takes no dtype"),
-        ({"to": "peft", "host": host, "pad_to": 8}, "takes no pad_to"),
-        ({"to": "prompts", "foreign": True}, "takes no foreign"),
-        ({"to": "checkpoint", "host": host, "dtype": "int8"}, "unknown dtype"),
-        ({"to": "peft", "host": host, "rank": 0}, "1 or more"),
-        ({"to": "chekpoint", "host": host}, "did you mean 'checkpoint'"),
-    ]  # fmt: skip
-    for options, match in cases:
-        with pytest.raises(ConfigError, match=match):
-            errata.export(edit, tmp_path / "out", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_every_exporter_says_what_it_takes():
-    assert {"checkpoint", "peft", "prompts"} <= set(EXPORTERS)
-    for name in EXPORTERS:
-        exporter = EXPORTERS.get(name)
-        assert exporter.name == name and exporter.title and all(exporter.takes)

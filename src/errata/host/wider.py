@@ -146,6 +146,7 @@ def widen_(
         raise HostError(
             f"feed-forwards have different widths, {sorted(inner)}, so no one setting describes them"
         )
+    biased = _needs_biases(model, described, neurons)
     for layer in neurons:
         if described[layer].activation != activation:
             raise HostError(
@@ -154,7 +155,6 @@ def widen_(
             )
     before = inner.pop()
     after = -(-(before + max(len(one.keys) for one in neurons.values())) // multiple) * multiple
-    biased = _needs_biases(model, described, neurons)
     for one in described:
         module = model.get_submodule(one.module)
         own, inputs = neurons.get(one.layer), _inputs(layout.width)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from errata.edits.export._exporter import Exporter, Options, Plan
 from errata.edits.memory import ACTIVATIONS, MemoryEdit
 from errata.edits.weight import WeightEdit
 from errata.errors import EditError, HostError
-from errata.host import placement, sharing, wider
+from errata.host import files, placement, sharing, wider
 from errata.host.base import ModelHost
 from errata.host.open import DTYPES
 from errata.linalg.routines import norm
@@ -59,12 +60,19 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
         assert isinstance(taken, MemoryEdit)
         facts.update(_widen(taken, host, shadow, options.pad_to or PAD_TO))
 
-    def write(folder: Path) -> None:
-        shadow.save_pretrained(folder)
-        if host.tokenizer is not None:
-            host.tokenizer.save_pretrained(folder)
+    return Plan(facts, lambda folder: _write(folder, shadow, host))
 
-    return Plan(facts, write)
+
+def _write(folder: Path, shadow: Any, host: ModelHost) -> None:
+    """Write a model with what prepares its inputs. Raises EditError where transformers refuses to save it."""
+    try:
+        shadow.save_pretrained(folder)
+    except ValueError as error:  # as for settings of generation that contradict each other
+        raise EditError(f"transformers cannot save {host.name}: {files.first_line(error)}") from error
+    for path in files.processor_files(host.name):
+        shutil.copyfile(path, folder / path.name)
+    if host.tokenizer is not None:
+        host.tokenizer.save_pretrained(folder)
 
 
 def _merge(edit: WeightEdit, host: ModelHost, shadow: Any) -> dict[str, float]:
