@@ -44,6 +44,11 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     with pytest.raises(EditError, match=r"notes\.txt.*no export wrote"):
         errata.export(first, out, to="prompts", force=True)
     assert (out / "notes.txt").read_text() == "mine" and (out / "adapter_config.json").exists()
+    (out / "notes.txt").unlink()
+    for damaged in ("{", "[]", '{"files": 1}'):
+        (out / "errata-export.json").write_text(damaged)
+        with pytest.raises(EditError, match="damaged"):
+            errata.export(first, out, to="prompts", force=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(EditError, match="it is a file"):
         errata.export(first, tmp_path / "file", to="prompts", force=True)

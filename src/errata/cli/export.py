@@ -97,8 +97,9 @@ def _show(receipt: Export, dry_run: bool) -> None:
     """Print what was written, and what rounding lost."""
     for note in receipt.overrides:
         print(f"overruled: {note}")
+    print(f"edit {receipt.digest} as {receipt.to}")
     rows = [(name, _text(value)) for name, value in receipt.facts.items() if name != "lost" and value]
-    common.table(f"edit {receipt.digest} as {receipt.to}", ("", "value"), rows)
+    common.table(None, ("", "value"), rows)
     lost = {name: share for name, share in receipt.facts.get("lost", {}).items() if share >= SMALL}
     if lost:
         worst = sorted(lost.items(), key=lambda item: -item[1])
@@ -109,8 +110,8 @@ def _show(receipt: Export, dry_run: bool) -> None:
     if dry_run:
         print(f"it can be exported to {receipt.folder} (dry run: nothing was written)")
     else:
-        size = sum((receipt.folder / name).stat().st_size for name in receipt.files)
-        print(f"{len(receipt.files)} files, {size / 1e6:.1f} MB, written to {receipt.folder}")
+        count = sum((receipt.folder / name).stat().st_size for name in receipt.files)
+        print(f"{len(receipt.files)} files, {common.bytes_text(count)}, written to {receipt.folder}")
 
 
 def _text(value: Any) -> str:

@@ -44,6 +44,12 @@ STEPS = {
     "generate again.",
 }
 """What a client does, by procedure."""
+FIELDS = {
+    "put": ("count",),
+    "select": ("count", "tokens", "templates"),
+    "decompose": ("tokens", "hops", "templates"),
+}
+"""The settings that each uses."""
 
 
 def plan(edit: Edit, host: None, options: Options) -> Plan:
@@ -95,7 +101,8 @@ def _document(edit: PromptEdit) -> dict[str, Any]:
     document: dict[str, Any] = {
         "format": "errata prompts", "version": VERSION, "edit": edit.digest, "method": edit.provenance.method,
         "router": {"name": router.name, "rule": RULES[router.name], **facts},
-        "procedure": {**procedure.body(), "rule": STEPS[procedure.name]},
+        "procedure": {name: procedure.body()[name] for name in FIELDS[procedure.name]}
+        | {"name": procedure.name, "rule": STEPS[procedure.name]},
         "entries": {"file": "entries.jsonl", "count": len(edit.contexts)},
         "prompt_format": dict(edit.provenance.prompt_format),
     }  # fmt: skip
