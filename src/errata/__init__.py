@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
     from errata.edits.artefact import Artefact
+    from errata.edits.export import Export, export
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
@@ -33,6 +34,8 @@ _HOME = {
     "train": "errata.api",
     "Artefact": "errata.edits.artefact",
     "Edit": "errata.edits",
+    "Export": "errata.edits.export",
+    "export": "errata.edits.export",
     "refit": "errata.edits.algebra",
     "retract": "errata.edits.algebra",
     "leverages": "errata.edits.algebra",
@@ -58,6 +61,7 @@ __all__ = [
     "Edit",
     "EditCheck",
     "ErrataError",
+    "Export",
     "Host",
     "ImageRequest",
     "Job",
@@ -69,6 +73,7 @@ __all__ = [
     "check_edit",
     "edit",
     "evaluate",
+    "export",
     "judge_run",
     "lab",
     "leverages",

@@ -14,10 +14,12 @@ import yaml
 import errata
 from errata import config as settings
 from errata.edits import WeightEdit
-from errata.errors import ConfigError
+from errata.edits.export import EXPORTERS
+from errata.errors import ConfigError, EditError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
 from errata.methods._method import Shape
+from tests.exports import Client, open_adapter, open_checkpoint
 from tests.models import fresh
 
 REQUESTS = [
@@ -217,6 +219,31 @@ def test_save_load_apply_gives_the_same_logits(fitted, tmp_path):
         expected = logits(host)
     with loaded.on(host):
         assert torch.equal(logits(host), expected)
+
+
+@pytest.mark.parametrize("to", list(EXPORTERS))
+def test_an_export_agrees_or_is_refused_with_a_reason(fitted, to, tmp_path):
+    name, host, edit = fitted
+    start, folder = host.weights_hash(), tmp_path / "out"
+    try:
+        errata.export(edit, folder, to=to, host=host if EXPORTERS.get(to).needs_host else None)
+    except EditError as reason:
+        assert len(str(reason).split()) >= 8 and not list(tmp_path.iterdir())
+        assert not changes_weights(name) or to != "checkpoint", f"merged weights are a checkpoint: {reason}"
+        assert host.weights_hash() == start
+        return
+    assert host.weights_hash() == start
+    if to == "prompts":
+        client = Client(folder)
+        prompts = [r.text for r in REQUESTS] + ["Bruno Holner lives in", "ADA BRENNER", "Adana"]
+        assert [client.rewrite(text) for text in prompts] == [edit.rewrite(text, host) for text in prompts]
+        return
+    exported = {"checkpoint": open_checkpoint, "peft": open_adapter}[to](folder, host)
+    with edit.on(
+        host, merge=False if to == "peft" else None
+    ):  # an adapter acts beside the weights, as unmerged edits do
+        expected = logits(host)
+    torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_batch_half_in_scope_is_its_rows(fitted):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
 import random
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from transformers import AutoModelForImageClassification
 
 import errata
 from errata import config as settings
+from errata.edits.export import EXPORTERS
 from errata.errors import ConfigError, EditError, RequestError
+from errata.host.images import ImageHost
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
 from errata.types import ImageRecord
@@ -39,6 +44,27 @@ def fitted(request):
     family, solve = request.param
     host = fresh_images(family)
     return host, fit(host, solve=solve), solve
+
+
+@pytest.mark.parametrize("to", list(EXPORTERS))
+def test_an_export_agrees_or_is_refused_with_a_reason(fitted, to, tmp_path):
+    host, edit, _ = fitted
+    start, family = host.weights_hash(), host.name.split()[-1]
+    try:
+        errata.export(edit, tmp_path / "out", to=to, host=host if EXPORTERS.get(to).needs_host else None)
+    except EditError as reason:
+        assert len(str(reason).split()) >= 8 and not list(tmp_path.iterdir())
+        assert to == "prompts" or (to, family) == ("peft", "resnet"), f"{to}: {reason}"
+        return
+    assert host.weights_hash() == start and to != "prompts"
+    if to == "peft":
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "out").get_base_model()
+    else:
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    with edit.on(host):
+        expected = logits(host)
+    assert not torch.allclose(logits(host), expected, atol=1e-3)
+    torch.testing.assert_close(logits(ImageHost(model, name="exported")), expected, atol=1e-5, rtol=1e-5)
 
 
 def same(a, b) -> bool:

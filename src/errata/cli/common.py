@@ -257,5 +257,9 @@ def mark(text: str, style: str) -> Any:
 
 def size(path: Path) -> str:
     """Format a file's size."""
-    count = path.stat().st_size
+    return bytes_text(path.stat().st_size)
+
+
+def bytes_text(count: int) -> str:
+    """Format a number of bytes."""
     return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"

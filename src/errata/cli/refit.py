@@ -51,8 +51,8 @@ def retract(
 ) -> None:
     """Remove requests from an edit, as if they had never been made. No model needed.
 
-    A closed-form edit is solved again without them; a memory or a prompt edit loses their entries, where each request has
-    its own. Other edits are refused.
+    A closed-form edit is solved again without them. A memory or a prompt edit loses their entries, where each request
+    has its own. Other edits are refused.
 
     Prints the requests it removes. A text that is the id of one request and the number of another counts as
     the id, with a note.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
@@ -42,9 +43,10 @@ PARTS: dict[Operation, tuple[str, ...]] = {
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "silu": functional.silu,
 }
-"""What slots may apply to their keys' products."""
+"""What slots may apply to their keys' products; ``gelu_tanh`` is GPT-2's, called gelu_new there."""
 
 
 @dataclass(frozen=True, eq=False)

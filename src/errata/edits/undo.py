@@ -40,8 +40,8 @@ def without(edit: RuntimeEdit, places: Sequence[int]) -> RuntimeEdit:
         return _provenance(_without_neurons(edit, rest), rest, edit)
     if _entries(edit) != count:
         raise EditError(
-            f"the {count} requests of this edit have {_entries(edit)} entries in common, so {edit.provenance.method} cannot "
-            "take some of them out: fit the others again"
+            f"the {count} requests of this edit have {_entries(edit)} entries in common, so some of them cannot be taken "
+            "out: fit the others again"
         )
     if isinstance(edit, PromptEdit):
         texts = tuple(edit.contexts[i] for i in rest)
@@ -144,8 +144,8 @@ def _restored(router: Router, log: Sequence[Mapping[str, Any]], rest: Sequence[i
 
 def _touched(number: int, later: int) -> str:
     return (
-        f"request {later + 1} changed an entry that request {number + 1} made or changed: take out both, or fit the others "
-        "again"
+        f"request {later + 1} changed an entry that request {number + 1} made or changed: take out both, or fit the "
+        "others again"
     )
 
 

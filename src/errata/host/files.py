@@ -28,6 +28,8 @@ SIZES = re.compile(
     r"num_\w*heads|num_\w*experts|n_routed_experts|\w*_size)$"
 )
 """Settings that a model's memory grows with."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a model that say how images, sounds and films are prepared for it."""
 LONGEST = 300
 """Most characters of another library's message."""
 
@@ -230,6 +232,22 @@ def hub_options(name: str, revision: str | None) -> dict[str, Any]:
     if cached:
         return {"local_files_only": True}
     raise HostError(f"{neither}, {problem}, and {name!r} was not downloaded before")
+
+
+def processor_files(name: str) -> list[Path]:
+    """Return the files in which a folder, or a hub model that was downloaded, describes how images and sounds go in."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir():
+            paths = [folder / file for file in PROCESSORS]
+        else:
+            cached = [try_to_load_from_cache(name, file) for file in PROCESSORS]
+            paths = [Path(path) for path in cached if isinstance(path, str)]
+    except (OSError, ValueError, errors.HFValidationError):  # a label that is no name of a model
+        return []
+    return [path for path in paths if path.is_file()]
 
 
 # --- tokenizers -----------------------------------------------------------------------------

@@ -227,6 +227,13 @@ def linear_map(module: Any, d_in: int, like: Tensor) -> tuple[int, bool] | None:
     return outputs.shape[-1], not (is_packed(module) or isinstance(module, nn.Linear))
 
 
+def stored_transposed(module: nn.Module) -> bool | None:
+    """Whether a linear layer stores its weight ``[d_in, d_out]``, as GPT-2's do; None for any other module."""
+    from transformers.pytorch_utils import Conv1D
+
+    return True if isinstance(module, Conv1D) else False if isinstance(module, nn.Linear) else None
+
+
 def _stored(module: Any, inputs: Tensor, outputs: Tensor) -> bool | None:
     """Whether a weight is stored ``[d_in, d_out]``, found by computing it both ways; None for neither."""
     weight, bias = module.weight, getattr(module, "bias", None)

@@ -81,6 +81,18 @@ class LowRank:
         return balance(u[:, :rank] * s[:rank], vh[:rank] @ self.A.double()).to(self.A.dtype)
 
 
+def nearest(matrix: Tensor, rank: int) -> tuple[LowRank, float]:
+    """Return the best approximation of a matrix ``[d_out, d_in]`` of a rank, and its error over the matrix's norm.
+
+    Computed in float64, returned in the matrix's dtype with balanced factors.
+    """
+    u, s, vh = routines.svd(matrix.double())
+    rank = min(rank, len(s))
+    total = float(routines.norm(s))
+    error = float(routines.norm(s[rank:])) / total if total else 0.0
+    return balance(u[:, :rank] * s[:rank], vh[:rank]).to(matrix.dtype), error
+
+
 def product_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return Q_out ``[d, r]``, Q_in ``[m, r]`` and the SVD of the core: U ``[r, r]``, s ``[r]``, V^T ``[r, r]``.
 

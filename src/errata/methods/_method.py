@@ -54,7 +54,7 @@ Published = Mapping[Shape, Mapping[str, Any]]
 
 
 Undo = Literal["any", "latest", "none"]
-"""Any request of several; the latest, others leaving what was fitted beside them as it is; or none, only whole edits."""
+"""Any request of several; the latest, others leaving what was fitted beside them as it is; or none."""
 
 
 class Baseline(NamedTuple):

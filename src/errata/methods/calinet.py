@@ -41,7 +41,7 @@ class Config:
     """Layer whose feed-forward gets the neurons. None: the last one (authors' code)."""
     slots: int = 64
     """Neurons for a batch (authors' code: 64 for 100 facts, 256 for more)."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     """What a neuron applies to its key's product (authors' code: ReLU, that of T5)."""
     steps: int = 5000
     """Adafactor steps at most (authors' code: 5000)."""

@@ -40,7 +40,7 @@ class Config:
     """Layer whose feed-forward gets the patches. None: the last one (paper)."""
     most: int = 5
     """Patches per request at most, one for each token of the target (authors' code: 5)."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     """What a patch applies to its key's product (paper: the feed-forward's own, GELU)."""
     steps: int = 2000
     """Adam steps at most (authors' code: 2000)."""

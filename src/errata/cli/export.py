@@ -1,0 +1,123 @@
+"""errata export: write an edit as files that are used without errata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import common
+from errata.cli._verb import Verb
+
+if TYPE_CHECKING:
+    from errata.edits.export import Export
+
+SHOWN = 5
+"""Most tensors whose loss is printed."""
+SMALL = 1e-3
+"""Loss that is not printed; in float32 it is a millionth."""
+
+
+def command(
+    file: Annotated[Path | None, typer.Argument(metavar="EDIT", help="An edit file.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="checkpoint (a model's folder), peft (a LoRA adapter) or prompts (JSON).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The model that the edit was made for: lab, a hub name or a folder."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a checkpoint: float32, float16 or bfloat16; default: as the model's.")
+    ] = None,
+    pad_to: Annotated[
+        int | None, typer.Option(min=1, help="Widen a checkpoint's feed-forwards to a multiple of this; default: 64.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Approximate changes of a higher rank in a PEFT adapter.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the exports and the edits that each takes.")] = False,
+    foreign: common.Foreign = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Refuse or report; write nothing.")] = False,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:  # fmt: skip
+    """Write an edit as files that are used without errata: a checkpoint, a PEFT adapter, prompts.
+
+    The files do what the edit does, or the edit is refused with the reason: a checkpoint takes weight edits and added
+    neurons (t_patcher, calinet), a PEFT adapter low-rank weight edits, prompts the texts of prompt edits. See --list.
+    """
+    from errata.edits import Edit
+    from errata.edits.export import EXPORTERS, export
+    from errata.edits.export._exporter import Options, check_folder, check_options
+    from errata.errors import ConfigError
+
+    if list_:
+        _list(json)
+        return
+    if file is None or to is None or output is None:
+        missing = [name for name, value in (("EDIT", file), ("--to", to), ("-o", output)) if value is None]
+        raise ConfigError(f"an export needs {' and '.join(missing)}; see: errata export --list")
+    exporter, options = EXPORTERS.get(to), Options(dtype, pad_to, rank, foreign)
+    check_options(exporter, options, host=model is not None)  # before a large model is opened
+    check_folder(output, force=force)
+    edit = Edit.load(file)
+    host = None if model is None else common.open_host(model, device, "auto")
+    receipt = export(
+        edit, output, to=to, host=host, dtype=dtype, pad_to=pad_to, rank=rank, foreign=foreign, force=force,
+        dry_run=dry_run,
+    )  # fmt: skip
+    if json:
+        common.emit({"dry_run": dry_run, **receipt.to_dict()})
+    else:
+        _show(receipt, dry_run)
+
+
+def _list(json: bool) -> None:
+    from errata.edits.export import EXPORTERS
+
+    entries = [EXPORTERS.get(name) for name in EXPORTERS]
+    if json:
+        common.emit([
+            {
+                "name": e.name, "title": e.title, "takes": list(e.takes), "options": sorted(e.options),
+                "model": e.needs_host,
+            }
+            for e in entries
+        ])  # fmt: skip
+        return
+    rows = [(e.name, e.title, "\n".join(e.takes), ", ".join(sorted(e.options))) for e in entries]
+    common.table(None, ("--to", "writes", "takes", "options"), rows)
+
+
+def _show(receipt: Export, dry_run: bool) -> None:
+    """Print what was written, and what rounding lost."""
+    for note in receipt.overrides:
+        print(f"overruled: {note}")
+    print(f"edit {receipt.digest} as {receipt.to}")
+    rows = [(name, _text(value)) for name, value in receipt.facts.items() if name != "lost" and value]
+    common.table(None, ("", "value"), rows)
+    lost = {name: share for name, share in receipt.facts.get("lost", {}).items() if share >= SMALL}
+    if lost:
+        worst = sorted(lost.items(), key=lambda item: -item[1])
+        print(f"lost by rounding or approximation, as a share of the change ({len(lost)} tensors):")
+        common.table(
+            None, ("tensor", "lost"), [(name, f"{share:.2%}") for name, share in worst[:SHOWN]], right=(1,)
+        )
+    if dry_run:
+        print(f"it can be exported to {receipt.folder} (dry run: nothing was written)")
+    else:
+        count = sum((receipt.folder / name).stat().st_size for name in receipt.files)
+        print(f"{len(receipt.files)} files, {common.bytes_text(count)}, written to {receipt.folder}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return str(value)
+
+
+VERB = Verb("export", command, order=85)
