@@ -40,8 +40,8 @@ def without(edit: RuntimeEdit, places: Sequence[int]) -> RuntimeEdit:
         return _provenance(_without_neurons(edit, rest), rest, edit)
     if _entries(edit) != count:
         raise EditError(
-            f"the {count} requests of this edit have {_entries(edit)} entries in common, so some of them cannot be taken "
-            "out: fit the others again"
+            f"the {count} requests of this edit have {_entries(edit)} entries in common, so some of them cannot be "
+            "taken out: fit the others again"
         )
     if isinstance(edit, PromptEdit):
         texts = tuple(edit.contexts[i] for i in rest)
@@ -85,7 +85,9 @@ def _without_neurons(edit: MemoryEdit, rest: Sequence[int]) -> MemoryEdit:
     chosen = torch.tensor([int(owner) in kept for owner in owners], dtype=torch.bool)
     payload = {name: tensor[:, chosen] for name, tensor in intervention.payload.items()}
     numbers = {old: new for new, old in enumerate(rest)}
-    state = {**edit.state, "owners": torch.tensor([numbers[int(o)] for o in owners[chosen]])}
+    count = len(edit.provenance.requests)  # what else is kept has a row for each request
+    state = {n: t[list(rest)] if len(t) == count else t for n, t in edit.state.items()}
+    state["owners"] = torch.tensor([numbers[int(o)] for o in owners[chosen]])
     return replace(edit, interventions=(replace(intervention, payload=payload),), state=state)
 
 
@@ -97,19 +99,20 @@ def _without_entries(edit: MemoryEdit, rest: Sequence[int]) -> MemoryEdit:
         numbers = {old: new for new, old in enumerate(rest)}
         log = tuple(_renumbered(entry, numbers) for entry in log if entry["request"] in numbers)
     chosen = torch.tensor(list(rest))
-    interventions = tuple(
-        Intervention(
-            one.module,
-            one.operation,
-            {n: t[chosen] for n, t in one.payload.items()},
-            one.positions,
-            one.activation,
-        )
-        for one in edit.interventions
-    )
+    interventions = tuple(replace(one, payload=_payload(one, chosen)) for one in edit.interventions)
     # with a log, the state has a row for each entry; without one, what the whole memory has in common
     state: Mapping[str, Tensor] = {n: t[chosen] for n, t in edit.state.items()} if log else edit.state
     return replace(edit, interventions=interventions, router=router.select(rest), state=state, log=log)
+
+
+def _payload(intervention: Intervention, chosen: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of some entries; of a low rank that only dropped ones had, the zeros are left out."""
+    payload = {name: tensor[chosen] for name, tensor in intervention.payload.items()}
+    if intervention.operation == "lowrank":
+        used = (payload["left"] != 0).any(1).any(0) & (payload["right"] != 0).any(2).any(0)  # [r]
+        rank = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+        payload = {"left": payload["left"][..., :rank], "right": payload["right"][:, :rank]}
+    return payload
 
 
 def _restored(router: Router, log: Sequence[Mapping[str, Any]], rest: Sequence[int]) -> Router:
@@ -121,21 +124,22 @@ def _restored(router: Router, log: Sequence[Mapping[str, Any]], rest: Sequence[i
                 f"request {entry['request'] + 1} trained an entry of an earlier request further, so single requests "
                 "cannot be taken out: fit the others again"
             )
-    for entry in reversed(log):
-        number, other = entry["request"], entry.get("other")
+    for entry in reversed([e for e in log if e["request"] not in kept]):
         touching = [e for e in log if e.get("other") == entry["entry"] and e["request"] in kept]
-        if number in kept or other is None or other not in kept:
-            if number not in kept and touching and entry["action"] == "split":
-                raise EditError(_touched(number, touching[0]["request"]))
+        splits = [e for e in touching if e["action"] == "split"]
+        if splits:
+            raise EditError(_touched(entry["request"], splits[0]["request"]))
+        other = entry.get("other")
+        if other not in kept:
             continue
         if entry["action"] == "replace" and not touching:
             phrases = list(router.facts()["phrases"])
             phrases[other] = entry["subject"]
             router = replace(router, phrases=tuple(phrases))  # type: ignore[call-arg]
         elif entry["action"] == "split":
-            later = [e for e in log if e.get("other") == other and e["request"] > number]
-            if later or touching:
-                raise EditError(_touched(number, (later or touching)[0]["request"]))
+            later = [e for e in log if e.get("other") == other and e["request"] > entry["request"]]
+            if any(e["request"] in kept for e in later):
+                raise EditError(_touched(entry["request"], later[0]["request"]))
             radii = router.tensors()["radii"].clone()
             radii[other] = entry["radius"]
             router = replace(router, radii=radii)  # type: ignore[call-arg]
