@@ -1,10 +1,11 @@
-"""Measure what a memory of many entries costs when a prompt is looked up, and beside a forward pass.
+"""Measure what a memory costs: to write, when a prompt is looked up among many entries, and beside a forward pass.
 
-    python benchmarks/memory.py --quick      a graph of 100,000 vectors, in a few minutes on one thread
-    python benchmarks/memory.py              a graph of a million
+    python benchmarks/memory.py --quick      all but a graph of a million, in a few minutes on one thread
+    python benchmarks/memory.py              a graph of a million too, and more edits
 
-Vectors are drawn around 2,000 centres, as keys of a model are; queries are near stored vectors. The pass is that of the
-embedded model over 8 prompts, half of which name a subject, with a memory of 100,000 entries at one layer.
+Writing: benchmarks/writing.py. Vectors are drawn around 2,000 centres, as keys of a model are; queries are near stored
+vectors. The pass is that of the embedded model over 8 prompts, half of which name a subject, with a memory of 100,000
+entries at one layer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from errata.edits.memory import Intervention, MemoryEdit
 from errata.edits.names import NameTable
 from errata.edits.routers.statement import Statement
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 256
 """Entries of a vector."""
 ENTRIES = 100_000
@@ -140,6 +143,8 @@ def beside_a_pass() -> dict[str, Any]:
 
 def main() -> None:
     """Run all workloads on one thread and print them."""
+    from benchmarks.writing import writing
+
     parser = argparse.ArgumentParser(description="Measure what looking entries of a memory up costs.")
     parser.add_argument(
         "--quick", action="store_true", help="a graph of 100,000 vectors in place of a million"
@@ -149,6 +154,19 @@ def main() -> None:
     torch.set_num_threads(1)
     large = 100_000 if options.quick else 1_000_000
     results: dict[str, dict[str, Any]] = {}
+
+    def show(name: str, found: dict[str, Any]) -> None:
+        results[name] = found
+        shown = (
+            f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" if isinstance(v, float) else f"{k}: {v}"
+            for k, v in found.items()
+        )
+        print(f"{name}: {', '.join(shown)}", flush=True)
+
+    for shape, count in (("lab", 50), ("gpt2", 20 if options.quick else 50)):
+        alone, repeats = (2, 1) if options.quick else (3, 3)
+        for name, found in writing(shape, count, alone=alone, repeats=repeats).items():
+            show(name, found)
     for name, run in (
         ("a pass of 8 prompts", beside_a_pass),
         ("names", lambda: look_up_names(100_000)),
@@ -156,12 +174,11 @@ def main() -> None:
         ("vectors, all compared", lambda: look_up_vectors(100_000, exact=True)),
         ("vectors, graph", lambda: look_up_vectors(large, exact=False)),
     ):
-        results[name] = run()
-        shown = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in results[name].items())
-        print(f"{name}: {', '.join(shown)}", flush=True)
+        show(name, run())
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main()
