@@ -72,9 +72,8 @@ class Cells:
         kept = counts > 0
         ordered = vectors[numbers]
         halves = ordered.square().sum(1) / 2 if distance else None
-        return Cells(
-            ordered, numbers, (0, *counts[kept].cumsum(0).tolist()), torch.cat(centres)[kept], halves
-        )
+        starts = (0, *(int(stop) for stop in counts[kept].cumsum(0)))
+        return Cells(ordered, numbers, starts, torch.cat(centres)[kept], halves)
 
     @property
     def size(self) -> int:
