@@ -1,10 +1,12 @@
-"""Measure what a memory of many entries costs when a prompt is looked up, and beside a forward pass.
+"""Measure what a memory costs: to write, when a prompt is looked up among many entries, and beside a forward pass.
 
-    python benchmarks/memory.py --quick      a graph of 100,000 vectors, in a few minutes on one thread
-    python benchmarks/memory.py              a graph of a million
+    python benchmarks/memory.py --quick      few edits, 100,000 vectors, in a few minutes on one thread
+    python benchmarks/memory.py              more edits
+    python benchmarks/memory.py --million    a million vectors too, also such as lie around no centres
 
-Vectors are drawn around 2,000 centres, as keys of a model are; queries are near stored vectors. The pass is that of the
-embedded model over 8 prompts, half of which name a subject, with a memory of 100,000 entries at one layer.
+Writing: benchmarks/writing.py. Vectors are drawn around 2,000 centres, as keys of a model are; queries are near stored
+vectors. The pass is that of the embedded model over 8 prompts, half of which name a subject, with a memory of 100,000
+entries at one layer.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from errata.edits.memory import Intervention, MemoryEdit
 from errata.edits.names import NameTable
 from errata.edits.routers.statement import Statement
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 256
 """Entries of a vector."""
 ENTRIES = 100_000
@@ -49,12 +53,14 @@ def names(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def vectors(count: int, seed: int = 0) -> Tensor:
-    """Return unit vectors around 2,000 centres ``[count, WIDTH]``."""
+def vectors(count: int, width: int = WIDTH, *, centres: int = 2000, seed: int = 0) -> Tensor:
+    """Return unit vectors around centres, without ``centres`` in all directions, ``[count, width]``."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(2000, WIDTH, generator=generator)
-    chosen = torch.randint(2000, (count,), generator=generator)
-    return functional.normalize(centres[chosen] + 0.5 * torch.randn(count, WIDTH, generator=generator), dim=1)
+    noise = torch.randn(count, width, generator=generator)
+    if centres:
+        around = torch.randn(centres, width, generator=generator)
+        noise = around[torch.randint(centres, (count,), generator=generator)] + 0.5 * noise
+    return functional.normalize(noise, dim=1)
 
 
 def median_ms(run: Callable[[int], Any], count: int) -> float:
@@ -84,21 +90,29 @@ def look_up_names(count: int) -> dict[str, Any]:
     }
 
 
-def look_up_vectors(count: int, *, exact: bool) -> dict[str, Any]:
-    """Look vectors up, all compared or by the graph; recall against comparing all."""
-    stored = vectors(count)
+def look_up_vectors(
+    count: int, *, exact: bool, width: int = WIDTH, centres: int = 2000, far: float = 0.32
+) -> dict[str, Any]:
+    """Look vectors up, all compared or those of near cells; recall against comparing all.
+
+    ``far``: length of what is added to a stored vector to make a query; 0.32 gives a cosine of 0.95, 0.8 one of 0.78.
+    """
+    stored = vectors(count, width, centres=centres)
     index = VectorIndex(stored, "product", exact=count if exact else 0)
     generator = torch.Generator().manual_seed(1)
     near = stored[torch.randint(count, (500,), generator=generator)]
-    queries = functional.normalize(near + 0.02 * torch.randn(500, WIDTH, generator=generator), dim=1)
+    noise = far / width**0.5 * torch.randn(500, width, generator=generator)
+    queries = functional.normalize(near + noise, dim=1)
     start = time.process_time()
     index.nearest(queries[:1])
     made = time.process_time() - start
     expected = torch.cat([(part @ stored.mT).argmax(1) for part in queries.split(50)])
     found = torch.cat([index.nearest(queries[i : i + 1])[1] for i in range(500)])
+    size = stored.numel() * stored.element_size() if exact else index.size
     return {
-        "entries": count, "made s": made, "ms a query": median_ms(lambda i: index.nearest(queries[i : i + 1]), 500),
-        "recall@1": float((found == expected).float().mean()),
+        "entries": count, "width": width, "made s": made,
+        "ms a query": median_ms(lambda i: index.nearest(queries[i : i + 1]), 500),
+        "recall@1": float((found == expected).float().mean()), "bytes an entry": size / count,
     }  # fmt: skip
 
 
@@ -140,28 +154,53 @@ def beside_a_pass() -> dict[str, Any]:
 
 def main() -> None:
     """Run all workloads on one thread and print them."""
+    from benchmarks.writing import writing
+
     parser = argparse.ArgumentParser(description="Measure what looking entries of a memory up costs.")
-    parser.add_argument(
-        "--quick", action="store_true", help="a graph of 100,000 vectors in place of a million"
-    )
+    parser.add_argument("--quick", action="store_true", help="few edits, each measured once")
+    parser.add_argument("--million", action="store_true", help="also look up among a million vectors")
+    parser.add_argument("--only", help="run the workloads whose names begin with this")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    large = 100_000 if options.quick else 1_000_000
     results: dict[str, dict[str, Any]] = {}
-    for name, run in (
-        ("a pass of 8 prompts", beside_a_pass),
-        ("names", lambda: look_up_names(100_000)),
-        ("names, a million", lambda: look_up_names(1_000_000)),
-        ("vectors, all compared", lambda: look_up_vectors(100_000, exact=True)),
-        ("vectors, graph", lambda: look_up_vectors(large, exact=False)),
-    ):
-        results[name] = run()
-        shown = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in results[name].items())
+
+    def show(name: str, found: dict[str, Any]) -> None:
+        results[name] = found
+        shown = (
+            f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" if isinstance(v, float) else f"{k}: {v}"
+            for k, v in found.items()
+        )
         print(f"{name}: {', '.join(shown)}", flush=True)
+
+    chosen = options.only or ""
+    for shape, count in (("lab", 50), ("gpt2", 20 if options.quick else 50)):
+        alone, repeats = (2, 1) if options.quick else (3, 3)
+        if "writing".startswith(chosen):
+            for name, found in writing(shape, count, alone=alone, repeats=repeats).items():
+                show(name, found)
+    workloads: dict[str, Callable[[], dict[str, Any]]] = {
+        "a pass of 8 prompts": beside_a_pass,
+        "names": lambda: look_up_names(100_000),
+        "names, a million": lambda: look_up_names(1_000_000),
+        "vectors, all compared": lambda: look_up_vectors(100_000, exact=True),
+        "vectors, cells": lambda: look_up_vectors(100_000, exact=False),
+    }
+    if options.million:
+        million = 1_000_000
+        workloads |= {
+            "million": lambda: look_up_vectors(million, exact=False),
+            "million, far queries": lambda: look_up_vectors(million, exact=False, far=0.8),
+            "million, 384 wide": lambda: look_up_vectors(million, exact=False, width=384),
+            "million, no centres": lambda: look_up_vectors(million, exact=False, centres=0),
+        }
+    for name, run in workloads.items():
+        if name.startswith(chosen):
+            show(name, run())
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main()

@@ -82,8 +82,9 @@ def test_a_feed_forward_without_a_module_of_its_own_is_refused():
 
 
 def test_the_largest_terms_of_an_exponential_mean():
-    assert float(_largest(torch.tensor([[0.0, 2.0], [1.0, -5.0]]), 2)) == pytest.approx((exp(2) + exp(1)) / 2)
-    assert float(_largest(torch.tensor([0.5]), 1000)) == pytest.approx(exp(0.5))
+    found = _largest(torch.tensor([[[0.0, 2.0], [1.0, -5.0]], [[0.0, 0.0], [0.0, 1.0]]]), 2)
+    assert found.tolist() == pytest.approx([(exp(2) + exp(1)) / 2, (exp(1) + 1) / 2])
+    assert float(_largest(torch.tensor([[0.5]]), 1000)) == pytest.approx(exp(0.5))
 
 
 def test_a_patch_fires_on_its_own_mistake_and_not_on_what_it_remembers(tmp_path):

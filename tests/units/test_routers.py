@@ -57,7 +57,7 @@ def test_the_decision_is_the_best_score_of_a_row():
 
 
 @pytest.mark.parametrize("measure", ["product", "distance"])
-def test_the_graph_finds_the_nearest_and_gives_its_exact_value(measure):
+def test_cells_find_the_nearest_and_give_its_exact_value(measure):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(3000, 24, generator=generator), dim=1)
     queries = torch.nn.functional.normalize(
@@ -67,6 +67,7 @@ def test_the_graph_finds_the_nearest_and_gives_its_exact_value(measure):
     near = VectorIndex(vectors, measure, exact=100).nearest(queries)
     same = exact[1] == near[1]
     assert float(same.float().mean()) >= 0.99
+    assert near[0].dtype == torch.float32 and near[0].shape == near[1].shape == (200,)
     torch.testing.assert_close(near[0][same], exact[0][same], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="without vectors"):
         VectorIndex(vectors[:0], measure).nearest(queries)

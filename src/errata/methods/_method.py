@@ -29,6 +29,7 @@ from errata.progress import OnProgress, ignore
 from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
+from errata.training.slots import inputs_of
 from errata.types import Case, Corpus, Request
 
 R = TypeVar("R")
@@ -400,6 +401,17 @@ class Workspace:
                 rows = [host.encode(text).ids[:tokens] for text in itertools.islice(corpus.texts(), count)]
             texts = host.tokenizer.batch_decode(rows, skip_special_tokens=True)
             self._cache[key] = [(text, ids) for text, ids in zip(texts, rows, strict=True) if len(ids) > 1]
+        return self._cache[key]
+
+    def text_inputs(self, host: Host, module: str, count: int, tokens: int) -> Tensor:
+        """Return what a module of the host without ``after`` reads at every token of :meth:`texts` ``[n, d_in]``."""
+        name = None if self.corpus is None else self.corpus.name
+        state = (host.fingerprint, *self._others(host), name, self.seed)
+        key = ("text inputs", *state, module, count, tokens)
+        if key not in self._cache:
+            rows = [ids for _, ids in self.texts(host, count, tokens)]
+            with without(self.after, host), hooks.frozen(host.model):
+                self._cache[key] = inputs_of(host, module, rows)
         return self._cache[key]
 
     def old_answers(self, host: Host, requests: Sequence[Request], tokens: int) -> list[str]:

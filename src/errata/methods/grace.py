@@ -15,7 +15,8 @@ Needs      Only the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,9 +30,14 @@ from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.host.memory import in_batches
 from errata.methods._memory import editable_layer
-from errata.methods._method import Method, Workspace, notes, provenance, without
-from errata.training.tune import Losses, Stop, descend, seeded
+from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
+from errata.progress import OnCount
+from errata.training.rows import descend_each
+from errata.training.slots import last_activations
+from errata.training.tune import Line, Stop, lay_out, seeded
+from errata.training.upper import Change, UpperRows, rows_at_once
 from errata.types import Request
 
 BORDER = 1e-5
@@ -109,27 +115,48 @@ class _Codebook:
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> MemoryEdit:
-    """Return the codebook of all requests so far: each is assigned to an entry in order, and its value trained."""
+    """Return the codebook of all requests so far: each is assigned to an entry in order, then values are trained."""
+    check_requests("grace", requests)
     site = host.layout.site(editable_layer(host, config.layer, 0.75))
     config = replace(config, layer=site.layer)
     book = _load_codebook(work.after, site)
     first = len(work.after.provenance.requests) if work.after else 0
+    largest_loss = 0.0
     with without(work.after, host), hooks.frozen(host.model), seeded(host, work.seed + first):
-        losses = Losses(host, requests, "target", depth=site.layer)
-        keys, outputs = _prompt_activations(host, site, losses)
-        largest_loss = 0.0
-        for i, line in enumerate(losses.lines):
-            entry = book.assign(first + i, keys[i], line.targets, config.radius, config.moving_average)
-            current = book.values[entry] if entry < len(book.values) else None
-            start = _start(outputs[i], config) if current is None else current
-            value, loss = _train(host, site, losses, i, start, config)
-            book.values[entry:] = [value, *book.values[entry + 1 :]]
-            largest_loss = max(largest_loss, loss)
-            work.on_progress("values", i + 1, len(requests))
+        lines = [lay_out(host, request, "target") for request in requests]
+        keys, outputs = last_activations(host, site.name, [line.ids[: line.at[0] + 1] for line in lines])
+        entries = []
+        for i, line in enumerate(lines):  # no key depends on a value
+            entries.append(
+                book.assign(first + i, keys[i], line.targets, config.radius, config.moving_average)
+            )
+            if entries[i] == len(book.values):
+                book.values.append(_start(outputs[i], config))
+        for numbers, tick in _rounds(entries, work):
+            starts = torch.stack([book.values[entries[i]] for i in numbers])
+            values, final = _train(host, site, [lines[i] for i in numbers], starts, config, work, tick)
+            for i, value in zip(numbers, values, strict=True):
+                book.values[entries[i]] = value
+            largest_loss = max(largest_loss, *final)
     record = provenance(
         "grace", host, requests, config, work, **notes({"loss": largest_loss, "entries": len(book.keys)})
     )
     return _edit(book, site, config, record)
+
+
+def _rounds(entries: Sequence[int], work: Workspace) -> Iterator[tuple[list[int], OnCount]]:
+    """Group requests by how many before them have the same entry: each goes on from the value of the last.
+
+    Yields a function for progress with each group.
+    """
+    seen, earlier = Counter[int](), list[int]()
+    for entry in entries:
+        earlier.append(seen[entry])
+        seen[entry] += 1
+    for number in range(max(earlier, default=-1) + 1):
+        members = [i for i, count in enumerate(earlier) if count == number]
+        before = sum(count < number for count in earlier)
+        yield members, lambda n, _, before=before: work.on_progress("values", before + n, len(entries))
 
 
 def _load_codebook(after: MemoryEdit | None, site: Site) -> _Codebook:
@@ -151,45 +178,46 @@ def _load_codebook(after: MemoryEdit | None, site: Site) -> _Codebook:
     )
 
 
-@torch.no_grad()
-def _prompt_activations(host: Host, site: Site, losses: Losses) -> tuple[Tensor, Tensor]:
-    """Return the site's input ``[n, d_in]`` and output ``[n, d_out]`` at each prompt's last token, on the CPU."""
-    module = host.model.get_submodule(site.name)
-    keys, outputs = [], []
-    for i, line in enumerate(losses.lines):
-        site_inputs: list[Tensor] = []
-        site_outputs: list[Tensor] = []
-        with hooks.on_input(module, site_inputs.append), hooks.on_output(module, site_outputs.append):
-            losses([i])
-        position = line.at[0]
-        keys.append(site_inputs[0][0, position].float().cpu())
-        outputs.append(site_outputs[0][0, position].float().cpu())
-    return torch.stack(keys), torch.stack(outputs)
-
-
 def _start(output: Tensor, config: Config) -> Tensor:
     return output.clone() if config.start == "warm" else torch.rand(output.shape)
 
 
 def _train(
-    host: Host, site: Site, losses: Losses, number: int, start: Tensor, config: Config
-) -> tuple[Tensor, float]:
-    """Train a value ``[d_out]`` on one request's target; return it with the loss, nats per token."""
-    value = nn.Parameter(start.to(host.device_of(site)))
-    last = losses.lines[number].at[0]
+    host: Host, site: Site, lines: Sequence[Line], starts: Tensor, config: Config, work: Workspace, tick: OnCount
+) -> tuple[list[Tensor], list[float]]:  # fmt: skip
+    """Train a value for each request from ``starts`` ``[n, d_out]``; return values ``[d_out]`` and nats per token."""
+    whole = config.positions != "last"
+    longest = max(len(line.ids) if whole else len(line.at) for line in lines)
+    size = work.batch_size or rows_at_once(host, site.layer, longest)
+    finished = 0
 
-    def replace_output(output: Tensor) -> Tensor:
-        column = torch.arange(output.shape[1], device=output.device)
-        mask = {"last": column == last, "prompt": column <= last, "all": column >= 0}[config.positions]
-        return torch.where(mask[None, :, None], value.to(output), output)
+    def run(numbers: Sequence[int]) -> list[tuple[Tensor, float]]:
+        nonlocal finished
+        rows = UpperRows(host, [lines[i] for i in numbers], site.name, site.layer, whole=whole)
+        values = nn.Parameter(starts[list(numbers)].to(host.device_of(site)))
 
-    def loss(_: Sequence[int]) -> Tensor:
-        with hooks.on_output(host.model.get_submodule(site.name), replace_output):
-            return losses([number])
+        def losses(index: Sequence[int]) -> Tensor:
+            return rows.losses(index, rows.logits(index, _replacing(values[list(index)], config.positions)))
 
-    optimizer = torch.optim.Adam([value], lr=config.learning_rate)
-    outcome = descend(optimizer, loss, 1, steps=config.steps, stop=Stop(config.stop_loss))
-    return value.detach().cpu(), float(outcome.losses[0])
+        final = descend_each(
+            values, losses, steps=config.steps, rate=config.learning_rate, stop=Stop(config.stop_loss)
+        )
+        finished += len(numbers)
+        tick(finished, len(lines))
+        return list(zip(values.detach().cpu(), final.tolist(), strict=True))
+
+    trained = in_batches(range(len(lines)), size, run)
+    return [value for value, _ in trained], [loss for _, loss in trained]
+
+
+def _replacing(values: Tensor, positions: Literal["last", "prompt", "all"]) -> Change:
+    """Put each row's value ``[n, d_out]`` in place of the output at its positions."""
+
+    def change(_: Tensor, output: Tensor, distance: Tensor) -> Tensor:
+        acting = {"last": distance == 0, "prompt": distance <= 0, "all": distance == distance}[positions]
+        return torch.where(acting.to(output.device)[..., None], values[:, None].to(output), output)
+
+    return change
 
 
 def _edit(book: _Codebook, site: Site, config: Config, record: Any) -> MemoryEdit:

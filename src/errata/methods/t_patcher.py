@@ -12,7 +12,7 @@ Needs      Texts of the model's own, or a corpus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,16 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from errata.config import positive
-from errata.edits.memory import Intervention, MemoryEdit
+from errata.edits.memory import ACTIVATIONS, Intervention, MemoryEdit
 from errata.edits.routers.always import Always
 from errata.host import hooks
 from errata.host.host import Host
 from errata.methods._memory import earlier_slots, editable_layer, slot_edit
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._settings import at_least_zero
-from errata.training.slots import Slots, beside_slots, inputs_of
-from errata.training.tune import Losses, seeded
+from errata.training.rows import RowAdam, RowPlateau, clip_rows
+from errata.training.slots import Slots, row_inputs
+from errata.training.tune import Line, lay_out, seeded
+from errata.training.upper import Change, UpperRows, rows_at_once
 from errata.types import Request
+
+BATCH = 64
+"""Requests trained at once, at most: each has products with all of the memory."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Config:
     """Tokens of each text that the memory is read from."""
     top: tuple[int, int] = (5, 1000)
     """How many of the largest terms count in the activation loss and the memory losses (authors' code: 5 and 1000)."""
+    together: bool = False
+    """Whether all requests of a fit are trained at once: each beside the patches of earlier fits alone, with the inputs
+    of all others in its memory. False: one after another, each beside those before it (paper)."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -78,7 +86,7 @@ class Config:
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> MemoryEdit:
-    """Return the patches of all requests so far; each request's are trained beside those of the ones before it."""
+    """Return the patches of all requests so far."""
     check_requests("t_patcher", requests)
     layer = editable_layer(host, config.layer, 1.0)
     config = replace(config, layer=layer)
@@ -86,105 +94,146 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     slots, owners = earlier_slots(work.after, module, host.layout.width)
     queries = work.after.state["queries"] if work.after else torch.zeros(0, host.layout.width)
     first = len(work.after.provenance.requests) if work.after else 0
-    facts = {"loss": 0.0, "steps": 0}
     texts = min(-(-config.memory // config.text_tokens), 640)
-    rows = [ids for _, ids in work.texts(host, texts, config.text_tokens)]
+    memory = work.text_inputs(host, module, texts, config.text_tokens)[: config.memory]
+    facts = {"loss": 0.0, "steps": 0}
     with without(work.after, host), hooks.frozen(host.model), seeded(host, work.seed + first):
-        memory = inputs_of(host, module, rows)[: config.memory]
-        losses = Losses(host, requests, "target", depth=layer)
-        for i in range(len(requests)):
-            trainer = _Patches(host, module, losses, i, slots, torch.cat([memory, queries]), config)
-            added, own = trainer.run()
-            slots, queries = slots.joined(added), torch.cat([queries, own])
-            owners = [*owners, *[first + i] * len(added.keys)]
-            facts = {name: max(value, trainer.facts[name]) for name, value in facts.items()}
-            work.on_progress("patches", i + 1, len(requests))
+        lines = [lay_out(host, request, "target") for request in requests]
+        states = row_inputs(host, module, [line.ids for line in lines])
+        reads = [x[list(line.at[: config.most])] for x, line in zip(states, lines, strict=True)]
+        starts = [torch.randn(len(own), host.layout.width) for own in reads]
+        trained: dict[int, Slots] = {}
+        for numbers in _groups(lines, host, config, work):
+            others = [(i, q) for i, q in enumerate(reads) if config.together or i < numbers[0]]
+            known = torch.cat([memory, queries, *(q for _, q in others)])
+            of = [-1] * (len(memory) + len(queries)) + [i for i, q in others for _ in q]
+            own = torch.tensor(of) == torch.tensor(numbers)[:, None]
+            earlier = slots if config.together else _joined(slots, trained)
+            rows = UpperRows(host, [lines[i] for i in numbers], module, layer, whole=True)
+            batch = _Batch(rows, [reads[i] for i in numbers], earlier, known, own, config)
+            trained.update(zip(numbers, batch.run([starts[i] for i in numbers]), strict=True))
+            facts = {name: max(value, batch.facts[name]) for name, value in facts.items()}
+            work.on_progress("patches", len(trained), len(requests))
+    slots = _joined(slots, trained)
+    owners = [*owners, *(first + i for i, q in enumerate(reads) for _ in q)]
     record = provenance("t_patcher", host, requests, config, work, **notes({**facts, "patches": len(owners)}))
     intervention = Intervention(module, "slots", slot_edit(slots), "all", config.activation)
-    state = {"owners": torch.tensor(owners), "queries": queries}
+    state = {"owners": torch.tensor(owners), "queries": torch.cat([queries, *reads])}
     return MemoryEdit((intervention,), Always(), record, state)
 
 
-class _Patches:
-    """The patches of one request while they are trained."""
+def _joined(slots: Slots, trained: Mapping[int, Slots]) -> Slots:
+    """Return patches and those of requests by number, in their order."""
+    for number in sorted(trained):
+        slots = slots.joined(trained[number])
+    return slots
+
+
+def _groups(lines: Sequence[Line], host: Host, config: Config, work: Workspace) -> list[list[int]]:
+    """Group requests that are trained at once: each alone, or together those with as many patches."""
+    if not config.together:
+        return [[i] for i in range(len(lines))]
+    longest = max(len(line.ids) for line in lines)
+    size = work.batch_size or min(BATCH, rows_at_once(host, config.layer or 0, longest))
+    counts = [min(len(line.at), config.most) for line in lines]
+    same = [[i for i, own in enumerate(counts) if own == count] for count in sorted(set(counts))]
+    return [group[i : i + size] for group in same for i in range(0, len(group), size)]
+
+
+class _Batch:
+    """Requests whose patches, as many for each, are trained at once; none of them knows the others' patches."""
 
     def __init__(
-        self, host: Host, module: str, losses: Losses, number: int, earlier: Slots, memory: Tensor, config: Config
+        self, rows: UpperRows, queries: Sequence[Tensor], earlier: Slots, memory: Tensor, own: Tensor,
+        config: Config,
     ) -> None:  # fmt: skip
-        self.host, self.module, self.losses, self.number, self.config = host, module, losses, number, config
-        line = losses.lines[number]
-        self.targets, at = torch.tensor(line.targets), line.at[: config.most]
-        device = host.device
-        with self._beside([earlier]):
-            own = inputs_of(host, module, [line.ids])
-        self.queries = own[list(at)]
-        """q, what the feed-forward reads where a token of the target is predicted ``[s, d]``."""
-        q = self.queries.to(device)
-        self.memory = memory.to(device)
-        keys = nn.Parameter(q / q.square().sum(1, keepdim=True))
-        values = nn.Parameter(torch.randn(len(q), host.layout.width).to(device))
-        self.scale = nn.Parameter(torch.full((len(q), 1), config.amplify, device=device))
-        self.slots = Slots(keys, nn.Parameter(torch.zeros(len(q), device=device)), values)
+        """Take what the feed-forward reads where a token of each target is predicted, ``[s, d]`` each.
+
+        ``memory`` ``[m, d]``; ``own``: which of it are a request's own queries, bool ``[n, m]``.
+        """
+        device = rows.host.device
+        self.rows, self.config = rows, config
+        self.queries = q = torch.stack(list(queries)).to(device)  # [n, s, d]
+        self.memory, self.own = memory.to(device), own.to(device) if own.any() else None
         self.earlier = Slots(*(t.to(device) for t in (earlier.keys, earlier.biases, earlier.values)))
+        self.keys = nn.Parameter(q / q.square().sum(2, keepdim=True))
+        self.biases = nn.Parameter(torch.zeros(q.shape[:2], device=device))
+        self.scale = nn.Parameter(torch.full((*q.shape[:2], 1), config.amplify, device=device))
         self.facts: dict[str, Any] = {}
 
-    def run(self) -> tuple[Slots, Tensor]:
-        """Train; return the patches and their queries ``[s, d]``, on the CPU."""
-        config, slots = self.config, self.slots
-        parameters = [slots.keys, slots.biases, slots.values, self.scale]
-        optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.5, patience=1, threshold=0.05
-        )
-        best_memory, step, edit = float("inf"), 0, torch.tensor(0.0)
+    def run(self, starts: Sequence[Tensor]) -> list[Slots]:
+        """Train from initial values ``[s, d]``; return each request's patches, on the CPU."""
+        config, count = self.config, len(starts)
+        self.values = nn.Parameter(torch.stack(list(starts)).to(self.keys.device))
+        parameters = [self.keys, self.biases, self.values, self.scale]
+        optimizer = RowAdam(parameters, config.learning_rate, config.weight_decay)
+        plateau, best_memory = RowPlateau(count), torch.full((count,), float("inf"))
+        running, step, loss = torch.arange(count), 0, torch.zeros(count)
         for step in range(1, config.steps + 1):
-            edit, memory, activation = self._losses()
+            edit, memory, activation = self._losses(running.tolist())
             total = edit + config.activation_weight * activation + config.memory_weight * memory
-            gradients = torch.autograd.grad(total, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
+            gradients = torch.autograd.grad(total.sum(), parameters)
+            optimizer.step_(clip_rows(gradients, 5.0))
+            loss[running] = edit.detach().cpu()
             if step >= config.least_steps and step % config.check_every == 0:
-                plateau.step(float(total.detach()))
-                if self._correct():
-                    if float(memory.detach()) > best_memory - 1e-3:
-                        break
-                    best_memory = float(memory.detach())
-        self.facts = {"loss": float(edit.detach()), "steps": step}
-        with torch.no_grad():
-            return Slots(slots.keys, slots.biases, slots.values * self.scale).detached(), self.queries
+                optimizer.rates[running] *= plateau.factors(running, total.detach().cpu())
+                now, numbers = memory.detach().cpu(), running.tolist()
+                with torch.no_grad():
+                    correct = self.rows.correct(numbers, self.rows.logits(numbers, self._change(numbers)))
+                finished = correct & (now > best_memory[running] - 1e-3)
+                best_memory[running[correct]] = now[correct]
+                optimizer.rates[running[finished]] = 0
+                running = running[~finished]
+                if not len(running):
+                    break
+        self.facts = {"loss": float(loss.max()), "steps": step}
+        parts = (self.keys, self.biases, self.values * self.scale)
+        return [Slots(*(part[i] for part in parts)).detached() for i in range(count)]
 
-    def _scaled(self) -> Slots:
-        return Slots(self.slots.keys, self.slots.biases, self.slots.values * self.scale)
+    def _change(self, running: Sequence[int]) -> Change:
+        """Add each request's patches to its row, and those of requests before it."""
+        keys, biases, values, earlier = self.keys, self.biases, self.values * self.scale, self.earlier
+        act = ACTIVATIONS[self.config.activation]
 
-    def _beside(self, groups: list[Slots]) -> Any:
-        return beside_slots(self.host, self.module, lambda: groups, self.config.activation)
+        def change(inputs: Tensor, output: Tensor, _: Tensor) -> Tensor:
+            x = inputs.to(keys)
+            if len(earlier.keys):
+                output = output + (act(x @ earlier.keys.mT + earlier.biases) @ earlier.values).to(output)
+            own = act(x @ keys[running].mT + biases[running][:, None])
+            return output + (own @ values[running]).to(output)
 
-    def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses of edit, memory and activation."""
-        slots, config = self.slots, self.config
-        with self._beside([self.earlier, self._scaled()]):
-            edit = self.losses([self.number])[0]
-        own = (self.queries.to(slots.keys) * slots.keys).sum(1) + slots.biases  # [s]
-        other = self.memory @ slots.keys.mT + slots.biases  # [m, s]
+        return change
+
+    def _losses(self, running: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of edit, memory and activation ``[n]``."""
+        config, keys, biases = self.config, self.keys[running], self.biases[running]
+        edit = self.rows.losses(running, self.rows.logits(running, self._change(running)))
+        own = (self.queries[running] * keys).sum(2) + biases  # [n, s]
+        other = self._largest_products(running, keys, config.top[1]) + biases[..., None]  # [n, s, k]
         memory = _largest(other - config.beta, config.top[1])
-        memory = memory + _largest(other - own + config.gamma, config.top[1])
+        memory = memory + _largest(other - own[..., None] + config.gamma, config.top[1])
         return edit, memory, _largest(-own, config.top[0])
 
-    @torch.no_grad()
-    def _correct(self) -> bool:
-        """Whether each token of the target is the most probable one."""
-        line = self.losses.lines[self.number]
-        with self._beside([self.earlier, self._scaled()]):
-            logits = self.host.forward(self.host.batch([line.ids]))[0]
-        return logits[list(line.at)].argmax(-1).tolist() == list(line.targets)
+    def _largest_products(self, running: Sequence[int], keys: Tensor, count: int) -> Tensor:
+        """Return the largest products of each key ``[n, s, d]`` with memories: what losses look at ``[n, s, k]``."""
+        flat = keys.flatten(0, 1)
+        few = 4 * len(flat) * count < len(self.memory)  # cheaper to compute again than to go back through all
+        with torch.set_grad_enabled(not few):
+            products = (self.memory @ flat.mT).mT if few else flat @ self.memory.mT
+            products = products.reshape(*keys.shape[:2], -1)
+        others, seen = products.detach(), products.shape[2]
+        if self.own is not None:
+            others = others.masked_fill(self.own[running][:, None], float("-inf"))
+            seen -= int(self.own[0].sum())
+        nearest = others.topk(min(count, seen), sorted=False).indices
+        return (self.memory[nearest] @ keys[..., None])[..., 0] if few else products.gather(2, nearest)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Return S(z; k): the mean of the k largest exp(z) of all entries ``[...]``."""
-    flat = values.flatten()
-    return flat.topk(min(count, len(flat))).values.exp().mean()
+    """Return S(z; k) of each request: the mean of the k largest exp(z) of its entries ``[n, ...]``."""
+    flat = values.flatten(1)
+    largest = flat.topk(count, sorted=False).values if count < flat.shape[1] else flat
+    return largest.exp().mean(1)
 
 
 METHOD = Method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -61,15 +61,36 @@ def beside_slots(
         yield
 
 
-@torch.no_grad()
 def inputs_of(host: Host, module: str, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return what a module reads at every token of some rows, in their order, float32 ``[n, d_in]`` on the CPU."""
+    return torch.cat(row_inputs(host, module, rows))
+
+
+def row_inputs(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the same for each row ``[tokens, d_in]``."""
+    return [inputs for inputs, _ in _activations(host, module, rows)]
+
+
+def last_activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return a module's input ``[n, d_in]`` and output ``[n, d_out]`` at the last token of each row."""
+    ends = [(inputs[-1], outputs[-1]) for inputs, outputs in _activations(host, module, rows)]
+    inputs, outputs = zip(*ends, strict=True)
+    return torch.stack(inputs), torch.stack(outputs)
+
+
+@torch.no_grad()
+def _activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """Return a module's input and output of each row ``[tokens, d]``; nothing is run above it."""
     layer = host.model.get_submodule(module)
-    parts: dict[int, Tensor] = {}
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
     for group in tokens.by_length(rows, BATCH_TOKENS):
-        batch, inputs = host.batch([rows[i] for i in group]), list[Tensor]()
-        with hooks.on_input(layer, inputs.append):
+        batch, seen = host.batch([rows[i] for i in group]), list[Tensor]()
+        with (
+            hooks.on_input(layer, seen.append), hooks.on_output(layer, seen.append),
+            hooks.stop_after(layer), suppress(hooks.Stopped),
+        ):  # fmt: skip
             host.forward(batch, keep=1)
-        mask = batch.mask.bool().to(inputs[0].device)
-        parts.update({i: inputs[0][row, mask[row]].float().cpu() for row, i in enumerate(group)})
-    return torch.cat([parts[i] for i in range(len(rows))])
+        inputs, outputs = (part.reshape(*batch.ids.shape, -1).float().cpu() for part in seen)
+        mask = batch.mask.bool().cpu()
+        parts.update({i: (inputs[row, mask[row]], outputs[row, mask[row]]) for row, i in enumerate(group)})
+    return [parts[i] for i in range(len(rows))]

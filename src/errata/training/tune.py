@@ -233,6 +233,16 @@ def descend(
     return Outcome(start, torch.tensor(final, dtype=torch.float64), steps)
 
 
+def check_finite(losses: Tensor, steps: int) -> Tensor:
+    """Return losses ``[n]``. Raises ConfigError where one is not finite."""
+    if not torch.isfinite(losses).all():
+        raise ConfigError(
+            f"the loss is {float(losses.sum())} after {steps} steps; lower the learning rate, "
+            "or load the model in float32"
+        )
+    return losses
+
+
 def _differentiate_(
     optimizer: torch.optim.Optimizer,
     losses: Callable[[Sequence[int]], Tensor],
@@ -252,13 +262,7 @@ def _differentiate_(
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return values.detach().tolist()
 
-    now = torch.tensor(in_batches(batch, rows, run), dtype=torch.float64)
-    if not torch.isfinite(now).all():
-        raise ConfigError(
-            f"the loss is {float(now.sum())} after {updates} steps; lower the learning rate, "
-            "or load the model in float32"
-        )
-    return now
+    return check_finite(torch.tensor(in_batches(batch, rows, run), dtype=torch.float64), updates)
 
 
 def _add_gradients_(
