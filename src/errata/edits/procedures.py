@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from errata.edits import header as fields
 from errata.errors import EditError
+from errata.writing import filled
 
 Name = Literal["put", "select", "decompose"]
 Search = Callable[[str], Sequence[str]]
@@ -103,10 +104,7 @@ class Procedure:
         return texts + prompt if self.name == "put" else self._fill("select", texts=texts, prompt=prompt)
 
     def _fill(self, name: str, **texts: str) -> str:
-        text = self.templates[name]
-        for slot, value in texts.items():  # not str.format: the texts may hold braces
-            text = text.replace(f"{{{slot}}}", value)
-        return text
+        return filled(self.templates[name], **texts)
 
     def _decompose(self, prompt: str, search: Search, generate: Generate, fits: Fits) -> str:
         """Return the examples, the question and its parts with the texts found, up to where the answer begins.
