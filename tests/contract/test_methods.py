@@ -46,6 +46,8 @@ def options(name: str) -> dict:
         return {"select": "{texts}{prompt}", "tokens": 8}
     if name == "mello":  # its own examples exceed a small window
         return {"worked_examples": "Question: a b?\nFinal answer: c\n\n", "tokens": 8}
+    if name == "memprompt":  # so do its examples
+        return {"worked_examples": "", "room": 32}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {

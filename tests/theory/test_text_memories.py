@@ -52,3 +52,85 @@ def test_ice_is_in_prompt_in_other_words(host):
         assert ice.contexts == plain.contexts
         for prompt in (ADA.text, "Bruno Holner likes", "The rain fell on"):
             assert ice.rewrite(prompt, host) == plain.rewrite(prompt, host)
+
+
+# --- memprompt ------------------------------------------------------------------------------
+
+AGAIN = errata.Request("{} WAS born, in", "Ada Brenner", "Tallow", id="again")
+PLAIN = {"method": "memprompt", "worked_examples": ""}
+
+
+def test_feedback_stands_behind_the_queries_that_are_near(host):
+    edit = errata.edit(host, [ADA, BRUNO], **PLAIN)
+    asked = "Question: {} | clarification: Ada Brenner was born in Merrin.\nAnswer:"
+    for prompt in (ADA.text, "ada brenner was born in the"):
+        assert edit.rewrite(prompt) == asked.format(prompt)
+    assert edit.rewrite("The rain fell on") == "The rain fell on"
+    words = errata.edit(
+        host, ADA, **PLAIN, combiner="{prompt} ({feedback})", query="{query} =>", feedback="it is {target}"
+    )
+    assert words.rewrite(ADA.text) == "Ada Brenner was born in (it is Merrin) =>"
+
+
+def test_worked_examples_stand_before_the_queries_that_have_feedback(host):
+    edit = errata.edit(host, ADA, method="memprompt", worked_examples="Question: a\nAnswer: b\n\n")
+    assert edit.rewrite(ADA.text).startswith("Question: a\nAnswer: b\n\nQuestion: Ada")
+    assert edit.rewrite("Bruno") == "Bruno"
+    with pytest.raises(ConfigError, match="worked_examples: .* tokens leave less"):
+        errata.edit(host, ADA, method="memprompt", worked_examples="a b c d e f g h " * 80)
+
+
+def test_the_codes_rule_counts_edits_whatever_the_length(host):
+    near, far = "Ada Brenner was bron in", "Ada Brenner works in"
+    for options, accepted in (
+        ({"edits": 6}, [near]),
+        ({"edits": 12}, [near, far]),
+        ({"distance": 0.5}, [near, far]),
+    ):
+        edit = errata.edit(host, ADA, **PLAIN, **options)
+        assert [p for p in (near, far) if edit.rewrite(p) != p] == accepted
+
+
+@pytest.mark.parametrize("memory", ["lexical", "semantic"])
+def test_a_later_request_with_the_same_query_replaces_the_earlier(host, memory):
+    options = {**PLAIN, "memory": memory}
+    together = errata.edit(host, [ADA, BRUNO, AGAIN], **options)
+    one = errata.edit(host, [ADA, BRUNO], **options)
+    both = errata.edit(host, AGAIN, after=one, **options)
+    for edit in (together, both):
+        assert edit.contexts == ("Bruno Holner plays the harp.", "Ada Brenner WAS born, in Tallow.")
+        assert edit.provenance.notes["replaced"] == [ADA.text] and len(edit.router.keys) == 2
+        assert "Tallow" in edit.rewrite(AGAIN.text, host) and "Merrin" not in edit.rewrite(ADA.text, host)
+        assert edit.provenance.requests == (ADA, BRUNO, AGAIN)
+    assert one.provenance.notes["replaced"] == []
+
+
+def test_sentence_vectors_of_the_queries_are_compared(host):
+    edit = errata.edit(host, [ADA, BRUNO], **PLAIN, memory="semantic", cosine=0.999)
+    for request in (ADA, BRUNO):
+        assert f"clarification: {request.text}" in edit.rewrite(request.text, host)
+    assert edit.rewrite("The rain fell on", host) == "The rain fell on"
+
+
+def test_the_growing_prompt_has_the_newest_examples_that_fit(host):
+    requests = [errata.Request("{} lives in", f"Person {i}", "Esk") for i in range(30)]
+    options = {**PLAIN, "memory": "growing", "query": "{query}:", "combiner": "{prompt} {feedback}"}
+
+    def shown(edit) -> list[int]:
+        blocks = edit.rewrite("Ada").split("\n\n")
+        assert blocks[-1] == "Ada:"
+        return [int(block.split()[1]) for block in blocks[:-1]]
+
+    roomy = fresh("llama", max_position_embeddings=4096)
+    whole = errata.edit(roomy, requests, **options)
+    assert shown(whole) == list(range(10, 30))
+    assert whole.rewrite("Ada").startswith("Person 10 lives in Person 10 lives in Esk.: Esk\n\n")
+    assert shown(errata.edit(roomy, requests, **options, most=3)) == [27, 28, 29]
+    words = 10  # of an example
+    assert shown(errata.edit(roomy, requests, **options, words=2 * words + 1)) == [28, 29]
+    first = errata.edit(roomy, requests[:15], **options)
+    assert errata.edit(roomy, requests[15:], after=first, **options).contexts == whole.contexts
+    small = errata.edit(fresh("llama"), requests, **options, room=32)
+    assert 0 < len(shown(small)) < 20 and shown(small)[-1] == 29
+    with pytest.raises(ConfigError, match="one example and the worked ones exceed"):
+        errata.edit(roomy, requests, **options, words=3)

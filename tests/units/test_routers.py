@@ -14,6 +14,7 @@ from errata.edits.index import VectorIndex
 from errata.edits.names import NameTable
 from errata.edits.routers._router import NONE, Question
 from errata.edits.routers.cosine import Cosine
+from errata.edits.routers.edit_distance import EditDistance, distance, query_key
 from errata.edits.routers.fulltext import FullText
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.radius import Radius
@@ -94,6 +95,40 @@ def test_the_rarest_words_in_common_decide():
     assert FullText(()).decide(ask("anything")).tolist() == [NONE]
 
 
+@given(st.text(alphabet="abcé中", max_size=9), st.text(alphabet="abcé中", max_size=9))
+def test_the_edit_distance_is_that_of_the_table(one, other):
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        new = [i]
+        for j, b in enumerate(other, 1):
+            new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (a != b)))
+        row = new
+    assert distance(one, other) == distance(other, one) == row[-1]
+
+
+def test_a_query_is_compared_without_marks_capitals_and_punctuation():
+    assert query_key("What  rings like <papaya>?") == "what rings like"
+    assert query_key("E\u0301mile's 中国 C++") == "émiles 中国 c"
+    router = EditDistance(("Where was <Ada> born?", "Who sings", ""))
+    assert router.decide(ask("WHERE was Bruno born", "where was born", "who sing", "", "?!")).tolist() == [
+        NONE, 0, 1, 2, 2,
+    ]  # fmt: skip
+
+
+def test_the_threshold_is_a_share_of_the_longer_text_or_a_number_of_edits():
+    key = "abcdefghij"
+    share, count = EditDistance((key,), 0.7), EditDistance((key,), -6.0, absolute=True)
+    for edits in range(11):
+        text = "z" * edits + key[edits:]
+        assert (share.decide(ask(text)).tolist() == [0]) == (edits < 3)
+        assert (count.decide(ask(text)).tolist() == [0]) == (edits < 6)
+    near, far = ask(key, "z" + key), ask("zz" + key[:6], "qqq")
+    for router in (share, count):
+        calibrated, costs = router.calibrate(near, far, most_false=0.0)
+        assert costs.accepted_in_scope == 1 and costs.accepted_out_of_scope == 0
+        assert calibrated.decide(far).tolist() == [NONE, NONE]
+
+
 def test_a_router_without_vectors_to_read_says_so():
     with pytest.raises(EditError, match="sentence vectors"):
         Similarity(torch.ones(1, 2)).decide(Question(EMPTY, EMPTY, list))
@@ -101,8 +136,8 @@ def test_a_router_without_vectors_to_read_says_so():
 
 def test_routers_copy_and_pickle_without_what_they_look_up_with():
     routers = [
-        Lexical(("Ada",)), FullText(("a harp",)), Cosine(torch.eye(2)), Similarity(torch.eye(2)),
-        Statement(("Ada",), torch.zeros(1, 2), torch.zeros(1)),
+        Lexical(("Ada",)), FullText(("a harp",)), EditDistance(("Ada has harps",)), Cosine(torch.eye(2)),
+        Similarity(torch.eye(2)), Statement(("Ada",), torch.zeros(1, 2), torch.zeros(1)),
     ]  # fmt: skip
     for router in routers:
         rows = torch.eye(2)

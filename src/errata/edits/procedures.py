@@ -14,7 +14,7 @@ from errata.edits import header as fields
 from errata.errors import EditError
 from errata.writing import filled
 
-Name = Literal["put", "select", "decompose"]
+Name = Literal["put", "fill", "select", "decompose"]
 Search = Callable[[str], Sequence[str]]
 """Returns the texts found for a prompt, the best last; none: empty."""
 Generate = Callable[[str, int], str]
@@ -24,6 +24,7 @@ Fits = Callable[[str], bool]
 
 TEMPLATES: Mapping[Name, tuple[str, ...]] = {
     "put": (),
+    "fill": ("prompt",),
     "select": ("select", "answer"),
     "decompose": ("examples", "question", "subquestion", "fact", "answer"),
 }
@@ -35,6 +36,7 @@ class Procedure:
     """How the texts found are used.
 
     put        before the prompt, the best next to it
+    fill       in a template with the prompt
     select     the model first writes the one sentence of them that the prompt needs, or "none"
     decompose  the model splits a question; the best text for each part is put where it asks for it
 
@@ -90,7 +92,7 @@ class Procedure:
         if not found:
             return prompt
         asked = self._ask(found, prompt)
-        if self.name == "put":
+        if self.name in ("put", "fill"):
             return asked
         sentence = next(iter(generate(asked, self.tokens).strip().splitlines()), "").strip()
         if not sentence or sentence.casefold().startswith("none"):
@@ -101,7 +103,9 @@ class Procedure:
     def _ask(self, found: Sequence[str], prompt: str) -> str:
         """Return the texts found with the prompt, as the model first reads them."""
         texts = "".join(found)
-        return texts + prompt if self.name == "put" else self._fill("select", texts=texts, prompt=prompt)
+        if self.name == "put":
+            return texts + prompt
+        return self._fill("prompt" if self.name == "fill" else "select", texts=texts, prompt=prompt)
 
     def _fill(self, name: str, **texts: str) -> str:
         return filled(self.templates[name], **texts)

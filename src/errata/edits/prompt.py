@@ -104,10 +104,6 @@ class PromptEdit(RuntimeEdit):
         with passes.without_interventions():
             return embed(host, [prompt], encoder=encoder)
 
-    @property
-    def _runs_the_model(self) -> bool:
-        return not self.router.reads <= {"text"} or self.procedure.name != "put"
-
     def parts(self) -> Mapping[str, Tensor]:
         """Return the router's tensors ``[entries, ...]``."""
         return _stored.parts_of(self.router)
