@@ -6,6 +6,8 @@ import pytest
 
 import errata
 from errata.errors import ConfigError
+from errata.methods._method import Workspace
+from errata.stats.tables import AnswerTable, Tables
 from errata.writing import filled
 from tests.models import fresh
 
@@ -134,3 +136,93 @@ def test_the_growing_prompt_has_the_newest_examples_that_fit(host):
     assert 0 < len(shown(small)) < 20 and shown(small)[-1] == 29
     with pytest.raises(ConfigError, match="one example and the worked ones exceed"):
         errata.edit(roomy, requests, **options, words=3)
+
+
+# --- reliable -------------------------------------------------------------------------------
+
+EXAMPLES = [
+    errata.Case(
+        f"e{i}",
+        errata.Request("{} lives in", f"Person {i}", "Esk" if i % 2 else "Merrin", "Tallow"),
+        (errata.Probe("paraphrase", f"The town of Person {i} is", ("Esk",), ("Tallow",)),) * (i % 3 > 0),
+    )
+    for i in range(20)
+]
+TABLE = AnswerTable(
+    ("Ada Brenner", "Ivo Marn", "Pia Holt"),
+    ("{} lives in", "The town of {} is", "{} plays the"),
+    (("Esk", "Esk", "Merrin"), ("Esk", "Esk", "Merrin"), ("harp", "lute", "harp")),
+)
+TABLES = Tables((TABLE,), "made up", 0, 0, 0)
+ASK = "Question: {}\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    return fresh("llama", max_position_embeddings=2048)
+
+
+def test_demonstrations_answer_what_their_altered_passages_say(roomy):
+    edit = errata.edit(roomy, ADA, method="reliable", examples=EXAMPLES)
+    *shown, end = edit.rewrite("Where was Ada born?").split("\n\n")
+    assert end == "Passage: Ada Brenner was born in Merrin.\n" + ASK.format("Where was Ada born?")
+    assert len(shown) == 8 == edit.provenance.notes["demonstrations"]
+    by_passage = {f"Passage: {c.request.text} {c.request.target}.": c for c in EXAMPLES}
+    for text in shown:
+        passage, question, answer = text.split("\n")
+        case = by_passage.pop(passage)  # none is shown twice
+        prompt = case.probes[0].prompt if case.probes else case.request.text
+        assert f"{question}\n{answer}" == f"{ASK.format(prompt)} {case.request.target}"
+
+
+def test_a_subjects_own_examples_are_not_shown_and_few_are_all_shown(roomy):
+    own = errata.Case("own", errata.Request("{} lives in", "ada brenner", "Esk"), ())
+    edit = errata.edit(roomy, ADA, method="reliable", examples=[own, *EXAMPLES[:3]])
+    assert edit.provenance.notes["demonstrations"] == 3 and "ada brenner" not in edit.rewrite("x")
+    with pytest.raises(ConfigError, match="needs other facts"):
+        errata.edit(roomy, ADA, method="reliable", examples=[own])
+    bare = errata.edit(roomy, ADA, method="reliable", demonstrations=0)
+    assert bare.rewrite("x") == "Passage: Ada Brenner was born in Merrin.\n" + ASK.format("x")
+
+
+def test_tables_alter_an_answer_to_that_of_another_name(roomy, monkeypatch):
+    monkeypatch.setattr(Workspace, "tables", lambda self, host: TABLES)
+    edit = errata.edit(roomy, ADA, method="reliable", source="tables")
+    *shown, _ = edit.rewrite("x").split("\n\n")
+    true = {name: dict(zip(TABLE.names, column, strict=True)) for name, column in zip(
+        TABLE.templates, TABLE.answers, strict=True)}  # fmt: skip
+    assert len(shown) == 4 == len(set(shown)), "two names of two relations, Ada left out"
+    for text in shown:
+        passage, question, answer = text.split("\n")
+        answer = answer.removeprefix("Answer: ")
+        (name,) = (name for name in TABLE.names if name in passage)
+        lives = "lives" in passage
+        relation = "{} lives in" if lives else "{} plays the"
+        assert passage == f"Passage: {relation.format(name)} {answer}."
+        other = "The town of {} is" if lives else relation
+        assert question == f"Question: {other.format(name)}"
+        assert name != "Ada Brenner" and answer != true[relation][name]
+        assert answer in true[relation].values()
+
+
+def test_what_the_window_does_not_hold_is_left_out(roomy):
+    small = errata.edit(
+        fresh("llama", max_position_embeddings=320), ADA, method="reliable", examples=EXAMPLES
+    )
+    whole = errata.edit(roomy, ADA, method="reliable", examples=EXAMPLES)
+    assert 0 < small.provenance.notes["demonstrations"] < 8
+    assert whole.rewrite("x").endswith(small.rewrite("x"))
+    with pytest.raises(ConfigError, match="a passage alone"):
+        errata.edit(fresh("llama"), ADA, method="reliable", examples=EXAMPLES, room=120)
+
+
+def test_several_passages_stand_where_their_subject_is_named(roomy):
+    options = {"method": "reliable", "examples": EXAMPLES, "demonstrations": 2}
+    one = errata.edit(roomy, ADA, **options)
+    both, grown = errata.edit(roomy, [ADA, BRUNO], **options), errata.edit(roomy, BRUNO, after=one, **options)
+    for edit in (both, grown):
+        assert edit.rewrite("The rain fell on") == "The rain fell on"
+        asked = edit.rewrite("Bruno Holner likes")
+        assert "Passage: Bruno Holner plays the harp.\n" in asked and "Ada" not in asked
+    with pytest.raises(ConfigError, match="need scope: subject"):
+        errata.edit(roomy, [ADA, BRUNO], scope="always", **options)
