@@ -48,6 +48,8 @@ def options(name: str) -> dict:
         return {"worked_examples": "Question: a b?\nFinal answer: c\n\n", "tokens": 8}
     if name == "memprompt":  # so do its examples
         return {"worked_examples": "", "room": 32}
+    if name == "patches":  # and its question; a random model's yes and no mean nothing
+        return {"question": "{condition} {prompt}", "threshold": 0.0}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 import errata
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
+from errata.host.preference import preference
+from errata.host.prompts import PromptFormat
 from errata.methods._method import Workspace
 from errata.stats.tables import AnswerTable, Tables
 from errata.writing import filled
@@ -226,3 +231,100 @@ def test_several_passages_stand_where_their_subject_is_named(roomy):
         assert "Passage: Bruno Holner plays the harp.\n" in asked and "Ada" not in asked
     with pytest.raises(ConfigError, match="need scope: subject"):
         errata.edit(roomy, [ADA, BRUNO], scope="always", **options)
+
+
+# --- patches --------------------------------------------------------------------------------
+
+SHORT = {"method": "patches", "question": "{condition}? {prompt}:"}
+
+
+def test_a_preference_is_that_of_two_answers_in_all_their_tokens(host):
+    prompts = ["Ada was born in", "Bruno Holner plays the cello (or the", "The"]
+    first, second = "Merrin and Esk", "harp"
+    expected = []
+    for prompt in prompts:
+        logprobs = []
+        for answer in (first, second):
+            row = host.encode_answer(prompt, answer)
+            with torch.no_grad():
+                steps = host.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            places = range(row.start, len(row.ids))
+            assert answer == second or len(places) > 1
+            logprobs.append(sum(float(steps[at - 1, row.ids[at]]) for at in places))
+        expected.append(1 / (1 + math.exp(logprobs[1] - logprobs[0])))
+    found = preference(host, prompts, first, second)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert (found + preference(host, prompts, second, first)).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    asked = host.with_prompt_format(PromptFormat("question"))
+    assert torch.equal(preference(asked, ["Who?"], first, second), preference(host, ["Who?"], first, second))
+    assert preference(host, ["a b c d " * 200], first, second).tolist() == [0.0]
+    with errata.edit(host, ADA, method="ice").on(host):
+        assert torch.equal(preference(host, prompts, first, second), found)
+
+
+def scripted(monkeypatch, *holding: str) -> None:
+    """Let the model find that the condition holds for a question with one of some texts."""
+
+    def prefer(host, prompts, first, second):
+        return torch.tensor([0.9 if any(text in p for text in holding) else 0.1 for p in prompts])
+
+    monkeypatch.setattr("errata.edits.prompt.preference", prefer)
+
+
+def test_a_patch_is_applied_where_the_model_says_that_its_condition_holds(host, monkeypatch, tmp_path):
+    scripted(monkeypatch, "was born in? Where was Ada", "plays the? He")
+    edit = errata.edit(host, [ADA, BRUNO], **SHORT, condition="{prompt}")
+    loaded = errata.Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    for one in (edit, loaded):
+        with one.on(host):
+            assert host.rewritten("Where was Ada born?") == (
+                "Ada Brenner was born in Merrin.\nWhere was Ada born?"
+            )
+            assert host.rewritten("He plays") == "Bruno Holner plays the harp.\nHe plays"
+            assert host.rewritten("The rain") == "The rain"
+    with pytest.raises(EditError, match="asks the model"):
+        edit.rewrite("He plays")
+
+
+def test_the_interpreters_put_the_consequent_or_show_the_input_with_its_label(host, monkeypatch):
+    scripted(monkeypatch, "Where")
+    for options, expected in (
+        ({}, "Ada Brenner was born in Merrin.\nWhere?"),
+        ({"consequent": "{subject}: {target}"}, "Ada Brenner: Merrin\nWhere?"),
+        (
+            {"feature": "patch: {patch} Input: {prompt}"},
+            "patch: Ada Brenner was born in Merrin. Input: Where?",
+        ),
+        ({"interpreter": "override"}, "Where? Merrin\nWhere?"),
+        ({"interpreter": "override", "override": "{prompt} ({patch})"}, "Where? (Merrin)"),
+    ):
+        edit = errata.edit(host, ADA, **SHORT, **options)
+        assert edit.rewrite("Where?", host) == expected and edit.rewrite("Who?", host) == "Who?"
+
+
+def test_only_the_best_gate_is_applied_and_a_later_patch_wins_a_tie(host, monkeypatch):
+    scripted(monkeypatch, "Where")
+    again = errata.Request("{} was born in", "Ada Brenner", "Tallow")
+    one = errata.edit(host, ADA, **SHORT)
+    for edit in (errata.edit(host, [ADA, again], **SHORT), errata.edit(host, again, after=one, **SHORT)):
+        assert edit.rewrite("Where?", host) == "Ada Brenner was born in Tallow.\nWhere?"
+
+
+def test_the_gate_may_be_another_router(host):
+    edit = errata.edit(host, [ADA, BRUNO], method="patches", gate="subject")
+    assert edit.rewrite("Bruno Holner likes") == "Bruno Holner plays the harp.\nBruno Holner likes"
+    similar = errata.edit(host, [ADA, BRUNO], method="patches", gate="similar", threshold=0.99)
+    fact = "Ada Brenner was born in Merrin."
+    assert similar.rewrite(fact, host) == f"{fact}\n{fact}" and similar.rewrite("The", host) == "The"
+
+
+def test_questions_and_answers_are_checked(host):
+    for options, complaint in (
+        ({"yes": "no"}, "yes, no: expected two different"),
+        ({"question": "{prompt}?"}, "question: expected {condition}"),
+        ({"question": "{condition}{prompt}" + "a b c d " * 80}, "question: .* tokens leave too little"),
+        ({"feature": "{prompt}"}, "feature: expected {patch}"),
+        ({"override": "{patch}"}, "override: expected {prompt}"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=complaint):
+            errata.edit(host, ADA, method="patches", **options)

@@ -16,6 +16,7 @@ from errata.edits.routers._router import NONE, Question
 from errata.edits.routers.cosine import Cosine
 from errata.edits.routers.edit_distance import EditDistance, distance, query_key
 from errata.edits.routers.fulltext import FullText
+from errata.edits.routers.judged import Judged
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.radius import Radius
 from errata.edits.routers.similarity import Similarity
@@ -127,6 +128,24 @@ def test_the_threshold_is_a_share_of_the_longer_text_or_a_number_of_edits():
         calibrated, costs = router.calibrate(near, far, most_false=0.0)
         assert costs.accepted_in_scope == 1 and costs.accepted_out_of_scope == 0
         assert calibrated.decide(far).tolist() == [NONE, NONE]
+
+
+def test_the_most_probable_condition_acts_and_of_equal_ones_the_newest():
+    chances = {"a: x?": 0.4, "b: x?": 0.9, "c: x?": 0.9, "a: y?": 0.6, "b: y?": 0.5, "c: y?": 0.1}
+    asked: list[str] = []
+
+    def prefer(prompts, first, second):
+        assert (first, second) == ("yes", "no")
+        asked.extend(prompts)
+        return torch.tensor([chances.get(prompt, 0.5) for prompt in prompts])
+
+    router = Judged(("a", "b", "c"), "{condition}: {prompt}?")
+    question = Question(torch.zeros(3, 0), EMPTY, lambda: ["x", "y", "z"], preference=prefer)
+    assert router.decide(question).tolist() == [2, 0, NONE]
+    assert set(asked) >= set(chances) and len(asked) == 9
+    assert Judged((), "{condition}{prompt}").decide(question).tolist() == [NONE] * 3
+    with pytest.raises(EditError, match="asks the model"):
+        router.decide(ask("x"))
 
 
 def test_a_router_without_vectors_to_read_says_so():

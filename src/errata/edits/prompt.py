@@ -22,6 +22,7 @@ from errata.host import hooks, passes, placed
 from errata.host.base import ModelHost
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
+from errata.host.preference import preference
 from errata.host.prompts import PromptFormat
 
 PUT = Procedure()
@@ -84,7 +85,11 @@ class PromptEdit(RuntimeEdit):
 
     def _search(self, prompt: str, host: Host | None) -> list[str]:
         """Return the texts of the entries that the router accepts, the best last, as many as the procedure takes."""
-        scores = self.router.scores(self._question(prompt, host))[0]
+        question = self._question(prompt, host)
+        if self.procedure.count == 1:
+            entry = int(self.router.decide(question))
+            return [] if entry == NONE else [self.contexts[entry]]
+        scores = self.router.scores(question)[0]
         best = scores.topk(min(self.procedure.count, len(scores)))
         entries = [
             int(entry) for entry, score in zip(best.indices, best.values, strict=True) if float(score) > 0
@@ -97,7 +102,12 @@ class PromptEdit(RuntimeEdit):
             return Question(empty, empty, lambda: [prompt])
         with passes.without_interventions():
             states = prompt_states(host, prompt, self.module) if self.module else (empty, empty)
-        return Question(*states, lambda: [prompt], lambda: self._vectors(prompt, host))
+        return Question(
+            *states,
+            lambda: [prompt],
+            lambda: self._vectors(prompt, host),
+            lambda prompts, first, second: preference(host, prompts, first, second),
+        )
 
     def _vectors(self, prompt: str, host: Host) -> Tensor:
         encoder = self.router.encoder if isinstance(self.router, Similarity) else None
