@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from errata.edits import header as fields
+from errata.edits import proving
 from errata.errors import EditError
 from errata.writing import filled
 
-Name = Literal["put", "fill", "select", "decompose"]
+Name = Literal["put", "fill", "select", "decompose", "prove"]
 Search = Callable[[str], Sequence[str]]
 """Returns the texts found for a prompt, the best last; none: empty."""
 Generate = Callable[[str, int], str]
 """Continues a text greedily by at most so many tokens; returns the new text only."""
+Prefer = Callable[[str, str, str], float]
+"""Returns the probability of the first of two answers to a text, 0 to 1."""
 Fits = Callable[[str], bool]
 """Whether the model's window holds a text with so much room behind it as an answer needs."""
 
@@ -27,6 +30,7 @@ TEMPLATES: Mapping[Name, tuple[str, ...]] = {
     "fill": ("prompt",),
     "select": ("select", "answer"),
     "decompose": ("examples", "question", "subquestion", "fact", "answer"),
+    "prove": proving.TEMPLATES,
 }
 """The templates that each procedure takes."""
 
@@ -39,6 +43,7 @@ class Procedure:
     fill       in a template with the prompt
     select     the model first writes the one sentence of them that the prompt needs, or "none"
     decompose  the model splits a question; the best text for each part is put where it asks for it
+    prove      the model answers with and without each text; the answer with the best proof is given
 
     Texts found that the window does not hold are left out, the best last; a prompt is not changed where the window does
     not hold what the model is asked first.
@@ -52,7 +57,9 @@ class Procedure:
     tokens: int = 50
     """New tokens of a generation at most."""
     hops: int = 4
-    """Parts of a question at most."""
+    """Parts of a question at most; steps of a proof."""
+    least: float = 0.5
+    """Belief below which a statement is no premise of a proof, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
@@ -67,10 +74,11 @@ class Procedure:
 
     def body(self) -> dict[str, Any]:
         """Return the procedure as plain data."""
-        return {
+        body: dict[str, Any] = {
             "name": self.name, "count": self.count, "templates": dict(self.templates), "tokens": self.tokens,
             "hops": self.hops,
         }  # fmt: skip
+        return {**body, "least": self.least} if self.name == "prove" else body
 
     @staticmethod
     def restore(body: Mapping[str, Any]) -> Procedure:
@@ -79,10 +87,19 @@ class Procedure:
         templates = fields.get_field(body, "templates", dict, "procedure")
         numbers = {key: fields.get_field(body, key, int, "procedure") for key in ("count", "tokens", "hops")}
         texts = {str(key): fields.check_type(text, str, "templates") for key, text in templates.items()}
-        return Procedure(name, templates=texts, **numbers)
+        least = fields.check_type(body.get("least", 0.5), float, "procedure")
+        return Procedure(name, templates=texts, **numbers, least=least)
 
-    def run(self, prompt: str, search: Search, generate: Generate, fits: Fits) -> str:
-        """Return the text that the model continues in place of a prompt."""
+    def run(
+        self, prompt: str, search: Search, generate: Generate, fits: Fits, prefer: Prefer | None = None
+    ) -> str:
+        """Return the text that the model continues in place of a prompt; ``prefer`` is needed to prove."""
+        if self.name == "prove":
+            if prefer is None:
+                raise EditError("prove asks the model what it believes: give prefer")
+            return proving.Prover(
+                self.templates, self.tokens, self.hops, self.least, search, generate, prefer, fits
+            ).answer(prompt)
         if self.name == "decompose":
             transcript = self._decompose(prompt, search, generate, fits)
             return transcript if fits(transcript) else prompt

@@ -81,7 +81,12 @@ class PromptEdit(RuntimeEdit):
         def fits(text: str) -> bool:
             return host is None or host.window is None or len(host.encode(text).ids) + ROOM <= host.window
 
-        return self.procedure.run(prompt, search, generate, fits)
+        def prefer(text: str, first: str, second: str) -> float:
+            if host is None:
+                raise EditError("this edit runs the model on prompts: place it on a host")
+            return float(preference(host, [text], first, second))
+
+        return self.procedure.run(prompt, search, generate, fits, prefer)
 
     def _search(self, prompt: str, host: Host | None) -> list[str]:
         """Return the texts of the entries that the router accepts, the best last, as many as the procedure takes."""

@@ -56,7 +56,7 @@ class Config:
 
     memory: Literal["lexical", "semantic", "growing"] = "lexical"
     """How feedback is found: by edit distance, by sentence vectors, or not at all: the newest examples for all."""
-    distance: float = 0.3
+    distance: float = 0.2
     """Edits below which a query is near, as a share of the longer text's characters; chosen on the lab, seed 1."""
     edits: int | None = None
     """Edits below which a query is near, whatever its length (authors' code: 6). None: ``distance``."""
