@@ -121,6 +121,12 @@ def statement(prompt: str, answer: str, join: Join = "auto") -> str:
     return text + _stop(text)
 
 
+def filled(template: str, **texts: str) -> str:
+    """Replace each ``{name}`` of a template by its text; braces inside the texts and other braces stay."""
+    slots = regex.compile("|".join(rf"\{{{name}\}}" for name in texts))
+    return slots.sub(lambda match: texts[match[0][1:-1]], template)
+
+
 def _stop(text: str) -> str:
     """Return the full stop for the script of a text's last letter; Thai and similar scripts have none."""
     last = _last_letter(text)

@@ -50,6 +50,15 @@ def options(name: str) -> dict:
         return {"worked_examples": "Question: a b?\nFinal answer: c\n\n", "tokens": 8}
     if name == "serac":  # a classifier of another width learns to accept in fewer steps
         return {"steps": 4, "classifier_steps": 300, "classifier_width": 16}
+    if name == "memprompt":  # so do its examples
+        return {"worked_examples": "", "room": 32}
+    if (
+        name == "entailer"
+    ):  # a random model believes at random: where it cannot be asked, the given belief is put
+        verify = "{texts}{text}" + " the" * 70  # fits no window with room for an answer
+        return {"premises": "{text}:", "verify": verify, "entails": "{texts}{text}!", "tokens": 4, "depth": 1}
+    if name == "patches":  # and its question; a random model's yes and no mean nothing
+        return {"question": "{condition} {prompt}", "threshold": 0.0}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {

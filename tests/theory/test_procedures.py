@@ -45,6 +45,16 @@ def test_passages_stand_before_the_prompt_the_best_next_to_it():
     assert put.run("prompt", lambda _: [], Script(), always) == "prompt"
 
 
+def test_a_template_has_the_texts_and_the_prompt_and_nothing_is_asked():
+    fill = Procedure("fill", 2, {"prompt": "{prompt} | {texts}?"})
+    found = ["a {prompt}", "b"]
+    assert fill.run("q", lambda _: found, Script(), always) == "q | a {prompt}b?"
+    assert fill.run("q", lambda _: found, Script(), lambda text: len(text) < 9) == "q | b?"
+    for nothing in (fill.run("q", lambda _: [], Script(), always),
+                    fill.run("q", lambda _: found, Script(), lambda _: False)):  # fmt: skip
+        assert nothing == "q"
+
+
 def test_the_model_selects_a_sentence_or_none():
     facts = ["Fact: Ada was born in Merrin.\n", "Fact: Bruno {plays} the harp.\n"]
     model = Script(" Ada was born in Merrin.\nFact: and more")
@@ -95,7 +105,7 @@ def test_splitting_ends_without_a_subquestion_a_fact_or_room():
 
 
 def test_a_procedure_round_trips_and_refuses():
-    for procedure in (Procedure(), SELECTING, SPLITTING):
+    for procedure in (Procedure(), Procedure("fill", 1, {"prompt": "{texts}"}), SELECTING, SPLITTING):
         assert Procedure.restore(procedure.body()) == procedure
     with pytest.raises(EditError, match="takes the templates select, answer"):
         Procedure("select")

@@ -125,7 +125,8 @@ def test_a_model_made_to_answer_right_scores_one_under_every_protocol():
     case = Case("c", request, (Probe("efficacy", request.text, ("Esk.",), ("Merrin",), "Merrin"),))
     report = errata.evaluate(host, [case], edit=edit)
     after = {key: entry["after"] for key, entry in report.summary.items()}
-    assert after == {"efficacy.generate": 1.0, "efficacy.teacher_forced": 1.0, "efficacy.probability": 1.0}
+    protocols = ("generate", "teacher_forced", "probability", "update")
+    assert after == {f"efficacy.{protocol}": 1.0 for protocol in protocols}
 
 
 def test_evaluate_wants_a_method_or_an_edit():

@@ -14,7 +14,9 @@ from errata.edits.index import VectorIndex
 from errata.edits.names import NameTable
 from errata.edits.routers._router import NONE, Question
 from errata.edits.routers.cosine import Cosine
+from errata.edits.routers.edit_distance import EditDistance, distance, query_key
 from errata.edits.routers.fulltext import FullText
+from errata.edits.routers.judged import Judged
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.radius import Radius
 from errata.edits.routers.similarity import Similarity
@@ -95,6 +97,58 @@ def test_the_rarest_words_in_common_decide():
     assert FullText(()).decide(ask("anything")).tolist() == [NONE]
 
 
+@given(st.text(alphabet="abcé中", max_size=9), st.text(alphabet="abcé中", max_size=9))
+def test_the_edit_distance_is_that_of_the_table(one, other):
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        new = [i]
+        for j, b in enumerate(other, 1):
+            new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (a != b)))
+        row = new
+    assert distance(one, other) == distance(other, one) == row[-1]
+
+
+def test_a_query_is_compared_without_marks_capitals_and_punctuation():
+    assert query_key("What  rings like <papaya>?") == "what rings like"
+    assert query_key("E\u0301mile's 中国 C++") == "émiles 中国 c"
+    router = EditDistance(("Where was <Ada> born?", "Who sings", ""))
+    assert router.decide(ask("WHERE was Bruno born", "where was born", "who sing", "", "?!")).tolist() == [
+        NONE, 0, 1, 2, 2,
+    ]  # fmt: skip
+
+
+def test_the_threshold_is_a_share_of_the_longer_text_or_a_number_of_edits():
+    key = "abcdefghij"
+    share, count = EditDistance((key,), 0.7), EditDistance((key,), -6.0, absolute=True)
+    for edits in range(11):
+        text = "z" * edits + key[edits:]
+        assert (share.decide(ask(text)).tolist() == [0]) == (edits < 3)
+        assert (count.decide(ask(text)).tolist() == [0]) == (edits < 6)
+    near, far = ask(key, "z" + key), ask("zz" + key[:6], "qqq")
+    for router in (share, count):
+        calibrated, costs = router.calibrate(near, far, most_false=0.0)
+        assert costs.accepted_in_scope == 1 and costs.accepted_out_of_scope == 0
+        assert calibrated.decide(far).tolist() == [NONE, NONE]
+
+
+def test_the_most_probable_condition_acts_and_of_equal_ones_the_newest():
+    chances = {"a: x?": 0.4, "b: x?": 0.9, "c: x?": 0.9, "a: y?": 0.6, "b: y?": 0.5, "c: y?": 0.1}
+    asked: list[str] = []
+
+    def prefer(prompts, first, second):
+        assert (first, second) == ("yes", "no")
+        asked.extend(prompts)
+        return torch.tensor([chances.get(prompt, 0.5) for prompt in prompts])
+
+    router = Judged(("a", "b", "c"), "{condition}: {prompt}?")
+    question = Question(torch.zeros(3, 0), EMPTY, lambda: ["x", "y", "z"], preference=prefer)
+    assert router.decide(question).tolist() == [2, 0, NONE]
+    assert set(asked) >= set(chances) and len(asked) == 9
+    assert Judged((), "{condition}{prompt}").decide(question).tolist() == [NONE] * 3
+    with pytest.raises(EditError, match="asks the model"):
+        router.decide(ask("x"))
+
+
 def test_a_router_without_vectors_to_read_says_so():
     with pytest.raises(EditError, match="sentence vectors"):
         Similarity(torch.ones(1, 2)).decide(Question(EMPTY, EMPTY, list))
@@ -102,8 +156,8 @@ def test_a_router_without_vectors_to_read_says_so():
 
 def test_routers_copy_and_pickle_without_what_they_look_up_with():
     routers = [
-        Lexical(("Ada",)), FullText(("a harp",)), Cosine(torch.eye(2)), Similarity(torch.eye(2)),
-        Statement(("Ada",), torch.zeros(1, 2), torch.zeros(1)),
+        Lexical(("Ada",)), FullText(("a harp",)), EditDistance(("Ada has harps",)), Cosine(torch.eye(2)),
+        Similarity(torch.eye(2)), Statement(("Ada",), torch.zeros(1, 2), torch.zeros(1)),
     ]  # fmt: skip
     for router in routers:
         rows = torch.eye(2)

@@ -11,20 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from errata.edits import header as fields
+from errata.edits import proving
 from errata.errors import EditError
+from errata.writing import filled
 
-Name = Literal["put", "select", "decompose"]
+Name = Literal["put", "fill", "select", "decompose", "prove"]
 Search = Callable[[str], Sequence[str]]
 """Returns the texts found for a prompt, the best last; none: empty."""
 Generate = Callable[[str, int], str]
 """Continues a text greedily by at most so many tokens; returns the new text only."""
+Prefer = Callable[[str, str, str], float]
+"""Returns the probability of the first of two answers to a text, 0 to 1."""
 Fits = Callable[[str], bool]
 """Whether the model's window holds a text with so much room behind it as an answer needs."""
 
 TEMPLATES: Mapping[Name, tuple[str, ...]] = {
     "put": (),
+    "fill": ("prompt",),
     "select": ("select", "answer"),
     "decompose": ("examples", "question", "subquestion", "fact", "answer"),
+    "prove": proving.TEMPLATES,
 }
 """The templates that each procedure takes."""
 
@@ -34,8 +40,10 @@ class Procedure:
     """How the texts found are used.
 
     put        before the prompt, the best next to it
+    fill       in a template with the prompt
     select     the model first writes the one sentence of them that the prompt needs, or "none"
     decompose  the model splits a question; the best text for each part is put where it asks for it
+    prove      the model answers with and without each text; the answer with the best proof is given
 
     Texts found that the window does not hold are left out, the best last; a prompt is not changed where the window does
     not hold what the model is asked first.
@@ -49,7 +57,9 @@ class Procedure:
     tokens: int = 50
     """New tokens of a generation at most."""
     hops: int = 4
-    """Parts of a question at most."""
+    """Parts of a question at most; steps of a proof."""
+    least: float = 0.5
+    """Belief below which a statement is no premise of a proof, 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
@@ -64,10 +74,11 @@ class Procedure:
 
     def body(self) -> dict[str, Any]:
         """Return the procedure as plain data."""
-        return {
+        body: dict[str, Any] = {
             "name": self.name, "count": self.count, "templates": dict(self.templates), "tokens": self.tokens,
             "hops": self.hops,
         }  # fmt: skip
+        return {**body, "least": self.least} if self.name == "prove" else body
 
     @staticmethod
     def restore(body: Mapping[str, Any]) -> Procedure:
@@ -76,10 +87,19 @@ class Procedure:
         templates = fields.get_field(body, "templates", dict, "procedure")
         numbers = {key: fields.get_field(body, key, int, "procedure") for key in ("count", "tokens", "hops")}
         texts = {str(key): fields.check_type(text, str, "templates") for key, text in templates.items()}
-        return Procedure(name, templates=texts, **numbers)
+        least = fields.check_type(body.get("least", 0.5), float, "procedure")
+        return Procedure(name, templates=texts, **numbers, least=least)
 
-    def run(self, prompt: str, search: Search, generate: Generate, fits: Fits) -> str:
-        """Return the text that the model continues in place of a prompt."""
+    def run(
+        self, prompt: str, search: Search, generate: Generate, fits: Fits, prefer: Prefer | None = None
+    ) -> str:
+        """Return the text that the model continues in place of a prompt; ``prefer`` is needed to prove."""
+        if self.name == "prove":
+            if prefer is None:
+                raise EditError("prove asks the model what it believes: give prefer")
+            return proving.Prover(
+                self.templates, self.tokens, self.hops, self.least, search, generate, prefer, fits
+            ).answer(prompt)
         if self.name == "decompose":
             transcript = self._decompose(prompt, search, generate, fits)
             return transcript if fits(transcript) else prompt
@@ -89,7 +109,7 @@ class Procedure:
         if not found:
             return prompt
         asked = self._ask(found, prompt)
-        if self.name == "put":
+        if self.name in ("put", "fill"):
             return asked
         sentence = next(iter(generate(asked, self.tokens).strip().splitlines()), "").strip()
         if not sentence or sentence.casefold().startswith("none"):
@@ -100,13 +120,12 @@ class Procedure:
     def _ask(self, found: Sequence[str], prompt: str) -> str:
         """Return the texts found with the prompt, as the model first reads them."""
         texts = "".join(found)
-        return texts + prompt if self.name == "put" else self._fill("select", texts=texts, prompt=prompt)
+        if self.name == "put":
+            return texts + prompt
+        return self._fill("prompt" if self.name == "fill" else "select", texts=texts, prompt=prompt)
 
     def _fill(self, name: str, **texts: str) -> str:
-        text = self.templates[name]
-        for slot, value in texts.items():  # not str.format: the texts may hold braces
-            text = text.replace(f"{{{slot}}}", value)
-        return text
+        return filled(self.templates[name], **texts)
 
     def _decompose(self, prompt: str, search: Search, generate: Generate, fits: Fits) -> str:
         """Return the examples, the question and its parts with the texts found, up to where the answer begins.

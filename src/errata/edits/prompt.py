@@ -73,11 +73,20 @@ class PromptEdit(RuntimeEdit):
         def fits(text: str) -> bool:
             return host is None or host.window is None or len(host.encode(text).ids) + ROOM <= host.window
 
-        return self.procedure.run(prompt, search, generate, fits)
+        def prefer(text: str, first: str, second: str) -> float:
+            if host is None:
+                raise EditError("this edit runs the model on prompts: place it on a host")
+            return float(preference(host, [text], first, second))
+
+        return self.procedure.run(prompt, search, generate, fits, prefer)
 
     def _search(self, prompt: str, host: Host | None) -> list[str]:
         """Return the texts of the entries that the router accepts, the best last, as many as the procedure takes."""
-        scores = self.router.scores(self._question(prompt, host))[0]
+        question = self._question(prompt, host)
+        if self.procedure.count == 1:
+            entry = int(self.router.decide(question))
+            return [] if entry == NONE else [self.contexts[entry]]
+        scores = self.router.scores(question)[0]
         best = scores.topk(min(self.procedure.count, len(scores)))
         entries = [
             int(entry) for entry, score in zip(best.indices, best.values, strict=True) if float(score) > 0
@@ -86,10 +95,6 @@ class PromptEdit(RuntimeEdit):
 
     def _question(self, prompt: str, host: Host | None) -> Question:
         return question(host, self.router, prompt, None, self.module)
-
-    @property
-    def _runs_the_model(self) -> bool:
-        return not self.router.reads <= {"text"} or self.procedure.name != "put"
 
     def parts(self) -> Mapping[str, Tensor]:
         """Return the router's tensors ``[entries, ...]``."""

@@ -13,6 +13,7 @@ from errata.host import hooks, passes
 from errata.host.base import ModelHost
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
+from errata.host.preference import preference
 
 
 def question(
@@ -30,7 +31,10 @@ def question(
     if module:
         with passes.without_interventions():
             inputs, outputs = states_at_end(host, host.encode_prompt(text) if row is None else row, module)
-    return Question(inputs, outputs, lambda: [text], lambda: _vectors(host, router, text))
+    return Question(
+        inputs, outputs, lambda: [text], lambda: _vectors(host, router, text),
+        lambda prompts, first, second: preference(host, prompts, first, second),
+    )  # fmt: skip
 
 
 def _vectors(host: Host, router: Router, text: str) -> Tensor:

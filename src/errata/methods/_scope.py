@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from errata.config import positive
 from errata.edits.model import ModelEdit
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers._router import Router
@@ -20,7 +21,7 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.locate.scope import ScopeData
-from errata.methods._method import Workspace, resolve_layers, wide_layers
+from errata.methods._method import Workspace, check_requests, provenance, resolve_layers, wide_layers
 from errata.types import Request
 from errata.writing import statement
 
@@ -80,6 +81,56 @@ def scope_router(
     biases = [*(done.biases.tolist() if done else ()), *(gate.bias for gate in gates)]
     phrases = tuple(request.subject for request in requests)
     return Statement(phrases, torch.stack(weights), torch.tensor(biases), threshold), site.name
+
+
+@dataclass(frozen=True)
+class FactScope(TextScope):
+    """Settings of a method that puts facts before prompts."""
+
+    scope: Scope | None = None
+    """Prompts that get facts: all of them get all facts, or each gets those about the subject it names; the one fact
+    that states what it asks about its subject (``statement``); or the one that it is similar to. None: all facts for up
+    to ``most`` requests without an earlier edit, else by subject."""
+    encoder: str | None = None
+    """Name or folder of the sentence encoder of scope similar. None: the model's own hidden states."""
+    most: int = 4
+    """Facts up to which all are put before every prompt where ``scope`` is open."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        return [*positive(self, "most"), *self.scope_problems()]
+
+
+def facts_before_prompts(
+    method: str, host: Host, requests: Sequence[Request], settings: FactScope, work: Workspace,
+    line: Callable[[Request], str],
+) -> PromptEdit:  # fmt: skip
+    """Return the edit of a method that puts a line for each fact before the prompts that its scope says.
+
+    One entry has all lines, those about one subject, or one line. The lines of an earlier edit's requests come first.
+    """
+    check_requests(method, requests)
+    earlier: PromptEdit | None = work.after
+    together = (*requests_of(earlier), *requests)
+    few = earlier is None and len(requests) <= settings.most
+    settings = replace(settings, scope=settings.scope or ("always" if few else "subject"))
+    record = provenance(method, host, requests, settings, work)
+    if settings.scope in ("statement", "similar"):
+        router, module = scope_router(
+            host, together, earlier, settings.scope, settings, work, encoder=settings.encoder
+        )
+        return PromptEdit(tuple(map(line, together)), router, record, module)
+    by_subject: dict[str, str] = {}
+    for request in together:
+        subject = "" if settings.scope == "always" else request.subject
+        by_subject[subject] = by_subject.get(subject, "") + line(request)
+    subjects: Router = Always() if settings.scope == "always" else Lexical(tuple(by_subject))
+    return PromptEdit(tuple(by_subject.values()), subjects, record)
+
+
+def requests_of(edit: PromptEdit | None) -> tuple[Request, ...]:
+    """Return the requests of an edit that a fit goes on from; none without one."""
+    return tuple(r for r in edit.provenance.requests if isinstance(r, Request)) if edit else ()
 
 
 @dataclass(frozen=True)

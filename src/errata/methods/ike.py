@@ -25,7 +25,7 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, notes, provenance
-from errata.methods._scope import Scope, TextScope, scope_router
+from errata.methods._scope import Scope, TextScope, requests_of, scope_router
 from errata.types import Case, Probe, Request
 from errata.writing import joint
 
@@ -66,9 +66,7 @@ class Config(TextScope):
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return the edit that puts the demonstrations and the fact of a request before prompts."""
     earlier: PromptEdit | None = work.after
-    earlier_requests = (
-        tuple(r for r in earlier.provenance.requests if isinstance(r, Request)) if earlier else ()
-    )
+    earlier_requests = requests_of(earlier)
     single = len(requests) + len(earlier_requests) == 1
     config = replace(config, scope=config.scope or ("always" if single else "subject"))
     if config.scope == "always" and not single:

@@ -14,8 +14,9 @@ from errata.edits.header import is_list
 from errata.edits.records import contiguous_copy
 from errata.errors import EditError
 
-Reading = Literal["text", "states", "vectors"]
-"""What a router decides by: a prompt's text, a site's input and output at its end, its sentence vector."""
+Reading = Literal["text", "states", "vectors", "preference"]
+"""What a router decides by: a prompt's text, a site's input and output at its end, its sentence vector, which of two
+answers the model prefers."""
 
 NONE = -1
 """The decision that no entry acts."""
@@ -23,6 +24,12 @@ NONE = -1
 
 def _no_vectors() -> Tensor:
     raise EditError("this router compares sentence vectors, which interventions at sites do not have")
+
+
+def _no_preference(prompts: Sequence[str], first: str, second: str) -> Tensor:
+    raise EditError(
+        "this router asks the model about prompts, which interventions at sites cannot; use it with texts, on a host"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +44,8 @@ class Question:
     """Returns the rows' prompts."""
     vectors: Callable[[], Tensor] = _no_vectors
     """Returns the prompts' sentence vectors by the router's own encoder, unit length ``[rows, d]``."""
+    preference: Callable[[Sequence[str], str, str], Tensor] = _no_preference
+    """Returns the model's probability of the first of two answers to each of some texts, float32 ``[n]``."""
 
 
 @dataclass(frozen=True)
