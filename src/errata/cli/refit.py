@@ -13,6 +13,7 @@ from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits import WeightEdit
+    from errata.edits.memory import MemoryEdit
 
 Files = Annotated[list[Path], typer.Argument(metavar="EDIT...", help="Files of closed-form edits.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
@@ -35,7 +36,9 @@ def refit(
 
 
 def retract(
-    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="A file of a closed-form edit.")],
+    edit: Annotated[
+        Path, typer.Argument(metavar="EDIT", help="A file of a closed-form edit, or of one with blocks.")
+    ],
     request: Annotated[
         list[str],
         typer.Option(
@@ -51,8 +54,8 @@ def retract(
 ) -> None:
     """Remove requests from a closed-form edit, as if they had never been made. No model needed.
 
-    Prints the requests it removes. A text that is the id of one request and the number of another counts as
-    the id, with a note.
+    Of a memory whose requests share blocks, whole blocks are removed. Prints the requests it removes. A text that
+    is the id of one request and the number of another counts as the id, with a note.
     """
     from errata.edits import Edit
     from errata.edits.algebra import find_request
@@ -68,13 +71,14 @@ def retract(
 
 
 def _finish(
-    edit: WeightEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
+    edit: WeightEdit | MemoryEdit, output: Path, dry_run: bool, json: bool, retracted: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
+    from errata.edits import WeightEdit
     from errata.edits.algebra import leverages
 
-    shares = leverages(edit)
     requests = edit.provenance.requests
+    shares = leverages(edit) if isinstance(edit, WeightEdit) else [None] * len(requests)
     path = None if dry_run else edit.save(output)
     if json:
         table = [{**r.to_dict(), "leverage": s} for r, s in zip(requests, shares, strict=True)]
@@ -94,12 +98,14 @@ def _finish(
     rows = []
     for i, (request, share) in enumerate(zip(requests, shares, strict=True), 1):
         fields = request.to_dict()
-        rows.append((i, *(fields.get(k, "") for k in ("id", "prompt", "subject", "target")), f"{share:.3f}"))
+        leverage = "" if share is None else f"{share:.3f}"
+        rows.append((i, *(fields.get(k, "") for k in ("id", "prompt", "subject", "target")), leverage))
     common.table(None, ("", "id", "prompt", "subject", "target", "leverage"), rows, right=(0, 5))
     status = (
         "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
     )
-    print(f"{len(requests)} requests in one edit, norm {edit.norm():.4g}; {status}")
+    norm = f"norm {edit.norm():.4g}" if isinstance(edit, WeightEdit) else f"{edit.entries} blocks"
+    print(f"{len(requests)} requests in one edit, {norm}; {status}")
 
 
 VERBS = (Verb("refit", refit, order=80), Verb("retract", retract, order=81))

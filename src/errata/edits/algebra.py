@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from errata.edits.edit import Edit, timestamp
+from errata.edits.memory import MemoryEdit
 from errata.edits.records import Record
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import EditError
@@ -43,15 +44,17 @@ def refit(edits: Edit | Sequence[Edit]) -> WeightEdit:
     return _solve(total, total.records, parents)
 
 
-def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit:
-    """Return the edit recomputed without some of its requests.
+def retract(edit: Edit, which: str | int | Sequence[str | int]) -> WeightEdit | MemoryEdit:
+    """Return the edit recomputed without some of its requests, or a memory without some blocks and their requests.
 
     ``which``: ids of requests as texts, or whole numbers that index ``edit.provenance.requests``, so that 0 is
     the first; the command line and all messages count from 1. Several are retracted in any order. Raises EditError
     when there is no such request, or when none would be left (then revert the whole edit).
     """
-    full = _require_records(edit)
     items = [which] if isinstance(which, (str, int)) else list(which)
+    if isinstance(edit, MemoryEdit):
+        return edit.without({request_index(edit, item) for item in items})
+    full = _require_records(edit)
     requests = full.provenance.requests
     retracted = {request_index(full, item) for item in items}
     rest = [i for i in range(len(requests)) if i not in retracted]

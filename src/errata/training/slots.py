@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata.edits.memory import ACTIVATIONS
+from errata.errors import ConfigError
 from errata.host import hooks, tokens
 from errata.host.host import Host
 
@@ -61,15 +63,29 @@ def beside_slots(
         yield
 
 
-@torch.no_grad()
 def inputs_of(host: Host, module: str, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return what a module reads at every token of some rows, in their order, float32 ``[n, d_in]`` on the CPU."""
+    return torch.cat(_read(host, module, rows, hooks.on_input))
+
+
+def outputs_of(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return what a module gives at every token of each row, float32 ``[tokens, d_out]`` on the CPU."""
+    return _read(host, module, rows, hooks.on_output)
+
+
+@torch.no_grad()
+def _read(host: Host, module: str, rows: Sequence[Sequence[int]], hook: Callable[..., Any]) -> list[Tensor]:
     layer = host.model.get_submodule(module)
     parts: dict[int, Tensor] = {}
     for group in tokens.by_length(rows, BATCH_TOKENS):
-        batch, inputs = host.batch([rows[i] for i in group]), list[Tensor]()
-        with hooks.on_input(layer, inputs.append):
+        batch, states = host.batch([rows[i] for i in group]), list[Tensor]()
+        with hook(layer, states.append):
             host.forward(batch, keep=1)
-        mask = batch.mask.bool().to(inputs[0].device)
-        parts.update({i: inputs[0][row, mask[row]].float().cpu() for row, i in enumerate(group)})
-    return torch.cat([parts[i] for i in range(len(rows))])
+        if states[0].ndim != 3:
+            raise ConfigError(
+                f"{module} has states of shape {list(states[0].shape)}, expected [rows, tokens, d]: a memory needs to "
+                "tell rows apart; choose another site"
+            )
+        mask = batch.mask.bool().to(states[0].device)
+        parts.update({i: states[0][row, mask[row]].float().cpu() for row, i in enumerate(group)})
+    return [parts[i] for i in range(len(rows))]
