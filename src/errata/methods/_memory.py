@@ -40,13 +40,17 @@ def earlier_slots(after: MemoryEdit | None, module: str, width: int) -> tuple[Sl
     """
     if after is None:
         return Slots.none(width, width), []
-    (intervention,) = after.interventions
+    return slots_of(after, module), after.state["owners"].tolist()
+
+
+def slots_of(edit: MemoryEdit, module: str) -> Slots:
+    """Return the neurons of an edit. Raises ConfigError where they are at another module."""
+    (intervention,) = edit.interventions
     if intervention.module != module:
         raise ConfigError(
             f"the earlier neurons are at {intervention.module}, not at {module}; use the same layer"
         )
-    keys, biases, values = (intervention.payload[name][0] for name in ("keys", "biases", "values"))
-    return Slots(keys, biases, values), after.state["owners"].tolist()
+    return Slots(*(intervention.payload[name][0] for name in ("keys", "biases", "values")))
 
 
 def slot_edit(slots: Slots) -> dict[str, Tensor]:
