@@ -104,7 +104,7 @@ def _finish(
     status = (
         "dry run: nothing was written" if path is None else f"edit written to {path} ({common.size(path)})"
     )
-    norm = f"norm {edit.norm():.4g}" if isinstance(edit, WeightEdit) else f"{edit.entries} blocks"
+    norm = f"norm {edit.norm():.4g}" if isinstance(edit, WeightEdit) else f"blocks: {edit.entries}"
     print(f"{len(requests)} requests in one edit, {norm}; {status}")
 
 

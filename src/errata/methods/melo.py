@@ -51,8 +51,8 @@ class Config:
     """Layer of the vector database. None: the nearest to three quarters of the depth with a layer above it (authors: 35
     of 48 for GPT-2 XL, 4 of 12 for BERT)."""
     query: str = "mlp_out"
-    """Linear map of that layer whose output is the query: mlp_in, mlp_out or the end of its name (authors: c_fc for
-    GPT-2 XL, which is mlp_in, the output of the feed-forward for T5 and BERT)."""
+    """Linear map of that layer whose output is the query: mlp_in, mlp_out or the end of its name; of several the first
+    (authors: c_fc for GPT-2 XL, which is mlp_in, the output of the feed-forward for T5 and BERT)."""
     layers: tuple[int, ...] | None = None
     """Layers with blocks, above the vector database. None: the next two (authors: 36 and 37 for GPT-2 XL)."""
     maps: tuple[str, ...] = ("mlp",)
