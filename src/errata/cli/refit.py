@@ -54,8 +54,8 @@ def retract(
     A closed-form edit is solved again without them. A memory or a prompt edit loses their entries, where each request
     has its own. Other edits are refused.
 
-    Prints the requests it removes. A text that is the id of one request and the number of another counts as
-    the id, with a note.
+    Of a memory whose requests share blocks, whole blocks are removed. Prints the requests it removes. A text that
+    is the id of one request and the number of another counts as the id, with a note.
     """
     from errata.edits import Edit
     from errata.edits.algebra import find_request

@@ -114,12 +114,16 @@ class MemoryEdit(RuntimeEdit):
 
     interventions: tuple[Intervention, ...]
     router: Router
-    """Decides by the input and output of the first intervention's module."""
+    """Decides by the input and output of a module: the first intervention's, or ``reads``."""
     provenance: Provenance
     state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Tensors that a method needs to continue from here."""
+    """Tensors that a method needs to continue from here; of a router that leads to blocks, ``owners``: the block of
+    each request."""
     log: tuple[Mapping[str, Any], ...] = ()
     """The effect of each request on the entries, as plain data: enough to rebuild them without some requests."""
+    reads: str = ""
+    """Path of the module that the router reads, which runs before those of the interventions; empty: the first
+    intervention's own."""
 
     def __post_init__(self) -> None:
         if not self.interventions:
@@ -129,6 +133,11 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
         if any(one.positions == "subject" for one in self.interventions):
             phrases_of(self.router)
+        blocks = self.router.tensors().get("blocks")
+        if blocks is not None and blocks.numel() and int(blocks.max()) >= self.entries:
+            raise EditError(f"the router leads to entry {int(blocks.max())}, found {self.entries} entries")
+        if "vectors" in self.router.reads and self.router.facts().get("encoder") is not None:
+            raise EditError("a memory compares states of its own host: leave the router's encoder out")
         object.__setattr__(
             self, "state", {name: contiguous_copy(tensor) for name, tensor in self.state.items()}
         )
@@ -155,6 +164,7 @@ class MemoryEdit(RuntimeEdit):
             "interventions": [one.description() for one in self.interventions],
             "router": _stored.body_of(self.router),
             "log": [dict(entry) for entry in self.log],
+            **({"reads": self.reads} if self.reads else {}),
         }
 
     @classmethod
@@ -180,9 +190,12 @@ class MemoryEdit(RuntimeEdit):
             fields.check_type(entry, dict, "log")
             for entry in fields.get_field(body, "log", list, "the header")
         )
-        return cls(tuple(interventions), router, provenance, state, log)
+        reads = fields.check_type(body.get("reads", ""), str, "reads")
+        return cls(tuple(interventions), router, provenance, state, log, reads)
 
     def _attach(self, host: ModelHost, number: int | None) -> None:
+        if self.reads:
+            placed.attach(host.model, self.reads, _Reader(self, host, number))
         for index in range(len(self.interventions)):
             act = _ActiveIntervention(self, index, host, number)
             placed.attach(host.model, act.intervention.module, act)
@@ -195,11 +208,15 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(
                 f"{host.name} is one of the {KINDS[host.kind].plural}; memory edits act on causal language models"
             )
-        for one in self.interventions:
+        paths = {one.module: "at which the edit acts" for one in self.interventions}
+        for path, purpose in {
+            **({self.reads: "which the router reads"} if self.reads else {}),
+            **paths,
+        }.items():
             try:
-                host.model.get_submodule(one.module)
+                host.model.get_submodule(path)
             except AttributeError as error:
-                raise EditError(f"the host has no module {one.module!r}, at which the edit acts") from error
+                raise EditError(f"the host has no module {path!r}, {purpose}") from error
 
     def summary(self) -> dict[str, Any]:
         """Describe the edit: provenance, number of entries, interventions and router."""
@@ -208,6 +225,7 @@ class MemoryEdit(RuntimeEdit):
             "entries": self.entries,
             "router": self.router.name,
             "sites": [one.description() for one in self.interventions],
+            **({"reads": self.reads} if self.reads else {}),
         }
 
 
@@ -231,13 +249,76 @@ def name_end(tokenizer: Any, ids: Sequence[int], phrase: str) -> int | None:
     return None
 
 
+class _Decider:
+    """Has an edit's router decide about the rows of a pass, once for each prompt."""
+
+    def __init__(self, edit: MemoryEdit, host: ModelHost) -> None:
+        self.digest, self.router, self.tokenizer = edit.digest, edit.router, host.tokenizer
+
+    def entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return each row's entry, int64 ``[rows]``, by what the module reads and gives ``[rows, length, d]``."""
+        return routing.decision(self.digest, lambda: self._decide(inputs, output, routing))
+
+    def _decide(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        ends = routing.ends(*inputs.shape[:2]).to(inputs.device)
+        here = (ends >= 0).nonzero()[:, 0]
+        entries = torch.full((len(ends),), NONE, device=inputs.device)
+        if len(here):
+            at = ends[here]
+            lines, columns = list(map(int, here.cpu())), list(map(int, at.cpu()))
+            question = Question(
+                inputs[here, at].detach().float(),
+                output[here.to(output.device), at.to(output.device)].detach().float(),
+                lambda: self._texts(routing, lines, columns),
+                lambda: _means(output, routing, lines, columns),
+            )
+            entries[here] = self.router.decide(question).to(entries.device)
+        return entries
+
+    def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
+        prompts = [routing.prompt(row, end) for row, end in zip(rows, ends, strict=True)]
+        return list(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
+
+
+def _means(output: Tensor, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Return the mean output over each row's prompt, of unit length ``[n, d]``."""
+    means: list[Tensor] = []
+    for row, end in zip(rows, ends, strict=True):
+        length = len(routing.prompt(row, end)) or end + 1  # without ids nothing tells padding apart
+        means.append(output[row, end + 1 - length : end + 1].detach().float().mean(0))
+    return functional.normalize(torch.stack(means), dim=1)
+
+
+class _Reader:
+    """Shows an edit's router what a module reads and gives, where that is not the module it acts at."""
+
+    def __init__(self, edit: MemoryEdit, host: ModelHost, number: int | None) -> None:
+        self.number, self.digest, self.order = number, edit.digest, edit.order
+        self.module, self.decider = edit.reads, _Decider(edit, host)
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return the output ``[rows, length, d_out]`` as it is."""
+        _check_rows(inputs, self.module)
+        self.decider.entries(inputs, output, routing)
+        return output
+
+
+def _check_rows(inputs: Tensor, module: str) -> None:
+    if inputs.ndim != 3:
+        raise ConfigError(
+            f"{module} gets inputs of shape {list(inputs.shape)}, expected [rows, tokens, d_in]: "
+            "a memory needs to tell rows apart; choose another site"
+        )
+
+
 class _ActiveIntervention:
     """An intervention of an edit in place; called by the module's hook."""
 
     def __init__(self, edit: MemoryEdit, index: int, host: ModelHost, number: int | None) -> None:
         """Take an edit's intervention by its index; ``number``: the edit set whose rows it acts on, None all rows."""
         self.number = number
-        self.digest, self.router, self.first = edit.digest, edit.router, index == 0
+        self.digest, self.router, self.reads = edit.digest, edit.router, edit.reads
+        self.decider = _Decider(edit, host) if index == 0 and not edit.reads else None
         self.order = edit.order
         self.intervention = edit.interventions[index]
         self.tokenizer = host.tokenizer
@@ -245,15 +326,10 @@ class _ActiveIntervention:
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         """Return the output ``[rows, length, d_out]``, changed at the tokens that the chosen entries act on."""
-        if inputs.ndim != 3:
-            raise ConfigError(
-                f"{self.intervention.module} gets inputs of shape {list(inputs.shape)}, expected [rows, tokens, d_in]: "
-                "a memory needs to tell rows apart; choose another site"
-            )
+        _check_rows(inputs, self.intervention.module)
         rows, length = inputs.shape[:2]
         ends = routing.ends(rows, length).to(inputs.device)
-        entry = routing.decision(self.digest, lambda: self._decide(inputs, output, ends, routing))
-        entry = entry.to(output.device)
+        entry = self._entries(inputs, output, routing).to(output.device)
         selected = entry != NONE
         members = routing.members(self.number, rows)
         if members is not None:
@@ -271,22 +347,15 @@ class _ActiveIntervention:
             after = self._apply(x, y, entry[row])
         return output.masked_scatter(acting[..., None], after.to(output.dtype))
 
-    def _decide(self, inputs: Tensor, output: Tensor, ends: Tensor, routing: Routing) -> Tensor:
-        here = (ends >= 0).nonzero()[:, 0]
-        entries = torch.full((len(ends),), NONE, device=inputs.device)
-        if self.first and len(here):
-            at = ends[here]
-            question = Question(
-                inputs[here, at].detach().float(),
-                output[here.to(output.device), at.to(output.device)].detach().float(),
-                lambda: self._texts(routing, list(map(int, here.cpu())), list(map(int, at.cpu()))),
+    def _entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        if self.decider is not None:
+            return self.decider.entries(inputs, output, routing)
+        if self.reads and self.digest not in routing.decided:
+            raise EditError(
+                f"{self.intervention.module} ran before {self.reads}, which the edit's router reads; let it read a "
+                "module of a lower layer"
             )
-            entries[here] = self.router.decide(question).to(entries.device)
-        return entries
-
-    def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
-        prompts = [routing.prompt(row, end) for row, end in zip(rows, ends, strict=True)]
-        return list(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
+        return routing.decision(self.digest, lambda: torch.full((len(inputs),), NONE))
 
     def _subjects(
         self, selected: Tensor, entry: Tensor, ends: Tensor, length: int, routing: Routing

@@ -20,6 +20,7 @@ from errata.errors import EditError
 from errata.host import passes, placed
 from errata.host.base import ModelHost
 from errata.host.host import Host
+from errata.host.preference import preference
 from errata.host.prompts import PromptFormat
 
 PUT = Procedure()

@@ -36,6 +36,8 @@ def without(edit: RuntimeEdit, places: Sequence[int]) -> RuntimeEdit:
     """
     count = len(edit.provenance.requests)
     rest = [i for i in range(count) if i not in set(places)]
+    if isinstance(edit, MemoryEdit) and edit.router.tensors().get("blocks") is not None:
+        return _provenance(_without_blocks(edit, places), rest, edit)
     if isinstance(edit, MemoryEdit) and "owners" in edit.state:
         return _provenance(_without_neurons(edit, rest), rest, edit)
     if _entries(edit) != count:
@@ -67,6 +69,40 @@ def _provenance(edit: E, rest: Sequence[int], before: RuntimeEdit) -> E:
     requests = tuple(before.provenance.requests[i] for i in rest)
     record = replace(before.provenance, requests=requests, parents=(before.digest,), created=timestamp())
     return replace(edit, provenance=record)  # type: ignore[call-arg]
+
+
+def _without_blocks(edit: MemoryEdit, requests: Sequence[int]) -> MemoryEdit:
+    """Drop blocks with all their requests. Raises EditError for a part of a block."""
+    owners = [int(block) for block in edit.state["owners"]] if "blocks" in edit.router.tensors() else []
+    if len(owners) != len(edit.provenance.requests):
+        raise EditError(
+            f"the edit by {edit.provenance.method} has no blocks that hold requests; revert the whole edit instead"
+        )
+    dropped = {owners[request] for request in requests}
+    together = [i for i, block in enumerate(owners) if block in dropped]
+    if set(together) != set(requests):
+        raise EditError(
+            f"requests {', '.join(str(i + 1) for i in together)} (counted from 1) share their blocks, and a block "
+            "can be dropped only with all its requests: name all of these, or none"
+        )
+    rest = [i for i in range(len(owners)) if i not in set(requests)]
+    entries = [i for i in range(edit.entries) if i not in dropped]
+    number = {request: i for i, request in enumerate(rest)}
+    block = {entry: i for i, entry in enumerate(entries)}
+    return replace(
+        edit,
+        interventions=tuple(
+            replace(one, payload={name: tensor[entries] for name, tensor in one.payload.items()})
+            for one in edit.interventions
+        ),
+        router=edit.router.without(sorted(dropped)),
+        state={**edit.state, "owners": torch.tensor([block[owners[i]] for i in rest])},
+        log=tuple(
+            {**entry, "request": number[entry["request"]], "block": block[entry["block"]]}
+            for entry in edit.log
+            if entry["request"] in number
+        ),
+    )
 
 
 def _without_neurons(edit: MemoryEdit, rest: Sequence[int]) -> MemoryEdit:

@@ -271,7 +271,9 @@ def generate(
 
     ``inputs``: ids and mask ``[rows, length]``; ``routes``: by edit, decisions ``[rows]`` taken already.
     """
-    rows, length = inputs["input_ids"].shape
-    ends = torch.full((rows * options.get("num_beams", 1),), length - 1)
-    with hooks.evaluating(model), routed(Routing(ends, prefix=None, decided=routes)):
+    length, beams = inputs["input_ids"].shape[1], options.get("num_beams", 1)
+    # what routers read of a prompt; the loop repeats each row for its beams
+    ids, mask = (inputs[name].repeat_interleave(beams, 0) for name in ("input_ids", "attention_mask"))
+    ends = torch.full((len(ids),), length - 1)
+    with hooks.evaluating(model), routed(Routing(ends, mask, prefix=None, ids=ids, decided=routes)):
         return model.generate(**inputs, **options)

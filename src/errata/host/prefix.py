@@ -130,6 +130,8 @@ class Output:
     """Attention's keys and values of the blocks ``remember``, zero at padding on the left, detached."""
     prefix: Prefix | None = None
     """The rows with the tokens that were run, to be continued, where a cache was to grow."""
+    routes: dict[str, Tensor] = field(default_factory=dict)
+    """What routers had decided about the rows by the blocks ``keep``, int64 ``[rows]`` by edit."""
 
 
 class PrefixRunner:
@@ -166,7 +168,7 @@ class PrefixRunner:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lowest(prefix))
             for block in keep:
-                stack.enter_context(hooks.on_answer(self.blocks[block], self._keeper(output.states, block)))
+                stack.enter_context(hooks.on_answer(self.blocks[block], self._keeper(output, block)))
             if stop is not None:
                 stack.enter_context(hooks.stop_after(stop))
             with contextlib.suppress(hooks.Stopped):
@@ -229,10 +231,12 @@ class PrefixRunner:
         with hooks.answer_with(fixed):
             yield
 
-    def _keeper(self, into: dict[int, Tensor], block: int) -> Callable[[Any], None]:
+    def _keeper(self, into: Output, block: int) -> Callable[[Any], None]:
         def keep(output: Any) -> None:
             hidden = hooks.first_tensor(output).detach()
-            into[block] = hidden.clone()  # some families go on adding to it in place
+            into.states[block] = hidden.clone()  # some families go on adding to it in place
+            current = passes.routing()
+            into.routes |= {} if current is None else current.decided
             if self._form is None:
                 self._form = hooks.with_first(output, hidden[:0])
 
@@ -248,14 +252,20 @@ class ComputedRows:
     """Rows of tokens whose lowest blocks are run once and for all."""
 
     def __init__(
-        self, host: TextHost, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right"
-    ) -> None:
-        """Run the lowest ``depth`` blocks on all rows; wants a frozen model."""
-        self.host, self.rows, self.depth = host, rows, depth
+        self, host: TextHost, rows: Sequence[Sequence[int]], depth: int, *, side: Side = "right",
+        ends: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Run the lowest ``depth`` blocks on all rows; wants a frozen model.
+
+        ``ends``: each row's last prompt token, at which routers decide; None: its last token.
+        """
+        self.host, self.rows, self.depth, self.ends = host, rows, depth, ends
         self.side: Side = side
         self.runner = PrefixRunner(host)
         self.states: list[Tensor] = []
         """Output of the highest of those blocks, per row ``[tokens, d]``."""
+        self.routes: dict[str, Tensor] = {}
+        """What routers decided in those blocks, int64 ``[rows]`` by edit."""
         if depth:
             self.states = in_batches(range(len(rows)), ROWS, self._run)
 
@@ -264,8 +274,14 @@ class ComputedRows:
 
     def _run(self, index: Sequence[int]) -> list[Tensor]:
         batch, top = self._batch(index), self.depth - 1
+        ends = None if self.ends is None else torch.tensor([self.ends[i] for i in index]) + batch.offset.cpu()
         with torch.no_grad():
-            output = self.runner.run(batch, plain_prefix(), keep=[top], stop=self.runner.blocks[top])
+            output = self.runner.run(
+                batch, plain_prefix(), ends=ends, keep=[top], stop=self.runner.blocks[top]
+            )
+        for digest, entry in output.routes.items():
+            whole = self.routes.setdefault(digest, torch.empty(len(self.rows), dtype=torch.int64))
+            whole[torch.tensor(index)] = entry.cpu()
         return split_rows(output.states[top], [len(self.rows[i]) for i in index], batch)
 
     def select(self, index: Sequence[int]) -> tuple[Batch, Prefix]:
@@ -278,7 +294,8 @@ class ComputedRows:
         whole = first.new_zeros(*batch.ids.shape, first.shape[-1])
         for i, (row, start) in enumerate(zip(index, batch.offset.tolist(), strict=True)):
             whole[i, start : start + len(self.rows[row])] = self.states[row]
-        return batch, plain_prefix().at_depth(self.depth, whole)
+        prefix = plain_prefix().at_depth(self.depth, whole)
+        return batch, replace(prefix, routes=select_routes(self.routes, torch.tensor(index)))
 
 
 def split_rows(states: Tensor, lengths: Sequence[int], batch: Batch) -> list[Tensor]:

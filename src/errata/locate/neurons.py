@@ -33,6 +33,7 @@ from errata.errors import HostError, RequestError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.host.passes import output_head
 from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch
 from errata.locate.keys import BATCH_TOKENS, tokens_batches
@@ -309,3 +310,21 @@ def unshared(sets: Sequence[Sequence[Neuron]], *, share: float) -> list[list[Neu
     facts = Counter(neuron for one in sets for neuron in one)
     limit = max(1.0, share * len(sets))
     return [[n for n in one if facts[n] <= limit] or list(one[:1]) for one in sets]
+
+
+# --- what values say ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def value_tokens(host: Host, values: Tensor, *, count: int = 10) -> list[list[str]]:
+    """Return the most probable tokens of softmax(E v) for each value v of ``[n, d]``, the first one first.
+
+    E: the output embeddings, without the norm before them (Geva et al., EMNLP 2022, arXiv 2203.14680). Raises
+    HostError for a host that has none.
+    """
+    weight = getattr(output_head(host.model), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != values.shape[1]:
+        raise HostError(f"{host.name} has no output embeddings of width {values.shape[1]} to read values by")
+    logits = values.to(weight.device, torch.float32) @ weight.float().mT  # [n, vocab]
+    best = logits.topk(min(count, logits.shape[1]), dim=1).indices.tolist()
+    return [[str(host.tokenizer.decode([token])) for token in row] for row in best]

@@ -150,6 +150,7 @@ METHOD = Method(
     paper="Entailer: Answering Questions with Faithful and Truthful Chains of Reasoning, EMNLP 2022, arXiv 2210.12217",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

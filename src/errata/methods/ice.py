@@ -54,6 +54,7 @@ METHOD = Method(
     "arXiv 2307.12976",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

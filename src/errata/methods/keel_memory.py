@@ -15,13 +15,12 @@ Needs      As KEEL; tables that the model writes once
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from errata.config import positive
 from errata.edits.memory import Intervention, MemoryEdit
@@ -33,6 +32,7 @@ from errata.linalg.lowrank import LowRank
 from errata.locate.own import OwnCounts
 from errata.locate.scope import ScopeData
 from errata.methods._kernel import KernelSettings, find_changes, text_rows
+from errata.methods._memory import stack_low_rank
 from errata.methods._method import (
     Method,
     Workspace,
@@ -162,19 +162,11 @@ def _load(after: MemoryEdit | None, sites: Sequence[Site]) -> _Entries:
 
 def _edit(entries: _Entries, config: Config, record: Any) -> MemoryEdit:
     interventions = tuple(
-        Intervention(site.name, "lowrank", _stacked([changes[i] for changes in entries.changes]), "all")
+        Intervention(site.name, "lowrank", stack_low_rank([changes[i] for changes in entries.changes]), "all")
         for i, site in enumerate(entries.sites)
     )
     state = {"prompts": torch.stack(entries.states)}
     return MemoryEdit(interventions, entries.router(config.threshold), record, state, tuple(entries.log))
-
-
-def _stacked(changes: Sequence[LowRank]) -> Mapping[str, Tensor]:
-    """Return factors ``[entries, d_out, r]`` and ``[entries, r, d_in]``, smaller ranks filled with zeros."""
-    rank = max(change.rank for change in changes)
-    left = [functional.pad(change.B, (0, rank - change.rank)) for change in changes]
-    right = [functional.pad(change.A, (0, 0, 0, rank - change.rank)) for change in changes]
-    return {"left": torch.stack(left).float(), "right": torch.stack(right).float()}
 
 
 METHOD = Method(

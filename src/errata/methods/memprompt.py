@@ -186,6 +186,7 @@ METHOD = Method(
     paper="Memory-assisted prompt editing to improve GPT-3 after deployment, EMNLP 2022, arXiv 2201.06009",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

@@ -127,6 +127,7 @@ METHOD = Method(
     paper="Fixing Model Bugs with Natural Language Patches, EMNLP 2022, arXiv 2211.03318",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

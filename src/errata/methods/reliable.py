@@ -171,6 +171,7 @@ METHOD = Method(
     paper="Prompting GPT-3 To Be Reliable, ICLR 2023, arXiv 2210.09150",
     config=Config,
     fit=fit,
+    undo="any",
     gives=PromptEdit,
     batch=True,
     sequential=True,

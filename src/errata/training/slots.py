@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.edits.memory import ACTIVATIONS
+from errata.errors import ConfigError
 from errata.host import hooks, tokens
 from errata.host.host import Host
 
@@ -71,6 +72,14 @@ def row_inputs(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[T
     return [inputs for inputs, _ in _activations(host, module, rows)]
 
 
+def outputs_of(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return what a module gives at every token of each row, float32 ``[tokens, d_out]`` on the CPU.
+
+    Raises ConfigError for a module that does not tell rows apart, where no memory can be.
+    """
+    return [outputs for _, outputs in _activations(host, module, rows, apart=True)]
+
+
 def last_activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return a module's input ``[n, d_in]`` and output ``[n, d_out]`` at the last token of each row."""
     ends = [(inputs[-1], outputs[-1]) for inputs, outputs in _activations(host, module, rows)]
@@ -79,7 +88,9 @@ def last_activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> 
 
 
 @torch.no_grad()
-def _activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+def _activations(
+    host: Host, module: str, rows: Sequence[Sequence[int]], *, apart: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """Return a module's input and output of each row ``[tokens, d]``; nothing is run above it."""
     layer = host.model.get_submodule(module)
     parts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -90,6 +101,11 @@ def _activations(host: Host, module: str, rows: Sequence[Sequence[int]]) -> list
             hooks.stop_after(layer), suppress(hooks.Stopped),
         ):  # fmt: skip
             host.forward(batch, keep=1)
+        if apart and seen[1].ndim != 3:
+            raise ConfigError(
+                f"{module} has states of shape {list(seen[1].shape)}, expected [rows, tokens, d]: a memory needs to "
+                "tell rows apart; choose another site"
+            )
         inputs, outputs = (part.reshape(*batch.ids.shape, -1).float().cpu() for part in seen)
         mask = batch.mask.bool().cpu()
         parts.update({i: (inputs[row, mask[row]], outputs[row, mask[row]]) for row, i in enumerate(group)})

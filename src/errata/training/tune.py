@@ -127,7 +127,8 @@ class Losses:
         """How many of the lines are requests."""
         self.companions = companions
         self.lines += companions.lines
-        self.rows = ComputedRows(host, [line.ids for line in self.lines], depth, side=side)
+        ends = [line.at[0] for line in self.lines]
+        self.rows = ComputedRows(host, [line.ids for line in self.lines], depth, side=side, ends=ends)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """Return the mean negative log-likelihood per target token, nats ``[n]``."""

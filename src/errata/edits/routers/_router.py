@@ -23,7 +23,25 @@ NONE = -1
 
 
 def _no_vectors() -> Tensor:
-    raise EditError("this router compares sentence vectors, which interventions at sites do not have")
+    raise EditError("this router compares sentence vectors, and none are at hand here")
+
+
+def best_of_blocks(scores: Tensor, blocks: Tensor) -> Tensor:
+    """Return the best score of the keys that lead to each block ``[rows, blocks]``, from all keys' ``[rows, keys]``.
+
+    ``blocks``: of each key, int64 ``[keys]``; NONE: no block.
+    """
+    count = int(blocks.max()) + 1 if blocks.numel() else 0
+    best = scores.new_full((len(scores), count), -torch.inf)
+    leading = (blocks != NONE).to(scores.device)
+    index = blocks.to(scores.device)[leading].expand(len(scores), -1)
+    return best.scatter_reduce(1, index, scores[:, leading], "amax")
+
+
+def renumbered(blocks: Tensor, dropped: Sequence[int]) -> Tensor:
+    """Return the numbers of blocks, int64 ``[n]``, that they have once some others are dropped; NONE stays."""
+    gone = torch.tensor(sorted(dropped), dtype=torch.int64)
+    return blocks - torch.searchsorted(gone, blocks.contiguous())
 
 
 def _no_preference(prompts: Sequence[str], first: str, second: str) -> Tensor:
@@ -43,7 +61,8 @@ class Question:
     texts: Callable[[], Sequence[str]]
     """Returns the rows' prompts."""
     vectors: Callable[[], Tensor] = _no_vectors
-    """Returns the prompts' sentence vectors by the router's own encoder, unit length ``[rows, d]``."""
+    """Returns the prompts' sentence vectors, unit length ``[rows, d]``: by the router's own encoder, or in a memory
+    the site's mean output over a prompt."""
     preference: Callable[[Sequence[str], str, str], Tensor] = _no_preference
     """Returns the model's probability of the first of two answers to each of some texts, float32 ``[n]``."""
 
@@ -126,6 +145,10 @@ class Router(ABC):
             elif value is not None:
                 chosen[name] = tuple(value[i] for i in entries)
         return replace(self, **chosen)
+
+    def without(self, blocks: Sequence[int]) -> Router:
+        """Return the router without some blocks, the others renumbered. Raises EditError where it leads to none."""
+        raise EditError(f"a {self.name} router leads to no blocks that could be dropped")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors ``[entries, ...]``, by field."""
