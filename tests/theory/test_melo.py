@@ -224,8 +224,6 @@ def test_a_block_is_dropped_with_all_its_requests_and_never_in_part(tmp_path):
         errata.retract(edit, 0)
     with pytest.raises(EditError, match="no request would be left"):
         errata.retract(edit, [0, 1, 2, 3])
-    with pytest.raises(EditError, match="no blocks that hold requests"):
-        errata.retract(errata.edit(host, ADA, method="grace", steps=1), 0)
     rest = errata.retract(edit, [0, 1])
     assert rest.entries == 1 and rest.provenance.requests == tuple(requests[2:])
     assert rest.provenance.parents == (edit.digest,) and rest.state["owners"].tolist() == [0, 0]
@@ -246,7 +244,7 @@ def test_the_command_line_drops_a_block(tmp_path):
     edit = errata.edit(host, [ADA, HARP], method="melo", per_block=1, radius=1e-3, steps=1)
     path, out = edit.save(tmp_path / "e.safetensors"), tmp_path / "r.safetensors"
     result = CliRunner().invoke(app, ["retract", str(path), "-r", "2", "-o", str(out)])
-    assert result.exit_code == 0 and "removed request 2" in result.output and "blocks: 1" in result.output
+    assert result.exit_code == 0 and "removed request 2" in result.output
     assert errata.Edit.load(out).provenance.requests == (ADA,)
 
 

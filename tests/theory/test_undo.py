@@ -38,7 +38,7 @@ def same(one, other) -> None:
 def test_a_request_is_taken_out_as_its_method_declares(name):
     method, host = REGISTRY.get(name), new(name, "llama")
     more = (
-        {"scope": "subject"} if name in ("in_prompt", "ike", "ice") else {}
+        {"scope": "subject"} if name in ("in_prompt", "ike", "ice", "reliable") else {}
     )  # as several requests have by default
     both = fit(name, host, [A, B], **more)
     if method.undo == "none":
@@ -49,9 +49,10 @@ def test_a_request_is_taken_out_as_its_method_declares(name):
     same(left, fit(name, host, [A], **more))
     assert left.provenance.parents == (both.digest,)
     if method.undo == "any":
-        same(errata.retract(both, [0]), fit(name, host, [B], **more))
-    with errata.retract(both, [0]).on(host), torch.no_grad():
-        assert torch.isfinite(logits(host)).all()
+        first = errata.retract(both, [0])
+        same(first, fit(name, host, [B], **more))
+        with first.on(host), torch.no_grad():
+            assert torch.isfinite(logits(host)).all()
 
 
 def test_what_grace_did_to_an_earlier_entry_is_undone_with_the_request():

@@ -73,17 +73,13 @@ def _provenance(edit: E, rest: Sequence[int], before: RuntimeEdit) -> E:
 
 def _without_blocks(edit: MemoryEdit, requests: Sequence[int]) -> MemoryEdit:
     """Drop blocks with all their requests. Raises EditError for a part of a block."""
-    owners = [int(block) for block in edit.state["owners"]] if "blocks" in edit.router.tensors() else []
-    if len(owners) != len(edit.provenance.requests):
-        raise EditError(
-            f"the edit by {edit.provenance.method} has no blocks that hold requests; revert the whole edit instead"
-        )
+    owners = [int(block) for block in edit.state["owners"]]
     dropped = {owners[request] for request in requests}
     together = [i for i, block in enumerate(owners) if block in dropped]
     if set(together) != set(requests):
         raise EditError(
             f"requests {', '.join(str(i + 1) for i in together)} (counted from 1) share their blocks, and a block "
-            "can be dropped only with all its requests: name all of these, or none"
+            "can be dropped only with all its requests: name all of these, or fit the others again"
         )
     rest = [i for i in range(len(owners)) if i not in set(requests)]
     entries = [i for i in range(edit.entries) if i not in dropped]

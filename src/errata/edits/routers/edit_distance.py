@@ -31,6 +31,7 @@ class EditDistance(Router):
 
     name: ClassVar[str] = "edit_distance"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("keys",)
     keys: tuple[str, ...]
     """By entry, the text that prompts are compared with."""
     threshold: float = 0.7

@@ -25,6 +25,7 @@ class Judged(Router):
 
     name: ClassVar[str] = "judged"
     reads: ClassVar[frozenset[Reading]] = frozenset({"text", "preference"})
+    per_entry: ClassVar[tuple[str, ...] | None] = ("conditions",)
     conditions: tuple[str, ...]
     """By entry, what has to hold for a prompt."""
     question: str
