@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import errata
 from errata import lab
+from errata.edits.model import ModelEdit
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers.fulltext import FullText
 from errata.edits.routers.radius import Radius
@@ -114,3 +116,43 @@ def test_the_command_line_takes_a_request_out_of_a_memory(tmp_path):
     assert [r["id"] for r in json.loads(done.stdout)["requests"]] == [cases[0].request.id]
     assert errata.Edit.load(out).entries == 1
     assert program("retract", path, "--request", "1", "-o", tmp_path / "two.safetensors").returncode == 0
+
+
+def test_requests_that_contradict_each_other_are_named():
+    host = errata.load("lab")
+    newer = errata.Request("{} was born in", "Ada Brenner", "Esk", id="newer")
+    with pytest.warns(UserWarning, match="'ada' and 'newer' have one prompt"):
+        edit = errata.edit(host, [A, B, newer], method="rag", retriever="words")
+    assert edit.provenance.notes["conflicts"] == [["ada", "newer"]]
+    plain = errata.edit(host, [A, B], method="rag", retriever="words")
+    assert "conflicts" not in plain.provenance.notes
+    with pytest.warns(UserWarning, match="'ada' and 'newer'"):
+        assert errata.edit(host, [newer], method="rag", retriever="words", after=plain).provenance.notes[
+            "conflicts"
+        ]
+
+
+def empty(edit):
+    """The edit without any entry."""
+    if isinstance(edit, PromptEdit):
+        return dataclasses.replace(edit, contexts=(), router=edit.router.select([]))
+    if isinstance(edit, ModelEdit):
+        return dataclasses.replace(edit, contexts=(), router=edit.router.select([]))
+    none = tuple(
+        dataclasses.replace(one, payload={n: t[:0] for n, t in one.payload.items()})
+        for one in edit.interventions
+    )
+    return dataclasses.replace(edit, interventions=none, router=edit.router.select([]))
+
+
+@pytest.mark.parametrize(
+    "name", ["grace", "keel_memory", "remedi", "rag", "serac", "memprompt", "ice", "patches"]
+)
+def test_an_empty_memory_is_the_model_itself_bit_for_bit(name):
+    host = new(name, "llama")
+    more = {"scope": "subject"} if name == "ice" else {}
+    edit = empty(fit(name, host, [A, B], **more))
+    before = logits(host), host.generate([A.text, B.text], max_new_tokens=4)
+    with edit.on(host):
+        assert torch.equal(logits(host), before[0])
+        assert host.generate([A.text, B.text], max_new_tokens=4) == before[1]

@@ -31,6 +31,7 @@ from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.training.slots import inputs_of
 from errata.types import Case, Corpus, Request
+from errata.writing import folded
 
 R = TypeVar("R")
 OWN_TEXTS = 10_000
@@ -151,7 +152,8 @@ class Method:
         ConfigError where the two do not belong together.
         """
         with locking.of(host.model).exclusive, hooks.plain_torch(), hooks.evaluating(host.model):
-            return self._run(host, requests, config, work, after)
+            edit = self._run(host, requests, config, work, after)
+        return edit if self.gives is WeightEdit else _with_conflicts(edit, len(requests))
 
     def train_on(self, host: Host, config: Any, work: Workspace) -> Artefact:
         """Train the method's editor on a host; the model is held alone meanwhile, and left as it was.
@@ -532,6 +534,33 @@ def resolve_layers(
     for layer in layers:
         layout.site(layer)
     return tuple(sorted(layers))
+
+
+def _with_conflicts(edit: Edit, count: int) -> Edit:
+    """Warn of, and note, requests with one prompt and different targets, one of them among the last ``count``."""
+    requests = [r for r in edit.provenance.requests if isinstance(r, Request)]
+    first = len(requests) - count
+    seen: dict[str, int] = {}
+    pairs: list[list[str]] = []
+    for number, request in enumerate(requests):
+        before = seen.get(folded(request.text))
+        seen[folded(request.text)] = number
+        if (
+            before is not None
+            and number >= first
+            and folded(requests[before].target) != folded(request.target)
+        ):
+            pairs.append([requests[i].id or str(i + 1) for i in (before, number)])
+            warnings.warn(
+                f"requests {pairs[-1][0]!r} and {pairs[-1][1]!r} have one prompt and the targets "
+                f"{requests[before].target!r} and {request.target!r}; both are in the edit, and the method decides "
+                "which acts: take one out (errata retract)",
+                stacklevel=4,
+            )
+    if not pairs:
+        return edit
+    record = replace(edit.provenance, notes={**edit.provenance.notes, "conflicts": pairs})
+    return replace(edit, provenance=record)  # type: ignore[type-var]
 
 
 def _largest(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
