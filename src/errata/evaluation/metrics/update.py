@@ -12,6 +12,7 @@ from typing import Literal
 from errata.evaluation.metrics import matching
 from errata.evaluation.metrics._metric import Column, Metric, ProbeResult, per_cent, side_averages
 from errata.types import Row
+from errata.types.kinds import EFFICACY
 
 NAME = "update"
 Outcome = Literal["update", "retain", "other"]
@@ -25,9 +26,9 @@ def outcome(text: str, new: Sequence[str], old: Sequence[str]) -> Outcome:
 
 
 def rows(result: ProbeResult) -> list[Row]:
-    """Sort both texts into the three outcomes; no row where the answer is not to change or the old one is not known."""
+    """Sort both texts into the three outcomes; for the request itself alone, where its old answer is known."""
     probe = result.probe
-    if not (probe.changes and probe.answers and probe.before):
+    if probe.kind != EFFICACY or not (probe.changes and probe.answers and probe.before):
         return []
     before, after = (
         outcome(matching.first_answer(side.text), probe.answers, probe.before)
