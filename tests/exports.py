@@ -64,6 +64,9 @@ class Client:
         texts = "".join(entry["context"] for entry in chosen)
         if steps["name"] == "put":
             return f"{texts}{prompt}{chosen[-1].get('suffix', '')}"
+        if steps["name"] == "fill":
+            asked = steps["templates"]["prompt"].replace("{texts}", texts).replace("{prompt}", prompt)
+            return asked if texts else prompt
         asked = steps["templates"]["select"].replace("{texts}", texts).replace("{prompt}", prompt)
         lines = self.generate(asked, steps["tokens"]).strip().splitlines()
         sentence = lines[0].strip() if lines else ""

@@ -268,7 +268,7 @@ def scripted(monkeypatch, *holding: str) -> None:
     def prefer(host, prompts, first, second):
         return torch.tensor([0.9 if any(text in p for text in holding) else 0.1 for p in prompts])
 
-    monkeypatch.setattr("errata.edits.prompt.preference", prefer)
+    monkeypatch.setattr("errata.edits.questions.preference", prefer)
 
 
 def test_a_patch_is_applied_where_the_model_says_that_its_condition_holds(host, monkeypatch, tmp_path):

@@ -198,4 +198,4 @@ def test_methods_are_listed_by_the_kind_of_their_edits():
         names = [entry["name"] for entry in json.loads(run("methods", "--kind", kind, "--json").stdout)]
         assert names and names == [entry["name"] for entry in everything if entry["gives"] == kind]
     refused = run("methods", "--kind", "zqxw")
-    assert refused.returncode == 2 and "expected one of memory, prompt, weight" in refused.stderr
+    assert refused.returncode == 2 and "expected one of memory, model, prompt, weight" in refused.stderr

@@ -72,6 +72,7 @@ def test_every_verb_takes_json(name):
         ("edit", {"--device", "--dtype", "--seed", "--force", "--strict"}),
         ("eval", {"--device", "--dtype", "--seed", "--force"}),
         ("ability", {"--device", "--dtype", "--seed"}), ("stats", {"--device", "--dtype", "--seed"}),
+        ("train", {"--device", "--dtype", "--seed", "--force"}),
         ("lab check", {"--device", "--dtype", "--seed"}), ("demo", {"--device", "--dtype", "--seed", "--force"}),
         ("ask", {"--device", "--dtype"}), ("model", {"--device", "--dtype"}), ("show", {"--device", "--dtype"}),
         ("lab train", {"--device", "--seed"}), ("lab world", {"--seed"}), ("refit", {"--force"}),

@@ -33,11 +33,15 @@ def command(
     """
     from errata.edits import Edit
     from errata.edits.artefact import Artefact, holds_artefact
+    from errata.errors import EditError
 
-    if holds_artefact(file):
+    try:
+        edit = Edit.load(file)
+    except EditError:
+        if not holds_artefact(file):
+            raise
         _show_editor(Artefact.load(file), file, json)
         return
-    edit = Edit.load(file)
     losses = _rounding_losses(edit, model, device, dtype, foreign)
     facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
     if json:

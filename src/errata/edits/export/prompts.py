@@ -34,6 +34,9 @@ RULES = {
 STEPS = {
     "put": "Put the contexts of the first `count` entries in scope before the prompt, the first one next to it, and "
     "the suffix of the entry behind it. Leave out the last ones where the window does not hold them.",
+    "fill": "Fill the contexts of the first `count` entries in scope, the first one last, as {texts}, and the prompt "
+    "as {prompt}, into the template `prompt`. Leave out the last ones where the window does not hold them; without any, "
+    "take the prompt as it is.",
     "select": "Fill the contexts of the first `count` entries in scope, the first one last, as {texts}, and the prompt "
     "as {prompt}, into the template `select`. Generate at most `tokens` tokens; their first line is a sentence. If it "
     "is empty or begins with none, take the prompt as it is; else fill it as {text}, and the prompt, into `answer`.",
@@ -43,9 +46,10 @@ STEPS = {
     "`hops` rounds, end with `answer` on a new line. Else put `fact` and the first entry's context on a new line, and "
     "generate again.",
 }
-"""What a client does, by procedure."""
+"""What a client does, by procedure; another one is refused."""
 FIELDS = {
     "put": ("count",),
+    "fill": ("count", "templates"),
     "select": ("count", "tokens", "templates"),
     "decompose": ("tokens", "hops", "templates"),
 }
@@ -59,6 +63,10 @@ def plan(edit: Edit, host: None, options: Options) -> Plan:
             f"a {edit.kind} edit has no texts to put into prompts; export it to a checkpoint or to peft"
         )
     _refuse_router(edit.router)
+    if edit.procedure.name not in STEPS:
+        raise EditError(
+            f"how {edit.procedure.name} works with texts is more than a client could follow in words; {INSTEAD}"
+        )
     document = _document(edit)
     lines = [_line(entry) for entry in _entries(edit)]
     texts = {
