@@ -113,6 +113,7 @@ def test_entries_are_the_same_together_and_one_after_another():
     assert not host.placed
 
 
+@pytest.mark.filterwarnings("ignore:requests .* have one prompt")
 def test_a_later_request_takes_the_place_of_one_that_states_the_same():
     host = fresh("llama")
     other = errata.Request(ADA.prompt, ADA.subject, "harp")

@@ -302,6 +302,7 @@ def test_the_interpreters_put_the_consequent_or_show_the_input_with_its_label(ho
         assert edit.rewrite("Where?", host) == expected and edit.rewrite("Who?", host) == "Who?"
 
 
+@pytest.mark.filterwarnings("ignore:requests .* have one prompt")
 def test_only_the_best_gate_is_applied_and_a_later_patch_wins_a_tie(host, monkeypatch):
     scripted(monkeypatch, "Where")
     again = errata.Request("{} was born in", "Ada Brenner", "Tallow")

@@ -57,6 +57,7 @@ def test_a_request_is_taken_out_as_its_method_declares(name):
             assert torch.isfinite(logits(host)).all()
 
 
+@pytest.mark.filterwarnings("ignore:requests .* have one prompt")
 def test_what_grace_did_to_an_earlier_entry_is_undone_with_the_request():
     host = errata.load("lab")
     near = errata.Request("{} was born in", "Ada Brenner", "Esk", id="again")

@@ -35,8 +35,8 @@ STEPS = {
     "put": "Put the contexts of the first `count` entries in scope before the prompt, the first one next to it, and "
     "the suffix of the entry behind it. Leave out the last ones where the window does not hold them.",
     "fill": "Fill the contexts of the first `count` entries in scope, the first one last, as {texts}, and the prompt "
-    "as {prompt}, into the template `prompt`. Leave out the last ones where the window does not hold them; without any, "
-    "take the prompt as it is.",
+    "as {prompt}, into the template `prompt`. Leave out the last ones where the window does not hold them; without "
+    "any, take the prompt as it is.",
     "select": "Fill the contexts of the first `count` entries in scope, the first one last, as {texts}, and the prompt "
     "as {prompt}, into the template `select`. Generate at most `tokens` tokens; their first line is a sentence. If it "
     "is empty or begins with none, take the prompt as it is; else fill it as {text}, and the prompt, into `answer`.",
