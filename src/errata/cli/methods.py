@@ -81,6 +81,8 @@ def _facts(method: Any) -> dict[str, Any]:
         "batch": method.batch,
         "sequential": method.sequential,
         "needs": list(method.needs),
+        "undo": "solved again" if method.gives.kind == "weight" else method.undo,
+        "train": method.train is not None,
     }
 
 

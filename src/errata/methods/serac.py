@@ -52,6 +52,8 @@ class Config(TextScope):
     """File of a trained editor, see errata train. None: one is trained on the examples."""
     scope: Literal["classifier"] | Scope = "classifier"
     """What decides: the trained classifier, or a router of in-context editing in its place."""
+    threshold: float | None = None
+    """Least probability with scope classifier (None: 0.5, as in the paper); the others as in_prompt."""
     encoder: str | None = None
     """Name or folder of the sentence encoder. None: the model's own hidden states."""
     context: str = "New fact: {fact}\n"
@@ -95,11 +97,8 @@ class Config(TextScope):
         )  # fmt: skip
         if self.steps < 0:
             complaints.append(f"steps: expected 0 or more, found {self.steps}")
-        complaints += [
-            f"{name}: expected a share from 0 to {'below ' * below}1, found {value}"
-            for name, value, below in (("held_out", self.held_out, True), ("hard", self.hard, False))
-            if not 0 <= value <= 1 or (below and value == 1)
-        ]
+        if not 0 <= self.held_out < 1 or not 0 <= self.hard <= 1:
+            complaints.append("held_out, hard: expected shares from 0 to 1, held_out below 1")
         if "{fact}" not in self.context:
             complaints.append("context: expected a text with {fact}")
         return [*complaints, *self.scope_problems()]
