@@ -128,7 +128,7 @@ def facts_before_prompts(
     return PromptEdit(tuple(by_subject.values()), subjects, record)
 
 
-def requests_of(edit: PromptEdit | None) -> tuple[Request, ...]:
+def requests_of(edit: PromptEdit | ModelEdit | None) -> tuple[Request, ...]:
     """Return the requests of an edit that a fit goes on from; none without one."""
     return tuple(r for r in edit.provenance.requests if isinstance(r, Request)) if edit else ()
 
@@ -144,7 +144,7 @@ class Retrieval:
 
 
 def passage_router(
-    host: Host, texts: Sequence[str], earlier: PromptEdit | None, retriever: Literal["vectors", "words"], *,
+    host: Host, texts: Sequence[str], earlier: PromptEdit | ModelEdit | None, retriever: Literal["vectors", "words"], *,
     threshold: float | None = None, encoder: str | None = None,
 ) -> Router:  # fmt: skip
     """Return a router over passages, an earlier edit's first: by sentence vectors, or by BM25.

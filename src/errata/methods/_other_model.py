@@ -1,0 +1,165 @@
+"""What methods share whose edits let another model answer: its training on rows behind a context, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from errata import config as settings
+from errata.config import positive
+from errata.edits.artefact import Artefact
+from errata.edits.edit import timestamp, versions
+from errata.edits.model import ModelEdit, behind_context
+from errata.errors import ConfigError
+from errata.host.host import Host
+from errata.host.open import load
+from errata.host.replica import configuration, model_beside, weights_of
+from errata.methods._method import Workspace
+from errata.training.tune import Line
+from errata.training.whole import WholeTraining, train_model
+from errata.types import Request
+from errata.writing import statement
+
+PREFIX = "model."
+"""Before the names of the other model's weights in an editor's file."""
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """Settings of the other model and of its training."""
+
+    editor: str | None = None
+    """File of a trained editor, see errata train. None: one is trained on the examples."""
+    context: str = "New fact: {fact}\n"
+    """What the other model reads before a prompt; ``{fact}`` is the statement."""
+    counterfactual: str | None = None
+    """Name or folder of the model, of the same vocabulary, that training starts from. None: the edited model itself."""
+    most: int = 1000
+    """Examples that are trained on at most."""
+    held_out: float = 0.1
+    """Share of the examples that are held out."""
+    steps: int = 300
+    """Steps of the other model's training at most; 0 leaves it as it is."""
+    per_step: int = 16
+    """Rows in a step."""
+    learning_rate: float = 1e-4
+    """AdamW's for the other model."""
+    every: int = 50
+    """Steps between evaluations on held-out examples."""
+    patience: int = 2
+    """Evaluations without a lower loss that end training."""
+    stored: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the other model is kept; bfloat16 halves the file."""
+
+    def other_problems(self) -> list[str]:
+        """Check ranges."""
+        complaints = positive(self, "most", "per_step", "learning_rate", "every", "patience")
+        if self.steps < 0:
+            complaints.append(f"steps: expected 0 or more, found {self.steps}")
+        if not 0 <= self.held_out < 1:
+            complaints.append(f"held_out: expected a share below 1, found {self.held_out}")
+        if "{fact}" not in self.context:
+            complaints.append("context: expected a text with {fact}")
+        return complaints
+
+    def before(self, fact: str) -> str:
+        """Return what stands before a prompt for a fact, given as its statement."""
+        return self.context.replace("{fact}", fact)
+
+
+def fact_of(host: Host, request: Request) -> str:
+    """Return a request's statement with its target."""
+    return statement(request.text, request.target, host.prompt_format.join)
+
+
+def split(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the items that are trained on, and the share of them that is held out."""
+    held = round(share * len(items))
+    return items[held:], items[:held]
+
+
+def start_model(host: Host, config: OtherModel) -> Host:
+    """Return the model that training starts from, in float32: a copy of the host's, or another of its vocabulary.
+
+    Raises ConfigError for another vocabulary.
+    """
+    source = host if config.counterfactual is None else load(config.counterfactual, device="cpu")
+    if source is not host and source.tokenizer.get_vocab() != host.tokenizer.get_vocab():
+        raise ConfigError(f"counterfactual: {config.counterfactual} has another vocabulary than {host.name}")
+    other = model_beside(host, configuration(source), weights_of(source), name="the other model")
+    other.model.float()
+    return other
+
+
+def line_behind(host: Host, other: Host, context: str, prompt: str, answer: str) -> Line | None:
+    """Return a prompt with its answer behind a context, as the other model reads it; None where no window holds it."""
+    row = host.encode_answer(prompt, answer)
+    ids, inserted = behind_context(other, context, row.ids)
+    first = row.start - 1 + inserted
+    return None if first < 0 else Line(ids[:-1], tuple(range(first, len(ids) - 1)), row.target)
+
+
+def train_other(
+    other: Host, lines: Sequence[Line], held: Sequence[Line], config: OtherModel, work: Workspace
+) -> dict[str, float]:
+    """Train the other model in place; return steps and losses."""
+    plan = WholeTraining(config.steps, config.per_step, config.learning_rate, config.every, config.patience)
+    return train_model(other, lines, held, plan, seed=work.seed, on_progress=work.on_progress)
+
+
+def editor_with(
+    method: str, host: Host, other: Host, config: OtherModel, work: Workspace, *,
+    tensors: Mapping[str, Tensor] | None = None, body: Mapping[str, Any] | None = None, card: Mapping[str, Any],
+) -> Artefact:  # fmt: skip
+    """Return the trained editor: the other model, and what else a method needs of it."""
+    kind = STORED[config.stored]
+    weights = {
+        f"{PREFIX}{n}": t.to(kind) if t.is_floating_point() else t for n, t in weights_of(other).items()
+    }
+    plain = {name: value for name, value in settings.plain(config).items() if name != "editor"}
+    return Artefact(
+        method, host.fingerprint, {**(tensors or {}), **weights},
+        {"config": configuration(other), "context": config.context, **(body or {})},
+        {"settings": plain, "seed": work.seed, "versions": versions(), **card}, timestamp(),
+    )  # fmt: skip
+
+
+def editor_of(
+    method: str, host: Host, config: OtherModel, work: Workspace, train: Callable[[], Artefact]
+) -> Artefact:
+    """Return the editor that a file holds, or one that is trained on the examples, once in a workspace.
+
+    Raises EditError for an editor of another method or host, ConfigError for one of another context or than the edit
+    that is gone on from.
+    """
+    if config.editor is None:
+        editor: Artefact = work.remember((method, host.fingerprint, repr(config)), train)
+    else:
+        editor = Artefact.load(config.editor)
+        editor.check(method, host.fingerprint)
+    if editor.body["context"] != config.context:
+        raise ConfigError(
+            f"context: the editor was trained with {editor.body['context']!r}, found {config.context!r}"
+        )
+    earlier: ModelEdit | None = work.after
+    before = None if earlier is None else earlier.provenance.notes.get("editor")
+    if earlier is not None and before != editor.digest:
+        raise ConfigError(
+            f"the earlier edit was made with editor {before}, this one with {editor.digest}; use the same one"
+        )
+    return editor
+
+
+def facts_about(editor: Artefact) -> dict[str, Any]:
+    """Return what an edit's notes say of its editor: digest and losses."""
+    return {"editor": editor.digest, **{k: v for k, v in editor.card.items() if isinstance(v, float)}}
+
+
+def other_weights(editor: Artefact) -> dict[str, Tensor]:
+    """Return the other model's weights ``[...]`` by name."""
+    return {n.removeprefix(PREFIX): t for n, t in editor.tensors.items() if n.startswith(PREFIX)}
