@@ -22,16 +22,16 @@ FIRST = Example(
     ADA, ((ADA.text, "Merrin"), ("Ada Brenner is from", "Merrin")), ("Ivo was born in", "Ada Brenner plays")
 )
 SECOND = Example(BRUNO, ((BRUNO.text, "harp"),), ())
-EVEN = random.Random(0)
 
 
 def sorts(config: Config) -> Counter:
     host, own = fresh("llama"), "New fact: Ada Brenner was born in "
+    strange = "New fact: Bruno Holner plays the harp.\n"
     rows = _rows(host, FIRST, [FIRST, SECOND], config, random.Random(1))
     inside = {prompt for prompt, _ in FIRST.inside}
     names = {
         (f"{own}Merrin.\n", True, "Merrin"): "counterfactual", (f"{own}Esk.\n", True, "Esk"): "relevant",
-        (f"{own}Merrin.\n", False, None): "hard", ("New fact: Bruno Holner plays the harp.\n", True, None): "irrelevant",
+        (f"{own}Merrin.\n", False, None): "hard", (strange, True, None): "irrelevant",
         ("", True, None): "empty", ("", False, None): "empty",
     }  # fmt: skip
     return Counter(names[row.context, row.prompt in inside, row.answer] for row in rows)

@@ -116,7 +116,7 @@ def editor_with(
     method: str, host: Host, other: Host, config: OtherModel, work: Workspace, *,
     tensors: Mapping[str, Tensor] | None = None, body: Mapping[str, Any] | None = None, card: Mapping[str, Any],
 ) -> Artefact:  # fmt: skip
-    """Return the trained editor: the other model, and what else a method needs of it."""
+    """Return the trained editor: the other model, and tensors ``[...]`` and plain data that a method also needs."""
     kind = STORED[config.stored]
     weights = {
         f"{PREFIX}{n}": t.to(kind) if t.is_floating_point() else t for n, t in weights_of(other).items()
