@@ -19,6 +19,7 @@ from errata.host.host import Host
 from errata.host.open import load
 from errata.host.replica import configuration, model_beside, weights_of
 from errata.methods._method import Workspace
+from errata.training.examples import Example, examples_of
 from errata.training.tune import Line
 from errata.training.whole import WholeTraining, train_model
 from errata.types import Request
@@ -75,6 +76,22 @@ class OtherModel:
 def fact_of(host: Host, request: Request) -> str:
     """Return a request's statement with its target."""
     return statement(request.text, request.target, host.prompt_format.join)
+
+
+def training_examples(
+    method: str, config: OtherModel, work: Workspace, *, consequences: bool = False
+) -> list[Example]:
+    """Return the workspace's examples that are trained on.
+
+    Raises ConfigError where there are fewer than two, or none with prompts that it must not change.
+    """
+    examples = examples_of(work.examples[: config.most], consequences=consequences)
+    if len(examples) < 2 or not any(example.outside for example in examples):
+        raise ConfigError(
+            f"{method} needs at least two examples to be trained on, with prompts that they must not change: give a "
+            "dataset or a file of cases with paraphrases and neighbours (examples=, --examples)"
+        )
+    return examples
 
 
 def split(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:

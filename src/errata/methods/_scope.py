@@ -163,3 +163,12 @@ def passage_router(
     keys = torch.cat([*old_keys, embed(host, texts, encoder=encoder)])
     least = -1.0 if threshold is None else threshold
     return Similarity(keys, least, encoder, encoder_digest(host, encoder))
+
+
+def check_room(host: Host, name: str, template: str) -> None:
+    """Raise ConfigError for a setting, a text around prompts, that takes more than three quarters of the window."""
+    length = len(host.encode(template).ids)
+    if host.window is not None and length > host.window // 2 + host.window // 4:
+        raise ConfigError(
+            f"{name}: {length} tokens leave too little of the window of {host.window}; shorten it"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -294,3 +295,21 @@ def at_least_zero(config: Any, *names: str) -> list[str]:
         for name, value in values.items()
         if value is not None and not 0 <= value < float("inf")
     ]
+
+
+def missing_slots(config: Any, slots: Mapping[str, Sequence[str]]) -> list[str]:
+    """List the slots, such as ``{prompt}``, that settings which are templates lack, as messages; by setting."""
+    return [
+        f"{name}: expected {slot} in it"
+        for name, needed in slots.items()
+        for slot in needed
+        if slot not in getattr(config, name)
+    ]
+
+
+def same_answers(config: Any) -> list[str]:
+    """Complain where the settings ``yes`` and ``no`` are not two different answers."""
+    yes, no = config.yes.strip(), config.no.strip()
+    if yes and no and yes != no:
+        return []
+    return [f"yes, no: expected two different answers, found {config.yes!r} and {config.no!r}"]

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from errata.config import positive
 from errata.edits.procedures import Procedure
 from errata.edits.prompt import PromptEdit
-from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import Retrieval, passage_router
+from errata.methods._scope import Retrieval, check_room, passage_router
+from errata.methods._settings import missing_slots, same_answers
 from errata.types import Request
 from errata.writing import statement
 
@@ -104,30 +104,16 @@ class Config(Retrieval):
         complaints = positive(self, "beliefs", "depth", "tokens")
         if not 0 <= self.least <= 1:
             complaints.append(f"least: expected 0 to 1, found {self.least}")
-        asked = ("{texts}", "{text}")
-        needed = {
-            "premises": ("{text}",),
-            "verify": asked,
-            "entails": asked,
-            "answer": ("{texts}", "{prompt}"),
-        }
-        for name, slots in needed.items():
-            missing = [slot for slot in slots if slot not in getattr(self, name)]
-            complaints += [f"{name}: expected {slot} in it" for slot in missing]
-        if self.yes.strip() == self.no.strip() or not (self.yes.strip() and self.no.strip()):
-            complaints.append(f"yes, no: expected two different answers, found {self.yes!r} and {self.no!r}")
-        return complaints
+        both = ("{texts}", "{text}")
+        needed = {"premises": ("{text}",), "verify": both, "entails": both, "answer": ("{texts}", "{prompt}")}
+        return [*complaints, *missing_slots(self, needed), *same_answers(self)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return the beliefs of all requests so far, with what the model is asked."""
     check_requests("entailer", requests)
     for name in ("premises", "verify", "entails"):
-        length = len(host.encode(getattr(config, name)).ids)
-        if host.window is not None and length > host.window // 2 + host.window // 4:
-            raise ConfigError(
-                f"{name}: {length} tokens leave too little of the window of {host.window}; give a shorter one"
-            )
+        check_room(host, name, getattr(config, name))
     earlier: PromptEdit | None = work.after
     texts = [statement(r.text, r.target, host.prompt_format.join) for r in requests]
     default = 0.5 if config.retriever == "vectors" else 0.0

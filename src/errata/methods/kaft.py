@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from errata.config import positive
 from errata.edits.artefact import Artefact
 from errata.edits.model import ModelEdit
-from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Retrieval, passage_router
 from errata.methods._settings import at_least_zero
-from errata.training.examples import Example, examples_of
+from errata.training.examples import Example
 from errata.training.tune import Line, seeded
 from errata.types import Request
 from errata.writing import statement
@@ -84,12 +83,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the other model on contexts of all sorts, made of the workspace's examples."""
-    examples = examples_of(work.examples[: config.most])
-    if len(examples) < 2 or not any(example.outside for example in examples):
-        raise ConfigError(
-            "kaft needs at least two examples to be trained on, with prompts that they must not change: give a "
-            "dataset or a file of cases with paraphrases and neighbours (examples=, --examples)"
-        )
+    examples = other_model.training_examples("kaft", config, work)
     trained, held = other_model.split(examples, config.held_out)
     other = other_model.start_model(host, config)
     lines, held_lines = (
@@ -115,9 +109,9 @@ def _lines(
 ) -> list[Line]:
     """Return rows of all sorts, as the other model reads them."""
     rows = [row for example in examples for row in _rows(host, example, examples, config, draw)]
-    asked = sorted({row.prompt for row in rows if row.answer is None})
-    answers = host.generate(asked, max_new_tokens=config.answer_tokens) if asked else []
-    own = {prompt: answer.strip(" .\n") for prompt, answer in zip(asked, answers, strict=True)}
+    unlabelled = sorted({row.prompt for row in rows if row.answer is None})
+    answers = host.generate(unlabelled, max_new_tokens=config.answer_tokens) if unlabelled else []
+    own = {prompt: answer.strip(" .\n") for prompt, answer in zip(unlabelled, answers, strict=True)}
     lines = [
         other_model.line_behind(host, other, row.context, row.prompt, answer)
         for row in rows

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from errata.config import positive
 from errata.edits.procedures import Procedure
 from errata.edits.prompt import PromptEdit
-from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import Retrieval, passage_router
+from errata.methods._scope import Retrieval, check_room, passage_router
 from errata.types import Request
 from errata.writing import statement
 
@@ -72,11 +71,7 @@ class Config(Retrieval):
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
     """Return the facts of all requests so far, with the examples and the loop's lines."""
     check_requests("mello", requests)
-    length = len(host.encode(config.worked_examples).ids)
-    if host.window is not None and length > host.window // 2 + host.window // 4:
-        raise ConfigError(
-            f"worked_examples: {length} tokens leave too little of the window of {host.window}; give shorter ones"
-        )
+    check_room(host, "worked_examples", config.worked_examples)
     earlier: PromptEdit | None = work.after
     texts = [statement(r.text, r.target, host.prompt_format.join) for r in requests]
     router = passage_router(host, texts, earlier, config.retriever, encoder=config.encoder)

@@ -35,6 +35,7 @@ from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
 from errata.methods._scope import requests_of
+from errata.methods._settings import missing_slots
 from errata.types import Request
 from errata.writing import filled, statement
 
@@ -88,10 +89,10 @@ class Config:
             complaints.append(f"edits: expected 1 or more, found {self.edits}")
         if not -1 <= self.cosine < 1:
             complaints.append(f"cosine: expected from -1 to below 1, found {self.cosine}")
-        for name, slots in (("combiner", ("{prompt}", "{feedback}")), ("query", ("{query}",))):
-            missing = [slot for slot in slots if slot not in getattr(self, name)]
-            complaints += [f"{name}: expected {slot} in it" for slot in missing]
-        return complaints
+        return [
+            *complaints,
+            *missing_slots(self, {"combiner": ("{prompt}", "{feedback}"), "query": ("{query}",)}),
+        ]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:

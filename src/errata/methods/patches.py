@@ -22,10 +22,10 @@ from errata.edits.procedures import Procedure
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers._router import Router
 from errata.edits.routers.judged import Judged
-from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
-from errata.methods._scope import TextScope, requests_of, scope_router
+from errata.methods._scope import TextScope, check_room, requests_of, scope_router
+from errata.methods._settings import missing_slots, same_answers
 from errata.types import Request
 from errata.writing import filled, statement
 
@@ -75,15 +75,9 @@ class Config(TextScope):
 
     def problems(self) -> list[str]:
         """Check ranges and slots."""
-        complaints = self.scope_problems()
         patched = ("{patch}", "{prompt}")
         needed = {"question": ("{condition}", "{prompt}"), "feature": patched, "override": patched}
-        for name, slots in needed.items():
-            missing = [slot for slot in slots if slot not in getattr(self, name)]
-            complaints += [f"{name}: expected {slot} in it" for slot in missing]
-        if self.yes.strip() == self.no.strip() or not (self.yes.strip() and self.no.strip()):
-            complaints.append(f"yes, no: expected two different answers, found {self.yes!r} and {self.no!r}")
-        return complaints
+        return [*self.scope_problems(), *missing_slots(self, needed), *same_answers(self)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:
@@ -95,9 +89,9 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     text, template = (config.consequent, config.feature) if feature else ("{target}", config.override)
     patches = tuple(_filled(host, text, request) for request in together)
     router, module = _gate(host, together, earlier, config, work)
-    asked = filled(template, patch="{texts}", prompt="{prompt}")
+    whole = filled(template, patch="{texts}", prompt="{prompt}")
     record = provenance("patches", host, requests, config, work)
-    return PromptEdit(patches, router, record, module, procedure=Procedure("fill", 1, {"prompt": asked}))
+    return PromptEdit(patches, router, record, module, procedure=Procedure("fill", 1, {"prompt": whole}))
 
 
 def _gate(
@@ -106,11 +100,7 @@ def _gate(
     """Return the router that gates, and the module that it reads. Raises ConfigError for a question without room."""
     if config.gate != "model":
         return scope_router(host, requests, earlier, config.gate, config, work, encoder=config.encoder)
-    length = len(host.encode(config.question).ids)
-    if host.window is not None and length > host.window // 2 + host.window // 4:
-        raise ConfigError(
-            f"question: {length} tokens leave too little of the window of {host.window}; give a shorter one"
-        )
+    check_room(host, "question", config.question)
     conditions = tuple(_filled(host, config.condition, request) for request in requests)
     threshold = 0.5 if config.threshold is None else config.threshold
     return Judged(conditions, config.question, config.yes, config.no, threshold), ""

@@ -20,6 +20,7 @@ from errata.edits.prompt import PromptEdit
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
 from errata.methods._scope import Retrieval, passage_router
+from errata.methods._settings import missing_slots
 from errata.types import Request
 from errata.writing import statement
 
@@ -37,8 +38,7 @@ class Config(Retrieval):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        missing = [] if "{text}" in self.passage else ["passage: expected {text} in it"]
-        return [*positive(self, "passages"), *missing]
+        return [*positive(self, "passages"), *missing_slots(self, {"passage": ("{text}",)})]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:

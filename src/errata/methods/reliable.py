@@ -24,6 +24,7 @@ from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
 from errata.methods._scope import Scope, TextScope, requests_of, scope_router
+from errata.methods._settings import missing_slots
 from errata.stats.tables import AnswerTable, Tables, fill, plain
 from errata.types import Case, Request
 from errata.writing import filled, statement
@@ -54,10 +55,7 @@ class Config(TextScope):
         complaints = [*positive(self, "room"), *self.scope_problems()]
         if self.demonstrations < 0:
             complaints.append(f"demonstrations: expected 0 or more, found {self.demonstrations}")
-        for name, slot in (("passage", "{fact}"), ("question", "{prompt}")):
-            if slot not in getattr(self, name):
-                complaints.append(f"{name}: expected {slot} in it")
-        return complaints
+        return [*complaints, *missing_slots(self, {"passage": ("{fact}",), "question": ("{prompt}",)})]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:

@@ -19,6 +19,7 @@ from errata.edits.prompt import PromptEdit
 from errata.host.host import Host
 from errata.methods._method import Method, Workspace, check_requests, provenance
 from errata.methods._scope import Retrieval, passage_router
+from errata.methods._settings import missing_slots
 from errata.types import Request
 from errata.writing import statement
 
@@ -54,11 +55,8 @@ class Config(Retrieval):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        complaints = positive(self, "passages", "tokens")
-        for name, slots in (("select", ("{texts}", "{prompt}")), ("answer", ("{text}", "{prompt}"))):
-            missing = [slot for slot in slots if slot not in getattr(self, name)]
-            complaints += [f"{name}: expected {slot} in it" for slot in missing]
-        return complaints
+        needed = {"select": ("{texts}", "{prompt}"), "answer": ("{text}", "{prompt}")}
+        return [*positive(self, "passages", "tokens"), *missing_slots(self, needed)]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> PromptEdit:

@@ -31,7 +31,7 @@ from errata.host.host import Host
 from errata.methods import _other_model as other_model
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Scope, TextScope, requests_of, scope_router
-from errata.training.examples import Example, examples_of
+from errata.training.examples import Example
 from errata.training.scope import ScopeTraining, train_projection
 from errata.training.tune import Line, seeded
 from errata.types import Request
@@ -110,12 +110,7 @@ def _router(
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train classifier and counterfactual model on the workspace's examples."""
-    examples = examples_of(work.examples[: config.most], consequences=config.consequences)
-    if len(examples) < 2 or not any(example.outside for example in examples):
-        raise ConfigError(
-            "serac needs at least two examples to be trained on, with prompts that they must not change: give a "
-            "dataset or a file of cases with paraphrases and neighbours (examples=, --examples)"
-        )
+    examples = other_model.training_examples("serac", config, work, consequences=config.consequences)
     trained, held = other_model.split(examples, config.held_out)
     projection, scope_loss = _projection(host, trained, config, work)
     other = other_model.start_model(host, config)
