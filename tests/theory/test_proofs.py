@@ -191,3 +191,16 @@ def test_the_edit_asks_its_host():
         assert host.rewritten(ADA.text) in texts and host.rewritten("xyzzy") == "xyzzy"
     with pytest.raises(ConfigError, match="verify: .* tokens leave too little"):
         errata.edit(host, ADA, method="entailer", **{**asked, "verify": "{text}{texts}" + "a b c d " * 80})
+
+
+def test_a_proof_in_the_second_step_repeats_nothing_in_other_capitals_either():
+    proposals = {"a": [["b"]], "b": [["A"]]}
+    beliefs = {"a": 0.1, "b": 0.6, "A": 0.9}
+    more = {
+        "direct": beliefs.__getitem__,
+        "propose": lambda s: proposals.get(s, ()),
+        "entails": lambda *_: 1.0,
+    }
+    strict = believe("a", **more, depth=2, key=str.casefold)
+    assert strict.score == pytest.approx(0.6), "b must not be proved from A, which is a itself"
+    assert believe("a", **more, depth=2).score == pytest.approx(0.9)

@@ -57,7 +57,9 @@ def believe(
         for premise in premises:
             if score <= best.score:
                 break
-            node = believe(premise, direct, propose, entails, depth=depth - 1, least=least, above=unproved)
+            node = believe(
+                premise, direct, propose, entails, depth=depth - 1, least=least, key=key, above=unproved
+            )  # fmt: skip
             nodes.append(node)
             score *= node.score
         if score > best.score:
