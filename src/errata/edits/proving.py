@@ -56,7 +56,9 @@ class Prover:
 
     def believed(self, statement: str) -> Believed:
         """Return how far a statement is believed, with its proof."""
-        return believe(statement, self.direct, self.propose, self.entails, depth=self.depth, least=self.least)
+        return believe(
+            statement, self.direct, self.propose, self.entails, depth=self.depth, least=self.least, key=query_key
+        )  # fmt: skip
 
     def found(self, text: str) -> list[str]:
         """Return the given beliefs for a text, the best last."""
