@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +90,7 @@ def _list(json: bool) -> None:
             for e in entries
         ])  # fmt: skip
         return
-    rows = [(e.name, e.title, "\n".join(e.takes), ", ".join(sorted(e.options))) for e in entries]
+    rows = [(e.name, e.title, "\n".join(e.takes), _flags(e.options)) for e in entries]
     common.table(None, ("--to", "writes", "takes", "options"), rows)
 
 
@@ -118,6 +119,11 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {part}" for name, part in value.items())
     return str(value)
+
+
+def _flags(options: Iterable[str]) -> str:
+    """Write options as they are on the command line."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
 
 
 VERB = Verb("export", command, order=85)

@@ -14,7 +14,8 @@ from errata.errors import ConfigError
 def command(
     name: Annotated[str | None, typer.Argument(help="A method whose settings to list.")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="Only methods whose edits are of this kind: weight, memory, prompt.")
+        str | None,
+        typer.Option(help="Only methods whose edits are of this kind: weight, memory, prompt, model."),
     ] = None,
     json: common.Json = False,
 ) -> None:

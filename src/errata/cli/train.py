@@ -26,7 +26,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate inputs; do not
 
 
 def command(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method that learns an editor: serac.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method that learns an editor, such as serac.")],
     model: common.Model,
     output: Output,
     cases: Cases = None,
