@@ -42,6 +42,18 @@ class DataError(ErrataError):
     """A file of data or results cannot be read or written."""
 
 
+class LedgerError(ErrataError):
+    """A ledger is missing or damaged, or has nothing of that name."""
+
+
+class StateChanged(LedgerError):
+    """Another process changed which edits are in place while this one was working on the earlier ones."""
+
+
+class ConflictError(LedgerError):
+    """A request contradicts or repeats one of an edit that is in place."""
+
+
 class CollidingRequests(UserWarning):
     """Two requests need different values at nearly the same key; both cannot be satisfied."""
 

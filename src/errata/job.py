@@ -77,14 +77,16 @@ def prepare(
     options: Mapping[str, Any] | object | None = None, seed: int = 0, after: Edit | None = None,
     batch_size: int | str = "auto", corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, ask: AskOptions = DEFAULT_ASK,
-    work: Workspace | None = None, check: bool = True, on_progress: OnProgress = ignore,
+    work: Workspace | None = None, beneath: Sequence[Edit] = (), check: bool = True,
+    on_progress: OnProgress = ignore,
 ) -> Job:  # fmt: skip
     """Validate everything that a fit needs and return the job; nothing is fitted.
 
     ``options``: the method's settings by name, or an instance of its settings class. ``after``, ``batch_size``,
     ``corpus``, ``examples``: as of :func:`errata.edit`. ``ask``: how prompts are formatted. ``work``: a workspace to
-    share, in place of ``seed``, ``corpus`` and ``examples``. ``check``: False leaves requests that the host cannot
-    take to the fit, as benchmarks do, where such a case is counted and the others continue.
+    share, in place of ``seed``, ``corpus`` and ``examples``. ``beneath``: edits in place on the host that are to stay
+    there during the fit, while statistics are those of the host without them. ``check``: False leaves requests that
+    the host cannot take to the fit, as benchmarks do, where such a case is counted and the others continue.
 
     Raises ConfigError for unknown methods or settings, for a method that edits other kinds of model and for an edit
     that cannot be continued, RequestError listing every request that the host cannot take, DataError for a corpus or
@@ -103,7 +105,7 @@ def prepare(
     size = _batch_size(batch_size)
     if work is None:
         work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
-        work.batch_size = size
+        work.batch_size, work.beneath = size, tuple(beneath)
     return Job(entry, config, host, requests, work, after)
 
 

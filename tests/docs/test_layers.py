@@ -17,7 +17,7 @@ ROWS: dict[str, int] = {
     "stats": 2, "edits": 2, "evaluation": 2,
     "locate": 3, "training": 3,
     "methods": 4,
-    "bench": 5, "lab": 5, "job": 5, "loading": 5,
+    "bench": 5, "lab": 5, "job": 5, "loading": 5, "ledger": 5,
     "api": 6, "report": 6,
     "cli": 7,
 }  # fmt: skip

@@ -45,7 +45,7 @@ def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
         return {"norm": None, "norm_ratio": None, "spectral_ratio": None}
     norms, spectra = {}, {}
     for name, delta in edit.deltas.items() if ratios else ():
-        weight = _stored(host, name)
+        weight = stored_weight(host, name)
         if weight is None:
             continue
         dense = delta.dense() if isinstance(delta, LowRank) else delta
@@ -94,7 +94,7 @@ def limits(repetition: float | None, evenness: float | None) -> collapse.Limits:
     )
 
 
-def _stored(host: Host, name: str) -> Tensor | None:
+def stored_weight(host: Host, name: str) -> Tensor | None:
     """Return a weight as it is stored ``[...]``; None for a quantised one."""
     try:
         weight = host.model.get_parameter(name).detach()

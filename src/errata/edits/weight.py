@@ -293,7 +293,7 @@ class WeightEdit(Edit):
 
     def norm(self) -> float:
         """Frobenius norm over all deltas."""
-        return sum(_norm(delta) ** 2 for delta in self.deltas.values()) ** 0.5
+        return sum(delta_norm(delta) ** 2 for delta in self.deltas.values()) ** 0.5
 
     def rounding(self, host: ModelHost) -> float:
         """Return the relative error of the change in the host's precision, while applied alone.
@@ -301,7 +301,7 @@ class WeightEdit(Edit):
         ||(W' - W) - delta|| / ||delta|| over all weights; 0 means exact, as unmerged changes are.
         """
         rounding = self.rounding_by_weight(host)
-        sizes = {name: _norm(delta) ** 2 for name, delta in self.deltas.items()}
+        sizes = {name: delta_norm(delta) ** 2 for name, delta in self.deltas.items()}
         total = sum(sizes.values())
         return (sum(rounding[n] ** 2 * sizes[n] for n in sizes) / total) ** 0.5 if total else 0.0
 
@@ -397,14 +397,15 @@ class WeightEdit(Edit):
                 name: {
                     "shape": list(delta.shape),
                     "form": f"rank {delta.rank}" if isinstance(delta, LowRank) else "dense",
-                    "norm": _norm(delta),
+                    "norm": delta_norm(delta),
                 }
                 for name, delta in self.deltas.items()
             },
         }
 
 
-def _norm(delta: Delta) -> float:
+def delta_norm(delta: Delta) -> float:
+    """Return the Frobenius norm of a delta."""
     return delta.norm() if isinstance(delta, LowRank) else float(norm(delta.double()))
 
 

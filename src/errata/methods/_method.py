@@ -225,6 +225,9 @@ class Workspace:
     """Called with a phase and how far it is."""
     after: Any = None
     """The edit a fit goes on from, in place on the host meanwhile: its records, its state."""
+    beneath: Sequence[Edit] = ()
+    """Other edits that are in place while a fit runs, and are taken off while statistics and texts are made: these are
+    then the unedited host's, which are cached, and a fit on top of many edits costs no more than the first."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -296,7 +299,7 @@ class Workspace:
         corpus, budget, state = self._statistics(host, tokens)
         missing = [s for s in sites if ("moments", s, *state) not in self._cache]
         if missing:
-            with without(self.after, host):
+            with self.unedited(host):
                 moments_by_site = second_moments(
                     host,
                     missing,
@@ -352,7 +355,7 @@ class Workspace:
             return weigh(texts, weighting)
         key = ("contexts", host.fingerprint, *self._others(host), tuple(groups), weighting, self.seed)
         if key not in self._cache:
-            with without(self.after, host):
+            with self.unedited(host):
                 self._cache[key] = (
                     excerpts(host, self.corpus, groups=groups, weighting=weighting) if host.fills
                     else prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
@@ -373,7 +376,7 @@ class Workspace:
         """
         key = ("tables", host.fingerprint, *self._others(host), host.prompt_format)
         if key not in self._cache:
-            with without(self.after, host):
+            with self.unedited(host):
                 self._cache[key] = own_tables(
                     host, TableSettings(), folder=None if host.placed else self.folder,
                     on_progress=self.on_progress,
@@ -399,7 +402,7 @@ class Workspace:
         )
         key = ("texts", host.fingerprint, *self._others(host), corpus.name, count, tokens)
         if key not in self._cache:
-            with without(self.after, host):
+            with self.unedited(host):
                 rows = [host.encode(text).ids[:tokens] for text in itertools.islice(corpus.texts(), count)]
             texts = host.tokenizer.batch_decode(rows, skip_special_tokens=True)
             self._cache[key] = [(text, ids) for text, ids in zip(texts, rows, strict=True) if len(ids) > 1]
@@ -412,7 +415,7 @@ class Workspace:
         key = ("text inputs", *state, module, count, tokens)
         if key not in self._cache:
             rows = [ids for _, ids in self.texts(host, count, tokens)]
-            with without(self.after, host), hooks.frozen(host.model):
+            with self.unedited(host), hooks.frozen(host.model):
                 self._cache[key] = inputs_of(host, module, rows)
         return self._cache[key]
 
@@ -421,7 +424,7 @@ class Workspace:
         state = ("old answer", host.fingerprint, *self._others(host))
         missing = [r for r in requests if r.target_old is None and (*state, r) not in self._cache]
         if missing:
-            with without(self.after, host):
+            with self.unedited(host):
                 answers = host.generate([r.text for r in missing], max_new_tokens=tokens)
             self._cache |= {(*state, r): text.strip(" .\n") for r, text in zip(missing, answers, strict=True)}
         return [self._cache[(*state, r)] if r.target_old is None else r.target_old for r in requests]
@@ -432,10 +435,19 @@ class Workspace:
         budget = self.tokens or tokens
         return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget)
 
+    @contextlib.contextmanager
+    def unedited(self, host: Host) -> Iterator[None]:
+        """Have ``after`` and the edits ``beneath`` off inside the block."""
+        aside = [*self.beneath, *([] if self.after is None else [self.after])]
+        with contextlib.ExitStack() as stack:
+            for edit in reversed(aside):
+                stack.enter_context(without(edit, host))
+            yield
+
     def _others(self, host: Host) -> list[str]:
-        """List edits in place on the host other than ``after``."""
-        mine = self.after.digest if self.after else None
-        return [digest for digest in host.placed if digest != mine]
+        """List edits in place on the host other than ``after`` and those ``beneath``."""
+        mine = {edit.digest for edit in (*self.beneath, self.after) if edit is not None}
+        return [digest for digest in host.placed if digest not in mine]
 
 
 def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMatrix:
