@@ -54,7 +54,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 a check failed (a request not answered under --strict, a failed cell, a "
-    "broken file); 2 bad input, nothing was changed; 130 interrupted. Every command takes --json.",
+    "broken file); 2 bad input, nothing was changed; 5 a ledger's guard refused an edit; 130 interrupted. "
+    "Every command takes --json.",
 )
 
 for verb in REGISTRY.values():

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import _ledger, common
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
+    from errata.edits import Edit
     from errata.edits.edit import Placement
 
 
 def command(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts to continue.")],
-    model: common.Model,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="lab, a hub name, or a folder; default: the ledger's model and edits."),
+    ] = None,
     edit: Annotated[list[Path] | None, typer.Option("--edit", "-e", help="An edit file; repeatable.")] = None,
     merge: Annotated[
         bool,
@@ -26,6 +31,7 @@ def command(
             help="Write edits into the weights, or add them to module outputs (exact in 16-bit models).",
         ),
     ] = True,
+    repo: _ledger.Repo = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
     template: common.TemplateName = None,
     chat: common.Chat = False,
@@ -36,15 +42,19 @@ def command(
     dtype: common.Dtype = "auto",
     json: common.Json = False,
 ) -> None:
-    """Continue prompts greedily; with --edit, side by side without and with the edits.
+    """Continue prompts greedily; with --edit, or in a ledger, side by side without and with the edits.
 
-    Edits are merged into the weights, which rounds them to a 16-bit model's precision; with --no-merge they
-    stay exact. Quantised weights are never merged.
+    Without --model the model is the ledger's, and the edits are those in place there. Edits are merged into the
+    weights, which rounds them to a 16-bit model's precision; with --no-merge they stay exact. Quantised weights are
+    never merged.
     """
     from errata.edits import Edit
     from errata.job import with_prompt_options
 
-    edits = [Edit.load(path) for path in edit or []]
+    names, edits = [path.name for path in edit or []], [Edit.load(path) for path in edit or []]
+    if model is None:
+        model, edits = _of_ledger(repo, edits)
+        names = [one.digest[:12] for one in edits]
     host = common.open_text_host(model, device, dtype)
     ask = common.ask_options(template, system, thinking, chat=chat)
     host = with_prompt_options(host, ask, edits=edits)
@@ -59,19 +69,39 @@ def command(
                 )
             edited = host.generate(prompts, max_new_tokens=max_new_tokens)
     if json:
-        answers = [
-            {"prompt": p, "without": plain[i], **({"with": edited[i]} if edited else {})}
-            for i, p in enumerate(prompts)
-        ]
-        overrides = [note for one in placements for note in one.overrides]
-        losses = [dict(one.lost) for one in placements]
-        common.emit({"model": host.name, "answers": answers, "overrides": overrides, "lost": losses})
+        common.emit({"model": host.name, **_document(prompts, plain, edited, placements)})
         return
     columns = ("prompt", "without edit", "with edit") if edited else ("prompt", "answer")
     rows = [(p, plain[i].strip(), *([edited[i].strip()] if edited else [])) for i, p in enumerate(prompts)]
     common.table(None, columns, rows)
-    for path, placement in zip(edit or [], placements, strict=True):
-        _print_notes(path.name, placement, str(host.dtype).removeprefix("torch."))
+    for name, placement in zip(names, placements, strict=True):
+        _print_notes(name, placement, str(host.dtype).removeprefix("torch."))
+
+
+def _document(
+    prompts: list[str], plain: Sequence[str], edited: Sequence[str] | None, placements: list[Placement]
+) -> dict[str, Any]:
+    answers = [
+        {"prompt": p, "without": plain[i], **({"with": edited[i]} if edited else {})}
+        for i, p in enumerate(prompts)
+    ]
+    overrides = [note for one in placements for note in one.overrides]
+    return {"answers": answers, "overrides": overrides, "lost": [dict(one.lost) for one in placements]}
+
+
+def _of_ledger(repo: Path | None, given: list[Edit]) -> tuple[str, list[Edit]]:
+    """Return a ledger's model and the edits in place there. Raises ConfigError where edits were named too."""
+    from errata.errors import ConfigError, LedgerError
+    from errata.ledger import folders
+    from errata.ledger.contents import load_edit
+
+    try:
+        ledger = folders.find(repo)
+    except LedgerError as error:
+        raise ConfigError(f"{error}, or name a model with --model") from error
+    if given:
+        raise ConfigError("--edit needs --model: without it the edits are those that the ledger has in place")
+    return ledger.settings.model, [load_edit(ledger, digest) for digest in ledger.state().active]
 
 
 def _print_notes(name: str, placement: Placement, dtype: str) -> None:

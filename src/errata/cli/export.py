@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from errata.cli import common
+from errata.cli import _ledger, common
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
+    from errata.edits import Edit
     from errata.edits.export import Export
+    from errata.ledger.store import Ledger
 
 SHOWN = 5
 """Most tensors whose loss is printed."""
@@ -21,14 +23,16 @@ SMALL = 1e-3
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(metavar="EDIT", help="An edit file.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="EDIT", help="A file, or an id of the ledger; default: all in place there.")
+    ] = None,
     to: Annotated[
         str | None, typer.Option(help="checkpoint (a model's folder), peft (a LoRA adapter) or prompts (JSON).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The model that the edit was made for: lab, a hub name or a folder."),
+        typer.Option("--model", help="The model that the edit was made for: lab, a hub name or a folder."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of a checkpoint: float32, float16 or bfloat16; default: as the model's.")
@@ -40,6 +44,7 @@ def command(
         int | None, typer.Option(min=1, help="Approximate changes of a higher rank in a PEFT adapter.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the exports and the edits that each takes.")] = False,
+    repo: _ledger.Repo = None,
     foreign: common.Foreign = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Refuse or report; write nothing.")] = False,
@@ -59,22 +64,53 @@ def command(
     if list_:
         _list(json)
         return
-    if file is None or to is None or output is None:
-        missing = [name for name, value in (("EDIT", file), ("--to", to), ("-o", output)) if value is None]
+    if to is None or output is None:
+        missing = [name for name, value in (("--to", to), ("-o", output)) if value is None]
         raise ConfigError(f"an export needs {' and '.join(missing)}; see: errata export --list")
     exporter, options = EXPORTERS.get(to), Options(dtype, pad_to, rank, foreign)
+    recorded = None
+    if file is None or (not file.exists() and file.name == str(file) and not file.suffix):
+        recorded = _recorded(repo, None if file is None else str(file))
+        model = model or (recorded.ledger.settings.model if exporter.needs_host else None)
     check_options(exporter, options, host=model is not None)  # before a large model is opened
     check_folder(output, force=force)
-    edit = Edit.load(file)
+    edit = recorded.edit if recorded is not None else Edit.load(file or "")
     host = None if model is None else common.open_host(model, device, "auto")
     receipt = export(
         edit, output, to=to, host=host, dtype=dtype, pad_to=pad_to, rank=rank, foreign=foreign, force=force,
         dry_run=dry_run,
     )  # fmt: skip
+    if recorded is not None and not dry_run:
+        body = {"to": to, "edits": list(recorded.digests), "folder": output.name, "digest": receipt.digest}
+        recorded.ledger.append("exported", body=body)
     if json:
         common.emit({"dry_run": dry_run, **receipt.to_dict()})
     else:
         _show(receipt, dry_run)
+
+
+class _Recorded(NamedTuple):
+    """Edits of a ledger, as one."""
+
+    ledger: Ledger
+    digests: tuple[str, ...]
+    edit: Edit
+
+
+def _recorded(repo: Path | None, name: str | None) -> _Recorded:
+    """Return an edit of a ledger; without a name, all that are in place there."""
+    from errata.errors import ConfigError, LedgerError
+    from errata.ledger import folders
+    from errata.ledger.compiling import compiled
+    from errata.ledger.contents import load_edit
+
+    try:
+        ledger = folders.find(repo)
+    except LedgerError as error:
+        raise ConfigError(f"{error}, or name the file of an edit") from error
+    state = ledger.state()
+    digests = state.active if name is None else (state.find_edit(name).digest,)
+    return _Recorded(ledger, digests, compiled([load_edit(ledger, digest) for digest in digests]))
 
 
 def _list(json: bool) -> None:

@@ -1,4 +1,4 @@
-"""errata show: print the contents of an edit file."""
+"""errata show: print the contents of an edit, of a file or of a ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import _ledger, common
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A file of an edit, or of a trained editor.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|ID", help="A file of an edit or a trained editor; or an id of the ledger."
+        ),
+    ],
+    repo: _ledger.Repo = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Also measure what merging into this model's precision loses."),
+        typer.Option("--model", help="Also measure what merging into this model's precision loses."),
     ] = None,
     foreign: common.Foreign = False,
     json: common.Json = False,
@@ -35,6 +41,8 @@ def command(
     from errata.edits.artefact import Artefact, holds_artefact
     from errata.errors import EditError
 
+    if not file.exists() and file.name == str(file) and not file.suffix:
+        file = _recorded(repo, str(file), json)
     try:
         edit = Edit.load(file)
     except EditError:
@@ -54,6 +62,25 @@ def command(
     common.table("requests", *_requests(facts["requests"]))
     _changes(facts, losses)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
+
+
+def _recorded(repo: Path | None, name: str, json: bool) -> Path:
+    """Print what a ledger's events say about an edit; return its file."""
+    from errata.ledger import folders
+
+    ledger = folders.find(repo)
+    state = ledger.state()
+    one = state.find_edit(name)
+    if not json:
+        where = "in place" if one.digest in state.active else "not in place"
+        print(f"edit {one.digest}, {where}; by {one.event.author}, {one.event.created}")
+        for label, text in (("why", one.event.reason), ("source", one.event.source)):
+            if text:
+                print(f"{label}: {text}")
+        rows = [] if one.verified is None else _ledger.measured_rows(one.verified.body)
+        if rows:
+            common.table("guard", ("measured", "", "bound"), rows, right=(1,))
+    return ledger.file(one.digest)
 
 
 def _show_editor(editor: Artefact, file: Path, json: bool) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from errata.evaluation.metrics import matching, perplexity
 from errata.evaluation.observe import observe
 from errata.host.host import Host
 from errata.job import workspace
-from errata.ledger.settings import Bounds, GuardSettings
+from errata.ledger.settings import LEAST, MOST, Bounds, GuardSettings
 from errata.locate.own import OwnCounts, own_text
 from errata.progress import OnProgress, ignore
 from errata.stats.tables import Tables, fill
@@ -92,30 +92,16 @@ class Verdict:
         }  # fmt: skip
 
 
-_LEAST = {
-    "answered": "requests answered with their target",
-    "earlier": "requests of earlier edits still answered with their target",
-    "subject": "other statements about the subjects with the same answer",
-    "canaries": "canary prompts with the same answer",
-}
-_MOST = {
-    "divergence": "divergence of the next token behind canaries and neutral text, in nats",
-    "perplexity": "perplexity of neutral text over that before",
-    "total_perplexity": "perplexity of neutral text over the unedited model's",
-    "norm": "norm of a weight's change over the weight's",
-}
-
-
 def judge(measured: Measurement, bounds: Bounds) -> Verdict:
     """Compare a measurement with bounds; what was not measured is in bounds."""
     failures = [] if measured.finite else ["numbers of the edit or of the edited model are not finite"]
-    for name, what in (*_LEAST.items(), *_MOST.items()):
+    for name, what in (*LEAST.items(), *MOST.items()):
         value, bound = getattr(measured, name), getattr(bounds, name)
         if value is None:
             continue
         # written so that what is not a number fails
-        if not (value >= bound if name in _LEAST else value <= bound):
-            word = "at least" if name in _LEAST else "at most"
+        if not (value >= bound if name in LEAST else value <= bound):
+            word = "at least" if name in LEAST else "at most"
             failures.append(f"{what}: {value:.4g}, {word} {bound:.4g}")
     return Verdict(measured, bounds, tuple(failures))
 
@@ -159,16 +145,19 @@ class Guard:
         )
         return perplexity.of_texts([torch.tensor(row) for row in rows])
 
+    def canaries_beside(self, subjects: Collection[str]) -> tuple[str, ...]:
+        """Return the canaries that are not about some subjects; those of the settings whatever they are about."""
+        own = self.settings.canaries
+        return tuple(c for c in self.canaries if c in own or not any(name in c for name in subjects))
+
     def before(self, requests: Sequence[Request], earlier: Sequence[Request]) -> Before:
         """Measure the host as it is, before an edit of some requests; ``earlier``: those of edits in place."""
         statements = self._statements(requests)
-        subjects = {request.subject for request in requests}
-        own = self.settings.canaries  # compared whatever they are about
-        canaries = [c for c in self.canaries if c in own or not any(name in c for name in subjects)]
+        canaries = self.canaries_beside({request.subject for request in requests})
         return Before(
             tuple(requests), answer_requests(self.host, requests), tuple(earlier),
             answer_requests(self.host, earlier) if earlier else [], statements, self._answers(statements),
-            tuple(canaries), *self._ask(canaries), self.perplexity(),
+            canaries, *self._ask(canaries), self.perplexity(),
         )  # fmt: skip
 
     def measure(self, before: Before, edit: Edit, active: Sequence[Edit]) -> Measurement:

@@ -67,6 +67,7 @@ def blame(working: Working, prompt: str, *, most: int = 16) -> Blame:
     The ``most`` edits that move the model most at this prompt are left out in turn; how far each moves it is read off
     one pass: ||D x|| / ||W x|| over the tokens x of the prompt.
     """
+    working.require_text("blame")
     active = working.ledger.state().active
     with working.showing(()):
         base = _answer(working.host, prompt)
@@ -155,6 +156,7 @@ def bisect(working: Working, requests: Sequence[Request]) -> Bisection:
 
     By halving: some log2(edits) states are asked. Raises LedgerError where no edit is in place.
     """
+    working.require_text("bisect")
     active = working.ledger.state().active
     if not active:
         raise LedgerError("no edit is in place, so none can have broken anything")
@@ -204,6 +206,7 @@ def diff(working: Working, first: Sequence[str], second: Sequence[str]) -> tuple
 
     Prompts: the requests of all edits in either, and those whose answers a guard saw change.
     """
+    working.require_text("diff")
     state = working.ledger.state()
     prompts = recorded_prompts(state, [*first, *[one for one in second if one not in first]])
     answers: list[list[str]] = []
@@ -263,32 +266,37 @@ class Check:
         return not self.failures
 
 
-def check(working: Working, given: Sequence[Request], guard: Guard) -> Check:
+def check(working: Working, given: Sequence[Request], guard: Guard | None) -> Check:
     """Ask the model as the ledger has it: requests of edits in place, canary prompts, and requests that are given.
 
     A request has to be answered with its target; a canary of the ledger's settings as without edits, and of the others
     the share that its bound names. Files, hashes and host are checked before.
     """
+    working.require_text("a check")
+    assert guard is not None
     state = working.ledger.state()
     edits = working.edits(state.active)  # reads and checks every file
     owner = {
         r.text: edit.digest for edit in edits for r in edit.provenance.requests if isinstance(r, Request)
     }
     own = earlier_requests(working, state.active)
+    canaries = guard.canaries_beside({request.subject for request in own})
     with working.showing(()):
-        before = _answers(working.host, guard.canaries)
+        before = _answers(working.host, canaries)
     with working.showing(state.active):
-        after = _answers(working.host, guard.canaries)
+        after = _answers(working.host, canaries)
         texts = [answer_requests(working.host, group) if group else [] for group in (own, given)]
     failures: list[dict[str, str]] = []
     for kind, group, answers in (("request", own, texts[0]), ("given", given, texts[1])):
         for one in compare_answers(group, answers, answers).missed:
             edit = owner.get(one.request.text, "")
             failures.append(_failure(kind, one.request.text, one.request.target, one.after, edit))
-    changed = [row for row in zip(guard.canaries, before, after, strict=True) if row[1] != row[2]]
-    few = len(changed) <= (1 - guard.settings.bounds.canaries) * len(guard.canaries)
-    failures += [_failure("canary", *row) for row in changed if not few or row[0] in guard.settings.canaries]
-    return Check(len(own), len(guard.canaries), len(given), tuple(failures))
+    changed = [row for row in zip(canaries, before, after, strict=True) if row[1] != row[2]]
+    enough = not canaries or 1 - len(changed) / len(canaries) >= guard.settings.bounds.canaries
+    failures += [
+        _failure("canary", *row) for row in changed if not enough or row[0] in guard.settings.canaries
+    ]
+    return Check(len(own), len(canaries), len(given), tuple(failures))
 
 
 def _failure(kind: str, prompt: str, expected: str, found: str, edit: str = "") -> dict[str, str]:

@@ -13,9 +13,10 @@ from errata.edits.weight import WeightEdit
 from errata.errors import LedgerError
 from errata.ledger import conflicts
 from errata.ledger.conflicts import Conflict
+from errata.ledger.contents import facts_of, keep, load_edit
 from errata.ledger.recording import Attempt, Order, Recorder, guard_of, make_way
 from errata.ledger.store import Ledger
-from errata.ledger.working import Working, facts_of, keep
+from errata.ledger.working import Working
 
 NEAR = 0.95
 """Cosine of two keys from which their requests are reported as near-duplicates."""
@@ -53,7 +54,7 @@ def merge(working: Working, other: Ledger, order: Order) -> Merge:
         )
     known = tuple(digest for digest in there.active if digest in here.active)
     new = [digest for digest in there.active if digest not in here.active]
-    edits = [_load(other, digest) for digest in new]
+    edits = [load_edit(other, digest) for digest in new]
     found: list[Conflict] = []
     for edit in edits:
         found += conflicts.find(ledger, here, [r.to_dict() for r in edit.provenance.requests])
@@ -78,13 +79,6 @@ def merge(working: Working, other: Ledger, order: Order) -> Merge:
     }  # fmt: skip
     ledger.append("merged", body=body, reason=order.reason, author=order.author)
     return Merge(tuple(attempts), tuple(found), known)
-
-
-def _load(other: Ledger, digest: str) -> Edit:
-    edit = Edit.load(other.file(digest))
-    if edit.digest != digest:
-        raise LedgerError(f"{other.folder}: the file of edit {digest} holds edit {edit.digest}")
-    return edit
 
 
 def near_duplicates(edit: Edit, others: Sequence[Edit], known: Sequence[Conflict]) -> list[Conflict]:

@@ -1,7 +1,8 @@
 """Make edits through a ledger: fit, measure, and apply what keeps the guard's bounds. Every attempt is recorded.
 
 A batch that fails is halved, and each half is fitted again on top of what was applied before it, until what fails is a
-single request. Nothing of a failed attempt is in place; its edit and what was measured stay in the ledger.
+single request. Nothing of a failed attempt is in place; its edit and what was measured stay in the ledger. A method
+that takes one request at a time gets them one by one.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from errata.edits.algebra import retract
 from errata.edits.edit import Edit
-from errata.errors import EditError, LedgerError, StateChanged
+from errata.errors import LedgerError, StateChanged
 from errata.ledger import conflicts
 from errata.ledger.conflicts import Conflict
+from errata.ledger.contents import facts_of, keep
 from errata.ledger.events import SHORT, Event
 from errata.ledger.guard import Guard, Verdict, judge
+from errata.ledger.reverting import take_out
 from errata.ledger.settings import Policy
 from errata.ledger.state import State
-from errata.ledger.working import Working, earlier_requests, facts_of, keep
+from errata.ledger.working import Working, earlier_requests
+from errata.methods import REGISTRY
 from errata.types import DEFAULT_ASK, AskOptions, ImageRecord, ImageRequest, Request
 
 ATTEMPTS = 5
@@ -103,7 +106,9 @@ def record(working: Working, requests: Sequence[Request | ImageRequest], order: 
     if giving_way:
         make_way(working, giving_way, order)
     recorder = Recorder(working, order, guard)
-    recorder.add(tuple(requests))
+    together = REGISTRY.get(order.method).batch
+    for group in [tuple(requests)] if together else [(one,) for one in requests]:
+        recorder.add(group)
     return Recording(tuple(recorder.attempts), tuple(found))
 
 
@@ -121,46 +126,13 @@ def guard_of(working: Working) -> Guard | None:
 
 
 def make_way(working: Working, giving_way: Sequence[Conflict], order: Order) -> None:
-    """Take requests out of edits in place: by retraction where an edit holds others, else with the whole edit.
-
-    Raises LedgerError where an edit's other requests cannot be kept without them.
-    """
-    ledger = working.ledger
+    """Take requests out of edits in place. Raises LedgerError where an edit cannot be taken apart."""
     by_edit: dict[str, list[int]] = {}
     for one in giving_way:
         by_edit.setdefault(one.other, []).append(one.other_request)
     for digest, numbers in by_edit.items():
-        take_out(working, digest, sorted(set(numbers)), reason=order.reason, author=order.author)
-    working.show(ledger.state().active)
-
-
-def take_out(
-    working: Working, digest: str, numbers: Sequence[int], *, reason: str = "", author: str = ""
-) -> str | None:  # fmt: skip
-    """Take requests out of an edit in place; return the digest of what is left of it, None if nothing is.
-
-    Exactly, as if they had never been made. Raises LedgerError where the edit cannot be taken apart.
-    """
-    ledger = working.ledger
-    edit = working.edit(digest)
-    if len(numbers) == len(edit.provenance.requests):
-        ledger.append("reverted", edit=digest, reason=reason, author=author)
-        return None
-    try:
-        rest = retract(edit, list(numbers))
-    except EditError as error:
-        names = ", ".join(str(n + 1) for n in numbers)
-        raise LedgerError(
-            f"request {names} cannot be taken out of edit {digest[:SHORT]} alone: {error}; revert the whole edit, or "
-            "use --conflicts keep"
-        ) from error
-    beneath = ledger.state().find_edit(digest).facts["beneath"]
-    ledger.append(
-        "proposed", edit=rest.digest, body=facts_of(rest, keep(ledger, rest), beneath, retracted_from=digest),
-        reason=reason, author=author,
-    )  # fmt: skip
-    ledger.append("applied", edit=rest.digest, body={"replaces": [digest]}, reason=reason, author=author)
-    return rest.digest
+        take_out(working.ledger, digest, numbers, reason=order.reason, author=order.author)
+    working.show(working.ledger.state().active)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,22 @@ class Bounds:
     """Perplexity of neutral text as a multiple of the unedited model's, at most."""
     norm: float = 1.0
     """Norm of the change of a weight, all edits together, as a multiple of the weight's own, at most."""
+
+
+LEAST: Mapping[str, str] = {
+    "answered": "requests answered with their target",
+    "earlier": "requests of earlier edits still answered with their target",
+    "subject": "other statements about the subjects with the same answer",
+    "canaries": "canary prompts with the same answer",
+}
+"""What the bounds that are minima are called in messages."""
+MOST: Mapping[str, str] = {
+    "divergence": "divergence of the next token behind canaries and neutral text, in nats",
+    "perplexity": "perplexity of neutral text over that before",
+    "total_perplexity": "perplexity of neutral text over the unedited model's",
+    "norm": "norm of a weight's change over the weight's",
+}
+"""The same of those that are maxima."""
 
 
 @dataclass(frozen=True)

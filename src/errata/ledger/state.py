@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from errata.ledger.events import FIRST, SHORT, Event
 
 BASE, NOW = "base", "now"
 """Names of the state without edits and of the present one."""
+TAG = re.compile("[A-Za-z][A-Za-z0-9._/-]{0,99}")
 SHORTEST = 4
 """Hex digits of an id that a user has to give at least."""
 
@@ -58,6 +60,8 @@ class State:
     """Digests of the edits in place, in the order in which they are applied."""
     tags: Mapping[str, int]
     """By name, the number of the event that it points to."""
+    tagged: Mapping[str, str]
+    """By name of a tag, the edit that was the last one in place there; empty without edits."""
     ids: tuple[str, ...]
     """Ids of the events, in order."""
     model: Mapping[str, Any]
@@ -74,7 +78,12 @@ class State:
         return revision(self.active)
 
     def find_edit(self, name: str) -> Recorded:
-        """Return an edit by the first digits of its digest. Raises LedgerError if none or several begin so."""
+        """Return an edit by the first digits of its digest, or by a tag: the last edit in place there.
+
+        Raises LedgerError if there is none, or several begin so.
+        """
+        if self.tagged.get(name):
+            return self.edits[self.tagged[name]]
         return self.edits[_find(name, list(self.edits), "edit", "errata log")]
 
     def find_event(self, name: str) -> int:
@@ -109,6 +118,16 @@ def fold(events: Iterable[Event]) -> State:
     return folding.state()
 
 
+def check_tag(name: str) -> None:
+    """Raise LedgerError for what cannot be the name of a tag."""
+    reserved = name.lower() in (BASE, NOW) or re.fullmatch(f"[0-9a-fA-F]{{{SHORTEST},}}", name)
+    if not TAG.fullmatch(name) or reserved or ".." in name:
+        raise LedgerError(
+            f"a tag cannot be called {shown(name)}: expected a letter, then letters, digits and . _ - / (not ..); not "
+            f"{BASE} or {NOW}, and nothing that an id could begin with"
+        )
+
+
 def revision(active: Sequence[str]) -> str:
     """Return the name of some edits in place in this order."""
     return hashlib.sha256("\n".join(active).encode()).hexdigest()[:16] if active else BASE
@@ -134,6 +153,7 @@ class Folding:
     edits: dict[str, Recorded] = field(default_factory=dict[str, Recorded])
     active: list[str] = field(default_factory=list[str])
     tags: dict[str, int] = field(default_factory=dict[str, int])
+    tagged: dict[str, str] = field(default_factory=dict[str, str])
     ids: list[str] = field(default_factory=list[str])
     model: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -144,7 +164,14 @@ class Folding:
 
     def state(self) -> State:
         """Return the state so far."""
-        return State(dict(self.edits), tuple(self.active), dict(self.tags), tuple(self.ids), self.model)
+        return State(
+            dict(self.edits),
+            tuple(self.active),
+            dict(self.tags),
+            dict(self.tagged),
+            tuple(self.ids),
+            self.model,
+        )
 
     def known(self, event: Event, digest: str) -> Recorded:
         """Return an edit that an event names."""
@@ -204,6 +231,7 @@ def _reset(state: Folding, event: Event) -> None:
 
 def _tagged(state: Folding, event: Event) -> None:
     state.tags[event.body["name"]] = event.body["number"]
+    state.tagged[event.body["name"]] = event.body.get("edit", "")
 
 
 def _noted(state: Folding, event: Event) -> None:

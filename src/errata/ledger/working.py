@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from errata.edits.edit import Edit, versions
 from errata.edits.weight import WeightEdit
-from errata.errors import EditError, LedgerError
+from errata.errors import LedgerError
 from errata.host.host import Host
-from errata.job import prepare, with_prompt_options
+from errata.job import Job, prepare, with_prompt_options
+from errata.ledger.contents import load_edit
 from errata.ledger.store import Ledger
 from errata.loading import load
 from errata.methods import REGISTRY
@@ -37,23 +36,26 @@ class Working:
 
     @classmethod
     def open(
-        cls, ledger: Ledger, *, device: str | None = None, dtype: str | None = None, on_progress: OnProgress = ignore
+        cls, ledger: Ledger, *, model: str | None = None, device: str | None = None, dtype: str | None = None,
+        on_progress: OnProgress = ignore,
     ) -> Working:  # fmt: skip
-        """Open the ledger's model as its settings say, without edits."""
+        """Open the ledger's model, without edits; what is left out is as its settings say."""
         settings = ledger.settings
-        host = load(settings.model, device=device or settings.device, dtype=dtype or settings.dtype)
+        host = load(model or settings.model, device=device or settings.device, dtype=dtype or settings.dtype)
         return cls(ledger, host, on_progress=on_progress)
 
     def edit(self, digest: str) -> Edit:
         """Return an edit of the ledger, read once; its file's bytes and digest are checked."""
         if digest not in self._edits:
-            edit = Edit.load(self.ledger.file(digest))
-            if edit.digest != digest:
-                raise LedgerError(
-                    f"the ledger's file of edit {digest} holds edit {edit.digest}; restore it from a copy"
-                )
-            self._edits[digest] = edit
+            self._edits[digest] = load_edit(self.ledger, digest)
         return self._edits[digest]
+
+    def require_text(self, what: str) -> None:
+        """Raise LedgerError for a model that reads images, which cannot be asked."""
+        if self.host.tokenizer is None:
+            raise LedgerError(
+                f"{self.host.name} reads images and gives no text: {what} asks for answers to prompts"
+            )
 
     def edits(self, digests: Sequence[str] | None = None) -> list[Edit]:
         """Return several edits; default: those in place."""
@@ -85,16 +87,33 @@ class Working:
         finally:
             self.show(before)
 
-    def fit(
+    def fit(self, requests: Sequence[Request | ImageRequest], **order: Any) -> Edit:
+        """Fit an edit on top of those in place, as :meth:`prepare` says; the host is left as it was."""
+        with self._seen(order["method"], order.get("after")):
+            return self.prepare(requests, **order).run()
+
+    def prepare(
         self, requests: Sequence[Request | ImageRequest], *, method: str, options: Mapping[str, Any] | None = None,
         seed: int = 0, after: str | None = None, corpus: Any = None, examples: Any = None,
         ask: AskOptions = DEFAULT_ASK, batch_size: int | str = "auto",
-    ) -> Edit:  # fmt: skip
-        """Fit an edit on top of those in place; the host is left as it was.
+    ) -> Job:  # fmt: skip
+        """Validate a fit on top of the edits in place.
 
-        Statistics, and what the host writes about itself, are the unedited host's. A method that changes weights sees
-        those edits that do so too; those that act at run time are taken off, as it would fit around them. ``after``:
-        an edit in place that the new one continues and includes.
+        Statistics, and what the host writes about itself, are the unedited host's. ``after``: an edit that the new
+        one continues and includes; it is not in place then.
+        """
+        earlier = None if after is None else self.edit(after)
+        return prepare(
+            self.host, requests, method=method, options=options, seed=seed, after=earlier, corpus=corpus,
+            examples=examples, ask=ask, batch_size=batch_size, beneath=self.edits(), on_progress=self.on_progress,
+        )  # fmt: skip
+
+    @contextmanager
+    def _seen(self, method: str, after: str | None) -> Generator[None, None, None]:
+        """Have in place what a method's fit sees: without the edit that it continues.
+
+        A method that changes weights sees those edits that do so too; those that act at run time are taken off, as it
+        would fit around them.
         """
         weights = REGISTRY.get(method).gives is WeightEdit
         seen = [
@@ -102,37 +121,12 @@ class Working:
             for d in self.active
             if d != after and not (weights and not isinstance(self.edit(d), WeightEdit))
         ]
-        earlier = None if after is None else self.edit(after)
         with self.showing(seen):
-            return prepare(
-                self.host, requests, method=method, options=options, seed=seed, after=earlier, corpus=corpus,
-                examples=examples, ask=ask, batch_size=batch_size, beneath=self.edits(seen),
-                on_progress=self.on_progress,
-            ).run()  # fmt: skip
+            yield
 
     def view(self, edit: Edit | None = None) -> Host:
         """Return the host with prompts formatted as an edit's were."""
         return self.host if edit is None else with_prompt_options(self.host, DEFAULT_ASK, edits=[edit])
-
-
-def keep(ledger: Ledger, edit: Edit) -> str:
-    """Keep an edit's file in a ledger and return its SHA-256. Raises LedgerError where it cannot be written."""
-    with TemporaryDirectory(prefix="errata-") as folder:
-        try:
-            return ledger.add_file(edit.save(Path(folder) / "edit.safetensors"))
-        except EditError as error:
-            raise LedgerError(f"cannot keep the edit: {error}") from error
-
-
-def facts_of(edit: Edit, blob: str, beneath: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Return what a ``proposed`` event says about an edit; ``beneath``: edits that were in place when it was fitted."""
-    provenance = edit.provenance
-    return {
-        "kind": edit.kind, "method": provenance.method, "config": dict(provenance.config),
-        "seed": provenance.seed, "requests": [request.to_dict() for request in provenance.requests],
-        "blob": blob, "bytes": edit.size, "versions": dict(provenance.versions), "created": provenance.created,
-        "parents": list(provenance.parents), "beneath": list(beneath), **more,
-    }  # fmt: skip
 
 
 def earlier_requests(working: Working, digests: Sequence[str]) -> list[Request]:
