@@ -1,7 +1,8 @@
 """Edits that change no weight: interventions at sites while the model runs, on rows that a router accepts.
 
 A router decides once for each row, at the last token of its prompt; the decision holds for all later tokens of the
-row. So a row has the same output alone and in any batch, with a cache and without one.
+row. So a row has the same output alone and in any batch, with a cache and without one. A router may let several entries
+act on a row (:attr:`Router.several`): what they add to an output is summed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """What slots may apply to their keys' products; ``gelu_tanh`` is GPT-2's, called gelu_new there."""
+ADDING: tuple[Operation, ...] = ("add", "lowrank", "dense", "slots")
+"""Operations that add to an output, so that several entries can act on one row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +136,12 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
         if any(one.positions == "subject" for one in self.interventions):
             phrases_of(self.router)
+        replacing = [one.operation for one in self.interventions if one.operation not in ADDING]
+        if self.router.several and replacing:
+            raise EditError(
+                f"a {self.router.name} router lets several entries act on a row, and {replacing[0]} takes one: use "
+                f"one of {', '.join(ADDING)}"
+            )
         blocks = self.router.tensors().get("blocks")
         if blocks is not None and blocks.numel() and int(blocks.max()) >= self.entries:
             raise EditError(f"the router leads to entry {int(blocks.max())}, found {self.entries} entries")
@@ -256,13 +265,18 @@ class _Decider:
         self.digest, self.router, self.tokenizer = edit.digest, edit.router, host.tokenizer
 
     def entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
-        """Return each row's entry, int64 ``[rows]``, by what the module reads and gives ``[rows, length, d]``."""
+        """Return each row's entry, int64 ``[rows]``, by what the module reads and gives ``[rows, length, d]``.
+
+        ``[rows, k]`` by a router that lets several act on a row.
+        """
         return routing.decision(self.digest, lambda: self._decide(inputs, output, routing))
 
     def _decide(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         ends = routing.ends(*inputs.shape[:2]).to(inputs.device)
         here = (ends >= 0).nonzero()[:, 0]
         entries = torch.full((len(ends),), NONE, device=inputs.device)
+        if inputs.ndim == 2:  # ids, which an embedding reads
+            inputs = inputs[..., None]
         if len(here):
             at = ends[here]
             lines, columns = list(map(int, here.cpu())), list(map(int, at.cpu()))
@@ -272,7 +286,9 @@ class _Decider:
                 lambda: self._texts(routing, lines, columns),
                 lambda: _means(output, routing, lines, columns),
             )
-            entries[here] = self.router.decide(question).to(entries.device)
+            decided = self.router.decide(question).to(entries.device)
+            entries = entries.new_full((len(ends), *decided.shape[1:]), NONE)
+            entries[here] = decided
         return entries
 
     def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
@@ -298,15 +314,15 @@ class _Reader:
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         """Return the output ``[rows, length, d_out]`` as it is."""
-        _check_rows(inputs, self.module)
+        _check_rows(output, self.module)
         self.decider.entries(inputs, output, routing)
         return output
 
 
-def _check_rows(inputs: Tensor, module: str) -> None:
-    if inputs.ndim != 3:
+def _check_rows(states: Tensor, module: str) -> None:
+    if states.ndim != 3:
         raise ConfigError(
-            f"{module} gets inputs of shape {list(inputs.shape)}, expected [rows, tokens, d_in]: "
+            f"{module} has states of shape {list(states.shape)}, expected [rows, tokens, d]: "
             "a memory needs to tell rows apart; choose another site"
         )
 
@@ -329,14 +345,14 @@ class _ActiveIntervention:
         _check_rows(inputs, self.intervention.module)
         rows, length = inputs.shape[:2]
         ends = routing.ends(rows, length).to(inputs.device)
-        entry = self._entries(inputs, output, routing).to(output.device)
-        selected = entry != NONE
+        entry = self._entries(inputs, output, routing).to(output.device).reshape(rows, -1)  # [rows, k]
+        selected = (entry != NONE).any(1)
         members = routing.members(self.number, rows)
         if members is not None:
             selected = selected & members.to(selected.device)
         columns = self._columns(ends, length)
         if columns is None:
-            columns = self._subjects(selected, entry, ends, length, routing)
+            columns = self._subjects(selected, entry[:, 0], ends, length, routing)
         acting = selected[:, None] & columns.to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output
@@ -344,8 +360,10 @@ class _ActiveIntervention:
         wide = torch.promote_types(output.dtype, torch.float32)
         x, y = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
         with torch.autocast(output.device.type, enabled=False):
-            after = self._apply(x, y, entry[row])
-        return output.masked_scatter(acting[..., None], after.to(output.dtype))
+            for one in entry[row].unbind(1):  # of each token [n]
+                own = one != NONE
+                y = y.masked_scatter(own[:, None], self._apply(x[own], y[own], one[own]))
+        return output.masked_scatter(acting[..., None], y.to(output.dtype))
 
     def _entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         if self.decider is not None:
@@ -396,10 +414,8 @@ class _ActiveIntervention:
             return output + torch.einsum("nor,nri,ni->no", part["left"][entry], part["right"][entry], inputs)
         # entries of whole matrices: one product for all tokens of an entry, rather than a matrix for each token
         after = output.clone()
-        for one in range(self.intervention.entries):
+        for one in sorted(set(map(int, entry))):
             own = entry == one
-            if not bool(own.any()):
-                continue
             after[own] = self._apply_one({n: t[one] for n, t in part.items()}, inputs[own], output[own])
         return after
 

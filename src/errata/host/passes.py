@@ -105,7 +105,7 @@ class Routing:
         self.by_host = False
         """Whether a host runs the pass, and puts other models' logits in place itself."""
         self.decided: dict[str, Tensor] = dict(decided or {})
-        """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none."""
+        """By edit digest, the entry that acts on each row, int64 ``[rows]``, or several ``[rows, k]``; -1: none."""
 
     def ends(self, rows: int, length: int) -> Tensor:
         """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""

@@ -280,7 +280,8 @@ class ComputedRows:
                 batch, plain_prefix(), ends=ends, keep=[top], stop=self.runner.blocks[top]
             )
         for digest, entry in output.routes.items():
-            whole = self.routes.setdefault(digest, torch.empty(len(self.rows), dtype=torch.int64))
+            empty = torch.empty(len(self.rows), *entry.shape[1:], dtype=torch.int64)
+            whole = self.routes.setdefault(digest, empty)
             whole[torch.tensor(index)] = entry.cpu()
         return split_rows(output.states[top], [len(self.rows[i]) for i in index], batch)
 
