@@ -97,9 +97,12 @@ class Asked:
 
 def rows_with(host: Host, asked: Sequence[Asked], texts: Sequence[str], candidates: int) -> list[Row]:
     """Return prompts with their answers as the model reads them, and the sentences that are near by words."""
-    empty = torch.zeros(len(asked), 0)
-    scores = FullText(tuple(texts)).scores(Question(empty, empty, lambda: [one.prompt for one in asked]))
-    found = nearest_by_words(scores, candidates)
+    words, found = FullText(tuple(texts)), list[list[int]]()
+    for first in range(0, len(asked), ROWS):
+        prompts = [one.prompt for one in asked[first : first + ROWS]]
+        empty = torch.zeros(len(prompts), 0)
+        scores = words.scores(Question(empty, empty, lambda prompts=prompts: prompts))
+        found += nearest_by_words(scores, candidates)
     rows: list[Row] = []
     for one, near in zip(asked, found, strict=True):
         answer = host.encode_answer(one.prompt, one.answer)
