@@ -27,9 +27,10 @@ from errata.host import placed
 from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
+from errata.linalg import side
 from errata.writing import folded, names
 
-Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine"]
+Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "side"]
 Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
@@ -39,6 +40,7 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
     "affine": ("weights", "biases"),
+    "side": side.PARTS,
 }
 """Tensors of each operation's payload; the first axis is that of the entries."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +50,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """What slots may apply to their keys' products; ``gelu_tanh`` is GPT-2's, called gelu_new there."""
-ADDING: tuple[Operation, ...] = ("add", "lowrank", "dense", "slots")
+ADDING: tuple[Operation, ...] = ("add", "lowrank", "dense", "slots", "side")
 """Operations that add to an output, so that several entries can act on one row."""
 
 
@@ -66,6 +68,8 @@ class Intervention:
                                                       values ``[entries, s, d_out]``
     swap     weights @ x                              weights ``[entries, d_out, d_in]``
     affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
+    side     y + what a side network adds             see :func:`errata.linalg.side.side_shapes`, an axis of entries
+                                                      before those
     """
 
     module: str
@@ -78,6 +82,10 @@ class Intervention:
     prompt first has it."""
     activation: str = "relu"
     """Of ``slots``, one of :data:`ACTIVATIONS`."""
+    states: tuple[str, ...] = ()
+    """Of ``side``: paths of the modules whose inputs its blocks read, which run before this one or are it."""
+    heads: int = 1
+    """Of ``side``: attention heads of its transformer layers."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -95,6 +103,10 @@ class Intervention:
             raise EditError(
                 f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
             )
+        if (self.operation == "side") is not bool(self.states):
+            raise EditError(
+                f"{self.operation} has states {list(self.states)}: they are what side networks read"
+            )
         payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
         object.__setattr__(self, "payload", payload)
 
@@ -103,9 +115,11 @@ class Intervention:
         """Number of entries."""
         return len(next(iter(self.payload.values())))
 
-    def description(self) -> dict[str, str]:
+    def description(self) -> dict[str, Any]:
         """Return everything but the payload, as plain data."""
         described = {"module": self.module, "operation": self.operation, "positions": self.positions}
+        if self.operation == "side":
+            return {**described, "states": list(self.states), "heads": self.heads}
         return described if self.activation == "relu" else {**described, "activation": self.activation}
 
 
@@ -192,7 +206,11 @@ class MemoryEdit(RuntimeEdit):
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
             activation = fields.check_type(item.get("activation", "relu"), str, where)
-            interventions.append(Intervention(module, operation, payload, positions, activation))
+            states = fields.get_texts(item, "states", where) if operation == "side" else ()
+            heads = fields.get_field(item, "heads", int, where) if operation == "side" else 1
+            interventions.append(
+                Intervention(module, operation, payload, positions, activation, states, heads)
+            )
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
@@ -206,8 +224,11 @@ class MemoryEdit(RuntimeEdit):
         if self.reads:
             placed.attach(host.model, self.reads, _Reader(self, host, number))
         for index in range(len(self.interventions)):
-            act = _ActiveIntervention(self, index, host, number)
-            placed.attach(host.model, act.intervention.module, act)
+            one = self.interventions[index]
+            for path in dict.fromkeys(one.states):
+                placed.attach(host.model, path, _StateReader(self, path, number))
+            active = _ActiveSide if one.operation == "side" else _ActiveIntervention
+            placed.attach(host.model, one.module, active(self, index, host, number))
 
     def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():
@@ -217,7 +238,10 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(
                 f"{host.name} is one of the {KINDS[host.kind].plural}; memory edits act on causal language models"
             )
-        paths = {one.module: "at which the edit acts" for one in self.interventions}
+        paths = {
+            **{path: "whose input the edit reads" for one in self.interventions for path in one.states},
+            **{one.module: "at which the edit acts" for one in self.interventions},
+        }
         for path, purpose in {
             **({self.reads: "which the router reads"} if self.reads else {}),
             **paths,
@@ -431,7 +455,88 @@ class _ActiveIntervention:
         return output + act(inputs @ part["keys"].mT + part["biases"]) @ part["values"]
 
     def _part(self, name: str, like: Tensor) -> Tensor:
+        """Return a tensor of the payload ``[entries, ...]`` where another one is, in its precision."""
         cached = self.ready.get(name)
         if cached is None or (cached.device, cached.dtype) != (like.device, like.dtype):
             cached = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
         return cached
+
+
+class _StateReader:
+    """Shows a side network what a module gets."""
+
+    reads_blocks = True
+
+    def __init__(self, edit: MemoryEdit, module: str, number: int | None) -> None:
+        self.number, self.digest, self.order, self.module = number, edit.digest, edit.order, module
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return the output ``[rows, length, d_out]`` as it is."""
+        _check_rows(inputs, self.module)
+        routing.passing[f"{self.digest} {self.module}"] = inputs
+        return output
+
+
+class _ActiveSide(_ActiveIntervention):
+    """Side networks of an edit in place. What they computed of earlier tokens is kept by the routing of the rows."""
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return the output ``[rows, length, d_out]`` with what the entries of each row add."""
+        _check_rows(inputs, self.intervention.module)
+        rows, length = inputs.shape[:2]
+        entry = self._entries(inputs, output, routing).to(output.device).reshape(rows, -1)  # [rows, k]
+        members = routing.members(self.number, rows)
+        if members is not None:
+            entry = torch.where(members.to(entry.device)[:, None], entry, NONE)
+        if bool((entry == NONE).all()):
+            return output
+        wide = torch.promote_types(output.dtype, torch.float32)
+        last, before = output.to(wide), routing.before(length)
+        states = [
+            routing.passing[f"{self.digest} {path}"].to(last.device, wide)
+            for path in self.intervention.states
+        ]
+        tokens = self._earlier(routing, "tokens", before)
+        own = routing.tokens(rows, length).to(last.device)
+        tokens = own if tokens is None else torch.cat([tokens.to(last.device), own], 1)
+        routing.decided[f"{self.digest} tokens"] = tokens
+        total = last
+        with torch.autocast(output.device.type, enabled=False):
+            for number, one in enumerate(entry.unbind(1)):
+                earlier = self._earlier(routing, str(number), before)
+                change, kept = self._changes(states, last, tokens, one, earlier)
+                total = total + change
+                routing.decided[f"{self.digest} {number}"] = kept.detach()
+        return total.to(output.dtype)
+
+    def _earlier(self, routing: Routing, name: str, before: int | None) -> Tensor | None:
+        """Return what was kept of the columns before this pass ``[rows, before, ...]``; None where there are none.
+
+        Raises EditError where rows go on that were not read with this edit in place.
+        """
+        if before == 0:
+            return None
+        kept = routing.decided.get(f"{self.digest} {name}")
+        if kept is None or kept.shape[1] < (before or 0):
+            raise EditError(
+                f"a pass goes on with rows of which the side network of edit {self.digest} has not read {before} "
+                "earlier tokens: run them whole while it is in place"
+            )
+        return kept[:, :before]
+
+    def _changes(
+        self, states: Sequence[Tensor], last: Tensor, tokens: Tensor, entry: Tensor, earlier: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what each row's entry ``[rows]`` adds to it, and what is kept of all columns so far."""
+        change, kept = torch.zeros_like(last), None
+        for one in sorted(set(map(int, entry)) - {NONE}):
+            part = {name: self._part(name, last)[one] for name in self.intervention.payload}
+            own = entry == one
+            added, new = side.side_change(
+                part, [state[own] for state in states], last[own], tokens[own], heads=self.intervention.heads,
+                earlier=None if earlier is None else earlier.to(last)[own],
+            )  # fmt: skip
+            change = change.masked_scatter(own[:, None, None], added)
+            kept = new.new_zeros(len(last), *new.shape[1:]) if kept is None else kept
+            kept = kept.index_put((own,), new)
+        return change, last.new_zeros(len(last), tokens.shape[1]) if kept is None else kept
