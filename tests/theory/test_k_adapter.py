@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,7 @@ def test_what_goes_on_after_prompts_is_as_in_one_piece(fitted):
 def test_generation_is_the_same_with_a_cache_and_without_one_in_a_batch_and_alone(fitted, beams):
     host, edit = fitted
     rows = [host.encode_prompt(prompt) for prompt in PROMPTS]
+    single = (rows[0][-1],)
 
     def run(some, **more) -> list[list[int]]:
         batch = host.batch(some, side="left")
@@ -202,6 +204,12 @@ def test_generation_is_the_same_with_a_cache_and_without_one_in_a_batch_and_alon
             pad_token_id=host.pad_id,
         )  # fmt: skip
         assert inside[:, -6:].tolist() == together
+        for cache in (True, False):
+            one = host.generate_batch(
+                host.batch([single]), max_new_tokens=6, do_sample=False, num_beams=beams, eos_token_id=None,
+                pad_token_id=host.pad_id, use_cache=cache,
+            )  # fmt: skip
+            assert one[:, -6:].tolist() == run([single])
         if beams == 1:
             assert host.generate(PROMPTS, max_new_tokens=6, natural_stop=False) == host.decode(together)
     assert run(rows) == plain
@@ -212,7 +220,7 @@ def test_rows_that_it_has_not_read_are_refused(fitted):
     batch = host.batch([host.encode_prompt(PROMPTS[2])])
     with torch.no_grad():
         before = host.run(Pass(batch.ids[:, :3], batch.mask[:, :3], use_cache=True))
-        with edit.on(host), pytest.raises(EditError, match="has not read 3 earlier tokens"):
+        with edit.on(host), pytest.raises(EditError, match="has not read the earlier tokens"):
             host.run(Pass(batch.ids[:, 3:], batch.mask, prefix=before.prefix, use_cache=True))
 
 
@@ -236,6 +244,8 @@ def test_the_adapters_of_sets_act_together_and_come_off_alone(fitted, tmp_path):
         errata.retract(both, "ada")
     with pytest.raises(ConfigError, match="use the same settings"):
         errata.edit(host, CITY, after=first, **{**options, "width": 4})
+    with pytest.raises(EditError, match="the router has 3 entries, found 2"):
+        replace(both, router=Every(3))
     with pytest.raises(ConfigError, match="every router; go on with the same one"):
         errata.edit(host, CITY, after=first, scope="similar", **options)
 
@@ -297,4 +307,8 @@ def test_settings_follow_the_width_and_are_checked():
         errata.edit(host, ADA, layers=[3], **QUICK)
     with pytest.raises(EditError, match="what side networks read"):
         Intervention(host.layout.blocks[1], "add", {"values": torch.zeros(1, 32)}, states=("x",))
+    (one,) = errata.edit(host, ADA, **QUICK).interventions
+    for wrong in ({"heads": 5}, {"heads": 0}, {"positions": "last"}, {"states": one.states[:1]}):
+        with pytest.raises(EditError, match="expected positions all, 2 states"):
+            replace(one, **wrong)
     assert Config().problems() == [] and len(Config(dropout=1.0, threshold=2.0).problems()) == 2

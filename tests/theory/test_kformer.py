@@ -169,9 +169,8 @@ def test_rows_are_the_same_in_a_batch_alone_with_a_cache_and_without_one(trained
         rows = [host.encode_prompt(p) for p in PROMPTS]
         for cache in (True, False):
             batch = host.batch(rows, side="left")
-            out = host.model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=cache, max_new_tokens=6, do_sample=False,
-                pad_token_id=host.pad_id, eos_token_id=None,
+            out = host.generate_batch(
+                batch, use_cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=host.pad_id, eos_token_id=None
             )  # fmt: skip
             assert host.decode(out[:, batch.ids.shape[1] :].tolist()) == texts
 

@@ -103,12 +103,23 @@ class Intervention:
             raise EditError(
                 f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
             )
-        if (self.operation == "side") is not bool(self.states):
+        if self.operation == "side":
+            self._check_side()
+        elif self.states:
             raise EditError(
                 f"{self.operation} has states {list(self.states)}: they are what side networks read"
             )
         payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
         object.__setattr__(self, "payload", payload)
+
+    def _check_side(self) -> None:
+        """Raise EditError for a side network whose settings do not fit its tensors."""
+        blocks, width = self.payload["down"].shape[1], self.payload["attention"].shape[-1]
+        if self.positions != "all" or len(self.states) != blocks or self.heads < 1 or width % self.heads:
+            raise EditError(
+                f"side: expected positions all, {blocks} states for as many blocks and heads that divide {width}; "
+                f"found {self.positions}, {len(self.states)} states and {self.heads} heads"
+            )
 
     @property
     def entries(self) -> int:
@@ -156,6 +167,9 @@ class MemoryEdit(RuntimeEdit):
                 f"a {self.router.name} router lets several entries act on a row, and {replacing[0]} takes one: use "
                 f"one of {', '.join(ADDING)}"
             )
+        count = self.router.facts().get("entries", self.entries)
+        if count != self.entries:
+            raise EditError(f"the router has {count} entries, found {self.entries}")
         blocks = self.router.tensors().get("blocks")
         if blocks is not None and blocks.numel() and int(blocks.max()) >= self.entries:
             raise EditError(f"the router leads to entry {int(blocks.max())}, found {self.entries} entries")
@@ -496,6 +510,10 @@ class _ActiveSide(_ActiveIntervention):
             routing.passing[f"{self.digest} {path}"].to(last.device, wide)
             for path in self.intervention.states
         ]
+        if before is None and f"{self.digest} tokens" not in routing.decided:
+            before = (
+                0 if bool((routing.ends(rows, length) >= 0).all()) else None
+            )  # a loop's first pass, or not
         tokens = self._earlier(routing, "tokens", before)
         own = routing.tokens(rows, length).to(last.device)
         tokens = own if tokens is None else torch.cat([tokens.to(last.device), own], 1)
@@ -519,8 +537,8 @@ class _ActiveSide(_ActiveIntervention):
         kept = routing.decided.get(f"{self.digest} {name}")
         if kept is None or kept.shape[1] < (before or 0):
             raise EditError(
-                f"a pass goes on with rows of which the side network of edit {self.digest} has not read {before} "
-                "earlier tokens: run them whole while it is in place"
+                f"a pass goes on with rows of which the side network of edit {self.digest} has not read the earlier "
+                "tokens: run them whole while it is in place"
             )
         return kept[:, :before]
 

@@ -132,10 +132,13 @@ class Routing:
         return ids[own.bool()].tolist()
 
     def before(self, length: int) -> int | None:
-        """Return how many columns of the rows came before this pass; None where that is not known: those so far."""
+        """Return how many columns of the rows came before this pass; None where that is not known: those so far.
+
+        A loop reads rows whole, or one token more: a single one may be either where the prompts have no more.
+        """
         if self._prefix is not None:
             return self._prefix
-        return 0 if self._mask is None or length >= self._mask.shape[1] else None
+        return 0 if length > 1 and (self._mask is None or length >= self._mask.shape[1]) else None
 
     def tokens(self, rows: int, length: int) -> Tensor:
         """Return which columns of this pass are tokens, not padding, bool ``[rows, length]``."""

@@ -76,7 +76,7 @@ class Config:
     """AdamW's (authors' code: 0)."""
     clip: float = 1.0
     """Largest norm of the gradients together (authors' code: 1)."""
-    stop_loss: float | None = None
+    stop_loss: float | None = 0.05
     """Loss in nats per target token that every request has to be below for training to end. None: never (authors)."""
     scope: Literal["always", "similar"] = "always"
     """Prompts that an adapter acts on: all, together with the adapters of other sets; or those whose mean state is
