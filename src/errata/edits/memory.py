@@ -1,7 +1,8 @@
 """Edits that change no weight: interventions at sites while the model runs, on rows that a router accepts.
 
 A router decides once for each row, at the last token of its prompt; the decision holds for all later tokens of the
-row. So a row has the same output alone and in any batch, with a cache and without one.
+row. So a row has the same output alone and in any batch, with a cache and without one. A router may let several entries
+act on a row (:attr:`Router.several`): what they add to an output is summed.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from errata.host import placed
 from errata.host.base import ModelHost
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
+from errata.linalg import side
 from errata.writing import folded, names
 
-Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine"]
+Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "side"]
 Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
@@ -38,6 +40,7 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
     "affine": ("weights", "biases"),
+    "side": side.PARTS,
 }
 """Tensors of each operation's payload; the first axis is that of the entries."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +50,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """What slots may apply to their keys' products; ``gelu_tanh`` is GPT-2's, called gelu_new there."""
+ADDING: tuple[Operation, ...] = ("add", "lowrank", "dense", "slots", "side")
+"""Operations that add to an output, so that several entries can act on one row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,8 @@ class Intervention:
                                                       values ``[entries, s, d_out]``
     swap     weights @ x                              weights ``[entries, d_out, d_in]``
     affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
+    side     y + what a side network adds             see :func:`errata.linalg.side.side_shapes`, an axis of entries
+                                                      before those
     """
 
     module: str
@@ -75,6 +82,10 @@ class Intervention:
     prompt first has it."""
     activation: str = "relu"
     """Of ``slots``, one of :data:`ACTIVATIONS`."""
+    states: tuple[str, ...] = ()
+    """Of ``side``: paths of the modules whose inputs its blocks read, which run before this one or are it."""
+    heads: int = 1
+    """Of ``side``: attention heads of its transformer layers."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -92,17 +103,34 @@ class Intervention:
             raise EditError(
                 f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
             )
+        if self.operation == "side":
+            self._check_side()
+        elif self.states:
+            raise EditError(
+                f"{self.operation} has states {list(self.states)}: they are what side networks read"
+            )
         payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
         object.__setattr__(self, "payload", payload)
+
+    def _check_side(self) -> None:
+        """Raise EditError for a side network whose settings do not fit its tensors."""
+        blocks, width = self.payload["down"].shape[1], self.payload["attention"].shape[-1]
+        if self.positions != "all" or len(self.states) != blocks or self.heads < 1 or width % self.heads:
+            raise EditError(
+                f"side: expected positions all, {blocks} states for as many blocks and heads that divide {width}; "
+                f"found {self.positions}, {len(self.states)} states and {self.heads} heads"
+            )
 
     @property
     def entries(self) -> int:
         """Number of entries."""
         return len(next(iter(self.payload.values())))
 
-    def description(self) -> dict[str, str]:
+    def description(self) -> dict[str, Any]:
         """Return everything but the payload, as plain data."""
         described = {"module": self.module, "operation": self.operation, "positions": self.positions}
+        if self.operation == "side":
+            return {**described, "states": list(self.states), "heads": self.heads}
         return described if self.activation == "relu" else {**described, "activation": self.activation}
 
 
@@ -133,6 +161,15 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
         if any(one.positions == "subject" for one in self.interventions):
             phrases_of(self.router)
+        replacing = [one.operation for one in self.interventions if one.operation not in ADDING]
+        if self.router.several and replacing:
+            raise EditError(
+                f"a {self.router.name} router lets several entries act on a row, and {replacing[0]} takes one: use "
+                f"one of {', '.join(ADDING)}"
+            )
+        count = self.router.facts().get("entries", self.entries)
+        if count != self.entries:
+            raise EditError(f"the router has {count} entries, found {self.entries}")
         blocks = self.router.tensors().get("blocks")
         if blocks is not None and blocks.numel() and int(blocks.max()) >= self.entries:
             raise EditError(f"the router leads to entry {int(blocks.max())}, found {self.entries} entries")
@@ -183,7 +220,11 @@ class MemoryEdit(RuntimeEdit):
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
             activation = fields.check_type(item.get("activation", "relu"), str, where)
-            interventions.append(Intervention(module, operation, payload, positions, activation))
+            states = fields.get_texts(item, "states", where) if operation == "side" else ()
+            heads = fields.get_field(item, "heads", int, where) if operation == "side" else 1
+            interventions.append(
+                Intervention(module, operation, payload, positions, activation, states, heads)
+            )
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
@@ -197,8 +238,11 @@ class MemoryEdit(RuntimeEdit):
         if self.reads:
             placed.attach(host.model, self.reads, _Reader(self, host, number))
         for index in range(len(self.interventions)):
-            act = _ActiveIntervention(self, index, host, number)
-            placed.attach(host.model, act.intervention.module, act)
+            one = self.interventions[index]
+            for path in dict.fromkeys(one.states):
+                placed.attach(host.model, path, _StateReader(self, path, number))
+            active = _ActiveSide if one.operation == "side" else _ActiveIntervention
+            placed.attach(host.model, one.module, active(self, index, host, number))
 
     def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():
@@ -208,7 +252,10 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(
                 f"{host.name} is one of the {KINDS[host.kind].plural}; memory edits act on causal language models"
             )
-        paths = {one.module: "at which the edit acts" for one in self.interventions}
+        paths = {
+            **{path: "whose input the edit reads" for one in self.interventions for path in one.states},
+            **{one.module: "at which the edit acts" for one in self.interventions},
+        }
         for path, purpose in {
             **({self.reads: "which the router reads"} if self.reads else {}),
             **paths,
@@ -256,13 +303,18 @@ class _Decider:
         self.digest, self.router, self.tokenizer = edit.digest, edit.router, host.tokenizer
 
     def entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
-        """Return each row's entry, int64 ``[rows]``, by what the module reads and gives ``[rows, length, d]``."""
+        """Return each row's entry, int64 ``[rows]``, by what the module reads and gives ``[rows, length, d]``.
+
+        ``[rows, k]`` by a router that lets several act on a row.
+        """
         return routing.decision(self.digest, lambda: self._decide(inputs, output, routing))
 
     def _decide(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         ends = routing.ends(*inputs.shape[:2]).to(inputs.device)
         here = (ends >= 0).nonzero()[:, 0]
         entries = torch.full((len(ends),), NONE, device=inputs.device)
+        if inputs.ndim == 2:  # ids, which an embedding reads
+            inputs = inputs[..., None]
         if len(here):
             at = ends[here]
             lines, columns = list(map(int, here.cpu())), list(map(int, at.cpu()))
@@ -272,7 +324,9 @@ class _Decider:
                 lambda: self._texts(routing, lines, columns),
                 lambda: _means(output, routing, lines, columns),
             )
-            entries[here] = self.router.decide(question).to(entries.device)
+            decided = self.router.decide(question).to(entries.device)
+            entries = entries.new_full((len(ends), *decided.shape[1:]), NONE)
+            entries[here] = decided
         return entries
 
     def _texts(self, routing: Routing, rows: Sequence[int], ends: Sequence[int]) -> list[str]:
@@ -298,15 +352,15 @@ class _Reader:
 
     def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         """Return the output ``[rows, length, d_out]`` as it is."""
-        _check_rows(inputs, self.module)
+        _check_rows(output, self.module)
         self.decider.entries(inputs, output, routing)
         return output
 
 
-def _check_rows(inputs: Tensor, module: str) -> None:
-    if inputs.ndim != 3:
+def _check_rows(states: Tensor, module: str) -> None:
+    if states.ndim != 3:
         raise ConfigError(
-            f"{module} gets inputs of shape {list(inputs.shape)}, expected [rows, tokens, d_in]: "
+            f"{module} has states of shape {list(states.shape)}, expected [rows, tokens, d]: "
             "a memory needs to tell rows apart; choose another site"
         )
 
@@ -329,14 +383,14 @@ class _ActiveIntervention:
         _check_rows(inputs, self.intervention.module)
         rows, length = inputs.shape[:2]
         ends = routing.ends(rows, length).to(inputs.device)
-        entry = self._entries(inputs, output, routing).to(output.device)
-        selected = entry != NONE
+        entry = self._entries(inputs, output, routing).to(output.device).reshape(rows, -1)  # [rows, k]
+        selected = (entry != NONE).any(1)
         members = routing.members(self.number, rows)
         if members is not None:
             selected = selected & members.to(selected.device)
         columns = self._columns(ends, length)
         if columns is None:
-            columns = self._subjects(selected, entry, ends, length, routing)
+            columns = self._subjects(selected, entry[:, 0], ends, length, routing)
         acting = selected[:, None] & columns.to(output.device)  # [rows, length]
         if not bool(acting.any()):
             return output
@@ -344,8 +398,10 @@ class _ActiveIntervention:
         wide = torch.promote_types(output.dtype, torch.float32)
         x, y = inputs[acting.to(inputs.device)].to(output.device, wide), output[acting].to(wide)
         with torch.autocast(output.device.type, enabled=False):
-            after = self._apply(x, y, entry[row])
-        return output.masked_scatter(acting[..., None], after.to(output.dtype))
+            for one in entry[row].unbind(1):  # of each token [n]
+                own = one != NONE
+                y = y.masked_scatter(own[:, None], self._apply(x[own], y[own], one[own]))
+        return output.masked_scatter(acting[..., None], y.to(output.dtype))
 
     def _entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         if self.decider is not None:
@@ -396,10 +452,8 @@ class _ActiveIntervention:
             return output + torch.einsum("nor,nri,ni->no", part["left"][entry], part["right"][entry], inputs)
         # entries of whole matrices: one product for all tokens of an entry, rather than a matrix for each token
         after = output.clone()
-        for one in range(self.intervention.entries):
+        for one in sorted(set(map(int, entry))):
             own = entry == one
-            if not bool(own.any()):
-                continue
             after[own] = self._apply_one({n: t[one] for n, t in part.items()}, inputs[own], output[own])
         return after
 
@@ -415,7 +469,92 @@ class _ActiveIntervention:
         return output + act(inputs @ part["keys"].mT + part["biases"]) @ part["values"]
 
     def _part(self, name: str, like: Tensor) -> Tensor:
+        """Return a tensor of the payload ``[entries, ...]`` where another one is, in its precision."""
         cached = self.ready.get(name)
         if cached is None or (cached.device, cached.dtype) != (like.device, like.dtype):
             cached = self.ready[name] = self.intervention.payload[name].to(like.device, like.dtype)
         return cached
+
+
+class _StateReader:
+    """Shows a side network what a module gets."""
+
+    reads_blocks = True
+
+    def __init__(self, edit: MemoryEdit, module: str, number: int | None) -> None:
+        self.number, self.digest, self.order, self.module = number, edit.digest, edit.order, module
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return the output ``[rows, length, d_out]`` as it is."""
+        _check_rows(inputs, self.module)
+        routing.passing[f"{self.digest} {self.module}"] = inputs
+        return output
+
+
+class _ActiveSide(_ActiveIntervention):
+    """Side networks of an edit in place. What they computed of earlier tokens is kept by the routing of the rows."""
+
+    def __call__(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
+        """Return the output ``[rows, length, d_out]`` with what the entries of each row add."""
+        _check_rows(inputs, self.intervention.module)
+        rows, length = inputs.shape[:2]
+        entry = self._entries(inputs, output, routing).to(output.device).reshape(rows, -1)  # [rows, k]
+        members = routing.members(self.number, rows)
+        if members is not None:
+            entry = torch.where(members.to(entry.device)[:, None], entry, NONE)
+        if bool((entry == NONE).all()):
+            return output
+        wide = torch.promote_types(output.dtype, torch.float32)
+        last, before = output.to(wide), routing.before(length)
+        states = [
+            routing.passing[f"{self.digest} {path}"].to(last.device, wide)
+            for path in self.intervention.states
+        ]
+        if before is None and f"{self.digest} tokens" not in routing.decided:
+            before = (
+                0 if bool((routing.ends(rows, length) >= 0).all()) else None
+            )  # a loop's first pass, or not
+        tokens = self._earlier(routing, "tokens", before)
+        own = routing.tokens(rows, length).to(last.device)
+        tokens = own if tokens is None else torch.cat([tokens.to(last.device), own], 1)
+        routing.decided[f"{self.digest} tokens"] = tokens
+        total = last
+        with torch.autocast(output.device.type, enabled=False):
+            for number, one in enumerate(entry.unbind(1)):
+                earlier = self._earlier(routing, str(number), before)
+                change, kept = self._changes(states, last, tokens, one, earlier)
+                total = total + change
+                routing.decided[f"{self.digest} {number}"] = kept.detach()
+        return total.to(output.dtype)
+
+    def _earlier(self, routing: Routing, name: str, before: int | None) -> Tensor | None:
+        """Return what was kept of the columns before this pass ``[rows, before, ...]``; None where there are none.
+
+        Raises EditError where rows go on that were not read with this edit in place.
+        """
+        if before == 0:
+            return None
+        kept = routing.decided.get(f"{self.digest} {name}")
+        if kept is None or kept.shape[1] < (before or 0):
+            raise EditError(
+                f"a pass goes on with rows of which the side network of edit {self.digest} has not read the earlier "
+                "tokens: run them whole while it is in place"
+            )
+        return kept[:, :before]
+
+    def _changes(
+        self, states: Sequence[Tensor], last: Tensor, tokens: Tensor, entry: Tensor, earlier: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what each row's entry ``[rows]`` adds to it, and what is kept of all columns so far."""
+        change, kept = torch.zeros_like(last), None
+        for one in sorted(set(map(int, entry)) - {NONE}):
+            part = {name: self._part(name, last)[one] for name in self.intervention.payload}
+            own = entry == one
+            added, new = side.side_change(
+                part, [state[own] for state in states], last[own], tokens[own], heads=self.intervention.heads,
+                earlier=None if earlier is None else earlier.to(last)[own],
+            )  # fmt: skip
+            change = change.masked_scatter(own[:, None, None], added)
+            kept = new.new_zeros(len(last), *new.shape[1:]) if kept is None else kept
+            kept = kept.index_put((own,), new)
+        return change, last.new_zeros(len(last), tokens.shape[1]) if kept is None else kept

@@ -54,7 +54,9 @@ def states_at_end(host: Host, row: Sequence[int], module: str) -> tuple[Tensor, 
 
 
 def check_module(router: Router, module: str) -> None:
-    """Raise EditError unless a module is named exactly where the router reads one's states."""
+    """Raise EditError unless a module is named exactly where the router reads one's states, for one entry a row."""
+    if router.several:
+        raise EditError(f"a {router.name} router lets several entries act on a row: use it in a memory")
     if bool(module) != ("states" in router.reads):
         raise EditError(
             f"a {router.name} router reads a module's states: name the module"

@@ -36,7 +36,7 @@ def without(edit: RuntimeEdit, places: Sequence[int]) -> RuntimeEdit:
     """
     count = len(edit.provenance.requests)
     rest = [i for i in range(count) if i not in set(places)]
-    if isinstance(edit, MemoryEdit) and edit.router.tensors().get("blocks") is not None:
+    if isinstance(edit, MemoryEdit) and _has_blocks(edit):
         return _provenance(_without_blocks(edit, places), rest, edit)
     if isinstance(edit, MemoryEdit) and "owners" in edit.state:
         return _provenance(_without_neurons(edit, rest), rest, edit)
@@ -56,6 +56,11 @@ def without(edit: RuntimeEdit, places: Sequence[int]) -> RuntimeEdit:
         return _provenance(replace(edit, contexts=texts, router=edit.router.select(rest)), rest, edit)
     assert isinstance(edit, MemoryEdit)
     return _provenance(_without_entries(edit, rest), rest, edit)
+
+
+def _has_blocks(edit: MemoryEdit) -> bool:
+    """Whether the entries of an edit are blocks, each of which may serve several requests."""
+    return edit.router.tensors().get("blocks") is not None or edit.interventions[0].operation == "side"
 
 
 def _entries(edit: RuntimeEdit) -> int:

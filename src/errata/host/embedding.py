@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.errors import HostError
 from errata.host import hooks, tokens
 from errata.host.encoder import open_encoder
 from errata.host.host import Host
@@ -44,3 +45,16 @@ def embed(host: Host, texts: Sequence[str], *, encoder: str | None = None) -> Te
 def encoder_digest(host: Host, encoder: str | None) -> str:
     """Return the checksum of what :func:`embed` compares texts with; empty for the host itself."""
     return "" if encoder is None else open_encoder(encoder, host.device)[1]
+
+
+def word_embeddings(host: Host) -> tuple[str, Tensor]:
+    """Return the path of the module that embeds tokens, and its table, float32 ``[vocab, d]`` on the CPU.
+
+    Raises HostError for a host whose table cannot be read.
+    """
+    module = host.model.get_input_embeddings()
+    table = getattr(module, "weight", None)
+    paths = [path for path, one in host.model.named_modules() if one is module]
+    if not isinstance(table, Tensor) or table.ndim != 2 or not table.is_floating_point() or not paths:
+        raise HostError(f"{host.name} has no table of word embeddings that can be read")
+    return paths[0], table.detach().float().cpu()

@@ -104,8 +104,11 @@ class Routing:
         self._ids = ids
         self.by_host = False
         """Whether a host runs the pass, and puts other models' logits in place itself."""
+        self.passing: dict[str, Tensor] = {}
+        """What modules of this pass have shown to those above them, by name."""
         self.decided: dict[str, Tensor] = dict(decided or {})
-        """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none."""
+        """By edit digest, the entry that acts on each row, int64 ``[rows]``, or several ``[rows, k]``; -1: none. Also
+        what edits keep of earlier tokens, ``[rows, columns, ...]``."""
 
     def ends(self, rows: int, length: int) -> Tensor:
         """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""
@@ -127,6 +130,27 @@ class Routing:
             return ids.tolist()
         own = self._mask[row, -self._ids.shape[1] :][: end + 1]
         return ids[own.bool()].tolist()
+
+    def before(self, length: int) -> int | None:
+        """Return how many columns of the rows came before this pass; None where that is not known: those so far.
+
+        A loop reads rows whole, or one token more: a single one may be either where the prompts have no more.
+        """
+        if self._prefix is not None:
+            return self._prefix
+        return 0 if length > 1 and (self._mask is None or length >= self._mask.shape[1]) else None
+
+    def tokens(self, rows: int, length: int) -> Tensor:
+        """Return which columns of this pass are tokens, not padding, bool ``[rows, length]``."""
+        whole = torch.ones(rows, length, dtype=torch.bool)
+        if self._mask is None or self._past:
+            return whole
+        mask = self._mask.bool().to(whole.device)
+        if self._prefix is not None:
+            return mask[:, -length:]
+        if self.before(length) == 0:  # a loop that reads rows whole: what it has written is behind the mask
+            whole[:, : mask.shape[1]] = mask
+        return whole
 
     def members(self, number: int | None, rows: int) -> Tensor | None:
         """Return which rows belong to an edit set, bool ``[rows]``; None where an edit is for all rows."""

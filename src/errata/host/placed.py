@@ -88,6 +88,13 @@ class Placed:
     """Numbers of edit sets by name, in the order they were first named."""
 
     @property
+    def reads_blocks(self) -> bool:
+        """Whether an intervention reads what lower blocks get, so that none of them may be left out of a pass."""
+        return any(
+            getattr(one, "reads_blocks", False) for several in self.interventions.values() for one in several
+        )
+
+    @property
     def digests(self) -> frozenset[str]:
         """Edits that have anything in place here."""
         acting = {one.digest for several in self.interventions.values() for one in several}
@@ -234,7 +241,7 @@ class _Watch:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         routing = self.routings.get(cache) if cache is not None and length == 1 else None
         if routing is not None:  # one more token of a row whose prompt was read
-            passes.enter(passes.Routing(decided=routing.decided, past=True))
+            passes.enter(passes.Routing(decided=routing.decided, past=True, prefix=_cached(cache)))
             return
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         prefix = 0 if plain is None else plain.shape[1] - length
@@ -250,10 +257,13 @@ class _Watch:
         substitutes = on(model).substitutes
         routing = current or passes.routing() or passes.Routing()
         # no output: the pass was stopped, or failed
-        if output is None or not substitutes or routing.by_host or passes.is_plain():
+        keeps = any(rows.ndim > 1 for rows in routing.decided.values())
+        if output is None or not (substitutes or keeps) or routing.by_host or passes.is_plain():
             return None
         if cache is not None:
             _follow_beams(cache, routing if current is None else None, self.routings)
+        if not substitutes:
+            return None
         ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
         if not isinstance(ids, Tensor):
             raise ConfigError(

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.host import hooks, locking, passes, tokens
+from errata.errors import HostError
+from errata.host import hooks, locking, passes, placed, tokens
 from errata.host.kv_cache import FixedCache, FixedLayer, GrowingCache, KeyValues, append_zeros, as_cache
 from errata.host.memory import in_batches
 from errata.host.passes import Pass
@@ -227,6 +228,11 @@ class PrefixRunner:
         if prefix.depth:
             if prefix.states is None or self._form is None:
                 raise ValueError("states of the lowest blocks come from an earlier run that kept them")
+            if placed.on(self.host.model).reads_blocks:
+                raise HostError(
+                    "an edit is in place that reads the states of lower blocks, and these are not run again here: take "
+                    "it off first"
+                )
             fixed = dict.fromkeys(self.blocks[: prefix.depth], hooks.with_first(self._form, prefix.states))
         with hooks.answer_with(fixed):
             yield
@@ -259,6 +265,8 @@ class ComputedRows:
 
         ``ends``: each row's last prompt token, at which routers decide; None: its last token.
         """
+        # an edit that reads the states of lower blocks needs them in every pass
+        depth = 0 if placed.on(host.model).reads_blocks else depth
         self.host, self.rows, self.depth, self.ends = host, rows, depth, ends
         self.side: Side = side
         self.runner = PrefixRunner(host)
@@ -280,7 +288,8 @@ class ComputedRows:
                 batch, plain_prefix(), ends=ends, keep=[top], stop=self.runner.blocks[top]
             )
         for digest, entry in output.routes.items():
-            whole = self.routes.setdefault(digest, torch.empty(len(self.rows), dtype=torch.int64))
+            empty = torch.empty(len(self.rows), *entry.shape[1:], dtype=torch.int64)
+            whole = self.routes.setdefault(digest, empty)
             whole[torch.tensor(index)] = entry.cpu()
         return split_rows(output.states[top], [len(self.rows[i]) for i in index], batch)
 

@@ -22,6 +22,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.model import ModelEdit
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
+from errata.methods._editor import split, training_examples
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Retrieval, passage_router
 from errata.methods._settings import at_least_zero
@@ -83,8 +84,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the other model on contexts of all sorts, made of the workspace's examples."""
-    examples = other_model.training_examples("kaft", config, work)
-    trained, held = other_model.split(examples, config.held_out)
+    examples = training_examples("kaft", work, config.most)
+    trained, held = split(examples, config.held_out)
     other = other_model.start_model(host, config)
     lines, held_lines = (
         _lines(host, other, some, config, random.Random(f"kaft {work.seed} {name}"))

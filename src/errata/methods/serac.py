@@ -29,6 +29,7 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
+from errata.methods._editor import split, training_examples
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Scope, TextScope, requests_of, scope_router
 from errata.training.examples import Example
@@ -110,8 +111,8 @@ def _router(
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train classifier and counterfactual model on the workspace's examples."""
-    examples = other_model.training_examples("serac", config, work, consequences=config.consequences)
-    trained, held = other_model.split(examples, config.held_out)
+    examples = training_examples("serac", work, config.most, consequences=config.consequences)
+    trained, held = split(examples, config.held_out)
     projection, scope_loss = _projection(host, trained, config, work)
     other = other_model.start_model(host, config)
     lines, held_lines = (_lines(host, other, some, config) for some in (trained, held))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,29 @@ def beside_slots(
         return output
 
     with hooks.on_input(layer, inputs.append), hooks.on_output(layer, add):
+        yield
+
+
+@contextmanager
+def beside_row_slots(
+    host: Host, modules: Sequence[str], neurons: Sequence[tuple[Tensor, Tensor]], activation: str
+) -> Iterator[None]:
+    """Add to modules' outputs what neurons of each row's own give, at all of its tokens: y + act(K x) V.
+
+    ``neurons``: for each module keys ``[rows, s, d_in]`` and values ``[rows, s, d_out]``; gradients reach them.
+    """
+    act = ACTIVATIONS[activation]
+    with ExitStack() as stack:
+        for module, (keys, values) in zip(modules, neurons, strict=True):
+            layer, inputs = host.model.get_submodule(module), list[Tensor]()
+
+            def add(
+                output: Tensor, inputs: list[Tensor] = inputs, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
+                return output + (act(inputs.pop().to(keys) @ keys.mT) @ values).to(output)
+
+            stack.enter_context(hooks.on_input(layer, inputs.append))
+            stack.enter_context(hooks.on_output(layer, add))
         yield
 
 

@@ -1,9 +1,9 @@
-"""Train all weights of a model on rows of tokens, keeping those with the least loss on rows that are held out."""
+"""Train weights on rows of tokens, keeping those with the least loss on rows that are held out."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from errata.host import hooks
 from errata.host.host import Host
-from errata.progress import OnProgress
+from errata.progress import OnCount, OnProgress, ignore
 from errata.training.tune import Line
 
 
@@ -41,38 +41,57 @@ def train_model(
     With ``held`` lines the weights are in the end those of the least loss on them, else the last.
     """
     weights = [p for p in model.model.parameters() if p.is_floating_point()]
-    draw = random.Random(f"model {seed}")
-    best, kept, waited, loss, step = float("inf"), None, 0, 0.0, 0
     with hooks.evaluating(model.model):
         for weight in weights:
             weight.requires_grad_(True)
-        optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate)
-        for step in range(1, settings.steps + 1):
-            chosen = [lines[draw.randrange(len(lines))] for _ in range(settings.rows)]
-            value = _loss(model, chosen)
-            for weight, gradient in zip(
-                weights, torch.autograd.grad(value, weights, allow_unused=True), strict=True
-            ):
-                weight.grad = gradient
-            optimizer.step()
-            loss = float(value.detach())
-            on_progress("model", step, settings.steps)
-            if not held or (step % settings.every and step < settings.steps):
-                continue
-            now = held_out_loss(model, held, settings.rows)
-            waited = 0 if now < best else waited + 1
-            if now < best:
-                best, kept = now, [weight.detach().clone() for weight in weights]
-            if waited >= settings.patience:
-                break
-        if kept is not None:
-            with torch.no_grad():
-                for weight, value in zip(weights, kept, strict=True):
-                    weight.copy_(value)
+        facts = train_weights(
+            torch.optim.AdamW(weights, lr=settings.learning_rate),
+            lambda indices: _loss(model, [lines[i] for i in indices]), len(lines),
+            (lambda: held_out_loss(model, held, settings.rows)) if held else None,
+            settings, random.Random(f"model {seed}"),
+            tick=lambda done, total: on_progress("model", done, total),
+        )  # fmt: skip
     for weight in weights:
         weight.grad = None
         weight.requires_grad_(False)
-    return {"steps": step, "loss": loss, **({"held_out_loss": best} if kept is not None else {})}
+    return facts
+
+
+def train_weights(
+    optimizer: torch.optim.Optimizer, loss: Callable[[Sequence[int]], Tensor], count: int,
+    held_loss: Callable[[], float] | None, settings: WholeTraining, draw: random.Random, *,
+    after_step: Callable[[int], None] = ignore, tick: OnCount = ignore,
+) -> dict[str, float]:  # fmt: skip
+    """Train an optimiser's parameters in place on rows drawn anew in each step; return the steps taken and losses.
+
+    ``loss`` gives the mean of some of ``count`` rows. With ``held_loss`` the parameters are in the end those of its
+    least value, else the last. ``after_step`` gets the number of steps so far.
+    """
+    weights: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    best, kept, waited, last, step = float("inf"), None, 0, 0.0, 0
+    for step in range(1, settings.steps + 1):
+        value = loss([draw.randrange(count) for _ in range(settings.rows)])
+        gradients = torch.autograd.grad(value, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+        last = float(value.detach())
+        after_step(step)
+        tick(step, settings.steps)
+        if held_loss is None or (step % settings.every and step < settings.steps):
+            continue
+        with torch.no_grad():
+            now = held_loss()
+        waited = 0 if now < best else waited + 1
+        if now < best:
+            best, kept = now, [weight.detach().clone() for weight in weights]
+        if waited >= settings.patience:
+            break
+    if kept is not None:
+        with torch.no_grad():
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+    return {"steps": step, "loss": last, **({"held_out_loss": best} if kept is not None else {})}
 
 
 @torch.no_grad()

@@ -86,6 +86,8 @@ class Router(ABC):
     reads: ClassVar[frozenset[Reading]] = frozenset({"states"})
     per_entry: ClassVar[tuple[str, ...] | None] = None
     """Fields whose first axis, or whose items, are the entries; None: entries cannot be told apart."""
+    several: ClassVar[bool] = False
+    """Whether several entries may act on a row: decisions are then int64 ``[rows, k]``, filled up with :data:`NONE`."""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():

@@ -1,0 +1,55 @@
+"""What methods share that train something once for many fits: the examples it is trained on, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from errata.edits.artefact import Artefact
+from errata.errors import ConfigError
+from errata.host.host import Host
+from errata.methods._method import Workspace
+from errata.training.examples import Example, examples_of
+
+
+def training_examples(
+    method: str, work: Workspace, most: int, *, consequences: bool = False
+) -> list[Example]:
+    """Return the workspace's first ``most`` examples.
+
+    Raises ConfigError where there are fewer than two, or none with prompts that it must not change.
+    """
+    examples = examples_of(work.examples[:most], consequences=consequences)
+    if len(examples) < 2 or not any(example.outside for example in examples):
+        raise ConfigError(
+            f"{method} needs at least two examples to be trained on, with prompts that they must not change: give a "
+            "dataset or a file of cases with paraphrases and neighbours (examples=, --examples)"
+        )
+    return examples
+
+
+def split(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the items that are trained on, and the share of them that is held out."""
+    held = round(share * len(items))
+    return items[held:], items[:held]
+
+
+def trained_editor(
+    method: str, host: Host, file: str | None, settings: Any, work: Workspace, train: Callable[[], Artefact]
+) -> Artefact:
+    """Return the editor that a file holds, or one that is trained on the examples, once in a workspace.
+
+    Raises EditError for an editor of another method or host, ConfigError for another than that of the edit that is
+    gone on from.
+    """
+    if file is None:
+        editor: Artefact = work.remember((method, host.fingerprint, repr(settings)), train)
+    else:
+        editor = Artefact.load(file)
+        editor.check(method, host.fingerprint)
+    before = None if work.after is None else work.after.provenance.notes.get("editor")
+    if work.after is not None and before != editor.digest:
+        raise ConfigError(
+            f"the earlier edit was made with editor {before}, this one with {editor.digest}; use the same one"
+        )
+    return editor
