@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.edits import attention
 from errata.edits import header as fields
 from errata.edits.edit import Provenance
 from errata.edits.records import contiguous_copy
@@ -28,7 +29,7 @@ from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
 from errata.writing import folded, names
 
-Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine"]
+Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "attend"]
 Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
@@ -38,8 +39,11 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
     "affine": ("weights", "biases"),
+    "attend": attention.PARTS,
 }
 """Tensors of each operation's payload; the first axis is that of the entries."""
+SHARED: Mapping[Operation, tuple[str, ...]] = {"attend": attention.SHARED}
+"""Tensors that all entries of an operation have in common; none for the others."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -63,6 +67,8 @@ class Intervention:
                                                       values ``[entries, s, d_out]``
     swap     weights @ x                              weights ``[entries, d_out, d_in]``
     affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
+    attend   y + attention over several entries       keys, values ``[entries, heads * d_head]``; see
+                                                      :mod:`errata.edits.attention`
     """
 
     module: str
@@ -75,6 +81,8 @@ class Intervention:
     prompt first has it."""
     activation: str = "relu"
     """Of ``slots``, one of :data:`ACTIVATIONS`."""
+    shared: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Of ``attend``, tensors that its entries have in common, see :data:`SHARED`."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -88,12 +96,21 @@ class Intervention:
         ]
         if wrong:
             raise EditError("; ".join(wrong))
-        if set(self.payload) != set(PARTS[self.operation]):
-            raise EditError(
-                f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
-            )
-        payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
-        object.__setattr__(self, "payload", payload)
+        for held, parts in (
+            (self.payload, PARTS[self.operation]),
+            (self.shared, SHARED.get(self.operation, ())),
+        ):
+            if set(held) != set(parts):
+                raise EditError(
+                    f"{self.operation} takes {', '.join(parts) or 'none'}, found {', '.join(sorted(held)) or 'none'}"
+                )
+        for name in ("payload", "shared"):
+            copies = {part: contiguous_copy(tensor) for part, tensor in vars(self)[name].items()}
+            object.__setattr__(self, name, copies)
+        if self.operation == "attend":
+            attention.check_shapes(self.payload, self.shared)
+            if self.positions != "all":
+                raise EditError(f"attend acts at all tokens, found positions {self.positions!r}")
 
     @property
     def entries(self) -> int:
@@ -133,6 +150,10 @@ class MemoryEdit(RuntimeEdit):
             raise EditError(f"interventions have different numbers of entries: {sorted(counts)}")
         if any(one.positions == "subject" for one in self.interventions):
             phrases_of(self.router)
+        for one in self.interventions:
+            if one.operation == "attend":
+                operations = [other.operation for other in self.interventions]
+                attention.attention_router(self.router, list(operations), len(one.shared["query_bias"]))
         blocks = self.router.tensors().get("blocks")
         if blocks is not None and blocks.numel() and int(blocks.max()) >= self.entries:
             raise EditError(f"the router leads to entry {int(blocks.max())}, found {self.entries} entries")
@@ -152,7 +173,7 @@ class MemoryEdit(RuntimeEdit):
         tensors = {
             f"{number}.{name}": tensor
             for number, one in enumerate(self.interventions)
-            for name, tensor in one.payload.items()
+            for name, tensor in (*one.payload.items(), *((f"shared.{n}", t) for n, t in one.shared.items()))
         }
         tensors.update(_stored.parts_of(self.router))
         tensors.update({f"{name}.state": tensor for name, tensor in self.state.items()})
@@ -182,8 +203,9 @@ class MemoryEdit(RuntimeEdit):
                 fields.get_field(item, name, str, where) for name in ("module", "operation", "positions")
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
+            shared = {name: parts[f"{number}.shared.{name}"] for name in SHARED.get(operation, ())}
             activation = fields.check_type(item.get("activation", "relu"), str, where)
-            interventions.append(Intervention(module, operation, payload, positions, activation))
+            interventions.append(Intervention(module, operation, payload, positions, activation, shared))
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
         log = tuple(
@@ -196,9 +218,20 @@ class MemoryEdit(RuntimeEdit):
     def _attach(self, host: ModelHost, number: int | None) -> None:
         if self.reads:
             placed.attach(host.model, self.reads, _Reader(self, host, number))
-        for index in range(len(self.interventions)):
-            act = _ActiveIntervention(self, index, host, number)
-            placed.attach(host.model, act.intervention.module, act)
+        for index, one in enumerate(self.interventions):
+            act = (
+                self._attention(index, number) if one.operation == "attend"
+                else _ActiveIntervention(self, index, host, number)
+            )  # fmt: skip
+            placed.attach(host.model, one.module, act)
+
+    def _attention(self, index: int, number: int | None) -> attention.ActiveAttention:
+        one = self.interventions[index]
+        assert isinstance(self.router, attention.TopRows)
+        return attention.ActiveAttention(
+            self.digest, self.order, number, one.module, f"{self.digest}.{index}", self.router,
+            {**one.payload, **one.shared},
+        )  # fmt: skip
 
     def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():

@@ -105,7 +105,8 @@ class Routing:
         self.by_host = False
         """Whether a host runs the pass, and puts other models' logits in place itself."""
         self.decided: dict[str, Tensor] = dict(decided or {})
-        """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none."""
+        """By edit digest, the entry that acts on each row, int64 ``[rows]``; -1: none. Edits that take several entries
+        keep ``[rows, n]`` of them, and what goes with them, under names that begin with the digest."""
 
     def ends(self, rows: int, length: int) -> Tensor:
         """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""
@@ -136,7 +137,7 @@ class Routing:
         return torch.zeros(rows, dtype=torch.bool) if sets is None else sets == number
 
     def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
-        """Return what was decided for an edit, int64 ``[rows]``, or decide now."""
+        """Return what was decided for an edit, ``[rows, ...]``, or decide now."""
         if digest not in self.decided:
             self.decided[digest] = decide()
         return self.decided[digest]
