@@ -13,13 +13,13 @@ from errata import config as settings
 from errata.config import positive
 from errata.edits.artefact import Artefact
 from errata.edits.edit import timestamp, versions
-from errata.edits.model import ModelEdit, behind_context
+from errata.edits.model import behind_context
 from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.host.open import load
 from errata.host.replica import configuration, model_beside, weights_of
+from errata.methods import _editor
 from errata.methods._method import Workspace
-from errata.training.examples import Example, examples_of
 from errata.training.tune import Line
 from errata.training.whole import WholeTraining, train_model
 from errata.types import Request
@@ -78,28 +78,6 @@ def fact_of(host: Host, request: Request) -> str:
     return statement(request.text, request.target, host.prompt_format.join)
 
 
-def training_examples(
-    method: str, config: OtherModel, work: Workspace, *, consequences: bool = False
-) -> list[Example]:
-    """Return the workspace's examples that are trained on.
-
-    Raises ConfigError where there are fewer than two, or none with prompts that it must not change.
-    """
-    examples = examples_of(work.examples[: config.most], consequences=consequences)
-    if len(examples) < 2 or not any(example.outside for example in examples):
-        raise ConfigError(
-            f"{method} needs at least two examples to be trained on, with prompts that they must not change: give a "
-            "dataset or a file of cases with paraphrases and neighbours (examples=, --examples)"
-        )
-    return examples
-
-
-def split(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the items that are trained on, and the share of them that is held out."""
-    held = round(share * len(items))
-    return items[held:], items[:held]
-
-
 def start_model(host: Host, config: OtherModel) -> Host:
     """Return the model that training starts from, in float32: a copy of the host's, or another of its vocabulary.
 
@@ -154,27 +132,13 @@ def editor_of(
     Raises EditError for an editor of another method or host, ConfigError for one of another context or than the edit
     that is gone on from.
     """
-    if config.editor is None:
-        editor: Artefact = work.remember((method, host.fingerprint, repr(config)), train)
-    else:
-        editor = Artefact.load(config.editor)
-        editor.check(method, host.fingerprint)
+    editor = _editor.editor_of(method, host, config.editor, config, work, train)
     if editor.body["context"] != config.context:
         raise ConfigError(
             f"context: the editor was trained with {editor.body['context']!r}, found {config.context!r}"
         )
-    earlier: ModelEdit | None = work.after
-    before = None if earlier is None else earlier.provenance.notes.get("editor")
-    if earlier is not None and before != editor.digest:
-        raise ConfigError(
-            f"the earlier edit was made with editor {before}, this one with {editor.digest}; use the same one"
-        )
+    _editor.check_same_editor(editor, work.after)
     return editor
-
-
-def facts_about(editor: Artefact) -> dict[str, Any]:
-    """Return what an edit's notes say of its editor: digest and losses."""
-    return {"editor": editor.digest, **{k: v for k, v in editor.card.items() if isinstance(v, float)}}
 
 
 def other_weights(editor: Artefact) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
+from errata.methods._editor import facts_about, split, training_examples
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Scope, TextScope, requests_of, scope_router
 from errata.training.examples import Example
@@ -86,7 +87,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     contexts = (*(earlier.contexts if earlier else ()), *(config.before(fact) for fact in facts))
     if config.scope == "always":
         contexts = ("".join(contexts),)
-    record = provenance("serac", host, requests, config, work, **notes(other_model.facts_about(editor)))
+    record = provenance("serac", host, requests, config, work, **notes(facts_about(editor)))
     weights = other_model.other_weights(editor)
     return ModelEdit(contexts, router, editor.body["config"], weights, record, module)
 
@@ -110,8 +111,8 @@ def _router(
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train classifier and counterfactual model on the workspace's examples."""
-    examples = other_model.training_examples("serac", config, work, consequences=config.consequences)
-    trained, held = other_model.split(examples, config.held_out)
+    examples = training_examples("serac", config.most, work, consequences=config.consequences)
+    trained, held = split(examples, config.held_out)
     projection, scope_loss = _projection(host, trained, config, work)
     other = other_model.start_model(host, config)
     lines, held_lines = (_lines(host, other, some, config) for some in (trained, held))
