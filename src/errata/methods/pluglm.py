@@ -74,23 +74,25 @@ class Config:
     """Examples that are trained on at most."""
     held_out: float = 0.1
     """Share of the examples that are held out."""
-    steps: int = 600
+    steps: int = 400
     """Steps of AdamW (paper: 8,000 of LAMB)."""
     per_step: int = 16
     """Examples in a step; their facts are the memory then (paper: 8,192 texts)."""
-    prompts: int = 2
+    prompts: int = 1
     """Prompts of either sort, in scope and out of it, of each example in a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """AdamW's rate (paper: 0.006, LAMB)."""
+    gate_rate: float = 0.03
+    """The same for the betas and the null row's logits, single numbers that decide whether a row speaks."""
     warmup: int = 50
     """Steps in which the rate rises from zero; it falls linearly to zero in the others."""
     clip: float = 1.0
     """Norm that gradients are cut to."""
     retrieval_weight: float = 1.0
     """Weight of the cross-entropy of an example's own row among those of the step, by inner products (paper: 0)."""
-    every: int = 50
+    every: int = 100
     """Steps between evaluations on held-out examples."""
-    variants: int = 8
+    variants: int = 40
     """Other targets that each example is also trained on, drawn among those that stand in one another's place: few
     examples teach to read a row only where it does not always say the same (paper: none, it has millions of texts)."""
     answer_tokens: int = 16
@@ -99,8 +101,8 @@ class Config:
     def problems(self) -> list[str]:
         """Check ranges."""
         names = (
-            "rows", "key_width", "heads", "most", "per_step", "prompts", "learning_rate", "clip", "every",
-            "answer_tokens",
+            "rows", "key_width", "heads", "most", "per_step", "prompts", "learning_rate", "gate_rate", "clip",
+            "every", "answer_tokens",
         )  # fmt: skip
         complaints = [
             *positive(self, *names),
@@ -151,8 +153,8 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
         sizes = knowledge.sizes_of(host, config.layers or (), documents)
         memory = KnowledgeMemory(_shape(host, config), sizes, scale).to(host.device)
         plan = knowledge.KnowledgeTraining(
-            config.rows, config.steps, config.per_step, config.prompts, config.learning_rate, config.warmup,
-            config.clip, config.retrieval_weight, config.every,
+            config.rows, config.steps, config.per_step, config.prompts, config.learning_rate, config.gate_rate,
+            config.warmup, config.clip, config.retrieval_weight, config.every,
         )  # fmt: skip
         facts = knowledge.train_knowledge(
             host, modules, memory, documents, held_documents, plan, seed=work.seed, on_progress=work.on_progress,

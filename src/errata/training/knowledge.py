@@ -157,6 +157,8 @@ class KnowledgeTraining:
     """Prompts of either sort for each of them."""
     learning_rate: float
     """AdamW's at its highest."""
+    gate_rate: float
+    """The same for the betas and null logits, numbers that have far to go."""
     warmup: int
     """Steps in which the rate rises from zero; it falls linearly to zero in the others."""
     clip: float
@@ -283,7 +285,12 @@ def train_knowledge(
     """
     loss_of, draw = KnowledgeLoss(host, modules, memory, plan), random.Random(f"knowledge {seed}")
     parameters = list(memory.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate)
+    gates = [gate for layer in memory.each() for gate in (layer.betas, layer.null_logits)]
+    others = [p for p in parameters if not any(p is gate for gate in gates)]
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": gates, "lr": plan.gate_rate, "weight_decay": 0.0}],
+        lr=plan.learning_rate,
+    )
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
     best, kept = float("inf"), dict[str, Tensor]()
     facts: dict[str, float] = {}
