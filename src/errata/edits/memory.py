@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.edits import attention
 from errata.edits import header as fields
 from errata.edits.edit import Provenance
 from errata.edits.records import contiguous_copy
@@ -30,7 +31,7 @@ from errata.host.passes import Routing
 from errata.linalg import side
 from errata.writing import folded, names
 
-Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "side"]
+Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "side", "attend"]
 Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
@@ -41,8 +42,11 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "swap": ("weights",),
     "affine": ("weights", "biases"),
     "side": side.PARTS,
+    "attend": attention.PARTS,
 }
 """Tensors of each operation's payload; the first axis is that of the entries."""
+SHARED: Mapping[Operation, tuple[str, ...]] = {"attend": attention.SHARED}
+"""Tensors that all entries of an operation have in common; none for the others."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -70,6 +74,8 @@ class Intervention:
     affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
     side     y + what a side network adds             see :func:`errata.linalg.side.side_shapes`, an axis of entries
                                                       before those
+    attend   y + attention over several entries       keys, values ``[entries, heads * d_head]``; see
+                                                      :mod:`errata.edits.attention`
     """
 
     module: str
@@ -86,6 +92,8 @@ class Intervention:
     """Of ``side``: paths of the modules whose inputs its blocks read, which run before this one or are it."""
     heads: int = 1
     """Of ``side``: attention heads of its transformer layers."""
+    shared: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Of ``attend``, tensors that its entries have in common, see :data:`SHARED`."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -99,18 +107,27 @@ class Intervention:
         ]
         if wrong:
             raise EditError("; ".join(wrong))
-        if set(self.payload) != set(PARTS[self.operation]):
-            raise EditError(
-                f"{self.operation} takes {', '.join(PARTS[self.operation])}, found {', '.join(sorted(self.payload))}"
-            )
+        for held, parts in (
+            (self.payload, PARTS[self.operation]),
+            (self.shared, SHARED.get(self.operation, ())),
+        ):
+            if set(held) != set(parts):
+                raise EditError(
+                    f"{self.operation} takes {', '.join(parts) or 'none'}, found {', '.join(sorted(held)) or 'none'}"
+                )
+        for name in ("payload", "shared"):
+            copies = {part: contiguous_copy(tensor) for part, tensor in vars(self)[name].items()}
+            object.__setattr__(self, name, copies)
         if self.operation == "side":
             self._check_side()
         elif self.states:
             raise EditError(
                 f"{self.operation} has states {list(self.states)}: they are what side networks read"
             )
-        payload = {name: contiguous_copy(tensor) for name, tensor in self.payload.items()}
-        object.__setattr__(self, "payload", payload)
+        if self.operation == "attend":
+            attention.check_shapes(self.payload, self.shared)
+            if self.positions != "all":
+                raise EditError(f"attend acts at all tokens, found positions {self.positions!r}")
 
     def _check_side(self) -> None:
         """Raise EditError for a side network whose settings do not fit its tensors."""
@@ -167,6 +184,10 @@ class MemoryEdit(RuntimeEdit):
                 f"a {self.router.name} router lets several entries act on a row, and {replacing[0]} takes one: use "
                 f"one of {', '.join(ADDING)}"
             )
+        for one in self.interventions:
+            if one.operation == "attend":
+                operations = [other.operation for other in self.interventions]
+                attention.attention_router(self.router, list(operations), len(one.shared["query_bias"]))
         count = self.router.facts().get("entries", self.entries)
         if count != self.entries:
             raise EditError(f"the router has {count} entries, found {self.entries}")
@@ -189,7 +210,7 @@ class MemoryEdit(RuntimeEdit):
         tensors = {
             f"{number}.{name}": tensor
             for number, one in enumerate(self.interventions)
-            for name, tensor in one.payload.items()
+            for name, tensor in (*one.payload.items(), *((f"shared.{n}", t) for n, t in one.shared.items()))
         }
         tensors.update(_stored.parts_of(self.router))
         tensors.update({f"{name}.state": tensor for name, tensor in self.state.items()})
@@ -219,11 +240,12 @@ class MemoryEdit(RuntimeEdit):
                 fields.get_field(item, name, str, where) for name in ("module", "operation", "positions")
             )
             payload = {name: parts[f"{number}.{name}"] for name in PARTS.get(operation, ())}
+            shared = {name: parts[f"{number}.shared.{name}"] for name in SHARED.get(operation, ())}
             activation = fields.check_type(item.get("activation", "relu"), str, where)
             states = fields.get_texts(item, "states", where) if operation == "side" else ()
             heads = fields.get_field(item, "heads", int, where) if operation == "side" else 1
             interventions.append(
-                Intervention(module, operation, payload, positions, activation, states, heads)
+                Intervention(module, operation, payload, positions, activation, states, heads, shared)
             )
         router = _stored.restore(parts, body)
         state = {n.removesuffix(".state"): t for n, t in parts.items() if n.endswith(".state")}
@@ -237,12 +259,22 @@ class MemoryEdit(RuntimeEdit):
     def _attach(self, host: ModelHost, number: int | None) -> None:
         if self.reads:
             placed.attach(host.model, self.reads, _Reader(self, host, number))
-        for index in range(len(self.interventions)):
-            one = self.interventions[index]
+        for index, one in enumerate(self.interventions):
             for path in dict.fromkeys(one.states):
                 placed.attach(host.model, path, _StateReader(self, path, number))
-            active = _ActiveSide if one.operation == "side" else _ActiveIntervention
-            placed.attach(host.model, one.module, active(self, index, host, number))
+            if one.operation == "attend":
+                placed.attach(host.model, one.module, self._attention(index, number))
+            else:
+                active = _ActiveSide if one.operation == "side" else _ActiveIntervention
+                placed.attach(host.model, one.module, active(self, index, host, number))
+
+    def _attention(self, index: int, number: int | None) -> attention.ActiveAttention:
+        one = self.interventions[index]
+        assert isinstance(self.router, attention.TopRows)
+        return attention.ActiveAttention(
+            self.digest, self.order, number, one.module, f"{self.digest}.{index}", self.router,
+            {**one.payload, **one.shared},
+        )  # fmt: skip
 
     def _check(self, host: ModelHost) -> None:
         for name, tensor in self.parts().items():

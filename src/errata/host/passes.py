@@ -107,8 +107,10 @@ class Routing:
         self.passing: dict[str, Tensor] = {}
         """What modules of this pass have shown to those above them, by name."""
         self.decided: dict[str, Tensor] = dict(decided or {})
+
         """By edit digest, the entry that acts on each row, int64 ``[rows]``, or several ``[rows, k]``; -1: none. Also
-        what edits keep of earlier tokens, ``[rows, columns, ...]``."""
+        what edits keep of earlier tokens, ``[rows, columns, ...]``, and what goes with their entries, under names that
+        begin with the digest."""
 
     def ends(self, rows: int, length: int) -> Tensor:
         """Return each row's column of its last prompt token in this pass, int64 ``[rows]``; -1 where it lies before."""
@@ -160,7 +162,7 @@ class Routing:
         return torch.zeros(rows, dtype=torch.bool) if sets is None else sets == number
 
     def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
-        """Return what was decided for an edit, int64 ``[rows]``, or decide now."""
+        """Return what was decided for an edit, ``[rows, ...]``, or decide now."""
         if digest not in self.decided:
             self.decided[digest] = decide()
         return self.decided[digest]

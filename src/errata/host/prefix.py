@@ -59,7 +59,7 @@ class Prefix:
     states: Tensor | None = None
     """Output of the highest of those blocks ``[rows, columns, d]``; None for no blocks."""
     routes: Mapping[str, Tensor] = field(default_factory=dict)
-    """What routers have decided about the rows, int64 ``[rows]`` by edit."""
+    """What routers have decided about the rows, ``[rows, ...]`` by edit."""
 
     @property
     def length(self) -> int:
@@ -132,7 +132,7 @@ class Output:
     prefix: Prefix | None = None
     """The rows with the tokens that were run, to be continued, where a cache was to grow."""
     routes: dict[str, Tensor] = field(default_factory=dict)
-    """What routers had decided about the rows by the blocks ``keep``, int64 ``[rows]`` by edit."""
+    """What routers had decided about the rows by the blocks ``keep``, ``[rows, ...]`` by edit."""
 
 
 class PrefixRunner:
@@ -273,7 +273,7 @@ class ComputedRows:
         self.states: list[Tensor] = []
         """Output of the highest of those blocks, per row ``[tokens, d]``."""
         self.routes: dict[str, Tensor] = {}
-        """What routers decided in those blocks, int64 ``[rows]`` by edit."""
+        """What routers decided in those blocks, ``[rows, ...]`` by edit."""
         if depth:
             self.states = in_batches(range(len(rows)), ROWS, self._run)
 
@@ -288,7 +288,7 @@ class ComputedRows:
                 batch, plain_prefix(), ends=ends, keep=[top], stop=self.runner.blocks[top]
             )
         for digest, entry in output.routes.items():
-            empty = torch.empty(len(self.rows), *entry.shape[1:], dtype=torch.int64)
+            empty = torch.empty(len(self.rows), *entry.shape[1:], dtype=entry.dtype)
             whole = self.routes.setdefault(digest, empty)
             whole[torch.tensor(index)] = entry.cpu()
         return split_rows(output.states[top], [len(self.rows[i]) for i in index], batch)

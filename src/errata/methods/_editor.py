@@ -53,3 +53,8 @@ def trained_editor(
             f"the earlier edit was made with editor {before}, this one with {editor.digest}; use the same one"
         )
     return editor
+
+
+def facts_about(editor: Artefact) -> dict[str, Any]:
+    """Return what an edit's notes say of its editor: digest and losses."""
+    return {"editor": editor.digest, **{k: v for k, v in editor.card.items() if isinstance(v, float)}}

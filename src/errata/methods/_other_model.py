@@ -140,11 +140,6 @@ def editor_of(
     return editor
 
 
-def facts_about(editor: Artefact) -> dict[str, Any]:
-    """Return what an edit's notes say of its editor: digest and losses."""
-    return {"editor": editor.digest, **{k: v for k, v in editor.card.items() if isinstance(v, float)}}
-
-
 def other_weights(editor: Artefact) -> dict[str, Tensor]:
     """Return the other model's weights ``[...]`` by name."""
     return {n.removeprefix(PREFIX): t for n, t in editor.tensors.items() if n.startswith(PREFIX)}

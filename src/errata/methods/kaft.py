@@ -22,7 +22,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.model import ModelEdit
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
-from errata.methods._editor import split, training_examples
+from errata.methods._editor import facts_about, split, training_examples
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Retrieval, passage_router
 from errata.methods._settings import at_least_zero
@@ -78,7 +78,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             host, facts, earlier, config.retriever, threshold=config.threshold, encoder=config.encoder
         )
     contexts = (*(earlier.contexts if earlier else ()), *(config.before(fact) for fact in facts))
-    record = provenance("kaft", host, requests, config, work, **notes(other_model.facts_about(editor)))
+    record = provenance("kaft", host, requests, config, work, **notes(facts_about(editor)))
     return ModelEdit(contexts, router, editor.body["config"], other_model.other_weights(editor), record)
 
 

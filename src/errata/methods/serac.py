@@ -29,7 +29,7 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.methods import _other_model as other_model
-from errata.methods._editor import split, training_examples
+from errata.methods._editor import facts_about, split, training_examples
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
 from errata.methods._scope import Scope, TextScope, requests_of, scope_router
 from errata.training.examples import Example
@@ -87,7 +87,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     contexts = (*(earlier.contexts if earlier else ()), *(config.before(fact) for fact in facts))
     if config.scope == "always":
         contexts = ("".join(contexts),)
-    record = provenance("serac", host, requests, config, work, **notes(other_model.facts_about(editor)))
+    record = provenance("serac", host, requests, config, work, **notes(facts_about(editor)))
     weights = other_model.other_weights(editor)
     return ModelEdit(contexts, router, editor.body["config"], weights, record, module)
 

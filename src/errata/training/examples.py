@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from errata.types import Case, Request
 from errata.types.kinds import kind_of
@@ -42,3 +43,31 @@ def _example(case: Case, groups: tuple[str, ...]) -> Example:
         elif group == "kept" and not probe.changes:
             outside.setdefault(probe.prompt)
     return Example(case.request, tuple(inside.items()), tuple(outside))
+
+
+def target_groups(examples: Iterable[Example]) -> list[set[str]]:
+    """Return the targets of examples in groups of what can stand in one another's place.
+
+    The new and the old target of an example can, and so can all that are linked in this way.
+    """
+    groups: list[set[str]] = []
+    for request in (example.request for example in examples):
+        own = {request.target, request.target_old or request.target}
+        groups = [*(g for g in groups if not g & own), own.union(*(g for g in groups if g & own))]
+    return groups
+
+
+def with_other_targets(
+    example: Example, groups: Sequence[set[str]], count: int, draw: random.Random
+) -> list[Example]:
+    """Return an example with at most ``count`` other targets of its group, each in place of its own.
+
+    Prompts in scope with another answer than the target, and those out of scope, are left out.
+    """
+    request, old = example.request, example.request.target
+    others = sorted(next(group for group in groups if old in group) - {old})
+    asked = [prompt for prompt, answer in example.inside if answer == old]
+    return [
+        Example(replace(request, target=target), tuple((prompt, target) for prompt in asked), ())
+        for target in draw.sample(others, min(count, len(others)))
+    ]
