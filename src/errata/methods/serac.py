@@ -103,8 +103,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if config.scope == "always":
         contexts = ("".join(contexts),)
     record = provenance("serac", host, requests, config, work, **notes(other_model.facts_about(editor)))
-    weights = other_model.other_weights(editor)
-    return ModelEdit(contexts, router, editor.body["config"], weights, record, module)
+    return ModelEdit(contexts, router, provenance=record, module=module, **other_model.other_of(editor))
 
 
 def _router(
@@ -138,9 +137,11 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
     )
     other = other_model.start_model(host, config)
     lines, held_lines = (_lines(host, other, some, config) for some in (trained, held))
-    facts = other_model.train_other(other, lines, held_lines, config, work)
+    factors, facts = other_model.train_other(other, lines, held_lines, config, work)
     card = {"examples": len(trained), "held_out": len(held), **facts, "scope_loss": scope_loss}
-    return other_model.editor_with("serac", host, other, config, work, tensors=tensors, body=body, card=card)
+    return other_model.editor_with(
+        "serac", host, other, factors, config, work, tensors=tensors, body=body, card=card
+    )
 
 
 Classified = tuple[Mapping[str, Tensor], Mapping[str, Any], float]

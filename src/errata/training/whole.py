@@ -1,16 +1,21 @@
-"""Train all weights of a model on rows of tokens, keeping those with the least loss on rows that are held out."""
+"""Train a model on rows of tokens: all of its weights, or low-rank changes beside them.
+
+Kept are those with the least loss on rows that are held out.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from errata.host import hooks
+from errata.host import hooks, passes
+from errata.host.beside import Factors, low_rank_beside
 from errata.host.host import Host
 from errata.progress import OnProgress
 from errata.training.tune import Line
@@ -34,18 +39,18 @@ class WholeTraining:
 
 def train_model(
     model: Host, lines: Sequence[Line], held: Sequence[Line], settings: WholeTraining, *, seed: int,
-    on_progress: OnProgress,
+    on_progress: OnProgress, factors: Factors | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train a model in place on -log p of lines' targets; return the steps taken and losses, nats a token.
 
-    With ``held`` lines the weights are in the end those of the least loss on them, else the last.
+    With ``held`` lines the weights are in the end those of the least loss on them, else the last. ``factors``: what is
+    trained beside the model, whose own weights then stay as they are.
     """
-    weights = [p for p in model.model.parameters() if p.is_floating_point()]
+    whole = [p for p in model.model.parameters() if p.is_floating_point()]
+    weights = whole if factors is None else [factor for pair in factors.values() for factor in pair]
     draw = random.Random(f"model {seed}")
     best, kept, waited, loss, step = float("inf"), None, 0, 0.0, 0
-    with hooks.evaluating(model.model):
-        for weight in weights:
-            weight.requires_grad_(True)
+    with _training(model, weights, factors):
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate)
         for step in range(1, settings.steps + 1):
             chosen = [lines[draw.randrange(len(lines))] for _ in range(settings.rows)]
@@ -69,10 +74,27 @@ def train_model(
             with torch.no_grad():
                 for weight, value in zip(weights, kept, strict=True):
                     weight.copy_(value)
-    for weight in weights:
-        weight.grad = None
-        weight.requires_grad_(False)
     return {"steps": step, "loss": loss, **({"held_out_loss": best} if kept is not None else {})}
+
+
+@contextmanager
+def _training(model: Host, weights: Sequence[Tensor], factors: Factors | None) -> Iterator[None]:
+    """Have weights take gradients, and factors act beside the model alone; neither is so any more on exit."""
+    with ExitStack() as stack:
+        if factors is None:
+            stack.enter_context(hooks.evaluating(model.model))
+        else:
+            stack.enter_context(hooks.frozen(model.model))
+            stack.enter_context(passes.without_interventions())
+            stack.enter_context(low_rank_beside(model.model, factors))
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.grad = None
+                weight.requires_grad_(False)
 
 
 @torch.no_grad()
