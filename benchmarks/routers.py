@@ -162,7 +162,7 @@ def scorers(host: Any) -> list[Scorer]:
 
     trained: dict[str, Router] = {}
 
-    def serac(draw: Draw, classifier: str) -> Router:
+    def serac(draw: Draw, classifier: str, recall: Any = "words") -> Router:
         """Return SERAC's classifier, trained once on the lab's examples, over a draw's requests."""
         if classifier not in trained:
             editor = errata.train(host, method="serac", classifier=classifier, steps=0)
@@ -170,7 +170,8 @@ def scorers(host: Any) -> list[Scorer]:
             trained[classifier] = held or Classifier(torch.zeros(0, 1), editor.tensors["projection"])
         router = trained[classifier]
         if isinstance(router, Cross):
-            return replace(router, statements=tuple(draw.statements))
+            phrases = subjects(draw) if recall == "names" else None
+            return replace(router, statements=tuple(draw.statements), recall=recall, phrases=phrases)
         assert isinstance(router, Classifier)
         return replace(router, keys=embed(host, draw.statements) @ router.projection.mT)
 
@@ -191,8 +192,9 @@ def scorers(host: Any) -> list[Scorer]:
             site,
         ),
         Scorer("classifier, own states", lambda draw: [serac(draw, "embed")]),
+        Scorer("classifier, own states, and lexical", lambda draw: [serac(draw, "embed"), names(draw)]),
         Scorer("cross, own states", lambda draw: [serac(draw, "cross")]),
-        Scorer("cross, own states, and lexical", lambda draw: [serac(draw, "cross"), names(draw)]),
+        Scorer("cross, own states, by names", lambda draw: [serac(draw, "cross", "names")]),
     ]
     for encoder in PACKAGED:
         try:

@@ -99,6 +99,26 @@ def test_entries_are_recalled_by_vectors_too():
     assert router.select([2, 0]).decide(question).tolist() == [0, 1]
 
 
+def test_entries_are_recalled_by_the_subjects_that_a_prompt_names():
+    read: list[tuple[str, str]] = []
+
+    def pairs(facts, prompts):
+        read.extend(zip(facts, prompts, strict=True))
+        return torch.tensor([[float(fact[-1])] for fact in facts])
+
+    names = ("Ada", "Bruno", "Ada", "Ada")
+    router = Cross(
+        ("fact 1", "fact 2", "fact 4", "fact 3"), torch.ones(1), torch.zeros(0, 1), -2.0, recall="names",
+        phrases=names, candidates=2,
+    )  # fmt: skip
+    assert router.decide(ask("Where is ADA?", "Bruno sings", "Adam", pairs=pairs)).tolist() == [2, NONE, NONE]
+    assert read == [("fact 4", "Where is ADA?"), ("fact 3", "Where is ADA?"), ("fact 2", "Bruno sings")]
+    assert router.decide(ask("nobody")).tolist() == [NONE], "nothing is read where no subject is named"
+    assert router.select([1, 0]).phrases == ("Bruno", "Ada")
+    with pytest.raises(ValueError, match="recall by names"):
+        dataclasses.replace(router, phrases=None)
+
+
 def test_the_head_learns_what_the_scope_depends_on_and_calibrates_a_logit():
     torch.manual_seed(0)
     noise = torch.randn(900, 6)  # the last six numbers say nothing, the first four are small in scope
@@ -260,6 +280,8 @@ def test_texts_take_the_classifier_of_a_file_and_an_empty_memory_changes_nothing
         host, [BRUNO], method="in_prompt", scope="cross", cross=path, candidates=1, recall="vectors"
     )
     assert more.router.keys is not None and more.router.candidates == 1
+    named = errata.edit(host, [ADA, BRUNO], method="in_prompt", scope="cross", cross=path, recall="names")
+    assert named.router.phrases == (ADA.subject, BRUNO.subject)
     with pytest.raises(ConfigError, match="router of its own"):
         errata.edit(host, [ADA], method="in_prompt", scope="cross", cross=path, after=more)
     record = Provenance("in_prompt", (ADA,), {}, host.fingerprint)

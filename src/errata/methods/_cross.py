@@ -41,8 +41,9 @@ class CrossScope:
     classifier=cross, or name or folder of a cross-encoder of transformers with one logit."""
     candidates: int = 8
     """With scope cross, facts nearest to a prompt that are read with it at most; each costs a pass."""
-    recall: Literal["words", "vectors"] = "words"
-    """With scope cross, what is nearest: by BM25 of words in common, or by sentence vectors."""
+    recall: Literal["words", "names", "vectors"] = "words"
+    """With scope cross, what is nearest: by BM25 of words in common, or by sentence vectors; or only those facts whose
+    subject a prompt names."""
 
     def cross_problems(self) -> list[str]:
         """Check ranges."""
@@ -110,24 +111,32 @@ def with_requests(
 
     ``threshold``: least probability; None: 0.5. Raises ConfigError where ``before`` decides in another way.
     """
+    recall = router.recall
     router = replace(router, threshold=0.5 if threshold is None else threshold)
     if before is not None and (not isinstance(before, Cross) or not _alike(before, router)):
         raise ConfigError(
             f"scope: the earlier edit has a {before.name} router of its own; go on with the same one"
         )
     facts = tuple(statement(r.text, r.target, host.prompt_format.join) for r in requests)
-    if router.recall == "words":
-        return replace(router, statements=facts)
+    router = replace(router, statements=facts, recall="words", phrases=None, keys=None)
+    if recall == "words":
+        return router
+    if recall == "names":
+        return replace(router, recall=recall, phrases=tuple(request.subject for request in requests))
     old = [] if before is None or before.keys is None else [before.keys]
     new = facts[sum(map(len, old)) :]
     keys = torch.cat([*old, embed(host, new, encoder=router.encoder)])
-    return replace(router, statements=facts, keys=keys)
+    return replace(router, recall=recall, keys=keys)
 
 
 def _alike(one: Cross, other: Cross) -> bool:
     """Whether two routers decide in the same way, but for their entries and thresholds."""
     plain = [
-        {n: v for n, v in router.facts().items() if n not in ("statements", "threshold", "candidates")}
+        {
+            n: v
+            for n, v in router.facts().items()
+            if n not in ("statements", "phrases", "threshold", "candidates")
+        }
         for router in (one, other)
     ]
     tensors = [{n: t for n, t in router.tensors().items() if n != "keys"} for router in (one, other)]
@@ -160,7 +169,8 @@ def _others(
     host: Host, examples: Sequence[Example], facts: Sequence[str], router: Cross, draw: random.Random
 ) -> list[tuple[str, str]]:
     """Return prompts in scope with other facts: those that the router would read them with, and any."""
-    memory = with_requests(host, router, [example.request for example in examples], None, None)
+    by = replace(router, recall="words") if router.recall == "names" else router
+    memory = with_requests(host, by, [example.request for example in examples], None, None)
     prompts = [prompt for example in examples for prompt, _ in example.inside]
     empty = torch.zeros(len(prompts), 0)
     asked = Question(empty, empty, lambda: prompts, lambda: embed(host, prompts, encoder=router.encoder))
@@ -169,7 +179,7 @@ def _others(
     for example in examples:
         strange = [i for i, one in enumerate(examples) if one.request.text != example.request.text]
         for prompt, _ in example.inside:
-            close = [i for i in map(int, next(nearest)) if i in strange][:NEAREST]
+            close = [i for i in next(nearest) if i in strange][:NEAREST]
             chosen = [*close, *draw.sample(strange, min(ANY, len(strange)))]
             pairs += [(facts[i], prompt) for i in dict.fromkeys(chosen)]
     return pairs
