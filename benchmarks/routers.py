@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ from torch import Tensor
 import errata
 from errata import lab
 from errata.edits.routers._router import NONE, Question, Router
+from errata.edits.routers._stored import restore
+from errata.edits.routers.classifier import Classifier
 from errata.edits.routers.cosine import Cosine
+from errata.edits.routers.cross import Cross
 from errata.edits.routers.fulltext import FullText
 from errata.edits.routers.gate import Gate
 from errata.edits.routers.lexical import Lexical
@@ -35,6 +38,7 @@ from errata.edits.routers.statement import Statement
 from errata.errors import HostError
 from errata.host.embedding import embed
 from errata.host.encoder import PACKAGED
+from errata.host.pairs import read_pairs
 from errata.locate.scope import ScopeData
 from errata.methods._memory import editable_layer
 from errata.methods._method import Workspace, resolve_layers, wide_layers
@@ -108,11 +112,27 @@ class Scorer:
     """Of several routers the first one's score counts where all others accept."""
     module: str = ""
     encoder: str | None = None
+    seen: dict[tuple[int, str], Tensor] = field(default_factory=dict[tuple[int, str], Tensor])
+    """Scores that were computed already, by draw and sort."""
 
     def scores(self, draw: Draw, sort: str) -> Tensor:
         """Return scores of a sort's prompts ``[rows, entries]``, thresholds left out."""
+        key = id(draw), sort
+        if key not in self.seen:
+            self.seen[key] = self._compute(draw, sort)
+        return self.seen[key]
+
+    def question(self, draw: Draw, sort: str) -> Question:
+        """Return what the routers look at of a sort's prompts."""
+        question, (first, *_) = draw.question(sort, self.module, self.encoder), self.build(draw)
+        if not isinstance(first, Cross):
+            return question
+        reader = first.reader
+        return replace(question, pairs=lambda facts, prompts: read_pairs(draw.host, reader, facts, prompts))
+
+    def _compute(self, draw: Draw, sort: str) -> Tensor:
         first, *others = self.build(draw)
-        question = draw.question(sort, self.module, self.encoder)
+        question = self.question(draw, sort)
         scores = first.scores(question) + float(first.facts().get("threshold", 0.0))
         for other in others:
             scores = scores.masked_fill(other.scores(question) <= 0, -torch.inf)
@@ -140,6 +160,21 @@ def scorers(host: Any) -> list[Scorer]:
     def similar(encoder: str | None) -> Callable[[Draw], Similarity]:
         return lambda draw: Similarity(embed(host, draw.statements, encoder=encoder), -1.0, encoder)
 
+    trained: dict[str, Router] = {}
+
+    def serac(draw: Draw, classifier: str, recall: Any = "words") -> Router:
+        """Return SERAC's classifier, trained once on the lab's examples, over a draw's requests."""
+        if classifier not in trained:
+            editor = errata.train(host, method="serac", classifier=classifier, steps=0)
+            held = restore(editor.tensors, editor.body) if classifier == "cross" else None
+            trained[classifier] = held or Classifier(torch.zeros(0, 1), editor.tensors["projection"])
+        router = trained[classifier]
+        if isinstance(router, Cross):
+            phrases = subjects(draw) if recall == "names" else None
+            return replace(router, statements=tuple(draw.statements), recall=recall, phrases=phrases)
+        assert isinstance(router, Classifier)
+        return replace(router, keys=embed(host, draw.statements) @ router.projection.mT)
+
     def subjects(draw: Draw) -> tuple[str, ...]:
         return tuple(request.subject for request in draw.requests)
 
@@ -156,6 +191,10 @@ def scorers(host: Any) -> list[Scorer]:
             lambda draw: [Radius(draw.keys(site), torch.zeros(len(draw.requests)))],
             site,
         ),
+        Scorer("classifier, own states", lambda draw: [serac(draw, "embed")]),
+        Scorer("classifier, own states, and lexical", lambda draw: [serac(draw, "embed"), names(draw)]),
+        Scorer("cross, own states", lambda draw: [serac(draw, "cross")]),
+        Scorer("cross, own states, by names", lambda draw: [serac(draw, "cross", "names")]),
     ]
     for encoder in PACKAGED:
         try:
@@ -189,9 +228,7 @@ def thresholds(scorer: Scorer, draw: Draw) -> dict[str, float]:
     outside = scorer.scores(draw, "same subject").amax(1)
     first, *others = scorer.build(draw)
     if "threshold" in first.facts() and not others:
-        questions = [
-            draw.question(sort, scorer.module, scorer.encoder) for sort in (*IN_SCOPE, "same subject")
-        ]
+        questions = [scorer.question(draw, sort) for sort in (*IN_SCOPE, "same subject")]
         _, found = first.calibrate(joined(questions[:-1]), questions[-1], most_false=MOST_FALSE)
         least_false = found.threshold
     else:
@@ -209,7 +246,7 @@ def joined(questions: Sequence[Question]) -> Question:
     return Question(
         torch.cat([one.inputs for one in questions]), torch.cat([one.outputs for one in questions]),
         lambda: [text for one in questions for text in one.texts()],
-        lambda: torch.cat([one.vectors() for one in questions]),
+        lambda: torch.cat([one.vectors() for one in questions]), pairs=questions[0].pairs,
     )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def empty(edit):
 
 
 @pytest.mark.parametrize(
-    "name", ["grace", "keel_memory", "remedi", "rag", "serac", "memprompt", "ice", "patches"]
+    "name", ["grace", "keel_memory", "remedi", "rag", "serac", "lte", "memprompt", "ice", "patches"]
 )
 def test_an_empty_memory_is_the_model_itself_bit_for_bit(name):
     host = new(name, "llama")

@@ -17,6 +17,7 @@ METHODS = {
     "t_patcher": ("--set", "memory=1000"), "wise": ("--set", "shards=1"), "rag": (), "scr": (),
     "melo": ("--set", "steps=20"), "nkb": ("--set", "slots=64"), "cuqa": ("--set", "steps=2", "--set", "rank=4"),
     "kaft": ("--set", "steps=2", "--set", "most=20"), "defer": ("--set", "steps=10"),
+    "lte": ("--set", "steps=2", "--set", "most=20", "--set", "texts=4"),
     "remedi": ("--set", "epochs=1", "--set", "most=20"), "pluglm": ("--set", "steps=2", "--set", "most=20"),
     "serac": ("--set", "steps=5", "--set", "most=40", "--set", "classifier_steps=1500"),
     "ice": (), "memprompt": (), "reliable": ("--set", "demonstrations=2"), "patches": ("--set", "gate=subject"),

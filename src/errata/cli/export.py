@@ -68,10 +68,9 @@ def command(
         missing = [name for name, value in (("--to", to), ("-o", output)) if value is None]
         raise ConfigError(f"an export needs {' and '.join(missing)}; see: errata export --list")
     exporter, options = EXPORTERS.get(to), Options(dtype, pad_to, rank, foreign)
-    recorded = None
-    if file is None or (not file.exists() and file.name == str(file) and not file.suffix):
-        recorded = _recorded(repo, None if file is None else str(file))
-        model = model or (recorded.ledger.settings.model if exporter.needs_host else None)
+    recorded = _recorded(repo, file)
+    if recorded is not None and model is None and exporter.needs_host:
+        model = recorded.ledger.settings.model
     check_options(exporter, options, host=model is not None)  # before a large model is opened
     check_folder(output, force=force)
     edit = recorded.edit if recorded is not None else Edit.load(file or "")
@@ -81,8 +80,7 @@ def command(
         dry_run=dry_run,
     )  # fmt: skip
     if recorded is not None and not dry_run:
-        body = {"to": to, "edits": list(recorded.digests), "folder": output.name, "digest": receipt.digest}
-        recorded.ledger.append("exported", body=body)
+        recorded.note(to, output)
     if json:
         common.emit({"dry_run": dry_run, **receipt.to_dict()})
     else:
@@ -96,20 +94,27 @@ class _Recorded(NamedTuple):
     digests: tuple[str, ...]
     edit: Edit
 
+    def note(self, to: str, folder: Path) -> None:
+        """Record that they were exported."""
+        body = {"to": to, "edits": list(self.digests), "folder": folder.name, "digest": self.edit.digest}
+        self.ledger.append("exported", body=body)
 
-def _recorded(repo: Path | None, name: str | None) -> _Recorded:
-    """Return an edit of a ledger; without a name, all that are in place there."""
+
+def _recorded(repo: Path | None, file: Path | None) -> _Recorded | None:
+    """Return an edit of a ledger by its id, without one all that are in place there; None where a file is named."""
     from errata.errors import ConfigError, LedgerError
     from errata.ledger import folders
     from errata.ledger.compiling import compiled
     from errata.ledger.contents import load_edit
 
+    if file is not None and (file.exists() or file.name != str(file) or file.suffix):
+        return None
     try:
         ledger = folders.find(repo)
     except LedgerError as error:
         raise ConfigError(f"{error}, or name the file of an edit") from error
     state = ledger.state()
-    digests = state.active if name is None else (state.find_edit(name).digest,)
+    digests = state.active if file is None else (state.find_edit(str(file)).digest,)
     return _Recorded(ledger, digests, compiled([load_edit(ledger, digest) for digest in digests]))
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from errata.edits.routers._router import Question, Router
+from errata.edits.routers.cross import Cross
 from errata.errors import EditError
 from errata.host import hooks, passes
 from errata.host.base import ModelHost
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
+from errata.host.pairs import pair_digest, read_pairs
 from errata.host.preference import preference
 
 
@@ -34,12 +36,20 @@ def question(
     return Question(
         inputs, outputs, lambda: [text], lambda: _vectors(host, router, text),
         lambda prompts, first, second: preference(host, prompts, first, second),
+        lambda facts, prompts: _pairs(host, router, facts, prompts),
     )  # fmt: skip
 
 
 def _vectors(host: Host, router: Router, text: str) -> Tensor:
     with passes.without_interventions():
         return embed(host, [text], encoder=router.facts().get("encoder"))
+
+
+def _pairs(host: Host, router: Router, facts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    if not isinstance(router, Cross):
+        raise EditError(f"a {router.name} router does not say how pairs are read")
+    with passes.without_interventions():
+        return read_pairs(host, router.reader, facts, prompts)
 
 
 @torch.no_grad()
@@ -76,6 +86,8 @@ def check_reader(host: ModelHost, router: Router, module: str) -> None:
             host.model.get_submodule(module)
         except AttributeError as error:
             raise EditError(f"the host has no module {module!r}, which the router reads") from error
+    if isinstance(router, Cross):
+        _check_pairs(host, router)
     if "vectors" in router.reads:
         facts = router.facts()
         found = encoder_digest(host, facts.get("encoder"))
@@ -84,3 +96,16 @@ def check_reader(host: ModelHost, router: Router, module: str) -> None:
                 f"the edit's vectors were made by an encoder with checksum {facts.get('encoder_digest')}, and "
                 f"{facts.get('encoder')!r} has {found}; open the same encoder, or fit the edit again"
             )
+
+
+def _check_pairs(host: Host, router: Cross) -> None:
+    """Raise EditError where another cross-encoder would read pairs, or the host has no such block."""
+    found = pair_digest(host, router.model)
+    if found != router.model_digest:
+        raise EditError(
+            f"the edit's scope is decided by a cross-encoder with checksum {router.model_digest}, and "
+            f"{router.model!r} has {found}; open the same one, or fit the edit again"
+        )
+    depth = len(host.layout.blocks)
+    if router.model is None and not 0 <= router.layer < depth:
+        raise EditError(f"the edit's scope is decided in block {router.layer}, and the host has {depth}")

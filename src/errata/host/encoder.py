@@ -53,10 +53,10 @@ def open_encoder(name: str, device: torch.device) -> tuple[Encoder, str]:
             parts.append(((states * mask).sum(1) / mask.sum(1).clamp_min(1)).cpu())
         return torch.cat(parts) if parts else torch.zeros(0, int(encoder.config.hidden_size))
 
-    return encode, _digest(encoder)
+    return encode, weights_digest(encoder)
 
 
-def _digest(encoder: torch.nn.Module) -> str:
+def weights_digest(encoder: torch.nn.Module) -> str:
     """Return a checksum of an encoder's weights, 16 hex digits."""
     whole = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ from errata import config as settings
 from errata.config import positive
 from errata.edits.artefact import Artefact
 from errata.edits.edit import timestamp, versions
-from errata.edits.model import behind_context
+from errata.edits.model import behind_context, model_parts, split_parts
 from errata.errors import ConfigError
+from errata.host.beside import Factors, start_factors
 from errata.host.host import Host
 from errata.host.open import load
 from errata.host.replica import configuration, model_beside, weights_of
+from errata.locate.gradients import linear_maps
 from errata.methods._editor import trained_editor
 from errata.methods._method import Workspace
 from errata.training.tune import Line
@@ -25,8 +28,6 @@ from errata.training.whole import WholeTraining, train_model
 from errata.types import Request
 from errata.writing import statement
 
-PREFIX = "model."
-"""Before the names of the other model's weights in an editor's file."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,6 +41,8 @@ class OtherModel:
     """What the other model reads before a prompt; ``{fact}`` is the statement."""
     counterfactual: str | None = None
     """Name or folder of the model, of the same vocabulary, that training starts from. None: the edited model itself."""
+    rank: int = 0
+    """Rank of the changes of the model's linear maps that are trained and kept; 0: all weights of a copy."""
     most: int = 1000
     """Examples that are trained on at most."""
     held_out: float = 0.1
@@ -64,6 +67,12 @@ class OtherModel:
             complaints.append(f"steps: expected 0 or more, found {self.steps}")
         if not 0 <= self.held_out < 1:
             complaints.append(f"held_out: expected a share below 1, found {self.held_out}")
+        if self.rank < 0:
+            complaints.append(f"rank: expected 0 or more, found {self.rank}")
+        if self.rank and self.counterfactual is not None:
+            complaints.append(
+                "rank: a low-rank change is one of the edited model; leave counterfactual out, or rank"
+            )
         if "{fact}" not in self.context:
             complaints.append("context: expected a text with {fact}")
         return complaints
@@ -81,14 +90,25 @@ def fact_of(host: Host, request: Request) -> str:
 def start_model(host: Host, config: OtherModel) -> Host:
     """Return the model that training starts from, in float32: a copy of the host's, or another of its vocabulary.
 
-    Raises ConfigError for another vocabulary.
+    With a rank it is the host itself. Raises ConfigError for another vocabulary.
     """
+    if config.rank:
+        return host
     source = host if config.counterfactual is None else load(config.counterfactual, device="cpu")
     if source is not host and source.tokenizer.get_vocab() != host.tokenizer.get_vocab():
         raise ConfigError(f"counterfactual: {config.counterfactual} has another vocabulary than {host.name}")
     other = model_beside(host, configuration(source), weights_of(source), name="the other model")
     other.model.float()
     return other
+
+
+def own_answers(host: Host, prompts: Iterable[str], tokens: int) -> dict[str, str]:
+    """Return what the host itself answers to prompts, in at most so many tokens, without dots and space around it."""
+    asked = sorted(set(prompts))
+    answers = host.generate(asked, max_new_tokens=tokens) if asked else []
+    return {
+        prompt: answer.strip(f"{string.whitespace}.") for prompt, answer in zip(asked, answers, strict=True)
+    }
 
 
 def line_behind(host: Host, other: Host, context: str, prompt: str, answer: str) -> Line | None:
@@ -101,25 +121,39 @@ def line_behind(host: Host, other: Host, context: str, prompt: str, answer: str)
 
 def train_other(
     other: Host, lines: Sequence[Line], held: Sequence[Line], config: OtherModel, work: Workspace
-) -> dict[str, float]:
-    """Train the other model in place; return steps and losses."""
+) -> tuple[Factors, dict[str, float]]:
+    """Train the other model; return its changes of the host, with a rank, and steps and losses.
+
+    Without a rank its weights are trained in place.
+    """
     plan = WholeTraining(config.steps, config.per_step, config.learning_rate, config.every, config.patience)
-    return train_model(other, lines, held, plan, seed=work.seed, on_progress=work.on_progress)
+    factors: Factors = {}
+    if config.rank:
+        maps = [
+            f"{block}.{path}"
+            for layer, block in enumerate(other.layout.blocks)
+            for path in linear_maps(other, layer)
+        ]
+        row = other.batch([lines[0].ids])
+        factors = start_factors(other.model, maps, lambda: other.forward(row, keep=1), config.rank)
+    facts = train_model(
+        other, lines, held, plan, seed=work.seed, on_progress=work.on_progress, factors=factors or None
+    )
+    return factors, facts
 
 
 def editor_with(
-    method: str, host: Host, other: Host, config: OtherModel, work: Workspace, *,
+    method: str, host: Host, other: Host, factors: Factors, config: OtherModel, work: Workspace, *,
     tensors: Mapping[str, Tensor] | None = None, body: Mapping[str, Any] | None = None, card: Mapping[str, Any],
 ) -> Artefact:  # fmt: skip
     """Return the trained editor: the other model, and tensors ``[...]`` and plain data that a method also needs."""
     kind = STORED[config.stored]
-    weights = {
-        f"{PREFIX}{n}": t.to(kind) if t.is_floating_point() else t for n, t in weights_of(other).items()
-    }
+    parts = model_parts({} if factors else weights_of(other), factors)
+    weights = {n: t.detach().cpu().to(kind) if t.is_floating_point() else t for n, t in parts.items()}
     plain = {name: value for name, value in settings.plain(config).items() if name != "editor"}
     return Artefact(
         method, host.fingerprint, {**(tensors or {}), **weights},
-        {"config": configuration(other), "context": config.context, **(body or {})},
+        {"config": {} if factors else configuration(other), "context": config.context, **(body or {})},
         {"settings": plain, "seed": work.seed, "versions": versions(), **card}, timestamp(),
     )  # fmt: skip
 
@@ -140,6 +174,7 @@ def editor_of(
     return editor
 
 
-def other_weights(editor: Artefact) -> dict[str, Tensor]:
-    """Return the other model's weights ``[...]`` by name."""
-    return {n.removeprefix(PREFIX): t for n, t in editor.tensors.items() if n.startswith(PREFIX)}
+def other_of(editor: Artefact) -> dict[str, Any]:
+    """Return the other model as the fields of a :class:`ModelEdit`."""
+    weights, factors = split_parts(editor.tensors)
+    return {"config": editor.body["config"], "weights": weights, "factors": factors}

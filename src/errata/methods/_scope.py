@@ -21,20 +21,21 @@ from errata.errors import ConfigError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.locate.scope import ScopeData
+from errata.methods._cross import CrossScope, open_router, with_requests
 from errata.methods._method import Workspace, check_requests, provenance, resolve_layers, wide_layers
 from errata.types import Request
 from errata.writing import statement
 
-Scope = Literal["always", "subject", "statement", "similar"]
+Scope = Literal["always", "subject", "statement", "similar", "cross"]
 
 
 @dataclass(frozen=True)
-class TextScope:
+class TextScope(CrossScope):
     """Settings of a text memory's router."""
 
     threshold: float | None = None
     """Least value of the gate with scope statement (None: -0.1, chosen on the lab, seed 1), least cosine with scope
-    similar (None: 0.5)."""
+    similar (None: 0.5), least probability with scope cross (None: 0.5)."""
     gate_names: int = 8
     """Names per template among the statements that the gate of scope statement is fitted to."""
 
@@ -45,7 +46,7 @@ class TextScope:
         )
         if self.threshold is not None and not -1 < self.threshold < 1:
             complaints.append(f"threshold: expected a value between -1 and 1, found {self.threshold}")
-        return complaints
+        return [*complaints, *self.cross_problems()]
 
 
 def scope_router(
@@ -56,7 +57,8 @@ def scope_router(
 
     ``requests``: all of them, the earlier edit's first. ``always`` has one entry for all prompts; ``subject`` accepts
     prompts that name a request's subject; ``statement`` those of them that ask what the request states, see
-    :class:`Statement`; ``similar`` those whose sentence vector is near that of the request's statement.
+    :class:`Statement`; ``similar`` those whose sentence vector is near that of the request's statement; ``cross`` those
+    that a classifier accepts which reads the statement and the prompt together, see :class:`Cross`.
     """
     before = earlier.router if earlier is not None else None
     if scope == "always":
@@ -70,6 +72,9 @@ def scope_router(
         keys = torch.cat([*old, embed(host, texts, encoder=encoder)])
         threshold = 0.5 if settings.threshold is None else settings.threshold
         return Similarity(keys, threshold, encoder, encoder_digest(host, encoder)), ""
+    if scope == "cross":
+        base = open_router(host, settings, encoder=encoder)
+        return with_requests(host, base, requests, before, settings.threshold), ""
     (layer, *_) = resolve_layers(host, None, wide_layers)
     site = host.layout.site(layer)
     threshold = -0.1 if settings.threshold is None else settings.threshold
@@ -89,8 +94,9 @@ class FactScope(TextScope):
 
     scope: Scope | None = None
     """Prompts that get facts: all of them get all facts, or each gets those about the subject it names; the one fact
-    that states what it asks about its subject (``statement``); or the one that it is similar to. None: all facts for up
-    to ``most`` requests without an earlier edit, else by subject."""
+    that states what it asks about its subject (``statement``); the one that it is similar to; or the one that a
+    classifier finds it in the scope of, reading both (``cross``). None: all facts for up to ``most`` requests without
+    an earlier edit, else by subject."""
     encoder: str | None = None
     """Name or folder of the sentence encoder of scope similar. None: the model's own hidden states."""
     most: int = 4
@@ -115,7 +121,7 @@ def facts_before_prompts(
     few = earlier is None and len(requests) <= settings.most
     settings = replace(settings, scope=settings.scope or ("always" if few else "subject"))
     record = provenance(method, host, requests, settings, work)
-    if settings.scope in ("statement", "similar"):
+    if settings.scope in ("statement", "similar", "cross"):
         router, module = scope_router(
             host, together, earlier, settings.scope, settings, work, encoder=settings.encoder
         )

@@ -79,7 +79,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         )
     contexts = (*(earlier.contexts if earlier else ()), *(config.before(fact) for fact in facts))
     record = provenance("kaft", host, requests, config, work, **notes(facts_about(editor)))
-    return ModelEdit(contexts, router, editor.body["config"], other_model.other_weights(editor), record)
+    return ModelEdit(contexts, router, provenance=record, **other_model.other_of(editor))
 
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
@@ -91,9 +91,9 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
         _lines(host, other, some, config, random.Random(f"kaft {work.seed} {name}"))
         for name, some in (("trained", trained), ("held out", held))
     )
-    facts = other_model.train_other(other, lines, held_lines, config, work)
+    factors, facts = other_model.train_other(other, lines, held_lines, config, work)
     card = {"examples": len(trained), "held_out": len(held), "rows": len(lines), **facts}
-    return other_model.editor_with("kaft", host, other, config, work, card=card)
+    return other_model.editor_with("kaft", host, other, factors, config, work, card=card)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def _lines(
 ) -> list[Line]:
     """Return rows of all sorts, as the other model reads them."""
     rows = [row for example in examples for row in _rows(host, example, examples, config, draw)]
-    unlabelled = sorted({row.prompt for row in rows if row.answer is None})
-    answers = host.generate(unlabelled, max_new_tokens=config.answer_tokens) if unlabelled else []
-    own = {prompt: answer.strip(" .\n") for prompt, answer in zip(unlabelled, answers, strict=True)}
+    own = other_model.own_answers(
+        host, (row.prompt for row in rows if row.answer is None), config.answer_tokens
+    )
     lines = [
         other_model.line_behind(host, other, row.context, row.prompt, answer)
         for row in rows

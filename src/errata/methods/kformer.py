@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.embedding import word_embeddings
 from errata.host.host import Host
-from errata.methods._editor import split, trained_editor, training_examples
+from errata.methods._editor import facts_about, split, trained_editor, training_examples
 from errata.methods._method import (
     Method,
     Workspace,
@@ -136,7 +136,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     if isinstance(before, Reranked):
         texts, vectors = (*before.passages, *texts), torch.cat([before.vectors, vectors])
     old = [None] * len(layers) if earlier is None else earlier.interventions
-    record = provenance("kformer", host, requests, config, work, **notes(_facts(editor)))
+    record = provenance("kformer", host, requests, config, work, **notes(facts_about(editor)))
     return MemoryEdit(
         tuple(
             _intervention(host.layout.feed_forward(layer), keys, values, activation, one)
@@ -154,10 +154,6 @@ def _intervention(
     if earlier is not None:
         payload = {name: torch.cat([earlier.payload[name], part]) for name, part in payload.items()}
     return Intervention(module, "slots", payload, "all", activation)  # type: ignore[arg-type]
-
-
-def _facts(editor: Artefact) -> dict[str, Any]:
-    return {"editor": editor.digest, **{k: v for k, v in editor.card.items() if isinstance(v, float)}}
 
 
 def _top(depth: int) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""Train a scope classifier: a projection of sentence vectors under which a request is near the prompts in its scope.
+"""Train a scope classifier: a projection of sentence vectors under which a request is near the prompts in its scope,
+or a head on what is read of a request and a prompt together.
 
 Source     Mitchell et al., "Memory-Based Model Editing at Scale", ICML 2022, arXiv 2206.06520, Sec. 3.2
 """
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from errata.edits.routers.cross import head_logits
 from errata.progress import OnProgress
 
 
@@ -82,3 +85,56 @@ class _Prompts:
         """Return the vector of one prompt of each request, ``[n, d]``."""
         place = torch.rand(len(requests), generator=generator) * self.counts[requests]
         return self.vectors[self.starts[requests] + place.long()]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What was read of pairs of a fact and a prompt, by sort, see :func:`errata.host.pairs.read_pairs`."""
+
+    inside: Tensor
+    """Prompts in the fact's scope ``[n, d]``."""
+    outside: Tensor
+    """Prompts that the fact's request must not change ``[m, d]``."""
+    others: Tensor
+    """Prompts in another fact's scope ``[l, d]``."""
+
+
+def train_head(
+    pairs: Pairs, settings: ScopeTraining, *, seed: int, on_progress: OnProgress
+) -> tuple[Tensor, Tensor, float, float]:
+    """Return w ``[d]``, P ``[width, d]`` and b that make p(in scope) = sigmoid(b + w h - |P h|^2) right for pairs.
+
+    The loss is the cross-entropy with pairs in scope and out of it in equal parts; also returned, the last one. Of a
+    cross-encoder's logits, d = 1, P is empty, and w and b calibrate them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width = pairs.inside.shape[1]
+    weight = torch.zeros(width) if width > 1 else torch.ones(1)
+    projection = torch.randn(settings.width if width > 1 else 0, width, generator=generator)
+    if width > 1:  # pairs in scope begin at a distance of 1 on average
+        projection /= (pairs.inside @ projection.mT).square().sum(1).mean().sqrt().clamp_min(1e-6)
+    bias = torch.ones(()) if width > 1 else torch.zeros(())
+    head = [tensor.requires_grad_() for tensor in (weight, projection, bias)]
+    optimizer = torch.optim.AdamW(head, lr=settings.learning_rate)
+    loss = torch.zeros(())
+
+    def draw(rows: Tensor, count: int) -> Tensor:
+        return rows[torch.randint(len(rows), (count,), generator=generator)]
+
+    for step in range(settings.steps):
+        hard = int((torch.rand(settings.pairs, generator=generator) < settings.hard).sum())
+        hard = 0 if not len(pairs.outside) else settings.pairs if not len(pairs.others) else hard
+        apart = [
+            draw(rows, count)
+            for rows, count in ((pairs.outside, hard), (pairs.others, settings.pairs - hard))
+            if count
+        ]
+        accepted = head_logits(draw(pairs.inside, settings.pairs), weight, projection, bias)
+        refused = head_logits(torch.cat(apart), weight, projection, bias)
+        loss = functional.softplus(-accepted).mean() + functional.softplus(refused).mean()
+        for tensor, gradient in zip(head, torch.autograd.grad(loss, head), strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
+            on_progress("scope classifier", step + 1, settings.steps)
+    return weight.detach(), projection.detach(), float(bias.detach()), float(loss.detach())

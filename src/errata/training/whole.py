@@ -1,16 +1,21 @@
-"""Train weights on rows of tokens, keeping those with the least loss on rows that are held out."""
+"""Train a model on rows of tokens: all of its weights, or low-rank changes beside them.
+
+Kept are those with the least loss on rows that are held out.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from errata.host import hooks
+from errata.host import hooks, passes
+from errata.host.beside import Factors, low_rank_beside
 from errata.host.host import Host
 from errata.progress import OnCount, OnProgress, ignore
 from errata.training.tune import Line
@@ -34,27 +39,23 @@ class WholeTraining:
 
 def train_model(
     model: Host, lines: Sequence[Line], held: Sequence[Line], settings: WholeTraining, *, seed: int,
-    on_progress: OnProgress,
+    on_progress: OnProgress, factors: Factors | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train a model in place on -log p of lines' targets; return the steps taken and losses, nats a token.
 
-    With ``held`` lines the weights are in the end those of the least loss on them, else the last.
+    With ``held`` lines the weights are in the end those of the least loss on them, else the last. ``factors``: what is
+    trained beside the model, whose own weights then stay as they are.
     """
-    weights = [p for p in model.model.parameters() if p.is_floating_point()]
-    with hooks.evaluating(model.model):
-        for weight in weights:
-            weight.requires_grad_(True)
-        facts = train_weights(
+    whole = [p for p in model.model.parameters() if p.is_floating_point()]
+    weights = whole if factors is None else [factor for pair in factors.values() for factor in pair]
+    with _training(model, weights, factors):
+        return train_weights(
             torch.optim.AdamW(weights, lr=settings.learning_rate),
             lambda indices: _loss(model, [lines[i] for i in indices]), len(lines),
             (lambda: held_out_loss(model, held, settings.rows)) if held else None,
             settings, random.Random(f"model {seed}"),
             tick=lambda done, total: on_progress("model", done, total),
         )  # fmt: skip
-    for weight in weights:
-        weight.grad = None
-        weight.requires_grad_(False)
-    return facts
 
 
 def train_weights(
@@ -92,6 +93,26 @@ def train_weights(
             for weight, value in zip(weights, kept, strict=True):
                 weight.copy_(value)
     return {"steps": step, "loss": last, **({"held_out_loss": best} if kept is not None else {})}
+
+
+@contextmanager
+def _training(model: Host, weights: Sequence[Tensor], factors: Factors | None) -> Iterator[None]:
+    """Have weights take gradients, and factors act beside the model alone; neither is so any more on exit."""
+    with ExitStack() as stack:
+        if factors is None:
+            stack.enter_context(hooks.evaluating(model.model))
+        else:
+            stack.enter_context(hooks.frozen(model.model))
+            stack.enter_context(passes.without_interventions())
+            stack.enter_context(low_rank_beside(model.model, factors))
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.grad = None
+                weight.requires_grad_(False)
 
 
 @torch.no_grad()

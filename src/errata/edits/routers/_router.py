@@ -14,9 +14,9 @@ from errata.edits.header import is_list
 from errata.edits.records import contiguous_copy
 from errata.errors import EditError
 
-Reading = Literal["text", "states", "vectors", "preference"]
+Reading = Literal["text", "states", "vectors", "preference", "pairs"]
 """What a router decides by: a prompt's text, a site's input and output at its end, its sentence vector, which of two
-answers the model prefers."""
+answers the model prefers, what a model makes of a fact and the prompt together."""
 
 NONE = -1
 """The decision that no entry acts."""
@@ -50,6 +50,13 @@ def _no_preference(prompts: Sequence[str], first: str, second: str) -> Tensor:
     )
 
 
+def _no_pairs(facts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    raise EditError(
+        "this router has a model read facts and prompts together, which interventions at sites cannot; use it with "
+        "texts, on a host"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """What a router may look at to decide about rows."""
@@ -65,6 +72,8 @@ class Question:
     the site's mean output over a prompt."""
     preference: Callable[[Sequence[str], str, str], Tensor] = _no_preference
     """Returns the model's probability of the first of two answers to each of some texts, float32 ``[n]``."""
+    pairs: Callable[[Sequence[str], Sequence[str]], Tensor] = _no_pairs
+    """Returns what is read of pairs of a fact and a prompt, float32 ``[n, d]``, see :mod:`errata.host.pairs`."""
 
 
 @dataclass(frozen=True)
