@@ -375,6 +375,7 @@ def test_training_lowers_the_loss_and_leaves_queries_to_running_statistics():
         **SMALL,
     }
     short, long = (errata.train(host, steps=steps, **options) for steps in (1, 60))
+    # a random model's logits differ little, whatever is added below its head: some 0.4 nats can be gained
     assert long.card["loss"] < short.card["loss"] - 0.2
     assert int(long.tensors["layers.0.norm.num_batches_tracked"]) == 60
     again = errata.train(host, steps=60, **options)

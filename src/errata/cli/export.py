@@ -44,12 +44,10 @@ def command(
         int | None, typer.Option(min=1, help="Approximate changes of a higher rank in a PEFT adapter.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the exports and the edits that each takes.")] = False,
-    repo: _ledger.Repo = None,
-    foreign: common.Foreign = False,
+    repo: _ledger.Repo = None, foreign: common.Foreign = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Refuse or report; write nothing.")] = False,
-    device: common.Device = "auto",
-    json: common.Json = False,
+    device: common.Device = "auto", json: common.Json = False,
 ) -> None:  # fmt: skip
     """Write an edit as files that are used without errata: a checkpoint, a PEFT adapter, prompts.
 
@@ -65,8 +63,7 @@ def command(
         _list(json)
         return
     if to is None or output is None:
-        missing = [name for name, value in (("--to", to), ("-o", output)) if value is None]
-        raise ConfigError(f"an export needs {' and '.join(missing)}; see: errata export --list")
+        raise ConfigError("an export needs --to and -o; see: errata export --list")
     exporter, options = EXPORTERS.get(to), Options(dtype, pad_to, rank, foreign)
     recorded = _recorded(repo, file)
     if recorded is not None and model is None and exporter.needs_host:
