@@ -12,7 +12,8 @@ Departs    The paper pre-trains BERT with these layers, and smaller feed-forward
            to prompts that a fact covers, and the model's own to those that it does not. Normalisation is by running
            statistics. A row that adds nothing stands among those attended to (``null_row``), without which a memory
            of one fact would speak on every prompt; the retrieval has a loss of its own (``retrieval_weight``), as
-           there are few examples to learn it from; embeddings are scaled to a root mean square of 1
+           there are few examples to learn it from; embeddings are scaled to a root mean square of 1 and what a layer
+           adds by that of the stream. Half of the steps attend to one row; rates warm up and decay
 Needs      Examples: other facts with paraphrases and neighbours; gradients. errata train makes what all fits then share
 Limits     A prompt is answered as well as the examples teach: those should state what prompts will ask, in such words.
            A document is a bag of words: order is lost. Without rows the model is as it was, bit for bit
