@@ -58,6 +58,24 @@ def open_working(
         )  # fmt: skip
 
 
+def names_edit(file: Path, repo: Path | None) -> bool:
+    """Whether a word means an edit of the ledger and no file: an id, or where there is a ledger also a tag."""
+    import re
+
+    from errata.errors import LedgerError
+    from errata.ledger import folders
+
+    if file.suffix or file.name != str(file) or file.exists():
+        return False
+    if re.fullmatch("[0-9a-fA-F]{4,64}", file.name):
+        return True
+    try:
+        folders.find(repo)
+    except LedgerError:
+        return False
+    return True
+
+
 def policy(text: str | None) -> Any:
     """Return a policy for conflicts. Raises ConfigError for an unknown one."""
     from typing import get_args

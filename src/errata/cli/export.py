@@ -104,7 +104,7 @@ def _recorded(repo: Path | None, file: Path | None) -> _Recorded | None:
     from errata.ledger.compiling import compiled
     from errata.ledger.contents import load_edit
 
-    if file is not None and (file.exists() or file.name != str(file) or file.suffix):
+    if file is not None and not _ledger.names_edit(file, repo):
         return None
     try:
         ledger = folders.find(repo)

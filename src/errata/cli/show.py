@@ -41,7 +41,7 @@ def command(
     from errata.edits.artefact import Artefact, holds_artefact
     from errata.errors import EditError
 
-    if not file.exists() and file.name == str(file) and not file.suffix:
+    if _ledger.names_edit(file, repo):
         file = _recorded(repo, str(file), json)
     try:
         edit = Edit.load(file)
