@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint lab clean
+.PHONY: demo test test-slow lint package docs lab clean
 
 demo: $(STAMP)
 	$(BIN)/errata demo examples/facts.jsonl
@@ -21,6 +21,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# the wheel, installed into an empty environment outside the repository, and used there
+package: $(STAMP)
+	$(BIN)/python -m pytest -m package tests/package
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lab: $(STAMP)
 	$(BIN)/errata lab train out/lab
