@@ -100,16 +100,20 @@ class Adapter:
             "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
         }  # fmt: skip
 
-    def write(self, folder: Path, host: ModelHost) -> None:
-        """Write the two files of an adapter into a folder."""
+    def files(self, host: ModelHost) -> dict[str, bytes]:
+        """Return the two files of an adapter by their names; the same edit gives the same bytes."""
         tensors = {
             f"{PREFIX}{module}.lora_{part}.weight": value
             for module, one in self.factors.items()
             for part, value in (("A", one.A), ("B", one.B))
         }
-        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = json.dumps(self.config(host), indent=2, ensure_ascii=False, sort_keys=True)
-        (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        return {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: f"{text}\n".encode()}
+
+    def write(self, folder: Path, host: ModelHost) -> None:
+        """Write the two files of an adapter into a folder."""
+        for name, content in self.files(host).items():
+            (folder / name).write_bytes(content)
 
     def verify(self, folder: Path, host: ModelHost) -> dict[str, Any]:
         """Read the files and compare what they mean with the edit; where peft is installed, let it run them.
