@@ -42,6 +42,64 @@ def open_adapter(folder: Path, host: Host) -> Host:
     return Host(adapted.get_base_model(), host.tokenizer, name=f"{host.name} adapted")
 
 
+def open_vllm(folder: Path, host: Host) -> Host:
+    """Open the adapter that an export for vLLM names, with peft, after what vLLM itself demands of it."""
+    script = (folder / "serve.sh").read_text()
+    name, path = re.search(r'--lora-modules (\S+)="\$here/(\S+)"', script).groups()
+    config = json.loads((folder / path / "adapter_config.json").read_text())
+    assert name == path and config["r"] <= int(re.search(r"--max-lora-rank (\d+)", script)[1])
+    assert not any(config.get(key) for key in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern"))
+    allowed = re.search(r"--lora-target-modules (.*?) \\", script)[1].split()
+    assert {module.rpartition(".")[2] for module in config["target_modules"]} == set(allowed)
+    return open_adapter(folder / path, host)
+
+
+def open_delta(folder: Path, host: Host) -> Host:
+    """Do what the README of an export of differences says, by running its code."""
+    model = copy.deepcopy(host.model)
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = re.sub(r"(?m)^model = .*$", "", code).replace(
+        '"delta.safetensors"', f"{str(folder / 'delta.safetensors')!r}"
+    )
+    exec(code, {"model": model})
+    return Host(model, host.tokenizer, name=f"{host.name} changed")
+
+
+def open_gguf(folder: Path, host: Host) -> Host:
+    """Add what llama.cpp adds, ``alpha / rank * B @ A``, to a copy of the model, outputs put back in their order."""
+    import gguf
+
+    reader = gguf.GGUFReader(folder / "adapter.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {one.name: torch.tensor(one.data.copy()) for one in reader.tensors}
+    model = copy.deepcopy(host.model)
+    parts = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    for name in {one.rpartition(".")[0] for one in tensors}:
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        _, layer, part, _ = name.split(".")
+        weight = model.get_submodule(f"model.layers.{layer}.{parts[part]}").weight
+        change = alpha / b.shape[1] * (b @ a)
+        if part in ("attn_q", "attn_k") and host.family in ("llama", "mistral"):
+            config = host.config
+            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+            size = len(change) // heads
+            change = change.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(len(change), -1)
+        with torch.no_grad():
+            weight += change
+    return Host(model, host.tokenizer, name=f"{host.name} with GGUF")
+
+
+OPENERS = {
+    "checkpoint": open_checkpoint, "peft": open_adapter, "vllm": open_vllm, "delta": open_delta, "gguf": open_gguf,
+}  # fmt: skip
+"""What opens each export that changes a model."""
+
+
 class Client:
     """Does what an export's ``prompts.json`` says, with the standard library."""
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from errata.edits.algebra import leverages, refit, retract
     from errata.edits.artefact import Artefact
     from errata.edits.export import Export, export
+    from errata.edits.imports import import_edit
     from errata.errors import ErrataError
     from errata.evaluation.check import EditCheck
     from errata.evaluation.judge import JudgeSettings
@@ -36,6 +37,7 @@ _HOME = {
     "Edit": "errata.edits",
     "Export": "errata.edits.export",
     "export": "errata.edits.export",
+    "import_edit": "errata.edits.imports",
     "refit": "errata.edits.algebra",
     "retract": "errata.edits.algebra",
     "leverages": "errata.edits.algebra",
@@ -74,6 +76,7 @@ __all__ = [
     "edit",
     "evaluate",
     "export",
+    "import_edit",
     "judge_run",
     "lab",
     "leverages",

@@ -1,5 +1,6 @@
 """Read and write files safely: sizes are limited before parsing, any parser failure becomes one kind of error,
-and outputs are written atomically. Standard library only; PyYAML is loaded where YAML is read."""
+and outputs are written atomically. Standard library only; PyYAML is loaded where YAML is read, psutil where
+leftovers of killed processes are looked for."""
 
 from __future__ import annotations
 
@@ -243,3 +244,52 @@ def write(path: str | os.PathLike[str], content: str | bytes, error: type[Errata
     with replacing(path, error) as part:
         part.write_bytes(data)
     return Path(path)
+
+
+# --- lasting writes -------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on the disk; where the system offers no way, do nothing."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def mode(*, executable: bool = False) -> int:
+    """Return the mode that a new file has by the process's mask; of a program or a folder with ``executable``."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return (0o777 if executable else 0o666) & ~mask
+
+
+def settle(folder: Path) -> None:
+    """Give all files and folders below one the modes that the process's mask allows, and have them on the disk.
+
+    Some writers make files that only their owner can read, which a server under another user cannot open.
+    """
+    inner = sorted(folder.rglob("*"), reverse=True)  # what a folder holds before the folder
+    for path in (*inner, folder):
+        path.chmod(mode(executable=path.is_dir() or path.suffix == ".sh"))
+        sync(path)
+
+
+def abandoned(path: Path, process: int) -> bool:
+    """Whether the process that made a file or folder is gone: none has its number, or one that began later."""
+    import psutil
+
+    try:
+        status = path.stat()
+        # renaming moves the second one alone
+        return max(status.st_mtime, status.st_ctime) < psutil.Process(process).create_time() - 1
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):  # a process that tells nothing, or a file that is gone meanwhile
+        return False

@@ -19,7 +19,7 @@ from errata.errors import ConfigError, EditError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
 from errata.methods._method import Shape
-from tests.exports import Client, open_adapter, open_checkpoint
+from tests.exports import OPENERS, Client
 from tests.models import fresh
 
 REQUESTS = [
@@ -240,7 +240,9 @@ def test_an_export_agrees_or_is_refused_with_a_reason(fitted, to, tmp_path):
         errata.export(edit, folder, to=to, host=host if EXPORTERS.get(to).needs_host else None)
     except EditError as reason:
         assert len(str(reason).split()) >= 8 and not list(tmp_path.iterdir())
-        assert not changes_weights(name) or to != "checkpoint", f"merged weights are a checkpoint: {reason}"
+        assert not changes_weights(name) or to not in ("checkpoint", "delta"), (
+            f"merged weights are a checkpoint: {reason}"
+        )
         assert host.weights_hash() == start
         return
     assert host.weights_hash() == start
@@ -249,9 +251,9 @@ def test_an_export_agrees_or_is_refused_with_a_reason(fitted, to, tmp_path):
         prompts = [r.text for r in REQUESTS] + ["Bruno Holner lives in", "ADA BRENNER", "Adana"]
         assert [client.rewrite(text) for text in prompts] == [edit.rewrite(text, host) for text in prompts]
         return
-    exported = {"checkpoint": open_checkpoint, "peft": open_adapter}[to](folder, host)
+    exported = OPENERS[to](folder, host)
     with edit.on(
-        host, merge=False if to == "peft" else None
+        host, merge=None if to in ("checkpoint", "delta") else False
     ):  # an adapter acts beside the weights, as unmerged edits do
         expected = logits(host)
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-4)

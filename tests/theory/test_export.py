@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -371,12 +372,56 @@ def test_ranks_may_differ_from_layer_to_layer(family, tmp_path):
     record = errata.edit(host, ADA, method="ft", steps=1).provenance
     edit = WeightEdit(deltas, frozenset(s.parameter for s in sites if s.transposed), record)
     receipt = errata.export(edit, tmp_path / "out", to="peft", host=host)
-    assert sorted(receipt.facts["ranks"].values()) == [1, 3, 3, 5]
+    assert sorted(receipt.facts["ranks"].values()) == [1, 3, 3, 5] and receipt.facts["rank"] == 5
     agree(edit, host, open_adapter(tmp_path / "out", host))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 5 and not {"rank_pattern", "alpha_pattern"} & set(config)
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.shape[0 if ".lora_A." in name else 1] for name, value in factors.items()} == {5}
+    for site in sites:  # a program that scales by alpha / (rank of this tensor) does the same
+        b, a = (factors[f"base_model.model.{site.name}.lora_{part}.weight"] for part in "BA")
+        torch.testing.assert_close(
+            config["lora_alpha"] / len(a) * (b @ a), deltas[site.parameter].dense(), atol=1e-6, rtol=1e-6
+        )
     thinner = errata.export(edit, tmp_path / "thin", to="peft", host=host, rank=3)
     assert [share > 0 for _, share in sorted(thinner.facts["lost"].items())] == [
         name == sites[3].parameter for name in sorted(deltas)
     ]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_rank_limit_first_removes_what_is_no_rank_at_all(family, tmp_path):
+    """A sum of dependent changes fits its true rank exactly; below that the energy that is kept is reported."""
+    host = fresh(family)
+    site = host.layout.site(1)
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(site.d_out, 3, generator=generator), torch.randn(3, site.d_in, generator=generator)
+    mixed = torch.randn(3, 40, generator=generator)
+    delta = LowRank(b @ mixed, torch.linalg.pinv(mixed) @ a)
+    record = errata.edit(host, ADA, method="ft", steps=1).provenance
+    edit = WeightEdit({site.parameter: delta}, frozenset({site.parameter} if site.transposed else ()), record)
+    for name, options in {
+        "unlimited": {},
+        "three": {"rank": 3},
+    }.items():  # 40 is more than the matrix has rows
+        receipt = errata.export(edit, tmp_path / name, to="peft", host=host, **options)
+        assert receipt.facts["rank"] == 3 and receipt.facts["lost"][site.parameter] < 1e-6
+        assert "energy" not in receipt.facts and "answered" not in receipt.facts
+        agree(edit, host, open_adapter(tmp_path / name, host))
+    receipt = errata.export(edit, tmp_path / "two", to="peft", host=host, rank=2)
+    s = torch.linalg.svdvals(delta.dense().double())[:3].square()
+    assert receipt.facts["energy"] == {site.parameter: pytest.approx(float(s[:2].sum() / s.sum()), rel=1e-5)}
+    assert receipt.facts["answered"] in (0.0, 1.0) and receipt.facts["answered_exactly"] in (0.0, 1.0)
+
+
+def test_an_approximation_says_how_many_requests_still_hold(tmp_path, lab_host):
+    request = errata.lab.cases(3, seed=0)[1].request
+    edit = errata.edit(lab_host, request, method="ft", steps=25)
+    close = errata.export(edit, tmp_path / "close", to="peft", host=lab_host, rank=64, dry_run=True)
+    assert close.facts["answered"] == close.facts["answered_exactly"] == 1.0
+    weak = dataclasses.replace(edit, deltas={n: 1e-3 * _dense(d) for n, d in edit.deltas.items()})
+    far = errata.export(weak, tmp_path / "far", to="peft", host=lab_host, rank=1, dry_run=True)
+    assert far.facts["answered"] == far.facts["answered_exactly"] == 0.0
 
 
 def test_an_adapter_merged_by_peft_is_the_checkpoint(tmp_path):

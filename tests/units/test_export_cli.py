@@ -154,6 +154,8 @@ def test_an_export_is_replaced_with_force_only(folder, tmp_path):
 
 def test_the_list_says_which_edits_each_export_takes():
     text, entries = errata("export", "--list").stdout, json.loads(errata("export", "--list", "--json").stdout)
-    assert [entry["name"] for entry in entries] == ["checkpoint", "peft", "prompts"]
+    assert [entry["name"] for entry in entries] == [
+        "checkpoint", "delta", "gguf", "peft", "prompts", "vllm",
+    ]  # fmt: skip
     assert all(entry["takes"] and entry["name"] in text for entry in entries)
     assert "calinet" in text and "low-rank" in text and "prompt edits" in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -22,41 +22,56 @@ SMALL = 1e-3
 """Loss that is not printed; in float32 it is a millionth."""
 
 
+EditFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="EDIT", help="A file, or an id of the ledger; default: all in place there."),
+]
+To = Annotated[str | None, typer.Option(help="The kind of files; see --list.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="The model that the edit was made for: lab, a hub name or a folder."),
+]
+DType = Annotated[
+    str | None, typer.Option(help="Of a checkpoint: float32, float16 or bfloat16; default: as the model's.")
+]
+PadTo = Annotated[
+    int | None,
+    typer.Option(min=1, help="Widen a checkpoint's feed-forwards to a multiple of this; default: 64."),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Largest rank of an adapter; what is above is approximated, and reported."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Read what was written and compare it with the edit; a checkpoint is one more model in memory.",
+    ),
+]
+
+
 def command(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="EDIT", help="A file, or an id of the ledger; default: all in place there.")
-    ] = None,
-    to: Annotated[
-        str | None, typer.Option(help="checkpoint (a model's folder), peft (a LoRA adapter) or prompts (JSON).")
-    ] = None,
+    file: EditFile = None, to: To = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="The model that the edit was made for: lab, a hub name or a folder."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of a checkpoint: float32, float16 or bfloat16; default: as the model's.")
-    ] = None,
-    pad_to: Annotated[
-        int | None, typer.Option(min=1, help="Widen a checkpoint's feed-forwards to a multiple of this; default: 64.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Approximate changes of a higher rank in a PEFT adapter.")
-    ] = None,
+    model: ModelName = None, dtype: DType = None, pad_to: PadTo = None, rank: Rank = None,
     list_: Annotated[bool, typer.Option("--list", help="List the exports and the edits that each takes.")] = False,
     repo: _ledger.Repo = None, foreign: common.Foreign = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    verify: Verify = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Refuse or report; write nothing.")] = False,
     device: common.Device = "auto", json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Write an edit as files that are used without errata: a checkpoint, a PEFT adapter, prompts.
+    """Write an edit as files that are used without errata: a checkpoint, an adapter, prompts and others.
 
     The files do what the edit does, or the edit is refused with the reason: a checkpoint takes weight edits and added
-    neurons (t_patcher, calinet), a PEFT adapter low-rank weight edits, prompts the texts of prompt edits. See --list.
+    neurons (t_patcher, calinet), an adapter low-rank weight edits, prompts the texts of prompt edits. See --list. What
+    was written is read again and compared with the edit in place before it counts.
     """
     from errata.edits import Edit
     from errata.edits.export import EXPORTERS, export
-    from errata.edits.export._exporter import Options, check_folder, check_options
+    from errata.edits.export._exporter import Options, check_options
+    from errata.edits.export._folder import check_folder
     from errata.errors import ConfigError
 
     if list_:
@@ -74,7 +89,7 @@ def command(
     host = None if model is None else common.open_host(model, device, "auto")
     receipt = export(
         edit, output, to=to, host=host, dtype=dtype, pad_to=pad_to, rank=rank, foreign=foreign, force=force,
-        dry_run=dry_run,
+        verify=verify, dry_run=dry_run,
     )  # fmt: skip
     if recorded is not None and not dry_run:
         recorded.note(to, output)
@@ -146,11 +161,23 @@ def _show(receipt: Export, dry_run: bool) -> None:
         common.table(
             None, ("tensor", "lost"), [(name, f"{share:.2%}") for name, share in worst[:SHOWN]], right=(1,)
         )
+    if receipt.verified is not None:
+        print(f"verified: {_comparison(receipt.verified)}")
     if dry_run:
         print(f"it can be exported to {receipt.folder} (dry run: nothing was written)")
     else:
         count = sum((receipt.folder / name).stat().st_size for name in receipt.files)
         print(f"{len(receipt.files)} files, {common.bytes_text(count)}, written to {receipt.folder}")
+
+
+def _comparison(verified: Mapping[str, Any]) -> str:
+    """Describe what was compared on one line."""
+    words = [f"{name} {_number(value)}" for name, value in verified.items() if name != "compared"]
+    return f"{verified['compared']} ({', '.join(words)})"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from errata import files
 from errata.errors import LedgerError
 
 NAME = re.compile("[0-9a-f]{64}")
@@ -62,24 +63,12 @@ def sweep(folder: Path) -> int:
     removed = 0
     for part in folder.glob(f"*{STAGED}"):
         owner = part.name.split(".")[0]
-        if owner.isdecimal() and _runs(int(owner)):
+        if owner.isdecimal() and not files.abandoned(part, int(owner)):
             continue
         with suppress(OSError):
             part.unlink()
             removed += 1
     return removed
-
-
-def sync(folder: Path) -> None:
-    """Have a folder's entries on the disk; where the system offers no way, do nothing."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write(folder: Path, target: Path, data: bytes) -> None:
@@ -90,22 +79,8 @@ def _write(folder: Path, target: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(_mode())  # mkstemp's own mode keeps a server under another user out
+        part.chmod(files.mode())  # mkstemp's own mode keeps a server under another user out
         part.replace(target)
-        sync(folder)
+        files.sync(folder)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _mode() -> int:
-    """Return the mode of a new file as the process's mask has it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of this machine is running."""
-    import psutil
-
-    return psutil.pid_exists(process)

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errata import files
 from errata.errors import LedgerError
-from errata.ledger import blobs, schema
+from errata.ledger import schema
 from errata.ledger.settings import LedgerSettings
 from errata.ledger.store import CONFIG, DATABASE, EDITS, Ledger
 
@@ -63,9 +64,9 @@ def create(
             ledger.append("created", body=model, author=author)
             ledger.close()
             staged.chmod(0o777 & ~_mask())
-            blobs.sync(staged)
+            files.sync(staged)
             staged.rename(target)
-            blobs.sync(parent)
+            files.sync(parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     except OSError as problem:

@@ -45,7 +45,7 @@ class Measurement:
     """What was measured of one edit; shares in [0, 1], None where there was nothing to ask."""
 
     answered: float | None = None
-    """Requests of the edit that are answered with their target."""
+    """Requests of the edit that are answered with their target; None for an imported one, which has none."""
     earlier: float | None = None
     """Requests of earlier edits that were answered with their target and still are."""
     subject: float | None = None
@@ -184,7 +184,7 @@ class Guard:
         changed += _differences("canary", before.canaries, before.canary_answers, answers)
         ppl = self.perplexity()
         return Measurement(
-            answered=own.answered / len(own.requests),
+            answered=own.answered / len(own.requests) if own.requests else None,
             earlier=sum(p.answered for p in pairs) / len(pairs) if pairs else None,
             subject=_same(before.statement_answers, subject),
             canaries=_same(before.canary_answers, answers),

@@ -124,7 +124,7 @@ class Ledger:
             "edit": event.edit, "content": event.content(),
         }  # fmt: skip
         connection.execute(EVENTS.insert().values(row))
-        if first:
+        if first and event.body["requests"]:  # an imported edit has none
             keys = [facts.keys(request) for request in event.body["requests"]]
             connection.execute(
                 FACTS.insert(),

@@ -93,6 +93,16 @@ def nearest(matrix: Tensor, rank: int) -> tuple[LowRank, float]:
     return balance(u[:, :rank] * s[:rank], vh[:rank]).to(matrix.dtype), error
 
 
+def without_noise(product: LowRank) -> LowRank:
+    """Return a product with its numerical rank: directions below float32's rounding of the strongest are left out.
+
+    Computed in float64 without multiplying out, returned in float32 with balanced factors.
+    """
+    q_out, q_in, (u, s, vh) = product_svd(product.B.double(), product.A.double())
+    rank = max(1, int((s > torch.finfo(torch.float32).eps * s[:1]).sum()))
+    return balance(q_out @ u[:, :rank] * s[:rank], vh[:rank] @ q_in.mT).to(torch.float32)
+
+
 def product_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return Q_out ``[d, r]``, Q_in ``[m, r]`` and the SVD of the core: U ``[r, r]``, s ``[r]``, V^T ``[r, r]``.
 

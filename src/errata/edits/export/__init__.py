@@ -23,7 +23,7 @@ __all__ = ["EXPORTERS", "Export", "export"]
 def export(
     edit: Edit, folder: str | os.PathLike[str], *, to: str, host: ModelHost | None = None,
     dtype: str | None = None, pad_to: int | None = None, rank: int | None = None, foreign: bool = False,
-    force: bool = False, dry_run: bool = False,
+    force: bool = False, verify: bool = True, dry_run: bool = False,
 ) -> Export:  # fmt: skip
     """Write an edit as files that are used without errata: ``to`` a ``checkpoint``, a ``peft`` adapter, ``prompts``.
 
@@ -32,12 +32,15 @@ def export(
     takes none. ``dtype``: of the checkpoint's weights, default the host's. ``pad_to``: feed-forwards of a checkpoint
     that get neurons are widened to a multiple of this, default 64. ``rank``: an adapter's largest rank; a change of a
     higher rank is approximated, with the error reported. ``foreign``: allow another host. ``force``: replace an
-    earlier export in the folder, never anything else. ``dry_run``: refuse or report, and write nothing.
+    earlier export in the folder, never anything else. ``verify``: read what was written and compare it with the edit
+    in place before it counts, see :attr:`Export.verified`; for a checkpoint that takes the memory of one more model.
+    ``dry_run``: refuse or report, and write nothing.
 
-    Raises EditError with the reason for an edit that cannot be exported so, for another host, and for a folder that
-    holds anything else; ConfigError for an unknown export or an option that it does not take. Nothing is written then.
+    Raises EditError with the reason for an edit that cannot be exported so, for another host, for a folder that holds
+    anything else, and where what was written does not do what the edit does; ConfigError for an unknown export or an
+    option that it does not take. Nothing is put in place then.
     """
     exporter = EXPORTERS.get(to)
     options = Options(dtype, pad_to, rank, foreign)
     check_options(exporter, options, host=host is not None)
-    return write_folder(exporter, edit, host, options, folder, force=force, dry_run=dry_run)
+    return write_folder(exporter, edit, host, options, folder, force=force, dry_run=dry_run, verify=verify)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from safetensors import SafetensorError
-
-from errata import files
 from errata.edits.edit import Edit, versions
+from errata.edits.export import _folder as folders
 from errata.errors import ConfigError, EditError
 from errata.host import locking
 from errata.host.base import ModelHost
 from errata.host.open import DTYPES
 from errata.registry import unknown
 
-RECORD = "errata-export.json"
-"""Names the files of an export, with their checksums and the edit they were made of."""
 Option = Literal["dtype", "pad_to", "rank", "foreign"]
 INSTEAD = (
     "keep the edit's own file and apply it with errata where the model runs: Edit.load(path).apply_(host), "
@@ -59,7 +52,10 @@ class Plan:
     facts: Mapping[str, Any]
     """What is to be known about it, as plain data; ``lost``: shares lost to rounding by tensor."""
     write: Callable[[Path], None]
-    """Writes all files into an empty folder."""
+    """Writes all files into an empty folder; called once."""
+    verify: Callable[[Path], Mapping[str, Any]]
+    """Reads the written files and returns what was compared: ``compared`` in words, counts, the largest difference and
+    its bound. Raises EditError for files that do not do what the edit does."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +90,14 @@ class Export:
     """Names of the files that were written; none in a dry run."""
     overrides: tuple[str, ...] = field(default=())
     """Checks that were overruled, in words."""
+    verified: Mapping[str, Any] | None = None
+    """What was compared after reading the files again, see :attr:`Plan.verify`; None where nothing was."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt as plain data."""
         return {
             "to": self.to, "folder": str(self.folder), "edit": self.digest, **self.facts, "files": list(self.files),
-            "overrides": list(self.overrides),
+            "overrides": list(self.overrides), "verified": None if self.verified is None else dict(self.verified),
         }  # fmt: skip
 
 
@@ -124,10 +122,14 @@ def check_options(exporter: Exporter, options: Options, *, host: bool) -> None:
 
 def write_folder(
     exporter: Exporter, edit: Edit, host: ModelHost | None, options: Options, folder: str | os.PathLike[str], *,
-    force: bool, dry_run: bool,
+    force: bool, dry_run: bool, verify: bool,
 ) -> Export:  # fmt: skip
-    """Plan an export and write it; a folder is complete or not there. Raises EditError with nothing written."""
-    target = check_folder(folder, force=force)
+    """Plan an export and write it; a folder is complete, and does what the edit does, or is not there.
+
+    ``verify``: whether what was written is read again and compared before it is put in place. Raises EditError with
+    nothing written.
+    """
+    target = folders.check_folder(folder, force=force)
 
     def run() -> Export:
         overrides: tuple[str, ...] = ()
@@ -139,87 +141,18 @@ def write_folder(
                 )
             overrides = edit.overridden_checks(host, foreign=options.foreign)
         plan = exporter.plan(edit, host, options)
+        if dry_run:
+            return Export(exporter.name, target, edit.digest, plan.facts, (), overrides)
         record = {
             "exporter": exporter.name, "edit": edit.digest, "kind": edit.kind, "method": edit.provenance.method,
             "requests": len(edit.provenance.requests), "host": edit.provenance.host, "versions": versions(),
             "overrides": list(overrides), **plan.facts,
         }  # fmt: skip
-        names = () if dry_run else _write(plan, record, target.absolute())
-        return Export(exporter.name, target, edit.digest, plan.facts, names, overrides)
+
+        def check(part: Path) -> Mapping[str, Any]:
+            return {"verified": dict(plan.verify(part)) if verify else None}
+
+        names, checked = folders.write(target.absolute(), record, plan.write, check)
+        return Export(exporter.name, target, edit.digest, plan.facts, names, overrides, checked["verified"])
 
     return run() if host is None else locking.alone(host, run)
-
-
-def check_folder(folder: str | os.PathLike[str], *, force: bool) -> Path:
-    """Return the folder to write; a link's target.
-
-    Raises EditError where it cannot be written, or holds anything: with ``force`` anything but an earlier export.
-    """
-    target = Path(folder).expanduser()
-    try:
-        target = target.resolve() if target.is_symlink() else target
-        present = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    except (OSError, RuntimeError, ValueError) as problem:
-        raise EditError(
-            f"cannot write {folder}: {getattr(problem, 'strerror', None) or problem}"
-        ) from problem
-    if target.exists() and not target.is_dir():
-        raise EditError(f"cannot write {folder}: it is a file; name a folder")
-    if not target.absolute().parent.is_dir():
-        raise EditError(f"cannot write {folder}: the folder {target.parent} does not exist")
-    if not os.access(target.absolute().parent, os.W_OK):
-        raise EditError(f"cannot write {folder}: no permission in {target.parent}")
-    if present and not force:
-        raise EditError(f"{folder} exists; name another folder, or replace an earlier export with --force")
-    foreign = sorted(set(present) - _recorded(target)) if present else []
-    if foreign:
-        raise EditError(f"{folder} holds {foreign[0]!r:.80}, which no export wrote; name another folder")
-    return target
-
-
-def _recorded(folder: Path) -> set[str]:
-    """Return the names of the files that an earlier export wrote into a folder, its record's too."""
-    path = folder / RECORD
-    if not path.is_file():
-        return set()
-    record: Any = files.parse_json(
-        files.read_text(path, EditError), lambda reason: EditError(f"{path} is damaged: {reason}")
-    )
-    names: Any = cast("dict[str, Any]", record).get("files") if isinstance(record, dict) else None
-    if not isinstance(names, dict):
-        raise EditError(f"{path} is damaged: it names no files")
-    return {RECORD, *map(str, cast("dict[str, Any]", names))}
-
-
-def _write(plan: Plan, record: Mapping[str, Any], target: Path) -> tuple[str, ...]:
-    """Write a folder beside the target and put it in its place; return the names of its files."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    old = target.with_name(f"{target.name}.{os.getpid()}.old")
-    try:
-        part.mkdir()
-        plan.write(part)
-        names = tuple(sorted(path.name for path in part.iterdir()))
-        whole = {**record, "files": {name: _checksum(part / name) for name in names}}
-        text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
-        (part / RECORD).write_text(f"{text}\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-    except (OSError, SafetensorError) as problem:  # as where the disk is full
-        raise EditError(
-            f"cannot write {target}: {getattr(problem, 'strerror', None) or problem}"
-        ) from problem
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return (*names, RECORD)
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(files.MIB):
-            digest.update(block)
-    return digest.hexdigest()

@@ -50,7 +50,13 @@ def check_kind(edit: Edit, what: str) -> WeightEdit | MemoryEdit:
 
 
 def as_weights(edit: WeightEdit | MemoryEdit, host: ModelHost) -> WeightEdit | None:
-    """Return an edit of :func:`check_kind` as changes of weights; None for a memory that is more than that."""
+    """Return an edit of :func:`check_kind` as changes of weights; None for a memory that is more than that.
+
+    Raises EditError for numbers that are not finite.
+    """
+    for name, part in edit.parts().items():
+        if part.is_floating_point() and not bool(part.isfinite().all()):
+            raise EditError(f"{name} of the edit holds NaN or infinite numbers; refused")
     if isinstance(edit, WeightEdit):
         return edit
     if any(one.operation not in MATRICES for one in edit.interventions):

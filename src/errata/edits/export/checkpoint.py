@@ -4,12 +4,16 @@
 * a memory that adds matrices to linear maps on all prompts is a change of weights;
 * a memory that adds neurons to feed-forwards on all prompts is a model with wider feed-forwards, see
   :mod:`errata.host.wider`.
+
+What was written is opened by transformers as a second model in memory. Its weights must be, bit by bit, the host's with
+the change of weights merged, and its logits those of the host with the edit in place.
 """
 
 from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,15 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.edits.deltas import weight_with
 from errata.edits.edit import Edit
+from errata.edits.export import _verify as verifying
 from errata.edits.export import _weights as weights
 from errata.edits.export._exporter import Exporter, Options, Plan
 from errata.edits.memory import ACTIVATIONS, MemoryEdit
-from errata.edits.weight import WeightEdit
+from errata.edits.weight import WeightEdit, as_stored
 from errata.errors import EditError, HostError
 from errata.host import files, placement, sharing, wider
 from errata.host.base import ModelHost
 from errata.host.open import DTYPES
+from errata.host.reopen import reopen
 from errata.linalg.routines import norm
 
 PAD_TO = 64
@@ -52,15 +59,75 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     shadow = sharing.sharing_copy(model)
     if options.dtype is not None:
         sharing.cast_(shadow, DTYPES[options.dtype])
-    dtype = str(next(p.dtype for p in shadow.parameters() if p.is_floating_point())).removeprefix("torch.")
-    facts: dict[str, Any] = {"dtype": dtype, "model_type": host.family}
+    dtype = next(p.dtype for p in shadow.parameters() if p.is_floating_point())
+    facts: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "model_type": host.family}
     if changed is not None:
         facts["lost"] = _merge(changed, host, shadow)
     else:
         assert isinstance(taken, MemoryEdit)
         facts.update(_widen(taken, host, shadow, options.pad_to or PAD_TO))
+    written = [
+        shadow
+    ]  # given up once it is written, so that it is not in memory beside the one that is compared
 
-    return Plan(facts, lambda folder: _write(folder, shadow, host))
+    def verify(folder: Path) -> dict[str, Any]:
+        return _verify(folder, edit, changed, host, dtype, facts["lost"])
+
+    return Plan(facts, lambda folder: _write(folder, written.pop(), host), verify)
+
+
+def _verify(
+    folder: Path, edit: Edit, changed: WeightEdit | None, host: ModelHost, dtype: torch.dtype,
+    lost: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """Open the written folder and compare it with the host. Raises EditError where they differ."""
+    merged = changed is edit and dtype == host.dtype
+    reference = verifying.Reference.of(edit, host, merge=None if merged else False)
+    try:
+        exported = reopen(host, folder)
+        _compare_tokens(folder, host)
+    except HostError as error:
+        raise EditError(f"{error}; {verifying.WRITE_ANYWAY}") from error
+    weights = _compare_weights(exported.model, changed, host)
+    compared = reference.compare(exported, dtype, host.dtype, lost={} if merged else lost)
+    return {"compared": "logits of the folder opened by transformers", **compared, "weights": weights}
+
+
+def _compare_weights(model: Any, changed: WeightEdit | None, host: ModelHost) -> int:
+    """Return how many weights are bit by bit what they should be; wider ones are compared by logits alone.
+
+    Raises EditError for one that is not.
+    """
+    equal = 0
+    found = dict(model.named_parameters())
+    for name, own in host.model.named_parameters():
+        weight = found.pop(name, None)
+        if weight is None or (weight.shape != own.shape and changed is not None):
+            raise verifying.refuse_unlike(f"weight {name} of the checkpoint")
+        if weight.shape != own.shape:
+            continue
+        expected = own.detach().to(weight.dtype)
+        if changed is not None and name in changed.deltas:
+            delta = as_stored(changed.deltas[name], name in changed.transposed)
+            expected = weight_with(expected, {"": delta}, weight.dtype, weight.device)
+        if not torch.equal(weight.to(expected.device), expected):
+            raise verifying.refuse_unlike(f"weight {name} of the checkpoint")
+        equal += 1
+    if changed is not None and found:
+        raise verifying.refuse_unlike(f"weight {min(found)} of the checkpoint")
+    return equal
+
+
+def _compare_tokens(folder: Path, host: ModelHost) -> None:
+    """Raise EditError where the written tokenizer gives other ids than the host's."""
+    if host.tokenizer is None:
+        return
+    tokenizer = files.open_tokenizer(str(folder), None, False)
+    for text in verifying.NEUTRAL:
+        if tokenizer(text)["input_ids"] != host.tokenizer(text)["input_ids"]:
+            raise EditError(
+                f"the written tokenizer gives other ids for {text!r} than the host's; {verifying.WRITE_ANYWAY}"
+            )
 
 
 def _write(folder: Path, shadow: Any, host: ModelHost) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.edits.edit import Edit
+from errata.edits.export import _verify as verifying
 from errata.edits.export._exporter import INSTEAD, Exporter, Options, Plan
 from errata.edits.prompt import PUT, PromptEdit
 from errata.edits.routers._router import Router
@@ -79,7 +80,21 @@ def plan(edit: Edit, host: None, options: Options) -> Plan:
             (folder / name).write_bytes(text.encode())
 
     facts = {"entries": len(edit.contexts), "router": edit.router.name, "procedure": edit.procedure.name}
-    return Plan(facts, write)
+    return Plan(facts, write, lambda folder: _verify(folder, edit, document))
+
+
+def _verify(folder: Path, edit: PromptEdit, document: dict[str, Any]) -> dict[str, Any]:
+    """Read the files as a client does, and compare them with the edit. Raises EditError where they differ."""
+    read = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    if read != json.loads(json.dumps(document)):
+        raise verifying.refuse_unlike("prompts.json")
+    lines = (folder / "entries.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    if [(one["entry"], one["context"]) for one in entries] != list(enumerate(edit.contexts)):
+        raise verifying.refuse_unlike("entries.jsonl")
+    if entries != json.loads(json.dumps(_entries(edit))):
+        raise verifying.refuse_unlike("entries.jsonl")
+    return {"compared": "the files, read as a client reads them", "entries": len(entries)}
 
 
 def _line(entry: dict[str, Any]) -> str:
