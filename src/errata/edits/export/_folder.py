@@ -87,7 +87,7 @@ def write(
         fill(part)
         checked = dict(check(part))
         names = tuple(sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()))
-        whole = {**record, **checked, "files": {name: _checksum(part / name) for name in names}}
+        whole = {**record, **checked, "files": {name: checksum(part / name) for name in names}}
         text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
         (part / RECORD).write_text(f"{text}\n", encoding="utf-8")
         files.settle(part)
@@ -148,7 +148,8 @@ def _recorded(folder: Path) -> set[str]:
     return written | inside
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(files.MIB):
