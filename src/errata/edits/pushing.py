@@ -62,7 +62,7 @@ class Pushed:
     """Of the repository, or of the model that requests name."""
     digest: str
     """Of the edit."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt as plain data."""
