@@ -182,8 +182,10 @@ def _number(value: Any) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
-    return str(value)
+        return ", ".join(f"{name} {_number(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _flags(options: Iterable[str]) -> str:
