@@ -47,6 +47,9 @@ from errata.ledger.working import Working, describe
 from errata.linalg.lowrank import LowRank
 from errata.types import Request
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, it is found beside the others
+from benchmarks import exports
+
 MODEL = {"name": "none", "fingerprint": "f" * 16, "weights": "0" * 64, "dtype": "float32"}
 """What a ledger that never opens its model says of it."""
 WORKER = "--worker"
@@ -82,7 +85,7 @@ def main() -> int:
     host = errata.load("lab")
     figures: list[Figure] = []
     for measure in (kills, full_disks, damaged, wrong_models, not_finite, sequences, conflicts, writers, texts,
-                    names, pickles, hub_code, unwritable):  # fmt: skip
+                    names, pickles, hub_code, unwritable, parity, export_kills, tampered):  # fmt: skip
         begin = time.perf_counter()
         figures += measure(host, share)
         print(f"{measure.__name__}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
@@ -611,6 +614,24 @@ def hub_code(host: Host, share: float) -> list[Figure]:
                 errata.load(folder)
             ran += mark.exists()
     return [Figure("model folders with code", count, "ran code without being asked", ran)]
+
+
+# --- 1, 4, 5, 8: exports --------------------------------------------------------------------
+
+
+def parity(host: Host, share: float) -> list[Figure]:
+    """Compare exports with the edit in place, in programs that do not know errata."""
+    return [Figure(*one) for one in exports.parity(share)]
+
+
+def export_kills(host: Host, share: float) -> list[Figure]:
+    """Kill processes that replace an export."""
+    return [Figure(*one) for one in exports.export_kills(share)]
+
+
+def tampered(host: Host, share: float) -> list[Figure]:
+    """Change exported adapters, and offer them to other models."""
+    return [Figure(*one) for one in exports.tampered(share)]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import errata
 from errata.edits.export import _adapter, _folder, checkpoint
 from errata.edits.export._exporter import Plan
 from errata.errors import EditError
+from errata.host import reopen
 from tests.exports import ADA, BRUNO, neurons
 from tests.models import fresh
 
@@ -94,8 +95,10 @@ def more(held: dict[str, torch.Tensor]) -> None:
         tensors("adapter_model.safetensors", missing), tensors("adapter_model.safetensors", more),
         config("adapter_config.json", lora_alpha=80), config("adapter_config.json", r=None),
         config("adapter_config.json", use_rslora=True),
+        lambda folder: (folder / "adapter_config.json").write_text("{"),
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"),
     ],
-    ids=["scaled", "nan", "missing", "more", "alpha", "rank", "rslora"],
+    ids=["scaled", "nan", "missing", "more", "alpha", "rank", "rslora", "no json", "damaged"],
 )  # fmt: skip
 def test_an_adapter_that_does_something_else_is_noticed(how, host, edit, tmp_path, monkeypatch):
     start = host.weights_hash()
@@ -105,6 +108,15 @@ def test_an_adapter_that_does_something_else_is_noticed(how, host, edit, tmp_pat
     assert not list(tmp_path.iterdir()) and host.weights_hash() == start and not host.edited
     errata.export(edit, tmp_path / "out", to="peft", host=host, verify=False)
     assert json.loads((tmp_path / "out" / "errata-export.json").read_text())["verified"] is None
+
+
+def test_without_peft_the_factors_alone_are_compared(host, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(reopen, "find_spec", lambda name: None)
+    seen = errata.export(edit, tmp_path / "out", to="peft", host=host).verified
+    assert seen["logits"] == "not compared: peft is not installed" and seen["change"] < 1e-6
+    spoil(monkeypatch, _adapter.Adapter, "write", tensors("adapter_model.safetensors", scaled))
+    with pytest.raises(EditError, match=r"the change of .* was read back"):
+        errata.export(edit, tmp_path / "no", to="peft", host=host)
 
 
 def other_weight(held: dict[str, torch.Tensor]) -> None:

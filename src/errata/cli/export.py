@@ -92,7 +92,7 @@ def command(
         verify=verify, dry_run=dry_run,
     )  # fmt: skip
     if recorded is not None and not dry_run:
-        recorded.note(to, output)
+        recorded.note(to, output, receipt.verified)
     if json:
         common.emit({"dry_run": dry_run, **receipt.to_dict()})
     else:
@@ -106,9 +106,12 @@ class _Recorded(NamedTuple):
     digests: tuple[str, ...]
     edit: Edit
 
-    def note(self, to: str, folder: Path) -> None:
-        """Record that they were exported."""
-        body = {"to": to, "edits": list(self.digests), "folder": folder.name, "digest": self.edit.digest}
+    def note(self, to: str, folder: Path, verified: Mapping[str, Any] | None) -> None:
+        """Record that they were exported, and what was compared then."""
+        body = {
+            "to": to, "edits": list(self.digests), "folder": folder.name, "digest": self.edit.digest,
+            "verified": None if verified is None else dict(verified),
+        }  # fmt: skip
         self.ledger.append("exported", body=body)
 
 
@@ -182,8 +185,10 @@ def _number(value: Any) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
-    return str(value)
+        return ", ".join(f"{name} {_number(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _flags(options: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def with_adapter(host: ModelHost, folder: Path) -> Any:
         sharing.replace_(
             model, lambda weight: weight
         )  # peft switches gradients off, which is the original's business
-        return viewing(host, peft.PeftModel.from_pretrained(model, folder).get_base_model())
+        with warnings.catch_warnings():
+            # of names that peft calls transformers by, which is nothing that a user could mend
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.PeftModel.from_pretrained(model, folder)
+        return viewing(host, adapted.get_base_model())
 
 
 def can_adapt(host: ModelHost) -> str | None:

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from errata.edits.edit import Edit, versions
 from errata.edits.export import _folder as folders
-from errata.errors import ConfigError, EditError
+from errata.errors import ConfigError, EditError, ErrataError
 from errata.host import locking
 from errata.host.base import ModelHost
 from errata.host.open import DTYPES
 from errata.registry import unknown
 
+WRITE_ANYWAY = "nothing was put in place (verify=False / --no-verify writes it all the same)"
 Option = Literal["dtype", "pad_to", "rank", "foreign"]
 INSTEAD = (
     "keep the edit's own file and apply it with errata where the model runs: Edit.load(path).apply_(host), "
@@ -150,9 +153,19 @@ def write_folder(
         }  # fmt: skip
 
         def check(part: Path) -> Mapping[str, Any]:
-            return {"verified": dict(plan.verify(part)) if verify else None}
+            return {"verified": _verified(plan, part) if verify else None}
 
         names, checked = folders.write(target.absolute(), record, plan.write, check)
         return Export(exporter.name, target, edit.digest, plan.facts, names, overrides, checked["verified"])
 
     return run() if host is None else locking.alone(host, run)
+
+
+def _verified(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Return what a plan says of the files that it reads again. Raises EditError also where they cannot be read."""
+    try:
+        return dict(plan.verify(folder))
+    except ErrataError:
+        raise
+    except (ValueError, KeyError, SafetensorError) as problem:
+        raise EditError(f"what was written cannot be read again: {problem}; {WRITE_ANYWAY}") from problem

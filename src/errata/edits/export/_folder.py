@@ -61,7 +61,7 @@ def sweep(target: Path) -> None:
     """Remove what killed exports to a place left beside it; an earlier export that gave way is put back."""
     if not target.parent.is_dir():
         return
-    name = re.compile(rf"{re.escape(target.name)}\.(\d+)\.\d+\.({PART}|{OLD})")
+    name = re.compile(rf"{re.escape(target.name)}\.(\d+)(?:\.\d+)?\.({PART}|{OLD})")
     for path in target.parent.iterdir():
         match = name.fullmatch(path.name)
         if match is None or not files.abandoned(path, int(match[1])):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from errata.edits.edit import Edit
+from errata.edits.export._exporter import WRITE_ANYWAY
 from errata.errors import EditError, RequestError
 from errata.host.base import ModelHost
 from errata.host.images import PROBE, ImageHost
@@ -35,7 +36,6 @@ NEUTRAL = (
 """Texts that have nothing to do with the edit."""
 IMAGES = 4
 """Random images, for models that read them: records of edits hold no pixels."""
-WRITE_ANYWAY = "nothing was put in place (verify=False / --no-verify writes it all the same)"
 
 
 def passes(edit: Edit, host: ModelHost) -> list[Pass]:
