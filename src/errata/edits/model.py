@@ -240,7 +240,9 @@ class _OtherModel:
         index = (ids != PADDING).cumsum(1) - 1  # [rows, columns]: of each token in its own text
         at = torch.tensor([max(0, int(index[row, one]) + inserted[row]) for row, one in places])
         line = torch.tensor([used.index(row) for row, _ in places])
-        sets = routing.decided.get(passes.SETS)  # with factors the other model is the host, whose weights have edits
+        sets = routing.decided.get(
+            passes.SETS
+        )  # with factors the other model is the host, whose weights have edits
         own = {} if sets is None else {passes.SETS: sets[torch.tensor(used)]}
         with self.edit.acting(self.other):
             answers = self.other.forward_at(self.other.batch(texts), line, at, routes=own)
@@ -276,7 +278,7 @@ class _OtherModel:
             prompt = ids[row, : reading.before + int(ends[row]) + 1]
             own = _numbers(prompt[prompt != PADDING])
             sets = routing.decided.get(passes.SETS)
-            with passes.belonging([] if sets is None else sets[row].reshape(-1).tolist()):
+            with passes.belonging([] if sets is None else _numbers(sets[row].reshape(-1))):
                 found = self._entries_of(own)
             decisions[row, : len(found)] = found
         return decisions

@@ -165,7 +165,7 @@ class DecodingRows:
         return len(self.texts)
 
     def can_join(self, other: DecodingRows) -> bool:
-        """Whether another batch's rows can be continued together with these, see :func:`errata.host.prefix.can_join`."""
+        """Whether another batch's rows can be continued together with these; :func:`errata.host.prefix.can_join`."""
         return can_join(self.prefix, other.prefix)
 
     def join(self, other: DecodingRows) -> None:

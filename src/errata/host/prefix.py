@@ -144,7 +144,7 @@ def _by_column(name: str) -> bool:
 
 
 def _joined(name: str, parts: Sequence[Tensor | None], counts: Sequence[int], length: int) -> Tensor:
-    """Return a decision about the rows of several parts, ``[rows, ...]``; where a part has none, it is that of no entry.
+    """Return a decision about the rows of several parts, ``[rows, ...]``; of a part that has none, that of no entry.
 
     ``length``: of the rows, to which what is kept of their tokens is padded on the left.
     """

@@ -155,7 +155,7 @@ def continued(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> Framed:
     """Write a conversation of several turns, up to where the assistant's next turn begins.
 
     ``turns``: role and content of each, a system prompt first or not at all, the user's last. A single turn is written
-    as :func:`chat` writes it. Raises ConfigError where the tokenizer has no template, or the template refuses the turns.
+    as :func:`chat` writes it. Raises ConfigError where there is no template, or the template refuses the turns.
     """
     system = turns[0]["content"] if turns[0]["role"] == "system" else None
     opening, options = _conversation(tokenizer, turns[-1]["content"], system, None)

@@ -190,8 +190,8 @@ class TextHost(ModelHost):
     ) -> Tensor:  # fmt: skip
         """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only.
 
-        ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token. ``routes``: what was decided
-        about the rows, ``[rows, ...]``.
+        ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token. ``routes``: what was
+        decided about the rows, ``[rows, ...]``.
         """
         return self.run(self.as_pass(batch, at=(row, at), ends=ends, routes=routes or {})).logits
 

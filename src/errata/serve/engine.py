@@ -4,8 +4,8 @@ One thread owns the model. At each step it takes up rows that came in, reads the
 them to those under way, and runs one pass for the next token of all. Rows whose caches cannot be joined (windows of
 attention) are continued beside one another, one pass for each group.
 
-Rows that need edits merged into the weights, see :mod:`errata.serve.shelf`, are a lane of their own; lanes take turns of
-some steps each.
+Rows that need edits merged into the weights, see :mod:`errata.serve.shelf`, are a lane of their own; lanes take turns
+of some steps each.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Engine:
             self._changed.notify()
 
     def prepare(self, digests: Sequence[str]) -> Future[None]:
-        """Put edits in place between two steps, ahead of the first row that asks for them."""
+        """Put edits in place between two steps, ahead of the first row that asks for them, to stay there."""
         done: Future[None] = Future()
         with self._changed:
             if self._stopping:
@@ -135,9 +135,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._stopping or self._inbox or self._orders or self._lanes
-                )
+                self._changed.wait_for(lambda: self._stopping or self._inbox or self._orders or self._lanes)
                 if self._stopping:
                     break
                 orders, self._orders = self._orders, []
@@ -161,6 +159,7 @@ class Engine:
 
     def _prepare(self, digests: Sequence[str], done: Future[None]) -> None:
         try:
+            self._shelf.wanted = frozenset(digests)
             self._shelf.take(digests)
             self._shelf.give_back(digests)
             done.set_result(None)

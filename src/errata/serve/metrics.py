@@ -16,9 +16,15 @@ class Metrics:
             "errata_requests", "HTTP requests answered.", ["route", "status"], registry=self._registry
         )
         self.tokens = Counter("errata_generated_tokens", "Tokens generated.", registry=self._registry)
-        self.prompt_tokens = Counter("errata_prompt_tokens", "Tokens of prompts read.", registry=self._registry)
-        self.rows = Gauge("errata_rows", "Texts that are asked for and not answered yet.", registry=self._registry)
-        self.edits = Gauge("errata_edits_in_place", "Edits that the ledger has in place.", registry=self._registry)
+        self.prompt_tokens = Counter(
+            "errata_prompt_tokens", "Tokens of prompts read.", registry=self._registry
+        )
+        self.rows = Gauge(
+            "errata_rows", "Texts that are asked for and not answered yet.", registry=self._registry
+        )
+        self.edits = Gauge(
+            "errata_edits_in_place", "Edits that the ledger has in place.", registry=self._registry
+        )
         self.revisions = Counter(
             "errata_revisions", "Changes of what is in place while serving.", registry=self._registry
         )

@@ -20,7 +20,7 @@ from errata.host import passes, placed
 from errata.host.host import Host
 
 IDLE = 64
-"""Edits that stay in place although no row asks for them."""
+"""Other edits than those wanted that stay in place although no row asks for them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Shelf:
         self._edits: dict[str, Edit] = {}
         self._users: Counter[str] = Counter()
         self._merged: tuple[str, ...] = ()
+        self.wanted: frozenset[str] = frozenset()
+        """Digests of edits that stay in place whether rows ask for them or not."""
 
     def take(self, digests: Sequence[str]) -> Places:
         """Have some edits in place for a row until they are given back.
@@ -103,7 +105,9 @@ class Shelf:
                 edit.revert_(self.host)
             if not isinstance(edit, WeightEdit):
                 raise
-            edit.overridden_checks(self.host, foreign=self._foreign)  # another host's would be refused merged too
+            edit.overridden_checks(
+                self.host, foreign=self._foreign
+            )  # another host's would be refused merged too
             self._must_merge[digest] = edit
             return
         self._numbers[digest], self._edits[digest] = number, edit
@@ -116,7 +120,7 @@ class Shelf:
             self.host.run(self.host.as_pass(batch, last=1, routes={passes.SETS: torch.tensor([number])}))
 
     def _make_room(self) -> None:
-        idle = [digest for digest in self._numbers if not self._users[digest]]
+        idle = [one for one in self._numbers if not self._users[one] and one not in self.wanted]
         for digest in idle[: max(0, len(idle) - IDLE)]:
             self._take_off(digest)
 
