@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from errata.errors import ErrataError, shown
+from errata.errors import ErrataError, brief
 from errata.serve import completions, editing
 from errata.serve.asking import Gate
 from errata.serve.desk import Desk
@@ -88,9 +88,10 @@ async def _invalid(_: Any, error: Exception) -> Response:
     problems: list[str] = []
     fields: list[str] = []
     for one in error.errors()[:SHOWN]:
-        where = ".".join(str(part) for part in one["loc"] if part != "body")
+        where = ".".join(part for part in one["loc"] if isinstance(part, str) and part != "body")
         fields.append(where)
-        problems.append(shown(f"{where}: {one['msg']}" if where else one["msg"], 300).strip("'\""))
+        text = one["msg"].removeprefix("Value error, ")
+        problems.append(brief(f"{where}: {text}" if where else text, 300))
     param = fields[0] if fields and fields[0] else None
     return ApiError(400, "; ".join(problems), "invalid_body", param=param).response()
 

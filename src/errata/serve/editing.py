@@ -71,7 +71,7 @@ def _add_orders(router: APIRouter, desk: Desk) -> None:
             author=body.author, guard=body.guard, halve=body.halve, conflicts=body.conflicts,
         )  # fmt: skip
         document = recording_document(await asyncio.wrap_future(desk.make(facts, order)))
-        return JSONResponse({**document, "revision": desk.catalogue.revision}, _status(document["passed"]))
+        return _outcome(desk, document, passed=document["passed"])
 
     @router.post("/v1/edits/{name}/apply", response_model=None)
     async def apply(name: str, body: schemas.Applying) -> JSONResponse:
@@ -81,7 +81,7 @@ def _add_orders(router: APIRouter, desk: Desk) -> None:
             entry.method, reason=body.reason, author=body.author, guard=body.guard, conflicts=body.conflicts
         )
         document = attempt_document(await asyncio.wrap_future(desk.apply(entry.digest, order)))
-        return JSONResponse({**document, "revision": desk.catalogue.revision}, _status(document["applied"]))
+        return _outcome(desk, document, passed=document["applied"])
 
     @router.post("/v1/edits/{name}/revert", response_model=None)
     async def revert(name: str, body: schemas.Order) -> dict[str, Any]:
@@ -110,8 +110,13 @@ def _known(desk: Desk, after: str | None) -> str | None:
     return digest
 
 
-def _status(passed: bool) -> int:
-    return 200 if passed else 409
+def _outcome(desk: Desk, document: dict[str, Any], *, passed: bool) -> JSONResponse:
+    """Return what became of an order; a refusal by the guard is an error, with all that was measured beside it."""
+    document = {**document, "revision": desk.catalogue.revision}
+    if passed:
+        return JSONResponse(document)
+    message = "the guard refused what is out of its bounds; it is recorded, and not in place"
+    return ApiError(409, message, "guard_refused", more=document).response()
 
 
 def _model(name: str, edits: tuple[str, ...]) -> dict[str, Any]:
