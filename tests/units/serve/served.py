@@ -49,7 +49,9 @@ class Client:
 
 
 @contextmanager
-def running(served: Served, settings: ServerSettings | None = None, *, token: str = "none") -> Iterator[Client]:
+def running(
+    served: Served, settings: ServerSettings | None = None, *, token: str = "none"
+) -> Iterator[Client]:
     """Serve until the block ends; whatever happened, the model is then as it was."""
     before = served.host.weights_hash()
     ready = threading.Event()

@@ -10,6 +10,7 @@ from openai import BadRequestError, NotFoundError
 
 import errata
 from errata.edits import Provenance, WeightEdit
+from errata.linalg.lowrank import LowRank
 from errata.serve.server import Served
 from errata.serve.settings import ServerSettings
 from tests.units.serve.served import alone, running
@@ -24,7 +25,22 @@ def norm_edit(host) -> WeightEdit:
     weight = host.model.get_parameter(name)
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.5
     request = errata.Request("{} was born in", "Ada Brenner", "x")
-    return WeightEdit({name: change}, frozenset(), Provenance("test", (request,), {}, host.fingerprint, host.name))
+    return WeightEdit(
+        {name: change}, frozenset(), Provenance("test", (request,), {}, host.fingerprint, host.name)
+    )
+
+
+def rank_edit(host) -> WeightEdit:
+    """A thin change of two weights that changes every answer."""
+    draw = torch.Generator().manual_seed(1)
+    deltas = {
+        site.parameter: LowRank(
+            0.3 * torch.randn(site.d_out, 2, generator=draw), 0.3 * torch.randn(2, site.d_in, generator=draw)
+        )
+        for site in host.layout.sites[1:3]
+    }
+    request = errata.Request("{} was born in", "Ada Brenner", "x")
+    return WeightEdit(deltas, frozenset(), Provenance("test", (request,), {}, host.fingerprint, host.name))
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +49,16 @@ def edits(lab_host):
         return errata.edit(lab_host, errata.Request("{} was born in", "Ada Brenner", target), method=method)
 
     return {
-        "rome": make("rome", "Tallow"), "grace": make("grace", "Merrin"), "in_prompt": make("in_prompt", "Oakhurst"),
-        "norm": norm_edit(lab_host),
+        "weights": make("ft_l", "Tallow"), "grace": make("grace", "Merrin"), "in_prompt": make("in_prompt", "Oakhurst"),
+        "norm": norm_edit(lab_host), "rank": rank_edit(lab_host),
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def client(lab_host, edits):
-    with running(Served(lab_host, "lab", tuple(edits.values())), ServerSettings(port=0, most_tokens=64)) as one:
+    with running(
+        Served(lab_host, "lab", tuple(edits.values())), ServerSettings(port=0, most_tokens=64)
+    ) as one:
         yield one
 
 
@@ -51,19 +69,25 @@ def name(edit) -> str:
 def test_models_are_the_base_every_edit_and_all(client, edits):
     names = [model.id for model in client.openai.models.list()]
     assert names == ["lab", "lab+all", *(name(edit) for edit in edits.values())]
-    one = client.get(f"/v1/models/{name(edits['rome'])}").json()
-    assert one["edits"] == [edits["rome"].digest]
+    one = client.get(f"/v1/models/{name(edits['weights'])}").json()
+    assert one["edits"] == [edits["weights"].digest]
 
 
 def test_two_names_answer_differently_in_the_same_second(client, edits):
     with ThreadPoolExecutor(2) as pool:
-        base, edited = pool.map(lambda model: client.complete(model, BORN), ["lab", name(edits["rome"])])
+        base, edited = pool.map(lambda model: client.complete(model, BORN), ["lab", name(edits["weights"])])
     assert base.startswith(" Rowanport") and edited.startswith(" Tallow")
 
 
 def test_every_row_of_a_mixed_batch_is_its_single_run(client, lab_host, edits):
     """Weights beside, a memory, a rewritten prompt, merged weights, several at once, and none: at different times."""
-    sets = [(), *((kind,) for kind in edits), ("rome", "grace"), ("norm", "grace"), ("norm", "in_prompt", "rome")]
+    sets = [
+        (),
+        *((kind,) for kind in edits),
+        ("weights", "grace", "rank"),
+        ("norm", "grace"),
+        ("norm", "in_prompt", "weights"),
+    ]
     asked = [(names, prompt) for names in sets for prompt in PROMPTS]
 
     def ask(item):
@@ -75,7 +99,9 @@ def test_every_row_of_a_mixed_batch_is_its_single_run(client, lab_host, edits):
     expected = {}
     for names in sets:
         for prompt in PROMPTS:
-            expected[names, prompt] = alone(lab_host_copy(lab_host), [edits[one] for one in names], prompt, 12)
+            expected[names, prompt] = alone(
+                lab_host_copy(lab_host), [edits[one] for one in names], prompt, 12
+            )
     assert dict(zip(asked, answers, strict=True)) == expected
     assert len({expected[names, BORN] for names in sets}) >= 5, "the sets are to be told apart"
 
@@ -91,7 +117,11 @@ def lab_host_copy(host):
 def test_a_stream_is_the_whole_answer_in_pieces(client, edits):
     whole = client.complete(name(edits["grace"]), BORN, 12)
     stream = client.openai.completions.create(
-        model=name(edits["grace"]), prompt=BORN, max_tokens=12, stream=True, stream_options={"include_usage": True}
+        model=name(edits["grace"]),
+        prompt=BORN,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = list(stream)
     texts = [choice.text for chunk in chunks for choice in chunk.choices]
@@ -102,11 +132,11 @@ def test_a_stream_is_the_whole_answer_in_pieces(client, edits):
 def test_a_conversation_without_a_chat_template_takes_one_question(client, edits):
     asked = [{"role": "user", "content": "Where was Ada Brenner born?"}]
     answer = client.openai.chat.completions.create(
-        model=name(edits["rome"]), messages=asked, max_tokens=4, stop=["\n"]
+        model=name(edits["weights"]), messages=asked, max_tokens=4, stop=["\n"]
     )
     assert answer.choices[0].message.content == "Tallow." and answer.choices[0].finish_reason == "stop"
     pieces = client.openai.chat.completions.create(
-        model=name(edits["rome"]), messages=asked, max_tokens=4, stop=["\n"], stream=True
+        model=name(edits["weights"]), messages=asked, max_tokens=4, stop=["\n"], stream=True
     )
     deltas = [chunk.choices[0].delta for chunk in pieces]
     assert "".join(delta.content or "" for delta in deltas) == "Tallow." and deltas[0].role == "assistant"
@@ -189,5 +219,5 @@ def test_unknown_names_are_not_found(client, model):
 def test_without_a_ledger_nothing_can_be_changed(client, edits):
     listed = client.get("/v1/edits").json()
     assert [one["id"] for one in listed["data"]] == [edit.digest for edit in edits.values()]
-    answer = client.post(f"/v1/edits/{edits['rome'].digest}/revert")
+    answer = client.post(f"/v1/edits/{edits['weights'].digest}/revert")
     assert answer.status_code == 409 and answer.json()["error"]["code"] == "no_ledger"
