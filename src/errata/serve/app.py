@@ -54,8 +54,9 @@ def make_app(desk: Desk, engine: Engine, settings: ServerSettings) -> App:
     _add_health(app, desk, engine)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ErrataError, _foreseen)
-    app.add_exception_handler(ApiError, _foreseen)
+    app.add_exception_handler(ErrataError, _answer)
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(Exception, _answer)
     return Door(app, settings, engine.metrics)
 
 
@@ -102,5 +103,5 @@ async def _http(_: Any, error: Exception) -> Response:
     return ApiError(error.status_code, str(error.detail), code).response()
 
 
-async def _foreseen(_: Any, error: Exception) -> Response:
+async def _answer(_: Any, error: Exception) -> Response:
     return answer_to(error).response()

@@ -37,14 +37,15 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started = finished = False
         status = 0
 
         async def noting(message: Message) -> None:
-            nonlocal started, status
+            nonlocal started, finished, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -53,9 +54,10 @@ class Door:
                 body = await self._body(scope, receive)
                 await self.app(scope, _replay(body, receive), noting)
             except Exception as error:  # the last place where anything can be answered
-                if started:
-                    raise
-                await answer_to(error).response()(scope, receive, noting)
+                if not started:
+                    await answer_to(error).response()(scope, receive, noting)
+                elif not finished:  # the connection is closed then; else it was answered further in
+                    answer_to(error)
         finally:
             self.metrics.requests.labels(_route(scope), str(status)).inc()
 

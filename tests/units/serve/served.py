@@ -14,6 +14,7 @@ from openai import OpenAI
 from errata.edits import Edit
 from errata.host.host import Host
 from errata.ledger import folders
+from errata.ledger.guard import Guard
 from errata.ledger.settings import GuardSettings, LedgerSettings
 from errata.ledger.store import Ledger
 from errata.ledger.working import Working, describe
@@ -90,3 +91,18 @@ def alone(host: Host, edits: list[Edit], prompt: str, tokens: int = 8) -> str:
         for edit in edits:
             stack.enter_context(edit.on(host))
         return host.generate(prompt, max_new_tokens=tokens, natural_stop=False)
+
+
+def quick_guard(working: Working) -> Guard:
+    """Return a guard that asks two canaries and reads two texts, and needs no tables of what the model says."""
+    texts = ("Ada Brenner lives in Merrin.", "The capital of Arvania is Tallow.")
+    with working.showing(()):
+        guard = Guard(
+            working.host,
+            working.ledger.settings.guard,
+            texts,
+            ("Flora Zimley was",),
+            ("Flora Zimley was born in",),
+        )
+        guard.base_perplexity = guard.perplexity()
+    return guard

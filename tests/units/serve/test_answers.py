@@ -193,7 +193,8 @@ def test_several_prompts_in_one_request(client):
         ({"n": 2}, "n: not supported"), ({"logprobs": 3}, "logprobs: not supported"),
         ({"extra_body": {"tools": [{}]}}, "tools: not supported"), ({"echo": True}, "echo"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"), ({"max_tokens": 65}, "at most 64"),
-        ({"temperature": 3}, "temperature"), ({"prompt": [1, 2]}, "prompt"), ({"extra_body": {"strange": 1}}, "strange"),
+        ({"temperature": 3}, "temperature"), ({"prompt": [1, 2]}, "prompt"),
+        ({"extra_body": {"strange": 1}}, "strange"),
         ({"prompt": "word " * 600}, "longer than the model's window"), ({"stop": ""}, "stop"),
     ],
 )  # fmt: skip

@@ -10,8 +10,9 @@ import pytest
 
 import errata
 from errata.ledger import folders, reverting
+from errata.ledger.contents import facts_of, keep
 from errata.serve.settings import ServerSettings
-from tests.units.serve.served import new_ledger, running, with_ledger
+from tests.units.serve.served import new_ledger, quick_guard, running, with_ledger
 
 BORN = "Ada Brenner was born in"
 FACT = {"prompt": "{} was born in", "subject": "Ada Brenner", "target": "Tallow"}
@@ -27,8 +28,10 @@ def place(tmp_path_factory):
 def client(lab_host, place):
     ledger = new_ledger(place, lab_host)
     settings = ServerSettings(port=0, most_tokens=64, most_rows=8)
-    with running(with_ledger(lab_host, ledger), settings) as one:
-        yield one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("errata.ledger.recording.guard_of", quick_guard)
+        with running(with_ledger(lab_host, ledger), settings) as one:
+            yield one
 
 
 def make(client, fact, **more):
@@ -44,7 +47,9 @@ def test_an_edit_is_made_while_clients_stream(client):
     def ask() -> None:
         while not done.is_set():
             try:
-                stream = client.openai.completions.create(model="lab+all", prompt=BORN, max_tokens=8, stream=True)
+                stream = client.openai.completions.create(
+                    model="lab+all", prompt=BORN, max_tokens=8, stream=True
+                )
                 chunks = list(stream)
                 revisions = {chunk.errata["revision"] for chunk in chunks}
                 assert len(revisions) == 1, revisions
@@ -65,7 +70,9 @@ def test_an_edit_is_made_while_clients_stream(client):
     by_revision = {name: {text for other, text in answers if other == name} for name, _ in answers}
     assert set(by_revision) == {"base", revision}, "answers before and after the edit are to be seen"
     assert all(len(texts) == 1 for texts in by_revision.values()), by_revision
-    assert by_revision["base"].pop().startswith(" Rowanport") and by_revision[revision].pop().startswith(" Tallow")
+    assert by_revision["base"].pop().startswith(" Rowanport") and by_revision[revision].pop().startswith(
+        " Tallow"
+    )
 
 
 def test_what_was_made_is_listed_verified_reverted_and_applied_again(client):
@@ -99,7 +106,7 @@ def test_a_contradiction_is_a_conflict(client):
 
 def test_what_the_guard_refuses_is_recorded_and_not_in_place(client):
     before = client.get("/v1/edits").json()["revision"]
-    answer = client.post("/v1/edits", {"requests": [OTHER], "method": "ft", "settings": {"steps": 1, "lr": 1e-9}})
+    answer = client.post("/v1/edits", {"requests": [OTHER], "method": "ft", "settings": {"steps": 1}})
     document = answer.json()
     assert answer.status_code == 409 and document["error"]["code"] == "guard_refused"
     (attempt,) = document["attempts"]
@@ -143,13 +150,12 @@ def test_tags_are_names_of_models_and_other_processes_are_noticed(client, place)
     assert "errata_revisions_total" in client.get("/metrics").text
 
 
-def test_a_server_begins_with_what_the_ledger_has_in_place(lab_host, tmp_path):
-    ledger = new_ledger(tmp_path, lab_host)
-    from errata.ledger.contents import facts_of, keep
-
-    edit = errata.edit(lab_host, errata.Request(**FACT), method="in_prompt")
+def test_a_server_begins_with_what_the_ledger_has_in_place(tmp_path):
+    host = errata.load("lab", device="cpu")
+    ledger = new_ledger(tmp_path, host)
+    edit = errata.edit(host, errata.Request(**FACT), method="in_prompt")
     ledger.append("proposed", edit=edit.digest, body=facts_of(edit, keep(ledger, edit), ()))
     ledger.append("applied", edit=edit.digest)
-    with running(with_ledger(lab_host, ledger), ServerSettings(port=0)) as one:
+    with running(with_ledger(host, ledger), ServerSettings(port=0)) as one:
         assert edit.digest in one.server.engine.in_place
         assert one.complete("lab+all", BORN).startswith(" Tallow")
