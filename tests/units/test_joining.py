@@ -14,9 +14,14 @@ from tests.models import fresh
 from tests.units.test_edits import make as weights
 from tests.units.test_memory import make as memory
 
-PROMPTS = ["Ada Brenner was born in", "Bruno", "Esk was born in", "The capital of Arvania is Tallow. Merrin is"]
+PROMPTS = [
+    "Ada Brenner was born in",
+    "Bruno",
+    "Esk was born in",
+    "The capital of Arvania is Tallow. Merrin is",
+]
 FAMILIES = {
-    "llama": {}, "gpt2": {}, "opt": {}, "gemma2": {"sliding_window": 8, "max_position_embeddings": 128},
+    "llama": {}, "gpt2": {}, "gpt_neox": {}, "gemma2": {"sliding_window": 8, "max_position_embeddings": 128},
 }  # fmt: skip
 TOKENS = 7
 
@@ -37,7 +42,9 @@ class Batch:
         rows = [self.host.encode_framed(one) for one in framed]
         prefixes = decoding.run_prefixes(self.host, rows, placed.number_rows(sets))
         part = [list(names), decoding.DecodingRows(self.host, prefixes, range(len(rows)))]
-        self.new |= {name: [int(token)] for name, token in zip(names, prefixes.logits.argmax(-1), strict=True)}
+        self.new |= {
+            name: [int(token)] for name, token in zip(names, prefixes.logits.argmax(-1), strict=True)
+        }
         for other in self.parts:
             if other[1].can_join(part[1]):
                 other[0] += part[0]
@@ -94,7 +101,9 @@ def test_rows_that_join_later_are_as_alone(family, cached):
         batch = Batch(host)
         for first in range(0, len(asked), 5):  # a few more between any two steps
             some = asked[first : first + 5]
-            batch.join(some, [prompt for _, prompt in some], [[number[n] for n in names] for names, _ in some])
+            batch.join(
+                some, [prompt for _, prompt in some], [[number[n] for n in names] for names, _ in some]
+            )
             batch.step()
         while batch.parts:
             batch.step()
@@ -112,10 +121,14 @@ def test_windows_of_attention_are_not_joined_and_padding_of_all_rows_is_left_out
     assert not first.can_join(second)
     host = fresh("llama")
     long, short, more = (
-        decoding.DecodingRows(host, decoding.run_prefixes(host, [row]), [0]) for row in (rows[3], rows[1], rows[1])
+        decoding.DecodingRows(host, decoding.run_prefixes(host, [row]), [0])
+        for row in (rows[3], rows[1], rows[1])
     )
     long.join(short)
-    assert long.prefix.length == len(rows[3]) and long.prefix.mask.sum(1).tolist() == [len(rows[3]), len(rows[1])]
+    assert long.prefix.length == len(rows[3]) and long.prefix.mask.sum(1).tolist() == [
+        len(rows[3]),
+        len(rows[1]),
+    ]
     with torch.no_grad():
         long.step([1], [5])  # the long row leaves
     long.join(more)
