@@ -744,7 +744,7 @@ def requests(host: Host, share: float) -> list[Figure]:
                 one.sendall(b"POST /v1/edits HTTP/1.1\r\nHost: a\r\nX-Slow: ")
             for _ in range(count):
                 connection = http.client.HTTPConnection(address, int(port), timeout=60)
-                token = draw.choice((None, "", "x", READER, READER[:-1], WRITER[:-1]))
+                token = draw.choice((None, "", "x", *[READER] * 8, READER[:-1], WRITER[:-1]))
                 method = draw.choice(
                     ("GET", "POST", "POST", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")
                 )

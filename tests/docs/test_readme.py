@@ -20,7 +20,7 @@ from errata.methods._method import Workspace
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLOW = ("errata lab check", "errata lab train")
-SERVED = ("errata judge", "errata serve")
+SERVED = ("errata judge", "errata serve", "errata ui")
 """Need a server or are one: tests/units/test_judge.py and tests/units/serve bring them."""
 
 

@@ -83,7 +83,7 @@ def test_every_verb_takes_json(name):
         ("retract", {"--force"}), ("data export", {"--force"}), ("methods", set()), ("bench", set()),
         ("report", set()), ("judge", set()), ("data list", set()), ("data check", set()), ("data show", set()),
         ("data fetch", set()), ("export", {"--device", "--dtype", "--force"}),
-        ("serve", {"--device", "--dtype"}),
+        ("serve", {"--device", "--dtype"}), ("ui", {"--device", "--dtype"}),
     ],
 )  # fmt: skip
 def test_which_verbs_take_the_common_options(name, more):

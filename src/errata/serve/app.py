@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from errata.errors import ErrataError, brief
-from errata.serve import completions, editing
+from errata.serve import completions, editing, ui
 from errata.serve.asking import Gate
 from errata.serve.desk import Desk
 from errata.serve.door import App, Door
@@ -48,9 +48,11 @@ def make_app(desk: Desk, engine: Engine, settings: ServerSettings) -> App:
         await run_in_threadpool(engine.stop)
 
     # no pages of documentation: they would load scripts from elsewhere
-    app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=life)
+    app = FastAPI(title="errata", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=life)
     app.include_router(completions.routes(desk, Gate(engine, settings)))
     app.include_router(editing.routes(desk))
+    if settings.page:
+        app.include_router(ui.routes(settings.runs))
     _add_health(app, desk, engine)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

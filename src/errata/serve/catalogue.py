@@ -9,6 +9,7 @@ from typing import Any
 from errata.edits import Edit
 from errata.errors import ErrataError, shown
 from errata.ledger.events import SHORT
+from errata.ledger.settings import LEAST, MOST
 from errata.ledger.state import SHORTEST, State, revision
 from errata.ledger.store import Ledger
 
@@ -44,6 +45,7 @@ class Entry:
             "requests": [dict(one) for one in self.requests], "created": self.created, "author": self.author,
             "reason": self.reason, "source": self.source,
             "measured": None if self.measured is None else dict(self.measured),
+            "report": guard_report(self.measured or {}),
         }  # fmt: skip
 
 
@@ -139,6 +141,28 @@ class Catalogue:
         if len(found) != 1:
             raise UnknownModel(f"{shown(name, 80)} is no edit's id; GET /v1/edits lists them")
         return self.entries[found[0]]
+
+
+def guard_report(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a guard measured as lines to read: what, value, bound, and whether it was kept.
+
+    ``body``: a verdict as plain data, with ``measured`` and ``bounds``.
+    """
+    measured, bounds = body.get("measured", {}), body.get("bounds", {})
+    lines: list[dict[str, Any]] = []
+    for names, word in ((LEAST, "at least"), (MOST, "at most")):
+        for name, what in names.items():
+            value = measured.get(name)
+            if value is None:
+                continue
+            bound = bounds[name]
+            number = isinstance(value, (int, float))  # what is not finite is recorded as text
+            passed = number and (value >= bound if names is LEAST else value <= bound)
+            shown_value = f"{value:.4g}" if number else str(value)
+            lines.append(
+                {"what": what, "value": shown_value, "word": word, "bound": f"{bound:.4g}", "passed": passed}
+            )
+    return lines
 
 
 def _entries(state: State) -> dict[str, Entry]:

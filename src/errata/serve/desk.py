@@ -23,7 +23,7 @@ from errata.ledger.recording import Attempt, Order, Recording, apply_again, reco
 from errata.ledger.store import Ledger
 from errata.ledger.working import Working
 from errata.methods import REGISTRY
-from errata.serve.catalogue import Catalogue
+from errata.serve.catalogue import Catalogue, guard_report
 from errata.serve.engine import Engine
 from errata.serve.errors import ApiError
 from errata.serve.metrics import Metrics
@@ -123,7 +123,8 @@ class Desk:
 
         def work(ledger: Ledger) -> dict[str, Any]:
             verdict = verify(self._ready(ledger), name, reason=reason, author=author)
-            return {} if verdict is None else verdict.to_dict()
+            body = {} if verdict is None else verdict.to_dict()
+            return {**body, "report": guard_report(body)}
 
         return self.order(work)
 
@@ -173,7 +174,7 @@ def attempt_document(attempt: Attempt) -> dict[str, Any]:
     verdict = {} if attempt.verdict is None else attempt.verdict.to_dict()
     return {
         "id": attempt.edit, "applied": attempt.applied, "replaces": list(attempt.replaced),
-        "requests": [request_dict(one) for one in attempt.requests], **verdict,
+        "requests": [request_dict(one) for one in attempt.requests], **verdict, "report": guard_report(verdict),
     }  # fmt: skip
 
 

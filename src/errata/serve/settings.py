@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from errata.errors import ConfigError
 from errata.serve.tokens import Tokens, check_address
@@ -32,6 +33,8 @@ class ServerSettings:
     """Open connections."""
     page: bool = False
     """Whether the page is served."""
+    runs: tuple[Path, ...] = ()
+    """Folders of runs whose boards the page shows."""
 
     def __post_init__(self) -> None:
         check_address(self.host, self.tokens)
