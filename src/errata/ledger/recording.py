@@ -163,6 +163,8 @@ def apply_again(working: Working, name: str, order: Order) -> Attempt:
     if giving_way:
         make_way(working, giving_way, order)
     working.show(ledger.state().active)
+    # why it was made still holds, where nothing new is said
+    order = replace(order, reason=order.reason or one.event.reason, source=order.source or one.event.source)
     edit = working.edit(one.digest)
     return Recorder(working, order, guard).apply(edit, edit.provenance.requests, one.facts)  # type: ignore[arg-type]
 

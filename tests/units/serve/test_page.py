@@ -18,8 +18,8 @@ from tests.units.serve.served import running
 
 RECIPE = """
 models: [lab]
-methods: [in_prompt]
-datasets: [{source: "lab:2"}]
+runs:
+  - {methods: [in_prompt], datasets: ["lab:1"], schedule: single}
 """
 
 
@@ -53,7 +53,15 @@ def test_the_page_is_whole_and_may_run_only_itself(client):
 
 def test_data_never_becomes_markup():
     script = ui.page()[0].partition("<script>")[2]
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "Function("):
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "DOMParser",
+        "Function(",
+    ):
         assert word not in script
 
 
@@ -70,7 +78,9 @@ def test_every_field_has_a_label():
 def test_the_board_of_a_run_and_the_methods_are_told(client):
     (section,) = client.get("/v1/board").json()["sections"]
     table = section["tables"][0]
-    assert len(table["columns"]) == len(table["rows"][0]) and any("in_prompt" in row[0] for row in table["rows"])
+    assert len(table["columns"]) == len(table["rows"][0]) and any(
+        "in_prompt" in row[0] for row in table["rows"]
+    )
     methods = client.get("/v1/methods").json()
     names = [one["name"] for one in methods["data"]]
     assert methods["usual"] in names and "grace" in names and "rewrite" not in names
