@@ -10,6 +10,7 @@ Exit code 1 if one does not. Kills and full disks need a POSIX system.
 from __future__ import annotations
 
 import argparse
+import http.client
 import io
 import json
 import os
@@ -18,16 +19,21 @@ import random
 import re
 import resource
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -42,6 +48,7 @@ from errata.ledger.contents import facts_of, keep, load_edit
 from errata.ledger.guard import Measurement, judge
 from errata.ledger.settings import Bounds, LedgerSettings
 from errata.ledger.state import check_tag
+from errata.ledger.state import revision as revision_of
 from errata.ledger.store import DATABASE, Ledger
 from errata.ledger.working import Working, describe
 from errata.linalg.lowrank import LowRank
@@ -85,7 +92,8 @@ def main() -> int:
     host = errata.load("lab")
     figures: list[Figure] = []
     for measure in (kills, full_disks, damaged, wrong_models, not_finite, sequences, conflicts, writers, texts,
-                    names, pickles, hub_code, unwritable, parity, export_kills, tampered):  # fmt: skip
+                    names, pickles, hub_code, unwritable, parity, export_kills, tampered, hot_edits,
+                    requests):  # fmt: skip
         begin = time.perf_counter()
         figures += measure(host, share)
         print(f"{measure.__name__}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
@@ -230,8 +238,6 @@ def _reverted(ledger: Ledger, digest: str) -> bool:
 
 def writers(host: Host, share: float) -> list[Figure]:
     """Append from several threads and ledger objects at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
     count = max(25, round(1000 * share))
     with tempfile.TemporaryDirectory() as place:
         folders.create(place, LedgerSettings(), MODEL)
@@ -632,6 +638,201 @@ def export_kills(host: Host, share: float) -> list[Figure]:
 def tampered(host: Host, share: float) -> list[Figure]:
     """Change exported adapters, and offer them to other models."""
     return [Figure(*one) for one in exports.tampered(share)]
+
+
+# --- 12, 17: the server ---------------------------------------------------------------------
+
+
+@contextmanager
+def serving(host: Host, ledger: Ledger, **settings: Any) -> Iterator[Any]:
+    """Serve a ledger on this machine in a thread."""
+    from errata.serve.server import Served, Server
+    from errata.serve.settings import ServerSettings
+
+    ready = threading.Event()
+    server = Server(
+        Served(host, "lab", ledger=ledger), ServerSettings(port=0, **settings), on_ready=lambda _: ready.set()
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        if not ready.wait(120):
+            raise RuntimeError("the server did not start")
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def loud_edit(host: Host, number: int) -> WeightEdit:
+    """Return a random edit that changes answers."""
+    edit = some_edit(host, number)
+    deltas = {name: LowRank(30 * delta.B, delta.A) for name, delta in edit.deltas.items()}
+    return replace(edit, deltas=deltas)
+
+
+def hot_edits(host: Host, share: float) -> list[Figure]:
+    """Apply and revert an edit while 32 clients stream; each answer must be that of the revision it names."""
+    from openai import OpenAI
+
+    clients, turns = max(8, round(32 * min(1.0, 5 * share))), max(2, round(20 * share))
+    prompts = ("Ada Brenner was born in", "Boris Sorwick plays the", "The capital of")
+    answers: list[tuple[str, str, str]] = []
+    failed = 0
+    done = threading.Event()
+    with tempfile.TemporaryDirectory() as place:
+        ledger = folders.create(place, LedgerSettings(), describe(host, host.name))
+        edits = [loud_edit(host, number) for number in range(2)]
+        with serving(host, ledger) as server:
+            client = OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=300)
+
+            def ask(number: int) -> None:
+                nonlocal failed
+                prompt = prompts[number % len(prompts)]
+                while not done.is_set():
+                    try:
+                        stream = client.completions.create(
+                            model="lab+all", prompt=prompt, max_tokens=8, stream=True
+                        )
+                        chunks = [(one.errata["revision"], one.choices[0].text) for one in stream]
+                        (revision,) = {revision for revision, _ in chunks}
+                        answers.append((revision, prompt, "".join(text for _, text in chunks)))
+                    except Exception:  # whatever it is, a client has no answer
+                        failed += 1
+                        return
+
+            with ThreadPoolExecutor(clients) as pool:
+                running = [pool.submit(ask, number) for number in range(clients)]
+                time.sleep(1)
+                for turn in range(turns):
+                    edit = edits[turn // 2 % 2]
+                    if turn < 2 * len(edits) and turn % 2 == 0:
+                        server.desk.order(lambda own, edit=edit: add(own, edit)).result()
+                    elif turn % 2 == 0:
+                        server.desk.order(
+                            lambda own, edit=edit: own.append("applied", edit=edit.digest)
+                        ).result()
+                    else:
+                        server.desk.revert(edit.digest, reason="", author="").result()
+                    time.sleep(1)
+                done.set()
+                for one in running:
+                    one.result()
+        told: dict[tuple[str, str], str] = {}
+        for edit in (None, *edits):
+            with edit.on(host) if edit else nullcontext():
+                for prompt in prompts:
+                    text = host.generate(prompt, max_new_tokens=8, natural_stop=False)
+                    told[revision_of([edit.digest] if edit else []), prompt] = text
+        wrong = sum(told[revision, prompt] != text for revision, prompt, text in answers)
+        seen = len({revision for revision, _, _ in answers})
+    name = f"{clients} clients, edits applied and reverted"
+    note = f"{turns} changes, answers of {seen} revisions"
+    return [
+        Figure(name, len(answers) + failed, "requests failed", failed, note=note),
+        Figure(name, len(answers), "answers that are not of the revision they name", wrong),
+        Figure(name, 1, "runs in which one revision alone was seen", int(seen < 2)),
+    ]
+
+
+READER, WRITER = "reader-" + "0" * 16, "writer-" + "0" * 16
+BODIES: tuple[Any, ...] = (
+    {"model": "lab", "prompt": "Ada", "max_tokens": 1}, {"model": "lab+all", "prompt": ["a", ""], "max_tokens": 1},
+    {"model": "lab", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 1, "stream": True},
+    {"requests": [{"prompt": "{} is", "subject": "Ada", "target": "x"}], "method": "in_prompt"}, {}, {"reason": "x"},
+)  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 10**30, 1e308, float("nan"), "", "x" * 3000, "../../etc/passwd", "\ud800", "\0", [], [[]], {},
+    {"a": {}}, "lab+" + "f" * 300, ["lab"] * 200, "lab+..",
+)  # fmt: skip
+
+
+def requests(host: Host, share: float) -> list[Figure]:
+    """Send requests with no or wrong tokens, hostile bodies, wrong paths and methods, and heads that never end."""
+    from errata.serve.tokens import Tokens, digest
+
+    count, draw = max(200, round(10_000 * share)), random.Random(7)
+    statuses: Counter[int] = Counter()
+    allowed = 0
+    with tempfile.TemporaryDirectory() as place:
+        ledger = folders.create(place, LedgerSettings(), describe(host, host.name))
+        tokens = Tokens((digest(READER),), (digest(WRITER),))
+        with serving(
+            host, ledger, tokens=tokens, most_body=100_000, most_tokens=4, read_timeout=1.0
+        ) as server:
+            address, port = server.address.removeprefix("http://").split(":")
+            slow = [socket.create_connection((address, int(port))) for _ in range(max(4, round(100 * share)))]
+            for one in slow:
+                one.sendall(b"POST /v1/edits HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+            for _ in range(count):
+                connection = http.client.HTTPConnection(address, int(port), timeout=60)
+                token = draw.choice((None, "", "x", *[READER] * 8, READER[:-1], WRITER[:-1]))
+                method = draw.choice(
+                    ("GET", "POST", "POST", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")
+                )
+                path = _some_path(draw)
+                with suppress(ConnectionError, http.client.HTTPException):  # closed early: a refusal too
+                    connection.request(method, path, _some_body(draw), _some_headers(draw, token))
+                    status = connection.getresponse().status
+                    statuses[status] += 1
+                    writes = method not in ("GET", "HEAD", "OPTIONS") and not path.startswith(ANSWERING)
+                    allowed += writes and status < 400
+                connection.close()
+            with suppress(OSError):
+                for one in slow:
+                    one.sendall(b"more")
+            alive = server.engine.alive and bool(statuses)
+            for one in slow:
+                one.close()
+        changed = [event.kind for event in folders.find(place).events()] != ["created"]
+    failures = sum(number for status, number in statuses.items() if status >= 500)
+    note = ", ".join(f"{status}: {number}" for status, number in sorted(statuses.items()))
+    return [
+        Figure("hostile requests", count, "answered with 5xx", failures, note=note),
+        Figure("hostile requests", count, "writes without a writer's token", allowed + changed),
+        Figure("hostile requests", 1, "servers dead afterwards", int(not alive)),
+    ]
+
+
+ANSWERING = ("/v1/completions", "/v1/chat/completions")
+PATHS = (
+    *ANSWERING, "/v1/models", "/v1/models/lab", "/v1/edits", "/v1/edits/abcd", "/v1/edits/abcd/apply",
+    "/v1/edits/abcd/revert", "/v1/edits/abcd/verify", "/v1/log", "/health", "/metrics", "/openapi.json", "/",
+    "/v1/models/../../etc/passwd", "/v1/edits/%2e%2e%2f", "/v1/edits/%00", "/%ff", "//", "/v1/edits/abcd/apply/",
+)  # fmt: skip
+
+
+def _some_path(draw: random.Random) -> str:
+    path = draw.choice(PATHS)
+    return (
+        path if draw.random() < 0.9 else path + draw.choice(("?a=1", "/x", "%20", "/" + "y" * 2000, ";", "#"))
+    )
+
+
+def _some_body(draw: random.Random) -> bytes:
+    kind = draw.random()
+    if kind < 0.05:
+        return draw.randbytes(draw.randrange(200))
+    if kind < 0.08:
+        return b"x" * 150_000
+    if kind < 0.1:
+        return draw.choice((b"[" * 50_000, b'{"a":' * 9000, b"", b"{", b"1" * 5000, b"\xff", b"null"))
+    body = dict(draw.choice(BODIES))
+    for _ in range(draw.randrange(3)):
+        name = draw.choice((*body, "stop", "edits", "temperature", "n", "stream", "prompt", "settings", "x"))
+        body[name] = draw.choice(VALUES)
+    return json.dumps(body).encode()
+
+
+def _some_headers(draw: random.Random, token: str | None) -> dict[str, str]:
+    headers = {"Content-Type": draw.choice(("application/json",) * 9 + ("text/plain",))}
+    if token is not None:
+        headers["Authorization"] = draw.choice(("Bearer ",) * 9 + ("Basic ", "Bearer")) + token
+    if draw.random() < 0.05:
+        headers[draw.choice(("Origin", "X-Forwarded-For", "Expect", "Cookie", "Range"))] = (
+            "https://evil.example"
+        )
+    return headers
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROWS: dict[str, int] = {
     "methods": 4,
     "bench": 5, "lab": 5, "job": 5, "loading": 5, "ledger": 5,
     "api": 6, "report": 6,
-    "cli": 7,
+    "cli": 7, "serve": 7,
 }  # fmt: skip
 
 ALONE_IN_ROW_ONE = {"host", "linalg", "data", "evaluation.metrics"}

@@ -20,8 +20,8 @@ from errata.methods._method import Workspace
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SLOW = ("errata lab check", "errata lab train")
-SERVED = ("errata judge",)
-"""Needs a server: tests/units/test_judge.py brings one."""
+SERVED = ("errata judge", "errata serve", "errata ui", "errata push")
+"""Need a server or are one: tests/units/test_judge.py and tests/units/serve bring them."""
 
 
 def blocks(language: str) -> list[str]:

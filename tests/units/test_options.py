@@ -85,6 +85,7 @@ def test_every_verb_takes_json(name):
         ("data fetch", set()), ("export", {"--device", "--dtype", "--force"}),
         ("import", {"--device", "--dtype", "--force"}), ("push hub", set()), ("push vllm", set()),
         ("push remove", set()),
+        ("serve", {"--device", "--dtype"}), ("ui", {"--device", "--dtype"}),
     ],
 )  # fmt: skip
 def test_which_verbs_take_the_common_options(name, more):

@@ -240,8 +240,12 @@ class _OtherModel:
         index = (ids != PADDING).cumsum(1) - 1  # [rows, columns]: of each token in its own text
         at = torch.tensor([max(0, int(index[row, one]) + inserted[row]) for row, one in places])
         line = torch.tensor([used.index(row) for row, _ in places])
+        sets = routing.decided.get(
+            passes.SETS
+        )  # with factors the other model is the host, whose weights have edits
+        own = {} if sets is None else {passes.SETS: sets[torch.tensor(used)]}
         with self.edit.acting(self.other):
-            answers = self.other.forward_at(self.other.batch(texts), line, at)
+            answers = self.other.forward_at(self.other.batch(texts), line, at, routes=own)
         return logits.index_put((chosen.to(logits.device),), answers.to(logits))
 
     def _behind(self, entries: list[int], row: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -273,13 +277,18 @@ class _OtherModel:
         for row in _numbers((ends >= 0).nonzero()[:, 0]):
             prompt = ids[row, : reading.before + int(ends[row]) + 1]
             own = _numbers(prompt[prompt != PADDING])
-            text = self.host.tokenizer.decode(own, skip_special_tokens=True)
-            asked = question(self.host, self.edit.router, text, own, self.edit.module)
-            if self.edit.count == 1:
-                decisions[row, 0] = int(self.edit.router.decide(asked))
-                continue
-            scores = self.edit.router.scores(asked)[0].cpu()
-            best = scores.topk(min(self.edit.count, len(scores)))
-            found = best.indices[best.values > 0]
+            sets = routing.decided.get(passes.SETS)
+            with passes.belonging([] if sets is None else _numbers(sets[row].reshape(-1))):
+                found = self._entries_of(own)
             decisions[row, : len(found)] = found
         return decisions
+
+    def _entries_of(self, row: Sequence[int]) -> Tensor:
+        """Return the entries that act on a row of ids, the best first, int64 ``[n]``."""
+        text = self.host.tokenizer.decode(list(row), skip_special_tokens=True)
+        asked = question(self.host, self.edit.router, text, row, self.edit.module)
+        if self.edit.count == 1:
+            return torch.tensor([int(self.edit.router.decide(asked))])
+        scores = self.edit.router.scores(asked)[0].cpu()
+        best = scores.topk(min(self.edit.count, len(scores)))
+        return best.indices[best.values > 0]

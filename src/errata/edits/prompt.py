@@ -143,11 +143,12 @@ class PromptEdit(RuntimeEdit):
         reader = host if isinstance(host, Host) else None
 
         @lru_cache(maxsize=REMEMBERED)
-        def rewrite_on(prompt: str, _: tuple[str, ...]) -> str:
+        def rewrite_on(prompt: str, *_: tuple[str, ...] | tuple[int, ...]) -> str:
             return self.rewrite(prompt, reader)
 
         def rewrite(prompt: str) -> str:
-            return rewrite_on(prompt, host.placed)  # what the router reads depends on the weights' edits
+            # what the router reads depends on the weights' edits, and on those of the row's sets
+            return rewrite_on(prompt, host.placed, passes.membership())
 
         placed.add_rewriter(host.model, placed.Rewriter(self.digest, self.order, rewrite, number))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from errata.host import locking
 from errata.host.generation_settings import end_tokens
 from errata.host.passes import SETS
-from errata.host.prefix import Prefix, PrefixRunner, align
+from errata.host.prefix import Prefix, PrefixRunner, align, can_join, join
 from errata.host.stopping import Stop, is_complete
 from errata.host.text import TextHost
 from errata.host.tokens import Batch
@@ -128,7 +128,7 @@ def _generate(
     ends = end_tokens(host)
     new: list[list[int]] = [[] for _ in prefixes.rows]
     alive = [i for i, limit in enumerate(limits) if limit > 0]
-    decoding = _DecodingRows(host, prefixes, alive)
+    decoding = DecodingRows(host, prefixes, alive)
     logits = prefixes.logits[torch.tensor(alive, dtype=torch.long).to(prefixes.logits.device)]
     while alive:
         next_tokens = choose(logits, alive)
@@ -146,10 +146,11 @@ def _generate(
     return new
 
 
-class _DecodingRows:
-    """Rows that are being continued, with what has been computed of them."""
+class DecodingRows:
+    """Rows that are being continued, with what has been computed of them; others may join them between two tokens."""
 
     def __init__(self, host: TextHost, prefixes: Prefixes, rows: Sequence[int]) -> None:
+        """Take some of the rows that were run, by their indices."""
         self.host, self.runner = host, PrefixRunner(host)
         self.texts = [prefixes.rows[i] for i in rows]
         self.length = prefixes.prefix.length
@@ -159,6 +160,20 @@ class _DecodingRows:
         if rows:
             fewer = len(rows) < len(prefixes)
             self.prefix = self.prefix.select(torch.tensor(rows)) if fewer else self.prefix.copy()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def can_join(self, other: DecodingRows) -> bool:
+        """Whether another batch's rows can be continued together with these; :func:`errata.host.prefix.can_join`."""
+        return can_join(self.prefix, other.prefix)
+
+    def join(self, other: DecodingRows) -> None:
+        """Continue another batch's rows together with these, behind them in order; the other is used up."""
+        self.texts = [*self.texts, *other.texts]
+        self.ends = torch.cat([self.ends, other.ends])
+        self.prefix = join(self.prefix, other.prefix)
+        self.length = self.prefix.length
 
     def step(self, going: Sequence[int], next_tokens: Sequence[int]) -> Tensor:
         """Append a token to each row that goes on; logits after it ``[rows going, vocab]``."""

@@ -54,13 +54,19 @@ def end_tokens(host: TextHost) -> frozenset[int]:
     return frozenset(int(token) for token in (*ids, own) if token is not None)
 
 
-def is_plain(host: TextHost) -> bool:
-    """Whether the model's generation settings leave greedy text as it is: each time the most probable token."""
+def departures(host: TextHost) -> dict[str, Any]:
+    """Return the model's generation settings that may change greedy text: each time the most probable token."""
     config = getattr(host.model, "generation_config", None)
+    found: dict[str, Any] = {}
     for name, default in plain_values().items():
         value = getattr(config, name, None)
         if (
             value is not None and value != default and (value or default)
         ):  # 0, False and [] are off where None is
-            return False
-    return True
+            found[name] = value
+    return found
+
+
+def is_plain(host: TextHost) -> bool:
+    """Whether the model's generation settings leave greedy text as it is."""
+    return not departures(host)

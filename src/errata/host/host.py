@@ -61,23 +61,24 @@ class Host(TextHost):
 
     def generate(
         self, prompt: str | Sequence[str], *, max_new_tokens: int = 32, natural_stop: bool = True,
-        sets: Sequence[str | None] | None = None,
+        sets: Sequence[str | Sequence[str] | None] | None = None,
     ):  # fmt: skip
         """Continue one prompt, or each of several, greedily; return the new text only.
 
         Prompts are formatted by :attr:`prompt_format`. Stops at the end token, and unless ``natural_stop`` is
         off also at a line break or shortly after the first sentence; behind an answer cue at a line break, in
         a conversation at its end token only. A thinking block that was closed is left out. ``sets``: the edit
-        set of each prompt, None for the edits of all rows alone. Raises ConfigError for a set that no edit was
-        placed for.
+        set of each prompt, or several, None for the edits of all rows alone. Raises ConfigError for a set that no
+        edit was placed for.
         """
         one = isinstance(prompt, str)
         questions = [prompt] if one else list(prompt)
         member = None if sets is None else placed.numbers(self.model, sets)
-        framed = [
-            self.frame(text, number=None if member is None else int(member[i]))
-            for i, text in enumerate(questions)
-        ]
+        framed: list[prompts.Framed] = []
+        for i, text in enumerate(questions):
+            own = () if member is None else [number for number in member[i].tolist() if number]
+            with passes.belonging(own):
+                framed.append(self.frame(text, number=own))
         stops: dict[bool, list[int]] = {}
         for i, form in enumerate(framed):
             stops.setdefault(form.special, []).append(i)

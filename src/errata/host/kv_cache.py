@@ -37,6 +37,29 @@ class GrowingCache:
                 layer.batch_select_indices(rows.to(layer.keys.device))
         return GrowingCache(cache)
 
+    def join(self, other: GrowingCache) -> GrowingCache:
+        """Return the rows of both, padded on the left to one length; see :attr:`joinable`. Both stay as they are."""
+        length = max(one.cache.get_seq_length() for one in (self, other))
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer, own, new in zip(cache.layers, self.cache.layers, other.cache.layers, strict=True):
+            layer.keys = torch.cat([_lengthened(one.keys, length) for one in (own, new)])
+            layer.values = torch.cat([_lengthened(one.values, length) for one in (own, new)])
+        return GrowingCache(cache)
+
+    def without_first(self, columns: int) -> GrowingCache:
+        """Return the same without its first columns, which no row reads; see :attr:`joinable`."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
+        return GrowingCache(cache)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether it is one tensor of keys and one of values for each block, with a column for every token."""
+        return all(type(layer) is DynamicLayer and layer.is_initialized for layer in self.cache.layers)
+
     @property
     def selectable(self) -> bool:
         """Whether rows can be taken out of it."""
@@ -123,6 +146,11 @@ class FixedLayer(DynamicLayer):
 def as_cache(layers: Sequence[FixedLayer]) -> Cache:
     """Return layers as a model takes them."""
     return Cache(layers=list(layers))
+
+
+def _lengthened(tensor: Tensor, length: int) -> Tensor:
+    """Put zeros before the columns of keys or values ``[rows, heads, columns, head]`` up to a length."""
+    return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[2], 0))
 
 
 def append_zeros(tensor: Tensor) -> Tensor:

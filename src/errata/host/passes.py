@@ -7,7 +7,7 @@ hooks, caches and edits in place act on what is run here and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import local
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from errata.host import hooks
 
 SETS = "sets"
-"""Name under which routes hold the number of the edit set that each row belongs to; see :mod:`errata.host.placed`."""
+"""Name under which routes hold the numbers of the edit sets that each row belongs to: one ``[rows]`` or several
+``[rows, k]``, 0 for none; see :mod:`errata.host.placed`."""
 Places = tuple[Tensor, Tensor]
 """Row and column of tokens, int64 ``[n]`` each."""
 
@@ -159,7 +160,9 @@ class Routing:
         if number is None:
             return None
         sets = self.decided.get(SETS)
-        return torch.zeros(rows, dtype=torch.bool) if sets is None else sets == number
+        if sets is None:
+            return torch.zeros(rows, dtype=torch.bool)
+        return (sets == number).reshape(rows, -1).any(1)
 
     def decision(self, digest: str, decide: Callable[[], Tensor]) -> Tensor:
         """Return what was decided for an edit, ``[rows, ...]``, or decide now."""
@@ -173,12 +176,13 @@ Substituting = Callable[[Pass, Tensor, Routing], Tensor]
 
 
 class _Running(local):
-    """The routing of the pass that each thread is in, whether it came to the model past its host, and whether
-    interventions are to leave it alone."""
+    """The routing of the pass that each thread is in, whether it came to the model past its host, whether interventions
+    are to leave it alone, and the edit sets of rows that name none."""
 
     routing: Routing | None = None
     direct: bool = False
     plain: bool = False
+    sets: tuple[int, ...] = ()
 
 
 _RUNNING = _Running()
@@ -214,6 +218,32 @@ def without_interventions() -> Iterator[None]:
         _RUNNING.plain = before
 
 
+@contextmanager
+def belonging(sets: Sequence[int]) -> Iterator[None]:
+    """Have rows of passes in the block that name no edit set belong to these, by number.
+
+    For what is asked of a model on behalf of such a row: what a router reads, what is written before a prompt.
+    """
+    before, _RUNNING.sets = _RUNNING.sets, tuple(sets)
+    try:
+        yield
+    finally:
+        _RUNNING.sets = before
+
+
+def membership() -> tuple[int, ...]:
+    """Return the numbers of the edit sets that rows belong to which name none."""
+    return _RUNNING.sets
+
+
+def _with_sets(routes: Mapping[str, Tensor] | None, rows: int) -> Mapping[str, Tensor]:
+    """Return decisions about rows with the sets that they belong to."""
+    routes = routes or {}
+    if SETS in routes or not _RUNNING.sets:
+        return routes
+    return {**routes, SETS: torch.tensor(_RUNNING.sets).expand(rows, -1)}
+
+
 def enter(current: Routing) -> None:
     """Begin a pass that came to the model past its host."""
     _RUNNING.routing, _RUNNING.direct = current, True
@@ -236,7 +266,8 @@ def _routing(request: Pass) -> Routing | None:
     if request.ids is None or request.mask is None or request.source is not None:
         return None
     prefix = request.mask.shape[1] - request.ids.shape[1]
-    return Routing(request.ends, request.mask, prefix=prefix, ids=request.ids, decided=request.routes)
+    decided = _with_sets(request.routes, len(request.ids))
+    return Routing(request.ends, request.mask, prefix=prefix, ids=request.ids, decided=decided)
 
 
 def arguments(model: nn.Module) -> frozenset[str]:
@@ -301,5 +332,6 @@ def generate(
     # what routers read of a prompt; the loop repeats each row for its beams
     ids, mask = (inputs[name].repeat_interleave(beams, 0) for name in ("input_ids", "attention_mask"))
     ends = torch.full((len(ids),), length - 1)
-    with hooks.evaluating(model), routed(Routing(ends, mask, prefix=None, ids=ids, decided=routes)):
+    decided = _with_sets(routes, len(ids))
+    with hooks.evaluating(model), routed(Routing(ends, mask, prefix=None, ids=ids, decided=decided)):
         return model.generate(**inputs, **options)

@@ -6,7 +6,7 @@ room alone. Nothing is hung into a model on which nothing is in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, ref
@@ -46,6 +46,11 @@ class Rewriter:
     rewrite: Callable[[str], str]
     number: int | None = None
     """Of the edit set whose prompts it rewrites; None: all prompts."""
+
+    def takes(self, sets: int | Collection[int] | None) -> bool:
+        """Whether it rewrites a prompt that belongs to some edit sets, by number; None: to none."""
+        own = () if sets is None else (sets,) if isinstance(sets, int) else sets
+        return self.number is None or self.number in own
 
 
 class Substitute(Protocol):
@@ -118,15 +123,22 @@ def set_number(model: nn.Module, name: str | None) -> int | None:
     return state.sets.setdefault(name, len(state.sets) + 1)
 
 
-def numbers(model: nn.Module, sets: Sequence[str | None]) -> Tensor:
-    """Return the number of each row's set, int64 ``[rows]``; 0 for none. Raises ConfigError for an unknown one."""
+def numbers(model: nn.Module, sets: Sequence[str | Sequence[str] | None]) -> Tensor:
+    """Return the numbers of each row's sets, int64 ``[rows, k]``; 0 for none. Raises ConfigError for an unknown one."""
     by_name = on(model).sets
-    strange = sorted({name for name in sets if name is not None and name not in by_name})
+    named = [() if one is None else (one,) if isinstance(one, str) else tuple(one) for one in sets]
+    strange = sorted({name for several in named for name in several if name not in by_name})
     if strange:
         raise ConfigError(
             f"no edit was placed for the set {strange[0]!r}; known: {', '.join(sorted(by_name)) or 'none'}"
         )
-    return torch.tensor([0 if name is None else by_name[name] for name in sets])
+    return number_rows([[by_name[name] for name in several] for several in named])
+
+
+def number_rows(sets: Sequence[Sequence[int]]) -> Tensor:
+    """Return numbers of each row's sets as one tensor, int64 ``[rows, k]``, filled with 0."""
+    width = max([1, *map(len, sets)])
+    return torch.tensor([[*own, *[0] * (width - len(own))] for own in sets]).reshape(len(sets), width)
 
 
 def attach(model: nn.Module, path: str, intervention: Intervention) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks, locking, passes, placed, tokens
@@ -103,6 +104,69 @@ class Prefix:
         assert isinstance(self.cache, FixedCache)
         cache = self.cache.followed_by(key_values, columns, self.row, self.length)
         return Prefix(torch.cat([self.masks(), batch.mask[:, :columns]], 1), cache)
+
+
+def can_join(first: Prefix, second: Prefix) -> bool:
+    """Whether :func:`join` takes two prefixes: both without a cache, or with a column of it for every token."""
+    caches = first.cache, second.cache
+    if caches == (None, None):
+        return True
+    return all(isinstance(one, GrowingCache) and one.joinable for one in caches)
+
+
+def join(first: Prefix, second: Prefix) -> Prefix:
+    """Return the rows of both as rows of one length, padded on the left: those of the second join those of the first.
+
+    Columns that are padding in every row are left out. Decisions that were taken about one part alone are none for
+    the other.
+    """
+    length = max(first.length, second.length)
+    mask = torch.cat([functional.pad(one.mask, (length - one.length, 0)) for one in (first, second)])
+    counts = len(first.mask), len(second.mask)
+    routes = {
+        name: _joined(name, (first.routes.get(name), second.routes.get(name)), counts, length)
+        for name in {**first.routes, **second.routes}
+        if first.cache is not None or name == passes.SETS  # rows that are run whole are decided about anew
+    }
+    if first.cache is None:
+        return Prefix(mask, routes=routes)
+    assert isinstance(first.cache, GrowingCache) and isinstance(second.cache, GrowingCache)
+    cache, empty = first.cache.join(second.cache), int(mask.any(0).int().argmax())
+    if empty:
+        cache, mask = cache.without_first(empty), mask[:, empty:]
+        routes = {name: rows[:, empty:] if _by_column(name) else rows for name, rows in routes.items()}
+    return Prefix(mask, cache, routes=routes)
+
+
+def _by_column(name: str) -> bool:
+    """Whether a route holds something of every earlier token, see :attr:`errata.host.passes.Routing.decided`."""
+    return " " in name
+
+
+def _joined(name: str, parts: Sequence[Tensor | None], counts: Sequence[int], length: int) -> Tensor:
+    """Return a decision about the rows of several parts, ``[rows, ...]``; of a part that has none, that of no entry.
+
+    ``length``: of the rows, to which what is kept of their tokens is padded on the left.
+    """
+    known = [part for part in parts if part is not None]
+    like = known[0]
+    nothing = 0 if name == passes.SETS or not like.dtype.is_signed or like.is_floating_point() else -1
+    if like.ndim == 1 and all(part.ndim == 1 for part in known):
+        empty = [like.new_full((count,), nothing) for count in counts]
+    else:
+        known = [part[:, None] if part.ndim == 1 else part for part in known]
+        width = length if _by_column(name) else max(part.shape[1] for part in known)
+        empty = [like.new_full((count, width, *known[0].shape[2:]), nothing) for count in counts]
+    for into, part in zip(empty, parts, strict=True):
+        if part is not None:
+            part = part[:, None] if part.ndim < into.ndim else part
+            if into.ndim == 1:
+                into.copy_(part)
+            elif _by_column(name):
+                into[:, into.shape[1] - part.shape[1] :] = part
+            else:
+                into[:, : part.shape[1]] = part
+    return torch.cat(empty)
 
 
 def select_routes(routes: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:

@@ -151,6 +151,19 @@ def conversation(prompt: str) -> Framed:
     return Framed(prompt, prompt, 0, False, None)
 
 
+def continued(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> Framed:
+    """Write a conversation of several turns, up to where the assistant's next turn begins.
+
+    ``turns``: role and content of each, a system prompt first or not at all, the user's last. A single turn is written
+    as :func:`chat` writes it. Raises ConfigError where there is no template, or the template refuses the turns.
+    """
+    system = turns[0]["content"] if turns[0]["role"] == "system" else None
+    opening, options = _conversation(tokenizer, turns[-1]["content"], system, None)
+    given = turns[1:] if system is not None else turns
+    text = _render(tokenizer, [*opening[:-1], *map(dict, given)], options)
+    return Framed(text, _closed(text), 0, False, "")
+
+
 def block_ends(tokenizer: Any) -> set[int]:
     """Return the ids of special tokens that end a thinking block, which decoding would drop."""
     special = getattr(tokenizer, "all_special_ids", ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -185,13 +185,15 @@ class TextHost(ModelHost):
         return logits[:, None] if self.fills else logits
 
     def forward_at(
-        self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None
-    ) -> Tensor:
+        self, batch: tokens.Batch, row: Tensor, at: Tensor, *, ends: Tensor | None = None,
+        routes: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run a batch; logits ``[n, vocab]`` at the positions (row[i], at[i]) only.
 
-        ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token.
+        ``ends`` ``[rows]``: position of each row's last prompt token; None: its last token. ``routes``: what was
+        decided about the rows, ``[rows, ...]``.
         """
-        return self.run(self.as_pass(batch, at=(row, at), ends=ends)).logits
+        return self.run(self.as_pass(batch, at=(row, at), ends=ends, routes=routes or {})).logits
 
     def generate_batch(
         self, batch: tokens.Batch, routes: Mapping[str, Tensor] | None = None, **options: Any
@@ -204,12 +206,13 @@ class TextHost(ModelHost):
     # --- text ------------------------------------------------------------------------------
 
     def frame(
-        self, prompt: str, *, prefix: str = "", before: int | None = None, number: int | None = None
-    ) -> prompts.Framed:
+        self, prompt: str, *, prefix: str = "", before: int | None = None,
+        number: int | Collection[int] | None = None,
+    ) -> prompts.Framed:  # fmt: skip
         """Format a prompt by :attr:`prompt_format`, after edits have rewritten it.
 
         See :func:`errata.host.prompts.frame`; ``before`` counts in the prompt that is passed. ``number``: the
-        edit set that the prompt belongs to.
+        edit sets that the prompt belongs to.
         """
         text, before = self._hidden(prompt, before)
         rewritten = self.rewritten(text, number)
@@ -232,15 +235,15 @@ class TextHost(ModelHost):
             before += len(self.codec.hide(prompt[:before])) - len(prompt[:before])
         return text, before
 
-    def rewritten(self, prompt: str, number: int | None = None) -> str:
-        """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit set.
+    def rewritten(self, prompt: str, number: int | Collection[int] | None = None) -> str:
+        """Return a prompt as the edits in place make it, the oldest first; ``number``: its edit sets.
 
         Passes that interventions leave alone read prompts as they are.
         """
         if passes.is_plain():
             return prompt
         for rewriter in placed.on(self.model).rewriters:
-            if rewriter.number in (None, number):
+            if rewriter.takes(number):
                 prompt = rewriter.rewrite(prompt)
         return prompt
 

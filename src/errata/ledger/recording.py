@@ -20,7 +20,6 @@ from errata.ledger.events import SHORT, Event
 from errata.ledger.guard import Guard, Verdict, judge
 from errata.ledger.reverting import take_out
 from errata.ledger.settings import Policy
-from errata.ledger.state import State
 from errata.ledger.working import Working, earlier_requests
 from errata.methods import REGISTRY
 from errata.types import DEFAULT_ASK, AskOptions, ImageRecord, ImageRequest, Request
@@ -112,6 +111,64 @@ def record(working: Working, requests: Sequence[Request | ImageRequest], order: 
     return Recording(tuple(recorder.attempts), tuple(found))
 
 
+def measure(
+    working: Working, guard: Guard | None, edit: Edit, requests: Sequence[Any], *, before: Sequence[str],
+    rest: Sequence[str],
+) -> Verdict | None:  # fmt: skip
+    """Measure an edit on top of others, by their digests; None without a guard.
+
+    ``requests``: those that it has to answer. ``before``: what is in place without it; ``rest``: what of that stays
+    with it.
+    """
+    if guard is None:
+        return None
+    texts = [one for one in requests if isinstance(one, Request)]
+    guard = replace(guard, host=working.view(edit))
+    working.show(before)
+    seen = guard.before(texts, earlier_requests(working, before))
+    with working.showing(rest), edit.on(working.host):
+        measured = guard.measure(seen, edit, working.edits(rest))
+    return judge(measured, guard.settings.bounds)
+
+
+def verify(working: Working, name: str, *, reason: str = "", author: str = "") -> Verdict | None:
+    """Measure an edit of the ledger again, beside all others in place, and record what was measured.
+
+    What is in place stays as it is. ``name``: see :meth:`State.find_edit`. None for a model that reads images.
+    """
+    state = working.ledger.state()
+    digest = state.find_edit(name).digest
+    rest = [one for one in state.active if one != digest]
+    edit = working.edit(digest)
+    verdict = measure(working, guard_of(working), edit, edit.provenance.requests, before=rest, rest=rest)
+    working.show(state.active)
+    body = {"guard": True, **({} if verdict is None else verdict.to_dict())}
+    working.ledger.append("verified", edit=digest, body=body, reason=reason, author=author)
+    return verdict
+
+
+def apply_again(working: Working, name: str, order: Order) -> Attempt:
+    """Apply an edit of the ledger that is not in place, say one that was reverted, if it keeps the guard's bounds now.
+
+    Raises LedgerError for one that is in place, ConflictError where its requests contradict edits in place.
+    """
+    ledger = working.ledger
+    state = ledger.state()
+    one = state.find_edit(name)
+    if one.digest in state.active:
+        raise LedgerError(f"edit {one.short} is in place already")
+    found = conflicts.find(ledger, state, one.requests)
+    giving_way = conflicts.to_replace(found, order.conflicts or ledger.settings.conflicts)
+    guard = guard_of(working)
+    if giving_way:
+        make_way(working, giving_way, order)
+    working.show(ledger.state().active)
+    # why it was made still holds, where nothing new is said
+    order = replace(order, reason=order.reason or one.event.reason, source=order.source or one.event.source)
+    edit = working.edit(one.digest)
+    return Recorder(working, order, guard).apply(edit, edit.provenance.requests, one.facts)  # type: ignore[arg-type]
+
+
 def request_dict(request: Request | ImageRequest | ImageRecord) -> dict[str, Any]:
     """Return a request as an edit records it."""
     return (request.record if isinstance(request, ImageRequest) else request).to_dict()
@@ -172,7 +229,8 @@ class Recorder:
         for _ in range(ATTEMPTS):
             state = ledger.state()
             replaces = [one for one in (self._after(),) if one is not None and one in state.active]
-            verdict = self._measure(edit, requests, state, replaces)
+            rest = [one for one in state.active if one not in replaces]
+            verdict = measure(working, self.guard, edit, requests, before=state.active, rest=rest)
             body = {"guard": order.guard, **({} if verdict is None else verdict.to_dict())}
             self._append("verified", edit, body)
             if verdict is not None and order.guard and not verdict.passed:
@@ -192,22 +250,6 @@ class Recorder:
         """Return the edit to continue: that of the order, or the half that was applied in its place."""
         applied = [one.edit for one in self.attempts if one.applied]
         return applied[-1] if self.order.after and applied else self.order.after
-
-    def _measure(
-        self, edit: Edit, requests: Sequence[Request | ImageRequest], state: State, replaces: Sequence[str]
-    ) -> Verdict | None:
-        """Measure an edit on top of what is in place now, without what it takes the place of."""
-        if self.guard is None:
-            return None
-        working, guard = self.working, self.guard
-        texts = [one for one in requests if isinstance(one, Request)]
-        rest = [one for one in state.active if one not in replaces]
-        guard = replace(guard, host=working.view(edit))
-        working.show(state.active)
-        before = guard.before(texts, earlier_requests(working, state.active))
-        with working.showing(rest), edit.on(working.host):
-            measured = guard.measure(before, edit, working.edits(rest))
-        return judge(measured, guard.settings.bounds)
 
     def _append(
         self, kind: Any, edit: Edit, body: Mapping[str, Any], expected: Sequence[str] | None = None
