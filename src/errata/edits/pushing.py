@@ -81,8 +81,9 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
     record: Any = files.parse_json(
         files.read_text(path, EditError), lambda reason: EditError(f"{path} is damaged: {reason}")
     )
-    names: Any = cast("dict[str, Any]", record).get("files") if isinstance(record, dict) else None
-    if not isinstance(names, dict) or not {"edit", "exporter"} <= set(record):
+    entries = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
+    names: Any = entries.get("files")
+    if not isinstance(names, dict) or not {"edit", "exporter"} <= set(entries):
         raise EditError(f"{path} is damaged: it names no files, no edit or no exporter")
     expected = {str(name): str(checksum) for name, checksum in cast("dict[str, Any]", names).items()}
     found = {
@@ -95,7 +96,7 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
         file = target / name
         if file.is_symlink() or folders.checksum(file) != checksum:
             raise EditError(f"{file} is not what was exported; export again")
-    return Exported(target, cast("dict[str, Any]", record))
+    return Exported(target, entries)
 
 
 # --- the Hub --------------------------------------------------------------------------------
