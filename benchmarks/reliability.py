@@ -46,6 +46,7 @@ from errata.host.host import Host
 from errata.ledger import blobs, folders, reverting
 from errata.ledger.contents import facts_of, keep, load_edit
 from errata.ledger.guard import Measurement, judge
+from errata.ledger.recording import Order, record
 from errata.ledger.settings import Bounds, LedgerSettings
 from errata.ledger.state import check_tag
 from errata.ledger.state import revision as revision_of
@@ -92,8 +93,8 @@ def main() -> int:
     host = errata.load("lab")
     figures: list[Figure] = []
     for measure in (kills, full_disks, damaged, wrong_models, not_finite, sequences, conflicts, writers, texts,
-                    names, pickles, hub_code, unwritable, parity, export_kills, tampered, hot_edits,
-                    requests):  # fmt: skip
+                    names, pickles, hub_code, unwritable, parity, export_kills, tampered, collapses,
+                    hot_edits, requests):  # fmt: skip
         begin = time.perf_counter()
         figures += measure(host, share)
         print(f"{measure.__name__}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
@@ -638,6 +639,36 @@ def export_kills(host: Host, share: float) -> list[Figure]:
 def tampered(host: Host, share: float) -> list[Figure]:
     """Change exported adapters, and offer them to other models."""
     return [Figure(*one) for one in exports.tampered(share)]
+
+
+# --- 13: collapses --------------------------------------------------------------------------
+
+
+def collapses(host: Host, share: float) -> list[Figure]:
+    """Fine-tune hundreds of facts at rates that ruin the model; the guard has to refuse, and leave it as it was."""
+    count, rates = max(20, round(300 * share)), (0.5, 1.0) if share == 1 else (0.5,)
+    requests = [case.request for case in errata.lab.cases(count, seed=3, together=True)]
+    weights, applied, changed, worst = host.weights_hash(), 0, 0, float("inf")
+    with tempfile.TemporaryDirectory() as place:
+        ledger = folders.create(place, LedgerSettings(model=host.name), describe(host, host.name))
+        working = Working(ledger, host)
+        for rate in rates:
+            order = Order("ft", options={"learning_rate": rate, "epsilon": None, "steps": 20}, halve=False)
+            outcome = record(working, requests, order)
+            applied += len(outcome.applied)
+            changed += bool(ledger.state().active) or host.weights_hash() != weights
+            verdict = outcome.attempts[0].verdict
+            worst = min(worst, float("nan") if verdict is None else verdict.measured.perplexity)
+    note = f"{count} facts by ft; perplexity at least {worst:.3g} times as before"
+    return [
+        Figure(
+            "collapses forced",
+            len(rates),
+            "applied, or the model not as before",
+            applied + changed,
+            note=note,
+        )
+    ]
 
 
 # --- 12, 17: the server ---------------------------------------------------------------------

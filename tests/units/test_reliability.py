@@ -15,7 +15,7 @@ import pytest
 PATH = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
 FAULTS = (
     "full_disks", "damaged", "wrong_models", "not_finite", "sequences", "conflicts", "writers", "texts", "names",
-    "pickles", "hub_code", "unwritable", "parity", "export_kills", "tampered", "hot_edits", "requests",
+    "pickles", "hub_code", "unwritable", "parity", "export_kills", "tampered", "collapses", "hot_edits", "requests",
 )  # fmt: skip
 
 
