@@ -100,11 +100,15 @@ async function ask(side) {
 }
 
 function markDifference(first, second) {
-  let same = 0;
-  while (same < first.length && first[same] === second[same]) same += 1;
   if (first === second) return;
+  const least = Math.min(first.length, second.length);
+  let head = 0;
+  while (head < least && first[head] === second[head]) head += 1;
+  let tail = 0;
+  while (tail < least - head && first[first.length - 1 - tail] === second[second.length - 1 - tail]) tail += 1;
   for (const [side, text] of [["first", first], ["second", second]]) {
-    byId(`${side}-text`).replaceChildren(text.slice(0, same), make("mark", {}, text.slice(same)));
+    const end = text.length - tail;
+    byId(`${side}-text`).replaceChildren(text.slice(0, head), make("mark", {}, text.slice(head, end)), text.slice(end));
   }
 }
 
@@ -186,7 +190,7 @@ function showEdits(listed) {
     if (ledger) actions.append(action(one, one.applied ? "revert" : "apply", one.applied ? "Revert" : "Apply"),
       action(one, "verify", "Verify"));
     return [make("td", {}, make("code", {}, one.id.slice(0, 12))), (one.requests[0] ? sentence(one.requests[0]) : "") + more,
-      one.method, make("td", { className: one.applied ? "good" : "" }, one.applied ? "in place" : "not in place"),
+      one.method, make("td", { className: one.applied ? "good short" : "short" }, one.applied ? "in place" : "not in place"),
       one.reason, actions];
   });
   byId("edits").replaceChildren(rows.length ? table("", ["id", "facts", "method", "state", "why", ""], rows)
@@ -230,7 +234,8 @@ async function showBoards() {
   byId("board").hidden = !sections.length;
   byId("boards").replaceChildren(...sections.flatMap((one) => [
     make("h3", {}, one.title), make("p", { className: "note" }, `Protocol: ${one.tag}`),
-    ...one.tables.flatMap((part) => [table(part.title, part.columns, part.rows),
+    ...one.tables.flatMap((part) => [
+      table(part.title, part.columns, part.rows.map((row) => row.map((cell) => make("td", { className: "number" }, cell)))),
       ...part.notes.map((note) => make("p", { className: "note" }, note))])]));
 }
 
