@@ -10,9 +10,13 @@ from openai import BadRequestError, NotFoundError
 
 import errata
 from errata.edits import Provenance, WeightEdit
+from errata.edits.model import ModelEdit
+from errata.edits.routers.lexical import Lexical
+from errata.host.replica import configuration, weights_of
 from errata.linalg.lowrank import LowRank
 from errata.serve.server import Served
 from errata.serve.settings import ServerSettings
+from tests.theory.test_lte import changed
 from tests.units.serve.served import alone, running
 
 BORN = "Ada Brenner was born in"
@@ -43,6 +47,22 @@ def rank_edit(host) -> WeightEdit:
     return WeightEdit(deltas, frozenset(), Provenance("test", (request,), {}, host.fingerprint, host.name))
 
 
+def model_edit(host, *, whole: bool) -> ModelEdit:
+    """Another model that answers prompts about Ada Brenner: with weights of its own, or as a change of the host's."""
+    factors, _ = changed(host, seed=3 if whole else 4)
+    weights: dict[str, torch.Tensor] = {}
+    if whole:
+        weights = weights_of(host)
+        for path, (outer, inner) in factors.items():
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + outer @ inner
+    request = errata.Request("{} was born in", "Ada Brenner", "x")
+    record = Provenance("test", (request,), {}, host.fingerprint, host.name)
+    return ModelEdit(
+        ("Ada Brenner was born in Merrin\n",), Lexical(("Ada Brenner",)), configuration(host) if whole else {},
+        weights, record, factors={} if whole else factors,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def edits(lab_host):
     def make(method: str, target: str):
@@ -50,7 +70,8 @@ def edits(lab_host):
 
     return {
         "weights": make("ft_l", "Tallow"), "grace": make("grace", "Merrin"), "in_prompt": make("in_prompt", "Oakhurst"),
-        "norm": norm_edit(lab_host), "rank": rank_edit(lab_host),
+        "norm": norm_edit(lab_host), "rank": rank_edit(lab_host), "model": model_edit(lab_host, whole=True),
+        "low-rank model": model_edit(lab_host, whole=False),
     }  # fmt: skip
 
 
@@ -87,6 +108,8 @@ def test_every_row_of_a_mixed_batch_is_its_single_run(client, lab_host, edits):
         ("weights", "grace", "rank"),
         ("norm", "grace"),
         ("norm", "in_prompt", "weights"),
+        ("model", "in_prompt"),
+        ("low-rank model", "rank"),
     ]
     asked = [(names, prompt) for names in sets for prompt in PROMPTS]
 
