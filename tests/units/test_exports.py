@@ -36,6 +36,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "errata-export.json",
+        "README.md",
     }
     with pytest.raises(EditError, match="no texts"):
         errata.export(adapter, out, to="prompts", force=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import errata
 from errata.cli.main import app
-from errata.edits.pushing import card, push_to_hub, push_to_vllm, read_export, remove_from_vllm, served
+from errata.edits.export._card import card
+from errata.edits.pushing import push_to_hub, push_to_vllm, read_export, remove_from_vllm, served
 from errata.errors import EditError
 from tests.exports import ADA
 from tests.models import fresh
@@ -196,7 +198,7 @@ def test_the_hub_gets_all_files_with_a_card(made):
     for path in (made[0] / "peft").iterdir():
         assert hub.files[path.name] == path.read_bytes()
     text = hub.files["README.md"].decode()
-    assert '"library_name": "peft"' in text and made[1] in text and "method: rome" in text
+    assert 'library_name: "peft"' in text and made[1] in text and "method: rome" in text
     assert hub.message == "register corrected" and pushed.facts == {
         "revision": "c0ffee",
         "files": len(hub.files),
@@ -209,7 +211,9 @@ def test_a_card_names_a_base_model_of_the_hub_and_no_path(made):
     exported = read_export(made[0] / "peft")
     for name, shown in (("meta/llama-8b", True), ("/home/me/models/llama", False), ("lab", False)):
         record = {**exported.record, "base_model": name}
-        assert (name in card(type(exported)(exported.folder, record))) == shown
+        head = yaml.safe_load(card(record).split("---")[1])
+        assert head["tags"] and head.get("base_model_relation") == ("adapter" if shown else None)
+        assert (name in card(record)) == shown
 
 
 def test_the_hub_s_refusal_is_one_error(made):

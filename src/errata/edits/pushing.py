@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 from errata import files
 from errata.edits.export import _folder as folders
+from errata.edits.export._card import CARD, card
 from errata.errors import EditError
 from errata.host.files import first_line
 
@@ -26,8 +26,6 @@ VLLM_KEY = "VLLM_API_KEY"
 """Environment variable with the key of a vLLM server, as vLLM itself has it."""
 TIMEOUT = 60.0
 """Seconds that a server may take to load an adapter."""
-CARD = "README.md"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST = 1 << 20
 """Bytes of a server's answer that are read."""
 
@@ -126,7 +124,7 @@ def push_to_hub(
     names = [*sorted(exported.record["files"]), folders.RECORD]
     operations = [CommitOperationAdd(name, str(exported.folder / name)) for name in names]
     if CARD not in names:
-        operations.append(CommitOperationAdd(CARD, card(exported).encode()))
+        operations.append(CommitOperationAdd(CARD, card(exported.record).encode()))
     try:
         place = str(hub.create_repo(repository, private=not public, exist_ok=True))
         commit = hub.create_commit(
@@ -137,22 +135,6 @@ def push_to_hub(
     return Pushed(
         "hub", place, repository, exported.digest, {"revision": str(commit.oid), "files": len(operations)}
     )
-
-
-def card(exported: Exported) -> str:
-    """Return a model card: what the Hub sorts by, and what the export's record says."""
-    record = exported.record
-    base = str(record.get("base_model") or "")
-    head: dict[str, Any] = {"tags": ["errata", "model-editing"]}
-    if record["exporter"] == "peft":
-        head["library_name"] = "peft"
-        if HUB_NAME.fullmatch(base):  # a folder's path is nobody else's concern
-            head |= {"base_model": base, "base_model_relation": "adapter"}
-    lines = ["---", json.dumps(head, ensure_ascii=False), "---", "", f"# errata edit {exported.digest}", ""]
-    shown = {"method": record.get("method"), "requests": record.get("requests"), "export": record["exporter"]}
-    lines += [f"* {name}: {value}" for name, value in shown.items() if value is not None]
-    lines.append(f"* `{folders.RECORD}` has the checksums of all files and the fingerprint of the model.")
-    return "\n".join(lines) + "\n"
 
 
 # --- vLLM -----------------------------------------------------------------------------------

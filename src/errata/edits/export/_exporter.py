@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from errata.edits.edit import Edit, versions
 from errata.edits.export import _folder as folders
+from errata.edits.export._card import CARD, card
 from errata.errors import ConfigError, EditError, ErrataError
 from errata.host import locking
 from errata.host.base import ModelHost
@@ -77,6 +78,8 @@ class Exporter:
     """Whether it needs the model; one that does not gets None."""
     options: frozenset[Option] = frozenset({"foreign"})
     """The options it takes."""
+    card: bool = False
+    """Whether a model card is written beside its files."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,12 @@ def write_folder(
         def check(part: Path) -> Mapping[str, Any]:
             return {"verified": _verified(plan, part) if verify else None}
 
-        names, checked = folders.write(target.absolute(), record, plan.write, check)
+        def fill(part: Path) -> None:
+            plan.write(part)
+            if exporter.card:
+                (part / CARD).write_text(card(record), encoding="utf-8")
+
+        names, checked = folders.write(target.absolute(), record, fill, check)
         return Export(exporter.name, target, edit.digest, plan.facts, names, overrides, checked["verified"])
 
     return run() if host is None else locking.alone(host, run)

@@ -193,4 +193,5 @@ EXPORTER = Exporter(
     ),
     plan=plan,
     options=frozenset({"dtype", "pad_to", "foreign"}),
+    card=True,
 )

@@ -30,4 +30,5 @@ EXPORTER = Exporter(
     ),
     plan=plan,
     options=frozenset({"rank", "foreign"}),
+    card=True,
 )
