@@ -54,6 +54,7 @@ def test_the_comparison_sees_what_is_missing():
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
 def test_a_tutorial_runs_as_it_is_printed(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.syspath_prepend(str(tmp_path))
     save_time(monkeypatch)
     output = ""

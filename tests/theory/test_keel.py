@@ -470,6 +470,5 @@ def test_a_change_of_high_rank_is_descended_in_the_weight_as_it_is_beside_it(mon
             assert (max(seen) > 0) is merged
     for (_, one), (_, other) in (edits[:2], edits[2:]):
         for name in one.deltas:
-            torch.testing.assert_close(
-                one.deltas[name].dense(), other.deltas[name].dense(), rtol=1e-3, atol=1e-5
-            )
+            apart = one.deltas[name].dense() - other.deltas[name].dense()
+            assert apart.norm() <= 1e-4 * other.deltas[name].dense().norm(), name

@@ -72,6 +72,8 @@ def whole_logits(host, module, lines, index, change):
 def test_upper_blocks_give_the_logits_of_the_whole_model(family, whole):
     host = wide_host(family)
     lines = lines_of(host)
+    # Gemma's norms compute in float32 inside a float64 model: there, sums in another order are a rounding step apart
+    bound = 1e-6 if family == "gemma2" else 1e-8
     with hooks.frozen(host.model), torch.no_grad():
         for layer in range(3):
             site = host.layout.site(layer)
@@ -82,7 +84,7 @@ def test_upper_blocks_give_the_logits_of_the_whole_model(family, whole):
             for index in ([0, 1, 2, 3], [2], [3, 1], [0, 1, 2, 3]):
                 logits = rows.logits(index, change(index))
                 expected = whole_logits(host, site.name, lines, index, change)
-                torch.testing.assert_close(logits, expected, atol=1e-8, rtol=0)
+                torch.testing.assert_close(logits, expected, atol=bound, rtol=0)
 
 
 def test_losses_and_correctness_are_those_of_the_plain_way():
@@ -131,7 +133,7 @@ def test_a_model_that_cannot_be_run_in_parts_is_run_whole(whole):
         change = change_of(host, lines, whole, site.d_out)
         logits = rows.logits([3, 0], change([3, 0]))
         expected = whole_logits(host, site.name, lines, [3, 0], change)
-        torch.testing.assert_close(logits, expected, atol=1e-8, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=bound, rtol=0)
 
 
 def test_without_a_cache_rows_are_run_from_their_first_token(monkeypatch):

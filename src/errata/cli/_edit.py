@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from errata.cli import _ledger, checks, common, outputs
-from errata.types import DEFAULT_ASK, AskOptions
 
 if TYPE_CHECKING:
     from errata.host.host import Host
     from errata.job import Job
     from errata.ledger.recording import Attempt, Recording
-    from errata.types import ImageRequest, Request
+    from errata.types import AskOptions, ImageRequest, Request
 
 SHOWN = 20
 """Most requests or changed answers listed of an attempt."""
@@ -32,12 +31,12 @@ class Asked:
     subject: str | None
     target: str | None
     method: str
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    seed: int = 0
-    corpus: Path | None = None
-    examples: str | None = None
-    ask: AskOptions = DEFAULT_ASK
-    batch_size: str = "auto"
+    options: Mapping[str, Any]
+    seed: int
+    corpus: Path | None
+    examples: str | None
+    ask: AskOptions
+    batch_size: str
 
     def requests(self, host: Host) -> Sequence[Request | ImageRequest]:
         """Return the requests, pairs of images scaled to the host's input size."""

@@ -9,18 +9,18 @@ import typer
 
 from errata.cli import _ledger, common
 from errata.cli._verb import Verb
-from errata.ledger.state import BASE, NOW
 
 
 def diff(
     revisions: Annotated[
         str, typer.Argument(metavar="A..B", help="Two revisions: tags, edits, events, base, now; A alone: A..now.")
-    ] = f"{BASE}..{NOW}",
+    ] = "base..now",
     repo: _ledger.Repo = None, device: common.Device = "auto", dtype: common.Dtype = "auto",
     json: common.Json = False,
 ) -> None:  # fmt: skip
     """Show which answers change between two revisions: to all requests, and to what guards saw change."""
     from errata.ledger import folders, inspecting
+    from errata.ledger.state import BASE, NOW
 
     ledger = folders.find(repo)
     first, _, second = revisions.partition("..")
