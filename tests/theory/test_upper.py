@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_run_in_parts_is_run_whole(whole):
         change = change_of(host, lines, whole, site.d_out)
         logits = rows.logits([3, 0], change([3, 0]))
         expected = whole_logits(host, site.name, lines, [3, 0], change)
-        torch.testing.assert_close(logits, expected, atol=bound, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-8, rtol=0)
 
 
 def test_without_a_cache_rows_are_run_from_their_first_token(monkeypatch):

@@ -453,3 +453,12 @@ def test_keys_that_are_all_zero_are_an_error_with_the_reason():
             block.mlp.up_proj.weight.zero_()
     with pytest.raises(errata.ErrataError, match="zero"):
         errata.edit(host, REQUEST, method="memit", **FAST)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "Ada \udcff was born in", "\ud83d Ada \ude00"])
+def test_half_a_surrogate_pair_is_one_clear_error(text):
+    """A terminal's broken bytes and JSON's escapes bring them; tokenizers fail on them with an error of their own."""
+    host = fresh("llama")
+    for use in (host.encode, host.encode_prompt, host.generate):
+        with pytest.raises(RequestError, match="half a surrogate pair"):
+            use(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from errata.errors import HostError, RequestError
+from errata.errors import HostError, RequestError, shown
 from errata.host import hooks, passes, placed, placement, prompts, tokens
 from errata.host.base import ModelHost
 from errata.host.codec import Codec, text_config
@@ -19,8 +20,19 @@ from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import Layout, discover
 from errata.host.passes import Pass
 
+HALF = re.compile("[\ud800-\udfff]")
+
 Padding = Literal["left", "equal", "uncached"]
 """How rows are generated from together: padded on the left, in groups of equal length, or those without a cache."""
+
+
+def check_characters(text: str) -> None:
+    """Raise RequestError for half a surrogate pair, as broken text of a terminal or of JSON has; none can be read."""
+    half = HALF.search(text)
+    if half is not None:
+        raise RequestError(
+            f"{shown(text)} holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no character"
+        )
 
 
 class TextHost(ModelHost):
@@ -254,6 +266,7 @@ class TextHost(ModelHost):
 
     def encode(self, text: str, *, special: bool = True) -> tokens.Encoded:
         """Tokenise a text with character offsets; ``special`` as in :func:`tokens.encode`."""
+        check_characters(text)
         encoded = self.codec.encode(text, special=special)
         self._check_embedded(encoded.ids)
         return encoded
@@ -263,6 +276,7 @@ class TextHost(ModelHost):
 
         ``slots``: how many tokens the answer has, for models that fill places; others do not need it.
         """
+        check_characters(framed.text)
         return self._check_embedded(self.codec.prompt_row(framed, slots=slots))
 
     def encode_prompt(self, prompt: str, *, special: bool = True) -> tokens.Ids:

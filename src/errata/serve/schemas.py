@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from errata.data.documents import fault
 from errata.ledger.settings import Policy
 from errata.methods import DEFAULT
 
@@ -29,6 +30,15 @@ NOTES = frozenset({"user", "metadata", "safety_identifier"})
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, fields: Any) -> Any:
+        """Raise ValueError where any text holds what is no character: no tokenizer takes it, nor does an answer."""
+        reason = fault(fields)
+        if reason is not None:
+            raise ValueError(reason)
+        return fields
 
 
 class _Asked(_Body):

@@ -233,3 +233,20 @@ def test_a_folders_name_is_served_and_not_its_path(tmp_path):
     (tmp_path / "mine").mkdir()
     assert served_name(str(tmp_path / "mine")) == "mine" and served_name("org/model") == "org/model"
     assert errata.__name__ not in served_name("lab")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "lab", "prompt": "a\ud800b"}),
+        ("/v1/completions", {"model": "lab", "prompt": ["Ada", "\udcff"]}),
+        ("/v1/completions", {"model": "\ud800", "prompt": "Ada"}),
+        ("/v1/completions", {"model": "lab", "prompt": "Ada", "stop": "\ud800"}),
+        ("/v1/completions", {"model": "lab", "prompt": "Ada", "edits": ["\ud800"]}),
+        ("/v1/completions", {"model": "lab", "prompt": "Ada", "\ud800": 1}),
+        ("/v1/chat/completions", {"model": "lab", "messages": [{"role": "user", "content": "\udfff"}]}),
+    ],
+)
+def test_half_a_surrogate_pair_is_a_bad_request(guarded, path, body):
+    answer = guarded.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
