@@ -5,8 +5,10 @@ leftovers of killed processes are looked for."""
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from errata.errors import DataError, ErrataError, brief
 from errata.limits import DEEPEST, MOST_DIGITS, Fail
 
 MIB = 1 << 20
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which is no character: text with one cannot be encoded."""
 LARGEST = 512 * MIB
 """Maximum size in bytes of a file that is read into memory."""
 LARGEST_YAML = 8 * MIB
@@ -57,6 +61,15 @@ def read_bytes(path: Path, error: type[ErrataError], *, most: int = LARGEST, wha
 def read_text(path: Path, error: type[ErrataError], *, most: int = LARGEST, what: str = "") -> str:
     """Read a text file: UTF-8, or as its byte order mark says. Raises ``error`` with the offending line."""
     return decode(read_bytes(path, error, most=most, what=what), f"{what} {path}".strip(), error)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hex digits. Raises OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def decode(data: bytes, name: str, error: type[ErrataError]) -> str:

@@ -123,14 +123,10 @@ def seal_of(document: Mapping[str, Any]) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    hasher = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            for piece in iter(lambda: file.read(1 << 20), b""):
-                hasher.update(piece)
+        return files.sha256(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return hasher.hexdigest()
 
 
 def read_run(folder: Path) -> dict[str, Any]:

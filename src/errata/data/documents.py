@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from errata.data.tables import Unreadable
-from errata.files import Duplicates, decoder, parse_yaml_lines
+from errata.files import HALF_PAIR, Duplicates, decoder, parse_yaml_lines
 from errata.limits import DEEPEST, Fail
 
 Records = list[tuple[str, Any]]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_records(text: str, fail: Fail) -> Records:
@@ -59,7 +58,7 @@ def fault(value: Any, depth: int = 0) -> str | None:
     if depth > DEEPEST:
         return "nested too deeply to be read"
     if isinstance(value, str):
-        half = _SURROGATE.search(value)
+        half = HALF_PAIR.search(value)
         return f"holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no character" if half else None
     if isinstance(value, Duplicates):
         return f"the field {value.names[0]!r:.60} is there twice; remove one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -88,14 +87,10 @@ def origin(dataset: Dataset, variant: str) -> str | None:
 
 def sha256(path: Path) -> str:
     """Hash a file's bytes. Raises DataError where it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            for piece in iter(lambda: file.read(CHUNK), b""):
-                digest.update(piece)
+        return files.sha256(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def lock_path(path: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from errata.errors import DataError, brief, shown
-from errata.files import LARGEST, MIB, decoder, duplicate
+from errata.files import HALF_PAIR, LARGEST, MIB, decoder, duplicate
 
 CHUNK = 1 << 20
 """Characters read at a time; more where one record is longer."""
@@ -24,7 +24,7 @@ PARQUET = (".parquet", ".pq")
 LINES = (".jsonl", ".ndjson")
 BYTES_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """How ``surrogateescape`` decodes bytes that are not UTF-8, so that the error can name its row."""
-_ESCAPED, _HALF = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 NEAR_THE_END = 16
 """A JSON error this many characters before the end of the buffer may be an incomplete token, such as ``nul``."""
 
@@ -132,7 +132,7 @@ def _fault(value: Any, raw: str) -> str | None:
         return "nested too deeply"
     if twice:
         return f"names the field {shown(twice[0], 60)} twice"
-    halves = _ESCAPED.search(raw) is not None and _HALF.search(json.dumps(value, ensure_ascii=False))
+    halves = _ESCAPED.search(raw) is not None and HALF_PAIR.search(json.dumps(value, ensure_ascii=False))
     return "holds half a surrogate pair, which is no character" if halves else None
 
 

@@ -96,7 +96,7 @@ def _check_record(folder: Path, host: ModelHost, *, foreign: bool) -> dict[str, 
         raise EditError(f"{path} is damaged: it names no files")
     for name, expected in cast("dict[str, Any]", names).items():
         inside = (folder / name).resolve().is_relative_to(folder.resolve())
-        if not inside or not (folder / name).is_file() or _sha256(folder / name) != expected:
+        if not inside or not (folder / name).is_file() or files.sha256(folder / name) != expected:
             raise EditError(f"{folder / name!s:.200} is not what the export wrote; export the edit again")
     if record.get("host") != host.fingerprint and not foreign:
         raise EditError(
@@ -114,14 +114,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise fail("expected an object")
     return cast("dict[str, Any]", value)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(files.MIB):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -258,7 +250,7 @@ def _checkpoint(folder: Path, host: ModelHost) -> Found:
     if deltas:
         edit.trial(host)  # raises for what cannot be placed, such as tied weights
         _compare(edit, host, other, folder)
-    digest = hashlib.sha256("".join(_sha256(p) for p in sorted(folder.glob("*.safetensors"))).encode())
+    digest = hashlib.sha256("".join(files.sha256(p) for p in sorted(folder.glob("*.safetensors"))).encode())
     return deltas, frozenset(transposed), {"sha256": digest.hexdigest(), **forms}
 
 

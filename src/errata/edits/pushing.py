@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from errata import files
 from errata.edits.export import _folder as folders
@@ -76,14 +76,9 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
     path = target / folders.RECORD
     if not path.is_file():
         raise EditError(f"{folder} holds no {folders.RECORD}; name a folder that errata export wrote")
-    record: Any = files.parse_json(
-        files.read_text(path, EditError), lambda reason: EditError(f"{path} is damaged: {reason}")
-    )
-    entries = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
-    names: Any = entries.get("files")
-    if not isinstance(names, dict) or not {"edit", "exporter"} <= set(entries):
-        raise EditError(f"{path} is damaged: it names no files, no edit or no exporter")
-    expected = {str(name): str(checksum) for name, checksum in cast("dict[str, Any]", names).items()}
+    record, expected = folders.read_record(target)
+    if not {"edit", "exporter"} <= set(record):
+        raise EditError(f"{path} is damaged: it names no edit or no exporter")
     found = {
         one.relative_to(target).as_posix() for one in target.rglob("*") if one.is_file() or one.is_symlink()
     } - {folders.RECORD}
@@ -92,9 +87,9 @@ def read_export(folder: str | os.PathLike[str]) -> Exported:
         raise EditError(f"{target / name} is {state}; export again")
     for name, checksum in expected.items():
         file = target / name
-        if file.is_symlink() or folders.checksum(file) != checksum:
+        if file.is_symlink() or files.sha256(file) != checksum:
             raise EditError(f"{file} is not what was exported; export again")
-    return Exported(target, entries)
+    return Exported(target, record)
 
 
 # --- the Hub --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from errata import files
 from errata.errors import HostError, RequestError, shown
 from errata.host import hooks, passes, placed, placement, prompts, tokens
 from errata.host.base import ModelHost
@@ -20,15 +20,13 @@ from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import Layout, discover
 from errata.host.passes import Pass
 
-HALF = re.compile("[\ud800-\udfff]")
-
 Padding = Literal["left", "equal", "uncached"]
 """How rows are generated from together: padded on the left, in groups of equal length, or those without a cache."""
 
 
 def check_characters(text: str) -> None:
     """Raise RequestError for half a surrogate pair, as broken text of a terminal or of JSON has; none can be read."""
-    half = HALF.search(text)
+    half = files.HALF_PAIR.search(text)
     if half is not None:
         raise RequestError(
             f"{shown(text)} holds half a surrogate pair, \\u{ord(half[0]):04x}, which is no character"

@@ -45,15 +45,12 @@ def check(folder: Path, name: str) -> Path:
     """Return the path of a file whose bytes match its name. Raises LedgerError for a missing or changed one."""
     source = path(folder, name)
     try:
-        found = hashlib.sha256()
-        with source.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                found.update(block)
+        found = files.sha256(source)
     except FileNotFoundError:
         raise LedgerError(f"{source} is missing; restore it from a copy of the ledger") from None
     except OSError as problem:
         raise LedgerError(f"cannot read {source}: {problem.strerror or problem}") from problem
-    if found.hexdigest() != name:
+    if found != name:
         raise LedgerError(f"{source} was changed after it was recorded; restore it from a copy of the ledger")
     return source
 

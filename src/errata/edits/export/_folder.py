@@ -7,7 +7,6 @@ place removes. What the folder holds is named in its record, with checksums.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -87,7 +86,7 @@ def write(
         fill(part)
         checked = dict(check(part))
         names = tuple(sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()))
-        whole = {**record, **checked, "files": {name: checksum(part / name) for name in names}}
+        whole = {**record, **checked, "files": {name: files.sha256(part / name) for name in names}}
         text = json.dumps(whole, indent=2, ensure_ascii=False, sort_keys=True)
         (part / RECORD).write_text(f"{text}\n", encoding="utf-8")
         files.settle(part)
@@ -137,21 +136,19 @@ def _recorded(folder: Path) -> set[str]:
     path = folder / RECORD
     if not path.is_file():
         return set()
-    record: Any = files.parse_json(
-        files.read_text(path, EditError), lambda reason: EditError(f"{path} is damaged: {reason}")
-    )
-    names: Any = cast("dict[str, Any]", record).get("files") if isinstance(record, dict) else None
-    if not isinstance(names, dict):
-        raise EditError(f"{path} is damaged: it names no files")
-    written = {RECORD, *map(str, cast("dict[str, Any]", names))}
+    written = {RECORD, *read_record(folder)[1]}
     inside = {parent.as_posix() for name in written for parent in Path(name).parents}
     return written | inside
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(files.MIB):
-            digest.update(block)
-    return digest.hexdigest()
+def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return an export's record, and the checksums of its files by name. Raises EditError for a damaged one."""
+    path = folder / RECORD
+    record: Any = files.parse_json(
+        files.read_text(path, EditError), lambda reason: EditError(f"{path} is damaged: {reason}")
+    )
+    entries = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
+    names: Any = entries.get("files")
+    if not isinstance(names, dict):
+        raise EditError(f"{path} is damaged: it names no files")
+    return entries, {str(name): str(value) for name, value in cast("dict[str, Any]", names).items()}
