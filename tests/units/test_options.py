@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+from errata.cli.app import REGISTRY
 from errata.cli.main import app
 
 
-def verbs() -> dict[str, typer.models.CommandInfo]:
-    """Return every command by its words, those of groups too."""
-    found = {str(info.name): info for info in app.registered_commands}
-    for group in app.registered_groups:
-        inner = group.typer_instance
-        found |= {f"{group.name} {info.name}": info for info in inner.registered_commands}
+def verbs() -> dict[str, Callable[..., Any]]:
+    """Return the function of every command by its words, those of groups too."""
+    found = {}
+    for verb in REGISTRY.values():
+        if isinstance(verb.run, typer.Typer):
+            found |= {f"{verb.name} {info.name}": info.callback for info in verb.run.registered_commands}
+        else:
+            found[verb.name] = verb.run
     return found
 
 
-def function(info: typer.models.CommandInfo) -> ast.FunctionDef:
+def function(run: Callable[..., Any]) -> ast.FunctionDef:
     """Return the code of a command."""
-    code = info.callback.__code__
+    code = run.__code__
     tree = ast.parse(Path(code.co_filename).read_text(encoding="utf-8"))
     return next(
         node for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == info.callback.__name__
+        if isinstance(node, ast.FunctionDef) and node.name == run.__name__
         and node.lineno <= code.co_firstlineno + 5 and node.end_lineno >= code.co_firstlineno
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ Every file of this package that defines ``VERB`` or ``VERBS`` is found here; see
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import typer
@@ -19,11 +20,45 @@ REGISTRY: Records[Verb] = Records(
 )
 
 
+class Commands(Mapping[str, Any]):
+    """The verbs' commands by name. To read the options of all would take a third of ``errata --help``, so each is
+    made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            verb = REGISTRY.find(name)
+            if verb is None:
+                raise KeyError(name)
+            self._made[name] = verb.command()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(REGISTRY.names())
+
+    def __len__(self) -> int:
+        return len(REGISTRY.names())
+
+
 class Program(TyperGroup):
     """The group of all verbs: lets an interrupt and a closed pipe through to the entry point.
 
     Versions of typer and click differ in what they make of those: codes 1 and 130, "Aborted!" or nothing.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Commands()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the options of the program and the help text of every verb."""
+        whole, self.commands = self.commands, {verb.name: verb.listed() for verb in REGISTRY.values()}
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.commands = whole
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a verb with its errors of usage shown; see :mod:`errata.cli.main`."""
@@ -57,9 +92,6 @@ app = typer.Typer(
     "broken file); 2 bad input, nothing was changed; 5 a ledger's guard refused an edit; 130 interrupted. "
     "Every command takes --json.",
 )
-
-for verb in REGISTRY.values():
-    verb.add_to(app)
 
 
 @app.callback(invoke_without_command=True)
