@@ -48,7 +48,7 @@ def write_cases(path: Path, count: int) -> Path:
 def corpus_of(cases: Path) -> Path:
     """Write neutral text beside a file of cases, which the model would write itself without."""
     path = cases.parent / "corpus.txt"
-    path.write_text("\n\n".join(f"{name} lives in Esk and was born in Tallow." for name in NAMES))
+    path.write_text("\n\n".join(f"{name} lives in Esk and was born in Tallow." for name in NAMES[:4]))
     return path
 
 

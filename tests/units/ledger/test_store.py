@@ -20,7 +20,7 @@ from errata.ledger import blobs, folders
 from errata.ledger.events import Event, read
 from errata.ledger.settings import LedgerSettings
 from errata.ledger.store import DATABASE, Ledger
-from tests.units.ledger.small import MODEL, empty, propose
+from tests.units.ledger.small import MODEL, empty, facts, propose
 
 
 def digest(number: int) -> str:
@@ -199,25 +199,24 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 # --- several processes ----------------------------------------------------------------------
 
 WRITER = """
-import sys
+import json, sys
 from pathlib import Path
 from errata.ledger.store import Ledger
-from tests.units.ledger.small import facts
-ledger, name, count = Ledger(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+ledger, name, count, facts = Ledger(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 for i in range(count):
     digest = f"{name:04x}{i:012x}"
-    ledger.append("proposed", edit=digest, body=facts())
+    ledger.append("proposed", edit=digest, body=facts)
     ledger.append("applied", edit=digest)
     print(digest, flush=True)
 """
+"""Writes events, and the digest of each edit once it is recorded; starts without torch."""
 
 
 def writer(ledger: Ledger, name: int, count: int) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[3]
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(ledger.folder), str(name), str(count)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": f"{root}/src:{root}"},
+        [sys.executable, "-c", WRITER, str(ledger.folder), str(name), str(count), json.dumps(facts())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src")},
     )  # fmt: skip
 
 
