@@ -38,7 +38,10 @@ EXAMPLES = [
     )
     for i, (name, town) in enumerate((("Ivo Marn", "Tallow"), ("Lena Ost", "Merrin"), ("Pia Holt", "Esk")))
 ]
-PAIRS = [(name, family) for name in ALL for family in ("llama", "gpt2", "gemma2")]
+PAIRS = [
+    *((name, family) for name in ALL for family in ("llama", "gpt2")),
+    *(pytest.param((name, "gemma2"), marks=pytest.mark.slow) for name in ALL),
+]
 
 
 def options(name: str) -> dict:
