@@ -61,7 +61,7 @@ def test_each_kind_is_asked_and_measured_from_its_file(files, method):
         assert answer["with"].strip().startswith("Tallow")
     if method == "none":
         assert answer["with"] == answer["without"]
-    report = json.loads(run("eval", "--model", "lab", "--edit", path, "--cases", "lab:2", "--json"))
+    report = json.loads(run("eval", "--model", "lab", "--edit", path, "--cases", "lab:1", "--json"))
     assert "efficacy.generate" in report["summary"]
 
 

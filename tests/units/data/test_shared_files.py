@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,10 @@ def raw(name: str) -> Any:
         return [json.loads(line) for line in text.split("\n") if line]
 
 
+checked = cache(check)
+"""Reads each file once for all tests that look at what it says of the whole file."""
+
+
 def names() -> set[str]:
     found = {path.relative_to(DATA).as_posix() for path in DATA.rglob("*") if path.is_file()}
     return {name for name in found if not name.endswith((".lock.json", "README.md"))}
@@ -142,7 +147,7 @@ def test_every_file_is_accounted_for():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_dataset_variant_and_rows_are_told_by_the_file_alone(name):
-    found = check(DATA / name)
+    found = checked(DATA / name)
     assert Found(found.name, found.rows, found.cases) == EXPECTED[name]
     assert (found.broken, found.limit, found.malformed) == (None, None, ())
     pairs = 2 if found.dataset == "pitfalls" else 1
@@ -165,7 +170,7 @@ def test_a_renamed_copy_is_the_same(tmp_path, name):
 )
 def test_rows_are_those_of_the_file(name):
     """Counted without the readers: the length of a list, or of the lists and columns that a document holds."""
-    found, document = check(DATA / name), raw(name)
+    found, document = checked(DATA / name), raw(name)
     if name.startswith("dune/"):
         assert found.rows == len(document["edits"]) == len(document["test_inputs"])
     elif name.startswith("taxi/"):
@@ -181,7 +186,7 @@ def test_rows_are_those_of_the_file(name):
 def test_patterns_of_pararel_make_no_cases():
     for name in names():
         if name.startswith(PATTERNS):
-            found = check(DATA / name)
+            found = checked(DATA / name)
             assert (found.dataset, found.cases, found.malformed) == ("pararel", 0, ())
             assert found.rows == len(found.skipped) and "wordings without a fact" in str(found.no_cases)
 
@@ -216,7 +221,7 @@ def test_ripple_edits_filtered_by_the_authors():
     records = raw("ripple_edits/popular_gpt-j.json")
     tests = [test for record in records for test in record["Logical_Generalization"]]
     empty = sum(not query["answers"] for test in tests for query in test["test_queries"])
-    found = check(DATA / "ripple_edits/popular_gpt-j.json")
+    found = checked(DATA / "ripple_edits/popular_gpt-j.json")
     assert found.facts["tests"]["logical_generalization"] == len(tests) - empty == 102
     assert found.facts["left out of cases"] == {
         "Logical_Generalization tests without an answer, which the authors' check passes": empty
@@ -226,7 +231,7 @@ def test_ripple_edits_filtered_by_the_authors():
 
 
 def test_knowedit_zsre_restates_its_edits():
-    found = check(DATA / "knowedit/ZsRE-test-all.json")
+    found = checked(DATA / "knowedit/ZsRE-test-all.json")
     assert (found.probes["restated"], found.probes["same_subject"]) == (386, 2_608 - 386)
     assert found.facts["locality questions that restate the edited fact"] == 386
     records = raw("knowedit/ZsRE-test-all.json")
@@ -236,7 +241,7 @@ def test_knowedit_zsre_restates_its_edits():
 
 def test_one_zsre_file_gives_portability_and_locality():
     """Rows whose wrong answer is a gold one are left out: 28 as spelled, one more with other capitals."""
-    found = check(DATA / "easyedit_emnlp/zsre_mend_eval_portability_gpt4.json")
+    found = checked(DATA / "easyedit_emnlp/zsre_mend_eval_portability_gpt4.json")
     assert found.probes["one_hop"] == found.probes["locality"] == 1_008
     records = raw("easyedit_emnlp/zsre_mend_eval_portability_gpt4.json")
     assert sum(record["alt"] in record["answers"] for record in records) == 28
@@ -244,7 +249,7 @@ def test_one_zsre_file_gives_portability_and_locality():
 
 
 def test_facts_to_erase_have_their_subjects():
-    assert check(DATA / "knowedit/trivia_qa_train.json").subject_is_prompt == 0
+    assert checked(DATA / "knowedit/trivia_qa_train.json").subject_is_prompt == 0
 
 
 def test_bmikes_translated_subjects():
@@ -277,7 +282,7 @@ def test_counterfact_edit_contradictions():
         targets[record["prompt"]].add(record["target_new"])
     torn = [r["case_id"] for r in records if len(targets[r["prompt"]]) > 1]
     whole = Counter((r["prompt"], r["subject"], r["target_new"]) for r in records)
-    found = check(DATA / "counterfact-edit.json")
+    found = checked(DATA / "counterfact-edit.json")
     assert found.prompts == len(targets) == 9_917
     assert found.conflicts.prompts == sum(len(t) > 1 for t in targets.values()) == 62
     assert found.conflicts.cases == len(torn)
@@ -298,7 +303,7 @@ def test_counterfact_plus_from_the_flat_file():
 
 def test_zsre_kilt_questions():
     records = raw("zsre_dev_kilt.json")
-    found = check(DATA / "zsre_dev_kilt.json")
+    found = checked(DATA / "zsre_dev_kilt.json")
     types = Counter(record["type"] for record in records)
     assert found.facts == {f"type {kind}": number for kind, number in sorted(types.items())}
     assert all(r["question_id"].startswith(f"{r['type']}-") for r in records)
@@ -307,7 +312,7 @@ def test_zsre_kilt_questions():
 
 
 def test_akew_edits_and_hops():
-    found = check(DATA / "akew_mquake_cf.json")
+    found = checked(DATA / "akew_mquake_cf.json")
     assert found.requests == found.facts["edits"] == 436
     assert found.facts["relations"] == 31
     assert found.facts["cases by edits"] == {1: 277, 2: 72, 3: 5}
@@ -316,7 +321,7 @@ def test_akew_edits_and_hops():
 
 def test_editeverything_categories():
     """552 rows in seven categories; ten questions are asked twice."""
-    found = check(DATA / "editeverything.json")
+    found = checked(DATA / "editeverything.json")
     assert found.facts["rows by category"] == {
         "physics": 221, "biology": 92, "math": 78, "chemistry": 51, "code": 49, "poetry": 31, "news": 30,
     }  # fmt: skip
@@ -324,20 +329,20 @@ def test_editeverything_categories():
 
 
 def test_unke_sub_questions():
-    found = check(DATA / "unke_v2.json")
+    found = checked(DATA / "unke_v2.json")
     assert found.probes == {"long": 1_000, "long_paraphrase": 1_000, "sub_question": 4_729}
     assert found.facts["rows by sub-questions"] == {4: 337, 5: 613, 6: 35, 7: 14, 8: 1}
     assert found.facts["mean answer words"] == 91.5
 
 
 def test_dama_and_professions():
-    assert check(DATA / "dama_train.json").cases == 2_409
-    sentences = check(DATA / "dama_test.json")
+    assert checked(DATA / "dama_train.json").cases == 2_409
+    sentences = checked(DATA / "dama_test.json")
     assert (sentences.name, len(sentences.skipped)) == ("dama/test", 1_111)  # they ask for nothing
-    assert check(DATA / "professions.json").cases == 320
+    assert checked(DATA / "professions.json").cases == 320
 
 
 def test_ecbd_popular_entities_are_all_asked_about():
-    found = check(DATA / "ecbd_specificity.json")
+    found = checked(DATA / "ecbd_specificity.json")
     assert found == check(f"ecbd/popular@{DATA / 'ecbd_specificity.json'}")
     assert (found.rows, found.probes.get("entity_locality")) == (40, 40)
