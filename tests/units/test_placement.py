@@ -16,7 +16,7 @@ from errata.edits import PromptEdit, Provenance, WeightEdit
 from errata.errors import EditError, HostError
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
-from tests.contract.test_methods import EXAMPLES
+from tests.contract.test_methods import EXAMPLES, options
 from tests.models import fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -268,14 +268,11 @@ def test_solves_and_losses_are_wide_whatever_the_host(name, dtype):
 
     host = fresh("llama", max_position_embeddings=2048)  # room for what methods put before a prompt
     host.model.to(dtype)
-    fields = REGISTRY.get(name).config.__dataclass_fields__
-    options = {k: v for k, v in {"steps": 2, "tokens": 400}.items() if k in fields}
-    if "examples" in REGISTRY.get(name).needs:
-        options["examples"] = EXAMPLES
+    more = {"examples": EXAMPLES} if "examples" in REGISTRY.get(name).needs else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what merging loses
         with Watch():
-            errata.edit(host, REQUEST, method=name, **options)
+            errata.edit(host, REQUEST, method=name, **options(name), **more)
     assert narrow == []
     assert seen or REGISTRY.get(name).gives is PromptEdit, "what changes prompts computes averages at most"
 
