@@ -10,9 +10,10 @@ demo: $(STAMP)
 	$(BIN)/errata demo examples/facts.jsonl
 
 # two processes of one thread each, a file to a process, so that what its tests share is made once; a run does not depend
-# on how many there are. Bytecode is kept, since many tests start the program in a process of its own
+# on how many there are. Files are in order, as the long ones come first. Bytecode is kept, since many tests start the
+# program in a process of its own
 test: $(STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

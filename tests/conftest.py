@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["ERRATA_CACHE"]
     else:
         os.environ["ERRATA_CACHE"] = old
+
+
+TOKENS = 20_000
+"""Of statistics at most, where a test does not ask for a number; defaults are a million."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_statistics():
+    """Collect less of what is collected once for each model: it would take minutes. Not in other processes."""
+    from errata.methods import _method as methods
+    from errata.stats.tables import TableSettings
+
+    whole = methods.Workspace._statistics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "TableSettings", partial(TableSettings, texts=640, names=32, templates=64))
+        patch.setattr(
+            methods.Workspace,
+            "_statistics",
+            lambda work, host, tokens: whole(work, host, min(tokens, TOKENS)),
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,19 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("edits")
-    for method, more in METHODS.items():
-        words = ["edit", *WORDS, "--method", method, *more, "-o", str(folder / f"{method}.safetensors")]
-        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
-    return folder
+SLOW = ("scr", "nkb", "cuqa", "defer", "lte", "pluglm", "ice", "memprompt", "reliable", "mello", "kaft")
+"""Kinds of edit that another method here has as well."""
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in METHODS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def edit_file(request, tmp_path_factory):
+    """A method, and an edit by it."""
+    method = request.param
+    path = tmp_path_factory.mktemp("edits") / f"{method}.safetensors"
+    words = ["edit", *WORDS, "--method", method, *METHODS[method], "-o", str(path)]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    return method, str(path)
 
 
 def run(*words: str) -> str:
@@ -40,9 +46,8 @@ def run(*words: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_show_says_what_each_kind_changes(files, method):
-    path = str(files / f"{method}.safetensors")
+def test_show_says_what_each_kind_changes(edit_file):
+    method, path = edit_file
     text, facts = run("show", path), json.loads(run("show", path, "--json"))
     assert method in text and "Ada Brenner" in text and facts["kind"] == REGISTRY.get(method).gives.kind
     assert ("weights" in text) == (facts["kind"] == "weight")
@@ -50,9 +55,8 @@ def test_show_says_what_each_kind_changes(files, method):
     assert ("interventions" in text) == (facts["kind"] == "memory")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_kind_is_asked_and_measured_from_its_file(files, method):
-    path = str(files / f"{method}.safetensors")
+def test_each_kind_is_asked_and_measured_from_its_file(edit_file):
+    method, path = edit_file
     (answer,) = json.loads(run("ask", "--model", "lab", "--edit", path, "Ada Brenner was born in", "--json"))[
         "answers"
     ]
@@ -65,10 +69,9 @@ def test_each_kind_is_asked_and_measured_from_its_file(files, method):
     assert "efficacy.generate" in report["summary"]
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("words", [("refit",), ("retract", "--request", "1")])
-def test_what_cannot_be_solved_again_is_refused(files, tmp_path, method, words):
+def test_what_cannot_be_solved_again_is_refused(edit_file, tmp_path, words):
     target = tmp_path / "again.safetensors"
     verb, *more = words
-    result = CliRunner().invoke(app, [verb, str(files / f"{method}.safetensors"), *more, "-o", str(target)])
+    result = CliRunner().invoke(app, [verb, edit_file[1], *more, "-o", str(target)])
     assert isinstance(result.exception, ErrataError) and not target.exists()

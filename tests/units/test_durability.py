@@ -107,7 +107,9 @@ def host():
 
 
 @pytest.mark.parametrize(("beside", "others", "gap", "step"), [
-    (False, True, None, 1), (True, False, None, 1), (False, False, None, 5), (True, True, None, 5),
+    pytest.param(False, True, None, 1, marks=pytest.mark.slow),
+    pytest.param(True, False, None, 1, marks=pytest.mark.slow),
+    (False, True, None, 5), (True, False, None, 5), (False, False, None, 5), (True, True, None, 5),
     (False, True, 3, 7), (True, False, 3, 7),
 ])  # fmt: skip
 def test_an_interrupt_at_any_line_of_placing_leaves_nothing_or_can_be_taken_back(

@@ -249,7 +249,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_changes():
 # --- precision --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n in REGISTRY if "causal_lm" in REGISTRY.get(n).hosts])
 def test_solves_and_losses_are_wide_whatever_the_host(name, dtype):
     """No factorisation, no solve and no log-softmax ever sees 16 bits."""
