@@ -12,8 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from errata.cli.main import app
-from errata.methods import _method
-from errata.stats.tables import TableSettings
 from tests.docs.test_readme import save_time
 
 FOLDER = Path(__file__).parents[2] / "docs" / "tutorials"
@@ -66,7 +64,6 @@ def test_a_tutorial_runs_as_it_is_printed(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.syspath_prepend(str(tmp_path))
     save_time(monkeypatch)
-    monkeypatch.setattr(_method, "TableSettings", TableSettings)  # what a guard refuses depends on them
     output = ""
     ran = 0
     for block in blocks(path):
