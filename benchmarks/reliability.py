@@ -56,11 +56,11 @@ from errata.linalg.lowrank import LowRank
 from errata.types import Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, it is found beside the others
-from benchmarks import exports
+from benchmarks import exports, ledger_writer
+from benchmarks.ledger_writer import request_facts
 
 MODEL = {"name": "none", "fingerprint": "f" * 16, "weights": "0" * 64, "dtype": "float32"}
 """What a ledger that never opens its model says of it."""
-WORKER = "--worker"
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,6 @@ class Figure:
 
 def main() -> int:
     """Measure everything and print the table; return the exit code."""
-    if sys.argv[1:2] == [WORKER]:
-        worker(Path(sys.argv[2]), sys.argv[3])
-        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small share of each, in a few minutes")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -139,39 +136,7 @@ def add(ledger: Ledger, edit: Edit) -> None:
     ledger.append("applied", edit=edit.digest)
 
 
-def request_facts(digest: str, subject: str = "Ada", target: str = "Rome") -> dict[str, object]:
-    """Return what is proposed of an edit without a file."""
-    request = {"prompt": "{} lives in", "subject": subject, "target": target}
-    return {
-        "method": "m",
-        "kind": "weight",
-        "requests": [request],
-        "blob": "0" * 64,
-        "beneath": [],
-        "of": digest,
-    }
-
-
 # --- 1, 12: kills and writers ---------------------------------------------------------------
-
-
-def worker(folder: Path, name: str) -> None:
-    """Keep files, apply and revert until killed; print what was acknowledged."""
-    ledger, number = Ledger(folder), 0
-    scratch = Path(tempfile.mkdtemp())
-    while True:
-        number += 1
-        digest = f"{int(name):04x}{number:012x}"
-        source = scratch / "file"
-        source.write_bytes(os.urandom(200_000))
-        blob = ledger.add_file(source)
-        body = {**request_facts(digest), "blob": blob}
-        ledger.append("proposed", edit=digest, body=body)
-        ledger.append("applied", edit=digest)
-        print(f"applied {digest} {blob}", flush=True)
-        if number % 3 == 0:
-            ledger.append("reverted", edit=digest)
-            print(f"reverted {digest} {blob}", flush=True)
 
 
 def kills(host: Host, share: float) -> list[Figure]:
@@ -184,7 +149,7 @@ def kills(host: Host, share: float) -> list[Figure]:
         for turn in range(rounds):
             both = [
                 subprocess.Popen(
-                    [sys.executable, __file__, WORKER, str(ledger.folder), str(2 * turn + i)],
+                    [sys.executable, ledger_writer.__file__, str(ledger.folder), str(2 * turn + i)],
                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 ) for i in range(2)
             ]  # fmt: skip
