@@ -1,8 +1,8 @@
 """Gradients of linear maps as factors: what a map read, and the gradient at its output, one row per token.
 
 The sum over a text's tokens of g h^T is the gradient of its loss with respect to the weight, so editors that read
-gradients and write changes of weights never form a tensor of a weight's size: they read the factors, and what they write
-acts beside the maps, as outer products of which gradients reach both sides.
+gradients and write changes of weights never form a tensor of a weight's size: they read the factors, and what they
+write acts beside the maps, as outer products of which gradients reach both sides.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def capture(
 ) -> dict[str, Factors]:
     """Return, by module path, the factors of prompts with answers; one forward and one backward pass a batch.
 
-    ``tokens``: those that predict the answer, or all but the last. ``rows``: texts run at once, which changes nothing but
-    rounding. Rows that are zero on either side are left out, for they add nothing. Raises HostError for a module that
-    does not run once per token.
+    ``tokens``: those that predict the answer, or all but the last. ``rows``: texts run at once, which changes nothing
+    but rounding. Rows that are zero on either side are left out, for they add nothing. Raises HostError for a module
+    that does not run once per token.
     """
     pairs = collect(host, answers, modules, tokens=tokens, batch_size=rows)
     sizes = torch.tensor([len(a.ids) - 1 if tokens == "all" else len(a.target) for a in answers])
