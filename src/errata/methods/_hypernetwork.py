@@ -14,7 +14,7 @@ from errata import config as settings
 from errata.checksum import checksum
 from errata.config import positive
 from errata.edits.artefact import Artefact
-from errata.edits.edit import timestamp, versions
+from errata.edits.edit import Provenance, timestamp, versions
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, EditError
 from errata.host.host import Host
@@ -34,8 +34,8 @@ from errata.types import Request, plain_case
 
 
 @dataclass(frozen=True)
-class EditorSettings:
-    """Settings of an editor, its training and what it is trained on."""
+class TrainingSettings:
+    """Settings of an editor's training, and of what it is trained on."""
 
     editor: str | None = None
     """File of an editor that errata train wrote. None: one is trained for the fit, on the examples."""
@@ -46,15 +46,7 @@ class EditorSettings:
     """Layers of modules without their own."""
     token: Tokens = "all"
     """Tokens whose factors are read: those that predict the answer, or all."""
-    rank: int = 256
-    """Rank of a block's linear map, at most its width (authors' code: 1920)."""
-    blocks: int = 2
-    """Residual blocks (paper: 2)."""
-    step: float = 1.0
-    """Size of the untrained editor's changes, in the unit of ``scale``; it is learned, for each map."""
-    scale: Literal["weight", "published"] = "weight"
-    """Unit of ``step``: relative to the weight's root mean square, or plain numbers."""
-    steps: int = 1000
+    steps: int = 200
     """Steps of training at most."""
     per_step: int = 8
     """Examples in a step."""
@@ -66,21 +58,15 @@ class EditorSettings:
     """Prompts of other examples asked about each, as out of scope."""
     request: float = 0.25
     """Share of the examples for which one of the prompts in scope is the request itself."""
-    edit_weight: float = 1.0
-    """Weight of the loss in scope."""
-    locality_weight: float = 1.0
-    """Weight of the KL divergence out of scope."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Adam's for the network."""
-    step_rate: float = 1e-2
-    """Adam's for the logarithm of the step sizes."""
     clip: float | None = 1.0
     """Largest norm of a step's gradient."""
-    warmup: int = 20
+    warmup: int = 10
     """Steps over which the rates rise."""
     decay: Literal["none", "cosine"] = "cosine"
     """Rates afterwards: as they are, or falling to nothing along half a cosine."""
-    every: int = 100
+    every: int = 40
     """Steps from one validation, and checkpoint, to the next."""
     patience: int = 10
     """Validations without a gain that end training."""
@@ -90,8 +76,6 @@ class EditorSettings:
     """Share of the examples that are held out for validation."""
     validation: int = 64
     """Examples of a validation at most (authors' code: 500)."""
-    statistics: int = 500
-    """Examples whose factors the normalisation is measured on, before training."""
     answer_tokens: int = 8
     """Tokens of the host's own answer to a request whose old target is not given."""
     rows: int = 64
@@ -100,20 +84,18 @@ class EditorSettings:
     def problems(self) -> list[str]:
         """Check ranges."""
         counts = (
-            "rank",
-            "blocks",
-            "step",
             "steps",
             "per_step",
             "inside",
-            "learning_rate",
-            "step_rate",
-            "clip",
             "every",
+            "patience",
+            "most",
+            "validation",
+            "answer_tokens",
+            "rows",
         )
-        more = ("patience", "most", "validation", "statistics", "answer_tokens", "rows", "edit_weight")
-        least = ("outside", "others", "warmup", "locality_weight")
-        complaints = [*positive(self, *counts, *more), *at_least_zero(self, *least)]
+        complaints = positive(self, *counts, "learning_rate", "clip")
+        complaints += at_least_zero(self, "outside", "others", "warmup")
         complaints += [
             f"{name}: expected a share from 0 to 1, found {share}"
             for name, share in (("held_out", self.held_out), ("request", self.request))
@@ -134,7 +116,34 @@ class EditorSettings:
         return Sampling(self.inside, self.outside, self.others, self.request)
 
 
-QUICK: Mapping[str, Any] = {"steps": 60, "every": 20, "most": 200, "validation": 8, "statistics": 64}
+@dataclass(frozen=True)
+class EditorSettings(TrainingSettings):
+    """Settings of an editor that is a network on normalised factors."""
+
+    rank: int = 256
+    """Rank of a block's linear map, at most its width (authors' code: 1920)."""
+    blocks: int = 2
+    """Residual blocks (paper: 2)."""
+    step: float = 1.0
+    """Size of the untrained editor's changes, in the unit of ``scale``; it is learned, for each map."""
+    scale: Literal["weight", "published"] = "weight"
+    """Unit of ``step``: relative to the weight's root mean square, or plain numbers."""
+    edit_weight: float = 1.0
+    """Weight of the loss in scope."""
+    locality_weight: float = 1.0
+    """Weight of the KL divergence out of scope."""
+    step_rate: float = 1e-2
+    """Adam's for the logarithm of the step sizes."""
+    statistics: int = 256
+    """Examples whose factors the normalisation is measured on, before training."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        names = ("rank", "blocks", "step", "edit_weight", "step_rate", "statistics")
+        return [*super().problems(), *positive(self, *names), *at_least_zero(self, "locality_weight")]
+
+
+QUICK: Mapping[str, Any] = {"steps": 20, "every": 5, "most": 200, "validation": 8, "statistics": 64}
 """Settings of a short training."""
 
 
@@ -155,7 +164,7 @@ class Editor(nn.Module):
 
 
 def map_names(
-    host: Host, config: EditorSettings, modules: tuple[str, ...], layers: Sequence[int]
+    host: Host, config: TrainingSettings, modules: tuple[str, ...], layers: Sequence[int]
 ) -> list[str]:
     """Return the paths of the maps that settings select, else those of ``modules`` in ``layers``."""
     chosen, own = config.modules or modules, config.layers
@@ -164,7 +173,8 @@ def map_names(
     return selected_maps(host, chosen, own)
 
 
-C = TypeVar("C", bound=EditorSettings)
+C = TypeVar("C", bound=TrainingSettings)
+E = TypeVar("E", bound=nn.Module)
 
 
 def with_published(config: C, published: Mapping[str, Any]) -> C:
@@ -183,45 +193,19 @@ def weight_rms(host: Host, name: str) -> float:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What an editor is trained with."""
+class Data:
+    """What an editor is trained on."""
 
-    host: Host
-    config: EditorSettings
     items: Sequence[Item]
     held: Sequence[Item]
-    editor: Editor
+    maps: Mapping[str, tuple[int, int]]
+    """Widths of output and input of each map, by its path."""
     key: str
     """Tells trainings apart whose checkpoints must not be mixed."""
-    energy: Mapping[str, float]
-    """Mean squared norm of each map's inputs."""
-
-    def factors(self, items: Sequence[Item]) -> dict[str, Factors]:
-        """Return the factors of some requests, by map, where the editor is."""
-        return factors_of(self.host, [item.answer for item in items], self.editor, self.config)
-
-    def rng(self, step: int, seed: int) -> random.Random:
-        """Return what a step draws with."""
-        return random.Random(f"errata-editor-{seed}-{step}")
 
 
-def factors_of(
-    host: Host, answers: Sequence[Answer], editor: Editor, config: EditorSettings
-) -> dict[str, Factors]:
-    """Return the factors of some answers, by map, where the editor is."""
-    found = capture(host, answers, list(editor.numbers), tokens=config.token, rows=config.rows)
-    device = next(editor.parameters()).device
-    return {name: one.to(device) for name, one in found.items()}
-
-
-def prepare(
-    method: str, host: Host, config: EditorSettings, work: Workspace, *, names: Sequence[str], form: Form,
-    logs: Sequence[str],
-) -> Prepared:  # fmt: skip
-    """Read the examples, ask the host what must not change, and start an editor that only normalises.
-
-    Raises ConfigError where the examples have no paraphrases, or none that must not change.
-    """
+def read(method: str, host: Host, config: TrainingSettings, work: Workspace, names: Sequence[str]) -> Data:
+    """Read the examples. Raises ConfigError where none has paraphrases, or prompts that must not change."""
     examples = training_examples(method, work, config.most)
     if not any(len(example.inside) > 1 for example in examples):
         raise ConfigError(
@@ -233,55 +217,107 @@ def prepare(
     asked = [e.request.text for e in (*trained, *held) if e.request.target_old is None]
     old = own_answers(host, asked, config.answer_tokens)
     items = items_of(host, trained, old)
-    held_items = with_own_choices(host, items_of(host, held, old) or items[:1], config.rows)
     if not items:
         raise ConfigError(f"{method}: no example fits {host.name}'s window of {host.window} tokens")
+    held_items = with_own_choices(host, items_of(host, held, old) or items[:1], config.rows)
     first = capture(host, [items[0].answer], names, tokens=config.token, rows=config.rows)
-    shape = NetworkShape(config.rank, config.blocks, form)
-    editor = Editor({name: one.shape for name, one in first.items()}, shape, logs, work.seed).to(host.device)
     plain = [method, host.fingerprint, host.prompt_format.to_dict(), without_editor(config), work.seed]
     cases = [plain_case(case) for case in work.examples[: config.most]]
-    prepared = Prepared(
-        host, config, items, held_items, editor, checksum({"of": plain, "cases": cases}, {}), {}
+    key = checksum({"of": plain, "cases": cases}, {})
+    return Data(items, held_items, {name: one.shape for name, one in first.items()}, key)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an editor that is a network on normalised factors is trained with."""
+
+    host: Host
+    config: EditorSettings
+    items: Sequence[Item]
+    held: Sequence[Item]
+    editor: Editor
+    data: Data
+    energy: Mapping[str, float]
+    """Mean squared norm of each map's inputs."""
+
+    def factors(self, items: Sequence[Item]) -> dict[str, Factors]:
+        """Return the factors of some requests, by map, where the editor is."""
+        return factors_of(self.host, [item.answer for item in items], list(self.editor.numbers), self.config)
+
+    def rng(self, step: int, seed: int) -> random.Random:
+        """Return what a step draws with."""
+        return rng_of(step, seed)
+
+
+def rng_of(step: int, seed: int) -> random.Random:
+    """Return what a step draws with."""
+    return random.Random(f"errata-editor-{seed}-{step}")
+
+
+def factors_of(
+    host: Host, answers: Sequence[Answer], names: Sequence[str], config: TrainingSettings
+) -> dict[str, Factors]:
+    """Return the factors of some answers, by map, on the host's device."""
+    found = capture(host, answers, names, tokens=config.token, rows=config.rows)
+    return {name: one.to(host.device) for name, one in found.items()}
+
+
+def prepare(
+    method: str, host: Host, config: EditorSettings, work: Workspace, *, names: Sequence[str], form: Form,
+    logs: Sequence[str],
+) -> Prepared:  # fmt: skip
+    """Read the examples, and start an editor that only normalises. Raises ConfigError as :func:`read`."""
+    data = read(method, host, config, work, names)
+    editor = Editor(data.maps, NetworkShape(config.rank, config.blocks, form), logs, work.seed).to(
+        host.device
     )
-    batches = range(0, min(len(items), config.statistics), config.rows)
+    prepared = Prepared(host, config, data.items, data.held, editor, data, {})
+    count = min(len(data.items), config.statistics)
+    parts = [data.items[i : min(i + config.rows, count)] for i in range(0, count, config.rows)]
     try:
-        energy = editor.network.set_statistics_(
-            [lambda i=i: prepared.factors(items[i : i + config.rows]) for i in batches]
-        )
+        energy = editor.network.set_statistics_([lambda part=part: prepared.factors(part) for part in parts])
     except ValueError as error:
-        raise ConfigError(
-            f"{method} cannot normalise what it reads of {len(items)} examples: {error}"
-        ) from error
+        raise ConfigError(f"{method} cannot normalise what it reads of {count} examples: {error}") from error
     return replace(prepared, energy=energy)
 
 
 def finish(method: str, prepared: Prepared, task: Task, work: Workspace) -> Artefact:
     """Train the editor and return it in its best state."""
-    config, editor, host = prepared.config, prepared.editor, prepared.host
+    config, editor = prepared.config, prepared.editor
     groups = [
         {"params": list(editor.network.parameters()), "lr": config.learning_rate},
         {"params": list(editor.logs.parameters()), "lr": config.step_rate},
     ]
+    body = {
+        "logs": list(editor.logs), "rank": config.rank, "blocks": config.blocks, "form": editor.network.form,
+    }  # fmt: skip
+    return conclude(
+        method, prepared.host, config, prepared.data, editor, torch.optim.Adam(groups), body, task, work
+    )
+
+
+def conclude(
+    method: str, host: Host, config: TrainingSettings, data: Data, editor: nn.Module,
+    optimizer: torch.optim.Optimizer, body: Mapping[str, Any], task: Task, work: Workspace,
+) -> Artefact:  # fmt: skip
+    """Train an editor and return it in its best state; ``body``: what it is built anew from, beside the maps."""
     facts = run_loop(
-        editor, torch.optim.Adam(groups), config.loop, task, key=prepared.key, seed=work.seed, where=work.training,
+        editor, optimizer, config.loop, task, key=data.key, seed=work.seed, where=work.training,
         on_progress=work.on_progress,
     )  # fmt: skip
-    network = editor.network
-    body = {
-        "maps": {name: list(sizes) for name, sizes in network.maps.items()}, "logs": list(editor.logs),
-        "rank": config.rank, "blocks": config.blocks, "form": network.form, "token": config.token,
-        "prompt_format": host.prompt_format.to_dict(),
+    whole = {
+        "maps": {name: list(sizes) for name, sizes in data.maps.items()}, "token": config.token,
+        "prompt_format": host.prompt_format.to_dict(), **body,
     }  # fmt: skip
     card = {
-        "examples": len(prepared.items), "held_out": len(prepared.held), "settings": without_editor(config),
-        "seed": work.seed, "training": prepared.key, "versions": versions(), **facts,
+        "examples": len(data.items), "held_out": len(data.held), "settings": without_editor(config),
+        "seed": work.seed, "training": data.key, "versions": versions(), **facts,
     }  # fmt: skip
     tensors = {name: tensor.detach().cpu() for name, tensor in editor.state_dict().items()}
-    return Artefact(method, host.fingerprint, tensors, body, card, timestamp())
+    return Artefact(method, host.fingerprint, tensors, whole, card, timestamp())
 
 
-def without_editor(config: EditorSettings) -> dict[str, Any]:
+def without_editor(config: TrainingSettings) -> dict[str, Any]:
     """Return settings as plain data, but for the file of an editor."""
     return {name: value for name, value in settings.plain(config).items() if name != "editor"}
 
@@ -290,15 +326,16 @@ def without_editor(config: EditorSettings) -> dict[str, Any]:
 
 
 def editor_of(
-    artefact: Artefact, host: Host, config: EditorSettings, names: Callable[[], Sequence[str]]
-) -> tuple[Editor, EditorSettings]:
+    artefact: Artefact, host: Host, config: C, names: Callable[[], Sequence[str]],
+    build: Callable[[Mapping[str, tuple[int, int]], Mapping[str, Any]], E],
+) -> tuple[E, C]:  # fmt: skip
     """Return a trained editor on the host's device, and the settings with what it was trained with.
 
-    ``names``: the maps that the settings select. Raises ConfigError for an editor of other maps, where the settings
-    name any, or of another prompt format; EditError for a damaged one.
+    ``names``: the maps that the settings select. ``build``: makes an editor from its maps and its plain data. Raises
+    ConfigError for an editor of other maps, where the settings name any, or of another prompt format; EditError for a
+    damaged one.
     """
-    body, tensors = artefact.body, artefact.tensors
-    found = body["prompt_format"]
+    body, found = artefact.body, artefact.body["prompt_format"]
     if found != host.prompt_format.to_dict():
         raise ConfigError(
             f"editor: it was trained with the prompt format {found or 'raw'}, found "
@@ -307,28 +344,39 @@ def editor_of(
     maps = {name: (sizes[0], sizes[1]) for name, sizes in body["maps"].items()}
     if (config.modules is not None or config.layers is not None) and list(names()) != list(maps):
         raise ConfigError(f"editor: it was trained for {', '.join(maps)}, found {', '.join(names())}")
-    shape = NetworkShape(body["rank"], body["blocks"], body["form"])
-    editor = Editor(maps, shape, body["logs"], 0)
+    editor = build(maps, body)
     try:
-        editor.load_state_dict(dict(tensors))
+        editor.load_state_dict(dict(artefact.tensors))
     except RuntimeError as error:
         raise EditError(f"the editor's tensors do not fit its header: {error}") from error
     return editor.to(host.device), replace(config, token=body["token"])
+
+
+def network_of(maps: Mapping[str, tuple[int, int]], body: Mapping[str, Any]) -> Editor:
+    """Return an editor of the shape that a file's plain data tell."""
+    return Editor(maps, NetworkShape(body["rank"], body["blocks"], body["form"]), body["logs"], 0)
 
 
 def edit_of(
     method: str, host: Host, requests: Sequence[Request], factors: Mapping[str, Factors],
     changes: Mapping[str, Change], artefact: Artefact, config: Any, work: Workspace,
 ) -> WeightEdit:  # fmt: skip
-    """Return the sum of all products as an edit, in factors of at most as many columns as there are products."""
+    """Return the sum of all products as an edit."""
+    record = provenance(method, host, requests, config, work, **notes(facts_about(artefact)))
+    return weight_edit(changes, factors, record)
+
+
+def weight_edit(
+    changes: Mapping[str, Change], factors: Mapping[str, Factors], record: Provenance
+) -> WeightEdit:
+    """Return the sum of all products, in factors of at most as many columns as there are products."""
     deltas: dict[str, Delta] = {}
     for name, change in changes.items():
         outer, inner = (side.detach().double().cpu() for side in (change.outer, change.inner))
         product = LowRank(outer.mT, inner)
         size = min(product.shape)
-        deltas[f"{name}.weight"] = (product if product.rank <= size else product.truncate(size)[0]).to(
-            torch.float32
-        )
-    transposed = frozenset(f"{name}.weight" for name, one in factors.items() if one.transposed)
-    record = provenance(method, host, requests, config, work, **notes(facts_about(artefact)))
-    return WeightEdit(deltas, transposed, record)
+        whole = product if product.rank <= size else product.truncate(size)[0]
+        deltas[f"{name}.weight"] = whole.to(torch.float32)
+    return WeightEdit(
+        deltas, frozenset(f"{name}.weight" for name, one in factors.items() if one.transposed), record
+    )

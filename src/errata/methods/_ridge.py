@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from errata.edits.artefact import Artefact
+from errata.edits.edit import Provenance
+from errata.edits.weight import WeightEdit
+from errata.host.host import Host
 from errata.linalg.gram import solve_gram
-from errata.methods._hypernetwork import Editor, Prepared, weight_rms
+from errata.methods import _hypernetwork as hypernetwork
+from errata.methods._editor import trained_editor
+from errata.methods._hypernetwork import Editor, EditorSettings, Prepared, weight_rms
+from errata.methods._method import Workspace, check_requests
 from errata.training.factors import Change, Factors
+from errata.types import Request
 
 STEP, RIDGE = LOGS = ("step", "ridge")
 ROWS = 1024
 """Rows that the network is run on at once when it is differentiated (authors' code: 1,024)."""
+
+
+def fit(
+    method: str, host: Host, requests: Sequence[Request], config: Any, work: Workspace,
+    train: Callable[[], Artefact], modules: tuple[str, ...],
+) -> WeightEdit:  # fmt: skip
+    """Return the regression on what an editor makes of all requests' gradients, as an edit.
+
+    ``train``: makes the editor where the settings name none; ``modules``: what is edited where they name none.
+    """
+    check_requests(method, requests)
+    artefact = trained_editor(method, host, config.editor, config, work, train)
+    editor, config = hypernetwork.editor_of(
+        artefact, host, config, lambda: _names(host, config, modules), hypernetwork.network_of
+    )
+    answers = [host.encode_answer(request.text, request.target) for request in requests]
+    factors = hypernetwork.factors_of(host, answers, list(editor.numbers), config)
+    changes = changes_of(editor, factors)
+    return hypernetwork.edit_of(method, host, requests, factors, changes, artefact, config, work)
+
+
+def start(
+    method: str, host: Host, config: EditorSettings, work: Workspace, modules: tuple[str, ...], step: float,
+    ridge: float,
+) -> Prepared:  # fmt: skip
+    """Return what an editor is trained with, each map's step and ridge at their start."""
+    names = _names(host, config, modules)
+    prepared = hypernetwork.prepare(method, host, config, work, names=names, form="outside", logs=LOGS)
+    start_(prepared, step, ridge)
+    return prepared
+
+
+def _names(host: Host, config: EditorSettings, modules: tuple[str, ...]) -> list[str]:
+    depth = len(host.layout.blocks)
+    return hypernetwork.map_names(host, config, modules, range(depth // 2, depth))
 
 
 @torch.no_grad()
@@ -89,3 +134,38 @@ def differentiate(
             for (parameter, sum_), own in zip(total.items(), found, strict=True):
                 total[parameter] = sum_ if own is None else sum_ + own
     return [of_ridge if name == f"logs.{RIDGE}" else total[name] for name, _ in editor.named_parameters()]
+
+
+# --- sequences ------------------------------------------------------------------------------
+
+
+def norm_gradients(solved: Solved, weight: float) -> list[Tensor]:
+    """Return the gradient of weight |S|^2 for the coefficients of each map, 2 weight U U^T C ``[n, d_out]``."""
+    return [
+        2 * weight * (change.inner @ (change.inner.mT @ change.outer.detach()))
+        for change in solved.changes.values()
+    ]
+
+
+class Course:
+    """A host on which one change after another is put in place, as weights, and all are taken off at the end."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.host = prepared.host
+        self.total: WeightEdit | None = None
+        self.stack = ExitStack()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what is added in place until the block ends."""
+        with self.stack:
+            yield
+
+    def add(self, factors: Mapping[str, Factors], changes: Mapping[str, Change]) -> None:
+        """Put a change in place, on top of those before."""
+        later = hypernetwork.weight_edit(
+            changes, factors, Provenance("sequence", (), {}, self.host.fingerprint)
+        )
+        self.stack.close()
+        self.total = later if self.total is None else self.total.then(later)
+        self.stack.enter_context(self.total.on(self.host))

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from errata.config import positive
@@ -30,9 +29,8 @@ from errata.host.host import Host
 from errata.locate.gradients import Tokens
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
-from errata.methods._editor import trained_editor
 from errata.methods._hypernetwork import EditorSettings, Prepared
-from errata.methods._method import Method, Shape, Workspace, check_requests
+from errata.methods._method import Method, Shape, Workspace
 from errata.training.editing import Item, draw, loss_scale, losses_of, validate
 from errata.training.factors import Change
 from errata.training.gradients import sum_gradients
@@ -59,30 +57,18 @@ class Config(EditorSettings):
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the regression on what the editor makes of all requests' gradients."""
-    check_requests("malmen", requests)
-    artefact = trained_editor("malmen", host, config.editor, config, work, lambda: train(host, config, work))
-    editor, config = hypernetwork.editor_of(artefact, host, config, lambda: _names(host, config))
-    answers = [host.encode_answer(request.text, request.target) for request in requests]
-    with torch.no_grad():
-        factors = hypernetwork.factors_of(host, answers, editor, config)
-        changes = regression.changes_of(editor, factors)
-    return hypernetwork.edit_of("malmen", host, requests, factors, changes, artefact, config, work)
+    return regression.fit("malmen", host, requests, config, work, lambda: train(host, config, work), MODULES)
 
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the editor on the workspace's examples, on the unedited host."""
     config = hypernetwork.with_published(config, METHOD.published_for(host))
     with work.unedited(host), hooks.frozen(host.model):
-        prepared = hypernetwork.prepare(
-            "malmen", host, config, work, names=_names(host, config), form="outside", logs=regression.LOGS
-        )
-        regression.start_(prepared, config.step, config.ridge)
+        prepared = regression.start("malmen", host, config, work, MODULES, config.step, config.ridge)
         return hypernetwork.finish("malmen", prepared, _Task(prepared, work.seed), work)
 
 
-def _names(host: Host, config: Config) -> list[str]:
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
+MODULES = ("mlp_out",)
 
 
 @dataclass(frozen=True)

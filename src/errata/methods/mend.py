@@ -25,6 +25,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.locate.gradients import Tokens
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._editor import trained_editor
 from errata.methods._hypernetwork import Editor, EditorSettings, Prepared
@@ -39,17 +40,30 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Config(EditorSettings):
-    """Settings of MEND."""
+    """Settings of MEND.
+
+    Defaults were chosen on the lab: the upper half's feed-forward outputs, read where the answer is predicted (paper:
+    all maps of the last three feed-forwards, at all tokens; taken for the models of the paper).
+    """
+
+    token: Tokens = "answer"
+    """Tokens whose factors are read: those that predict the answer, or all (paper: all)."""
+    step: float = 0.02
+    """Size of the untrained editor's changes, in the unit of ``scale`` (authors' code: 1e-4, plain)."""
+    learning_rate: float = 1e-3
+    """Adam's for the network (authors' code: 1e-6)."""
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the sum of what the editor makes of each request's gradient."""
     check_requests("mend", requests)
     artefact = trained_editor("mend", host, config.editor, config, work, lambda: train(host, config, work))
-    editor, config = hypernetwork.editor_of(artefact, host, config, lambda: _names(host, config))
+    editor, config = hypernetwork.editor_of(
+        artefact, host, config, lambda: _names(host, config), hypernetwork.network_of
+    )
     answers = [host.encode_answer(request.text, request.target) for request in requests]
     with torch.no_grad():
-        factors = hypernetwork.factors_of(host, answers, editor, config)
+        factors = hypernetwork.factors_of(host, answers, list(editor.numbers), config)
         changes = changes_of(editor, factors)
     return hypernetwork.edit_of("mend", host, requests, factors, changes, artefact, config, work)
 
@@ -70,7 +84,7 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
 
 def _names(host: Host, config: Config) -> list[str]:
     depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp",), range(max(0, depth - 3), depth))
+    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
 
 
 def changes_of(editor: Editor, factors: Mapping[str, Factors]) -> dict[str, Change]:
@@ -128,7 +142,8 @@ class _Task:
 
 
 _PUBLISHED = {
-    "modules": ("mlp",), "rank": 1920, "step": 1e-4, "scale": "published", "learning_rate": 1e-6, "step_rate": 1e-4,
+    "modules": ("mlp",), "token": "all", "rank": 1920, "step": 1e-4, "scale": "published", "learning_rate": 1e-6,
+    "step_rate": 1e-4,
     "edit_weight": 0.1, "per_step": 10, "clip": 100.0, "warmup": 0, "decay": "none", "steps": 500_000,
     "every": 5000, "patience": 4, "validation": 500, "inside": 1, "outside": 1, "others": 0, "request": 0.0,
 }  # fmt: skip
@@ -148,9 +163,9 @@ METHOD = Method(
     resumes=True,
     quick=hypernetwork.QUICK,
     published={
-        Shape("gpt2", 48, 1600): _PUBLISHED,
-        Shape("gpt_neo", 32, 2560): _PUBLISHED,
-        Shape("gptj", 28, 4096): _PUBLISHED,
-        Shape("llama", 32, 4096): _PUBLISHED,
+        Shape("gpt2", 48, 1600): {**_PUBLISHED, "layers": (45, 46, 47)},
+        Shape("gpt_neo", 32, 2560): {**_PUBLISHED, "layers": (29, 30, 31)},
+        Shape("gptj", 28, 4096): {**_PUBLISHED, "layers": (25, 26, 27)},
+        Shape("llama", 32, 4096): {**_PUBLISHED, "layers": (29, 30, 31)},
     },
 )

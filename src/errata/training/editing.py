@@ -16,12 +16,16 @@ from errata.locate.gradients import FLOAT16_LOSS_SCALE
 from errata.training.examples import Example
 from errata.training.factors import Change, beside
 from errata.training.tune import Line
+from errata.types import Request
 
 
 @dataclass(frozen=True)
 class Item:
     """An example as the model reads it."""
 
+    request: Request
+    old: str
+    """Its old answer."""
     answer: Answer
     """The request with its target: what the editor reads."""
     inside: tuple[Line, ...]
@@ -78,7 +82,11 @@ def items_of(host: Host, examples: Sequence[Example], old: Mapping[str, str]) ->
         answer = request.target_old or old[request.text]
         row = host.encode_answer(request.text, request.target)
         outside = _lines(host, tuple(zip(example.outside, example.answers, strict=True)))
-        items.append(Item(row, inside, outside, line_of(host, request.text, answer) if answer else None))
+        items.append(
+            Item(
+                request, answer, row, inside, outside, line_of(host, request.text, answer) if answer else None
+            )
+        )
     return items
 
 
@@ -149,18 +157,20 @@ def log_probabilities(host: Host, lines: Sequence[Line]) -> tuple[Tensor, Tensor
 
 def losses_of(
     host: Host, inside: Sequence[Sequence[Line]], outside: Sequence[Sequence[Line]],
-    changes: Mapping[str, Change], edits: Sequence[int] | None = None,
+    changes: Mapping[str, Change], edits: Sequence[int] | None = None, before: Tensor | None = None,
 ) -> Losses:  # fmt: skip
     """Return the losses of edits with their changes beside the weights; gradients reach the changes.
 
     ``inside``, ``outside``: by edit, what is asked about it. ``edits``: the owner of each edit's products in the
-    changes; None: its number. The unedited host is asked apart, without gradients.
+    changes; None: its number. ``before``: the log probabilities of the unedited host at all tokens out of scope
+    ``[t, vocab]``; None: the host as it is is asked, without gradients.
     """
     numbers = range(len(inside)) if edits is None else edits
     near, near_edit = _flat(inside)
     far, far_edit = _flat(outside)
-    with torch.no_grad():
-        before = log_probabilities(host, far)[0] if far else None
+    if before is None and far:
+        with torch.no_grad():
+            before = log_probabilities(host, far)[0]
     owners = [numbers[edit] for edit in (*near_edit, *far_edit)]
     with beside(host, changes, owners):
         after, row = log_probabilities(host, [*near, *far])
@@ -168,7 +178,7 @@ def losses_of(
     count = len(targets)
     nll = -after[torch.arange(count, device=after.device), targets]
     edit = _means(nll, row[:count], near, near_edit, len(inside))
-    if before is None:
+    if before is None or not far:
         return Losses(edit, torch.zeros_like(edit))
     kl = functional.kl_div(after[count:], before, reduction="none", log_target=True).sum(-1)
     return Losses(edit, _means(kl, row[count:] - len(near), far, far_edit, len(inside)))
