@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import errata
+from errata.methods import _conditional as conditional
 from errata.methods import ke
 from errata.training.conditional import ConditionalEditor, ConditionalShape
 from errata.training.factors import capture
@@ -68,7 +69,8 @@ def test_it_starts_as_a_step_of_descent_of_a_share_of_the_weight():
     def look(self, step, examples):
         if step == 0:
             items = [self.data.items[0]]
-            factors, changes = self.factors(items), self._changes(items)
+            factors = conditional.factors_of(host, items, self.editor, self.config)
+            changes = self._changes(items)
             for name, one in factors.items():
                 gradient = one.gradients.mT @ one.keys
                 change = changes[name].outer.mT @ changes[name].inner

@@ -7,9 +7,10 @@ import json
 import torch
 
 import errata
+from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
 from errata.methods import rledit
-from errata.training.factors import Change
+from errata.training.factors import Change, Factors
 from errata.training.loop import TrainingFiles
 from tests.models import fresh
 from tests.theory.test_malmen import editor_and_factors
@@ -33,17 +34,11 @@ def test_changes_of_a_sequence_add_up_in_place_and_are_taken_off():
     weight = host.model.get_submodule(name).weight
     before = weight.detach().clone()
     generator = torch.Generator().manual_seed(0)
-
-    class Prepared:
-        pass
-
-    prepared = Prepared()
-    prepared.host = host
-    course, total = regression.Course(prepared), torch.zeros(80, 32)
+    course, total = hypernetwork.Course(host), torch.zeros(80, 32)
     with course.kept():
         for _ in range(3):
             outer, inner = (0.1 * torch.randn(2, n, generator=generator) for n in (32, 80))
-            factors = {name: regression.Factors(inner, outer, torch.tensor([0, 1]), transposed=True)}
+            factors = {name: Factors(inner, outer, torch.tensor([0, 1]), transposed=True)}
             course.add(factors, {name: Change(outer, inner, torch.tensor([0, 0]))})
             total += inner.mT @ outer
             torch.testing.assert_close(weight.detach() - before, total, atol=1e-6, rtol=1e-4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -380,3 +381,36 @@ def weight_edit(
     return WeightEdit(
         deltas, frozenset(f"{name}.weight" for name, one in factors.items() if one.transposed), record
     )
+
+
+class Course:
+    """A host on which one change after another is put in place, as weights, and all are taken off at the end."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.total: WeightEdit | None = None
+        self.stack = ExitStack()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what is added in place until the block ends."""
+        with self.stack:
+            yield
+
+    def add(self, factors: Mapping[str, Factors], changes: Mapping[str, Change]) -> None:
+        """Put a change in place, on top of those before."""
+        later = weight_edit(changes, factors, Provenance("sequence", (), {}, self.host.fingerprint))
+        self.stack.close()
+        self.total = later if self.total is None else self.total.then(later)
+        self.stack.enter_context(self.total.on(self.host))
+
+
+def edit_after(
+    course: Course, method: str, host: Host, requests: Sequence[Request], artefact: Artefact, config: Any,
+    work: Workspace,
+) -> WeightEdit:  # fmt: skip
+    """Return the sum of all changes of a course as an edit. Raises ConfigError where there was none."""
+    if course.total is None:
+        raise ConfigError(f"{method} made no change")
+    record = provenance(method, host, requests, config, work, **notes(facts_about(artefact)))
+    return WeightEdit(course.total.deltas, course.total.transposed, record)

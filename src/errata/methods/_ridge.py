@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from errata.edits.artefact import Artefact
-from errata.edits.edit import Provenance
 from errata.edits.weight import WeightEdit
 from errata.host.host import Host
 from errata.linalg.gram import solve_gram
@@ -145,27 +143,3 @@ def norm_gradients(solved: Solved, weight: float) -> list[Tensor]:
         2 * weight * (change.inner @ (change.inner.mT @ change.outer.detach()))
         for change in solved.changes.values()
     ]
-
-
-class Course:
-    """A host on which one change after another is put in place, as weights, and all are taken off at the end."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self.host = prepared.host
-        self.total: WeightEdit | None = None
-        self.stack = ExitStack()
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what is added in place until the block ends."""
-        with self.stack:
-            yield
-
-    def add(self, factors: Mapping[str, Factors], changes: Mapping[str, Change]) -> None:
-        """Put a change in place, on top of those before."""
-        later = hypernetwork.weight_edit(
-            changes, factors, Provenance("sequence", (), {}, self.host.fingerprint)
-        )
-        self.stack.close()
-        self.total = later if self.total is None else self.total.then(later)
-        self.stack.enter_context(self.total.on(self.host))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,37 +27,27 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.methods import _conditional as conditional
 from errata.methods import _hypernetwork as hypernetwork
+from errata.methods._conditional import ConditionalSettings
 from errata.methods._editor import trained_editor
-from errata.methods._hypernetwork import Data, TrainingSettings
-from errata.methods._method import Method, Workspace, check_requests, without
-from errata.methods._other_model import own_answers
-from errata.training.conditional import ConditionalEditor, ConditionalShape
+from errata.methods._hypernetwork import Data
+from errata.methods._method import Method, Workspace, check_requests
+from errata.training.conditional import ConditionalEditor
 from errata.training.editing import Item, draw, loss_scale, losses_of, validate
-from errata.training.factors import Change, Factors
+from errata.training.factors import Change
 from errata.training.gradients import sum_gradients
-from errata.training.tune import seeded
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(TrainingSettings):
+class Config(ConditionalSettings):
     """Settings of KnowledgeEditor.
 
     The authors train all matrices but embeddings, norms and classifiers, for 200,000 steps of RMSprop with a rate of
     3e-4 and a linear warm-up over 1,000.
     """
 
-    step: float = 0.2
-    """Largest size of a change, s, in the unit of ``scale`` (authors' code: 1, plain)."""
-    scale: Literal["weight", "published"] = "weight"
-    """Unit of ``step``: relative to the weight, over the mean norm of its gradients; or plain, from a random start."""
-    encoder: int = 128
-    """Width of each direction of the LSTM (authors' code: 128)."""
-    condition: int = 256
-    """Width of what an edit's text becomes (authors' code: 1024)."""
-    head: int = 128
-    """Width of the hidden layer of each weight's head (authors' code: 128)."""
     margin: float = 0.1
     """Divergence that is allowed at first, in nats per token (authors' code: 1e-3 for BART, 0.1 for BERT)."""
     margin_factor: float = 0.8
@@ -67,22 +56,10 @@ class Config(TrainingSettings):
     """Where that ends (authors' code: 1e-5 for BART, 1e-3 for BERT)."""
     multiplier_rate: float = 0.1
     """Rate at which the Lagrange multiplier rises (authors' code: 0.1)."""
-    statistics: int = 64
-    """Examples on which the mean norm of gradients is measured."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        sizes = (
-            "step",
-            "encoder",
-            "condition",
-            "head",
-            "margin",
-            "least_margin",
-            "multiplier_rate",
-            "statistics",
-        )
-        complaints = [*super().problems(), *positive(self, *sizes)]
+        complaints = [*super().problems(), *positive(self, "margin", "least_margin", "multiplier_rate")]
         if not 0 < self.margin_factor <= 1:
             complaints.append(f"margin_factor: expected above 0 and at most 1, found {self.margin_factor}")
         return complaints
@@ -92,12 +69,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     """Return the sum of what the editor writes for each request."""
     check_requests("ke", requests)
     artefact = trained_editor("ke", host, config.editor, config, work, lambda: train(host, config, work))
-    editor, config = hypernetwork.editor_of(artefact, host, config, lambda: _names(host, config), _build)
-    with without(work.after, host):
-        asked = [request.text for request in requests if request.target_old is None]
-        old = own_answers(host, asked, config.answer_tokens)
+    editor, config = hypernetwork.editor_of(
+        artefact, host, config, lambda: conditional.names_of(host, config), conditional.build
+    )
+    old = conditional.old_answers(host, requests, config, work)
     answers = [host.encode_answer(request.text, request.target) for request in requests]
-    texts = [_text(host, request, request.target_old or old[request.text]) for request in requests]
+    texts = [conditional.text_of(host, request, old[request.text]) for request in requests]
     with torch.no_grad():
         factors = hypernetwork.factors_of(host, answers, editor.names, config)
         changes = editor.changes(editor.conditions(texts), factors)
@@ -107,60 +84,12 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the editor on the workspace's examples, on the unedited host."""
     with work.unedited(host), hooks.frozen(host.model):
-        data = hypernetwork.read("ke", host, config, work, _names(host, config))
-        width = host.model.get_input_embeddings().weight.shape[1]
-        shape = ConditionalShape(width, config.encoder, config.condition, config.head)
-        with seeded(host, work.seed):
-            editor = ConditionalEditor(data.maps, shape).to(host.device)
+        data, editor, body = conditional.start("ke", host, config, work)
+        with torch.no_grad():
+            editor.margin.fill_(config.margin)
         task = _Task(host, config, data, editor, work.seed)
-        _start_(task)
         optimizer = torch.optim.RMSprop(editor.parameters(), lr=config.learning_rate, centered=True)
-        body = {"shape": [width, config.encoder, config.condition, config.head]}
         return hypernetwork.conclude("ke", host, config, data, editor, optimizer, body, task, work)
-
-
-def _names(host: Host, config: Config) -> list[str]:
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
-
-
-def _build(maps: Mapping[str, tuple[int, int]], body: Mapping[str, Any]) -> ConditionalEditor:
-    return ConditionalEditor(maps, ConditionalShape(*body["shape"]))
-
-
-def _text(host: Host, request: Request, old: str) -> Tensor:
-    """Return an edit as text, as the host's word embeddings ``[tokens, d]``."""
-    ids = host.encode(f"{old} >> {request.target} || {request.text}").ids
-    table = host.model.get_input_embeddings()
-    with torch.no_grad():
-        return table(torch.tensor([ids], device=host.device))[0].float()
-
-
-@torch.no_grad()
-def _start_(task: _Task) -> None:
-    """Set the units of changes, the margin, and in units of the weight a start as a step of descent."""
-    editor, config = task.editor, task.config
-    editor.margin.fill_(config.margin)
-    some = task.data.items[: config.statistics]
-    parts = [some[i : i + config.rows] for i in range(0, len(some), config.rows)]
-    squares = dict.fromkeys(editor.names, 0.0)
-    for part in parts:
-        for name, one in task.factors(part).items():
-            same = one.owner[:, None] == one.owner
-            grams = (one.gradients @ one.gradients.mT) * (one.keys @ one.keys.mT)
-            squares[name] += float((grams * same).sum())
-    for name in editor.names:
-        head = editor.head(name)
-        head.unit.fill_(config.step)
-        head.shift.fill_(config.step)
-        if config.scale == "published":
-            continue
-        out, into = head.sizes
-        size = hypernetwork.weight_rms(task.host, name) * (out * into) ** 0.5  # the weight's norm
-        head.unit.mul_(out * size / max(1e-12, (squares[name] / len(some)) ** 0.5))
-        head.shift.mul_(size * (out / into) ** 0.5)
-        bias = head.outer.bias
-        bias[out : out + into] -= 1
 
 
 @dataclass(frozen=True)
@@ -176,12 +105,6 @@ class _Task:
     @property
     def count(self) -> int:
         return len(self.data.items)
-
-    def factors(self, items: Sequence[Item]) -> dict[str, Factors]:
-        """Return the factors of some requests."""
-        return hypernetwork.factors_of(
-            self.host, [item.answer for item in items], self.editor.names, self.config
-        )
 
     def differentiate(
         self, step: int, examples: Sequence[int]
@@ -217,8 +140,7 @@ class _Task:
         return facts
 
     def _changes(self, items: Sequence[Item]) -> dict[str, Change]:
-        texts = [_text(self.host, item.request, item.old) for item in items]
-        return self.editor.changes(self.editor.conditions(texts), self.factors(items))
+        return conditional.changes_of(self.host, items, self.editor, self.config)
 
 
 METHOD = Method(

@@ -109,7 +109,7 @@ class _Task:
         before = [self._unedited(batch) for batch in batches]
         total = [torch.zeros_like(parameter) for parameter in prepared.editor.parameters()]
         facts: list[tuple[float, float]] = []
-        state = regression.Course(prepared)
+        state = hypernetwork.Course(prepared.host)
         with state.kept():
             for t, batch in enumerate(batches):
                 factors = prepared.factors([sample.item for sample in batch])
@@ -166,7 +166,7 @@ class _Task:
     def validate(self) -> Mapping[str, float]:
         prepared, config = self.prepared, self.config
         held = prepared.held[: config.per_step * config.length]
-        state = regression.Course(prepared)
+        state = hypernetwork.Course(prepared.host)
         with state.kept():
             for first in range(0, len(held), config.per_step):
                 factors = prepared.factors(held[first : first + config.per_step])

@@ -62,6 +62,11 @@ class Head(nn.Module):
             gate.sigmoid(),
         )
 
+    def columns_bias(self) -> Tensor:
+        """Return the part of the bias that is added to c_a ``[d_in]``, a view."""
+        out, into = self.sizes
+        return self.outer.get_parameter("bias")[out : out + into]
+
 
 class ConditionalEditor(nn.Module):
     """The encoder of edits, and a head for each weight."""

@@ -34,6 +34,8 @@ class Item:
     """Prompts that the edit must not change, each with an answer, at whose tokens it is compared with the host."""
     own: Line | None
     """The request's prompt with its old answer: for other examples, one more prompt out of scope."""
+    entailed: tuple[Line, ...] = ()
+    """Prompts about what follows, each with what is then true."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Sample:
     item: Item
     inside: tuple[Line, ...]
     outside: tuple[Line, ...]
+    """Out of scope: the example's own, then those of other examples."""
+    others: int
+    """How many of these are of other examples."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,8 @@ def items_of(host: Host, examples: Sequence[Example], old: Mapping[str, str]) ->
         answer = request.target_old or old[request.text]
         row = host.encode_answer(request.text, request.target)
         outside = _lines(host, tuple(zip(example.outside, example.answers, strict=True)))
-        items.append(
-            Item(
-                request, answer, row, inside, outside, line_of(host, request.text, answer) if answer else None
-            )
-        )
+        own = line_of(host, request.text, answer) if answer else None
+        items.append(Item(request, answer, row, inside, outside, own, _lines(host, example.entailed)))
     return items
 
 
@@ -128,7 +130,7 @@ def draw(
             line = items[other].own
             if line is not None and other != number and line.ids not in {one.ids for one in item.inside}:
                 outside.append(line)
-        samples.append(Sample(item, tuple(inside), tuple(outside)))
+        samples.append(Sample(item, tuple(inside), tuple(outside), len(outside) - count))
     return samples
 
 
@@ -234,7 +236,7 @@ def validate(
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows]
             with beside(host, changes, [edit for _, edit, _ in part]):
-                right = _answered(host, [line for _, _, line in part])
+                right = answered(host, [line for _, _, line in part])
             for (kind, _, _), hit in zip(part, right, strict=True):
                 hits[kind].append(hit)
     shares = {kind: sum(found) / len(found) if found else 1.0 for kind, found in hits.items()}
@@ -246,7 +248,9 @@ def validate(
     }  # fmt: skip
 
 
-def _answered(host: Host, lines: Sequence[Line]) -> list[bool]:
+@torch.no_grad()
+def answered(host: Host, lines: Sequence[Line]) -> list[bool]:
+    """Tell of each line whether all tokens of its answer are the host's first choice after those before them."""
     scores, row = log_probabilities(host, lines)
     targets = torch.tensor([t for line in lines for t in line.targets], device=scores.device)
     wrong = (scores.argmax(-1) != targets).to(torch.long)

@@ -21,6 +21,8 @@ class Example:
     """Prompts whose answers the edit must not change."""
     answers: tuple[str, ...] = ()
     """What their cases say is answered to these."""
+    entailed: tuple[tuple[str, str], ...] = ()
+    """Prompts about what follows from the edit, each with the answer that it should then have."""
 
 
 def examples_of(cases: Iterable[Case], *, consequences: bool = False) -> list[Example]:
@@ -36,6 +38,7 @@ def examples_of(cases: Iterable[Case], *, consequences: bool = False) -> list[Ex
 def _example(case: Case, groups: tuple[str, ...]) -> Example:
     inside = {case.request.text: case.request.target}
     outside: dict[str, str] = {}
+    entailed: dict[str, str] = {}
     for probe in case.probes:
         if probe.form != "short" or not probe.answers:
             continue
@@ -44,7 +47,11 @@ def _example(case: Case, groups: tuple[str, ...]) -> Example:
             inside.setdefault(probe.prompt, probe.answers[0])
         elif group == "kept" and not probe.changes:
             outside.setdefault(probe.prompt, probe.answers[0])
-    return Example(case.request, tuple(inside.items()), tuple(outside), tuple(outside.values()))
+        if group == "follows" and probe.changes:
+            entailed.setdefault(probe.prompt, probe.answers[0])
+    return Example(
+        case.request, tuple(inside.items()), tuple(outside), tuple(outside.values()), tuple(entailed.items())
+    )
 
 
 def target_groups(examples: Iterable[Example]) -> list[set[str]]:

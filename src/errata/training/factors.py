@@ -40,8 +40,9 @@ class Factors:
 
     def to(self, device: torch.device) -> Factors:
         """Return the same on a device."""
-        moved = (tensor.to(device) for tensor in (self.keys, self.gradients, self.owner))
-        return Factors(*moved, self.transposed)
+        return Factors(
+            self.keys.to(device), self.gradients.to(device), self.owner.to(device), self.transposed
+        )
 
 
 def capture(
