@@ -66,7 +66,8 @@ def start(
 
 def build(maps: Mapping[str, tuple[int, int]], body: Mapping[str, Any]) -> ConditionalEditor:
     """Return an editor of the shape that a file's plain data tell."""
-    return ConditionalEditor(maps, ConditionalShape(*body["shape"]))
+    with torch.random.fork_rng(devices=[]):  # what it starts from is replaced by the file's tensors
+        return ConditionalEditor(maps, ConditionalShape(*body["shape"]))
 
 
 def text_of(host: Host, request: Request, old: str) -> Tensor:
