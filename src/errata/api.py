@@ -19,6 +19,7 @@ from errata.job import prepare_training as prepare_training
 from errata.loading import load as load
 from errata.methods import DEFAULT
 from errata.progress import OnProgress, ignore
+from errata.training.loop import NO_FILES, TrainingFiles
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 
@@ -55,17 +56,25 @@ def edit(
 
 
 def train(
-    host: Host, *, method: str, cases: str | Sequence[Case] | None = None, seed: int = 0,
-    on_progress: OnProgress = ignore, **options: Any,
+    host: Host, *, method: str, cases: str | Sequence[Case] | None = None, seed: int = 0, quick: bool = False,
+    files: TrainingFiles = NO_FILES, on_progress: OnProgress = ignore, **options: Any,
 ) -> Artefact:  # fmt: skip
     """Train a method's editor on a host and return it; the host is left as it was.
 
     ``cases``: facts with paraphrases and neighbours, or a source as for ``errata eval --cases``; None: the host's own
-    examples. ``options`` are the method's settings. Save the result, and edit with ``editor=PATH``. Raises ConfigError
+    examples. ``quick``, ``files``: see :func:`errata.job.prepare_training`. ``options`` are the method's
+    settings. Save the result, and edit with ``editor=PATH``. Raises ConfigError
     for a method that learns no editor.
     """
     return prepare_training(
-        host, method=method, options=options, seed=seed, cases=cases, on_progress=on_progress
+        host,
+        method=method,
+        options=options,
+        seed=seed,
+        cases=cases,
+        quick=quick,
+        files=files,
+        on_progress=on_progress,
     ).run()
 
 

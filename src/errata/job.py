@@ -21,6 +21,7 @@ from errata.methods._method import Method, Workspace, provenance
 from errata.progress import OnProgress, ignore
 from errata.stats.cache import cache_dir
 from errata.stats.corpora import as_corpus
+from errata.training.loop import NO_FILES, TrainingFiles
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 EXAMPLE_SEED = 1_000_003
@@ -136,24 +137,41 @@ class TrainingJob:
 
 def prepare_training(
     host: Host, *, method: str, options: Mapping[str, Any] | object | None = None, seed: int = 0,
-    cases: str | Sequence[Case] | None = None, on_progress: OnProgress = ignore,
+    cases: str | Sequence[Case] | None = None, quick: bool = False, files: TrainingFiles = NO_FILES,
+    on_progress: OnProgress = ignore,
 ) -> TrainingJob:  # fmt: skip
     """Validate everything that the training of a method's editor needs and return the job; nothing is trained.
 
     ``options``: the method's settings by name, or an instance of its settings class. ``cases``: facts with paraphrases
-    and neighbours, or a source as for ``errata eval --cases``; None: the host's own examples. Raises ConfigError for a
-    method that learns no editor and for unknown settings, DataError for cases that cannot be read.
+    and neighbours, or a source as for ``errata eval --cases``; None: the host's own examples. ``quick``: whether the
+    settings that are left out are those of a short training. ``files``: where its checkpoint and log are. Raises
+    ConfigError for a method that learns no editor, or has no short training or checkpoints where they are asked for,
+    and for unknown settings; DataError for cases that cannot be read.
     """
     entry = REGISTRY.get(method)
     if entry.train is None:
         learned = [name for name in REGISTRY if REGISTRY.get(name).train is not None]
         raise ConfigError(f"{method} learns no editor beforehand; methods that do: {', '.join(learned)}")
+    _check_training(entry, quick, files)
     config = options
     if not isinstance(config, entry.config):
-        config = settings.make(entry.config, options or {}, method)  # type: ignore[arg-type]
+        given: Mapping[str, Any] = options or {}  # type: ignore[assignment]
+        config = settings.make(entry.config, {**(entry.quick if quick else {}), **given}, method)
     check_kind(entry, host)
     work = workspace(host, seed=seed, examples=cases, on_progress=on_progress)
+    work.training = files
     return TrainingJob(entry, config, host, work)
+
+
+def _check_training(method: Method, quick: bool, files: TrainingFiles) -> None:
+    """Raise ConfigError where a method has no short training, or none with checkpoints and a log, as is asked for."""
+    if quick and not method.quick:
+        raise ConfigError(f"{method.name} has no quick training; give its settings, as steps, by themselves")
+    if (files.resume or files.log) and not method.resumes:
+        able = [name for name in REGISTRY if REGISTRY.get(name).resumes]
+        raise ConfigError(
+            f"the training of {method.name} writes no checkpoints and no log; methods that do: {', '.join(able)}"
+        )
 
 
 def with_prompt_options(

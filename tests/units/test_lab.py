@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import errata
+from errata.bench import sources
 from errata.errors import ConfigError, RequestError
 from errata.host.build import new_model
-from errata.lab import cases, default_world
+from errata.lab import cases, default_world, world_of
 from errata.lab.text import FIRST, LAST, THEN, Split, Writer
 from errata.lab.train import SHAPES, TrainConfig, chunk, train
 from errata.lab.world import World, sentence
@@ -21,6 +22,31 @@ from errata.lab.world import World, sentence
 @pytest.fixture(scope="module")
 def world() -> World:
     return default_world()
+
+
+def test_editors_are_trained_on_other_subjects_and_phrasings_than_they_are_measured_on(world):
+    train, test = (world_of(part) for part in ("train", "test"))
+    assert len(train.facts) + len(test.facts) == len(world.facts)
+    assert 0.2 < len(test.by_subject) / len(world.by_subject) < 0.3
+    assert not set(train.by_subject) & set(test.by_subject)
+    held_out = [phrasing for relation in world.relations.values() for phrasing in relation.held_out]
+    own = sources.read("lab:train")[0]
+    assert len(own) == len(train.facts) and {c.request.subject for c in own} == set(train.by_subject)
+    measured = {sentence(phrasing, subject) for phrasing in held_out for subject in world.by_subject}
+    asked = {(probe.kind, probe.prompt) for case in own for probe in case.probes}
+    assert not {kind for kind, _ in asked} & {"paraphrase"}
+    assert not {prompt for kind, prompt in asked if kind != "inverse"} & measured
+    subjects = {f.subject for f in test.facts}
+    neighbours = [p.prompt for c in own[:300] for p in c.probes if p.kind == "neighbourhood"]
+    assert neighbours and not [
+        p for p in neighbours if p.startswith(tuple(f"{subject} " for subject in subjects))
+    ]
+    cases_of_test = sources.read("lab:test:20:3")[0]
+    assert {c.request.subject for c in cases_of_test} <= subjects
+    assert any(p.kind == "paraphrase" for c in cases_of_test for p in c.probes)
+    for wrong in ("lab:test", "lab:train:x", "lab:other:3", "lab:train:1:2:3"):
+        with pytest.raises(ConfigError, match="lab:train:N"):
+            sources.read(wrong)
 
 
 def test_the_world_is_as_large_as_promised_and_a_function_of_its_seed(world):

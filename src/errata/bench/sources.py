@@ -18,7 +18,7 @@ BESIDE = ("locality", "entity_locality", "other_task")
 
 
 def is_lab(source: str) -> bool:
-    """Whether a source names cases of the lab's world: ``lab:N`` or ``lab:N:SEED``."""
+    """Whether a source names cases of the lab's world: ``lab:N``, ``lab:train`` and the like."""
     return source.startswith(f"{lab.NAME}:")
 
 
@@ -33,7 +33,8 @@ def read(
     """Read the cases of a source; return them and the facts to record about them.
 
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
-    seed; with ``together``, edits of all of them can be in place at once. Otherwise as for
+    seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
+    to train an editor on, ``lab:test:N`` those of subjects that none of them is about. Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
     are added to every case. The facts are ``{"source", "together", "sha256", "rows", "cases", "check",
@@ -74,11 +75,19 @@ def digest(cases: Sequence[Case]) -> str:
 
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
-    _, count, *more = source.split(":")
-    if not count.isdecimal() or len(more) > 1 or not all(part.isdecimal() for part in more):
-        raise ConfigError(f"{source!r}: expected lab:N or lab:N:SEED with numbers N and SEED")
-    seed = int(more[0]) if more else seed
-    cases = lab.cases(int(count), seed=seed, together=together)
+    _, *parts = source.split(":")
+    part = parts.pop(0) if parts[0] in ("train", "test") else None
+    if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
+        raise ConfigError(
+            f"{source!r}: expected lab:N, lab:train, lab:train:N or lab:test:N, or N:SEED in place of N, with "
+            "numbers N and SEED"
+        )
+    seed = int(parts[1]) if len(parts) > 1 else seed
+    if part == "train":
+        cases = lab.training_cases(int(parts[0]) if parts else None, seed=seed)
+    else:
+        world = lab.world_of("test") if part == "test" else None
+        cases = lab.cases(int(parts[0]), seed=seed, together=together, world=world)
     return cases, len(cases), {"seed": seed}
 
 

@@ -18,9 +18,16 @@ Cases = Annotated[
     str | None,
     typer.Option(
         "--cases",
-        help="Facts with paraphrases and neighbours to train on: a dataset, a file or lab:N:SEED; default: the "
-        "model's own examples (lab). Never those that measure.",
+        help="Facts with paraphrases and neighbours to train on: a dataset, a file, lab:train or lab:N:SEED; default: "
+        "the model's own examples (lab). Never those that measure.",
     ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint beside the output, if there is one.")
+]
+Log = Annotated[Path | None, typer.Option("--log", help="Write a JSON line for every step and validation.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A short training, to see that everything works; --set overrides.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate inputs; do not train or write.")]
 
@@ -31,30 +38,43 @@ def command(
     output: Output,
     cases: Cases = None,
     settings: common.Settings = None,
+    quick: Quick = False, resume: Resume = False, log: Log = None,
     force: common.Force = False, dry_run: DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Train a method's editor on a model once; edits then use it: errata edit ... --set editor=FILE.
 
-    The model itself is not changed. The file is bound to the model that the editor was trained on.
+    The model itself is not changed. The file is bound to the model that the editor was trained on. Long trainings keep
+    a checkpoint beside the output, OUTPUT.checkpoint, until they end.
     """
     from errata import api
     from errata import config as configs
     from errata.methods import REGISTRY
+    from errata.training.loop import TrainingFiles
 
-    entry = REGISTRY.get(method)
-    config = configs.make(entry.config, configs.parse_assignments(settings or []), method)
+    options = configs.parse_assignments(settings or [])
+    configs.make(REGISTRY.get(method).config, options, method)
     outputs.check_new_edit(output, force=force)
+    checkpoint = _checkpoint(output, resume=resume, force=force)
+    files = TrainingFiles(checkpoint, resume, log)
     host = common.open_host(model, device, dtype)
     with common.progress(not (json or dry_run)) as tick:
         job = api.prepare_training(
-            host, method=method, options=config, seed=seed, cases=cases, on_progress=tick
+            host,
+            method=method,
+            options=options,
+            seed=seed,
+            cases=cases,
+            quick=quick,
+            files=files,
+            on_progress=tick,
         )
         if dry_run:
             document = job.to_dict()
         else:
             artefact = job.run()
             document = {"path": str(artefact.save(output)), **artefact.summary()}
+            checkpoint.unlink(missing_ok=True)
     if json:
         common.emit({"dry_run": dry_run, **document})
     elif dry_run:
@@ -63,6 +83,18 @@ def command(
         )
     else:
         _print(artefact, output, model)
+
+
+def _checkpoint(output: Path, *, resume: bool, force: bool) -> Path:
+    """Return where a training's checkpoint is. Raises EditError for one that neither option says what to do with."""
+    from errata.errors import EditError
+
+    path = output.with_name(f"{output.name}.checkpoint")
+    if path.exists() and not (resume or force):
+        raise EditError(
+            f"{path} is the checkpoint of a training that did not end: --resume goes on from it, --force starts anew"
+        )
+    return path
 
 
 def _print(artefact: Artefact, output: Path, model: str) -> None:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.lab.cases import case_of, cases, neutral_texts
+from errata.lab.cases import case_of, cases, neutral_texts, training_cases, world_of
 from errata.lab.world import World, default_world
 from errata.types import Corpus, Resources
 
@@ -33,7 +33,9 @@ __all__ = [
     "load",
     "neutral_texts",
     "resources",
+    "training_cases",
     "world",
+    "world_of",
 ]
 
 world = default_world

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
 
 from errata.errors import ConfigError, RequestError
 from errata.lab.world import Chain, Fact, World, default_world, sentence
@@ -15,6 +17,34 @@ SAME_SUBJECT = 5
 
 Edits = Mapping[tuple[str, str], str | None]
 """The effect of edits by (subject, relation): the new object, or None where the old object no longer applies."""
+
+
+Part = Literal["train", "test"]
+"""Which subjects an editor is trained on, and which it is measured on."""
+TEST_SHARE = 0.25
+"""Share of the subjects that are for measuring, see :func:`world_of`."""
+
+
+def world_of(part: Part, world: World | None = None) -> World:
+    """Return the world with the facts of those subjects alone that editors are trained on, or measured on.
+
+    Which facts follow from others is that of the whole world.
+    """
+    world = world or default_world()
+    subjects = sorted(world.by_subject)
+    test = set(random.Random("errata-lab-test").sample(subjects, round(TEST_SHARE * len(subjects))))
+    return replace(world, facts=tuple(f for f in world.facts if (f.subject in test) == (part == "test")))
+
+
+def training_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
+    """Sample cases to train an editor on: all of them, or ``count``; none shares a subject with ``world_of("test")``.
+
+    Neither requests nor neighbours do, and phrasings that measure (paraphrase) are left out. Raises ConfigError for
+    more cases than there are.
+    """
+    world = world_of("train")
+    drawn = cases(len(world.facts) if count is None else count, seed=seed, world=world)
+    return [replace(case, probes=tuple(p for p in case.probes if p.kind != "paraphrase")) for case in drawn]
 
 
 def cases(count: int, *, seed: int = 0, together: bool = False, world: World | None = None) -> list[Case]:

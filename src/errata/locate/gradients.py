@@ -109,6 +109,20 @@ def own_layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[
     raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
 
 
+def selected_maps(host: Host, entries: Sequence[str], layers: tuple[int, ...] | None) -> list[str]:
+    """Return the paths of the maps that entries select, each once, in the order of the model.
+
+    ``entries``: names as of :func:`named_maps`, with layers of their own as of :func:`own_layers`, or in ``layers``.
+    """
+    names = {
+        f"{host.layout.blocks[layer]}.{inside}"
+        for entry in entries
+        for layer in own_layers(host, entry, layers)
+        for inside in named_maps(host, layer, entry.partition("@")[0])
+    }
+    return [name for name, _ in host.model.named_modules() if name in names]
+
+
 def _fills(module: Any, width: int) -> bool:
     """Return whether a map's output is a hidden layer of this width, or a gate and a hidden layer in one weight."""
     return any(size % width == 0 for size in module.weight.shape)

@@ -29,6 +29,7 @@ from errata.progress import OnProgress, ignore
 from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
+from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.slots import inputs_of
 from errata.types import Case, Corpus, Request
 from errata.writing import folded
@@ -99,6 +100,10 @@ class Method:
     """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True
     """Whether its edits change what the model answers at all."""
+    resumes: bool = False
+    """Whether its training writes checkpoints and a log, and goes on from a checkpoint to the same result."""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a short training, which shows that everything works; where empty, there is none."""
     random: bool = True
     """Whether its edits may depend on the seed; boards measure the others once."""
     baseline: Baseline | None = None
@@ -228,6 +233,8 @@ class Workspace:
     beneath: Sequence[Edit] = ()
     """Other edits that are in place while a fit runs, and are taken off while statistics and texts are made: these are
     then the unedited host's, which are cached, and a fit on top of many edits costs no more than the first."""
+    training: TrainingFiles = NO_FILES
+    """What a training leaves on the disk while it goes on."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)

@@ -38,7 +38,7 @@ from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.linalg.running import RESOLUTION, Running
 from errata.linalg.solve import CostMatrix, update, update_primal
-from errata.locate.gradients import Pairs, collect, named_maps, own_layers
+from errata.locate.gradients import Pairs, collect, selected_maps
 from errata.methods._method import Method, Shape, Workspace, check_requests, notes, provenance, resolve_layers
 from errata.types import Request
 
@@ -132,12 +132,6 @@ def _resolve(host: Host, config: Config, single: bool) -> tuple[Config, list[str
     modules = config.modules or METHOD.published_for(host).get("modules", ("mlp_out",))
     if any("@" not in entry for entry in modules):
         layers = resolve_layers(host, layers, lambda depth: tuple(range(depth // 2, depth)))
-    names = {
-        f"{host.layout.blocks[layer]}.{inside}"
-        for entry in modules
-        for layer in own_layers(host, entry, layers)
-        for inside in named_maps(host, layer, entry.partition("@")[0])
-    }
     resolved = replace(
         config,
         modules=modules,
@@ -146,8 +140,7 @@ def _resolve(host: Host, config: Config, single: bool) -> tuple[Config, list[str
         ridge=ridge if config.ridge is None else config.ridge,
         centre=not single or config.scale == "published" if config.centre is None else config.centre,
     )
-    # in the order of the model, whatever the order of the entries
-    return resolved, [name for name, _ in host.model.named_modules() if name in names]
+    return resolved, selected_maps(host, modules, layers)
 
 
 # --- the turn -------------------------------------------------------------------------------

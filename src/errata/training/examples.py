@@ -19,6 +19,10 @@ class Example:
     """Prompts in scope, each with the answer that the edit should give; the request's own first."""
     outside: tuple[str, ...]
     """Prompts whose answers the edit must not change."""
+    answers: tuple[str, ...] = ()
+    """What their cases say is answered to these."""
+    entailed: tuple[tuple[str, str], ...] = ()
+    """Prompts about what follows from the edit, each with the answer that it should then have."""
 
 
 def examples_of(cases: Iterable[Case], *, consequences: bool = False) -> list[Example]:
@@ -33,7 +37,8 @@ def examples_of(cases: Iterable[Case], *, consequences: bool = False) -> list[Ex
 
 def _example(case: Case, groups: tuple[str, ...]) -> Example:
     inside = {case.request.text: case.request.target}
-    outside: dict[str, None] = {}
+    outside: dict[str, str] = {}
+    entailed: dict[str, str] = {}
     for probe in case.probes:
         if probe.form != "short" or not probe.answers:
             continue
@@ -41,8 +46,12 @@ def _example(case: Case, groups: tuple[str, ...]) -> Example:
         if group in groups and probe.changes:
             inside.setdefault(probe.prompt, probe.answers[0])
         elif group == "kept" and not probe.changes:
-            outside.setdefault(probe.prompt)
-    return Example(case.request, tuple(inside.items()), tuple(outside))
+            outside.setdefault(probe.prompt, probe.answers[0])
+        if group == "follows" and probe.changes:
+            entailed.setdefault(probe.prompt, probe.answers[0])
+    return Example(
+        case.request, tuple(inside.items()), tuple(outside), tuple(outside.values()), tuple(entailed.items())
+    )
 
 
 def target_groups(examples: Iterable[Example]) -> list[set[str]]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from errata.host.memory import in_batches
 
-LossOf = Callable[[Sequence[int]], tuple[Tensor, list[float]]]
-"""Runs some items: the loss to differentiate ``[]``, a sum over the items, and a number recorded for each item."""
+R = TypeVar("R")
+LossOf = Callable[[Sequence[int]], tuple[Tensor, list[R]]]
+"""Runs some items: the loss to differentiate ``[]``, a sum over the items, and what is recorded of each item."""
 
 
 def sum_gradients(
-    indices: Sequence[int], variables: Sequence[Tensor], loss_of: LossOf, *, batch: int
-) -> tuple[list[float], list[Tensor]]:
+    indices: Sequence[int], variables: Sequence[Tensor], loss_of: LossOf[R], *, batch: int
+) -> tuple[list[R], list[Tensor]]:
     """Return what ``loss_of`` records for each item, and the gradient of the summed loss for each variable.
 
     Gradients have the shapes of the variables, ``[...]``. ``batch``: items run at once, fewer where memory runs out; a
@@ -23,7 +25,7 @@ def sum_gradients(
     """
     total = [torch.zeros_like(variable) for variable in variables]
 
-    def run(part: Sequence[int]) -> list[float]:
+    def run(part: Sequence[int]) -> list[R]:
         loss, values = loss_of(part)
         add_up(total, torch.autograd.grad(loss, variables))
         return values

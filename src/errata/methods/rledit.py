@@ -1,0 +1,202 @@
+"""RLEdit: MALMEN's editor, trained on whole sequences of edits so that later ones spare the earlier.
+
+Paper      Li et al., "Reinforced Lifelong Editing for Language Models", ICML 2025, arXiv 2502.05759
+Implements Sec. 4: editing one batch of facts after another is a decision process; its state is the edited model, its
+           action MALMEN's regression. A sequence is walked with all edits staying in place, and each batch costs
+           sum_i m^i (NLL(answer | other words) + c KL) over itself and the batches before it, as far as memory reaches,
+           and h |S|^2 (eqs. 5 to 9). One step of the optimiser follows a sequence
+Departs    The norm of a change is differentiated: 2 h S is added to the loss's gradient (authors' code takes it of
+           tensors without one). Losses are differentiated while the change is in place (authors' code: after it was
+           taken back). KL is from the unedited model, so that drift over a sequence counts (authors' code: from the
+           model before the batch). The terms of a batch are differentiated in parts. Sequences are shorter by default
+Needs      Examples: other facts with paraphrases and neighbours; gradients. errata train makes what all fits then share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errata.config import positive
+from errata.edits.artefact import Artefact
+from errata.edits.weight import WeightEdit
+from errata.host import hooks
+from errata.host.host import Host
+from errata.locate.gradients import Tokens
+from errata.methods import _hypernetwork as hypernetwork
+from errata.methods import _ridge as regression
+from errata.methods._hypernetwork import EditorSettings, Prepared
+from errata.methods._method import Method, Shape, Workspace
+from errata.methods._settings import at_least_zero
+from errata.training.editing import Sample, draw, log_probabilities, loss_scale, losses_of, validate
+from errata.training.gradients import sum_gradients
+from errata.training.loop import Loop
+from errata.types import Request
+
+
+@dataclass(frozen=True)
+class Config(EditorSettings):
+    """Settings of RLEdit."""
+
+    token: Tokens = "answer"
+    """Tokens whose factors are read: those that predict the answer (authors' code), or all."""
+    blocks: int = 4
+    """Residual blocks (authors' code: 4)."""
+    step: float = 0.5
+    """Size of the untrained editor's changes at a key, in the unit of ``scale`` (authors' code: 1e-6, plain)."""
+    ridge: float = 0.03
+    """Ridge of the untrained editor, in mean squared norms of the inputs, or plain as published (authors' code: 1)."""
+    per_step: int = 8
+    """Facts in a batch (authors' code: 20)."""
+    length: int = 6
+    """Batches in a sequence, after which the model is as before (authors' code: 400)."""
+    reach: int = 3
+    """How many of the last batches each batch is charged for, itself included (authors' code: 10)."""
+    discount: float = 0.95
+    """What a batch counts less for every batch after it (authors' code: 0.95)."""
+    norm_weight: float = 1e-4
+    """Weight of the squared norm of a change (authors' code: 1e-4)."""
+
+    def problems(self) -> list[str]:
+        """Check ranges."""
+        names = ("ridge", "length", "reach", "discount")
+        return [*super().problems(), *positive(self, *names), *at_least_zero(self, "norm_weight")]
+
+    @property
+    def loop(self) -> Loop:
+        """How it is trained: a step is a whole sequence."""
+        size = self.per_step * self.length
+        return Loop(self.steps, size, self.clip, self.warmup, self.decay, self.every, self.patience)
+
+
+def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
+    """Return the regression on what the editor makes of all requests' gradients, on the model as it is."""
+    return regression.fit("rledit", host, requests, config, work, lambda: train(host, config, work), MODULES)
+
+
+def train(host: Host, config: Config, work: Workspace) -> Artefact:
+    """Train the editor on sequences of the workspace's examples, which begin with the unedited host."""
+    config = hypernetwork.with_published(config, METHOD.published_for(host))
+    with work.unedited(host), hooks.frozen(host.model):
+        prepared = regression.start("rledit", host, config, work, MODULES, config.step, config.ridge)
+        return hypernetwork.finish("rledit", prepared, _Task(prepared, config, work.seed), work)
+
+
+MODULES = ("mlp_out",)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The cost of a sequence of edits."""
+
+    prepared: Prepared
+    config: Config
+    seed: int
+
+    @property
+    def count(self) -> int:
+        return len(self.prepared.items)
+
+    def differentiate(
+        self, step: int, examples: Sequence[int]
+    ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
+        prepared, config = self.prepared, self.config
+        samples = draw(prepared.items, examples, config.sampling, prepared.rng(step, self.seed))
+        batches = [samples[i : i + config.per_step] for i in range(0, len(samples), config.per_step)]
+        before = [self._unedited(batch) for batch in batches]
+        total = [torch.zeros_like(parameter) for parameter in prepared.editor.parameters()]
+        facts: list[tuple[float, float]] = []
+        state = hypernetwork.Course(prepared.host)
+        with state.kept():
+            for t, batch in enumerate(batches):
+                factors = prepared.factors([sample.item for sample in batch])
+                solved = regression.solve(prepared.editor, factors)
+                gradients = regression.norm_gradients(solved, config.norm_weight / len(batches))
+                for back in range(min(config.reach, t + 1)):
+                    share = config.discount**back / len(batches)
+                    found, more = self._cost(batches[t - back], before[t - back], solved, share)
+                    gradients = [a + b for a, b in zip(gradients, more, strict=True)]
+                    facts += found if back == 0 else []
+                own = regression.differentiate(prepared.editor, factors, solved, gradients)
+                total = [a + b for a, b in zip(total, own, strict=True)]
+                state.add(factors, solved.changes)
+        edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
+        whole = config.edit_weight * edit + config.locality_weight * locality
+        return {"loss": whole, "edit": edit, "locality": locality}, total
+
+    def _unedited(self, samples: Sequence[Sample]) -> list[Tensor | None]:
+        """Return the unedited host's log probabilities at each sample's tokens out of scope."""
+        found: list[Tensor | None] = []
+        with torch.no_grad():
+            for sample in samples:
+                lines = sample.outside
+                found.append(log_probabilities(self.prepared.host, lines)[0] if lines else None)
+        return found
+
+    def _cost(
+        self,
+        samples: Sequence[Sample],
+        before: Sequence[Tensor | None],
+        solved: regression.Solved,
+        share: float,
+    ) -> tuple[list[tuple[float, float]], list[Tensor]]:
+        """Return the losses of a batch with a change beside the model as it is, and their share's gradients."""
+        config, host = self.config, self.prepared.host
+        scale, asked = loss_scale(host), max(1, config.inside + config.outside + config.others)
+
+        def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
+            some = [samples[i] for i in numbers]
+            known = [one for one in (before[i] for i in numbers) if one is not None]
+            parts = losses_of(
+                host, [s.inside for s in some], [s.outside for s in some], solved.changes, [0] * len(some),
+                torch.cat(known) if known else None,
+            )  # fmt: skip
+            whole = config.edit_weight * parts.edit + config.locality_weight * parts.locality
+            facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
+            return scale * share * whole.sum() / len(samples), facts
+
+        facts, gradients = sum_gradients(
+            range(len(samples)), solved.coefficients, loss_of, batch=max(1, config.rows // asked)
+        )
+        return facts, [gradient / scale for gradient in gradients]
+
+    def validate(self) -> Mapping[str, float]:
+        prepared, config = self.prepared, self.config
+        held = prepared.held[: config.per_step * config.length]
+        state = hypernetwork.Course(prepared.host)
+        with state.kept():
+            for first in range(0, len(held), config.per_step):
+                factors = prepared.factors(held[first : first + config.per_step])
+                state.add(factors, regression.changes_of(prepared.editor, factors))
+            return validate(prepared.host, held, lambda _: {}, together=len(held), rows=config.rows, one=True)
+
+
+_PUBLISHED = {
+    "rank": 1024, "step": 1e-6, "ridge": 1.0, "scale": "published", "learning_rate": 1e-5, "step_rate": 1e-5,
+    "per_step": 20, "length": 400, "reach": 10, "locality_weight": 0.6, "warmup": 0, "decay": "none", "inside": 1,
+    "outside": 1, "others": 0, "request": 0.0,
+}  # fmt: skip
+
+METHOD = Method(
+    name="rledit",
+    title="RLEdit",
+    paper="Reinforced Lifelong Editing for Language Models, ICML 2025, arXiv 2502.05759",
+    config=Config,
+    fit=fit,
+    train=train,
+    gives=WeightEdit,
+    batch=True,
+    sequential=True,
+    needs=("examples", "gradients"),
+    writes="linear",
+    resumes=True,
+    quick=hypernetwork.QUICK,
+    published={
+        Shape("llama", 32, 4096, 14336): {**_PUBLISHED, "modules": ("gate_proj@22-30", "up_proj@22-30")},
+        Shape("gemma2", 42, 3584): {**_PUBLISHED, "modules": ("gate_proj@32-40", "up_proj@32-40")},
+        Shape("mistral", 32, 4096): {**_PUBLISHED, "modules": ("mlp_out@17-18",)},
+    },
+)
