@@ -67,6 +67,10 @@ def options(name: str) -> dict:
         return {"premises": "{text}:", "verify": verify, "entails": "{texts}{text}!", "tokens": 4, "depth": 1}
     if name == "patches":  # and its question; a random model's yes and no mean nothing
         return {"question": "{condition} {prompt}", "threshold": 0.0}
+    if name == "rledit":  # what a step costs grows with its sequence
+        return {"steps": 2, "length": 2, "reach": 1}
+    if name == "slag":  # and with how often an update is applied
+        return {"steps": 2, "applications": 2}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {
