@@ -79,8 +79,8 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     part = parts.pop(0) if parts[0] in ("train", "test") else None
     if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
         raise ConfigError(
-            f"{source!r}: expected lab:N, lab:train, lab:train:N or lab:test:N, or N:SEED in place of N, with "
-            "numbers N and SEED"
+            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N and the same with :SEED, "
+            "N and SEED numbers"
         )
     seed = int(parts[1]) if len(parts) > 1 else seed
     if part == "train":
