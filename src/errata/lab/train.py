@@ -156,18 +156,21 @@ class TrainConfig:
                 "dropout_rate": 0.0,
             }
         if self.shape == "bert":
-            return common | {
-                "vocab_size": self.vocab_size + 1,  # the mask
-                "hidden_size": self.width,
-                "intermediate_size": self.inner,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "max_position_embeddings": self.window,
-                "type_vocab_size": 1,
-                "initializer_range": 0.05,  # BERT's 0.02 suits a width of 768: here the context would go unused
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            }
+            return (
+                common
+                | {
+                    "vocab_size": self.vocab_size + 1,  # the mask
+                    "hidden_size": self.width,
+                    "intermediate_size": self.inner,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "max_position_embeddings": self.window,
+                    "type_vocab_size": 1,
+                    "initializer_range": 0.05,  # BERT's 0.02 suits a width of 768: here the context would go unused
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                }
+            )
         heads = {"head_dim": self.width // self.heads} if self.shape == "qwen3" else {}
         return (
             common
