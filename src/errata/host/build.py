@@ -42,8 +42,9 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, *, kind: str = CAUSAL) 
     if kind not in _TEMPLATES:
         raise ConfigError(unknown(kind, list(_TEMPLATES), "kind of model with a tokenizer of its own"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import AddedToken
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -33,6 +33,11 @@ GAP_ODDS = 0.15
 GAPS = 0.2
 """Share of the tokens that are masked in those."""
 
+STAGES = ((600, 1 / 16), (1_800, 1 / 4))
+"""Until which step only a share of the subjects is asked about, and the share. With all subjects from the start, 3,000
+steps taught a model which objects a relation has and no fact: what finds a fact by its subject forms on few subjects,
+each seen often, and then takes up the others."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -46,15 +51,19 @@ class Example:
 class Asker:
     """Draws examples from a writer's world; all randomness comes from the generator passed to each method."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, step: int | None = None) -> None:
+        """Take the subjects that are asked about from a step on, see :data:`STAGES`; None: all."""
         self.writer, self.world = writer, writer.world
-        self._with_questions = [fact for fact in self.world.facts if Split.has_questions(fact)]
+        share = 1.0 if step is None else next((share for until, share in STAGES if step < until), 1.0)
+        self.facts = [fact for fact in self.world.facts if Split.is_early(fact.subject, share)]
+        self._with_questions = [fact for fact in self.facts if Split.has_questions(fact)]
         self._chains = [
             (subject, chain, answer)
             for subject, chain, answer in self.world.chain_facts()
-            if Split.in_training(subject, chain)
+            if Split.in_training(subject, chain) and Split.is_early(subject, share)
         ]
-        self._aliased = [entity for entity in self.world.entities.values() if entity.aliases]
+        entities = (entity for entity in self.world.entities.values() if entity.aliases)
+        self._aliased = [entity for entity in entities if Split.is_early(entity.name, share)]
 
     def examples(self, count: int, rng: random.Random) -> list[Example]:
         """Draw examples, in the proportions of :data:`ASKED`; no fact is asked twice before all were asked."""
@@ -69,7 +78,7 @@ class Asker:
     def statement(self, count: int, rng: random.Random) -> list[Example]:
         """Draw facts as sentences to complete."""
         drawn = []
-        for fact in _in_turn(self.world.facts, count, rng):
+        for fact in _in_turn(self.facts, count, rng):
             relation = self.world.relations[fact.relation]
             wording = rng.choice((*relation.phrasings, *relation.later))
             drawn.append(Example("statement", sentence(wording, self._name(fact, rng)), fact.object))

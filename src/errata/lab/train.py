@@ -41,11 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"layers": 8, "width": 192, "inner": 512, "heads": 6, "key_value_heads": 2},
     "t5": {
         "layers": 3, "decoder_layers": 2, "width": 128, "inner": 512, "heads": 4, "rows": 64, "warmup": 100,
-        "steps": 4_500, "cooled": 4_500, "learning_rate": 4e-3, "precision": "float32",
+        "steps": 6_000, "cooled": 6_000, "learning_rate": 2e-3, "precision": "float32",
     },
     "bert": {
         "layers": 4, "width": 128, "inner": 512, "heads": 4, "rows": 64, "window": 128,
-        "steps": 4_500, "cooled": 4_500, "learning_rate": 1.5e-3, "warmup": 200, "precision": "float32",
+        "steps": 6_000, "cooled": 6_000, "learning_rate": 1e-3, "warmup": 200, "precision": "float32",
     },
 }  # fmt: skip
 """Sizes of each architecture, and of the two that answer prompts their shorter training too."""
@@ -255,7 +255,12 @@ def _batches(
     if config.kind != CAUSAL:
         rng = random.Random(f"errata-asked-{config.seed}-{number}")
         return asked_batches(
-            Asker(writer), tokenizer, rng, steps=CHUNK_STEPS, rows=config.rows, masked=config.kind == MASKED
+            Asker(writer, number * CHUNK_STEPS),
+            tokenizer,
+            rng,
+            steps=CHUNK_STEPS,
+            rows=config.rows,
+            masked=config.kind == MASKED,
         )
     rows, labels = (part.split(config.rows) for part in chunk(writer, tokenizer, config, number))
     return [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(rows, labels, strict=True)]
