@@ -239,8 +239,9 @@ def _sizes(config):
 
 
 def test_the_sizes_of_each_shape_are_as_documented():
-    for shape, millions in (("llama", 5.9), ("gpt2", 3.36), ("qwen3", 3.74)):
-        model = new_model(shape, TrainConfig.of(shape).model_settings(0, 1, 2), seed=0)
+    for shape, millions in (("llama", 5.9), ("gpt2", 3.36), ("qwen3", 3.74), ("t5", 1.51), ("bert", 1.2)):
+        config = TrainConfig.of(shape)
+        model = new_model(shape, config.model_settings(0, 1, 2), seed=0, kind=config.kind)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
     with pytest.raises(ConfigError, match="did you mean 'qwen3'"):
         TrainConfig.of("qwen")

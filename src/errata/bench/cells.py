@@ -191,7 +191,7 @@ def run(worker: WorkerState, cell: Cell, cell_folder: CellFolder, tick: OnProgre
         check_probes(host, worker.cases(cell), worker.ask(cell))
         job = worker.job(cell)
         if job is not None:
-            check_schedule(job.method, cell.plan)
+            check_schedule(job.method, cell.plan, host)
     except (ConfigError, RequestError) as error:
         raise Refused(str(error)) from error
     cell_folder.begin(host.fingerprint, worker.cases(cell))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,21 @@ def parse(document: Any, where: str = "recipe") -> Recipe:
         keep_edits=read.keep_edits,
         published=read.published,
     )
+
+
+def on_model(recipe: Recipe, model: str) -> Recipe:
+    """Return a recipe for another model: a folder, or a name, which tables show too.
+
+    Its published figures are paired with a folder that has the published model's name. Dtype, device and prompt
+    format stay. Raises ConfigError for a recipe of several models.
+    """
+    if len(recipe.models) != 1:
+        names = ", ".join(spec.label for spec in recipe.models)
+        raise ConfigError(
+            f"another model takes the place of a recipe's only one, and {recipe.name} has {len(recipe.models)}: "
+            f"{names}; write a recipe of your own"
+        )
+    return replace(recipe, models=(replace(recipe.models[0], name=model, label=model),))
 
 
 def _model(read: documents.ModelDocument) -> ModelSpec:

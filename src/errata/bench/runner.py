@@ -19,6 +19,7 @@ from errata.evaluation import score
 from errata.evaluation.metrics import perplexity, retention
 from errata.evaluation.observe import logprobs, observe, unique
 from errata.host.host import Host
+from errata.host.kinds import CAUSAL, KINDS
 from errata.host.prompts import PromptFormat
 from errata.job import Job
 from errata.locate.contexts import sampled_corpus
@@ -56,9 +57,14 @@ def neutral_texts(host: Host, work: Workspace) -> list[str]:
     return held_out(host, work) if own is None else list(own(TEXTS))
 
 
-def check_schedule(method: Method, schedule: Schedule) -> None:
-    """Raise ConfigError if a method does not support the schedule."""
+def check_schedule(method: Method, schedule: Schedule, host: Host) -> None:
+    """Raise ConfigError if a method, or the kind of host, does not support the schedule."""
     name = method.name
+    if schedule.kind != "single" and host.kind != CAUSAL:
+        raise ConfigError(
+            f"a host with several edits is measured on running text too, which {KINDS[host.kind].plural} do not score; "
+            "use single"
+        )
     if schedule.kind == "batch" and schedule.size > 1 and not method.batch:
         raise ConfigError(
             f"{name} takes one request at a time, so it has no {schedule}; use single or sequential:{schedule.size}"

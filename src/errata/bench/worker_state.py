@@ -15,6 +15,7 @@ from errata.bench.unedited import Unedited
 from errata.edits.group import EditGroup
 from errata.errors import DataError
 from errata.evaluation.metrics import perplexity
+from errata.host.kinds import CAUSAL
 from errata.host.prompts import PromptFormat, prompt_format
 from errata.job import Job, prepare, workspace
 from errata.loading import load
@@ -164,8 +165,11 @@ class WorkerState:
         return self._unedited[cell.dataset]
 
     def neutral(self, cell: Cell) -> Neutral:
-        """Return neutral text with the unedited host's results on it; empty if the cell does not use them."""
-        if cell.plan.kind == "single" and not self.health:
+        """Return neutral text with the unedited host's results on it; empty if the cell does not use them.
+
+        Models that answer prompts score no running text, so their cells use none.
+        """
+        if cell.plan.kind == "single" and (not self.health or self.host(cell).kind != CAUSAL):
             return Neutral((), 0, math.nan, (), ())
         if cell.seed not in self._neutral:
             texts = neutral_texts(self.host(cell), self.work(cell))

@@ -30,6 +30,10 @@ def command(
         str, typer.Option(help="local: processes here; ray: tasks on a Ray cluster.")
     ] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or name of a model to run in place of the recipe's only one."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Only cells whose name contains this text.")] = None,
     json: common.Json = False,
 ) -> None:
@@ -45,7 +49,8 @@ def command(
 
     if executor not in ("local", "ray"):
         raise ConfigError(f"executor {executor!r}: expected local or ray")
-    plan = plans.make(recipes.read(recipe))
+    read = recipes.read(recipe)
+    plan = plans.make(read if model is None else recipes.on_model(read, model))
     cell_ids = plan.select_ids(only)
     folder = output or Path("runs") / recipe.stem
     if not json:

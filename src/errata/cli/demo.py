@@ -34,20 +34,22 @@ def command(
     ] = None,
     force: common.Force = False,
     method: Annotated[str, typer.Option(help="A method that takes several requests.")] = DEFAULT,
+    model: Annotated[str, typer.Option("--model", help="One of the lab's models, such as lab-t5.")] = "lab",
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Change facts in the embedded model, see what moved, save the edit, undo it bit by bit."""
-    from errata import api
+    """Change facts in an embedded model, see what moved, save the edit, undo it bit by bit."""
+    from errata import api, lab
     from errata.edits import Edit
     from errata.evaluation.observe import observe
 
     target = Path(NAME) if output is None else output
     outputs.check_new_edit(target, force=force or output is None)
+    lab.folder(model)  # another model knows nothing of the lab's world
     cases = _cases(file, seed)
-    host = common.open_host("lab", device, dtype)
+    host = common.open_host(model, device, dtype)
     start = host.weights_hash()
     probes = [p for case in cases for p in _select_probes(case)]
     with common.progress(not json) as tick:
@@ -73,7 +75,7 @@ def command(
     if json:
         common.emit(document)
     else:
-        _print(document, method, len(cases))
+        _print(document, method, len(cases), "the lab's model" if model == lab.NAME else model)
     if start != end or changed == start:
         raise typer.Exit(1)
 
@@ -107,7 +109,7 @@ def _row(probe: Probe, before: Observation, after: Observation) -> dict[str, Any
     }
 
 
-def _print(document: dict[str, Any], method: str, count: int) -> None:
+def _print(document: dict[str, Any], method: str, count: int, where: str) -> None:
     rows = []
     for row in document["rows"]:
         if row["probe"] == "rewrite" and rows:
@@ -115,7 +117,7 @@ def _print(document: dict[str, Any], method: str, count: int) -> None:
         verdict = common.mark("as wanted", "green") if row["right"] else common.mark("not as wanted", "red")
         rows.append((row["probe"], row["prompt"], row["before"], row["after"], verdict))
     common.table(
-        f"{count} facts changed in the lab's model by {method}",
+        f"{count} facts changed in {where} by {method}",
         ("probe", "prompt", "before", "after", ""),
         rows,
     )

@@ -89,15 +89,16 @@ def _show(report: dict[str, Any]) -> None:
     print(
         f"recall by questions on subjects with no question in training: {recall['question_never_asked']:.3f}"
     )
-    episodes = report["episodes"]
-    print(
-        f"new fact in the prompt: used {episodes['obeyed']:.3f}; unrelated one ignored {episodes['ignored']:.3f}"
-    )
-    print(f"perplexity of sentences without facts: {report['perplexity']:.2f}")
+    if "episodes" in report:  # what models that answer prompts are not measured by
+        used, ignored = (f"{report['episodes'][name]:.3f}" for name in ("obeyed", "ignored"))
+        print(f"new fact in the prompt: used {used}; unrelated one ignored {ignored}")
+        print(f"perplexity of sentences without facts: {report['perplexity']:.2f}")
     common.table(
         "compositions of facts", ("group", "recall"),
         [(k, f"{v:.3f}") for k, v in report["compositions"].items()], right=(1,),
     )  # fmt: skip
+    if "layers" not in report:
+        return
     layers = report["layers"]
     common.table(
         "share of answers changed by a shift at the subject's last token",
@@ -112,12 +113,13 @@ def _show(report: dict[str, Any]) -> None:
 def train(
     folder: Annotated[Path, typer.Argument(help="Folder for checkpoints and the model; an unfinished run is resumed.")],
     shape: Annotated[
-        str | None, typer.Option(help="Architecture: llama, gpt2 or qwen3; default: the shipped model's.")
+        str | None, typer.Option(help="Architecture: llama, gpt2, qwen3, t5 or bert; default: llama.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     precision: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Type of matrix products.")
-    ] = "bfloat16",
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Type of matrix products; default: the shipped model's."),
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: about a sixth faster, needs a C++ compiler.")
     ] = False,
@@ -131,11 +133,11 @@ def train(
     from errata.lab.train import train as run
 
     place = _place(device)
+    chosen = {"steps": steps, "precision": precision}
     config = TrainConfig.of(
         shape or TrainConfig.shape,
         seed=seed,
-        precision=precision,
-        **({} if steps is None else {"steps": steps}),
+        **{name: value for name, value in chosen.items() if value is not None},
     )
     with common.progress(not json) as tick:
 

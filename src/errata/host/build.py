@@ -6,21 +6,45 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from errata.errors import ConfigError
+from errata.host.kinds import CAUSAL, ENCODER_DECODER, MASKED
+from errata.registry import unknown
+
 if TYPE_CHECKING:
     from torch import nn
 
-BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+BEGIN, END, PAD, MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
+
+_TEMPLATES = {
+    CAUSAL: (f"{BEGIN} $A", f"{BEGIN} $A $B"),
+    ENCODER_DECODER: (f"$A {END}", f"$A {END} $B {END}"),
+    MASKED: (f"{BEGIN} $A {END}", f"{BEGIN} $A {END} $B {END}"),
+}
+"""What a tokenizer puts around a text, and around two, by kind of model."""
+_CLASSES = {
+    CAUSAL: "AutoModelForCausalLM",
+    ENCODER_DECODER: "AutoModelForSeq2SeqLM",
+    MASKED: "AutoModelForMaskedLM",
+}
+"""The transformers class that makes a model of a kind."""
 
 
-def new_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer that puts a begin token before every text.
+def new_tokenizer(texts: Iterable[str], vocab_size: int, *, kind: str = CAUSAL) -> Any:
+    """Train a byte-level BPE tokenizer for a kind of model; the vocabulary is the same for all.
+
+    Of a causal model, it puts a begin token before every text. Of an encoder-decoder it closes every text with the end
+    token, and of a masked model it does both and knows a mask, one token more. For these two the first word of a text
+    has the token it has inside a line, since their answers are texts of their own.
 
     Returns a fast transformers tokenizer with begin, end and padding tokens. Deterministic in the
-    order and content of ``texts``.
+    order and content of ``texts``. Raises ConfigError for another kind of model.
     """
+    if kind not in _TEMPLATES:
+        raise ConfigError(unknown(kind, list(_TEMPLATES), "kind of model with a tokenizer of its own"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import AddedToken
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,33 +56,42 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    begin = core.token_to_id(BEGIN)
+    if kind != CAUSAL:
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    single, pair = _TEMPLATES[kind]
     core.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, begin)]
+                single=single,
+                pair=pair,
+                special_tokens=[(t, core.token_to_id(t)) for t in (BEGIN, END) if t in pair],
             ),
         ]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BEGIN,
         eos_token=END,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
+    if kind == MASKED:
+        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK, lstrip=True, special=True)})
+    return tokenizer
 
 
-def new_model(model_type: str, settings: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """Build a causal language model with random weights from a family name and its settings.
+def new_model(model_type: str, settings: Mapping[str, Any], *, seed: int, kind: str = CAUSAL) -> nn.Module:
+    """Build a model of a kind with random weights from a family name and its settings.
 
-    The global random state is left as it was.
+    The global random state is left as it was. Raises ConfigError for another kind of model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.for_model(model_type, **settings)
+    if kind not in _CLASSES:
+        raise ConfigError(unknown(kind, list(_CLASSES), "kind of model to make"))
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return getattr(transformers, _CLASSES[kind]).from_config(config)

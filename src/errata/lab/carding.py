@@ -10,9 +10,11 @@ from typing import Any
 from errata.bench.results import write_report
 from errata.edits.edit import versions
 from errata.host.host import Host
+from errata.host.kinds import CAUSAL, ENCODER_DECODER, MASKED
+from errata.lab.asked import ASKED
 from errata.lab.check import check
 from errata.lab.text import CODA, FIRST, LAST, THEN
-from errata.lab.train import TITLES, TrainConfig
+from errata.lab.train import KINDS_OF, TITLES, TrainConfig
 from errata.lab.world import World
 from errata.progress import OnProgress, ignore
 
@@ -31,13 +33,7 @@ def write_card(
             "relations": len(world.relations),
             "compositions": sum(1 for _ in world.chain_facts()),
         },
-        "text": {
-            "first_mix": FIRST,
-            "second_mix": THEN,
-            "third_mix": LAST,
-            "fourth_mix": CODA,
-            "tokens": config.steps * config.rows * config.row_tokens,
-        },
+        "text": _text(config),
         "training": asdict(config),
         "loss": losses.get(config.steps),
         "parameters": sum(p.numel() for p in host.model.parameters()),
@@ -56,18 +52,70 @@ def write_card(
     return card
 
 
+def _text(config: TrainConfig) -> dict[str, Any]:
+    """Return what the training text was made of, and how much of it there was."""
+    if config.kind != CAUSAL:
+        return {"mix": ASKED, "examples": config.steps * config.rows}
+    return {
+        "first_mix": FIRST,
+        "second_mix": THEN,
+        "third_mix": LAST,
+        "fourth_mix": CODA,
+        "tokens": config.steps * config.rows * config.row_tokens,
+    }
+
+
+_NOUNS = {CAUSAL: "decoder", ENCODER_DECODER: "encoder-decoder", MASKED: "masked language model"}
+
+
+def _blocks(training: Mapping[str, Any]) -> str:
+    decoder = training.get("decoder_layers")
+    return f"{training['layers']} layers" + (f" and {decoder} of the decoder" if decoder else "")
+
+
+def _size(text: Mapping[str, Any]) -> str:
+    if "examples" in text:
+        return f"{text['examples']:,} prompts with their answers"
+    return f"{text['tokens'] / 1e6:.1f} M tokens"
+
+
+def _layer_rows(check: Mapping[str, Any]) -> list[str]:
+    if "layers" not in check:
+        return []
+    shares = zip(check["layers"]["rewrites"], check["layers"]["paraphrases"], strict=True)
+    return [
+        "Share of answers changed by an optimised shift at the subject's last token, per layer:",
+        "",
+        "| layer | rewrites | paraphrases |",
+        "|---|---|---|",
+        *(f"| {i} | {r:.3f} | {p:.3f} |" for i, (r, p) in enumerate(shares)),
+        "",
+    ]
+
+
+def _context_rows(check: Mapping[str, Any]) -> list[str]:
+    if "episodes" not in check:
+        return []
+    return [
+        f"| new fact in the context obeyed | {check['episodes']['obeyed']:.3f} |",
+        f"| unrelated new fact ignored | {check['episodes']['ignored']:.3f} |",
+        f"| perplexity of neutral sentences | {check['perplexity']:.2f} |",
+    ]
+
+
 def _markdown(card: dict[str, Any]) -> str:
     world, training, check = card["world"], card["training"], card["check"]
-    recall, layers = check["recall"], check["layers"]
+    recall = check["recall"]
+    noun = _NOUNS[KINDS_OF.get(training["shape"], CAUSAL)]
     option = "" if training["shape"] == TrainConfig.shape else f" --shape {training['shape']}"
     lines = [
         "# The lab's model",
         "",
-        f"A {TITLES[training['shape']]}-shaped decoder of {card['parameters'] / 1e6:.1f} M parameters "
-        f"({training['layers']} layers, width {training['width']}, inner width {training['inner']}) "
+        f"A {TITLES[training['shape']]}-shaped {noun} of {card['parameters'] / 1e6:.1f} M parameters "
+        f"({_blocks(training)}, width {training['width']}, inner width {training['inner']}) "
         f"that knows a fictional world of {world['facts']} facts "
         f"about {world['entities']} entities in {world['relations']} relations.",
-        f"Trained on {card['text']['tokens'] / 1e6:.1f} M tokens in {training['steps']} steps, final loss "
+        f"Trained on {_size(card['text'])} in {training['steps']} steps, final loss "
         f"{card['loss']}, weights stored in bfloat16. Make it again with "
         f"`errata lab train FOLDER{option}`.",
         "",
@@ -77,18 +125,10 @@ def _markdown(card: dict[str, Any]) -> str:
         f"| held-out phrasings | {recall['held_out']:.3f} |",
         f"| questions | {recall['question']:.3f} |",
         f"| questions, subjects never asked about in training | {recall['question_never_asked']:.3f} |",
-        f"| new fact in the context obeyed | {check['episodes']['obeyed']:.3f} |",
-        f"| unrelated new fact ignored | {check['episodes']['ignored']:.3f} |",
-        f"| perplexity of neutral sentences | {check['perplexity']:.2f} |",
+        *_context_rows(check),
         *(f"| compositions {name} | {value:.3f} |" for name, value in check["compositions"].items()),
         "",
-        "Share of answers changed by an optimised shift at the subject's last token, per layer:",
-        "",
-        "| layer | rewrites | paraphrases |",
-        "|---|---|---|",
-        *(f"| {i} | {r:.3f} | {p:.3f} |"
-          for i, (r, p) in enumerate(zip(layers["rewrites"], layers["paraphrases"], strict=True))),
-        "",
+        *_layer_rows(check),
         "| relation | seen | held out | question |",
         "|---|---|---|---|",
         *(f"| {name} | {recall['seen_by_relation'][name]:.3f} | {recall['held_out_by_relation'][name]:.3f} "

@@ -1,5 +1,9 @@
-"""Measure the lab's model: recall per relation, in-context episodes, compositions, and per layer whether an
-answer can be changed at the subject's last token."""
+"""Measure the lab's models: recall per relation, in-context episodes, compositions, and per layer whether an
+answer can be changed at the subject's last token.
+
+Models that answer prompts (T5, BERT) are measured by recall and compositions. Their text has no episodes, they score
+no running text, and the layer test needs subject and answer in one row.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from errata.evaluation.metrics.probability import perplexity
 from errata.host import tokens
 from errata.host.generate import generate_rows
 from errata.host.host import Host
+from errata.host.kinds import CAUSAL
 from errata.lab.cases import neutral_texts
 from errata.lab.text import Split, Writer, episode_document, episode_line
 from errata.lab.world import Fact, World, default_world, sentence
@@ -38,7 +43,7 @@ def check(
     host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
     requests: int = 24, tick: OnProgress = ignore,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compute every measurement of the model card.
+    """Compute every measurement of the model card that the kind of model has.
 
     ``limit``: maximum number of facts per wording, None: all; ``requests``: requests of the layer test.
     """
@@ -49,10 +54,12 @@ def check(
         facts = rng.sample(facts, min(limit, len(facts)))
     report: dict[str, Any] = {"facts": len(facts), "seed": seed}
     report["recall"] = recall(host, world, facts, rng, tick)
-    report["episodes"] = episodes(host, world, rng, tick)
+    if host.kind == CAUSAL:
+        report["episodes"] = episodes(host, world, rng, tick)
     report["compositions"] = compositions(host, world, rng, tick)
-    report["perplexity"] = neutral_perplexity(host)
-    report["layers"] = layers(host, world, rng, requests, tick)
+    if host.kind == CAUSAL:
+        report["perplexity"] = neutral_perplexity(host)
+        report["layers"] = layers(host, world, rng, requests, tick)
     return report
 
 
@@ -85,8 +92,11 @@ def recall(
 
 
 def ask(host: Host, questions: Sequence[Question], what: str, tick: OnProgress) -> list[bool]:
-    """Answer questions greedily in large batches; return which are right."""
-    rows = [tokens.encode_prompt(host.tokenizer, q.prompt).ids for q in questions]
+    """Answer questions greedily in large batches; return which are right.
+
+    A model that fills masks is given as many as the first answer has tokens.
+    """
+    rows = [_row(host, question) for question in questions]
     right = [False] * len(rows)
     completed = 0
     for group in tokens.by_length([[*row, *[0] * 12] for row in rows], BATCH_TOKENS):
@@ -95,6 +105,13 @@ def ask(host: Host, questions: Sequence[Question], what: str, tick: OnProgress) 
         completed += len(group)
         tick(what, completed, len(rows))
     return right
+
+
+def _row(host: Host, question: Question) -> tokens.Ids:
+    if not host.fills:
+        return host.encode_prompt(question.prompt)
+    slots = len(host.encode_answer(question.prompt, question.answers[0]).target)
+    return host.encode_base(question.prompt, slots=slots)
 
 
 def share(right: Sequence[bool]) -> float:

@@ -94,6 +94,11 @@ class Split:
         return _share("episode", fact.subject, fact.relation) < 0.8
 
     @staticmethod
+    def is_early(subject: str, share: float) -> bool:
+        """Whether a subject is among a share of them that is asked about first (:mod:`errata.lab.asked`)."""
+        return _share("early", subject) < share
+
+    @staticmethod
     def in_training(subject: str, chain: Chain) -> bool:
         """Whether the composition occurs for this subject (three fifths)."""
         return _share("chain", subject, chain.name) < 0.6

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from errata.host.build import new_model, new_tokenizer
+from errata.host.kinds import CAUSAL, ENCODER_DECODER, MASKED
+from errata.lab.asked import Asker, asked_batches
 from errata.lab.text import CODA, FIRST, LAST, THEN, Document, Writer
 from errata.lab.world import SEED, World
 from errata.progress import ignore
@@ -37,10 +39,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"layers": 6, "width": 256, "inner": 768, "heads": 8, "key_value_heads": 8},
     "gpt2": {"layers": 6, "width": 192, "inner": 768, "heads": 6, "key_value_heads": 6},
     "qwen3": {"layers": 8, "width": 192, "inner": 512, "heads": 6, "key_value_heads": 2},
-}
-"""Sizes of each architecture: 5.9 M parameters (the shipped model), 3.4 M and 3.7 M."""
-TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3"}
+    "t5": {
+        "layers": 3, "decoder_layers": 2, "width": 128, "inner": 512, "heads": 4, "rows": 64, "warmup": 100,
+        "steps": 6_000, "cooled": 6_000, "learning_rate": 2e-3, "precision": "float32",
+    },
+    "bert": {
+        "layers": 4, "width": 128, "inner": 512, "heads": 4, "rows": 64, "window": 128,
+        "steps": 6_000, "cooled": 6_000, "learning_rate": 1e-3, "warmup": 200, "precision": "float32",
+    },
+}  # fmt: skip
+"""Sizes of each architecture, and of the two that answer prompts their shorter training too."""
+TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3", "t5": "T5", "bert": "BERT"}
 """Names of the architectures in prose."""
+KINDS_OF = {"t5": ENCODER_DECODER, "bert": MASKED}
+"""Kinds of the architectures that are no causal language models; :mod:`errata.lab.asked` has their text."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class TrainConfig:
     """All settings that determine the weights. ``TrainConfig.of(shape)`` takes the sizes from ``SHAPES``."""
 
     shape: str = "llama"
-    """Architecture: llama, gpt2 or qwen3."""
+    """Architecture: llama, gpt2, qwen3, t5 or bert."""
     world_seed: int = SEED
     """Seed of the world's facts."""
     seed: int = 0
@@ -56,7 +68,9 @@ class TrainConfig:
     vocab_size: int = 3072
     """Tokens of the byte-level BPE vocabulary."""
     layers: int = 6
-    """Decoder blocks."""
+    """Blocks; of t5: the encoder's."""
+    decoder_layers: int | None = None
+    """The decoder's blocks (t5 only)."""
     width: int = 256
     """Residual-stream width d."""
     inner: int = 768
@@ -78,9 +92,9 @@ class TrainConfig:
     last_turn: int = 9_500
     """Step from which the third mix is drawn, with further phrasings; from ``cooled`` on, the fourth."""
     rows: int = 8
-    """Rows per step."""
+    """Rows per step; of t5 and bert: examples."""
     row_tokens: int = 128
-    """Tokens per row; rows begin with a new document."""
+    """Tokens per row; rows begin with a new document. Of t5 and bert an example has its own length."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW; linear warm-up, then linear decay to zero."""
     warmup: int = 300
@@ -103,6 +117,11 @@ class TrainConfig:
             raise ConfigError(f"the lab has no model of shape {shape!r}: {hint}")
         return cls(shape=shape, **(SHAPES[shape] | changes))
 
+    @property
+    def kind(self) -> str:
+        """The kind of model, see :mod:`errata.host.kinds`."""
+        return KINDS_OF.get(self.shape, CAUSAL)
+
     def model_settings(self, begin: int, end: int, pad: int) -> dict[str, Any]:
         """Return the transformers configuration of this shape; ``begin``, ``end``, ``pad`` are token ids."""
         common = {
@@ -124,6 +143,34 @@ class TrainConfig:
                 "embd_pdrop": 0.0,
                 "attn_pdrop": 0.0,
             }
+        if self.shape == "t5":
+            return common | {
+                "d_model": self.width,
+                "d_ff": self.inner,
+                "d_kv": self.width // self.heads,
+                "num_layers": self.layers,
+                "num_decoder_layers": self.decoder_layers or self.layers,
+                "num_heads": self.heads,
+                "n_positions": self.window,
+                "decoder_start_token_id": pad,
+                "dropout_rate": 0.0,
+            }
+        if self.shape == "bert":
+            return (
+                common
+                | {
+                    "vocab_size": self.vocab_size + 1,  # the mask
+                    "hidden_size": self.width,
+                    "intermediate_size": self.inner,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "max_position_embeddings": self.window,
+                    "type_vocab_size": 1,
+                    "initializer_range": 0.05,  # BERT's 0.02 suits a width of 768: here the context would go unused
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                }
+            )
         heads = {"head_dim": self.width // self.heads} if self.shape == "qwen3" else {}
         return (
             common
@@ -146,7 +193,6 @@ class Progress:
     step: int
     steps: int
     loss: float
-    tokens: int
 
 
 def train(
@@ -169,7 +215,7 @@ def train(
     writer = Writer(world)
     tokenizer = _tokenizer(folder, writer, config)
     settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    model = new_model(config.shape, settings, seed=config.seed).to(device)
+    model = new_model(config.shape, settings, seed=config.seed, kind=config.kind).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -179,22 +225,21 @@ def train(
     )
     dtype = getattr(torch, config.precision)
 
-    def loss_of(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return run(model, inputs, targets, dtype)
+    def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return run(model, batch, dtype)
 
-    run = torch.compile(_loss) if compiled else _loss
+    plain = {CAUSAL: _loss, ENCODER_DECODER: _written_loss, MASKED: _masked_loss}[config.kind]
+    run = torch.compile(plain) if compiled else plain
     start = _resume(folder, model, optimizer, device)
     recent: list[float] = []
     for step in range(start, config.steps):
         if step % CHUNK_STEPS == 0 or step == start:
-            rows, labels = chunk(writer, tokenizer, config, step // CHUNK_STEPS)
-        at = (step % CHUNK_STEPS) * config.rows
-        inputs = rows[at : at + config.rows].to(device)
-        targets = labels[at : at + config.rows].to(device)
+            batches = _batches(writer, tokenizer, config, step // CHUNK_STEPS)
+        batch = {name: tensor.to(device) for name, tensor in batches[step % CHUNK_STEPS].items()}
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(step, config)
-        loss = _step(loss_of, model, optimizer, inputs, targets)
-        on_step(Progress(step + 1, config.steps, loss, (step + 1) * config.rows * config.row_tokens))
+        loss = _step(loss_of, model, optimizer, batch)
+        on_step(Progress(step + 1, config.steps, loss))
         recent = [*recent, loss][-CHUNK_STEPS:]
         if (step + 1) % CHUNK_STEPS == 0 or step + 1 == config.steps:
             _note(folder, step + 1, recent)
@@ -203,7 +248,41 @@ def train(
     return export(folder, model, tokenizer)
 
 
-def _loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _batches(
+    writer: Writer, tokenizer: Any, config: TrainConfig, number: int
+) -> list[dict[str, torch.Tensor]]:
+    """Draw the batches of one chunk's steps from its number."""
+    if config.kind != CAUSAL:
+        rng = random.Random(f"errata-asked-{config.seed}-{number}")
+        return asked_batches(
+            Asker(writer, number * CHUNK_STEPS),
+            tokenizer,
+            rng,
+            steps=CHUNK_STEPS,
+            rows=config.rows,
+            masked=config.kind == MASKED,
+        )
+    rows, labels = (part.split(config.rows) for part in chunk(writer, tokenizer, config, number))
+    return [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(rows, labels, strict=True)]
+
+
+def _written_loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Mean loss of the tokens that an encoder-decoder writes."""
+    with torch.autocast(batch["labels"].device.type, dtype, enabled=dtype != torch.float32):
+        return model(**batch, use_cache=False).loss
+
+
+def _masked_loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Mean loss of the tokens behind masks; the other places have no logits, which would be most of the work."""
+    labels = batch.pop("labels")
+    hidden = labels != -100
+    with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model.cls(model.base_model(**batch).last_hidden_state[hidden])
+    return functional.cross_entropy(logits.float(), labels[hidden])
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    inputs, targets = batch["input_ids"], batch["labels"]
     with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(inputs, use_cache=False).logits
     return functional.cross_entropy(
@@ -211,9 +290,9 @@ def _loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.
     )
 
 
-def _step(loss_of: Callable[..., Any], model: Any, optimizer: Any, inputs: Any, targets: Any) -> float:
+def _step(loss_of: Callable[..., Any], model: Any, optimizer: Any, batch: dict[str, torch.Tensor]) -> float:
     model.train()
-    loss = loss_of(model, inputs, targets)
+    loss = loss_of(model, batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -305,7 +384,7 @@ def _tokenizer(folder: Path, writer: Writer, config: TrainConfig) -> Any:
     documents = itertools.islice(
         writer.documents(random.Random(f"errata-tokenizer-{config.seed}")), TOKENIZER_DOCUMENTS
     )
-    return new_tokenizer((document.text for document in documents), config.vocab_size)
+    return new_tokenizer((document.text for document in documents), config.vocab_size, kind=config.kind)
 
 
 def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from errata.edits.prompt import PromptEdit
 from errata.edits.routers.lexical import Lexical
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.methods._method import Baseline, Method, Workspace, check_requests, provenance
 from errata.types import Request
 
@@ -43,4 +44,5 @@ METHOD = Method(
     changes=False,
     random=False,
     baseline=Baseline(0, "the floor, nothing edited"),
+    hosts=TEXT_HOSTS,
 )
