@@ -42,9 +42,8 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, *, kind: str = CAUSAL) 
     if kind not in _TEMPLATES:
         raise ConfigError(unknown(kind, list(_TEMPLATES), "kind of model with a tokenizer of its own"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
-    from transformers.tokenization_utils_base import AddedToken
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +76,8 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, *, kind: str = CAUSAL) 
         clean_up_tokenization_spaces=False,
     )
     if kind == MASKED:
-        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK, lstrip=True, special=True)})
+        mask: Any = AddedToken(MASK, lstrip=True, special=True)
+        tokenizer.add_special_tokens({"mask_token": mask})
     return tokenizer
 
 
