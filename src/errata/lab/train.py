@@ -155,35 +155,23 @@ class TrainConfig:
                 "decoder_start_token_id": pad,
                 "dropout_rate": 0.0,
             }
+        sizes = {
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": self.window,
+        }
         if self.shape == "bert":
-            return (
-                common
-                | {
-                    "vocab_size": self.vocab_size + 1,  # the mask
-                    "hidden_size": self.width,
-                    "intermediate_size": self.inner,
-                    "num_hidden_layers": self.layers,
-                    "num_attention_heads": self.heads,
-                    "max_position_embeddings": self.window,
-                    "type_vocab_size": 1,
-                    "initializer_range": 0.05,  # BERT's 0.02 suits a width of 768: here the context would go unused
-                    "hidden_dropout_prob": 0.0,
-                    "attention_probs_dropout_prob": 0.0,
-                }
-            )
+            return common | sizes | {
+                "vocab_size": self.vocab_size + 1,  # the mask
+                "type_vocab_size": 1,
+                "initializer_range": 0.05,  # BERT's 0.02 suits a width of 768: here the context would go unused
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            }  # fmt: skip
         heads = {"head_dim": self.width // self.heads} if self.shape == "qwen3" else {}
-        return (
-            common
-            | heads
-            | {
-                "hidden_size": self.width,
-                "intermediate_size": self.inner,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.key_value_heads or self.heads,
-                "max_position_embeddings": self.window,
-            }
-        )
+        return common | sizes | heads | {"num_key_value_heads": self.key_value_heads or self.heads}
 
 
 @dataclass(frozen=True)
