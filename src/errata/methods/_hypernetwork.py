@@ -26,7 +26,7 @@ from errata.methods._editor import facts_about, split, training_examples
 from errata.methods._method import Workspace, notes, provenance, resolve_layers
 from errata.methods._other_model import own_answers
 from errata.methods._settings import at_least_zero
-from errata.training.editing import Item, Sampling, items_of, with_own_choices
+from errata.training.editing import Item, Sampling, items_of, means, with_own_choices
 from errata.training.factors import Change, Factors, capture
 from errata.training.hypernetwork import Form, Hypernetwork, NetworkShape
 from errata.training.loop import Loop, Task
@@ -112,6 +112,11 @@ class TrainingSettings:
         return Loop(self.steps, self.per_step, self.clip, self.warmup, self.decay, self.every, self.patience)
 
     @property
+    def at_once(self) -> int:
+        """How many samples are run at once."""
+        return max(1, self.rows // self.sampling.prompts)
+
+    @property
     def sampling(self) -> Sampling:
         """What a step asks."""
         return Sampling(self.inside, self.outside, self.others, self.request)
@@ -142,6 +147,17 @@ class EditorSettings(TrainingSettings):
         """Check ranges."""
         names = ("rank", "blocks", "step", "edit_weight", "step_rate", "statistics")
         return [*super().problems(), *positive(self, *names), *at_least_zero(self, "locality_weight")]
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of the losses in scope and out of it."""
+        return self.edit_weight, self.locality_weight
+
+    def summed(self, facts: Sequence[tuple[float, float]]) -> dict[str, float]:
+        """Return what a step records: the samples' mean losses in scope and out of it, and their weighted sum."""
+        edit, locality = means(facts)
+        loss = self.edit_weight * edit + self.locality_weight * locality
+        return {"loss": loss, "edit": edit, "locality": locality}
 
 
 QUICK: Mapping[str, Any] = {"steps": 20, "every": 5, "most": 200, "validation": 8, "statistics": 64}
@@ -244,10 +260,6 @@ class Prepared:
     def factors(self, items: Sequence[Item]) -> dict[str, Factors]:
         """Return the factors of some requests, by map, where the editor is."""
         return factors_of(self.host, [item.answer for item in items], list(self.editor.numbers), self.config)
-
-    def rng(self, step: int, seed: int) -> random.Random:
-        """Return what a step draws with."""
-        return rng_of(step, seed)
 
 
 def rng_of(step: int, seed: int) -> random.Random:

@@ -34,9 +34,8 @@ from errata.methods._editor import trained_editor
 from errata.methods._hypernetwork import Data
 from errata.methods._method import Method, Workspace, check_requests
 from errata.training.conditional import ConditionalEditor
-from errata.training.editing import Item, draw, loss_scale, losses_of, validate
+from errata.training.editing import Item, draw, gradients_of, means, validate
 from errata.training.factors import Change
-from errata.training.gradients import sum_gradients
 from errata.types import Request
 
 
@@ -111,26 +110,16 @@ class _Task:
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
         config, editor = self.config, self.editor
         samples = draw(self.data.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
-        scale, multiplier = loss_scale(self.host), float(editor.multiplier)
-        asked = max(1, config.inside + config.outside + config.others)
-
-        def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
-            some = [samples[i] for i in numbers]
-            changes = self._changes([sample.item for sample in some])
-            parts = losses_of(self.host, [s.inside for s in some], [s.outside for s in some], changes)
-            facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
-            return scale * (parts.edit + multiplier * parts.locality).sum() / len(samples), facts
-
-        facts, gradients = sum_gradients(
-            range(len(samples)), list(editor.parameters()), loss_of, batch=max(1, config.rows // asked)
-        )
-        edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
-        loss = edit + multiplier * locality
+        multiplier = float(editor.multiplier)
+        facts, gradients = gradients_of(
+            self.host, samples, list(editor.parameters()), self._changes, (1.0, multiplier), batch=config.at_once,
+        )  # fmt: skip
+        edit, locality = means(facts)
         with torch.no_grad():  # the same step of ascent, whatever the network's own
             above = locality - float(editor.margin)
             editor.multiplier.add_(config.multiplier_rate * above).clamp_(min=0)
-        numbers = {"loss": loss, "edit": edit, "locality": locality, "multiplier": multiplier}
-        return numbers, [gradient / scale for gradient in gradients]
+        loss = edit + multiplier * locality
+        return {"loss": loss, "edit": edit, "locality": locality, "multiplier": multiplier}, gradients
 
     def validate(self) -> Mapping[str, float]:
         config, rows = self.config, self.config.rows

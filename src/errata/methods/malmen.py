@@ -31,9 +31,8 @@ from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
 from errata.methods._hypernetwork import EditorSettings, Prepared
 from errata.methods._method import Method, Shape, Workspace
-from errata.training.editing import Item, draw, loss_scale, losses_of, validate
+from errata.training.editing import Item, draw, gradients_of, validate
 from errata.training.factors import Change
-from errata.training.gradients import sum_gradients
 from errata.types import Request
 
 
@@ -85,28 +84,15 @@ class _Task:
     def differentiate(
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
-        prepared, config, host = self.prepared, self.prepared.config, self.prepared.host
-        samples = draw(prepared.items, examples, config.sampling, prepared.rng(step, self.seed))
+        prepared, config = self.prepared, self.prepared.config
+        samples = draw(prepared.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
         factors = prepared.factors([sample.item for sample in samples])
         solved = regression.solve(prepared.editor, factors)
-        scale, asked = loss_scale(host), max(1, config.inside + config.outside + config.others)
-
-        def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
-            some = [samples[i] for i in numbers]
-            parts = losses_of(
-                host, [s.inside for s in some], [s.outside for s in some], solved.changes, [0] * len(some)
-            )
-            whole = config.edit_weight * parts.edit + config.locality_weight * parts.locality
-            facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
-            return scale * whole.sum() / len(samples), facts
-
-        facts, gradients = sum_gradients(
-            range(len(samples)), solved.coefficients, loss_of, batch=max(1, config.rows // asked)
-        )
-        edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
-        whole = config.edit_weight * edit + config.locality_weight * locality
-        final = regression.differentiate(prepared.editor, factors, solved, [g / scale for g in gradients])
-        return {"loss": whole, "edit": edit, "locality": locality}, final
+        facts, gradients = gradients_of(
+            prepared.host, samples, solved.coefficients, lambda _: solved.changes, config.weights,
+            batch=config.at_once, one=True,
+        )  # fmt: skip
+        return config.summed(facts), regression.differentiate(prepared.editor, factors, solved, gradients)
 
     def validate(self) -> Mapping[str, float]:
         prepared, config = self.prepared, self.prepared.config

@@ -30,9 +30,8 @@ from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._editor import trained_editor
 from errata.methods._hypernetwork import Editor, EditorSettings, Prepared
 from errata.methods._method import Method, Shape, Workspace, check_requests
-from errata.training.editing import Item, draw, loss_scale, losses_of, validate
+from errata.training.editing import Item, draw, gradients_of, validate
 from errata.training.factors import Change, Factors
-from errata.training.gradients import sum_gradients
 from errata.types import Request
 
 STEP = "step"
@@ -111,27 +110,12 @@ class _Task:
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
         prepared, config = self.prepared, self.prepared.config
-        samples = draw(prepared.items, examples, config.sampling, prepared.rng(step, self.seed))
-        scale = loss_scale(prepared.host)
-        asked = max(1, config.inside + config.outside + config.others)
-
-        def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
-            some = [samples[i] for i in numbers]
-            changes = self._changes([sample.item for sample in some])
-            parts = losses_of(prepared.host, [s.inside for s in some], [s.outside for s in some], changes)
-            whole = config.edit_weight * parts.edit + config.locality_weight * parts.locality
-            facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
-            return scale * whole.sum() / len(samples), facts
-
-        facts, gradients = sum_gradients(
-            range(len(samples)),
-            list(prepared.editor.parameters()),
-            loss_of,
-            batch=max(1, config.rows // asked),
-        )
-        edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
-        whole = config.edit_weight * edit + config.locality_weight * locality
-        return {"loss": whole, "edit": edit, "locality": locality}, [g / scale for g in gradients]
+        samples = draw(prepared.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
+        facts, gradients = gradients_of(
+            prepared.host, samples, list(prepared.editor.parameters()), self._changes, config.weights,
+            batch=config.at_once,
+        )  # fmt: skip
+        return config.summed(facts), gradients
 
     def validate(self) -> Mapping[str, float]:
         held, rows = self.prepared.held, self.prepared.config.rows

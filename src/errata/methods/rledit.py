@@ -31,8 +31,7 @@ from errata.methods import _ridge as regression
 from errata.methods._hypernetwork import EditorSettings, Prepared
 from errata.methods._method import Method, Shape, Workspace
 from errata.methods._settings import at_least_zero
-from errata.training.editing import Sample, draw, log_probabilities, loss_scale, losses_of, validate
-from errata.training.gradients import sum_gradients
+from errata.training.editing import Sample, draw, gradients_of, log_probabilities, validate
 from errata.training.loop import Loop
 from errata.types import Request
 
@@ -104,7 +103,7 @@ class _Task:
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
         prepared, config = self.prepared, self.config
-        samples = draw(prepared.items, examples, config.sampling, prepared.rng(step, self.seed))
+        samples = draw(prepared.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
         batches = [samples[i : i + config.per_step] for i in range(0, len(samples), config.per_step)]
         before = [self._unedited(batch) for batch in batches]
         total = [torch.zeros_like(parameter) for parameter in prepared.editor.parameters()]
@@ -123,9 +122,7 @@ class _Task:
                 own = regression.differentiate(prepared.editor, factors, solved, gradients)
                 total = [a + b for a, b in zip(total, own, strict=True)]
                 state.add(factors, solved.changes)
-        edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
-        whole = config.edit_weight * edit + config.locality_weight * locality
-        return {"loss": whole, "edit": edit, "locality": locality}, total
+        return config.summed(facts), total
 
     def _unedited(self, samples: Sequence[Sample]) -> list[Tensor | None]:
         """Return the unedited host's log probabilities at each sample's tokens out of scope."""
@@ -144,24 +141,11 @@ class _Task:
         share: float,
     ) -> tuple[list[tuple[float, float]], list[Tensor]]:
         """Return the losses of a batch with a change beside the model as it is, and their share's gradients."""
-        config, host = self.config, self.prepared.host
-        scale, asked = loss_scale(host), max(1, config.inside + config.outside + config.others)
-
-        def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
-            some = [samples[i] for i in numbers]
-            known = [one for one in (before[i] for i in numbers) if one is not None]
-            parts = losses_of(
-                host, [s.inside for s in some], [s.outside for s in some], solved.changes, [0] * len(some),
-                torch.cat(known) if known else None,
-            )  # fmt: skip
-            whole = config.edit_weight * parts.edit + config.locality_weight * parts.locality
-            facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
-            return scale * share * whole.sum() / len(samples), facts
-
-        facts, gradients = sum_gradients(
-            range(len(samples)), solved.coefficients, loss_of, batch=max(1, config.rows // asked)
-        )
-        return facts, [gradient / scale for gradient in gradients]
+        facts, gradients = gradients_of(
+            self.prepared.host, samples, solved.coefficients, lambda _: solved.changes, self.config.weights,
+            batch=self.config.at_once, one=True, before=before,
+        )  # fmt: skip
+        return facts, [share * gradient for gradient in gradients]
 
     def validate(self) -> Mapping[str, float]:
         prepared, config = self.prepared, self.config

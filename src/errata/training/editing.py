@@ -15,6 +15,7 @@ from errata.host.tokens import Answer
 from errata.locate.gradients import FLOAT16_LOSS_SCALE
 from errata.training.examples import Example
 from errata.training.factors import Change, beside
+from errata.training.gradients import sum_gradients
 from errata.training.tune import Line
 from errata.types import Request
 
@@ -62,6 +63,11 @@ class Sampling:
     """Other examples' requests."""
     request: float
     """Share of the samples in which one of the prompts in scope is the request itself."""
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts are asked about an example at most, one at least."""
+        return max(1, self.inside + self.outside + self.others)
 
 
 def line_of(host: Host, prompt: str, answer: str) -> Line | None:
@@ -186,6 +192,44 @@ def losses_of(
     return Losses(edit, _means(kl, row[count:] - len(near), far, far_edit, len(inside)))
 
 
+ChangesOf = Callable[[Sequence[Item]], Mapping[str, Change]]
+"""The changes of some items, each product owned by the item's number, or all by 0 where they are one edit."""
+
+
+def gradients_of(
+    host: Host, samples: Sequence[Sample], variables: Sequence[Tensor], changes_of: ChangesOf,
+    weights: tuple[float, float], *, batch: int, one: bool = False,
+    before: Sequence[Tensor | None] | None = None,
+) -> tuple[list[tuple[float, float]], list[Tensor]]:  # fmt: skip
+    """Return each sample's losses in scope and out of it, and the gradients of their weighted mean ``[...]``.
+
+    ``variables``: what it is differentiated for. ``weights``: of the two losses. ``batch``: samples run at once, fewer
+    where memory runs out. ``one``: whether the changes are one edit's. ``before``: by sample, the log probabilities of
+    the unedited host at its tokens out of scope ``[t, vocab]``; None: as of :func:`losses_of`.
+    """
+    scale = loss_scale(host)
+
+    def loss_of(numbers: Sequence[int]) -> tuple[Tensor, list[tuple[float, float]]]:
+        some = [samples[i] for i in numbers]
+        known = [] if before is None else [part for part in (before[i] for i in numbers) if part is not None]
+        parts = losses_of(
+            host, [s.inside for s in some], [s.outside for s in some], changes_of([s.item for s in some]),
+            [0] * len(some) if one else None, torch.cat(known) if known else None,
+        )  # fmt: skip
+        whole = weights[0] * parts.edit + weights[1] * parts.locality
+        facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
+        return scale * whole.sum() / len(samples), facts
+
+    facts, gradients = sum_gradients(range(len(samples)), variables, loss_of, batch=batch)
+    return facts, [gradient / scale for gradient in gradients]
+
+
+def means(facts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the means of the losses in scope and out of it."""
+    edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
+    return edit, locality
+
+
 def _flat(groups: Sequence[Sequence[Line]]) -> tuple[list[Line], list[int]]:
     """Return all lines, and the group of each."""
     return [line for group in groups for line in group], [i for i, group in enumerate(groups) for _ in group]
@@ -205,9 +249,6 @@ def loss_scale(host: Host) -> float:
 
 
 # --- validation -----------------------------------------------------------------------------
-
-ChangesOf = Callable[[Sequence[Item]], Mapping[str, Change]]
-"""The changes of some items, each product owned by the item's number, or all by 0 where they are one edit."""
 
 
 @torch.no_grad()
