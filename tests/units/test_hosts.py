@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import errata
@@ -15,6 +16,9 @@ from errata.evaluation.observe import observe
 from errata.host.build import new_model
 from errata.host.generate import generate_rows, sample_rows
 from errata.host.host import Host
+from errata.locate.contexts import Context
+from errata.locate.problems import value_problems
+from errata.locate.sweep import LayerSweep
 from errata.types import AskOptions, Case, Probe
 from tests.models import COMMON, FAMILIES, ROTARY, fresh, tokenizer
 
@@ -31,6 +35,7 @@ MAMBA = {
 LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+STATE_SPACE = {**COMMON, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 HYBRIDS = {
@@ -59,6 +64,18 @@ HYBRIDS = {
     "qwen2_moe": (
         {**ODD, **EXPERTS, "shared_expert_intermediate_size": 48}, ["mlp.shared_expert.down_proj"] * 4
     ),
+    "mamba": ({**STATE_SPACE, "time_step_rank": 8}, ["mixer.out_proj"] * 2),
+    "falcon_mamba": ({**STATE_SPACE, "time_step_rank": 8}, ["mixer.out_proj"] * 2),
+    "mamba2": (
+        {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}, ["mixer.out_proj"] * 2
+    ),
+    "gemma4_text": (
+        {
+            **ODD, "head_dim": 8, "sliding_window": 64, "vocab_size_per_layer_input": 400,
+            "hidden_size_per_layer_input": 8,
+        },
+        ["mlp.down_proj"] * 4,
+    ),
     "rwkv": (
         {**COMMON, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "context_length": 128},
         ["feed_forward.value"] * 4,
@@ -81,10 +98,11 @@ def test_every_dense_feed_forward_is_a_site(family):
         for site in host.layout.mlp_out
     ]
     assert found == HYBRIDS[family][1]
-    assert host.layout.adds_directly == (family not in ("qwen2_moe", "rwkv"))  # both gate what it writes
+    # qwen2_moe and rwkv gate what it writes, gemma4 norms it
+    assert host.layout.adds_directly == (family not in ("qwen2_moe", "rwkv", "gemma4_text"))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "jamba", "rwkv"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "jamba", "rwkv", "mamba"])
 def test_hybrids_are_edited_and_restored(family):
     host = hybrid(family)
     start = host.weights_hash()
@@ -102,10 +120,6 @@ def test_hybrids_are_edited_and_restored(family):
 
 
 def test_keys_do_not_depend_on_neighbours_where_padding_is_seen():
-    from errata.locate.contexts import Context
-    from errata.locate.problems import value_problems
-    from errata.locate.sweep import LayerSweep
-
     host = hybrid("rwkv")
     requests = [REQUEST, errata.Request("The long road went to where {} was", "Bruno Holner", "Esk")]
     bare = [Context("", 1.0)]
@@ -115,11 +129,40 @@ def test_keys_do_not_depend_on_neighbours_where_padding_is_seen():
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_without_feed_forwards_is_refused_for_a_true_reason():
-    settings = {**COMMON, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 8}
-    host = errata.load(new_model("mamba", settings, seed=0), tokenizer())
-    with pytest.raises(HostError, match="no feed-forward"):
-        errata.edit(host, REQUEST, method="memit", **FAST)
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_the_mixer_of_a_model_without_feed_forwards_takes_an_edit_exactly(family):
+    host = hybrid(family)
+    site, start = host.layout.site(1), host.weights_hash()
+    assert site.name.endswith("mixer.out_proj") and site.part == "mlp_out"
+    assert [s.name for s in host.layout.sites] == [f"backbone.layers.{i}.mixer.out_proj" for i in range(2)]
+    edit = errata.edit(host, REQUEST, method="emmet", layers=[1], contexts=0, **FAST)
+    problem, layer = value_problems(host, [REQUEST], [Context("", 1.0)]), host.model.get_submodule(site.name)
+    key = LayerSweep(host, problem, 1).keys(site)[0]
+    record = edit.records[site.parameter]
+    torch.testing.assert_close(record.keys[:, 0].float(), key)
+    change, before = record.target_changes[:, 0].float(), layer.weight.detach() @ key
+    assert change.norm() > 1e-3 * before.norm()
+    with edit.on(host):
+        torch.testing.assert_close(LayerSweep(host, problem, 1).keys(site)[0], key)
+        torch.testing.assert_close(layer.weight.detach() @ key, before + change)
+    assert host.weights_hash() == start
+
+
+def test_a_map_whose_weight_is_read_directly_is_named():
+    with pytest.raises(HostError, match=r"mixer\.dt_proj is not called as a layer"):
+        errata.edit(hybrid("mamba"), REQUEST, method="melo", maps=("dt_proj",))
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_refused_with_the_reason():
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"embed_dim": 32, "ffn_dim": 80, "layers": 2, "attention_heads": 4, "max_position_embeddings": 128}
+    config = transformers.AutoConfig.for_model(
+        "kosmos-2", text_config={**COMMON, **text}, vision_config={**vision, "image_size": 28, "patch_size": 14},
+        latent_query_num=4,
+    )  # fmt: skip
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(HostError, match="reads no text without an image"):
+        errata.load(model, tokenizer())
 
 
 # --- padding and windows ----------------------------------------------------------------------
@@ -128,7 +171,14 @@ PROMPTS = ["Ada", "The small dog waited on the old road because the rain", "Brun
 
 
 @pytest.mark.parametrize(
-    ("family", "manner"), [("rwkv", "equal"), ("jamba", "left"), ("recurrent_gemma", "left")]
+    ("family", "manner"),
+    [
+        ("rwkv", "equal"),
+        ("jamba", "left"),
+        ("recurrent_gemma", "left"),
+        ("mamba", "left"),
+        ("mamba2", "left"),
+    ],
 )
 def test_what_a_prompt_is_answered_does_not_depend_on_its_neighbours(family, manner):
     host = hybrid(family)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from errata.errors import HostError
 from errata.host import hooks
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -51,7 +52,8 @@ def start_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return trainable B of zeros and random A of each map, on its device; ``run`` runs the model once, for the widths.
 
-    ``start``: standard deviation of A's entries; None: uniform within 1 / sqrt(d_in), as LoRA's.
+    ``start``: standard deviation of A's entries; None: uniform within 1 / sqrt(d_in), as LoRA's. Raises HostError for
+    a map that the model does not call.
     """
     read: dict[str, list[Tensor]] = {path: [] for path in maps}
     given: dict[str, list[Tensor]] = {path: [] for path in maps}
@@ -61,6 +63,12 @@ def start_factors(
             stack.enter_context(hooks.on_input(module, read[path].append))
             stack.enter_context(hooks.on_output(module, given[path].append))
         run()
+    uncalled = next((path for path in maps if not read[path]), None)
+    if uncalled is not None:
+        raise HostError(
+            f"{uncalled} is not called as a layer: the model reads its weight directly, so nothing can act beside it; "
+            "choose other linear maps"
+        )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for path in maps:
         x, y = read[path][0], given[path][0]

@@ -239,7 +239,10 @@ def _beside(module: nn.Module, site: ImageSite, change: Tensor):
 def is_image_classifier(model: str | os.PathLike[str] | nn.Module) -> bool:
     """Whether a live model, or the model in a folder, classifies images; opens no weights."""
     if isinstance(model, nn.Module):
-        return getattr(model, "main_input_name", None) == "pixel_values"
+        config = getattr(model, "config", None)
+        reads = getattr(config, "get_text_config", None)
+        text = reads is not None and reads() is not config  # a language model beside the image tower
+        return getattr(model, "main_input_name", None) == "pixel_values" and not text
     names = _read(Path(model).expanduser() / "config.json").get("architectures")
     return isinstance(names, list) and any(str(one).endswith("ForImageClassification") for one in names)
 

@@ -9,6 +9,8 @@
 * a site is the last linear map of such a part that writes into the residual width, whatever it is
   called, wherever it sits; its orientation is read off numerically, so that square matrices and
   transposed storage need no special case;
+* of a model whose blocks have one part only, which mixes positions, as Mamba's do, the site is that part's
+  output projection;
 * a packed weight cannot be read, so there the module itself is run: what it computes must be linear.
 """
 
@@ -29,6 +31,7 @@ from errata.host.placement import is_packed, packed, sharing
 
 Part = Literal["mlp_out", "attn_out"]
 DECODER, ENCODER = "decoder", "encoder"
+ONLY_MIXES = "has no feed-forward: all of it mixes tokens, as attention or a recurrence does"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Layout:
     width: int
     """Residual width d."""
     mlp_out: tuple[Site | None, ...]
-    """Per block, the feed-forward's output projection; None where it cannot be edited."""
+    """Per block, the feed-forward's output projection, or the mixer's in a model without feed-forwards; None where it
+    cannot be edited."""
     attn_out: tuple[Site | None, ...]
     """Per block, attention's output projection."""
     adds_directly: bool
@@ -157,13 +161,22 @@ def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Lay
     if first is None:
         raise HostError("the model's blocks were not run by its forward pass; it has no known layout")
     width = first.shape[-1]
-    mlp, attn, reasons = [], [], []
+    mlp: list[Site | None] = []
+    attn: list[Site | None] = []
+    reasons: list[str] = []
     with torch.no_grad(), hooks.frozen(model):
         for layer in range(len(blocks)):
             feed, mixing, reason = _sites(layer, f"{path}.{layer}", trace, width)
             mlp.append(feed)
             attn.append(mixing)
             reasons += [reason] if reason else []
+        if all(attn) and all(reason.endswith(ONLY_MIXES) for reason in reasons) and not any(mlp):
+            # the one part of a block writes all that the block adds, what is known of a token included
+            mlp, attn, reasons = (
+                [site and replace(site, part="mlp_out") for site in attn],
+                [None] * len(mlp),
+                [],
+            )
         for sites in (mlp, attn):
             reasons += _drop_shared(model, sites)
         direct = _adds_directly(model, blocks, mlp, probe)
@@ -311,10 +324,12 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
         if feed:
             return None, attn_site, f"{path} routes between several experts, not one weight"
         return None, attn_site, _nothing(block, path, names, trace, width, bool(attn))
-    blocked = _rescaled(block, dense[-1], names)
-    site = None if blocked else _site(dense[-1], layer, "mlp_out", names, trace)
+    # of several the widest: a block may end with a small map beside the feed-forward's, as Gemma 4's does
+    last = max(reversed(dense), key=lambda module: trace.io[module][0].shape[-1])
+    blocked = _rescaled(block, last, names)
+    site = None if blocked else _site(last, layer, "mlp_out", names, trace)
     if site is None:
-        odd = f"{names[dense[-1]]} does not compute W x + b, or passes no gradient on"
+        odd = f"{names[last]} does not compute W x + b, or passes no gradient on"
         return None, attn_site, blocked or odd
     return site, attn_site, None
 
@@ -433,7 +448,7 @@ def _nothing(
             return f"{names[module]} computes its weight from other tensors, so the weight cannot be written"
     odd = _unreadable(block, names)
     if odd is None and mixes:
-        return f"{path} has no feed-forward: all of it mixes tokens, as attention or a recurrence does"
+        return f"{path} {ONLY_MIXES}"
     return odd or f"{path} has no linear map into the residual width {width}"
 
 

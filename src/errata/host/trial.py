@@ -57,6 +57,11 @@ def check(host: TextHost) -> None:
             "model, as AutoModelForCausalLM opens it"
         ) from error
     except Exception as error:
+        if "pixel_values" in first_line(error):
+            raise HostError(
+                f"{type(host.model).__name__} reads no text without an image, so it cannot be edited as a language "
+                f"model: {first_line(error)}"
+            ) from error
         raise HostError(f"the model does not run: {first_line(error)}") from error
     if logits.ndim != 3 or logits.shape[:2] != (2, 5):
         raise HostError(
@@ -82,6 +87,11 @@ def _check_slots(host: TextHost) -> None:
     except ErrataError:
         raise
     except Exception as error:
+        if "pixel_values" in first_line(error):
+            raise HostError(
+                f"{type(host.model).__name__} reads no text without an image, so it cannot be edited as a language "
+                f"model: {first_line(error)}"
+            ) from error
         raise HostError(f"the model does not run: {first_line(error)}") from error
     if logits.ndim != 3 or logits.shape[:2] != (1, 1) or logits.shape[2] < host.vocab_size:
         raise HostError(
