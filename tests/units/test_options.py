@@ -76,7 +76,8 @@ def test_every_verb_takes_json(name):
     [
         ("edit", {"--device", "--dtype", "--seed", "--force", "--strict"}),
         ("eval", {"--device", "--dtype", "--seed", "--force"}),
-        ("ability", {"--device", "--dtype", "--seed"}), ("combine", {"--device", "--dtype", "--seed", "--force"}),
+        ("ability", {"--device", "--dtype", "--seed"}), ("unlearn", {"--device", "--dtype", "--seed", "--force"}),
+        ("combine", {"--device", "--dtype", "--seed", "--force"}),
         ("stats", {"--device", "--dtype", "--seed"}),
         ("train", {"--device", "--dtype", "--seed", "--force"}),
         ("lab check", {"--device", "--dtype", "--seed"}), ("demo", {"--device", "--dtype", "--seed", "--force"}),

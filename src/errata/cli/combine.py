@@ -17,42 +17,51 @@ if TYPE_CHECKING:
     from errata.ledger.interpolating import Point
 
 
+Files = Annotated[list[Path], typer.Argument(metavar="EDIT...", help="Files of weight edits of one model.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")
+]
+How = Annotated[
+    str, typer.Option(help="sum, analogy (of A B C: C + (B - A)), paint, ties, dare or breadcrumbs.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="One number for each edit, as 1,-0.5; default: 1. Of paint: alpha.")
+]
+Density = Annotated[
+    float | None, typer.Option(help="ties: share of entries kept of each edit; default: 0.2.")
+]
+Drop = Annotated[float | None, typer.Option(help="dare: probability to leave an entry out; default: 0.9.")]
+Smallest = Annotated[
+    float | None,
+    typer.Option(help="breadcrumbs: share of each row's smallest entries left out; default: 0.2."),
+]
+Largest = Annotated[
+    float | None,
+    typer.Option(help="breadcrumbs: share of each row's largest entries left out; default: 0.1."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="paint without --weights: the unedited model to search alpha on."),
+]
+Alphas = Annotated[
+    str | None, typer.Option(help="paint: the alphas to try, as 0.5,1,1.5; default: 0.1 to 1 by 0.1.")
+]
+MostLost = Annotated[
+    float | None, typer.Option(help="paint: share of other answers that may change; default: 0.01.")
+]
+Interference = Annotated[
+    bool,
+    typer.Option("--interference", help="Show the cosines of the edits' changes; needs no -o."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Combine and report, write nothing.")]
+
+
 def command(
-    edits: Annotated[list[Path], typer.Argument(metavar="EDIT...", help="Files of weight edits of one model.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")
-    ] = None,
-    how: Annotated[
-        str, typer.Option(help="sum, analogy (of A B C: C + (B - A)), paint, ties, dare or breadcrumbs.")
-    ] = "sum",
-    weights: Annotated[
-        str | None, typer.Option(help="One number for each edit, as 1,-0.5; default: 1. Of paint: alpha.")
-    ] = None,
+    edits: Files, output: Output = None, how: How = "sum", weights: Weights = None,
     scale: Annotated[float, typer.Option(help="Factor of the result.")] = 1.0,
-    density: Annotated[
-        float | None, typer.Option(help="ties: share of entries kept of each edit; default: 0.2.")
-    ] = None,
-    drop: Annotated[float | None, typer.Option(help="dare: probability to leave an entry out; default: 0.9.")] = None,
-    smallest: Annotated[
-        float | None, typer.Option(help="breadcrumbs: share of each row's smallest entries left out; default: 0.2.")
-    ] = None,
-    largest: Annotated[
-        float | None, typer.Option(help="breadcrumbs: share of each row's largest entries left out; default: 0.1.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="paint without --weights: the unedited model to search alpha on.")
-    ] = None,
-    alphas: Annotated[
-        str | None, typer.Option(help="paint: the alphas to try, as 0.5,1,1.5; default: 0.1 to 1 by 0.1.")
-    ] = None,
-    most_lost: Annotated[
-        float | None, typer.Option(help="paint: share of other answers that may change; default: 0.01.")
-    ] = None,
-    interference: Annotated[
-        bool, typer.Option("--interference", help="Show the cosines of the edits' changes; needs no -o.")
-    ] = False,
-    force: common.Force = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Combine and report, write nothing.")] = False,
+    density: Density = None, drop: Drop = None, smallest: Smallest = None, largest: Largest = None,
+    model: ModelName = None, alphas: Alphas = None, most_lost: MostLost = None,
+    interference: Interference = False, force: common.Force = False, dry_run: DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Add, subtract, scale or merge weight edits as vectors into a new edit. No model needed, but for a search.
