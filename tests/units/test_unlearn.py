@@ -10,9 +10,14 @@ import pytest
 import torch
 
 import errata
-from errata.bench.unlearning import RELEARN, audit, recall
+from errata.bench.unlearning import RELEARN, audit, recall, truth_ratios
 from errata.bench.unlearning import _recall_rounded as recall_rounded
+from errata.lab.text import Document
+from errata.lab.train import TrainConfig, names_of, train, without
+from errata.lab.train import _same_config as same_config
+from errata.lab.world import default_world
 from errata.linalg.rounding import rounded
+from errata.linalg.samples import ks_distance, ks_p_value
 from errata.methods import REGISTRY
 from errata.training.tune import Losses
 from errata.types import Corpus, Resources
@@ -33,7 +38,7 @@ def host_with_texts():
 
 
 def test_rounding_by_hand():
-    matrix = torch.tensor([[7.0, -3.4, 0.4], [0.0, 0.0, 0.0], [1.0, 0.5, -0.2]])
+    matrix = torch.tensor([[7.0, -3.4, 0.4], [0.0, 0.0, 0.0], [1.0, 0.6, -0.2]])
     expected = torch.tensor([[7.0, -3.0, 0.0], [0.0, 0.0, 0.0], [1.0, 4 / 7, -1 / 7]])
     assert torch.allclose(rounded(matrix, 4), expected)
     assert torch.allclose(rounded(matrix, 24), matrix, atol=1e-5)
@@ -117,3 +122,69 @@ def test_the_lab_forgets_one_fact_and_keeps_another(tmp_path):
     measured = json.loads(done.stdout)["audit"]
     assert measured["unedited"]["given"] == 1.0 and measured["edited"]["given"] == 0.0
     assert measured["edited"]["probability"] < 0.1 < measured["unedited"]["probability"]
+
+
+def test_the_kolmogorov_smirnov_test_by_hand():
+    assert ks_distance([1, 2, 3], [1, 2, 3]) == 0 and ks_distance([1, 2], [2, 3, 3, 4]) == 0.75
+    assert ks_p_value([1, 2, 3], [1, 2, 3]) == 1.0, "a sample and itself"
+    assert ks_p_value([1, 2, 3], [4, 5, 6]) == pytest.approx(0.1), "two of 20 orders"
+    assert ks_p_value([1, 2, 3], [10, 50, 60]) == pytest.approx(ks_p_value([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    assert ks_p_value([1, 3, 5, 7], [2, 4, 6, 8]) == 1.0, "no order is closer"
+    far, near = [i + 1.0 for i in range(40)], [i + 0.5 for i in range(40)]
+    assert (
+        ks_p_value(far, [-x for x in far]) == pytest.approx(2 / math.comb(80, 40))
+        and ks_p_value(far, near) > 0.99
+    )
+    long = [i / 2000 for i in range(2000)]
+    assert ks_p_value(long, [x + 0.1 for x in long]) < 1e-6 < 0.99 < ks_p_value(long, long)
+    with pytest.raises(ValueError, match="at least one"):
+        ks_distance([], [1.0])
+
+
+def test_truth_ratios_compare_with_wrong_answers_to_the_same_prompt():
+    host = host_with_texts()
+    other = errata.Request("{} was born in", "Bruno Holner", "Esk")
+    ratios = truth_ratios(host, [ANSWERS[0], ANSWERS[1], other])
+    with torch.no_grad():
+        right, wrong = Losses(host, [ANSWERS[0], replace(ANSWERS[0], target="Esk")])([0, 1]).tolist()
+    assert len(ratios) == 2, "one request has a prompt of its own"
+    assert ratios[0] == pytest.approx(math.exp(right - wrong), rel=1e-4)
+    with pytest.raises(errata.ErrataError, match="different answers"):
+        truth_ratios(host, ANSWERS)
+
+
+def test_forget_quality_is_one_for_the_reference_itself():
+    host = host_with_texts()
+    requests = [REQUESTS[0], replace(REQUESTS[1], prompt="{} was born in")]
+    edit = errata.edit(
+        host, requests, method="npo", steps=20, learning_rate=0.1, forgotten=None, retain_texts=2
+    )
+    quality = audit(host, edit, reference=fresh("llama")).forget_quality
+    assert quality is not None and quality[0] == 1.0 and quality[1] <= 1.0
+
+
+def test_the_lab_is_trained_without_what_is_named(tmp_path):
+    world = default_world()
+    name = next(entity.name for entity in world.entities.values() if entity.aliases)
+    documents = [
+        Document("single", f"{n} is here.") for n in (name, world.entities[name].aliases[0], "Nobody")
+    ]
+    left = list(without(iter(documents), names_of(world, (name,))))
+    assert [one.text for one in left] == ["Nobody is here."]
+    with pytest.raises(errata.ErrataError, match="no entity"):
+        train(tmp_path / "a", TrainConfig.of("llama", without=("Nobody at all",)))
+    with pytest.raises(errata.ErrataError, match="trained on prompts"):
+        train(tmp_path / "b", TrainConfig.of("t5", without=(name,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_without_the_same_entities_only(tmp_path):
+    config = TrainConfig.of("llama", without=("Ada Brenner",))
+    same_config(tmp_path, config)
+    same_config(tmp_path, config)
+    with pytest.raises(errata.ErrataError, match="other settings"):
+        same_config(tmp_path, replace(config, without=()))
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["without"]  # of a run that began before there was such a setting
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    same_config(tmp_path, replace(config, without=()))

@@ -23,6 +23,7 @@ from errata.evaluation.metrics import perplexity
 from errata.host.host import Host
 from errata.job import workspace
 from errata.linalg.rounding import rounded
+from errata.linalg.samples import ks_p_value
 from errata.methods import REGISTRY
 from errata.methods._method import Workspace
 from errata.progress import OnProgress, ignore
@@ -61,6 +62,9 @@ class Audit:
     """Of neutral text, without and with the edit."""
     kept: float | None = None
     """Requests to keep that are answered with their target, of those that are without the edit; None without any."""
+    forget_quality: tuple[float, float] | None = None
+    """p-value of the test that truth ratios are those of a model that never learned the answers, without and with the
+    edit; None without such a model. It falls with the number of requests."""
     rounded: Mapping[int, tuple[Recall, Recall]] = field(default_factory=dict[int, tuple[Recall, Recall]])
     """By bits, without and with the edit."""
     relearned: Mapping[int, Recall] = field(default_factory=dict[int, Recall])
@@ -72,13 +76,15 @@ class Audit:
 
 
 def audit(
-    host: Host, edit: Edit, *, keep: Sequence[Request] = (), attacks: bool = False, seed: int = 0,
-    on_progress: OnProgress = ignore,
+    host: Host, edit: Edit, *, keep: Sequence[Request] = (), attacks: bool = False,
+    reference: Host | None = None, seed: int = 0, on_progress: OnProgress = ignore,
 ) -> Audit:  # fmt: skip
     """Measure what an edit's requests were to make a host forget; the host is left as it was.
 
     ``keep``: requests whose target is to be answered as before. ``attacks``: round and relearn as well; the latter
-    needs two requests. Raises RequestError for an edit without requests about text.
+    needs two requests. ``reference``: a model that was trained without the answers, for the forget quality. Raises
+    RequestError for an edit without requests about text, and where a reference is given and no two requests have one
+    prompt and different answers.
     """
     requests = [request for request in edit.provenance.requests if isinstance(request, Request)]
     if not requests:
@@ -89,18 +95,45 @@ def audit(
     texts = runner.neutral_texts(host, work)[:TEXTS]
     before = recall(host, answers)
     known = [one.request for one in _check(host, keep) if one.answered]
-    started = _perplexity(host, texts)
+    started, ratios = _perplexity(host, texts), truth_ratios(host, answers) if reference else []
+    goal = truth_ratios(reference, answers) if reference else []
     plain = {bits: _recall_rounded(host, answers, bits) for bits in (BITS if attacks else ())}
     with edit.on(host):
         on_progress("asking with the edit", 0, 1)
         after, ended = recall(host, answers), _perplexity(host, texts)
         kept = _check(host, known)
+        quality = (ks_p_value(ratios, goal), ks_p_value(truth_ratios(host, answers), goal)) if goal else None
         pairs = {bits: (one, _recall_rounded(host, answers, bits)) for bits, one in plain.items()}
         relearned = _relearn(host, answers, work, on_progress) if attacks and len(answers) > 1 else {}
     return Audit(
         tuple(old), before, after, (started, ended),
-        sum(one.answered for one in kept) / len(kept) if kept else None, pairs, relearned,
+        sum(one.answered for one in kept) / len(kept) if kept else None, quality, pairs, relearned,
     )  # fmt: skip
+
+
+def truth_ratios(host: Host, answers: Sequence[Request]) -> list[float]:
+    """Return, for each request, how probable wrong answers are over the right one, per token.
+
+    Wrong ones are those of the other requests with the same prompt, by the geometric mean of their probabilities; a
+    request without any is left out. Source: TOFU, Maini et al., arXiv 2401.06121, Sec. 2.2.2, whose right answer is
+    paraphrased. Raises RequestError where no request has a wrong answer.
+    """
+    wrong = [
+        sorted({o.target for o in answers if o.template == one.template} - {one.target}) for one in answers
+    ]
+    pairs = [(one, [one.target, *others]) for one, others in zip(answers, wrong, strict=True) if others]
+    if not pairs:
+        raise RequestError(
+            "forget quality compares a request's answer with those of others with the same prompt, and here no two "
+            "have one prompt and different answers: leave the reference out"
+        )
+    rows = [host.encode_answer(one.text, text) for one, texts in pairs for text in texts]
+    means = iter([sum(logprobs) / len(logprobs) for logprobs, _ in likelihood.score(host, rows)])
+    ratios: list[float] = []
+    for _, texts in pairs:
+        right, *others = [next(means) for _ in texts]
+        ratios.append(math.exp(sum(others) / len(others) - right))
+    return ratios
 
 
 def recall(host: Host, answers: Sequence[Request]) -> Recall:

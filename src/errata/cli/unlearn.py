@@ -40,11 +40,18 @@ Attacks = Annotated[
     bool, typer.Option("--attacks", help="Also ask after rounding the weights, and after relearning half.")
 ]
 
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="A model trained without the answers, for forget quality: see errata lab train --without."
+    ),
+]
+
 
 def command(
     what: What, model: common.Model, output: Output,
     subject: SubjectName = None, answer: AnswerText = None, method: MethodName = "npo",
-    settings: common.Settings = None, keep: Keep = None, attacks: Attacks = False,
+    settings: common.Settings = None, keep: Keep = None, attacks: Attacks = False, reference: Reference = None,
     corpus: common.CorpusFile = None, force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
@@ -77,7 +84,8 @@ def command(
     with common.progress(not json) as tick:
         edit = api.edit(host, requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options)
         edit.save(output)
-        measured = audit(host, edit, keep=kept, attacks=attacks, seed=seed, on_progress=tick)
+        other = None if reference is None else common.open_text_host(reference, device, dtype)
+        measured = audit(host, edit, keep=kept, attacks=attacks, reference=other, seed=seed, on_progress=tick)
     if json:
         common.emit({"path": str(output), "edit": edit.summary(), "audit": measured.to_dict()})
         return
@@ -111,6 +119,9 @@ def _show(audit: Audit) -> None:
     common.table(title, ("", "still given", "probability"), rows, right=(1, 2))
     before, after = audit.perplexity
     print(f"perplexity of neutral text: {before:.3f} before, {after:.3f} after")
+    if audit.forget_quality is not None:
+        unedited, edited = audit.forget_quality
+        print(f"forget quality (p-value against the reference): {unedited:.3g} unedited, {edited:.3g} edited")
     if audit.kept is not None:
         print(f"requests to keep, answered as before: {audit.kept:.3f}")
 

@@ -38,14 +38,14 @@ class ForgetConfig:
     steps: int = 30
     """Passes over the requests at most."""
     learning_rate: float | None = None
-    """Adam's rate. None: 0.01 in root mean squares, chosen on the lab; 1e-5 in plain numbers (open-unlearning)."""
+    """Adam's rate. None: 0.04 in root mean squares, chosen on the lab; 1e-5 in plain numbers (open-unlearning)."""
     scale: Literal["weight", "published"] = "weight"
     """Unit of the rate: the weight's root mean square, or plain numbers."""
     per_step: int | None = None
     """Requests per Adam step; all of them are still one of ``steps``. None: all at once."""
-    retain_texts: int = 32
+    retain_texts: int = 16
     """How many texts are retained, of the corpus, or without one written by the model (papers: a retain set)."""
-    retain_tokens: int = 48
+    retain_tokens: int = 32
     """Their length in tokens at most."""
     answer_tokens: int = 16
     """Longest present answer, in tokens, that is asked of the model where a request has no old target."""
@@ -100,7 +100,7 @@ def retained_ids(
     return [ids for text, ids in texts if not any(name in text for name in subjects)]
 
 
-def rates(host: Host, sites: Sequence[Site], config: ForgetConfig, rate: float = 0.01) -> tuple[float, ...]:
+def rates(host: Host, sites: Sequence[Site], config: ForgetConfig, rate: float = 0.04) -> tuple[float, ...]:
     """Return Adam's rate at each site in plain numbers; ``rate``: the default, in root mean squares."""
     if config.scale == "published":
         return (config.learning_rate or PUBLISHED_RATE,) * len(sites)

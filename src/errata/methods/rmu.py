@@ -53,7 +53,7 @@ class Config(ForgetConfig):
     """Layers whose feed-forward output projection is trained; states are steered at the output of the last. None:
     three, the last at 7/32 of the depth (paper: 5, 6 and 7 of 32)."""
     learning_rate: float | None = None
-    """Adam's rate. None: 0.01 in root mean squares; 1e-5 in plain numbers (paper: 5e-5)."""
+    """Adam's rate. None: 0.04 in root mean squares; 1e-5 in plain numbers (paper: 5e-5)."""
     steering: float | None = None
     """c. None: 2 mean norms of the states; 6.5 in plain numbers (paper)."""
     alpha: float = 10.0
