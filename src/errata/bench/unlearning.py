@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,10 +25,12 @@ from errata.job import workspace
 from errata.linalg.rounding import rounded
 from errata.linalg.samples import ks_p_value
 from errata.methods import REGISTRY
-from errata.methods._method import Workspace
 from errata.progress import OnProgress, ignore
 from errata.training.tune import with_weights
 from errata.types import Request
+
+if TYPE_CHECKING:
+    from errata.methods._method import Workspace
 
 RELEARN = (1, 2, 4, 8)
 """Steps of fine-tuning after which is asked."""
