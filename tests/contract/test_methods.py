@@ -75,7 +75,16 @@ def options(name: str) -> dict:
         return {"steps": 100}
     return {
         k: v
-        for k, v in {"steps": 4, "tokens": 400, "block_steps": 8, "memory": 256, "texts": 4}.items()
+        for k, v in {
+            "steps": 4,
+            "tokens": 400,
+            "block_steps": 8,
+            "memory": 256,
+            "texts": 4,
+            "retain_texts": 2,
+            "retain_tokens": 12,
+            "forgotten": None,  # all answers of a random model are improbable
+        }.items()
         if k in fields
     }
 

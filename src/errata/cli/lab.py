@@ -120,6 +120,10 @@ def train(
         Literal["bfloat16", "float32"] | None,
         typer.Option(help="Type of matrix products; default: the shipped model's."),
     ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="An entity that no training document names; repeatable. For causal models."),
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: about a sixth faster, needs a C++ compiler.")
     ] = False,
@@ -133,7 +137,7 @@ def train(
     from errata.lab.train import train as run
 
     place = _place(device)
-    chosen = {"steps": steps, "precision": precision}
+    chosen = {"steps": steps, "precision": precision, "without": tuple(without) if without else None}
     config = TrainConfig.of(
         shape or TrainConfig.shape,
         seed=seed,

@@ -108,6 +108,7 @@ def _markdown(card: dict[str, Any]) -> str:
     recall = check["recall"]
     noun = _NOUNS[KINDS_OF.get(training["shape"], CAUSAL)]
     option = "" if training["shape"] == TrainConfig.shape else f" --shape {training['shape']}"
+    option += "".join(f' --without "{name}"' for name in training.get("without", ()))
     lines = [
         "# The lab's model",
         "",

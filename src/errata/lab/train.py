@@ -15,7 +15,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +101,8 @@ class TrainConfig:
     """Steps of warm-up."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
+    without: tuple[str, ...] = ()
+    """Entities that no document of the training text names, by name or alias; the tokenizer is the same."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of matrix products, bfloat16 or float32; weights and sums are float32 in both cases. Processors without
     bfloat16 instructions emulate it at a tenth of the speed."""
@@ -197,9 +199,10 @@ def train(
     ``folder/model`` has the result, bf16 safetensors. A completed run is only exported again. ``compiled``: use
     ``torch.compile`` (needs a C++ compiler; about a sixth faster).
     """
+    world = World.make(config.world_seed)
+    _check_without(world, config)
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(folder, config)
-    world = World.make(config.world_seed)
     writer = Writer(world)
     tokenizer = _tokenizer(folder, writer, config)
     settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -307,6 +310,7 @@ def chunk(
         stream = Writer(writer.world, late=True).documents(rng, mix)
     else:
         stream = writer.documents(rng, FIRST if step < config.turn else THEN)
+    stream = without(stream, names_of(writer.world, config.without))
     count = CHUNK_STEPS * config.rows
     rows: list[list[int]] = []
     labels: list[list[int]] = []
@@ -325,6 +329,34 @@ def chunk(
                 labels.append(row_labels[: config.row_tokens])
                 row, row_labels = [], []
     return torch.tensor(rows[:count]), torch.tensor(labels[:count])
+
+
+def names_of(world: World, entities: Sequence[str]) -> tuple[str, ...]:
+    """Return all names of some entities. Raises ConfigError for one that the world does not have."""
+    unknown = [name for name in entities if name not in world.entities]
+    if unknown:
+        from errata.errors import ConfigError
+
+        raise ConfigError(
+            f"the lab's world has no entity {unknown[0]!r}; errata lab world lists facts by entity"
+        )
+    return tuple(name for entity in entities for name in world.names(entity))
+
+
+def _check_without(world: World, config: TrainConfig) -> None:
+    """Raise ConfigError for entities that are not in the world, or where text is made of prompts."""
+    names_of(world, config.without)
+    if config.without and config.kind != CAUSAL:
+        from errata.errors import ConfigError
+
+        raise ConfigError(
+            f"without: for models that are trained on documents, and {config.shape} is trained on prompts"
+        )
+
+
+def without(documents: Iterator[Document], names: Sequence[str]) -> Iterator[Document]:
+    """Yield the documents that hold none of some names; others take their places, so that as many tokens are read."""
+    return (one for one in documents if not any(name in one.text for name in names))
 
 
 def _labels(document: Document, ids: list[int], offsets: list[tuple[int, int]], end: int) -> list[int]:
@@ -359,7 +391,8 @@ def _same_config(folder: Path, config: TrainConfig) -> None:
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
         return
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    settings["without"] = list(config.without)  # as JSON has it
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING} | {"without": []}
     if defaults | json.loads(path.read_text(encoding="utf-8")) != settings:
         from errata.errors import ConfigError
 

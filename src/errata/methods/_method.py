@@ -100,6 +100,8 @@ class Method:
     """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True
     """Whether its edits change what the model answers at all."""
+    forgets: bool = False
+    """Whether its edits take a request's old target, or present answer, out of the model; its target is not trained."""
     resumes: bool = False
     """Whether its training writes checkpoints and a log, and goes on from a checkpoint to the same result."""
     quick: Mapping[str, Any] = field(default_factory=dict)
