@@ -31,6 +31,7 @@ from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.slots import inputs_of
+from errata.training.workers import ALONE, Workers
 from errata.types import Case, Corpus, Request
 from errata.writing import folded
 
@@ -102,6 +103,8 @@ class Method:
     """Whether its edits change what the model answers at all."""
     resumes: bool = False
     """Whether its training writes checkpoints and a log, and goes on from a checkpoint to the same result."""
+    parallel: bool = False
+    """Whether several processes can share its training."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a short training, which shows that everything works; where empty, there is none."""
     random: bool = True
@@ -235,6 +238,8 @@ class Workspace:
     then the unedited host's, which are cached, and a fit on top of many edits costs no more than the first."""
     training: TrainingFiles = NO_FILES
     """What a training leaves on the disk while it goes on."""
+    workers: Workers = ALONE
+    """The processes that share a training."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
