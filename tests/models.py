@@ -80,6 +80,7 @@ def fresh_kind(kind: str, *, seed: int = 0, labels: tuple[str, ...] = ("SUPPORTS
         BertForSequenceClassification,
     )
 
+    common: dict[str, Any] = dict(COMMON)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     bert = {**COMMON, **sizes, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0}  # fmt: skip
@@ -96,7 +97,7 @@ def fresh_kind(kind: str, *, seed: int = 0, labels: tuple[str, ...] = ("SUPPORTS
             torch.manual_seed(seed)
             if kind == "bart":
                 model = BartForConditionalGeneration(BartConfig(
-                    **COMMON, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                    **common, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
                     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128,
                     decoder_start_token_id=1,
                 ))  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,10 @@ def test_each_row_sees_the_change_of_its_own_edit(kind):
             alone.append(log_probabilities(host, [line])[0])
             for name, weight in kept.items():
                 host.model.get_submodule(name).weight.copy_(weight)
-    exact = {"atol": 1e-5 if kind == "t5" else 1e-9, "rtol": 1e-5}  # T5 takes its norms in float32
+    exact: dict[str, Any] = {
+        "atol": 1e-5 if kind == "t5" else 1e-9,
+        "rtol": 1e-5,
+    }  # T5 takes its norms in float32
     for one, other in zip(together.split(sizes), alone, strict=True):
         torch.testing.assert_close(one, other, **exact)
     assert not torch.allclose(together, log_probabilities(host, lines)[0])

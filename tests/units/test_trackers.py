@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -29,6 +29,7 @@ class Calls(list):
 
     def note(self, name: str, result: Any = None) -> Any:
         def call(*args: Any, **options: Any) -> Any:
+            print(f"{name} prints where a document of --json would stand")
             self.append((name, args, options))
             return result
 
@@ -41,9 +42,9 @@ class Calls(list):
 @pytest.fixture
 def calls(request, monkeypatch) -> Calls:
     """A module in the place of the tracker that is asked for."""
-    made, module = Calls(), ModuleType(request.param)
+    made, module = Calls(), cast(Any, ModuleType(request.param))
     module.__spec__ = ModuleSpec(request.param, None)
-    run = ModuleType("run")
+    run: Any = ModuleType("run")
     run.log, run.finish = made.note("log"), made.note("finish")
     names = ("log", "finish", "set_experiment", "start_run", "log_params", "log_metrics", "end_run")
     for name in names:
@@ -66,9 +67,11 @@ def train(name: str, **options: Any) -> None:
     [("trackio", "log", "finish"), ("wandb", "log", "finish"), ("mlflow", "log_metrics", "end_run")],
     indirect=["calls"],
 )
-def test_a_tracker_gets_every_step_and_validation(calls, logged, ended, request):
+def test_a_tracker_gets_every_step_and_validation(calls, logged, ended, request, capsys):
     name = request.node.callspec.params["calls"]
     train(name)
+    printed = capsys.readouterr()
+    assert not printed.out and "prints where" in printed.err
     lines = [(options["step"], set(args[0])) for args, options in calls.of(logged)]
     steps, (validated,) = (
         [line for line in lines if "loss" in line[1]],
@@ -136,12 +139,15 @@ def test_trackio_itself_keeps_a_run_without_a_network(tmp_path):
         "from tests.units.test_trackers import train\n"
         "train('trackio')\n"
         "import json, trackio\n"
-        "run = trackio.Api().runs('errata')[0]\n"
-        "print(json.dumps([run.name, [m for m in run.metrics()]]))\n"
+        "from trackio.sqlite_storage import SQLiteStorage\n"
+        "(run,) = trackio.Api().runs('errata')\n"
+        "print(json.dumps([run.name, run.config['rank'], SQLiteStorage.get_logs('errata', run.name)]))\n"
     )
     env = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "contacted" not in done.stderr
-    name, metrics = json.loads(done.stdout.strip().splitlines()[-1])
-    assert name == "ada" and metrics
+    name, rank, logs = json.loads(done.stdout.strip().splitlines()[-1])
+    assert name == "ada" and rank == 4
+    assert [line["step"] for line in logs if "loss" in line] == [1, 2]
+    assert [line["step"] for line in logs if "validation/score" in line] == [2]

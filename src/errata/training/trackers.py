@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -42,9 +44,22 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, run: str, settings: Mapping[str, Any]) -> Tracker:
-    """Begin a run with a name and settings as plain data. Raises ConfigError as :func:`check_tracker`."""
+    """Begin a run with a name and settings as plain data; what trackers print goes to stderr.
+
+    Raises ConfigError as :func:`check_tracker`.
+    """
     check_tracker(name)
-    return TRACKERS[name](run, settings)
+    with redirect_stdout(sys.stderr):
+        own = TRACKERS[name](run, settings)
+    return Tracker(_aside(own.add), _aside(own.close))
+
+
+def _aside(call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        with redirect_stdout(sys.stderr):
+            return call(*arguments)
+
+    return called
 
 
 def _trackio(run: str, settings: Mapping[str, Any]) -> Tracker:
