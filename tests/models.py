@@ -82,7 +82,7 @@ def fresh_kind(kind: str, *, seed: int = 0, labels: tuple[str, ...] = ("SUPPORTS
 
     common: dict[str, Any] = dict(COMMON)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    bert = {**COMMON, **sizes, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
+    bert: dict[str, Any] = {**COMMON, **sizes, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0}  # fmt: skip
     own = new_tokenizer(TEXTS, 400, kind="encoder_decoder" if kind in ("t5", "bart") else "masked_lm")
     bert["vocab_size"] = len(own)
