@@ -338,13 +338,9 @@ class Workspace:
             key = ("eigen", site, *state)
             if key not in self._cache:
                 self._cache[key] = eigen_of(
-                    host,
-                    site,
-                    corpus,
-                    tokens=budget,
-                    folder=None if self._others(host) else self.folder,
+                    host, site, corpus, tokens=budget, folder=None if self._others(host) else self.folder,
                     moments=self._cache[("moments", site, *state)][0],
-                )
+                )  # fmt: skip
         return {s: (self._cache[("eigen", s, *state)], self._cache[("moments", s, *state)][1]) for s in sites}
 
     def _external_spectrum(
