@@ -68,3 +68,42 @@ def fresh(family: str, *, seed: int = 0, **changes: Any) -> Host:
     """Build a new random model; nothing is shared with other tests."""
     model = new_model(family, {**FAMILIES[family], **changes}, seed=seed)
     return Host(model.float(), tokenizer(), name=f"tiny {family}")
+
+
+def fresh_kind(kind: str, *, seed: int = 0, labels: tuple[str, ...] = ("SUPPORTS", "REFUTES")) -> Host:
+    """Build a new random T5, BART or BERT of another kind than causal; ``labels``: of a text classifier."""
+    import torch
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        BertConfig,
+        BertForSequenceClassification,
+    )
+
+    common: dict[str, Any] = dict(COMMON)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    bert: dict[str, Any] = {**COMMON, **sizes, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    own = new_tokenizer(TEXTS, 400, kind="encoder_decoder" if kind in ("t5", "bart") else "masked_lm")
+    bert["vocab_size"] = len(own)
+    if kind == "t5":
+        t5 = {**COMMON, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+              "decoder_start_token_id": 2}  # fmt: skip
+        model: Any = new_model("t5", t5, seed=seed, kind="encoder_decoder")
+    elif kind == "bert":
+        model = new_model("bert", bert, seed=seed, kind="masked_lm")
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if kind == "bart":
+                model = BartForConditionalGeneration(BartConfig(
+                    **common, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128,
+                    decoder_start_token_id=1,
+                ))  # fmt: skip
+            else:
+                named = dict(enumerate(labels))
+                model = BertForSequenceClassification(
+                    BertConfig(**bert, id2label=named, label2id={name: i for i, name in named.items()})
+                )
+    return Host(model.float().eval(), own, name=f"tiny {kind}")

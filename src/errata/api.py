@@ -20,6 +20,7 @@ from errata.loading import load as load
 from errata.methods import DEFAULT
 from errata.progress import OnProgress, ignore
 from errata.training.loop import NO_FILES, TrainingFiles
+from errata.training.workers import ALONE, Workers
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 
@@ -57,12 +58,12 @@ def edit(
 
 def train(
     host: Host, *, method: str, cases: str | Sequence[Case] | None = None, seed: int = 0, quick: bool = False,
-    files: TrainingFiles = NO_FILES, on_progress: OnProgress = ignore, **options: Any,
+    files: TrainingFiles = NO_FILES, workers: Workers = ALONE, on_progress: OnProgress = ignore, **options: Any,
 ) -> Artefact:  # fmt: skip
     """Train a method's editor on a host and return it; the host is left as it was.
 
     ``cases``: facts with paraphrases and neighbours, or a source as for ``errata eval --cases``; None: the host's own
-    examples. ``quick``, ``files``: see :func:`errata.job.prepare_training`. ``options`` are the method's
+    examples. ``quick``, ``files``, ``workers``: see :func:`errata.job.prepare_training`. ``options`` are the method's
     settings. Save the result, and edit with ``editor=PATH``. Raises ConfigError
     for a method that learns no editor.
     """
@@ -74,6 +75,7 @@ def train(
         cases=cases,
         quick=quick,
         files=files,
+        workers=workers,
         on_progress=on_progress,
     ).run()
 

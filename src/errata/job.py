@@ -22,6 +22,8 @@ from errata.progress import OnProgress, ignore
 from errata.stats.cache import cache_dir
 from errata.stats.corpora import as_corpus
 from errata.training.loop import NO_FILES, TrainingFiles
+from errata.training.trackers import check_tracker
+from errata.training.workers import ALONE, Workers
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
 
 EXAMPLE_SEED = 1_000_003
@@ -138,36 +140,46 @@ class TrainingJob:
 def prepare_training(
     host: Host, *, method: str, options: Mapping[str, Any] | object | None = None, seed: int = 0,
     cases: str | Sequence[Case] | None = None, quick: bool = False, files: TrainingFiles = NO_FILES,
-    on_progress: OnProgress = ignore,
+    workers: Workers = ALONE, on_progress: OnProgress = ignore,
 ) -> TrainingJob:  # fmt: skip
     """Validate everything that the training of a method's editor needs and return the job; nothing is trained.
 
     ``options``: the method's settings by name, or an instance of its settings class. ``cases``: facts with paraphrases
     and neighbours, or a source as for ``errata eval --cases``; None: the host's own examples. ``quick``: whether the
-    settings that are left out are those of a short training. ``files``: where its checkpoint and log are. Raises
-    ConfigError for a method that learns no editor, or has no short training or checkpoints where they are asked for,
-    and for unknown settings; DataError for cases that cannot be read.
+    settings that are left out are those of a short training. ``files``: where its checkpoint and log are, and which
+    tracker gets the log's lines. ``workers``: the processes that train together, of :mod:`errata.training.workers`.
+    Raises ConfigError for a method that learns no editor, or has no short training, checkpoints or training in several
+    processes where they are asked for, for a tracker that is not installed, and for unknown settings; DataError for
+    cases that cannot be read.
     """
     entry = REGISTRY.get(method)
     if entry.train is None:
         learned = [name for name in REGISTRY if REGISTRY.get(name).train is not None]
         raise ConfigError(f"{method} learns no editor beforehand; methods that do: {', '.join(learned)}")
-    _check_training(entry, quick, files)
+    _check_training(entry, quick, files, workers)
     config = options
     if not isinstance(config, entry.config):
         given: Mapping[str, Any] = options or {}  # type: ignore[assignment]
         config = settings.make(entry.config, {**(entry.quick if quick else {}), **given}, method)
     check_kind(entry, host)
     work = workspace(host, seed=seed, examples=cases, on_progress=on_progress)
-    work.training = files
+    work.training, work.workers = files, workers
     return TrainingJob(entry, config, host, work)
 
 
-def _check_training(method: Method, quick: bool, files: TrainingFiles) -> None:
-    """Raise ConfigError where a method has no short training, or none with checkpoints and a log, as is asked for."""
+def _check_training(method: Method, quick: bool, files: TrainingFiles, workers: Workers) -> None:
+    """Raise ConfigError where a method has no short training, checkpoints, log or processes, as are asked for."""
+    if files.tracker is not None:
+        check_tracker(files.tracker)
+    if workers.count > 1 and not method.parallel:
+        able = [name for name in REGISTRY if REGISTRY.get(name).parallel]
+        raise ConfigError(
+            f"the training of {method.name} is one process's, found {workers.count}; methods that share it: "
+            f"{', '.join(able)}"
+        )
     if quick and not method.quick:
         raise ConfigError(f"{method.name} has no quick training; give its settings, as steps, by themselves")
-    if (files.resume or files.log) and not method.resumes:
+    if (files.resume or files.log or files.tracker) and not method.resumes:
         able = [name for name in REGISTRY if REGISTRY.get(name).resumes]
         raise ConfigError(
             f"the training of {method.name} writes no checkpoints and no log; methods that do: {', '.join(able)}"

@@ -26,8 +26,8 @@ def load(
 
     A model that reads text opens as a ``Host``: a causal or masked language model, an encoder-decoder, a text
     classifier. An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``.
-    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"``, ``"lab-gpt2"`` and
-    ``"lab-qwen3"`` are always the embedded models (``errata.lab.MODELS``); a folder of that name is ``"./lab"``.
+    ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"``, ``"lab-t5"``
+    and the others of ``errata.lab.MODELS`` are always the embedded models; a folder of that name is ``"./lab"``.
     ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
     auto, float32, float16, bfloat16. ``corpus``: a text file, or an ``errata.types.Corpus``, that fits and
     evaluations of this host take statistics and neutral text from unless told otherwise; ``host.resources`` holds it.

@@ -19,6 +19,7 @@ from errata import lab
 from errata.cli.main import app
 from errata.edits import Edit
 from errata.errors import ConfigError, HostError, RequestError
+from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.host.build import BEGIN, END, new_tokenizer
 from errata.host.codec import BREAK
@@ -194,6 +195,65 @@ def test_t5_is_edited(t5, change, method, options, tmp_path):
 @pytest.mark.parametrize("method", ["ft", "lora"])
 def test_bert_is_edited(bert, change, method, tmp_path):
     assert there_and_back(bert, change, method, tmp_path)
+
+
+def examples(host: Any, known: list[errata.Request]) -> list[errata.Case]:
+    """Facts as what editors are trained on: zsRE's questions with answers, or FEVER's claims with labels."""
+    cases = []
+    for i, (fact, other) in enumerate(zip(known, [*known[1:], known[0]], strict=True)):
+        kept = old(other)
+        if host.kind == "sequence_classifier":
+            names = host.codec.names
+            fact = dataclasses.replace(fact, target=names[(i + 1) % 3], target_old=names[i % 3])
+            kept = names[known.index(other) % 3]
+        probes = (
+            Probe("paraphrase", f"That {fact.text}", (fact.target,), (old(fact),)),
+            Probe("neighbourhood", other.text, (kept,), (kept,)),
+        )
+        cases.append(errata.Case(f"c{i}", fact, probes))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("mend", "t5"), ("mend", "bert"), ("mend", "classifier"), ("ke", "t5"), ("slag", "bert")],
+)
+def test_learned_editors_edit_every_kind(method, name, request, known, change, tmp_path):
+    """The answer comes, or gains at least: a few steps teach an editor little, but it starts as a step of descent."""
+    host, asked = request.getfixturevalue(name), change
+    if name == "classifier":
+        asked = dataclasses.replace(known[0], target="other", target_old="place")
+    cases = examples(host, known)[1:]
+    options = {"steps": 4, "every": 2, "per_step": 4, "step": 0.1, "validation": 4, "statistics": 16}
+    before = log_probability(host, asked, asked.target)
+    edit = errata.train(host, method=method, cases=cases, **options).save(tmp_path / "editor.safetensors")
+    there_and_back(host, asked, method, tmp_path, editor=str(edit))
+    with Edit.load(tmp_path / "e.safetensors").on(host):
+        assert log_probability(host, asked, asked.target) > before
+    assert log_probability(host, asked, asked.target) == before
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "classifier"])
+def test_a_right_answer_scores_one_and_another_nothing(name, request, known, change):
+    """Under every protocol: generated, each token first, and more probable than a rival."""
+    host, fact, wrong = request.getfixturevalue(name), known[0], change.target
+    right = old(fact)
+    if name == "classifier":
+        right, wrong = "place", "work"
+
+    def scores(answer: str, rival: str) -> dict[str, float]:
+        probes = (Probe("efficacy", fact.text, (answer,), (), rival),)
+        seen = observe(host, probes)
+        found = score.summarise(score.rows(errata.Case("c", fact, probes), seen, seen))
+        return {metric: entry["after"] for metric, entry in found.items()}
+
+    protocols = ("efficacy.generate", "efficacy.teacher_forced", "efficacy.probability")
+    good, bad = scores(right, wrong), scores(wrong, right)
+    assert set(protocols) <= set(good) and set(good.values()) == {1.0}
+    assert (
+        bad["efficacy.generate"] == bad["efficacy.probability"] == 0.0
+        and bad["efficacy.teacher_forced"] < 1.0
+    )
 
 
 def log_probability(host: Any, request: errata.Request, answer: str) -> float:

@@ -256,7 +256,7 @@ def test_dual_and_primal_agree(host):
     inputs = torch.randn(12, 9, generator=g, dtype=torch.float64)
     gradients = torch.randn(12, 5, generator=g, dtype=torch.float64)
     for rows in (3, 8, 9, 12):  # thin, dense from the dual, and the primal
-        pair = ultraedit.Pairs(inputs[:rows], gradients[:rows], False)
+        pair = ultraedit.Pairs(inputs[:rows], gradients[:rows], False, torch.arange(rows))
         running = Running.of(torch.cat([inputs, gradients], 1))
         config = Config(eta=0.7, ridge=0.2, scale="published")
         delta = ultraedit._solve(pair, running, 1.0, config)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from errata.host.host import Host
     from errata.types import AskOptions, Case, Request
 
-Model = Annotated[str, typer.Option("--model", help="lab, a hub name, or a folder with a saved model.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", help="lab, lab-t5 or another of the lab's, a hub name, or a saved model's folder."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]

@@ -1,4 +1,4 @@
-"""The lab: a synthetic world whose facts are all known, and a small model trained on it. Works offline."""
+"""The lab: a synthetic world whose facts are all known, and small models trained on it. Works offline."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from errata.host.host import Host
 
 NAME = "lab"
-MODELS = {"lab": "model", "lab-gpt2": "model-gpt2", "lab-qwen3": "model-qwen3"}
-"""Folders of the shipped models by their names: a Llama-shaped one, and others of the same world."""
+MODELS = {
+    "lab": "model", "lab-gpt2": "model-gpt2", "lab-qwen3": "model-qwen3", "lab-t5": "model-t5",
+    "lab-bert": "model-bert",
+}  # fmt: skip
+"""Folders of the shipped models by their names: a Llama-shaped one, and others of the same world. ``lab-t5`` is an
+encoder-decoder and ``lab-bert`` a masked language model; they answer prompts and continue no text."""
 EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
 """How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
@@ -67,7 +71,7 @@ def load(name: str = NAME, *, device: str = "auto", dtype: str = "auto") -> Host
 
 
 def resources() -> Resources:
-    """Return the texts and examples of the lab's world that its model is measured and edited with."""
+    """Return the texts and examples of the lab's world that its models are measured and edited with."""
     return Resources(corpus(), neutral_texts, lambda: cases(EXAMPLES, seed=EXAMPLE_SEED))
 
 

@@ -20,14 +20,19 @@ from torch.nn import functional
 from errata.errors import ConfigError, HostError
 from errata.host import hooks
 from errata.host.host import Host
-from errata.host.layout import DECODER, linear_modules
+from errata.host.layout import DECODER, ENCODER, linear_modules
 from errata.host.memory import in_batches
+from errata.host.passes import Pass, Places
 from errata.host.tokens import Answer
 from errata.progress import ignore
 from errata.registry import unknown
 
 GROUPS = ("mlp", "mlp_in", "mlp_out")
 Tokens = Literal["answer", "all"]
+"""Tokens that are read: those that predict the answer, or all. Of what an encoder reads, and of what a classifier is
+given, always all: no token there predicts an answer."""
+Stacks = Literal["decoder", "encoder", "both"]
+"""Stacks of an encoder-decoder; other models have one, called decoder."""
 
 FLOAT16_LOSS_SCALE = 1024.0
 """Factor on the loss of a float16 model, divided out of its gradients: those below 6e-8 would underflow."""
@@ -49,6 +54,8 @@ class Pairs:
     """g ``[n, b]``: of the summed negative log-likelihood of all targets, in nats per unit of output."""
     transposed: bool
     """Whether the weight is stored ``[a, b]``."""
+    owner: Tensor
+    """Which answer each row belongs to, int64 ``[n]``, in ascending order."""
 
 
 # --- which maps -----------------------------------------------------------------------------
@@ -60,14 +67,15 @@ def linear_maps(host: Host, layer: int, stack: str = DECODER) -> list[str]:
     return [name for name, _ in linear_modules(block)]
 
 
-def feed_forward(host: Host, layer: int) -> tuple[list[str], str]:
+def feed_forward(host: Host, layer: int, stack: str = DECODER) -> tuple[list[str], str]:
     """Return the paths, inside a block, of the feed-forward's maps into its hidden layer and out of it.
 
     The former are the linear maps of the same module that have the latter's width. Raises HostError where the
     block has no feed-forward that can be edited.
     """
-    site = host.layout.site(layer)
-    block = host.layout.blocks[layer]
+    layout = host.layout.of(stack)
+    site = layout.site(layer)
+    block = layout.blocks[layer]
     parent = site.name.removesuffix(".base_layer").rpartition(".")[0]
     siblings = [
         f"{parent}.{name}"
@@ -79,14 +87,14 @@ def feed_forward(host: Host, layer: int) -> tuple[list[str], str]:
     return inside[:-1], inside[-1]
 
 
-def named_maps(host: Host, layer: int, name: str) -> list[str]:
+def named_maps(host: Host, layer: int, name: str, stack: str = DECODER) -> list[str]:
     """Return the paths, inside a block, of the maps that a name selects: one of GROUPS, or the end of a path.
 
     Raises ConfigError for a name that selects none.
     """
-    maps = linear_maps(host, layer)
+    maps = linear_maps(host, layer, stack)
     if name in GROUPS:
-        inner, outer = feed_forward(host, layer)
+        inner, outer = feed_forward(host, layer, stack)
         paths = {"mlp": [*inner, outer], "mlp_in": inner, "mlp_out": [outer]}[name]
     else:
         paths = [path for path in maps if f".{path}".endswith(f".{name}")]
@@ -95,13 +103,15 @@ def named_maps(host: Host, layer: int, name: str) -> list[str]:
     return paths
 
 
-def own_layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+def own_layers(
+    host: Host, entry: str, layers: tuple[int, ...] | None, stack: str = DECODER
+) -> tuple[int, ...]:
     """Return the layers of ``name@first-last``, else ``layers``. Raises ConfigError for an invalid range."""
     _, own, text = entry.partition("@")
     if not own:
         return layers or ()
     first, dash, last = text.partition("-")
-    depth = len(host.layout.blocks)
+    depth = len(host.layout.of(stack).blocks)
     if first.isdecimal() and (last.isdecimal() if dash else not last):
         layer_range = tuple(range(int(first), int(last or first) + 1))
         if layer_range and layer_range[-1] < depth:
@@ -109,16 +119,19 @@ def own_layers(host: Host, entry: str, layers: tuple[int, ...] | None) -> tuple[
     raise ConfigError(f"module {entry!r}: expected name@first-last with layers 0 to {depth - 1}")
 
 
-def selected_maps(host: Host, entries: Sequence[str], layers: tuple[int, ...] | None) -> list[str]:
+def selected_maps(
+    host: Host, entries: Sequence[str], layers: tuple[int, ...] | None, stack: str = DECODER
+) -> list[str]:
     """Return the paths of the maps that entries select, each once, in the order of the model.
 
     ``entries``: names as of :func:`named_maps`, with layers of their own as of :func:`own_layers`, or in ``layers``.
     """
+    blocks = host.layout.of(stack).blocks
     names = {
-        f"{host.layout.blocks[layer]}.{inside}"
+        f"{blocks[layer]}.{inside}"
         for entry in entries
-        for layer in own_layers(host, entry, layers)
-        for inside in named_maps(host, layer, entry.partition("@")[0])
+        for layer in own_layers(host, entry, layers, stack)
+        for inside in named_maps(host, layer, entry.partition("@")[0], stack)
     }
     return [name for name, _ in host.model.named_modules() if name in names]
 
@@ -142,9 +155,10 @@ def collect(
 ) -> dict[str, Pairs]:
     """Return, by module path, inputs and output gradients at tokens of prompts with answers.
 
-    ``tokens``: the positions that predict the answer, or all but the last. Losses are summed, never averaged over
-    rows, so ``batch_size``, the rows run at once, changes nothing but rounding. Raises HostError for a module that
-    does not compute W x + b exactly once per token.
+    ``tokens``: the positions that predict the answer, or all but the last. A masked model reads a prompt once for every
+    token of its answer, and each reading counts. Losses are summed, never averaged over rows, so ``batch_size``, the
+    rows run at once, changes nothing but rounding. Raises HostError for a module that does not compute W x + b exactly
+    once per token.
     """
     finished = 0
 
@@ -162,7 +176,8 @@ def collect(
 
 def _concatenate(rows: Sequence[Pairs]) -> Pairs:
     inputs, gradients = torch.cat([r.inputs for r in rows]), torch.cat([r.gradients for r in rows])
-    return Pairs(inputs, gradients, rows[0].transposed)
+    owner = torch.cat([torch.full((len(row.inputs),), i) for i, row in enumerate(rows)])
+    return Pairs(inputs, gradients, rows[0].transposed, owner)
 
 
 def _run_batch(
@@ -171,39 +186,74 @@ def _run_batch(
     """Run forward and backward passes over some answers; return pairs by module, one entry per answer."""
     # the answer's last token predicts nothing that is scored
     batch = host.batch([a.ids[:-1] for a in answers])
-    starts = [a.start - 1 for a in answers]
-    row, at = _places(starts, [len(a.target) for a in answers])
+    row, at = _places([a.start - 1 for a in answers], [len(a.target) for a in answers])
     targets = torch.tensor([t for a in answers for t in a.target], device=host.device)
-    sizes = [len(a.ids) - 1 if tokens == "all" else len(a.target) for a in answers]
-    line, place = _places([0] * len(answers) if tokens == "all" else starts, sizes)
-    index = line * batch.ids.shape[1] + place
-    taps = [_Tap(name, host.model.get_submodule(name), batch.ids.numel(), index) for name in modules]
+    request = host.as_pass(batch, at=(row, at))
+    reads = _reads(host, request, row, len(answers), tokens)
+    taps = [_Tap(name, host.model.get_submodule(name), reads[_stack_of(host, name)]) for name in modules]
     loss_scale = FLOAT16_LOSS_SCALE if host.dtype == torch.float16 else 1.0
     with torch.enable_grad(), ExitStack() as stack:
         for tap in taps:
             stack.enter_context(hooks.on_input(tap.module, tap.record_input))
             stack.enter_context(hooks.on_output(tap.module, tap.add_zeros))
-        logits = host.forward_at(batch, row, at)
+        logits = host.run(request).logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = functional.cross_entropy(wide, targets, reduction="sum")
         gradients = torch.autograd.grad(loss_scale * loss, [tap.leaf() for tap in taps])
-    by_module = [tap.pairs(g / loss_scale, sizes) for tap, g in zip(taps, gradients, strict=True)]
+    by_module = [tap.pairs(g / loss_scale) for tap, g in zip(taps, gradients, strict=True)]
     return [dict(zip(modules, row_pairs, strict=True)) for row_pairs in zip(*by_module, strict=True)]
 
 
-def _places(first: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _places(first: Sequence[int], sizes: Sequence[int]) -> Places:
     """Return row and position of ``sizes[i]`` consecutive tokens of each row i, starting at ``first[i]``."""
     row = [i for i, size in enumerate(sizes) for _ in range(size)]
     at = [start + j for start, size in zip(first, sizes, strict=True) for j in range(size)]
     return torch.tensor(row), torch.tensor(at)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Which tokens of what a stack is given in a pass are read."""
+
+    count: int
+    """Tokens that it is given, padding too."""
+    index: Tensor
+    """Those that are read, int64 ``[n]``, in the order of the answers."""
+    sizes: list[int]
+    """How many of them belong to each answer."""
+
+
+def _reads(host: Host, request: Pass, row: Tensor, answers: int, tokens: Tokens) -> dict[str, _Read]:
+    """Return what is read of each stack; ``row``: the answer of each token that is predicted ``[t]``."""
+
+    def read(mask: Tensor, owner: Tensor, places: Places | None) -> _Read:
+        rows, columns = mask.cpu().nonzero(as_tuple=True) if places is None else places
+        sizes = torch.bincount(owner[rows], minlength=answers).tolist()
+        return _Read(mask.numel(), rows * mask.shape[1] + columns, sizes)
+
+    assert request.mask is not None
+    owner = row if host.fills else torch.arange(answers)  # where places are filled, each has a row of its own
+    found = {DECODER: read(request.mask, owner, request.at if tokens == "answer" else None)}
+    if request.source is not None:
+        found[ENCODER] = read(request.source[1], torch.arange(answers), None)
+    return found
+
+
+def _stack_of(host: Host, name: str) -> str:
+    """Return which stack a module is in."""
+    encoder = host.layout.encoder
+    return (
+        ENCODER
+        if encoder is not None and name.startswith(tuple(f"{b}." for b in encoder.blocks))
+        else DECODER
+    )
+
+
 class _Tap:
     """One linear map in one pass: records its input, and adds zeros that require a gradient to its output."""
 
-    def __init__(self, name: str, module: Any, count: int, index: Tensor) -> None:
-        self.name, self.module = name, module
-        self.count, self.index = count, index
+    def __init__(self, name: str, module: Any, read: _Read) -> None:
+        self.name, self.module, self.read = name, module, read
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.zeros: list[Tensor] = []
@@ -211,7 +261,7 @@ class _Tap:
     def _flat(self, tensor: Tensor) -> Tensor:
         """Return a tensor as one row per token. Raises HostError where a module sees only some tokens."""
         flat = tensor.reshape(-1, tensor.shape[-1])
-        if len(flat) != self.count or self.zeros:
+        if len(flat) != self.read.count or self.zeros:
             raise HostError(
                 f"{self.name} does not run once for every token (routed or shared): choose other modules"
             )
@@ -219,11 +269,11 @@ class _Tap:
 
     def record_input(self, inputs: Tensor) -> None:
         """Record the input at the chosen tokens."""
-        self.inputs.append(self._flat(inputs.detach())[self.index.to(inputs.device)])
+        self.inputs.append(self._flat(inputs.detach())[self.read.index.to(inputs.device)])
 
     def add_zeros(self, output: Tensor) -> Tensor:
         """Return the output with zeros added at the chosen tokens."""
-        flat, index = self._flat(output), self.index.to(output.device)
+        flat, index = self._flat(output), self.read.index.to(output.device)
         outputs_at = flat[index].to(torch.promote_types(flat.dtype, torch.float32))  # [n, b]
         zeros = torch.zeros_like(outputs_at).requires_grad_(True)
         self.outputs.append(outputs_at.detach())
@@ -237,8 +287,8 @@ class _Tap:
             raise HostError(f"{self.name} is not run by the model's forward pass: choose other modules")
         return self.zeros[0]
 
-    def pairs(self, gradients: Tensor, sizes: Sequence[int]) -> list[Pairs]:
-        """Return inputs and gradients, split into rows of ``sizes`` tokens. Raises HostError for non-finite numbers."""
+    def pairs(self, gradients: Tensor) -> list[Pairs]:
+        """Return inputs and gradients, split by answer. Raises HostError for non-finite numbers."""
         transposed = _is_transposed(self.name, self.module, self.inputs[0], self.outputs[0])
         inputs = self.inputs[0].to(gradients.dtype)
         if not (torch.isfinite(gradients).all() and torch.isfinite(inputs).all()):
@@ -246,8 +296,9 @@ class _Tap:
                 f"input or gradient at {self.name} is not finite in {self.module.weight.dtype}: "
                 "load the model in float32 or bfloat16"
             )
-        rows = zip(inputs.cpu().split(list(sizes)), gradients.cpu().split(list(sizes)), strict=True)
-        return [Pairs(h, g, transposed) for h, g in rows]
+        sizes = self.read.sizes
+        rows = zip(inputs.cpu().split(sizes), gradients.cpu().split(sizes), strict=True)
+        return [Pairs(h, g, transposed, torch.zeros(len(h), dtype=torch.long)) for h, g in rows]
 
 
 def _is_transposed(name: str, module: Any, inputs: Tensor, outputs: Tensor) -> bool:

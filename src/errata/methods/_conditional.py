@@ -47,8 +47,7 @@ class ConditionalSettings(TrainingSettings):
 
 def names_of(host: Host, config: TrainingSettings) -> list[str]:
     """Return the paths of the maps that settings select, else the feed-forwards' outputs in the upper half."""
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
+    return hypernetwork.map_names(host, config, ("mlp_out",))
 
 
 def start(

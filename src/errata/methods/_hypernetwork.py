@@ -19,9 +19,10 @@ from errata.edits.edit import Provenance, timestamp, versions
 from errata.edits.weight import Delta, WeightEdit
 from errata.errors import ConfigError, EditError
 from errata.host.host import Host
+from errata.host.layout import DECODER, ENCODER
 from errata.host.tokens import Answer
 from errata.linalg.lowrank import LowRank
-from errata.locate.gradients import Tokens, selected_maps
+from errata.locate.gradients import Stacks, Tokens, selected_maps
 from errata.methods._editor import facts_about, split, training_examples
 from errata.methods._method import Workspace, notes, provenance, resolve_layers
 from errata.methods._other_model import own_answers
@@ -31,6 +32,7 @@ from errata.training.factors import Change, Factors, capture
 from errata.training.hypernetwork import Form, Hypernetwork, NetworkShape
 from errata.training.loop import Loop, Task
 from errata.training.loop import train as run_loop
+from errata.training.workers import ALONE, Workers
 from errata.types import Request, plain_case
 
 
@@ -45,6 +47,8 @@ class TrainingSettings:
     end of a path inside a block. ``name@first-last`` sets the layers of one."""
     layers: tuple[int, ...] | None = None
     """Layers of modules without their own."""
+    stack: Stacks = "decoder"
+    """Which stack of an encoder-decoder the modules are in, or both; other models have one, called decoder."""
     token: Tokens = "all"
     """Tokens whose factors are read: those that predict the answer, or all."""
     steps: int = 200
@@ -180,14 +184,15 @@ class Editor(nn.Module):
         return self.logs[log][self.numbers[name]].exp()
 
 
-def map_names(
-    host: Host, config: TrainingSettings, modules: tuple[str, ...], layers: Sequence[int]
-) -> list[str]:
-    """Return the paths of the maps that settings select, else those of ``modules`` in ``layers``."""
-    chosen, own = config.modules or modules, config.layers
-    if any("@" not in entry for entry in chosen):
-        own = resolve_layers(host, own, lambda depth: tuple(layers))
-    return selected_maps(host, chosen, own)
+def map_names(host: Host, config: TrainingSettings, modules: tuple[str, ...]) -> list[str]:
+    """Return the paths of the maps that settings select, else those of ``modules`` in the upper half of each stack."""
+    chosen, found = config.modules or modules, set[str]()
+    for stack in (DECODER, ENCODER) if config.stack == "both" else (config.stack,):
+        own = config.layers
+        if any("@" not in entry for entry in chosen):
+            own = resolve_layers(host, own, lambda depth: tuple(range(depth // 2, depth)), stack)
+        found |= set(selected_maps(host, chosen, own, stack))
+    return [name for name, _ in host.model.named_modules() if name in found]
 
 
 C = TypeVar("C", bound=TrainingSettings)
@@ -219,6 +224,8 @@ class Data:
     """Widths of output and input of each map, by its path."""
     key: str
     """Tells trainings apart whose checkpoints must not be mixed."""
+    workers: Workers = ALONE
+    """The processes that train together."""
 
 
 def read(method: str, host: Host, config: TrainingSettings, work: Workspace, names: Sequence[str]) -> Data:
@@ -241,7 +248,7 @@ def read(method: str, host: Host, config: TrainingSettings, work: Workspace, nam
     plain = [method, host.fingerprint, host.prompt_format.to_dict(), without_editor(config), work.seed]
     cases = [plain_case(case) for case in work.examples[: config.most]]
     key = checksum({"of": plain, "cases": cases}, {})
-    return Data(items, held_items, {name: one.shape for name, one in first.items()}, key)
+    return Data(items, held_items, {name: one.shape for name, one in first.items()}, key, work.workers)
 
 
 @dataclass(frozen=True)
@@ -316,7 +323,8 @@ def conclude(
     """Train an editor and return it in its best state; ``body``: what it is built anew from, beside the maps."""
     facts = run_loop(
         editor, optimizer, config.loop, task, key=data.key, seed=work.seed, where=work.training,
-        on_progress=work.on_progress,
+        on_progress=work.on_progress, workers=data.workers,
+        settings={"method": method, "model": host.name, "seed": work.seed, **without_editor(config)},
     )  # fmt: skip
     whole = {
         "maps": {name: list(sizes) for name, sizes in data.maps.items()}, "token": config.token,
@@ -355,7 +363,8 @@ def editor_of(
             f"{host.prompt_format.to_dict() or 'raw'}; train one for it, or leave template, system and join out"
         )
     maps = {name: (sizes[0], sizes[1]) for name, sizes in body["maps"].items()}
-    if (config.modules is not None or config.layers is not None) and list(names()) != list(maps):
+    named = config.modules is not None or config.layers is not None or config.stack != DECODER
+    if named and list(names()) != list(maps):
         raise ConfigError(f"editor: it was trained for {', '.join(maps)}, found {', '.join(names())}")
     editor = build(maps, body)
     try:

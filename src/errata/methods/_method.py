@@ -31,6 +31,7 @@ from errata.stats.collect import eigen_of, second_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.slots import inputs_of
+from errata.training.workers import ALONE, Workers
 from errata.types import Case, Corpus, Request
 from errata.writing import folded
 
@@ -104,6 +105,8 @@ class Method:
     """Whether its edits take a request's old target, or present answer, out of the model; its target is not trained."""
     resumes: bool = False
     """Whether its training writes checkpoints and a log, and goes on from a checkpoint to the same result."""
+    parallel: bool = False
+    """Whether several processes can share its training."""
     quick: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a short training, which shows that everything works; where empty, there is none."""
     random: bool = True
@@ -237,6 +240,8 @@ class Workspace:
     then the unedited host's, which are cached, and a fit on top of many edits costs no more than the first."""
     training: TrainingFiles = NO_FILES
     """What a training leaves on the disk while it goes on."""
+    workers: Workers = ALONE
+    """The processes that share a training."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -335,13 +340,9 @@ class Workspace:
             key = ("eigen", site, *state)
             if key not in self._cache:
                 self._cache[key] = eigen_of(
-                    host,
-                    site,
-                    corpus,
-                    tokens=budget,
-                    folder=None if self._others(host) else self.folder,
+                    host, site, corpus, tokens=budget, folder=None if self._others(host) else self.folder,
                     moments=self._cache[("moments", site, *state)][0],
-                )
+                )  # fmt: skip
         return {s: (self._cache[("eigen", s, *state)], self._cache[("moments", s, *state)][1]) for s in sites}
 
     def _external_spectrum(

@@ -56,8 +56,7 @@ def start(
 
 
 def _names(host: Host, config: EditorSettings, modules: tuple[str, ...]) -> list[str]:
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, modules, range(depth // 2, depth))
+    return hypernetwork.map_names(host, config, modules)
 
 
 @torch.no_grad()

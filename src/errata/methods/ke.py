@@ -27,6 +27,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.methods import _conditional as conditional
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._conditional import ConditionalSettings
@@ -113,6 +114,7 @@ class _Task:
         multiplier = float(editor.multiplier)
         facts, gradients = gradients_of(
             self.host, samples, list(editor.parameters()), self._changes, (1.0, multiplier), batch=config.at_once,
+            workers=self.data.workers,
         )  # fmt: skip
         edit, locality = means(facts)
         with torch.no_grad():  # the same step of ascent, whatever the network's own
@@ -144,6 +146,8 @@ METHOD = Method(
     sequential=True,
     needs=("examples", "gradients"),
     writes="linear",
+    hosts=TEXT_HOSTS,
     resumes=True,
+    parallel=True,
     quick=hypernetwork.QUICK,
 )

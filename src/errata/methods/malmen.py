@@ -26,6 +26,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.locate.gradients import Tokens
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
@@ -90,7 +91,7 @@ class _Task:
         solved = regression.solve(prepared.editor, factors)
         facts, gradients = gradients_of(
             prepared.host, samples, solved.coefficients, lambda _: solved.changes, config.weights,
-            batch=config.at_once, one=True,
+            batch=config.at_once, one=True, workers=prepared.data.workers,
         )  # fmt: skip
         return config.summed(facts), regression.differentiate(prepared.editor, factors, solved, gradients)
 
@@ -122,10 +123,14 @@ METHOD = Method(
     sequential=True,
     needs=("examples", "gradients"),
     writes="linear",
+    hosts=TEXT_HOSTS,
     resumes=True,
+    parallel=True,
     quick=hypernetwork.QUICK,
     published={
         Shape("gpt2", 48, 1600): {**_PUBLISHED, "layers": (42, 43, 44, 45, 46, 47)},
         Shape("gptj", 28, 4096): {**_PUBLISHED, "layers": (22, 23, 24, 25, 26, 27)},
+        Shape("t5", 24, 2048): {**_PUBLISHED, "modules": ("wi_0", "wo"), "layers": (22, 23), "stack": "both"},
+        Shape("bert", 12, 768): {**_PUBLISHED, "layers": (6, 7, 8, 9, 10, 11)},
     },
 )

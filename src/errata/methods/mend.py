@@ -25,6 +25,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.locate.gradients import Tokens
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._editor import trained_editor
@@ -35,6 +36,7 @@ from errata.training.factors import Change, Factors
 from errata.types import Request
 
 STEP = "step"
+MODULES = ("mlp_out",)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
 
 
 def _names(host: Host, config: Config) -> list[str]:
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
+    return hypernetwork.map_names(host, config, MODULES)
 
 
 def changes_of(editor: Editor, factors: Mapping[str, Factors]) -> dict[str, Change]:
@@ -113,7 +114,7 @@ class _Task:
         samples = draw(prepared.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
         facts, gradients = gradients_of(
             prepared.host, samples, list(prepared.editor.parameters()), self._changes, config.weights,
-            batch=config.at_once,
+            batch=config.at_once, workers=prepared.data.workers,
         )  # fmt: skip
         return config.summed(facts), gradients
 
@@ -144,12 +145,20 @@ METHOD = Method(
     sequential=True,
     needs=("examples", "gradients"),
     writes="linear",
+    hosts=TEXT_HOSTS,
     resumes=True,
+    parallel=True,
     quick=hypernetwork.QUICK,
     published={
         Shape("gpt2", 48, 1600): {**_PUBLISHED, "layers": (45, 46, 47)},
         Shape("gpt_neo", 32, 2560): {**_PUBLISHED, "layers": (29, 30, 31)},
         Shape("gptj", 28, 4096): {**_PUBLISHED, "layers": (25, 26, 27)},
         Shape("llama", 32, 4096): {**_PUBLISHED, "layers": (29, 30, 31)},
+        Shape("bert", 12, 768): {
+            **_PUBLISHED,
+            "modules": ("intermediate.dense", "mlp_out"),
+            "layers": (9, 10, 11),
+        },
+        Shape("bart", 6, 768): {**_PUBLISHED, "layers": (4, 5), "stack": "both"},
     },
 )

@@ -25,6 +25,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.locate.gradients import Tokens
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
@@ -143,7 +144,7 @@ class _Task:
         """Return the losses of a batch with a change beside the model as it is, and their share's gradients."""
         facts, gradients = gradients_of(
             self.prepared.host, samples, solved.coefficients, lambda _: solved.changes, self.config.weights,
-            batch=self.config.at_once, one=True, before=before,
+            batch=self.config.at_once, one=True, before=before, workers=self.prepared.data.workers,
         )  # fmt: skip
         return facts, [share * gradient for gradient in gradients]
 
@@ -176,7 +177,9 @@ METHOD = Method(
     sequential=True,
     needs=("examples", "gradients"),
     writes="linear",
+    hosts=TEXT_HOSTS,
     resumes=True,
+    parallel=True,
     quick=hypernetwork.QUICK,
     published={
         Shape("llama", 32, 4096, 14336): {**_PUBLISHED, "modules": ("gate_proj@22-30", "up_proj@22-30")},

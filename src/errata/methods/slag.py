@@ -28,6 +28,7 @@ from errata.edits.artefact import Artefact
 from errata.edits.weight import WeightEdit
 from errata.host import hooks
 from errata.host.host import Host
+from errata.host.kinds import TEXT_HOSTS
 from errata.methods import _conditional as conditional
 from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._conditional import ConditionalSettings
@@ -208,6 +209,7 @@ METHOD = Method(
     sequential=True,
     needs=("examples", "gradients"),
     writes="linear",
+    hosts=TEXT_HOSTS,
     resumes=True,
     quick=hypernetwork.QUICK,
 )

@@ -17,6 +17,7 @@ from errata.training.examples import Example
 from errata.training.factors import Change, beside
 from errata.training.gradients import sum_gradients
 from errata.training.tune import Line
+from errata.training.workers import ALONE, Workers
 from errata.types import Request
 
 
@@ -180,7 +181,7 @@ def losses_of(
         with torch.no_grad():
             before = log_probabilities(host, far)[0]
     owners = [numbers[edit] for edit in (*near_edit, *far_edit)]
-    with beside(host, changes, owners):
+    with beside(host, changes, by_row(host, [*near, *far], owners)):
         after, row = log_probabilities(host, [*near, *far])
     targets = torch.tensor([t for line in near for t in line.targets], device=after.device)
     count = len(targets)
@@ -199,13 +200,14 @@ ChangesOf = Callable[[Sequence[Item]], Mapping[str, Change]]
 def gradients_of(
     host: Host, samples: Sequence[Sample], variables: Sequence[Tensor], changes_of: ChangesOf,
     weights: tuple[float, float], *, batch: int, one: bool = False,
-    before: Sequence[Tensor | None] | None = None,
+    before: Sequence[Tensor | None] | None = None, workers: Workers = ALONE,
 ) -> tuple[list[tuple[float, float]], list[Tensor]]:  # fmt: skip
     """Return each sample's losses in scope and out of it, and the gradients of their weighted mean ``[...]``.
 
     ``variables``: what it is differentiated for. ``weights``: of the two losses. ``batch``: samples run at once, fewer
     where memory runs out. ``one``: whether the changes are one edit's. ``before``: by sample, the log probabilities of
-    the unedited host at its tokens out of scope ``[t, vocab]``; None: as of :func:`losses_of`.
+    the unedited host at its tokens out of scope ``[t, vocab]``; None: as of :func:`losses_of`. ``workers``: the
+    processes that share the samples; each gets the whole result.
     """
     scale = loss_scale(host)
 
@@ -220,7 +222,9 @@ def gradients_of(
         facts = list(zip(parts.edit.tolist(), parts.locality.tolist(), strict=True))
         return scale * whole.sum() / len(samples), facts
 
-    facts, gradients = sum_gradients(range(len(samples)), variables, loss_of, batch=batch)
+    own, gradients = sum_gradients(workers.share(range(len(samples))), variables, loss_of, batch=batch)
+    workers.add_up_(gradients)
+    facts = [(edit, locality) for edit, locality in workers.rows(own, len(samples))]
     return facts, [gradient / scale for gradient in gradients]
 
 
@@ -228,6 +232,16 @@ def means(facts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the means of the losses in scope and out of it."""
     edit, locality = (sum(values) / len(facts) for values in zip(*facts, strict=True))
     return edit, locality
+
+
+def by_row(host: Host, lines: Sequence[Line], owners: Sequence[int]) -> list[int]:
+    """Return the owner of each row of the pass that lines are run in, from the owner of each line.
+
+    A host that fills places runs a row for every token that a line predicts, others one for every line.
+    """
+    return [
+        owner for line, owner in zip(lines, owners, strict=True) for _ in (line.at if host.fills else (0,))
+    ]
 
 
 def _flat(groups: Sequence[Sequence[Line]]) -> tuple[list[Line], list[int]]:
@@ -276,8 +290,9 @@ def validate(
         ]  # fmt: skip
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows]
-            with beside(host, changes, [edit for _, edit, _ in part]):
-                right = answered(host, [line for _, _, line in part])
+            lines = [line for _, _, line in part]
+            with beside(host, changes, by_row(host, lines, [edit for _, edit, _ in part])):
+                right = answered(host, lines)
             for (kind, _, _), hit in zip(part, right, strict=True):
                 hits[kind].append(hit)
     shares = {kind: sum(found) / len(found) if found else 1.0 for kind, found in hits.items()}

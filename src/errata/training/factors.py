@@ -55,12 +55,12 @@ def capture(
     that does not run once per token.
     """
     pairs = collect(host, answers, modules, tokens=tokens, batch_size=rows)
-    sizes = torch.tensor([len(a.ids) - 1 if tokens == "all" else len(a.target) for a in answers])
-    owner = torch.arange(len(answers)).repeat_interleave(sizes)
     found = {}
     for name, pair in pairs.items():
         counts = pair.inputs.any(1) & pair.gradients.any(1)
-        found[name] = Factors(pair.inputs[counts], pair.gradients[counts], owner[counts], pair.transposed)
+        found[name] = Factors(
+            pair.inputs[counts], pair.gradients[counts], pair.owner[counts], pair.transposed
+        )
     return found
 
 
@@ -87,6 +87,8 @@ def joined(change: Change) -> Change:
 @contextmanager
 def beside(host: Host, changes: Mapping[str, Change], edits: Sequence[int]) -> Iterator[None]:
     """Have each row of a batch see the change of its own edit while inside; ``edits``: which, for each row of a pass.
+
+    A model that fills places is given a row for every token of an answer: :func:`errata.training.editing.by_row`.
 
     A map with the change D of the row's edit gives W x + D x, D x computed through the products: no weight is
     written, no tensor of a weight's size is made, and gradients reach both sides of the products.

@@ -1,7 +1,8 @@
 """A training loop that is stopped and resumed to the same bits, for networks that learn to edit.
 
 What a step draws depends on the seed and the step's number alone, so that a checkpoint is the network, its best state
-so far, the optimiser's, and a few numbers. No checkpoint is written of numbers that are not finite.
+so far, the optimiser's, and a few numbers. No checkpoint is written of numbers that are not finite. Of several
+processes that train together, all take the same steps, and the first one writes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from errata import files
 from errata.edits import format as file_format
 from errata.errors import ConfigError, DataError, EditError
-from errata.progress import OnProgress
+from errata.progress import OnProgress, ignore
+from errata.training.trackers import Tracker, open_tracker
+from errata.training.workers import ALONE, Workers
 
 KIND = "training"
 """How a checkpoint's header calls itself."""
@@ -36,6 +40,10 @@ class TrainingFiles:
     """Whether to go on from the checkpoint, where there is one."""
     log: Path | None = None
     """JSON lines: one a step, one a validation."""
+    tracker: str | None = None
+    """Name of a tracker that gets these lines too, see :mod:`errata.training.trackers`."""
+    run: str = "training"
+    """What the tracker calls the training."""
 
 
 NO_FILES = TrainingFiles()
@@ -112,27 +120,31 @@ class State:
 
 def train(
     net: nn.Module, optimizer: torch.optim.Optimizer, loop: Loop, task: Task, *, key: str, seed: int,
-    where: TrainingFiles, on_progress: OnProgress,
+    where: TrainingFiles, on_progress: OnProgress, workers: Workers = ALONE,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train a network, leave it in its best state, and return the facts of that state.
 
     The best is by the validations' score, the last of equals. ``key``: what the training depends on, so that none goes
-    on from another's checkpoint. Raises ConfigError for a loss or gradient that is not finite, with the step, or for a
-    checkpoint of another training; the checkpoint stays.
+    on from another's checkpoint. ``workers``: the processes that train together. ``settings``: what a tracker is told
+    of the training. Raises ConfigError for a loss or gradient that is not finite, with the step, or for a checkpoint of
+    another training; the checkpoint stays.
     """
     state = _resume(net, optimizer, where, key) if where.resume else State()
-    log = _Log(where.log, state.step)
+    workers.align_([*net.parameters(), *net.buffers()])
+    checkpoint, tick = (where.checkpoint, on_progress) if workers.first else (None, ignore)
     rates = [group["lr"] for group in optimizer.param_groups]
-    while state.step < loop.steps and state.waited < loop.patience:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * loop.factor(state.step)
-        losses, norm = _step_(net, optimizer, loop, task, state.step, seed)
-        state.step += 1
-        log.add({"step": state.step, **losses, "gradient": norm})
-        if state.step % loop.every == 0 or state.step == loop.steps:
-            _validate(net, task, state, log)
-            _save(net, optimizer, state, where.checkpoint, key)
-        on_progress("training", state.step, loop.steps)
+    with _logging(where, state.step, settings or {}, workers) as log:
+        while state.step < loop.steps and state.waited < loop.patience:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * loop.factor(state.step)
+            losses, norm = _step_(net, optimizer, loop, task, state.step, seed)
+            state.step += 1
+            log.add({"step": state.step, **losses, "gradient": norm})
+            if state.step % loop.every == 0 or state.step == loop.steps:
+                _validate(net, task, state, log, workers)
+                _save(net, optimizer, state, checkpoint, key)
+            tick("training", state.step, loop.steps)
     if state.best_tensors:
         net.load_state_dict(state.best_tensors)
     return {**state.facts, "steps": float(state.step)}
@@ -157,8 +169,8 @@ def _step_(
     return losses, norm
 
 
-def _validate(net: nn.Module, task: Task, state: State, log: _Log) -> None:
-    facts = dict(task.validate())
+def _validate(net: nn.Module, task: Task, state: State, log: _Log, workers: Workers) -> None:
+    facts = workers.agreed(task.validate())
     log.add({"step": state.step, "validation": facts})
     if not _finite(facts["score"]):
         raise ConfigError(f"the validation after step {state.step} of the training is not finite")
@@ -224,11 +236,29 @@ def _resume(net: nn.Module, optimizer: torch.optim.Optimizer, where: TrainingFil
     return State(header["step"], header["best"], header["waited"], dict(header["facts"]), best)
 
 
+@contextmanager
+def _logging(
+    where: TrainingFiles, step: int, settings: Mapping[str, Any], workers: Workers
+) -> Iterator[_Log]:
+    """Open the log and the tracker of the first process, and close the tracker with how the training ended."""
+    if not workers.first:
+        yield _Log(None, None, step)
+        return
+    tracker = None if where.tracker is None else open_tracker(where.tracker, where.run, settings)
+    ended = False
+    try:
+        yield _Log(where.log, tracker, step)
+        ended = True
+    finally:
+        if tracker is not None:
+            tracker.close(ended)
+
+
 class _Log:
     """JSON lines of a training; those after the step that it goes on from are taken back."""
 
-    def __init__(self, path: Path | None, step: int) -> None:
-        self.path, self.start = path, time.monotonic()
+    def __init__(self, path: Path | None, tracker: Tracker | None, step: int) -> None:
+        self.path, self.tracker, self.start = path, tracker, time.monotonic()
         if path is None:
             return
         kept = []
@@ -238,7 +268,11 @@ class _Log:
         files.write(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, facts: Mapping[str, Any]) -> None:
-        """Write a line."""
+        """Write a line, and tell the tracker the same numbers."""
+        if self.tracker is not None:
+            found = {f"validation/{name}": value for name, value in facts.get("validation", {}).items()}
+            found |= {name: value for name, value in facts.items() if name not in ("step", "validation")}
+            self.tracker.add(found, int(facts["step"]))
         if self.path is not None:
             line = {**facts, "seconds": round(time.monotonic() - self.start, 3)}
             with self.path.open("a", encoding="utf-8") as file:
