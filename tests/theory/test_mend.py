@@ -158,6 +158,20 @@ def test_numbers_that_are_not_finite_end_the_training_with_the_step(tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+def test_a_file_of_half_the_size_gives_nearly_the_same_edit(tmp_path):
+    host = fresh("llama")
+    whole, half = train(host), train(host, stored="float16")
+    assert all(t.dtype == (torch.float16 if t.ndim > 1 else torch.float32) for t in half.tensors.values())
+    assert half.size < 0.6 * whole.size
+    edits = [
+        errata.edit(host, ADA, method="mend", editor=str(one.save(tmp_path / f"{i}.safetensors")))
+        for i, one in enumerate((whole, half))
+    ]
+    for first, second in zip(*(edit.deltas.values() for edit in edits), strict=True):
+        error = (first.dense() - second.dense()).norm() / first.dense().norm()
+        assert 0 < error < 5e-3
+
+
 def test_an_editor_s_file_gives_the_same_edit_in_another_process(tmp_path):
     host = load()
     options = {"steps": 2, "every": 1, "most": 12, "rank": 8, "layers": [3]}

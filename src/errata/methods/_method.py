@@ -226,6 +226,8 @@ class Workspace:
     """Where statistics are kept between runs; None: only in memory."""
     load_examples: Callable[[], Sequence[Case]] = tuple
     """Returns other facts with their probes, for methods that learn from examples; never those that measure."""
+    own_editor: Callable[[str], Path | None] = lambda _: None
+    """Returns the file of the editor that the host brings along for a method, None where there is none."""
     on_progress: OnProgress = ignore
     """Called with a phase and how far it is."""
     after: Any = None
