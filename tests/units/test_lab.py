@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,12 +355,19 @@ def test_the_layer_test_takes_any_relation(lab_host, world):
 
 # --- shipped editors ----------------------------------------------------------------------------
 
+
+def shipped(method: str) -> Path:
+    path = errata.lab.editor(method)
+    assert path is not None
+    return path
+
+
 SHIPPED = sorted(path.stem for path in (errata.lab.folder().parent / "editors" / "lab").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("method", SHIPPED)
 def test_a_shipped_editor_is_what_the_defaults_train_for_the_model(lab_host, method):
-    path = errata.lab.editor(method)
+    path = shipped(method)
     editor = Artefact.load(path)
     editor.check(method, lab_host.fingerprint)
     assert path.stat().st_size <= 8e6
@@ -375,14 +383,12 @@ def test_an_edit_uses_the_shipped_editor_for_the_settings_that_it_was_trained_wi
     assert {"mend", "malmen"} <= set(SHIPPED)
     case = cases(1, seed=7, world=world_of("test"))[0]
     edit = errata.edit(lab_host, case.request, method="mend")
-    assert edit.provenance.notes["editor"] == Artefact.load(errata.lab.editor("mend")).digest
+    assert edit.provenance.notes["editor"] == Artefact.load(shipped("mend")).digest
     with edit.on(lab_host):
         (answer,) = lab_host.generate([case.request.text])
     assert answer.strip().startswith(case.request.target)
     trained = []
-    monkeypatch.setattr(
-        mend, "train", lambda *_: trained.append(1) or Artefact.load(errata.lab.editor("mend"))
-    )
+    monkeypatch.setattr(mend, "train", lambda *_: trained.append(1) or Artefact.load(shipped("mend")))
     errata.edit(lab_host, case.request, method="mend", rows=8)
     assert not trained
     errata.edit(lab_host, case.request, method="mend", steps=7)
