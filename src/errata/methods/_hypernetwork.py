@@ -337,7 +337,7 @@ def conclude(
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """Return a matrix in float16, anything else as it is: the statistics' range is wider than float16's."""
+    """Return a matrix ``[n, m]`` in float16, anything else as it is: statistics have a wider range."""
     return tensor.half() if tensor.ndim > 1 else tensor
 
 
