@@ -16,6 +16,7 @@ from errata.edits.deltas import dense
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, EditError
 from errata.lab import load
+from errata.linalg.lowrank import LowRank
 from errata.methods import mend
 from errata.methods._hypernetwork import Editor
 from errata.training.factors import capture
@@ -95,8 +96,9 @@ def test_an_edit_has_at_most_the_rank_of_its_tokens():
     row = host.encode_answer(ADA.text, ADA.target)
     for token, most in (("answer", len(row.target)), ("all", len(row.ids) - 1)):
         edit = errata.edit(host, ADA, method="mend", examples=EXAMPLES, token=token, **QUICK)
-        assert all(1 <= delta.rank <= most for delta in edit.deltas.values())
-    assert set(artefact.body["maps"]) == {n.removesuffix(".weight") for n in edit.deltas}
+        assert isinstance(edit, WeightEdit)
+        assert all(isinstance(delta, LowRank) and 1 <= delta.rank <= most for delta in edit.deltas.values())
+        assert set(artefact.body["maps"]) == {n.removesuffix(".weight") for n in edit.deltas}
 
 
 def test_training_lowers_the_losses_and_reaches_the_network(tmp_path):
