@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from errata import config as settings
@@ -121,10 +121,13 @@ class TrainingJob:
     """Instance of the method's settings class."""
     host: Host
     work: Workspace
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the cases are, for the editor's card: source, hash, count, what was left out of them."""
 
     def run(self) -> Artefact:
-        """Train the editor; the host is left as it was."""
-        return self.method.train_on(self.host, self.config, self.work)
+        """Train the editor and record what on; the host is left as it was."""
+        artefact = self.method.train_on(self.host, self.config, self.work)
+        return replace(artefact, card={**artefact.card, "data": dict(self.data)}) if self.data else artefact
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the job as plain data."""
@@ -162,9 +165,13 @@ def prepare_training(
         given: Mapping[str, Any] = options or {}  # type: ignore[assignment]
         config = settings.make(entry.config, {**(entry.quick if quick else {}), **given}, method)
     check_kind(entry, host)
+    data: dict[str, Any] = {}
+    if isinstance(cases, str):
+        cases, facts = sources.read(cases, seed=EXAMPLE_SEED)
+        data = {name: facts[name] for name in ("source", "sha256", "cases", "check")}
     work = workspace(host, seed=seed, examples=cases, on_progress=on_progress)
     work.training, work.workers = files, workers
-    return TrainingJob(entry, config, host, work)
+    return TrainingJob(entry, config, host, work, data)
 
 
 def _check_training(method: Method, quick: bool, files: TrainingFiles, workers: Workers) -> None:
@@ -220,7 +227,10 @@ def workspace(
     host: Host, *, seed: int, corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, on_progress: OnProgress = ignore,
 ) -> Workspace:  # fmt: skip
-    """Return what fits work with: seed, corpus, examples and cache; those left out are the host's own."""
+    """Return what fits work with: seed, corpus, examples and cache; those left out are the host's own.
+
+    So are trained editors, unless examples are given to train others on.
+    """
     if isinstance(examples, str):
         examples = sources.read(examples, seed=EXAMPLE_SEED)[0]
     own = host.resources.examples or tuple
@@ -228,6 +238,7 @@ def workspace(
     return Workspace(
         seed=seed, corpus=host.resources.corpus if corpus is None else as_corpus(corpus),
         load_examples=own if cases is None else lambda: cases or (), folder=cache_dir(), on_progress=on_progress,
+        own_editor=(cases is None and host.resources.editors) or (lambda _: None),
     )  # fmt: skip
 
 

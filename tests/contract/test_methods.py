@@ -71,6 +71,8 @@ def options(name: str) -> dict:
         return {"steps": 2, "length": 2, "reach": 1}
     if name == "slag":  # and with how often an update is applied
         return {"steps": 2, "applications": 2}
+    if name == "enn":  # and with the steps of an edit, which are differentiated
+        return {"steps": 2, "descent": 2}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {

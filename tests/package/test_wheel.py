@@ -83,6 +83,7 @@ def test_the_wheel_has_the_package_alone(built):
     for part in (
         "lab/model/model.safetensors",
         "lab/data/names.yaml",
+        "lab/editors/lab/mend.safetensors",
         "bench/published/memit-gpt-j-10k.yaml",
     ):
         assert f"errata/{part}" in names

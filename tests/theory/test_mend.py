@@ -12,8 +12,11 @@ import torch
 
 import errata
 from errata.edits.artefact import Artefact
+from errata.edits.deltas import dense
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, EditError
 from errata.lab import load
+from errata.linalg.lowrank import LowRank
 from errata.methods import mend
 from errata.methods._hypernetwork import Editor
 from errata.training.factors import capture
@@ -93,8 +96,9 @@ def test_an_edit_has_at_most_the_rank_of_its_tokens():
     row = host.encode_answer(ADA.text, ADA.target)
     for token, most in (("answer", len(row.target)), ("all", len(row.ids) - 1)):
         edit = errata.edit(host, ADA, method="mend", examples=EXAMPLES, token=token, **QUICK)
-        assert all(1 <= delta.rank <= most for delta in edit.deltas.values())
-    assert set(artefact.body["maps"]) == {n.removesuffix(".weight") for n in edit.deltas}
+        assert isinstance(edit, WeightEdit)
+        assert all(isinstance(delta, LowRank) and 1 <= delta.rank <= most for delta in edit.deltas.values())
+        assert set(artefact.body["maps"]) == {n.removesuffix(".weight") for n in edit.deltas}
 
 
 def test_training_lowers_the_losses_and_reaches_the_network(tmp_path):
@@ -156,6 +160,22 @@ def test_numbers_that_are_not_finite_end_the_training_with_the_step(tmp_path):
         )
     tensors = errata.edits.format.read(checkpoint)[0]
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_a_file_of_half_the_size_gives_nearly_the_same_edit(tmp_path):
+    host = fresh("llama")
+    whole, half = train(host), train(host, stored="float16")
+    assert all(t.dtype == (torch.float16 if t.ndim > 1 else torch.float32) for t in half.tensors.values())
+    assert half.size < 0.6 * whole.size
+    edits = [
+        errata.edit(host, ADA, method="mend", editor=str(one.save(tmp_path / f"{i}.safetensors")))
+        for i, one in enumerate((whole, half))
+    ]
+    first, second = edits
+    assert isinstance(first, WeightEdit) and isinstance(second, WeightEdit)
+    for name, delta in first.deltas.items():
+        one = dense(delta, torch.zeros(delta.shape))
+        assert 0 < (dense(second.deltas[name], one) - one).norm() / one.norm() < 5e-3
 
 
 def test_an_editor_s_file_gives_the_same_edit_in_another_process(tmp_path):

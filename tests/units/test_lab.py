@@ -5,18 +5,23 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import errata
 from errata.bench import sources
-from errata.errors import ConfigError, RequestError
+from errata.config import plain
+from errata.edits.artefact import Artefact
+from errata.errors import ConfigError, EditError, RequestError
 from errata.host.build import new_model
 from errata.lab import cases, default_world, world_of
 from errata.lab.text import FIRST, LAST, THEN, Split, Writer
 from errata.lab.train import SHAPES, TrainConfig, chunk, train
 from errata.lab.world import World, sentence
+from errata.methods import REGISTRY, mend
+from tests.models import fresh
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,21 @@ def test_editors_are_trained_on_other_subjects_and_phrasings_than_they_are_measu
     for wrong in ("lab:test", "lab:train:x", "lab:other:3", "lab:train:1:2:3"):
         with pytest.raises(ConfigError, match="lab:train:N"):
             sources.read(wrong)
+
+
+def test_facts_that_are_unrelated_are_asked_beside_each_case():
+    (plain_case, *_), _ = sources.read("lab:test:3:5")
+    found, facts = sources.read("lab:test:3:5", beside=["lab:test:9:6"])
+    (fact,) = facts["beside"]
+    assert fact["source"] == "lab:test:9:6" and fact["probes"] == 9
+    for case in found:
+        added = [probe for probe in case.probes if probe.kind == "locality"]
+        names = {case.request.subject, case.request.target, case.request.target_old}
+        assert 5 <= len(added) <= 9 and not any(probe.changes for probe in added)
+        assert not [probe for probe in added for name in names if probe.prompt.startswith(f"{name} ")]
+    assert found[0].probes[: len(plain_case.probes)] == plain_case.probes
+    with pytest.raises(ConfigError, match="draw others"):
+        sources.read("lab:test:1:5", beside=["lab:test:1:5"])
 
 
 def test_the_world_is_as_large_as_promised_and_a_function_of_its_seed(world):
@@ -331,3 +351,54 @@ def test_the_layer_test_takes_any_relation(lab_host, world):
 
     found = layers(lab_host, world, Only(0), 2, lambda *_: None)
     assert len(found["rewrites"]) == len(lab_host.layout.blocks)
+
+
+# --- shipped editors ----------------------------------------------------------------------------
+
+
+def shipped(method: str) -> Path:
+    path = errata.lab.editor(method)
+    assert path is not None
+    return path
+
+
+SHIPPED = sorted(path.stem for path in (errata.lab.folder().parent / "editors" / "lab").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_shipped_editor_is_what_the_defaults_train_for_the_model(lab_host, method):
+    path = shipped(method)
+    editor = Artefact.load(path)
+    editor.check(method, lab_host.fingerprint)
+    assert path.stat().st_size <= 8e6
+    defaults = plain(REGISTRY.get(method).config())
+    assert {**editor.card["settings"], "editor": None, "stored": "float32"} == defaults
+    data = editor.card["data"]
+    assert data["source"] == "lab:train:1000" and data["cases"] == 1000
+    assert set(data["check"]["left_out"]["subjects"]) == set(world_of("test").by_subject)
+    assert all(t.dtype == torch.float16 for t in editor.tensors.values() if t.ndim > 1)
+
+
+def test_an_edit_uses_the_shipped_editor_for_the_settings_that_it_was_trained_with(lab_host, monkeypatch):
+    assert {"mend", "malmen"} <= set(SHIPPED)
+    case = cases(1, seed=7, world=world_of("test"))[0]
+    edit = errata.edit(lab_host, case.request, method="mend")
+    assert edit.provenance.notes["editor"] == Artefact.load(shipped("mend")).digest
+    with edit.on(lab_host):
+        (answer,) = lab_host.generate([case.request.text])
+    assert answer.strip().startswith(case.request.target)
+    trained = []
+    monkeypatch.setattr(mend, "train", lambda *_: trained.append(1) or Artefact.load(shipped("mend")))
+    errata.edit(lab_host, case.request, method="mend", rows=8)
+    assert not trained
+    errata.edit(lab_host, case.request, method="mend", steps=7)
+    errata.edit(lab_host, case.request, method="mend", examples=cases(3))
+    assert len(trained) == 2
+
+
+def test_a_shipped_editor_is_refused_on_another_model(lab_host):
+    host = fresh("llama")
+    host.resources = lab_host.resources
+    with pytest.raises(EditError, match="train one for it with errata train"):
+        errata.edit(host, errata.Request("{} was born in", "Ada Brenner", "Merrin"), method="mend")
+    assert errata.lab.editor("mend", "lab-gpt2") is None and errata.lab.editor("rome") is None

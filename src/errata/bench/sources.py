@@ -37,13 +37,13 @@ def read(
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
-    are added to every case. The facts are ``{"source", "together", "sha256", "rows", "cases", "check",
-    "demonstrations", "beside"}``: the hash is that of the cases with everything added, so a changed file, loader or
-    number of cases is another dataset. Raises ConfigError or DataError.
+    are added to every case; of cases of the lab, the facts that they change. The facts are ``{"source", "together",
+    "sha256", "rows", "cases", "check", "demonstrations", "beside"}``: the hash is that of the cases with everything
+    added, so a changed file, loader or number of cases is another dataset. Raises ConfigError or DataError.
     """
     cases, rows, check = _lab_cases(source, seed, together) if is_lab(source) else _dataset_cases(source)
     cases, examples = _add_demonstrations(cases, demonstrations)
-    cases, added = _add_probes(cases, beside)
+    cases, added = _add_probes(cases, beside, together)
     return cases, {
         "source": source,
         "together": together and is_lab(source),
@@ -83,12 +83,16 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
             "N and SEED numbers"
         )
     seed = int(parts[1]) if len(parts) > 1 else seed
+    facts: dict[str, Any] = {"seed": seed}
     if part == "train":
         cases = lab.training_cases(int(parts[0]) if parts else None, seed=seed)
+        facts["left_out"] = {
+            "subjects": sorted(lab.world_of("test").by_subject), "phrasings": "paraphrase", "relations": [],
+        }  # fmt: skip
     else:
         world = lab.world_of("test") if part == "test" else None
         cases = lab.cases(int(parts[0]), seed=seed, together=together, world=world)
-    return cases, len(cases), {"seed": seed}
+    return cases, len(cases), facts
 
 
 def _dataset_cases(source: str) -> tuple[list[Case], int, Any]:
@@ -139,12 +143,18 @@ def _text(path: str) -> tuple[str, str]:
     return text.replace("\r\n", "\n"), hashlib.sha256(content).hexdigest()
 
 
-def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], list[dict[str, Any]]]:
+def _add_probes(
+    cases: list[Case], sources: Sequence[str], together: bool
+) -> tuple[list[Case], list[dict[str, Any]]]:
     """Add the probes of other sources to every case, except those that it already has."""
     from errata.data import reading
 
     facts = []
     for source in sources:
+        if is_lab(source):
+            cases, fact = _add_lab_facts(cases, source, together)
+            facts.append(fact)
+            continue
         loaded = reading.read(source)
         probes = [
             # a group belongs to one case, so the probes of several cases must not share its name
@@ -163,6 +173,34 @@ def _add_probes(cases: list[Case], sources: Sequence[str]) -> tuple[list[Case], 
         cases = [_with_extra_probes(case, unique_probes) for case in cases]
         facts.append({"source": source, "sha256": loaded.check.sha256, "probes": len(unique_probes)})
     return cases, facts
+
+
+def _add_lab_facts(cases: list[Case], source: str, together: bool) -> tuple[list[Case], dict[str, Any]]:
+    """Add facts of the lab, as they are unedited, to every case that names none of their subjects.
+
+    With ``together`` no case may name them. Raises ConfigError where a case is left with none.
+    """
+    drawn = _lab_cases(source, 0, False)[0]
+    probes = {}
+    for one in drawn:
+        before = one.probes[0].before  # the first probe is the request itself
+        probes[Probe("locality", one.request.text, before, before)] = one.request.subject
+    every = {name for case in cases for name in _names(case)}
+    found = []
+    for case in cases:
+        taken = every if together else _names(case)
+        own = [probe for probe, subject in probes.items() if subject not in taken]
+        if not own:
+            raise ConfigError(
+                f"beside {source}: all its facts are about entities of case {case.id}; draw others"
+            )
+        found.append(_with_extra_probes(case, own))
+    return found, {"source": source, "sha256": digest(drawn), "probes": len(probes)}
+
+
+def _names(case: Case) -> set[str | None]:
+    """Return the subjects of a case's requests, and their targets before and after."""
+    return {name for r in case.requests for name in (r.subject, r.target, r.target_old)}
 
 
 def _with_extra_probes(case: Case, probes: Iterable[Probe]) -> Case:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,6 +178,22 @@ def progress(show: bool = True) -> Iterator[OnProgress]:
             bars.update(tasks[what], completed=completed, total=total)
 
         yield tick
+
+
+def card_rows(card: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the rows of a table of how an editor was trained, but for its settings."""
+    data = card.get("data", {})
+    rows = [
+        (name, f"{value:.4g}" if isinstance(value, float) else value)
+        for name, value in card.items()
+        if name not in ("settings", "versions", "data")
+    ]
+    if data:
+        rows.append(("data", f"{data['source']}, {data['cases']:,} cases, sha256 {data['sha256'][:12]}"))
+    if left_out := data.get("check", {}).get("left_out"):
+        subjects = f"{len(left_out['subjects'])} subjects (--json names them)"
+        rows.append(("left out", f"{subjects}, phrasings of the kind {left_out['phrasings']}"))
+    return rows
 
 
 def table(

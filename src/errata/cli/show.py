@@ -93,11 +93,7 @@ def _show_editor(editor: Artefact, file: Path, json: bool) -> None:
     print(
         f"{file}  {common.size(file)}  editor {editor.digest}, trained by {editor.method} for host {editor.host}"
     )
-    rows = [
-        (name, f"{value:.4g}" if isinstance(value, float) else value)
-        for name, value in card.items() if name not in ("settings", "versions")
-    ]  # fmt: skip
-    common.table("training", ("", "value"), rows)
+    common.table("training", ("", "value"), common.card_rows(card))
     common.table("settings", ("name", "value"), list(card.get("settings", {}).items()))
 
 

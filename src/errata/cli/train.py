@@ -115,10 +115,7 @@ def _checkpoint(output: Path, *, resume: bool, force: bool) -> Path:
 
 
 def _print(artefact: Artefact, output: Path, model: str) -> None:
-    facts = {name: value for name, value in artefact.card.items() if name not in ("settings", "versions")}
-    common.table(
-        "trained", ("", "value"), [(n, f"{v:.4g}" if isinstance(v, float) else v) for n, v in facts.items()]
-    )
+    common.table("trained", ("", "value"), common.card_rows(artefact.card))
     print(f"{output}  {common.size(output)}  editor {artefact.digest} of {artefact.method}")
     print(
         f"use it: errata edit FACTS --model {model} --method {artefact.method} --set editor={output} -o EDIT"

@@ -34,6 +34,7 @@ __all__ = [
     "cases",
     "corpus",
     "default_world",
+    "editor",
     "load",
     "neutral_texts",
     "resources",
@@ -66,13 +67,20 @@ def load(name: str = NAME, *, device: str = "auto", dtype: str = "auto") -> Host
     from errata.host.open import load as open_host
 
     host = open_host(folder(name), device=device, dtype=dtype, name=name)
-    host.resources = resources()
+    host.resources = resources(name)
     return host
 
 
-def resources() -> Resources:
-    """Return the texts and examples of the lab's world that its models are measured and edited with."""
-    return Resources(corpus(), neutral_texts, lambda: cases(EXAMPLES, seed=EXAMPLE_SEED))
+def resources(name: str = NAME) -> Resources:
+    """Return the texts, examples and trained editors that a shipped model is measured and edited with."""
+    examples = lambda: cases(EXAMPLES, seed=EXAMPLE_SEED)  # noqa: E731
+    return Resources(corpus(), neutral_texts, examples, lambda method: editor(method, name))
+
+
+def editor(method: str, name: str = NAME) -> Path | None:
+    """Return the file of the editor that is shipped for a method and a model, None where there is none."""
+    path = Path(str(files("errata.lab") / "editors" / name / f"{method}.safetensors"))
+    return path if path.exists() else None
 
 
 def card(name: str = NAME) -> dict[str, Any]:

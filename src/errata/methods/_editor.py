@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from errata.config import plain
 from errata.edits.artefact import Artefact
 from errata.errors import ConfigError
 from errata.host.host import Host
@@ -37,13 +38,15 @@ def split(items: Sequence[Any], share: float) -> tuple[Sequence[Any], Sequence[A
 def trained_editor(
     method: str, host: Host, file: str | None, settings: Any, work: Workspace, train: Callable[[], Artefact]
 ) -> Artefact:
-    """Return the editor that a file holds, or one that is trained on the examples, once in a workspace.
+    """Return the editor that a file holds, the host's own, or one that is trained on the examples.
 
-    Raises EditError for an editor of another method or host, ConfigError for another than that of the edit that is
-    gone on from.
+    The host's own is taken for the settings that it was trained with. Whatever it is, one serves all fits of a
+    workspace. Raises EditError for an editor of another method or host, ConfigError for another than that of the edit
+    that is gone on from.
     """
     if file is None:
-        editor: Artefact = work.remember((method, host.fingerprint, repr(settings)), train)
+        key = (method, host.fingerprint, repr(settings))
+        editor: Artefact = work.remember(key, lambda: _own(method, host, settings, work) or train())
     else:
         editor = Artefact.load(file)
         editor.check(method, host.fingerprint)
@@ -52,6 +55,26 @@ def trained_editor(
         raise ConfigError(
             f"the earlier edit was made with editor {before}, this one with {editor.digest}; use the same one"
         )
+    return editor
+
+
+NEUTRAL = ("editor", "rows", "stored")
+"""Settings that leave what is learned as it is."""
+
+
+def _own(method: str, host: Host, settings: Any, work: Workspace) -> Artefact | None:
+    """Return the editor that the host brings along; None where it has none that was trained with the settings.
+
+    Raises EditError for one that was trained on another model than the host is.
+    """
+    file = work.own_editor(method)
+    if file is None:
+        return None
+    editor = Artefact.load(file)
+    asked, trained = plain(settings), editor.card["settings"]
+    if any(trained.get(name) != value for name, value in asked.items() if name not in NEUTRAL):
+        return None
+    editor.check(method, host.fingerprint)
     return editor
 
 

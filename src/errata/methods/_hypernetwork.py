@@ -51,7 +51,7 @@ class TrainingSettings:
     """Which stack of an encoder-decoder the modules are in, or both; other models have one, called decoder."""
     token: Tokens = "all"
     """Tokens whose factors are read: those that predict the answer, or all."""
-    steps: int = 200
+    steps: int = 100
     """Steps of training at most."""
     per_step: int = 8
     """Examples in a step."""
@@ -71,7 +71,7 @@ class TrainingSettings:
     """Steps over which the rates rise."""
     decay: Literal["none", "cosine"] = "cosine"
     """Rates afterwards: as they are, or falling to nothing along half a cosine."""
-    every: int = 40
+    every: int = 20
     """Steps from one validation, and checkpoint, to the next."""
     patience: int = 10
     """Validations without a gain that end training."""
@@ -79,12 +79,14 @@ class TrainingSettings:
     """Examples that are trained on and held out at most."""
     held_out: float = 0.05
     """Share of the examples that are held out for validation."""
-    validation: int = 64
+    validation: int = 32
     """Examples of a validation at most (authors' code: 500)."""
     answer_tokens: int = 8
     """Tokens of the host's own answer to a request whose old target is not given."""
     rows: int = 64
     """Prompts run at once, which changes nothing but rounding and memory."""
+    stored: Literal["float32", "float16"] = "float32"
+    """How the file holds the network's matrices; they are float32 where they are used."""
 
     def problems(self) -> list[str]:
         """Check ranges."""
@@ -144,7 +146,7 @@ class EditorSettings(TrainingSettings):
     """Weight of the KL divergence out of scope."""
     step_rate: float = 1e-2
     """Adam's for the logarithm of the step sizes."""
-    statistics: int = 256
+    statistics: int = 128
     """Examples whose factors the normalisation is measured on, before training."""
 
     def problems(self) -> list[str]:
@@ -330,12 +332,21 @@ def conclude(
         "maps": {name: list(sizes) for name, sizes in data.maps.items()}, "token": config.token,
         "prompt_format": host.prompt_format.to_dict(), **body,
     }  # fmt: skip
+    tensors = {name: tensor.detach().cpu() for name, tensor in editor.state_dict().items()}
+    if config.stored == "float16":
+        tensors = {name: rounded(tensor) for name, tensor in tensors.items()}
+        editor.load_state_dict(tensors)
+        facts |= task.validate()  # the scores are those of what is stored
     card = {
         "examples": len(data.items), "held_out": len(data.held), "settings": without_editor(config),
         "seed": work.seed, "training": data.key, "versions": versions(), **facts,
     }  # fmt: skip
-    tensors = {name: tensor.detach().cpu() for name, tensor in editor.state_dict().items()}
     return Artefact(method, host.fingerprint, tensors, whole, card, timestamp())
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """Return a matrix ``[n, m]`` in float16, anything else as it is: statistics have a wider range."""
+    return tensor.half() if tensor.ndim > 1 else tensor
 
 
 def without_editor(config: TrainingSettings) -> dict[str, Any]:

@@ -87,8 +87,7 @@ class Method:
     sequential: bool
     """Whether fits may follow one another on a host that is edited already."""
     undo: Undo = "none"
-    """Of edits that act at run time: which requests can be taken out as if they had never been made. Those of weights
-    are solved again, see :mod:`errata.edits.algebra`."""
+    """Which requests of a run-time edit can be taken out exactly; those of weights: :mod:`errata.edits.algebra`."""
     train: Callable[[Host, Any, Workspace], Artefact] | None = None
     """Trains what its fits then share, on the workspace's examples; None: nothing is trained beforehand."""
     cumulative: bool = False
@@ -231,6 +230,8 @@ class Workspace:
     """Where statistics are kept between runs; None: only in memory."""
     load_examples: Callable[[], Sequence[Case]] = tuple
     """Returns other facts with their probes, for methods that learn from examples; never those that measure."""
+    own_editor: Callable[[str], Path | None] = lambda _: None
+    """Returns the file of the editor that the host brings along for a method, None where there is none."""
     on_progress: OnProgress = ignore
     """Called with a phase and how far it is."""
     after: Any = None

@@ -47,8 +47,10 @@ class Config(EditorSettings):
     """Size of the untrained editor's changes at a key, in the unit of ``scale`` (authors' code: 1e-6, plain)."""
     ridge: float = 0.03
     """Ridge of the untrained editor, in mean squared norms of the inputs, or plain as published (paper: 1)."""
-    per_step: int = 32
+    per_step: int = 16
     """Facts in a step, which make one edit (paper: 512 to 8,192)."""
+    steps: int = 60
+    """Steps of training at most."""
 
     def problems(self) -> list[str]:
         """Check ranges."""

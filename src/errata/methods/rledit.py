@@ -45,6 +45,10 @@ class Config(EditorSettings):
     """Tokens whose factors are read: those that predict the answer (authors' code), or all."""
     blocks: int = 4
     """Residual blocks (authors' code: 4)."""
+    steps: int = 12
+    """Sequences of training at most."""
+    every: int = 4
+    """Sequences from one validation, and checkpoint, to the next."""
     step: float = 0.5
     """Size of the untrained editor's changes at a key, in the unit of ``scale`` (authors' code: 1e-6, plain)."""
     ridge: float = 0.03

@@ -58,6 +58,8 @@ class Config(ConditionalSettings):
 
     applications: int = 5
     """How often the editor is applied to a fact at most, K (authors' code: 5)."""
+    steps: int = 60
+    """Steps of training at most."""
     per_step: int = 4
     """Facts in a step, updated one after another, r (authors' code: 10)."""
     main_weight: float = 1.0

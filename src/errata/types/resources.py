@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from errata.types.text import Case
 
@@ -30,3 +31,5 @@ class Resources:
     """Returns that many texts that no edit is about, for perplexity; None: the end of the corpus."""
     examples: Callable[[], Sequence[Case]] | None = None
     """Returns facts with their probes for methods that learn from examples; None: there are none."""
+    editors: Callable[[str], Path | None] | None = None
+    """Returns the file of the editor that is trained for the host by a method's name, None where there is none."""
