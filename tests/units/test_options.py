@@ -76,7 +76,9 @@ def test_every_verb_takes_json(name):
     [
         ("edit", {"--device", "--dtype", "--seed", "--force", "--strict"}),
         ("eval", {"--device", "--dtype", "--seed", "--force"}),
-        ("ability", {"--device", "--dtype", "--seed"}), ("stats", {"--device", "--dtype", "--seed"}),
+        ("ability", {"--device", "--dtype", "--seed"}), ("trace", {"--device", "--dtype", "--seed"}),
+        ("lens", {"--device", "--dtype", "--seed", "--force"}), ("neurons", {"--device", "--dtype"}),
+        ("stats", {"--device", "--dtype", "--seed"}),
         ("train", {"--device", "--dtype", "--seed", "--force"}),
         ("lab check", {"--device", "--dtype", "--seed"}), ("demo", {"--device", "--dtype", "--seed", "--force"}),
         ("init", {"--device", "--dtype"}), ("log", set()), ("tag", set()), ("revert", set()), ("reset", set()),
