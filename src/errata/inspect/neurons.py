@@ -196,14 +196,14 @@ class Triggers:
     def _merger(self, site: Site, keep: Tensor, place: Tensor):
         def merge(tensor: Tensor) -> None:
             shaped = tensor.reshape(*keep.shape, site.d_in)[keep.to(tensor.device)].float().cpu()  # [n, d_in]
-            both = torch.stack([shaped, -shaped]).permute(2, 0, 1)  # [d_in, 2, n]
-            places = place.expand(site.d_in, 2, *place.shape)
+            best, places = _largest(torch.stack([shaped, -shaped]).permute(2, 0, 1), place, self.count)
             if site.layer in self.best:
-                both = torch.cat([self.best[site.layer], both], 2)
+                best = torch.cat([self.best[site.layer], best], 2)
                 places = torch.cat([self.place[site.layer], places], 2)
-            top = both.topk(min(self.count, both.shape[2]), dim=2)
-            self.best[site.layer] = top.values
-            self.place[site.layer] = places.gather(2, top.indices[..., None].expand(*top.indices.shape, 2))
+                top = best.topk(min(self.count, best.shape[2]), dim=2)
+                best, index = top.values, top.indices[..., None]
+                places = places.gather(2, index.expand(*top.indices.shape, 2))
+            self.best[site.layer], self.place[site.layer] = best, places
 
         return merge
 
@@ -234,6 +234,12 @@ class Triggers:
             ]
             found[site.layer] = sum(a == b for a, b in pairs) / max(1, len(pairs))
         return found
+
+
+def _largest(values: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest of ``[d_in, 2, n]`` along the last axis, and their places ``[d_in, 2, count, 2]``."""
+    top = values.topk(min(count, values.shape[2]), dim=2)
+    return top.values, place[top.indices]
 
 
 def _embeddings(host: Host) -> Tensor:
