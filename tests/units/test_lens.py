@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from errata import edit, lab
 from errata.cli.main import app
 from errata.edits.artefact import Artefact
 from errata.errors import ConfigError, EditError, ErrataError
@@ -17,6 +18,7 @@ from errata.inspect import lens as lenses
 from errata.inspect import tuned
 from errata.inspect.lens import Lens
 from errata.training.loop import TrainingFiles
+from errata.types import Request
 from tests.models import TEXTS, fresh
 
 ROWS = [(5, 9, 30, 44, 7), (12, 90), (7, 8, 9)]
@@ -181,6 +183,23 @@ def test_the_verb_reads_a_prompt_fits_and_measures(tmp_path):
     assert tuned_one["top"][-1] == found["top"][-1] and tuned_one["top"][0] != found["top"][0]
     left = run("--exit", "0.9", "--tokens", "600")
     assert left.exit_code == 0 and "layers saved" in left.output
+
+
+def test_an_edit_of_weights_is_read_and_a_memory_refused(tmp_path):
+    host = lab.load()
+    request = Request("{} was born in", "Ada Brenner", "Tallow")
+    paths = []
+    for method, options in (("ft", {"layers": [3], "steps": 4}), ("grace", {"layer": 2, "steps": 1})):
+        paths.append(str(tmp_path / f"{method}.safetensors"))
+        edit(host, [request], method=method, **options).save(paths[-1])
+    plain, edited = (
+        json.loads(run("Ada Brenner was born in", *words, "--json").stdout)
+        for words in ((), ("-e", paths[0]))
+    )
+    assert plain["divergence"][:4] != edited["divergence"][:4] and plain["top"][0] == edited["top"][0]
+    assert plain["answer"]["probability"][-1] > edited["answer"]["probability"][-1]
+    with pytest.raises(ErrataError, match="act by row"):
+        run("Ada Brenner was born in", "-e", paths[1])
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ def command(
             tick = stack.enter_context(common.progress(not json))
             document = _fit(host, fit, _texts(host, corpus), tokens, steps, seed, tick, resume=resume)
         else:
-            lens = _lens(host, tuned)
             for path in edit or []:
                 stack.enter_context(Edit.load(path).on(host))
+            lens = _lens(host, tuned)  # refuses edits that decide by row
             if leave is not None:
                 document = _exits(lens, _texts(host, corpus), tokens, leave)
             else:
