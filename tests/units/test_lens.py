@@ -189,9 +189,13 @@ def test_an_edit_of_weights_is_read_and_a_memory_refused(tmp_path):
     host = lab.load()
     request = Request("{} was born in", "Ada Brenner", "Tallow")
     paths = []
-    for method, options in (("ft", {"layers": [3], "steps": 4}), ("grace", {"layer": 2, "steps": 1})):
-        paths.append(str(tmp_path / f"{method}.safetensors"))
-        edit(host, [request], method=method, **options).save(paths[-1])
+    edits = (
+        edit(host, [request], method="ft", layers=[3], steps=4),
+        edit(host, [request], method="grace", layer=2, steps=1),
+    )
+    for number, one in enumerate(edits):
+        paths.append(str(tmp_path / f"{number}.safetensors"))
+        one.save(paths[-1])
     plain, edited = (
         json.loads(run("Ada Brenner was born in", *words, "--json").stdout)
         for words in ((), ("-e", paths[0]))
