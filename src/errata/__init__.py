@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata import lab as lab
     from errata import methods as methods
-    from errata.api import check_edit, edit, evaluate, load, prepare, train
+    from errata.api import check_edit, edit, evaluate, load, prepare, trace, train
     from errata.bench.evaluate import Report
     from errata.bench.judging import JudgedCell, judge_run
     from errata.edits import Edit
@@ -32,6 +32,7 @@ _HOME = {
     "edit": "errata.api",
     "check_edit": "errata.api",
     "evaluate": "errata.api",
+    "trace": "errata.api",
     "train": "errata.api",
     "Artefact": "errata.edits.artefact",
     "Edit": "errata.edits",
@@ -85,6 +86,7 @@ __all__ = [
     "prepare",
     "refit",
     "retract",
+    "trace",
     "train",
 ]
 

@@ -14,6 +14,11 @@ from errata.edits.artefact import Artefact
 from errata.errors import ConfigError
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.host.host import Host
+from errata.inspect.facts import fact
+from errata.inspect.tracing import DEFAULT as TRACE
+from errata.inspect.tracing import Settings as TraceSettings
+from errata.inspect.tracing import Trace
+from errata.inspect.tracing import trace as run_trace
 from errata.job import prepare as prepare
 from errata.job import prepare_training as prepare_training
 from errata.loading import load as load
@@ -78,6 +83,18 @@ def train(
         workers=workers,
         on_progress=on_progress,
     ).run()
+
+
+def trace(
+    host: Host, prompt: str, subject: str, *, answer: str | None = None, settings: TraceSettings = TRACE
+) -> Trace:  # fmt: skip
+    """Trace which states of a model bring a prompt's answer back when its subject is unreadable; see
+    :mod:`errata.inspect.tracing`.
+
+    ``answer``: None for the host's own first choice; its first token is read. The host is left as it was. Raises
+    RequestError for a subject that is not in the prompt, HostError for a host that is no causal language model.
+    """
+    return run_trace(host, fact(host, prompt, subject, answer), settings)
 
 
 def check_edit(

@@ -35,6 +35,11 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     return _linalg.solve(matrix, right)
 
 
+def least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Return the shortest X ``[m, k]`` of those that minimise |A X - B|, A ``[n, m]`` and B ``[n, k]``; on the CPU."""
+    return _linalg.lstsq(a, b, driver="gelsd").solution
+
+
 def pseudo_inverse(matrix: Tensor) -> Tensor:
     """Return the Moore-Penrose inverse of a symmetric matrix ``[m, m]``, of the same shape."""
     return _linalg.pinv(matrix, hermitian=True)

@@ -102,7 +102,7 @@ def attribute(
     ``steps`` is T; ``on_layer(count, total)`` is called after each layer. The host is left unchanged.
     """
     attributions = {site: torch.zeros(len(questions), site.d_in, dtype=torch.float64) for site in sites}
-    points = _points(steps, rule)
+    points = path_points(steps, rule)
     groups = tokens_batches([q.ids for q in questions])
     with hooks.frozen(host.model):
         for batch, group in enumerate(groups):
@@ -113,7 +113,7 @@ def attribute(
     return attributions
 
 
-def _points(steps: int, rule: Rule) -> Tensor:
+def path_points(steps: int, rule: Rule) -> Tensor:
     """Return the points of the path in [0, 1], float64 ``[T]``."""
     first = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
     return (torch.arange(steps, dtype=torch.float64) + first) / steps
