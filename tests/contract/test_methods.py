@@ -26,7 +26,10 @@ REQUESTS = [
     errata.Request("{} was born in", "Ada Brenner", "Merrin"),
     errata.Request("The capital of {} is", "Arvania", "Esk"),
 ]
-ALL = [name for name in REGISTRY if "causal_lm" in REGISTRY.get(name).hosts]
+ALL = [
+    name for name in REGISTRY
+    if "causal_lm" in REGISTRY.get(name).hosts and REGISTRY.get(name).takes == "requests"
+]  # those that forget concepts: test_erasers.py  # fmt: skip
 EXAMPLES = [
     errata.Case(
         f"example {i}",
