@@ -72,6 +72,8 @@ def options(name: str) -> dict:
         return {"question": "{condition} {prompt}", "threshold": 0.0}
     if name == "rledit":  # what a step costs grows with its sequence
         return {"steps": 2, "length": 2, "reach": 1}
+    if name == "lsdm":  # a random model is nearly balanced, and what changes little is lost in rounding
+        return {"steps": 4, "tokens": 400, "stop_loss": 0.0}
     if name == "slag":  # and with how often an update is applied
         return {"steps": 2, "applications": 2}
     if name == "defer":  # its gate is closed until it is trained

@@ -72,7 +72,7 @@ def command(
     check_takes(entry, [whole])
     fitted, measured = whole.split(held_out, seed=seed)
     host = common.open_text_host(model, device, dtype)
-    neutral = _lines(texts) if texts else erasure.neutral_texts(host)
+    neutral = common.text_lines(texts, host)
     with common.progress(not (json or dry_run)) as tick:
         job = api.prepare(host, fitted, method=method, options=config, seed=seed, on_progress=tick)
         if dry_run:
@@ -101,18 +101,6 @@ def _read(source: str, concept: str) -> Concept:
     from errata.lab.labels import labelled_texts
 
     return Concept(concept, tuple(labelled_texts(concept)))
-
-
-def _lines(path: Path) -> list[str]:
-    from errata.errors import DataError
-
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the texts of {path}: {error}") from error
-    if not any(lines):
-        raise DataError(f"{path} holds no texts")
-    return [line for line in lines if line]
 
 
 def _fused(edit: Edit, host: Host, concept: Concept) -> Edit:

@@ -67,9 +67,9 @@ def measure(
     neutral = list(texts) if texts is not None else neutral_texts(host)
     parts = [labelled_rows(host, part, tokens) for part in (fitted, held_out)]
     classes = len(fitted.labels)
-    before, price = _look(host, parts, modules), _perplexity(host, neutral)
+    before, price = _look(host, parts, modules), text_perplexity(host, neutral)
     with edit.on(host):
-        after, price_after = _look(host, parts, modules), _perplexity(host, neutral)
+        after, price_after = _look(host, parts, modules), text_perplexity(host, neutral)
     counts = torch.bincount(parts[0].labels, minlength=classes)
     majority = float((parts[1].labels == int(counts.argmax())).double().mean())
     rows = list[SiteProbes]()
@@ -105,5 +105,6 @@ def _scores(
     return accuracy(linear(states[1]), held), accuracy(network(states[1]), held)
 
 
-def _perplexity(host: Host, texts: Sequence[str]) -> float:
+def text_perplexity(host: Host, texts: Sequence[str]) -> float:
+    """Return the perplexity per token of some texts."""
     return perplexity.of_texts([torch.tensor(row) for row in likelihood.rolling(host, texts) if row])
