@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from errata.evaluation.judge import JudgeSettings
     from errata.host.host import Host
     from errata.job import Job
-    from errata.types import AskOptions, Case, ImageRequest, Probe, Request
+    from errata.types import AskOptions, Case, Concept, ImageRequest, LabelledText, Probe, Request
 
 _HOME = {
     "load": "errata.api",
@@ -47,6 +47,8 @@ _HOME = {
     "AskOptions": "errata.types",
     "Request": "errata.types",
     "ImageRequest": "errata.types",
+    "Concept": "errata.types",
+    "LabelledText": "errata.types",
     "Probe": "errata.types",
     "Case": "errata.types",
     "Report": "errata.bench.evaluate",
@@ -61,6 +63,7 @@ __all__ = [
     "Artefact",
     "AskOptions",
     "Case",
+    "Concept",
     "Edit",
     "EditCheck",
     "ErrataError",
@@ -70,6 +73,7 @@ __all__ = [
     "Job",
     "JudgeSettings",
     "JudgedCell",
+    "LabelledText",
     "Probe",
     "Report",
     "Request",

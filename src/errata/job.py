@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from errata import config as settings
 from errata.bench import sources
@@ -24,8 +24,10 @@ from errata.stats.corpora import as_corpus
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.trackers import check_tracker
 from errata.training.workers import ALONE, Workers
-from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, ImageRequest, Request
+from errata.types import DEFAULT_ASK, AskOptions, Case, Concept, Corpus, ImageRequest, Request
 
+Asked: TypeAlias = Request | ImageRequest | Concept
+"""What a method may be asked for: a fact, images, or to forget a concept."""
 EXAMPLE_SEED = 1_000_003
 """Seed that named sources of examples are drawn with; no measurement uses it."""
 
@@ -39,7 +41,7 @@ class Job:
     """The method's settings; what is None is chosen for the model when fitting."""
     host: Host
     """With the prompt format of the options."""
-    requests: tuple[Request | ImageRequest, ...]
+    requests: tuple[Asked, ...]
     work: Workspace
     """Seed, corpus, examples and the cache of statistics."""
     after: Edit | None = None
@@ -49,7 +51,7 @@ class Job:
         """Fit all requests and return the edit; the host is left as it was."""
         return self.fit(self.requests, self.after)
 
-    def fit(self, requests: Sequence[Request | ImageRequest], after: Edit | None = None) -> Edit:
+    def fit(self, requests: Sequence[Asked], after: Edit | None = None) -> Edit:
         """Fit some requests with this job's method and settings, alone or continuing from an edit."""
         return self.method.run(self.host, requests, self.config, self.work, after=after)  # type: ignore[arg-type]
 
@@ -76,7 +78,7 @@ class Job:
 
 
 def prepare(
-    host: Host, requests: Request | ImageRequest | Sequence[Request | ImageRequest], *, method: str,
+    host: Host, requests: Asked | Sequence[Asked], *, method: str,
     options: Mapping[str, Any] | object | None = None, seed: int = 0, after: Edit | None = None,
     batch_size: int | str = "auto", corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, ask: AskOptions = DEFAULT_ASK,
@@ -102,7 +104,8 @@ def prepare(
     check_kind(entry, host)
     entry.check_after(after)
     host = with_prompt_options(host, ask, after=after)
-    requests = (requests,) if isinstance(requests, (Request, ImageRequest)) else tuple(requests)
+    requests = (requests,) if isinstance(requests, (Request, ImageRequest, Concept)) else tuple(requests)
+    check_takes(entry, requests)
     if check:
         check_requests(host, requests)
     size = _batch_size(batch_size)
@@ -251,7 +254,22 @@ def check_kind(method: Method, host: Host) -> None:
         raise ConfigError(f"{error}; methods for those: {', '.join(fitting) or 'none'}") from None
 
 
-def check_requests(host: Host, requests: Sequence[Request | ImageRequest]) -> None:
+def check_takes(method: Method, requests: Sequence[Asked]) -> None:
+    """Raise ConfigError where a method that forgets concepts gets facts, or the other way round."""
+    concepts = method.takes == "concept"
+    if any(isinstance(request, Concept) is not concepts for request in requests):
+        raise ConfigError(
+            f"{method.name} takes a concept shown by labelled texts, no requests: use errata erase, or pass an "
+            "errata.Concept" if concepts
+            else f"{method.name} takes requests, and a concept was given; methods for those: {', '.join(_erasing())}"
+        )  # fmt: skip
+
+
+def _erasing() -> list[str]:
+    return [name for name in REGISTRY if REGISTRY.get(name).takes == "concept"]
+
+
+def check_requests(host: Host, requests: Sequence[Asked]) -> None:
     """Raise RequestError listing every request that the host cannot take."""
     complaints = []
     for i, request in enumerate(requests):
@@ -265,7 +283,13 @@ def check_requests(host: Host, requests: Sequence[Request | ImageRequest]) -> No
         raise RequestError("no requests given")
 
 
-def _check_request(host: Host, request: Request | ImageRequest) -> None:
+def _check_request(host: Host, request: Asked) -> None:
+    if isinstance(request, Concept):
+        longest = max(request.texts, key=lambda one: len(one.text))
+        length = host.length(host.encode(longest.text).ids)
+        if host.window is not None and length > host.window:
+            raise RequestError(f"a text is {length} tokens, the model's window is {host.window}")
+        return
     expected = ImageRequest if isinstance(host, ImageHost) else Request
     if not isinstance(request, expected):
         raise RequestError(

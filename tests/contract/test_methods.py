@@ -26,7 +26,10 @@ REQUESTS = [
     errata.Request("{} was born in", "Ada Brenner", "Merrin"),
     errata.Request("The capital of {} is", "Arvania", "Esk"),
 ]
-ALL = [name for name in REGISTRY if "causal_lm" in REGISTRY.get(name).hosts]
+ALL = [
+    name for name in REGISTRY
+    if "causal_lm" in REGISTRY.get(name).hosts and REGISTRY.get(name).takes == "requests"
+]  # those that forget concepts: test_erasers.py  # fmt: skip
 EXAMPLES = [
     errata.Case(
         f"example {i}",
@@ -69,6 +72,8 @@ def options(name: str) -> dict:
         return {"question": "{condition} {prompt}", "threshold": 0.0}
     if name == "rledit":  # what a step costs grows with its sequence
         return {"steps": 2, "length": 2, "reach": 1}
+    if name == "lsdm":  # a random model is nearly balanced, and what changes little is lost in rounding
+        return {"steps": 4, "tokens": 400, "stop_loss": 0.0}
     if name == "slag":  # and with how often an update is applied
         return {"steps": 2, "applications": 2}
     if name == "enn":  # and with the steps of an edit, which are differentiated

@@ -162,7 +162,9 @@ def _run(read: documents.RunDocument) -> RunSpec:
         MethodSpec(method.name, dict(method.settings), method.title) for method in read.methods or ()
     )
     if read.methods is None:
-        methods = tuple(MethodSpec(name, label=name) for name in REGISTRY)
+        methods = tuple(
+            MethodSpec(name, label=name) for name in REGISTRY if REGISTRY.get(name).takes == "requests"
+        )
     datasets = tuple(DatasetSpec(each.source, each.demonstrations, each.beside) for each in read.datasets)
     return RunSpec(methods, datasets, read.schedule, read.look, every_method=read.methods is None)
 

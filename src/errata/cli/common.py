@@ -152,6 +152,22 @@ def read_cases(source: str, seed: int, *, together: bool = False) -> list[Case]:
     return read(source, seed=seed, together=together)[0]
 
 
+def text_lines(path: Path | None, host: Host) -> list[str]:
+    """Read texts, one a line, or return the model's own neutral texts. Raises DataError where there are none."""
+    from errata.errors import DataError
+    from errata.evaluation.erasure import neutral_texts
+
+    if path is None:
+        return neutral_texts(host)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the texts of {path}: {error}") from error
+    if not any(lines):
+        raise DataError(f"{path} holds no texts")
+    return [line for line in lines if line]
+
+
 def emit(document: Any) -> None:
     """Print one JSON document."""
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)

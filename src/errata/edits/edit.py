@@ -23,7 +23,7 @@ from errata.edits.header import provenance_fields
 from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.base import ModelHost
-from errata.types import ImageRecord, ImageRequest, Request
+from errata.types import Concept, ConceptRecord, ImageRecord, ImageRequest, Request
 
 TRAINED = "artefact"
 """What the header of a trained editor's file names as its kind, see :class:`errata.edits.artefact.Artefact`."""
@@ -37,8 +37,8 @@ class Provenance:
 
     method: str
     """Registered name of the method."""
-    requests: tuple[Request | ImageRecord, ...]
-    """The requests; of image requests names, number and a content hash, never pixels."""
+    requests: tuple[Request | ImageRecord | ConceptRecord, ...]
+    """The requests; of images and concepts names, numbers and a content hash, never pixels or texts."""
     config: Mapping[str, Any]
     """The method's settings with all defaults resolved."""
     host: str
@@ -60,7 +60,7 @@ class Provenance:
     the same fit gives the same edit at any time."""
 
     def __post_init__(self) -> None:
-        recorded = tuple(r.record if isinstance(r, ImageRequest) else r for r in self.requests)
+        recorded = tuple(r.record if isinstance(r, (ImageRequest, Concept)) else r for r in self.requests)
         object.__setattr__(self, "requests", recorded)
 
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from errata.types import ImageRecord, Request
+from errata.types import ConceptRecord, ImageRecord, Request
 
 NAMES: dict[type, str] = {
     str: "text",
@@ -86,8 +86,10 @@ def provenance_fields(stored: Any) -> dict[str, Any]:
     return values
 
 
-def _request(stored: Any, where: str) -> Request | ImageRecord:
+def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
     check_type(stored, dict, where)
+    if "labels" in stored:
+        return _concept(stored, where)
     text = "prompt" in stored
     needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
     optional = ("target_old", "id") if text else ("id",)
@@ -99,6 +101,19 @@ def _request(stored: Any, where: str) -> Request | ImageRecord:
         if stored.get(name) is not None:
             fields[name] = get_field(stored, name, str, where)
     return Request(**fields) if text else ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
+
+
+def _concept(stored: Any, where: str) -> ConceptRecord:
+    unknown = sorted(set(stored) - {"name", "labels", "digest"})
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
+    labels = get_field(stored, "labels", dict, where)
+    counts = {
+        name: check_type(count, int, f"{where}: labels[{name[:80]!r}]") for name, count in labels.items()
+    }
+    return ConceptRecord(
+        get_field(stored, "name", str, where), counts, get_field(stored, "digest", str, where)
+    )
 
 
 def record_fields(facts: Any, where: str, requests: int) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from errata.host.passes import Routing
 from errata.linalg import side
 from errata.writing import folded, names
 
-Operation = Literal["add", "replace", "lowrank", "dense", "slots", "swap", "affine", "side", "attend"]
+Operation = Literal[
+    "add", "replace", "lowrank", "dense", "slots", "swap", "affine", "erase", "side", "attend"
+]
 Positions = Literal["last", "prompt", "after", "all", "subject"]
 PARTS: dict[Operation, tuple[str, ...]] = {
     "add": ("values",),
@@ -41,6 +43,7 @@ PARTS: dict[Operation, tuple[str, ...]] = {
     "slots": ("keys", "biases", "values"),
     "swap": ("weights",),
     "affine": ("weights", "biases"),
+    "erase": ("left", "right", "mean"),
     "side": side.PARTS,
     "attend": attention.PARTS,
 }
@@ -72,6 +75,8 @@ class Intervention:
                                                       values ``[entries, s, d_out]``
     swap     weights @ x                              weights ``[entries, d_out, d_in]``
     affine   weights @ x + biases                     weights ``[entries, d_out, d_in]``, biases ``[entries, d_out]``
+    erase    y - left @ (right @ (y - mean))          left ``[entries, d_out, r]``, right ``[entries, r, d_out]``,
+                                                      mean ``[entries, d_out]``
     side     y + what a side network adds             see :func:`errata.linalg.side.side_shapes`, an axis of entries
                                                       before those
     attend   y + attention over several entries       keys, values ``[entries, heads * d_head]``; see
@@ -497,6 +502,8 @@ class _ActiveIntervention:
             return inputs @ part["weights"].mT
         if self.intervention.operation == "affine":
             return inputs @ part["weights"].mT + part["biases"]
+        if self.intervention.operation == "erase":
+            return output - ((output - part["mean"]) @ part["right"].mT) @ part["left"].mT
         act = ACTIVATIONS[self.intervention.activation]
         return output + act(inputs @ part["keys"].mT + part["biases"]) @ part["values"]
 

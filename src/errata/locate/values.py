@@ -74,6 +74,9 @@ class ValueConfig:
     """``stop: top``: whether the bare prompt is one of those contexts; always, where it is the only one."""
     nll_loss_factor: float = 1.0
     """Weight of the targets' loss."""
+    balance: bool = False
+    """Whether the targets' loss is squared: with rows of negative weight, which it subtracts, it is least where both
+    kinds of row are equally likely (LSDM)."""
     relax: bool = False
     """PMET's code: after an evaluation in which every target token is the argmax, the targets' loss is weighted by a
     tenth, until that is no longer so; the search ends there if the weighted divergence is at most 0.01."""
@@ -437,6 +440,7 @@ class _Search:
         groups = self.groups
         for step in range(1, config.steps + 1):
             nll, divergence, top = self._forward(groups, shifts)
+            nll = nll.square() if config.balance else nll
             nll_of = torch.where(running, nll.detach(), nll_of)
             loss = factor * nll + config.kl * divergence + self._penalty(shifts)
             at_top += top

@@ -323,11 +323,17 @@ def stabilise_values(task: Task[TaskSettings], values: Sequence[Value]) -> Tenso
 
 
 def start_sweep(
-    task: Task[TaskSettings], problems: Sequence[ValueProblem], costs: Mapping[Site, CostMatrix]
-) -> LayerSweep:
-    """Begin at the lowest layer; warn of requests with the same key there but different targets."""
+    task: Task[TaskSettings], problems: Sequence[ValueProblem], costs: Mapping[Site, CostMatrix],
+    *, collisions: bool = True,
+) -> LayerSweep:  # fmt: skip
+    """Begin at the lowest layer; warn of requests with the same key there but different targets.
+
+    ``collisions``: False where the requests' own targets do not matter, so that none can contradict another.
+    """
     first = task.sites[0]
     sweep = LayerSweep(task.host, problems, first.layer)
+    if not collisions:
+        return sweep
     _warn_of_collisions(task.requests, problems, sweep.keys(first).mT, costs[first])
     return sweep
 

@@ -80,7 +80,8 @@ class Method:
     """Authors' title, venue and arXiv id."""
     config: type
     """Frozen dataclass of settings, a string under each field."""
-    fit: Callable[[Host, Sequence[Request], Any, Workspace], Edit]
+    fit: Callable[[Host, Sequence[Any], Any, Workspace], Edit]
+    """Of a host, what it takes, its settings and a workspace."""
     gives: type[Edit]
     batch: bool
     """Whether one fit takes several requests."""
@@ -96,6 +97,8 @@ class Method:
     """What it takes besides host and requests: second_moment, contexts, gradients, peft."""
     writes: Literal["site", "linear", "block"] = "site"
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
+    takes: Literal["requests", "concept"] = "requests"
+    """What a fit is asked for: requests that a prompt be answered, or to forget a concept that labelled texts show."""
     hosts: tuple[str, ...] = (CAUSAL,)
     """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True

@@ -1,6 +1,7 @@
 """Frozen records that every room uses. Importing them loads the standard library only."""
 
 from errata.types.asking import DEFAULT_ASK, AskOptions
+from errata.types.concept import Concept, ConceptRecord, LabelledText
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
 from errata.types.resources import Corpus, Resources
@@ -24,11 +25,14 @@ __all__ = [
     "SLOT",
     "AskOptions",
     "Case",
+    "Concept",
+    "ConceptRecord",
     "Corpus",
     "Form",
     "ImageRecord",
     "ImageRequest",
     "Kind",
+    "LabelledText",
     "Observation",
     "Probe",
     "Request",

@@ -1,0 +1,94 @@
+"""`errata debias`: gaps between two answers, what is printed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import errata
+from errata import lab
+from errata.cli.main import app
+from errata.edits import Edit
+from errata.errors import ConfigError, ErrataError, RequestError
+from errata.evaluation import debiasing
+from tests.models import fresh
+
+TRADES = ("baker", "pilot", "nurse", "tailor", "judge")
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, ["debias", *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Prompts about trades, and two facts of the lab."""
+    prompts = tmp_path / "trades.jsonl"
+    prompts.write_text(
+        "\n".join(
+            json.dumps({"prompt": "The {} plays the", "subject": one, "target": "harp"}) for one in TRADES
+        )
+    )
+    facts = [fact for fact in lab.world().facts if fact.relation == "plays"][:2]
+    keep = tmp_path / "keep.jsonl"
+    keep.write_text(
+        "\n".join(
+            json.dumps({"prompt": "{} plays the", "subject": f.subject, "target": f.object}) for f in facts
+        )
+    )
+    return str(prompts), str(keep), str(tmp_path / "fair.safetensors")
+
+
+def test_a_gap_is_the_difference_of_log_probabilities():
+    host = fresh("llama")
+    requests = [errata.Request("The {} said that", name, "Esk") for name in ("dog", "harp")]
+    found = debiasing.gap(host, requests, ("Tallow", "Esk"))
+    gaps = []
+    for request in requests:
+        sums = []
+        for answer in ("Tallow", "Esk"):
+            row = host.encode_answer(request.text, answer)
+            logprobs = host.forward(host.batch([row.ids]))[0].detach().float().log_softmax(-1)
+            sums.append(sum(float(logprobs[at - 1, row.ids[at]]) for at in range(row.start, len(row.ids))))
+        gaps.append(abs(sums[0] - sums[1]))
+    assert found.prompts == 2 and math.isclose(found.mean, sum(gaps) / 2, rel_tol=1e-3)
+    assert math.isclose(found.largest, max(gaps), rel_tol=1e-3)
+    assert debiasing.gap(host, [], ("Tallow", "Esk")) == debiasing.Gap(0, 0.0, 0.0)
+
+
+def test_the_gap_falls_and_what_is_printed(files):
+    prompts, keep, out = files
+    words = (prompts, "--model", "lab", "--pair", "harp, cello", "--keep", keep, "-o", out)
+    quick = ("--set", "tokens=4000", "--set", "contexts=0", "--set", "steps=10")
+    document = json.loads(run(*words, *quick, "--json"))
+    assert document["fitted_before"]["prompts"] == 4 and document["held_out_before"]["prompts"] == 1
+    assert document["fitted_after"]["mean"] < 0.5 * document["fitted_before"]["mean"]
+    assert 0 <= document["kept"] <= 1 and document["known"] <= 2
+    edit = Edit.load(out)
+    assert edit.provenance.method == "lsdm" and list(edit.provenance.config["pair"]) == ["harp", "cello"]
+    assert len(edit.provenance.requests) == 4
+    shown = run(*words[:-1], out.replace("fair", "other"), *quick[:4], "--set", "steps=2")
+    assert "nats between 'harp' and 'cello'" in shown and "perplexity of neutral text" in shown
+
+
+def test_what_is_refused(files):
+    prompts, _, out = files
+    words = (prompts, "--model", "lab", "-o", out)
+    with pytest.raises(ConfigError, match="two different answers"):
+        run(*words, "--pair", "he")
+    with pytest.raises(ConfigError, match="methods that do: dama, lsdm"):
+        run(*words, "--method", "memit")
+    with pytest.raises(ConfigError, match="did you mean"):
+        run(*words, "--method", "lsmd")
+    with pytest.raises(ErrataError, match="unknown kind of file"):
+        run(prompts + "x", "--model", "lab", "-o", out)
+    single = prompts.replace("trades", "one")
+    Path(single).write_text(json.dumps({"prompt": "The {} plays the", "subject": "baker", "target": "harp"}))
+    with pytest.raises(RequestError, match="none to fit on"):
+        run(single, "--model", "lab", "-o", out, "--held-out", "0.9")
