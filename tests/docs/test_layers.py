@@ -16,7 +16,7 @@ ROWS: dict[str, int] = {
     "host": 1, "linalg": 1, "data": 1, "evaluation.metrics": 1,
     "stats": 2, "edits": 2, "evaluation": 2,
     "locate": 3, "training": 3,
-    "methods": 4,
+    "methods": 4, "inspect": 4,
     "bench": 5, "lab": 5, "job": 5, "loading": 5, "ledger": 5,
     "api": 6, "report": 6,
     "cli": 7, "serve": 7,
@@ -109,8 +109,9 @@ def test_arrows_point_down(path):
         same_row_one = ROWS[theirs] == 1 == ROWS[mine]
         assert ROWS[theirs] <= ROWS[mine], f"{path}:{line} {mine} imports {theirs}"
         assert not same_row_one, f"{path}:{line} {mine} imports {theirs}, its neighbour"
-        if mine == "methods":
+        if mine in ("methods", "inspect"):
             assert theirs not in ("data", "evaluation", "evaluation.metrics"), f"{path}:{line}"
+        assert (mine, theirs) != ("inspect", "methods"), f"{path}:{line} looking needs no method"
         if mine in ("bench", "lab") and theirs == "methods" and "TYPE_CHECKING" not in path.read_text():
             assert name == "errata.methods.REGISTRY", f"{path}:{line} methods only through the registry"
 

@@ -78,7 +78,7 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
 
     Raises ConfigError without matplotlib, DataError where the folder cannot be written.
     """
-    _require()
+    require_matplotlib()
     target = folder(place)
     paths = []
     for board, slug in _with_slugs(boards(runs)):
@@ -89,12 +89,13 @@ def write_figures(place: str | os.PathLike[str], runs: Sequence[Run]) -> list[Pa
             drawings |= {"retention": _retention, "collapse": _collapse}
         for name, draw in drawings.items():
             for theme in (LIGHT, DARK):
-                stem, figure = f"{name}-{slug}{theme.name}", _fixed(draw(board, theme))
-                paths += [write(target / f"{stem}.{form}", _render(figure, form)) for form in ("png", "svg")]
+                stem, figure = f"{name}-{slug}{theme.name}", fixed(draw(board, theme))
+                paths += [write(target / f"{stem}.{form}", render(figure, form)) for form in ("png", "svg")]
     return paths
 
 
-def _require() -> None:
+def require_matplotlib() -> None:
+    """Raise ConfigError where matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -113,7 +114,7 @@ def _with_slugs(every_board: Sequence[Board]) -> Iterator[tuple[Board, str]]:
         yield board, slug if count_of[slug] == 1 else f"{slug}-{count_of[slug]}"
 
 
-def _fixed(figure: Figure) -> Figure:
+def fixed(figure: Figure) -> Figure:
     """Lay a figure out and fix the positions, identical for identical data; return it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -123,7 +124,7 @@ def _fixed(figure: Figure) -> Figure:
     return figure
 
 
-def _render(figure: Figure, form: str) -> bytes:
+def render(figure: Figure, form: str) -> bytes:
     """Return the bytes of a figure with fixed positions, identical for identical data."""
     from matplotlib import rc_context
 
@@ -143,7 +144,7 @@ def _figure(board: Board, theme: Theme, height: float, title: str, columns: int)
     figure.text(0.012, 1 - 0.40 / height, board.title, color=theme.muted, fontsize=9, va="top")
     figure.text(0.012, 0.1 / height, _footer(board), color=theme.muted, fontsize=7.5, va="bottom")
     axes = figure.subplots(1, columns, sharey=title.startswith("Board"), squeeze=False)
-    return figure, [_styled(one, theme) for one in axes[0]]
+    return figure, [styled(one, theme) for one in axes[0]]
 
 
 def _footer(board: Board) -> str:
@@ -156,7 +157,8 @@ def _footer(board: Board) -> str:
     return " · ".join(words)
 
 
-def _styled(axes: Axes, theme: Theme) -> Axes:
+def styled(axes: Axes, theme: Theme) -> Axes:
+    """Return axes in the style of a theme: a rule below, a grid behind, no other frame."""
     axes.set_facecolor(theme.ground)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")

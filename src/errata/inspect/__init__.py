@@ -1,0 +1,1 @@
+"""Looking inside a model: what it holds, and where. Nothing here changes a model."""
