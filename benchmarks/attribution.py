@@ -1,6 +1,6 @@
 """Rank documents of the lab's training text for facts they are known to state, by every method of attribution.
 
-    python benchmarks/attribution.py --documents 300 --facts 200 -o attribution.json
+    python benchmarks/attribution.py --documents 200 --facts 150 -o attribution.json
 
 Queries are in phrasings that never occur in the text. ``named``: with the subject's name; ``alias``: with its other
 name, for facts that documents state under the first name alone, so that words of the subject do not help.
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--facts", type=int, default=200)
+    parser.add_argument("--loss", action="store_true", help="gradients of the loss in place of the margin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="write the figures here, JSON")
     options = parser.parse_args(argv)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         and not any(world.names(fact.subject)[1] in texts[i] for i in known[fact])
     ]  # fmt: skip
     groups["alias"] = draw.sample(hidden, min(options.facts, len(hidden)))
-    gradients = Gradients(host, texts)
+    gradients = Gradients(host, texts, margin=not options.loss)
     rows: list[dict[str, Any]] = []
     for group, chosen in groups.items():
         asked = queries(chosen, draw, alias=group == "alias")

@@ -1,13 +1,15 @@
 """Which training texts taught a model an answer: baselines by words and states, and gradients of the loss.
 
-The gradient of a text's loss for a linear map is the sum over tokens of g h^T. It is read in two small bases, of the
+Gradients are of the margin log(p / (1 - p)), summed over a text's tokens: what a converged model has learned has next
+to no loss, and so no gradient of it, while the tokens that nothing decides (which fact comes next) fill the gradient of
+a text's loss. The gradient for a linear map is the sum over tokens of g h^T. It is read in two small bases, of the
 map's inputs h and of the gradients g at its output, so that a text is a matrix ``[r, r]`` for each map (LoGra, arXiv
 2405.13954, with the leading directions of both second moments). From these features:
 
 * ``tracin``: cosine of the query's gradient and the text's (arXiv 2002.08484; one checkpoint, normalised as in
   2205.11482);
-* ``trak``: features of the query's margin log(p / (1 - p)) times the inverse kernel of the texts' features
-  (2303.14186). Departs: the texts' features are of the loss, the margin's weighted by 1 - p token by token;
+* ``trak``: the query's features times the inverse kernel of the texts' (2303.14186). Departs: the factor 1 - p of each
+  text is left out;
 * ``ekfac``: the query's gradient divided by the mean squares of the texts' features in the eigenbases of the Kronecker
   factors, the corrected eigenvalues of 2308.03296. Departs: squares are of the texts' own labels, not of sampled ones,
   and beyond the leading directions nothing is seen.
@@ -108,17 +110,19 @@ class Gradients:
 
     def __init__(
         self, host: Host, texts: Sequence[str], *, modules: Sequence[str] | None = None, rank: int = RANK,
-        batch_size: int = 16, on_texts: OnCount = ignore,
+        margin: bool = True, batch_size: int = 16, on_texts: OnCount = ignore,
     ) -> None:  # fmt: skip
         """Read the texts once, and a sample of them twice.
 
-        ``modules``: paths of linear maps; None takes every block's output of the feed-forward. Raises ConfigError for a
-        host that is no causal language model, HostError for modules without a plain linear map.
+        ``modules``: paths of linear maps; None takes every block's output of the feed-forward. ``margin``: False takes
+        gradients of the loss. Raises ConfigError for a host that is no causal language model, HostError for modules
+        without a plain linear map.
         """
         if host.kind != CAUSAL:
             raise ConfigError(f"gradients of texts need a causal language model, and {host.name} is none")
         own = [site.name for site in host.layout.mlp_out if site is not None]
-        self.host, self.modules, self.batch_size = host, list(modules or own), batch_size
+        self.host, self.modules, self.margin = host, list(modules or own), margin
+        self.batch_size = batch_size
         rows = [text_row(host, text) for text in texts]
         step = max(1, len(rows) // SAMPLE)
         sample = self._pairs([row for row in rows[::step][:SAMPLE] if row is not None])
@@ -127,18 +131,18 @@ class Gradients:
         self.texts = self._features(rows, on_texts=lambda done: on_texts(done, len(rows)))
         """By map, ``[n, r_out * r_in]``; zeros for a text of one token."""
 
-    def queries(self, queries: Sequence[Query], *, margin: bool) -> dict[str, Tensor]:
-        """Return the features of answers, by map ``[q, r_out * r_in]``; ``margin`` as of :func:`collect_rows`."""
+    def queries(self, queries: Sequence[Query]) -> dict[str, Tensor]:
+        """Return the features of answers, by map ``[q, r_out * r_in]``."""
         rows = [self.host.encode_answer(query.prompt, query.answer) for query in queries]
-        return self._features(rows, margin=margin)
+        return self._features(rows)
 
-    def _pairs(self, rows: Sequence[Answer], *, margin: bool = False) -> list[dict[str, Pairs]]:
+    def _pairs(self, rows: Sequence[Answer]) -> list[dict[str, Pairs]]:
         return collect_rows(
-            self.host, rows, self.modules, tokens="all", margin=margin, batch_size=self.batch_size
+            self.host, rows, self.modules, tokens="all", margin=self.margin, batch_size=self.batch_size
         )
 
     def _features(
-        self, rows: Sequence[Answer | None], *, margin: bool = False, on_texts: Callable[[int], None] = ignore
+        self, rows: Sequence[Answer | None], *, on_texts: Callable[[int], None] = ignore
     ) -> dict[str, Tensor]:
         result = {
             name: torch.zeros(len(rows), len(basis.outputs) * len(basis.inputs))
@@ -148,7 +152,7 @@ class Gradients:
         places.sort(key=lambda i: len(rows[i].ids))  # type: ignore[union-attr]
         for first in range(0, len(places), self.batch_size):
             part = places[first : first + self.batch_size]
-            found = self._pairs([row for i in part if (row := rows[i]) is not None], margin=margin)
+            found = self._pairs([row for i in part if (row := rows[i]) is not None])
             for i, pairs in zip(part, found, strict=True):
                 for name, basis in self.bases.items():
                     result[name][i] = basis.features(pairs[name])
@@ -217,7 +221,7 @@ def scores(
     if method == "embedding":
         return embed(host, whole) @ embed(host, texts).mT
     found = gradients or Gradients(host, texts, on_texts=on_texts)
-    return SCORES[method](found.queries(queries, margin=method == "trak"), found.texts)
+    return SCORES[method](found.queries(queries), found.texts)
 
 
 def attribute(

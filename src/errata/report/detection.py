@@ -41,9 +41,7 @@ def write_detection(path: Path, document: Mapping[str, Any]) -> Path:
         )
     _bars(left, bars)
     names = [(one["name"], one["ratio"]) for one in document["subjects"]]
-    right.set_title(
-        "key of a name moved, beside the median", fontsize=9.5, color=LIGHT.ink, loc="left"
-    )
+    right.set_title("key of a name moved, beside the median", fontsize=9.5, color=LIGHT.ink, loc="left")
     _bars(right, names)
     return picture.write_picture(path, figure)
 
