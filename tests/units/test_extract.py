@@ -165,7 +165,7 @@ def test_the_command_counts_and_keeps_texts_to_itself(tmp_path):
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout)
     assert [one["prefix"] for one in found["discovered"]] == [4, 8]
-    assert "examples" not in found["extracted"] and found["extracted"]["samples"] == 4
+    assert found["extracted"]["examples"] is None and found["extracted"]["samples"] == 4
     assert found["secrets"][0]["rank"] == 1 and found["secrets"][0]["exposure"] == 2
     assert (tmp_path / "a.png").stat().st_size > 5000
     assert isinstance(CliRunner().invoke(app, ["extract", "--prefix", "0"]).exception, ConfigError)

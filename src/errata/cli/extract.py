@@ -74,9 +74,7 @@ def command(
             "secrets": [_exposure(host, one) for one in asked],
         }  # fmt: skip
         if free:
-            document["extracted"] = _extracted(host, texts, free, window, top_k, seed, tick)
-    if not text:
-        document.get("extracted", {}).pop("examples", None)
+            document["extracted"] = _extracted(host, texts, free, window, top_k, seed, tick, show=text)
     if figure is not None:
         document["figure"] = str(_draw(figure, document))
     if json:
@@ -106,9 +104,10 @@ def _discovered(
 
 
 def _extracted(
-    host: Host, texts: Texts, samples: int, window: int, top_k: int | None, seed: int, tick: OnProgress
-) -> dict[str, Any]:
-    """Return what free samples hold of the texts."""
+    host: Host, texts: Texts, samples: int, window: int, top_k: int | None, seed: int, tick: OnProgress,
+    *, show: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what free samples hold of the texts; ``show``: with the stretches themselves."""
     from errata.inspect.extract import extract
     from errata.inspect.extract_index import TokenIndex
 
@@ -117,7 +116,7 @@ def _extracted(
         host, index, samples=samples, tokens=max(SAMPLE_TOKENS, window), window=window, seed=seed, top_k=top_k,
         on_samples=lambda done, total: tick("samples", done, total),
     )  # fmt: skip
-    return {**found.to_dict(), "corpus": index.digest}
+    return {**found.to_dict(), "corpus": index.digest, **({} if show else {"examples": None})}
 
 
 def _lengths(text: str) -> list[int]:
@@ -191,7 +190,7 @@ def _show(document: dict[str, Any]) -> None:
             f"({one['dropped']} more repeat themselves), {one['distinct']} different ones; "
             f"the next is new with probability {one['unseen']:.2f}, at least {one['total']:.0f} in all"
         )
-        for text, count in one.get("examples", ()):
+        for text, count in one["examples"] or ():
             print(common.safe(f"  {count} times in the corpus: {' '.join(text.split())}"))
     if document["secrets"]:
         rows = [(i + 1, f"{one['rank']} of {one['of']}", f"{one['exposure']:.1f}")
