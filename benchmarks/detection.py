@@ -5,8 +5,7 @@
 
 Every registered weight method for causal language models makes checkpoints with some edits each; controls are trained
 on text of the lab's world, whole, by low-rank changes, or in one layer, or are rounded. Facts are harmless, invented.
-Thresholds come from ``--choose``, one seed; the table shows the others. Rows are written as they are made, and a file
-that exists is continued.
+Rows are written as they are made, and a file that exists is continued.
 """
 
 from __future__ import annotations
@@ -146,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", choices=methods(), help="default: all")
     parser.add_argument("--counts", nargs="*", type=int, default=[1, 10, 100], help="edits in a model")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="below 10")
-    parser.add_argument("--choose", type=int, default=0, help="the seed that thresholds are chosen on")
     parser.add_argument("--singles", type=int, default=2, help="models with one edit, a method and seed")
     parser.add_argument("--rome", type=int, default=10, help="the same for rome")
     parser.add_argument("--controls", type=int, default=2, help="models of each control and seed")
@@ -168,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ErrataError as error:
             result = {**facts, "failed": str(error)}
         rows.append({**result, **facts, "seconds": round(time.process_time() - start, 2)})
-        options.output.write_text(json.dumps({"choose": options.choose, "rows": rows}, indent=1))
+        options.output.write_text(json.dumps({"rows": rows}, indent=1))
         print(json.dumps(rows[-1]), flush=True)
     if options.figure:
         from errata.report.detection import write_roc
 
-        write_roc(options.figure, {"choose": options.choose, "rows": rows})
+        write_roc(options.figure, {"rows": rows})
     return 0
 
 

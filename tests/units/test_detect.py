@@ -234,6 +234,6 @@ def test_pictures(tmp_path):
     )
     row = {"share": 0.1, "ratio": 2.0, "changed": True, "alone": 2.0, "seed": 1}
     rows = [{**row, "kind": "rome", "count": 1, "share": 0.01}, {**row, "kind": "control: whole", "count": 0}]
-    assert write_roc(tmp_path / "roc.png", {"choose": 0, "rows": rows}).stat().st_size > 10_000
+    assert write_roc(tmp_path / "roc.png", {"rows": rows}).stat().st_size > 10_000
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         write_detection(tmp_path / "a.pdf", document)

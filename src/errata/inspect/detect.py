@@ -27,8 +27,8 @@ from errata.locate.keys import Place, capture
 
 MOST_SPREAD, MOST_FOCUSED = 3e-3, 4e-4
 """Largest share of a model's directions that an edit changes, without candidate names; and with them, over the square
-of how far the name that is moved most is moved beside the median. More is training. Chosen on seed 0 of
-``benchmarks/detection.py``."""
+of how far the name that is moved most is moved beside the median. More is training. Chosen with the edited
+models of seed 0 of ``benchmarks/detection.py`` and controls in view, see ``docs/detect.md``."""
 LEAST_GAP = 1.5
 """Smallest drop s_r / s_(r+1) between singular values up to which what lies above it is taken off without the base."""
 LEAST_SCORE = 6.0
