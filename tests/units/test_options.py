@@ -93,6 +93,8 @@ def test_every_verb_takes_json(name):
         ("retract", {"--force"}), ("data export", {"--force"}), ("methods", set()), ("bench", set()),
         ("report", set()), ("judge", set()), ("data list", set()), ("data check", set()), ("data show", set()),
         ("data fetch", set()), ("export", {"--device", "--dtype", "--force"}),
+        ("detect", {"--device", "--dtype", "--force"}), ("attribute", {"--device", "--dtype"}),
+        ("extract", {"--device", "--dtype", "--seed"}),
         ("import", {"--device", "--dtype", "--force"}), ("push hub", set()), ("push vllm", set()),
         ("push remove", set()),
         ("serve", {"--device", "--dtype"}), ("ui", {"--device", "--dtype"}),

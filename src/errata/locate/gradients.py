@@ -37,6 +37,8 @@ Stacks = Literal["decoder", "encoder", "both"]
 FLOAT16_LOSS_SCALE = 1024.0
 """Factor on the loss of a float16 model, divided out of its gradients: those below 6e-8 would underflow."""
 
+CERTAIN = 1e-6
+"""Least 1 - p that the gradient of a margin is divided by."""
 TOLERANCE = 2e-2
 """Relative error up to which an output counts as W x + b; rounding in 16 bits stays below it."""
 
@@ -160,18 +162,36 @@ def collect(
     rows run at once, changes nothing but rounding. Raises HostError for a module that does not compute W x + b exactly
     once per token.
     """
+    rows = collect_rows(host, answers, modules, tokens=tokens, batch_size=batch_size, on_rows=on_rows)
+    return {name: _concatenate([row[name] for row in rows]) for name in modules}
+
+
+def collect_rows(
+    host: Host,
+    answers: Sequence[Answer],
+    modules: Sequence[str],
+    *,
+    tokens: Tokens = "answer",
+    margin: bool = False,
+    batch_size: int = 10,
+    on_rows: Callable[[int], None] = ignore,
+) -> list[dict[str, Pairs]]:
+    """Return the same for each prompt with its answer apart.
+
+    ``margin``: gradients of -log(p / (1 - p)), summed over answer tokens, in place of -log p; they do not vanish where
+    the answer is certain.
+    """
     finished = 0
 
     def run(batch: Sequence[Answer]) -> list[dict[str, Pairs]]:
         nonlocal finished
-        rows = _run_batch(host, batch, modules, tokens)
+        rows = _run_batch(host, batch, modules, tokens, margin)
         finished += len(batch)
         on_rows(finished)
         return rows
 
     with hooks.frozen(host.model):
-        rows = in_batches(answers, batch_size, run)
-    return {name: _concatenate([row[name] for row in rows]) for name in modules}
+        return in_batches(answers, batch_size, run)
 
 
 def _concatenate(rows: Sequence[Pairs]) -> Pairs:
@@ -181,7 +201,7 @@ def _concatenate(rows: Sequence[Pairs]) -> Pairs:
 
 
 def _run_batch(
-    host: Host, answers: Sequence[Answer], modules: Sequence[str], tokens: Tokens
+    host: Host, answers: Sequence[Answer], modules: Sequence[str], tokens: Tokens, margin: bool = False
 ) -> list[dict[str, Pairs]]:
     """Run forward and backward passes over some answers; return pairs by module, one entry per answer."""
     # the answer's last token predicts nothing that is scored
@@ -198,7 +218,10 @@ def _run_batch(
             stack.enter_context(hooks.on_output(tap.module, tap.add_zeros))
         logits = host.run(request).logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = functional.cross_entropy(wide, targets, reduction="sum")
+        losses = functional.cross_entropy(wide, targets, reduction="none")
+        # d log(p / (1 - p)) = d log p / (1 - p)
+        scales = -1 / torch.expm1(-losses.detach()).clamp_max(-CERTAIN) if margin else 1.0
+        loss = (scales * losses).sum()
         gradients = torch.autograd.grad(loss_scale * loss, [tap.leaf() for tap in taps])
     by_module = [tap.pairs(g / loss_scale) for tap, g in zip(taps, gradients, strict=True)]
     return [dict(zip(modules, row_pairs, strict=True)) for row_pairs in zip(*by_module, strict=True)]

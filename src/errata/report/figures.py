@@ -144,7 +144,7 @@ def _figure(board: Board, theme: Theme, height: float, title: str, columns: int)
     figure.text(0.012, 1 - 0.40 / height, board.title, color=theme.muted, fontsize=9, va="top")
     figure.text(0.012, 0.1 / height, _footer(board), color=theme.muted, fontsize=7.5, va="bottom")
     axes = figure.subplots(1, columns, sharey=title.startswith("Board"), squeeze=False)
-    return figure, [_styled(one, theme) for one in axes[0]]
+    return figure, [styled(one, theme) for one in axes[0]]
 
 
 def _footer(board: Board) -> str:
@@ -157,7 +157,8 @@ def _footer(board: Board) -> str:
     return " · ".join(words)
 
 
-def _styled(axes: Axes, theme: Theme) -> Axes:
+def styled(axes: Axes, theme: Theme) -> Axes:
+    """Return axes in the style of a theme: a rule below, a grid behind, no other frame."""
     axes.set_facecolor(theme.ground)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")

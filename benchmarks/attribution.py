@@ -1,0 +1,82 @@
+"""Rank documents of the lab's training text for facts they are known to state, by every method of attribution.
+
+    python benchmarks/attribution.py --documents 200 --facts 150 -o attribution.json
+
+Queries are in phrasings that never occur in the text. ``named``: with the subject's name; ``alias``: with its other
+name, for facts that documents state under the first name alone, so that words of the subject do not help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import errata
+from errata import lab
+from errata.inspect.attribute import GRADIENT, METHODS, Gradients, Query, ranking, scores
+from errata.lab.known import stated, training_documents
+from errata.lab.world import Fact, sentence
+
+
+def queries(facts: Sequence[Fact], draw: random.Random, *, alias: bool) -> list[Query]:
+    """Return a query for each fact in a held-out phrasing."""
+    world = lab.world()
+    result = []
+    for fact in facts:
+        wording = draw.choice(world.relations[fact.relation].held_out)
+        name = world.names(fact.subject)[1] if alias else fact.subject
+        result.append(Query(sentence(wording, name), fact.object))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rank, compare with what documents state, print and write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--facts", type=int, default=200)
+    parser.add_argument("--loss", action="store_true", help="gradients of the loss in place of the margin")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures here, JSON")
+    options = parser.parse_args(argv)
+    world, host, draw = lab.world(), errata.load(lab.NAME, device="cpu"), random.Random(options.seed)
+    documents = training_documents(options.documents)
+    texts = [document.text for document in documents]
+    known: dict[Fact, list[int]] = {}
+    for i, document in enumerate(documents):
+        for fact in stated(world, document):
+            known.setdefault(fact, []).append(i)
+    facts = sorted(known, key=lambda fact: (fact.subject, fact.relation))
+    groups = {"named": draw.sample(facts, min(options.facts, len(facts)))}
+    hidden = [
+        fact for fact in facts
+        if len(world.names(fact.subject)) > 1
+        and not any(world.names(fact.subject)[1] in texts[i] for i in known[fact])
+    ]  # fmt: skip
+    groups["alias"] = draw.sample(hidden, min(options.facts, len(hidden)))
+    gradients = Gradients(host, texts, margin=not options.loss)
+    rows: list[dict[str, Any]] = []
+    for group, chosen in groups.items():
+        asked = queries(chosen, draw, alias=group == "alias")
+        for method in METHODS:
+            start = time.process_time()
+            values = scores(host, asked, texts, method, gradients=gradients if method in GRADIENT else None)
+            quality = asdict(ranking(values, [known[fact] for fact in chosen]))
+            rows.append({"queries_by": group, "method": method, **quality,
+                         "seconds": round(time.process_time() - start, 1)})  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    if options.output:
+        stating = sum(len(known[fact]) for fact in groups["named"]) / max(1, len(groups["named"]))
+        document = {**vars(options), "output": None, "stating": stating, "rows": rows}
+        options.output.write_text(json.dumps(document, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
