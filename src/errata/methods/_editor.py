@@ -71,8 +71,9 @@ def _own(method: str, host: Host, settings: Any, work: Workspace) -> Artefact | 
     if file is None:
         return None
     editor = Artefact.load(file)
-    asked, trained = plain(settings), editor.card["settings"]
-    if any(trained.get(name) != value for name, value in asked.items() if name not in NEUTRAL):
+    # a setting that is younger than the editor was as its default then
+    asked, trained = plain(settings), {**plain(type(settings)()), **editor.card["settings"]}
+    if any(trained[name] != value for name, value in asked.items() if name not in NEUTRAL):
         return None
     editor.check(method, host.fingerprint)
     return editor
