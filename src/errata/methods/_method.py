@@ -556,10 +556,9 @@ def resolve_layers(
     numbers = tuple(layer + depth if layer < 0 else layer for layer in layers)
     if not numbers or len(set(numbers)) != len(numbers):
         raise ConfigError(f"layers {list(layers)} must be one or more different layer numbers")
-    layers = numbers
-    for layer in layers:
+    for layer in numbers:
         layout.site(layer)
-    return tuple(sorted(layers))
+    return tuple(sorted(numbers))
 
 
 def _with_conflicts(edit: Edit, count: int) -> Edit:
@@ -571,11 +570,9 @@ def _with_conflicts(edit: Edit, count: int) -> Edit:
     for number, request in enumerate(requests):
         before = seen.get(folded(request.text))
         seen[folded(request.text)] = number
-        if (
-            before is not None
-            and number >= first
-            and folded(requests[before].target) != folded(request.target)
-        ):
+        if before is None or number < first:
+            continue
+        if folded(requests[before].target) != folded(request.target):
             pairs.append([requests[i].id or str(i + 1) for i in (before, number)])
             warnings.warn(
                 f"requests {pairs[-1][0]!r} and {pairs[-1][1]!r} have one prompt and the targets "

@@ -136,8 +136,7 @@ def train(host: Host, config: Config, work: Workspace) -> Artefact:
 
 
 def _names(host: Host, config: TrainingSettings) -> list[str]:
-    depth = len(host.layout.blocks)
-    return hypernetwork.map_names(host, config, ("mlp_out",), range(depth // 2, depth))
+    return hypernetwork.map_names(host, config, ("mlp_out",))
 
 
 def _build(maps: Mapping[str, tuple[int, int]], body: Mapping[str, Any]) -> Editable:

@@ -43,6 +43,11 @@ class ConceptRecord:
     digest: str
     """Identity of texts and labels, 16 hex digits."""
 
+    @property
+    def id(self) -> str:
+        """What it is named by among the requests of an edit: its name."""
+        return self.name
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return asdict(self)
