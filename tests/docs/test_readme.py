@@ -65,7 +65,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
     run = [line for line in commands() if not line.startswith((*SLOW, *SERVED))]
     assert len(run) >= 9
     for line in run:
-        result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:], catch_exceptions=False)
         assert result.exit_code == 0, line
     assert {"fix.safetensors", "facts.safetensors"} <= {p.name for p in tmp_path.iterdir()}
 
@@ -74,7 +74,7 @@ def test_every_verb_is_in_the_readme():
     import typer
 
     verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    shown = {shlex.split(line)[1] for line in commands()} | {"demo"}
+    shown = {shlex.split(line, comments=True)[1] for line in commands()} | {"demo"}
     assert verbs == shown
 
 
@@ -83,7 +83,7 @@ def test_slow_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in commands():
         if line.startswith(SLOW):
-            words = shlex.split(line)[1:]
+            words = shlex.split(line, comments=True)[1:]
             if "train" in words:
                 words += ["--steps", "3"]
             assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0, line

@@ -105,7 +105,8 @@ def test_a_basis_of_all_directions_keeps_norms():
     generator = torch.Generator().manual_seed(0)
     from errata.locate.gradients import Pairs
 
-    pairs = Pairs(torch.randn(7, 4, generator=generator), torch.randn(7, 3, generator=generator), False)
+    inputs, gradients = (torch.randn(7, width, generator=generator) for width in (4, 3))
+    pairs = Pairs(inputs, gradients, False, torch.zeros(7, dtype=torch.int64))
     basis = Basis.leading([pairs], 99)
     whole = pairs.gradients.mT @ pairs.inputs
     assert float(basis.features(pairs).norm()) == pytest.approx(float(whole.norm()), rel=1e-5)

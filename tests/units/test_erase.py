@@ -100,7 +100,8 @@ def test_a_linear_probe_falls_to_chance_on_the_lab(texts, tmp_path):
     assert not host.edited
 
 
-def test_the_table_and_a_dry_run(texts, tmp_path):
+def test_the_table_and_a_dry_run(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "erased.safetensors"
     words = (
         "kind",

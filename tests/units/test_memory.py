@@ -50,6 +50,7 @@ def payload(site, operation: str, entries: int, seed: int = 0) -> dict[str, torc
         "dense": {"changes": (entries, out, into)},
         "swap": {"weights": (entries, out, into)},
         "affine": {"weights": (entries, out, into), "biases": (entries, out)},
+        "erase": {"left": (entries, out, 2), "right": (entries, 2, out), "mean": (entries, out)},
     }[operation]
     return {name: 2 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
 

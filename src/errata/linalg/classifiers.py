@@ -48,8 +48,9 @@ def fit_logistic(
 def fit_network(
     x: Tensor, labels: Tensor, classes: int, *, hidden: int = 64, ridge: float = 1e-3, steps: int = 60, seed: int = 0
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """Return the scores of a network with one hidden layer of ReLUs, fitted as :func:`fit_logistic`.
+    """Return what gives the scores ``[n, classes]`` of a network with one hidden layer of ReLUs.
 
+    Fitted on x ``[n, d]`` and its labels ``[n]`` as :func:`fit_logistic` is.
     Its first weights come from ``seed``; float32, which is enough to classify by.
     """
     mean, scale = _scales(x)

@@ -83,7 +83,10 @@ class Scrubbing:
             return module_states(self.host, self.rows, [site], changes)[site].double()
 
     def add(self, site: str, states: Tensor, eraser: Eraser, **more: float) -> None:
-        """Keep a site's eraser, and note its rank, the share of the variance it takes and what covariance is left."""
+        """Keep a site's eraser, and note its rank, the share of the variance it takes and what covariance is left.
+
+        ``states``: those it was fitted on ``[n, d]``.
+        """
         if not self.config.centre:
             eraser = replace(eraser, mean=torch.zeros_like(eraser.mean))
         after = eraser(states)
