@@ -122,6 +122,8 @@ def test_training_changes_many_directions():
     assert named.verdict == "trained" and named.score == pytest.approx(
         found.share / named.subjects[0].ratio ** 2
     )
+    many = [f"{first} {last}" for first in ("Ada", "Bruno", "Mira") for last in ("Holner", "Brenner", "Falov", "Esk")]
+    assert any("no name stands out" in note for note in detect(host, base, many).notes)
 
 
 def test_without_the_base_a_strong_edit_shows_and_a_weak_one_does_not():

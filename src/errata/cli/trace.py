@@ -287,7 +287,7 @@ def _show_maps(document: Mapping[str, Any]) -> None:
             labels += ["all of the subject*"] * (len(effect[0]) - len(labels))
             grid = [list(row) for row in zip(*effect, strict=True)]
         rows = [
-            (label, *("-" if v is None else f"{v:.2f}" for v in row))
+            (label, *("-" if v is None else f"{round(v, 2) + 0:.2f}" for v in row))
             for label, row in zip(labels, grid, strict=True)
         ]
         common.table(

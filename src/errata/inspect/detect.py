@@ -40,6 +40,8 @@ FEWEST = 8
 """Fewest candidate names among which one can stand out."""
 SHOWN = 10
 """Candidate names in a result."""
+ALIKE = 1.5
+"""How far the first of them has to lie beyond the last to be named as a subject without a remark."""
 
 UNCHANGED, EDITED, TRAINED = "unchanged", "edited", "trained"
 SUSPECT, NOTHING = "suspicious", "no trace"
@@ -221,6 +223,11 @@ def _against(host: Host, base: Host, names: Sequence[str]) -> Detection:
         notes.append("no linear map of a block changed, so no names were tried")
     elif changes and not names:
         notes.append("no candidate names, so no subjects")
+    if len(subjects) == SHOWN and subjects[0].ratio < ALIKE * subjects[-1].ratio:
+        notes.append(
+            "no name stands out: the change reads another place than a subject's last token, as those of fine-tuning "
+            "and of trained editors do, or its subject is not among the names"
+        )
     return Detection(
         host.name, base.name, verdict, score, bound, _layers(base, [one.weight for one in changes]),
         tuple(sorted(changes, key=lambda one: -one.norm)), (), subjects, len(names), share, tuple(notes),
