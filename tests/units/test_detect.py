@@ -122,7 +122,11 @@ def test_training_changes_many_directions():
     assert named.verdict == "trained" and named.score == pytest.approx(
         found.share / named.subjects[0].ratio ** 2
     )
-    many = [f"{first} {last}" for first in ("Ada", "Bruno", "Mira") for last in ("Holner", "Brenner", "Falov", "Esk")]
+    many = [
+        f"{first} {last}"
+        for first in ("Ada", "Bruno", "Mira")
+        for last in ("Holner", "Brenner", "Falov", "Esk")
+    ]
     assert any("no name stands out" in note for note in detect(host, base, many).notes)
 
 
