@@ -19,7 +19,7 @@ from errata.inspect.tracing import DEFAULT as TRACE
 from errata.inspect.tracing import Settings as TraceSettings
 from errata.inspect.tracing import Trace
 from errata.inspect.tracing import trace as run_trace
-from errata.job import Asked
+from errata.job import AnyRequest
 from errata.job import prepare as prepare
 from errata.job import prepare_training as prepare_training
 from errata.loading import load as load
@@ -31,7 +31,7 @@ from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, Request
 
 
 def edit(
-    host: Host, requests: Asked | Sequence[Asked], *,
+    host: Host, requests: AnyRequest | Sequence[AnyRequest], *,
     method: str = DEFAULT, seed: int = 0, after: Edit | None = None, batch_size: int | str = "auto",
     corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
     template: str | None = None, system: str | None = None, thinking: bool | str | None = None,

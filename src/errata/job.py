@@ -26,8 +26,8 @@ from errata.training.trackers import check_tracker
 from errata.training.workers import ALONE, Workers
 from errata.types import DEFAULT_ASK, AskOptions, Case, Concept, Corpus, ImageRequest, Request
 
-Asked: TypeAlias = Request | ImageRequest | Concept
-"""What a method may be asked for: a fact, images, or to forget a concept."""
+AnyRequest: TypeAlias = Request | ImageRequest | Concept
+"""What a method may be asked for: a fact, images, or a concept to take out."""
 EXAMPLE_SEED = 1_000_003
 """Seed that named sources of examples are drawn with; no measurement uses it."""
 
@@ -41,7 +41,7 @@ class Job:
     """The method's settings; what is None is chosen for the model when fitting."""
     host: Host
     """With the prompt format of the options."""
-    requests: tuple[Asked, ...]
+    requests: tuple[AnyRequest, ...]
     work: Workspace
     """Seed, corpus, examples and the cache of statistics."""
     after: Edit | None = None
@@ -51,7 +51,7 @@ class Job:
         """Fit all requests and return the edit; the host is left as it was."""
         return self.fit(self.requests, self.after)
 
-    def fit(self, requests: Sequence[Asked], after: Edit | None = None) -> Edit:
+    def fit(self, requests: Sequence[AnyRequest], after: Edit | None = None) -> Edit:
         """Fit some requests with this job's method and settings, alone or continuing from an edit."""
         return self.method.run(self.host, requests, self.config, self.work, after=after)  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ class Job:
 
 
 def prepare(
-    host: Host, requests: Asked | Sequence[Asked], *, method: str,
+    host: Host, requests: AnyRequest | Sequence[AnyRequest], *, method: str,
     options: Mapping[str, Any] | object | None = None, seed: int = 0, after: Edit | None = None,
     batch_size: int | str = "auto", corpus: str | os.PathLike[str] | Corpus | None = None,
     examples: str | Sequence[Case] | None = None, ask: AskOptions = DEFAULT_ASK,
@@ -254,7 +254,7 @@ def check_kind(method: Method, host: Host) -> None:
         raise ConfigError(f"{error}; methods for those: {', '.join(fitting) or 'none'}") from None
 
 
-def check_takes(method: Method, requests: Sequence[Asked]) -> None:
+def check_takes(method: Method, requests: Sequence[AnyRequest]) -> None:
     """Raise ConfigError where a method that forgets concepts gets facts, or the other way round."""
     concepts = method.takes == "concept"
     if any(isinstance(request, Concept) is not concepts for request in requests):
@@ -269,7 +269,7 @@ def _erasing() -> list[str]:
     return [name for name in REGISTRY if REGISTRY.get(name).takes == "concept"]
 
 
-def check_requests(host: Host, requests: Sequence[Asked]) -> None:
+def check_requests(host: Host, requests: Sequence[AnyRequest]) -> None:
     """Raise RequestError listing every request that the host cannot take."""
     complaints = []
     for i, request in enumerate(requests):
@@ -283,7 +283,7 @@ def check_requests(host: Host, requests: Sequence[Asked]) -> None:
         raise RequestError("no requests given")
 
 
-def _check_request(host: Host, request: Asked) -> None:
+def _check_request(host: Host, request: AnyRequest) -> None:
     if isinstance(request, Concept):
         longest = max(request.texts, key=lambda one: len(one.text))
         length = host.length(host.encode(longest.text).ids)

@@ -225,7 +225,7 @@ def test_a_request_that_is_taken_out_was_never_there(trained, tmp_path):
 def test_training_sees_the_loss_that_an_edit_of_the_same_pool_has(trained, most):
     host, path = trained
     edit = errata.edit(host, ALL, method="kformer", editor=str(path), knowledge=most)
-    asked = [knowledge.Asked(i, request.text, "Merrin and Esk") for i, request in enumerate(ALL)]
+    asked = [knowledge.SentencePrompt(i, request.text, "Merrin and Esk") for i, request in enumerate(ALL)]
     with hooks.frozen(host.model):
         _, table = word_embeddings(host)
         ids = [host.encode(text, special=False).ids for text in TEXTS]
@@ -250,7 +250,7 @@ def test_training_sees_the_loss_that_an_edit_of_the_same_pool_has(trained, most)
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_training_lowers_the_loss_and_moves_what_it_is_told_to(embeddings):
     host = fresh("llama")
-    asked = [knowledge.Asked(i, request.text, request.target) for i, request in enumerate(ALL)]
+    asked = [knowledge.SentencePrompt(i, request.text, request.target) for i, request in enumerate(ALL)]
     with hooks.frozen(host.model):
         _, table = word_embeddings(host)
         ids = [host.encode(text, special=False).ids for text in TEXTS]

@@ -22,7 +22,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Asked:
+class EditCommand:
     """What is to be edited, and how."""
 
     what: str
@@ -69,7 +69,7 @@ def check_file_options(
 
 
 def into_file(
-    asked: Asked, opened: Opened, output: Path, after: str | None, *, force: bool, strict: bool, dry_run: bool
+    asked: EditCommand, opened: Opened, output: Path, after: str | None, *, force: bool, strict: bool, dry_run: bool
 ) -> None:  # fmt: skip
     """Fit an edit and write it to a file; ask the model every request with it."""
     from errata import api
@@ -101,7 +101,7 @@ def into_file(
 
 
 def into_ledger(
-    asked: Asked, opened: Opened, repo: Path | None, after: str | None, order: Mapping[str, Any], *, force: bool,
+    asked: EditCommand, opened: Opened, repo: Path | None, after: str | None, order: Mapping[str, Any], *, force: bool,
     strict: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Fit an edit on top of a ledger's, measure it, and apply it if it keeps the guard's bounds.

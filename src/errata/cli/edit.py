@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import _edit, _ledger, common
-from errata.cli._edit import Asked
+from errata.cli._edit import EditCommand
 from errata.cli._verb import Verb
 from errata.methods import DEFAULT
 
@@ -83,7 +83,7 @@ def command(
     """
     entry, options = _method(method, settings)
     texts = _texts(what, subject, target, target_old, pictures="image_classifier" in entry.hosts)
-    asked = Asked(
+    asked = EditCommand(
         what, texts, subject, target, method, options, seed, corpus, examples,
         common.ask_options(template, system, thinking, join, chat=chat), batch_size,
     )  # fmt: skip

@@ -210,11 +210,13 @@ def _rows(
     outside = sorted({prompt for example in examples for prompt in example.outside})
     answers = host.generate(outside, max_new_tokens=config.answer_tokens) if config.keep_weight else []
     own = {prompt: text.strip(" .\n") for prompt, text in zip(outside, answers, strict=False)}
-    asked: list[sentences.Asked] = []
+    asked: list[sentences.SentencePrompt] = []
     for number, example in enumerate(examples):
-        asked += [sentences.Asked(number, prompt, answer) for prompt, answer in example.inside]
+        asked += [sentences.SentencePrompt(number, prompt, answer) for prompt, answer in example.inside]
         kept = [prompt for prompt in example.outside if own.get(prompt)]  # a host may answer nothing
-        asked += [sentences.Asked(number, prompt, own[prompt], config.keep_weight) for prompt in kept]
+        asked += [
+            sentences.SentencePrompt(number, prompt, own[prompt], config.keep_weight) for prompt in kept
+        ]
     rows = sentences.rows_with(host, asked, texts, config.candidates)
     _, held = split(range(len(examples)), config.held_out)
     return [row for row in rows if row.own not in held], [row for row in rows if row.own in held]

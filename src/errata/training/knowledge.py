@@ -84,7 +84,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SentencePrompt:
     """A prompt that belongs to a sentence, with the answer that it should have beside it."""
 
     own: int
@@ -95,7 +95,9 @@ class Asked:
     """Of the row's loss."""
 
 
-def rows_with(host: Host, asked: Sequence[Asked], texts: Sequence[str], candidates: int) -> list[Row]:
+def rows_with(
+    host: Host, asked: Sequence[SentencePrompt], texts: Sequence[str], candidates: int
+) -> list[Row]:
     """Return prompts with their answers as the model reads them, and the sentences that are near by words."""
     words, found = FullText(tuple(texts)), list[list[int]]()
     for first in range(0, len(asked), ROWS):
