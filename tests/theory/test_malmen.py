@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,11 +11,11 @@ import errata
 from errata.linalg.gram import solve_gram
 from errata.methods import _ridge as regression
 from errata.methods._hypernetwork import Editor
-from errata.training.editing import Item, items_of, losses_of
+from errata.training.editing import Item, Sample, apart, items_apart, items_of, line_of, losses_of
 from errata.training.examples import examples_of
 from errata.training.factors import Change, Factors, beside, capture
 from errata.training.gradients import sum_gradients
-from errata.training.hypernetwork import NetworkShape
+from errata.training.hypernetwork import Damping, NetworkShape
 from tests.models import fresh
 from tests.theory.test_mend import EXAMPLES, QUICK
 
@@ -32,17 +34,19 @@ def test_both_gram_matrices_give_the_regression(count):
         solve_gram(u * float("nan"), d, ridge)
 
 
-def editor_and_factors(count: int = 5, width: int = 6, out: int = 4) -> tuple[Editor, dict[str, Factors]]:
+def editor_and_factors(
+    count: int = 5, width: int = 6, out: int = 4, damped: int = 0
+) -> tuple[Editor, dict[str, Factors]]:
     """Return an editor away from its start, in float64, and factors of two maps of one shape."""
     torch.manual_seed(0)
     factors = {
         name: Factors(rows(count, width, i), rows(count, out, i + 5), torch.arange(count))
         for i, name in enumerate(("one", "two"))
     }
-    editor = Editor(
-        {n: f.shape for n, f in factors.items()}, NetworkShape(3, 2, "outside"), regression.LOGS, 0
-    )
-    editor.double()
+    shapes = {n: f.shape for n, f in factors.items()}
+    editor = Editor(shapes, NetworkShape(3, 2, "outside"), regression.LOGS, 0, damped).double()
+    for i, damping in enumerate(editor.damping):
+        damping.set_moments_(moments(width, i), 0.2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in editor.parameters():
@@ -50,20 +54,36 @@ def editor_and_factors(count: int = 5, width: int = 6, out: int = 4) -> tuple[Ed
     return editor, factors
 
 
+def moments(width: int, seed: int) -> torch.Tensor:
+    inputs = rows(50, width, seed + 20) * torch.linspace(0.1, 3, width, dtype=torch.float64) + 1
+    return inputs.mT @ inputs / len(inputs)
+
+
+def metric(width: int, damped: int, seed: int) -> torch.Tensor:
+    """I + V^T (s / e) V of the directions V with the largest moments s, e a fifth of the mean of all."""
+    matrix = moments(width, seed)
+    values, vectors = torch.linalg.eigh(matrix)
+    chosen = vectors[:, width - damped :]
+    return (
+        torch.eye(width, dtype=torch.float64)
+        + chosen @ torch.diag(values[width - damped :] / (0.2 * matrix.trace() / width)) @ chosen.mT
+    )
+
+
 def through_everything(editor: Editor, factors: dict[str, Factors], loss) -> torch.Tensor:
-    """The loss as one graph, with weights as the paper writes them, S = (U^T U + l I)^-1 U^T D."""
+    """The loss as one graph, with weights as the paper writes them, S = (U^T U + l I)^-1 U^T D; I or the metric."""
     weights = []
-    for name, one in factors.items():
+    for i, (name, one) in enumerate(factors.items()):
         gram = one.keys.mT @ one.keys
-        gram = gram + editor.positive("ridge", name) * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram + editor.positive("ridge", name) * metric(len(gram), editor.damped, i)
         weights.append(torch.linalg.solve(gram, one.keys.mT @ regression.values_of(editor, name, one)))
     return loss(weights)
 
 
-@pytest.mark.parametrize("count", [4, 9])
-def test_two_stages_give_the_gradient_through_everything(count):
+@pytest.mark.parametrize(("count", "damped"), [(4, 0), (9, 0), (4, 2), (9, 6)])
+def test_two_stages_give_the_gradient_through_everything(count, damped):
     """Of every parameter: the network's, steps and ridges; and of the paper's weights, by finite differences."""
-    editor, factors = editor_and_factors(count)
+    editor, factors = editor_and_factors(count, damped=damped)
     asked = rows(8, 6, 9)
 
     def loss(weights: list[torch.Tensor]) -> torch.Tensor:
@@ -91,6 +111,42 @@ def test_two_stages_give_the_gradient_through_everything(count):
                         sides.append(float(through_everything(editor, factors, loss)))
                     parameter[i] += 1e-5
                 assert float(mine[i]) == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4)
+
+
+def test_damping_takes_what_inputs_have_in_common_out_of_a_change():
+    """One edit at a key with a large common part: it acts less at other inputs, and as before at the key."""
+    common = torch.zeros(6, dtype=torch.float64)
+    common[0] = 5
+    key, others = rows(1, 6) + common, rows(40, 6, 1) + common
+    damping = Damping(6, 2).double()
+    left = damping.set_moments_(others.mT @ others / 40, 0.03)
+    assert left == pytest.approx(float(damping(others).square().sum() / others.square().sum()), rel=1e-9)
+    assert left < 0.2
+    spill = []
+    for inner in (key, damping(damping(key))):
+        change = inner / (inner @ key.mT)
+        spill.append(float((others @ change.mT).square().mean()))
+    assert spill[1] < 0.3 * spill[0]
+    assert torch.equal(Damping(6, 3)(key.float()), key.float())  # until moments are set
+
+
+def test_prompts_that_another_edit_may_change_are_not_out_of_scope():
+    host = fresh("llama")
+    first, second = items_of(host, examples_of(EXAMPLES[:2]), {})
+    assert first.request.subject != second.request.subject
+    strange = [
+        line_of(host, text, "Esk") for text in (second.request.text, f"About {second.request.subject} I know")
+    ]
+    fine = line_of(host, "The sky is", "blue")
+    items = [replace(first, outside=(*strange, fine)), second]
+    kept, other = items_apart(host, items)
+    assert kept.outside == (fine,) and other.outside == second.outside
+    samples = [
+        Sample(items[0], first.inside, (fine, strange[0], fine, strange[1]), 2),
+        Sample(second, second.inside, (), 0),
+    ]
+    assert [(one.outside, one.others) for one in apart(host, samples)] == [((fine, fine), 1), ((), 0)]
+    assert items_apart(host, items[:1]) == items[:1]  # alone, nothing else is edited
 
 
 def test_the_gradient_of_a_model_s_loss_reaches_the_coefficients():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import torch
 
@@ -60,6 +61,59 @@ def test_a_batch_is_charged_for_those_before_it_as_far_as_it_reaches(monkeypatch
     errata.train(host, method="rledit", cases=EXAMPLES, **{**SHORT, "steps": 1})
     assert calls == [(2, 1.0), (2, 1.0), (2, 0.95), (2, 1.0), (2, 0.95)]
     assert host.weights_hash() == start
+
+
+def test_facts_before_a_sequence_are_in_place_and_can_be_charged(monkeypatch):
+    charged: list[tuple[int, ...]] = []
+    placed: list[int] = []
+    original, add = rledit._Task._cost, hypernetwork.Course.add
+
+    def cost(self, samples, before, solved, share):
+        charged.append(tuple(id(sample.item) for sample in samples))
+        return original(self, samples, before, solved, share)
+
+    def count(self, factors, changes):
+        placed.append(len(charged))
+        add(self, factors, changes)
+
+    monkeypatch.setattr(rledit._Task, "_cost", cost)
+    monkeypatch.setattr(hypernetwork.Course, "add", count)
+    host = fresh("llama")
+    start = host.weights_hash()
+    short = {**SHORT, "steps": 6, "length": 1, "reach": 9, "earlier": 4, "charged": "any", "every": 6}
+    before_first: set[int] = set()
+    steps: list[list[tuple[int, ...]]] = []
+    differentiate = rledit._Task.differentiate
+
+    def step(self, number, examples):
+        placed.clear()
+        charged.clear()
+        result = differentiate(self, number, examples)
+        before_first.add(placed.count(0))
+        steps.append(list(charged))
+        assert (
+            len(placed) == placed.count(0) + 1
+        )  # the one batch of the sequence is put in place after its charge
+        return result
+
+    monkeypatch.setattr(rledit._Task, "differentiate", step)
+    errata.train(host, method="rledit", cases=EXAMPLES, **short)
+    assert before_first == {0, 1, 2}  # up to four facts, in batches of two
+    for one in steps:
+        assert len(set(one)) == len(one)  # each batch is charged for once
+    assert {len(one) for one in steps} == {1, 2, 3}  # itself and as many as are there
+    assert host.weights_hash() == start
+
+
+def test_no_batch_is_charged_that_is_not_in_place_yet():
+    task = rledit._Task.__new__(rledit._Task)
+    object.__setattr__(task, "config", rledit.Config(reach=3, charged="any"))
+    draws = [task._charged(random.Random(seed), 5) for seed in range(50)]
+    assert all(one[0] == 5 and len(set(one)) == 3 and max(one[1:]) < 5 for one in draws)
+    assert {i for one in draws for i in one} == set(range(6))
+    assert task._charged(random.Random(0), 0) == [0]
+    object.__setattr__(task, "config", rledit.Config(reach=3))
+    assert task._charged(random.Random(0), 5) == [5, 4, 3]
 
 
 def test_training_lowers_the_cost_and_resumes_to_the_same_bits(tmp_path):

@@ -29,7 +29,7 @@ from errata.methods._other_model import own_answers
 from errata.methods._settings import at_least_zero
 from errata.training.editing import Item, Sampling, items_of, means, with_own_choices
 from errata.training.factors import Change, Factors, capture
-from errata.training.hypernetwork import Form, Hypernetwork, NetworkShape
+from errata.training.hypernetwork import Damping, Form, Hypernetwork, NetworkShape
 from errata.training.loop import Loop, Task
 from errata.training.loop import train as run_loop
 from errata.training.workers import ALONE, Workers
@@ -174,16 +174,24 @@ class Editor(nn.Module):
     """The network, and the logarithms of numbers that each map has: its step, what else a method learns."""
 
     def __init__(
-        self, maps: Mapping[str, tuple[int, int]], shape: NetworkShape, logs: Sequence[str], seed: int
-    ) -> None:
+        self, maps: Mapping[str, tuple[int, int]], shape: NetworkShape, logs: Sequence[str], seed: int,
+        damped: int = 0,
+    ) -> None:  # fmt: skip
+        """``damped``: directions of each map's inputs in which changes are damped."""
         super().__init__()
         self.network = Hypernetwork(maps, shape, seed=seed)
         self.logs = nn.ParameterDict({name: nn.Parameter(torch.zeros(len(maps))) for name in logs})
         self.numbers = {name: i for i, name in enumerate(maps)}
+        self.damped = damped
+        self.damping = nn.ModuleList(Damping(d_in, damped) for _, d_in in maps.values() if damped)
 
     def positive(self, log: str, name: str) -> Tensor:
         """Return a map's number ``[]``, which is positive."""
         return self.logs[log][self.numbers[name]].exp()
+
+    def damp(self, name: str, rows: Tensor) -> Tensor:
+        """Return inputs of a map ``[n, d_in]`` with what they have in common made smaller, where that is set."""
+        return self.damping[self.numbers[name]](rows) if self.damped else rows
 
 
 def map_names(host: Host, config: TrainingSettings, modules: tuple[str, ...]) -> list[str]:
@@ -286,13 +294,12 @@ def factors_of(
 
 def prepare(
     method: str, host: Host, config: EditorSettings, work: Workspace, *, names: Sequence[str], form: Form,
-    logs: Sequence[str],
+    logs: Sequence[str], damped: int = 0,
 ) -> Prepared:  # fmt: skip
     """Read the examples, and start an editor that only normalises. Raises ConfigError as :func:`read`."""
     data = read(method, host, config, work, names)
-    editor = Editor(data.maps, NetworkShape(config.rank, config.blocks, form), logs, work.seed).to(
-        host.device
-    )
+    shape = NetworkShape(config.rank, config.blocks, form)
+    editor = Editor(data.maps, shape, logs, work.seed, damped).to(host.device)
     prepared = Prepared(host, config, data.items, data.held, editor, data, {})
     count = min(len(data.items), config.statistics)
     parts = [data.items[i : min(i + config.rows, count)] for i in range(0, count, config.rows)]
@@ -312,6 +319,7 @@ def finish(method: str, prepared: Prepared, task: Task, work: Workspace) -> Arte
     ]
     body = {
         "logs": list(editor.logs), "rank": config.rank, "blocks": config.blocks, "form": editor.network.form,
+        **({"damped": editor.damped} if editor.damped else {}),
     }  # fmt: skip
     return conclude(
         method, prepared.host, config, prepared.data, editor, torch.optim.Adam(groups), body, task, work
@@ -387,7 +395,8 @@ def editor_of(
 
 def network_of(maps: Mapping[str, tuple[int, int]], body: Mapping[str, Any]) -> Editor:
     """Return an editor of the shape that a file's plain data tell."""
-    return Editor(maps, NetworkShape(body["rank"], body["blocks"], body["form"]), body["logs"], 0)
+    shape = NetworkShape(body["rank"], body["blocks"], body["form"])
+    return Editor(maps, shape, body["logs"], 0, body.get("damped", 0))
 
 
 def edit_of(

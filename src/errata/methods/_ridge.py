@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from errata.methods import _hypernetwork as hypernetwork
 from errata.methods._editor import trained_editor
 from errata.methods._hypernetwork import Editor, EditorSettings, Prepared, weight_rms
 from errata.methods._method import Workspace, check_requests
-from errata.training.factors import Change, Factors
+from errata.training.factors import Change, Factors, capture
+from errata.training.hypernetwork import Damping
 from errata.types import Request
 
 STEP, RIDGE = LOGS = ("step", "ridge")
@@ -46,13 +47,33 @@ def fit(
 
 def start(
     method: str, host: Host, config: EditorSettings, work: Workspace, modules: tuple[str, ...], step: float,
-    ridge: float,
+    ridge: float, damped: int = 0, floor: float = 1.0,
 ) -> Prepared:  # fmt: skip
-    """Return what an editor is trained with, each map's step and ridge at their start."""
+    """Return what an editor is trained with, each map's step and ridge at their start.
+
+    ``damped``, ``floor``: see :class:`errata.training.hypernetwork.Damping`.
+    """
     names = _names(host, config, modules)
-    prepared = hypernetwork.prepare(method, host, config, work, names=names, form="outside", logs=LOGS)
+    prepared = hypernetwork.prepare(
+        method, host, config, work, names=names, form="outside", logs=LOGS, damped=damped
+    )
+    if damped:
+        prepared = _damp(prepared, floor)
     start_(prepared, step, ridge)
     return prepared
+
+
+def _damp(prepared: Prepared, floor: float) -> Prepared:
+    """Damp the inputs by their second moments over all tokens of the examples that statistics are taken of."""
+    config, editor, energy = prepared.config, prepared.editor, dict(prepared.energy)
+    answers = [item.answer for item in prepared.items[: config.statistics]]
+    found = capture(prepared.host, answers, list(editor.numbers), tokens="all", rows=config.rows)
+    for name, number in editor.numbers.items():
+        keys = found[name].keys.double()
+        damping = editor.damping[number]
+        assert isinstance(damping, Damping)
+        energy[name] *= damping.set_moments_(keys.mT @ keys / len(keys), floor)
+    return replace(prepared, energy=energy)
 
 
 def _names(host: Host, config: EditorSettings, modules: tuple[str, ...]) -> list[str]:
@@ -95,8 +116,9 @@ def solve(editor: Editor, factors: Mapping[str, Factors]) -> Solved:
     with torch.no_grad():
         for name, one in factors.items():
             ridge = float(editor.positive(RIDGE, name).detach())
-            coefficients = solve_gram(one.keys, values_of(editor, name, one), ridge).to(one.keys)
-            changes[name] = Change(coefficients, one.keys, torch.zeros_like(one.owner))
+            rows = editor.damp(name, one.keys)
+            coefficients = solve_gram(rows, values_of(editor, name, one), ridge).to(one.keys)
+            changes[name] = Change(coefficients, editor.damp(name, rows), torch.zeros_like(one.owner))
     for change in changes.values():
         change.outer.requires_grad_()
     return Solved(changes, [change.outer for change in changes.values()])
@@ -112,15 +134,16 @@ def differentiate(
 ) -> list[Tensor]:
     """Return the gradient of each of the editor's parameters ``[...]``, from those for the coefficients ``[n, d_out]``.
 
-    With A = U U^T + l I and C = A^-1 D, that for D is A^-1 times that for C, and that for log l is -l times the inner
-    product of the former with C. The network is run again in parts, on the inner product of its values with the former.
+    With A = U P U^T + l I, P from the damping, and C = A^-1 D, that for D is A^-1 times that for C, and that for log l
+    is -l times the inner product of the former with C. The network is run again in parts, on the inner product of its
+    values with the former.
     """
     variables = {name: p for name, p in editor.named_parameters() if name != f"logs.{RIDGE}"}
     total = {name: torch.zeros_like(variable) for name, variable in variables.items()}
     of_ridge = torch.zeros_like(editor.logs[RIDGE])
     for (name, one), gradient in zip(factors.items(), gradients, strict=True):
         ridge = float(editor.positive(RIDGE, name).detach())
-        of_values = solve_gram(one.keys, gradient, ridge)
+        of_values = solve_gram(editor.damp(name, one.keys), gradient, ridge)
         of_ridge[editor.numbers[name]] = -ridge * (of_values * solved.changes[name].outer.detach()).sum()
         of_values = of_values.to(gradient)
         for first in range(0, len(one.keys), ROWS):

@@ -32,7 +32,7 @@ from errata.methods import _hypernetwork as hypernetwork
 from errata.methods import _ridge as regression
 from errata.methods._hypernetwork import EditorSettings, Prepared
 from errata.methods._method import Method, Shape, Workspace
-from errata.training.editing import Item, draw, gradients_of, validate
+from errata.training.editing import Item, apart, draw, gradients_of, validate
 from errata.training.factors import Change
 from errata.types import Request
 
@@ -88,7 +88,8 @@ class _Task:
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
         prepared, config = self.prepared, self.prepared.config
-        samples = draw(prepared.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
+        rng = hypernetwork.rng_of(step, self.seed)
+        samples = apart(prepared.host, draw(prepared.items, examples, config.sampling, rng))
         factors = prepared.factors([sample.item for sample in samples])
         solved = regression.solve(prepared.editor, factors)
         facts, gradients = gradients_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -139,6 +140,52 @@ def draw(
                 outside.append(line)
         samples.append(Sample(item, tuple(inside), tuple(outside), len(outside) - count))
     return samples
+
+
+def apart(host: Host, samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples whose edits are in place together, without prompts out of scope that another's edit may change."""
+    outside = _apart(host, [sample.item for sample in samples], [sample.outside for sample in samples])
+    return [
+        replace(
+            sample,
+            outside=tuple(line for _, line in kept),
+            others=sum(place >= len(sample.outside) - sample.others for place, _ in kept),
+        )
+        for sample, kept in zip(samples, outside, strict=True)
+    ]
+
+
+def items_apart(host: Host, items: Sequence[Item]) -> list[Item]:
+    """Return items whose edits are in place together, without prompts out of scope that another's edit may change."""
+    outside = _apart(host, items, [item.outside for item in items])
+    return [
+        replace(item, outside=tuple(line for _, line in kept))
+        for item, kept in zip(items, outside, strict=True)
+    ]
+
+
+def _apart(
+    host: Host, items: Sequence[Item], lines: Sequence[Sequence[Line]]
+) -> list[list[tuple[int, Line]]]:
+    """Return of each item's lines, with their places, those that are not in another's scope nor name its subject."""
+    asked = Counter(prompt for item in items for prompt in {prompt_of(line) for line in item.inside})
+    subjects = {item.request.subject for item in items} - {None}
+    result: list[list[tuple[int, Line]]] = []
+    for item, own in zip(items, lines, strict=True):
+        mine = {prompt_of(line) for line in item.inside}
+        texts = host.decode([prompt_of(line) for line in own]) if own else []
+        others = [name for name in subjects if name is not None and name != item.request.subject]
+        result.append([
+            (place, line)
+            for place, (line, text) in enumerate(zip(own, texts, strict=True))
+            if asked[prompt_of(line)] == (prompt_of(line) in mine) and not any(name in text for name in others)
+        ])  # fmt: skip
+    return result
+
+
+def prompt_of(line: Line) -> tuple[int, ...]:
+    """Return a line's tokens up to the one that predicts the first of its answer."""
+    return line.ids[: line.at[0] + 1]
 
 
 # --- losses ---------------------------------------------------------------------------------
@@ -278,7 +325,7 @@ def validate(
     """
     hits: dict[str, list[bool]] = {"success": [], "paraphrase": [], "kept": []}
     for first in range(0, len(items), together):
-        group = items[first : first + together]
+        group = items_apart(host, items[first : first + together]) if one else items[first : first + together]
         changes = changes_of(group)
         asked = [
             (kind, 0 if one else i, line)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from errata.linalg import routines
 from errata.linalg.running import RESOLUTION, Running
 from errata.training.factors import Factors
 
@@ -129,6 +130,42 @@ class Hypernetwork(nn.Module):
 
     def _each(self) -> list[tuple[str, ShapeNetwork]]:
         return [(name, net) for name, net in self.networks.items() if isinstance(net, ShapeNetwork)]
+
+
+class Damping(nn.Module):
+    """Makes smaller what a map's inputs have in common, so that a change at some inputs acts less at all others.
+
+    Along each of the directions with the largest second moments s, an input is multiplied by sqrt(e / (s + e)).
+    """
+
+    directions: Tensor
+    """Orthonormal rows ``[k, d_in]``."""
+    left: Tensor
+    """What an input is multiplied by along each ``[k]``."""
+
+    def __init__(self, width: int, count: int) -> None:
+        """Until moments are set, inputs stay as they are."""
+        super().__init__()
+        self.register_buffer("directions", torch.zeros(min(count, width), width))
+        self.register_buffer("left", torch.ones(min(count, width)))
+
+    def set_moments_(self, moments: Tensor, floor: float) -> float:
+        """Damp by second moments ``[d_in, d_in]`` from here on; return what is left of the mean squared norm.
+
+        ``floor``: e, relative to the mean of all moments.
+        """
+        values, vectors = routines.eigh(moments.double())
+        least = floor * moments.diagonal().double().mean()
+        chosen = values[-len(self.left) :].clamp(min=0)
+        shares = least / (chosen + least)
+        self.left.copy_(shares.sqrt())
+        self.directions.copy_(vectors[:, -len(self.left) :].mT)
+        return float(1 - (chosen * (1 - shares)).sum() / moments.diagonal().double().sum())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return inputs ``[n, d_in]``, damped."""
+        along = (rows @ self.directions.mT) * (1 - self.left)
+        return rows - along @ self.directions
 
 
 def name_of(sizes: tuple[int, int]) -> str:
