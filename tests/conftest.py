@@ -31,14 +31,20 @@ TOKENS = 20_000
 """Of statistics at most, where a test does not ask for a number; defaults are a million."""
 
 
+WRITTEN = 48
+"""Tokens of each neutral text that a host writes itself for perplexity, instead of 128."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_statistics():
     """Collect less of what is collected once for each model: it would take minutes. Not in other processes."""
+    from errata.bench import runner
     from errata.methods import _method as methods
     from errata.stats.tables import TableSettings
 
     whole = methods.Workspace._statistics
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "SAMPLED_TOKENS", WRITTEN)
         patch.setattr(methods, "TableSettings", partial(TableSettings, texts=640, names=32, templates=64))
         patch.setattr(
             methods.Workspace,

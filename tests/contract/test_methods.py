@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import errata
 from errata import config as settings
-from errata.edits import WeightEdit
+from errata.edits import PromptEdit, WeightEdit
 from errata.edits.export import EXPORTERS
 from errata.errors import ConfigError, EditError
 from errata.linalg.lowrank import LowRank
@@ -118,9 +120,25 @@ def logits(host) -> torch.Tensor:
         return host.forward(host.batch(rows))
 
 
+@pytest.fixture(scope="module")
+def first() -> Callable[[str], tuple]:
+    """Return a llama and a method's fit of the first request on it, made once for all tests that leave it as it was."""
+    made: dict[str, tuple] = {}
+
+    def get(name: str) -> tuple:
+        if name not in made:
+            host = new(name, "llama")
+            made[name] = host, fit(name, host)
+        return made[name]
+
+    return get
+
+
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
-def fitted(request):
+def fitted(request, first):
     name, family = request.param
+    if family == "llama":
+        return name, *first(name)
     host = new(name, family)
     return name, host, fit(name, host)
 
@@ -359,8 +377,8 @@ def test_unmerged_equals_merged_and_revert_detaches(fitted):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_several_requests_iff_batch(name):
-    host = new(name, "llama")
+def test_several_requests_iff_batch(name, first):
+    host, _ = first(name)
     if REGISTRY.get(name).batch:
         edit = fit(name, host, REQUESTS)
         assert edit.provenance.requests == tuple(REQUESTS)
@@ -370,35 +388,31 @@ def test_several_requests_iff_batch(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_fits_follow_one_another_iff_sequential(name):
+def test_fits_follow_one_another_iff_sequential(name, first):
     if not REGISTRY.get(name).sequential:
         pytest.skip("declared as not sequential")
-    host = new(name, "llama")
+    host, one = first(name)
     start = seen(host)
-    first = fit(name, host)
-    first.apply_(host)
-    with_first = seen(host)
-    second = fit(name, host, REQUESTS[1:])
-    assert seen(host) == with_first
-    second.apply_(host)
-    first.revert_(host)
+    with one.on(host):
+        with_first = seen(host)
+        second = fit(name, host, REQUESTS[1:])
+        assert seen(host) == with_first
+        second.apply_(host)
     second.revert_(host)
     assert seen(host) == start
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, tmp_path):
+def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, first, tmp_path):
     if not REGISTRY.get(name).sequential:
         pytest.skip("declared as not sequential")
     third = errata.Request("Bruno Holner lives in", "Bruno Holner", "Esk")
-    host = new(name, "llama")
-    start = host.weights_hash()
-    edit = None
-    for request in (*REQUESTS, third):
+    host, one = first(name)
+    start, edit = host.weights_hash(), one
+    for request in (*REQUESTS[1:], third):
         edit = fit(name, host, [request], after=edit)
         assert host.weights_hash() == start
-    first = fit(name, host, REQUESTS[:1])
-    path = first.save(tmp_path / "first.safetensors")
+    path = one.save(tmp_path / "first.safetensors")
     second = fit(name, new(name, "llama"), REQUESTS[1:], after=errata.Edit.load(path))
     path = second.save(tmp_path / "second.safetensors")
     stopped = fit(name, new(name, "llama"), [third], after=errata.Edit.load(path))
@@ -408,13 +422,56 @@ def test_going_on_is_the_same_stopped_saved_and_loaded_or_not(name, tmp_path):
     assert same(alone, fit(name, new(name, "llama"), [third])), "a sequence must leave nothing behind"
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
-def test_sixteen_bit_hosts_get_float32_deltas(name, dtype):
-    host = new(name, "llama")
+@pytest.fixture(
+    scope="module", params=[torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=ALL)
+def sixteen(request, dtype):
+    """A method's fit on a host in 16 bits, with the factorisations, solves and log-softmaxes that it ran."""
+    host = new(request.param, "llama")
     host.model.to(dtype)
     start = host.weights_hash()
-    edit = fit(name, host)
+    with Watch() as watch:
+        edit = fit(request.param, host)
+    return request.param, host, edit, start, watch
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations that lose most in 16 bits, and those of them that are given 16 bits."""
+
+    WATCHED = ("linalg", "cholesky", "triangular_solve", "_log_softmax", "nll_loss", "eigh", "qr", "svd")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: set[str] = set()
+        self.narrow: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = str(func).removeprefix("aten.")
+        if kind.startswith(self.WATCHED):
+            given = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            self.run.add(kind)
+            self.narrow.extend(kind for d in given if d.itemsize < 4)
+        return func(*args, **(kwargs or {}))
+
+
+def test_solves_and_losses_are_wide_whatever_the_host(sixteen):
+    """No factorisation, no solve and no log-softmax ever sees 16 bits."""
+    name, _, _, _, watch = sixteen
+    assert watch.narrow == []
+    assert watch.run or REGISTRY.get(name).gives is PromptEdit, (
+        "what changes prompts computes averages at most"
+    )
+
+
+def test_sixteen_bit_hosts_get_float32_deltas(sixteen):
+    name, host, edit, start, _ = sixteen
+    dtype = host.dtype
+    assert dtype.itemsize == 2
     assert all(t.dtype == torch.float32 for t in tensors(edit).values() if t.is_floating_point())
     before = logits(host)
     edit.apply_(host)

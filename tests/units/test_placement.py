@@ -12,11 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import errata
-from errata.edits import PromptEdit, Provenance, WeightEdit
+from errata.edits import Provenance, WeightEdit
 from errata.errors import EditError, HostError
 from errata.linalg.lowrank import LowRank
-from errata.methods import REGISTRY
-from tests.contract.test_methods import EXAMPLES, options
 from tests.models import fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -247,37 +245,6 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_changes():
 
 
 # --- precision --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    [n for n in REGISTRY if "causal_lm" in REGISTRY.get(n).hosts and REGISTRY.get(n).takes == "requests"],
-)
-def test_solves_and_losses_are_wide_whatever_the_host(name, dtype):
-    """No factorisation, no solve and no log-softmax ever sees 16 bits."""
-    narrow: list[str] = []
-    seen: set[str] = set()
-    WATCHED = ("linalg", "cholesky", "triangular_solve", "_log_softmax", "nll_loss", "eigh", "qr", "svd")
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            kind = str(func).removeprefix("aten.")
-            if kind.startswith(WATCHED):
-                given = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-                seen.add(kind)
-                narrow.extend(kind for d in given if d.itemsize < 4)
-            return func(*args, **(kwargs or {}))
-
-    host = fresh("llama", max_position_embeddings=2048)  # room for what methods put before a prompt
-    host.model.to(dtype)
-    more = {"examples": EXAMPLES} if "examples" in REGISTRY.get(name).needs else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what merging loses
-        with Watch():
-            errata.edit(host, REQUEST, method=name, **options(name), **more)
-    assert narrow == []
-    assert seen or REGISTRY.get(name).gives is PromptEdit, "what changes prompts computes averages at most"
 
 
 def test_merging_says_what_it_lost_and_warns_of_most():
