@@ -49,9 +49,27 @@ def test_editors_are_trained_on_other_subjects_and_phrasings_than_they_are_measu
     cases_of_test = sources.read("lab:test:20:3")[0]
     assert {c.request.subject for c in cases_of_test} <= subjects
     assert any(p.kind == "paraphrase" for c in cases_of_test for p in c.probes)
-    for wrong in ("lab:test", "lab:train:x", "lab:other:3", "lab:train:1:2:3"):
+    for wrong in ("lab:test", "lab:train:x", "lab:other:3", "lab:train:1:2:3", "lab:evoke"):
         with pytest.raises(ConfigError, match="lab:train:N"):
             sources.read(wrong)
+
+
+def test_evoke_asks_where_the_target_is_wrong():
+    plain_cases, _ = sources.read("lab:12:3")
+    asked, facts = sources.read("lab:evoke:12:3")
+    assert facts["source"] == "lab:evoke:12:3"
+    for case, evoke in zip(plain_cases, asked, strict=True):
+        request = case.request
+        assert evoke.request == request
+        chains = {p.prompt: p for p in case.probes if p.kind in ("one_hop", "two_hop")}
+        for probe in (p for p in evoke.probes if p.kind == "multi_hop"):
+            assert probe.rival == request.target not in probe.answers
+            assert probe.answers == chains[probe.prompt].answers
+        near, far = ([p for p in evoke.probes if p.kind == k] for k in ("neighbourhood", "distracting"))
+        assert [p.prompt for p in far] == [f"{request.text} {request.target}. {p.prompt}" for p in near]
+        assert [p.answers for p in far] == [p.answers for p in near]
+    kinds = {p.kind for case in asked for p in case.probes}
+    assert kinds == {"efficacy", "paraphrase", "multi_hop", "neighbourhood", "same_subject", "distracting"}
 
 
 def test_facts_that_are_unrelated_are_asked_beside_each_case():

@@ -11,6 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
+from errata.lab.overfitting import overfitting
 from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
@@ -33,7 +34,8 @@ def read(
     """Read the cases of a source; return them and the facts to record about them.
 
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
-    seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
+    seed; with ``together``, edits of all of them can be in place at once. ``lab:evoke:N`` are the same edits with the
+    questions of EVOKE, where an edit's target is wrong. ``lab:train`` and ``lab:train:N`` are cases
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
@@ -76,11 +78,11 @@ def digest(cases: Sequence[Case]) -> str:
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     _, *parts = source.split(":")
-    part = parts.pop(0) if parts[0] in ("train", "test") else None
+    part = parts.pop(0) if parts[0] in ("train", "test", "evoke") else None
     if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
         raise ConfigError(
-            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N and the same with :SEED, "
-            "N and SEED numbers"
+            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N and "
+            "the same with :SEED, N and SEED numbers"
         )
     seed = int(parts[1]) if len(parts) > 1 else seed
     facts: dict[str, Any] = {"seed": seed}
@@ -92,6 +94,8 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     else:
         world = lab.world_of("test") if part == "test" else None
         cases = lab.cases(int(parts[0]), seed=seed, together=together, world=world)
+    if part == "evoke":
+        cases = [overfitting(case) for case in cases]
     return cases, len(cases), facts
 
 

@@ -285,6 +285,17 @@ class PrefixRunner:
         )  # fmt: skip
         return Output(ran.logits, prefix=Prefix(mask, GrowingCache(ran.prefix), routes=ran.routes))
 
+    def head(self, states: Tensor) -> Tensor:
+        """Return the logits of states ``[n, d]`` of the last block, float32 at least ``[n, vocab]``; gradients pass.
+
+        The model's own forward does it. Needs an earlier run that kept states.
+        """
+        rows = len(states)
+        batch = tokens.lay_out([[0]] * rows, [0] * rows, fill=self.host.pad_id, device=self.host.device)
+        logits = self.run(batch, plain_prefix().at_depth(len(self.blocks), states[:, None])).logits
+        assert logits is not None
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+
     @contextlib.contextmanager
     def _lowest(self, prefix: Prefix) -> Iterator[None]:
         """Have the blocks below the prefix's depth return its states inside the block."""

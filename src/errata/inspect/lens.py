@@ -20,7 +20,7 @@ from errata.errors import ConfigError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.prefix import PrefixRunner, plain_prefix, split_rows
-from errata.host.tokens import Side, lay_out
+from errata.host.tokens import Side
 from errata.locate.patching import require_plain
 
 READ_ROWS = 512
@@ -66,13 +66,8 @@ class Lens:
         return torch.cat(parts)
 
     def _head(self, states: Tensor) -> Tensor:
-        batch = lay_out(
-            [[0]] * len(states), [0] * len(states), fill=self.host.pad_id, device=self.host.device
-        )
         with hooks.frozen(self.host.model):
-            logits = self.runner.run(batch, plain_prefix().at_depth(self.depth, states[:, None])).logits
-        assert logits is not None
-        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+            return self.runner.head(states)
 
     @torch.no_grad()
     def look(self, ids: Sequence[int], answer: int | None = None) -> Reading:

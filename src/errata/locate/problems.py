@@ -37,6 +37,16 @@ def prompt_end(request: Request) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Informed:
+    """A row's text behind a statement of its fact."""
+
+    ids: tuple[int, ...]
+    """The whole text without the last target token."""
+    position: int
+    """Index of the edited token in it."""
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """One row: a prompt in one context with its target, or the row that preserves the subject's essence."""
 
@@ -54,6 +64,8 @@ class PromptRow:
     """Shifts to apply at earlier positions of the row."""
     key_weight: float = 1.0
     """Weight in the mean key."""
+    informed: Informed | None = None
+    """The same with the fact stated before it, for constraints on inference."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,9 @@ from errata.host.kv_cache import FixedCache
 from errata.host.memory import in_batches, share
 from errata.host.prefix import Prefix, PrefixRunner, align, can_reuse, no_prefix
 from errata.host.tokens import Batch
+from errata.locate import inference
 from errata.locate.contexts import Context
+from errata.locate.inference import Inference, Taught
 from errata.locate.problems import (
     PromptRow,
     Span,
@@ -80,6 +82,9 @@ class ValueConfig:
     relax: bool = False
     """PMET's code: after an evaluation in which every target token is the argmax, the targets' loss is weighted by a
     tenth, until that is no longer so; the search ends there if the weighted divergence is at most 0.01."""
+    inference: Inference | None = None
+    """Further terms that hold the model to what it infers with the fact in its context (LTI); the problems' rows are
+    then those of :func:`errata.locate.inference.informed`."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,8 @@ class _RowGroup:
     """Whether a prediction counts for ``stop: top``, 1 or 0."""
     essence_logprobs: Tensor | None = None
     """Unshifted log-probabilities at the essence rows' edited tokens ``[rows, vocab]``."""
+    taught: Taught | None = None
+    """What the unedited model gives with the facts in its context, for constraints on inference."""
 
     def select(self, running: Tensor) -> _RowGroup:
         """Return the rows of problems that are still running."""
@@ -206,6 +213,7 @@ class _RowGroup:
             self.weight[active],
             self.decides[active],
             None if self.essence_logprobs is None else self.essence_logprobs[rows],
+            None if self.taught is None else self.taught.select(rows, active),
         )
 
 
@@ -298,9 +306,20 @@ class _Search:
         first_column = column if self.reuse else 0
         shared = (tokens, prefix, ran.key_values, state, problem)
         return [
-            self._row_group(*shared, group_rows, predictions, old, columns, first_column)
-            for group_rows, predictions, old in split
+            self._taught(
+                self._row_group(*shared, members, predictions, old, columns, first_column), rows, members
+            )
+            for members, predictions, old in split
         ]
+
+    def _taught(self, group: _RowGroup, rows: Sequence[PromptRow], members: Tensor) -> _RowGroup:
+        """Return a group with what constraints on inference compare its target rows with."""
+        if self.config.inference is None or group.essence_logprobs is not None:
+            return group
+        return replace(
+            group,
+            taught=inference.teach(self.runner, [rows[i] for i in members.tolist()], self.config.inference),
+        )
 
     def _run_prefixes(self, rows: list[PromptRow], prefix_length: dict[int, int]) -> Prefix:
         """Run the prefixes shared by the rows of a context; return what each row continues."""
@@ -363,28 +382,37 @@ class _Search:
 
     def _forward(
         self, groups: Sequence[_RowGroup], shifts: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return negative log-likelihood, divergence and whether all targets are the argmax, by problem."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return negative log-likelihood, divergence, inference terms and whether all targets are the argmax.
+
+        Each by problem.
+        """
         zero = torch.zeros(self.count, device=self.host.device, dtype=shifts[0].dtype)
-        nll, divergence, misses = zero, zero, zero
+        nll, divergence, inferred, misses = zero, zero, zero, zero
         for group in groups:
             if not len(group.problem):
                 continue
-            logits = self._logits(group, shifts)
+            logits, states = self._logits(group, shifts)
             problem = group.problem[group.prediction_row]
             if group.essence_logprobs is None:
                 loss = functional.cross_entropy(logits, group.token, reduction="none")
                 nll = nll.index_add(0, problem, loss * group.weight)
                 wrong = (logits.detach().argmax(-1) != group.token).to(zero.dtype)
                 misses = misses.index_add(0, problem, wrong * group.decides)
+                if group.taught is not None and self.config.inference is not None:
+                    terms = group.taught.terms(
+                        self.runner, self.config.inference, logits, states, group.prediction_row, group.weight
+                    )
+                    inferred = inferred.index_add(0, group.problem, terms)
             else:
                 after = logits.log_softmax(-1)
                 # KL(edited || original) at the subject, as in the authors' code
                 gap = (after.exp() * (after - group.essence_logprobs)).sum(-1)
                 divergence = divergence.index_add(0, problem, gap)
-        return nll, divergence, misses == 0
+        return nll, divergence, inferred, misses == 0
 
-    def _logits(self, group: _RowGroup, shifts: Sequence[Tensor]) -> Tensor:
+    def _logits(self, group: _RowGroup, shifts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return logits of the predictions ``[n, vocab]``, and the states that a constraint is on ``[rows, d]``."""
         count = len(group.problem)
         line = torch.arange(count, device=self.host.device)
 
@@ -397,8 +425,12 @@ class _Search:
 
             return add
 
-        prefix = group.prefix
+        prefix, states = group.prefix, list[Tensor]()
         with contextlib.ExitStack() as stack:
+            if group.taught is not None and group.taught.subject is not None:
+                assert self.config.inference is not None
+                block = self.runner.blocks[self.config.inference.layer]
+                stack.enter_context(hooks.on_output(block, _column(states, line, group.column)))
             if self.on_stream:
                 assert prefix.states is not None
                 prefix = prefix.at_depth(self.first, push(shifts[0])(prefix.states))
@@ -411,7 +443,7 @@ class _Search:
                 at=(group.prediction_row, group.prediction_column),
             )
         assert ran.logits is not None
-        return wide(ran.logits)
+        return wide(ran.logits), states[0] if states else None
 
     # --- the descent -----------------------------------------------------------------------
 
@@ -439,10 +471,10 @@ class _Search:
         nll_of = torch.zeros(self.count, device=device)
         groups = self.groups
         for step in range(1, config.steps + 1):
-            nll, divergence, top = self._forward(groups, shifts)
+            nll, divergence, inferred, top = self._forward(groups, shifts)
             nll = nll.square() if config.balance else nll
             nll_of = torch.where(running, nll.detach(), nll_of)
-            loss = factor * nll + config.kl * divergence + self._penalty(shifts)
+            loss = factor * nll + config.kl * divergence + inferred + self._penalty(shifts)
             at_top += top
             finished = self._is_finished(loss.detach(), divergence.detach(), top, at_top)
             if config.relax:  # takes effect from the next evaluation on
@@ -498,6 +530,15 @@ def _adam(
     second.copy_(torch.where(live[:, None], 0.999 * second + 0.001 * gradient.square(), second))
     size = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
     return torch.where(live[:, None], shift - rate * size, shift)
+
+
+def _column(into: list[Tensor], line: Tensor, column: Tensor) -> Callable[[Tensor], None]:
+    """Return a hook that records a module's output in one column of each row ``[rows, d]``; gradients pass."""
+
+    def keep(hidden: Tensor) -> None:
+        into.append(hidden[line.to(hidden.device), column.to(hidden.device)])
+
+    return keep
 
 
 def _capture_column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], None]:
