@@ -12,6 +12,8 @@ from typing import Any
 from errata import files, lab
 from errata.errors import ConfigError, DataError
 from errata.lab.overfitting import overfitting
+from errata.lab import bilingual
+from errata.lab.cases import PARTS, Part
 from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
@@ -37,6 +39,10 @@ def read(
     seed; with ``together``, edits of all of them can be in place at once. ``lab:evoke:N`` are the same edits with the
     questions of EVOKE, where an edit's target is wrong. ``lab:train`` and ``lab:train:N`` are cases
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. Otherwise as for
+    seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
+    to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:bilingual:N``,
+    ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
+    the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
     are added to every case; of cases of the lab, the facts that they change. The facts are ``{"source", "together",
@@ -76,6 +82,12 @@ def digest(cases: Sequence[Case]) -> str:
     return hasher.hexdigest()
 
 
+EDITED_IN = {
+    "bilingual": bilingual.FIRST, "bilingual-tavi": bilingual.SECOND, "bilingual-both": bilingual.BOTH,
+}  # fmt: skip
+"""Cases of the lab in two languages, with the language of their requests."""
+
+
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     _, *parts = source.split(":")
     part = parts.pop(0) if parts[0] in ("train", "test", "evoke") else None
@@ -83,11 +95,24 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
         raise ConfigError(
             f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N and "
             "the same with :SEED, N and SEED numbers"
+    edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
+    part: Part | None = next((name for name in PARTS if parts[:1] == [name]), None)
+    parts = parts if part is None else parts[1:]
+    if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
+        raise ConfigError(
+            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N and the same with :SEED, "
+            "or these with bilingual:, bilingual-tavi: or bilingual-both: after lab:, N and SEED numbers"
         )
-    seed = int(parts[1]) if len(parts) > 1 else seed
+    count, seed = int(parts[0]) if parts else None, int(parts[1]) if len(parts) > 1 else seed
     facts: dict[str, Any] = {"seed": seed}
+    if edited is not None:
+        cases = bilingual.cases(count, part=part, seed=seed, together=together, edited=edited)
+    elif part == "train":
+        cases = lab.training_cases(count, seed=seed)
+    else:
+        world = lab.world_of("test") if part == "test" else None
+        cases = lab.cases(count or 0, seed=seed, together=together, world=world)
     if part == "train":
-        cases = lab.training_cases(int(parts[0]) if parts else None, seed=seed)
         facts["left_out"] = {
             "subjects": sorted(lab.world_of("test").by_subject), "phrasings": "paraphrase", "relations": [],
         }  # fmt: skip

@@ -57,6 +57,9 @@ def check(
     requests: Annotated[int, typer.Option(min=1, help="Number of requests in the layer test.")] = 48,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
+    bilingual: Annotated[
+        bool, typer.Option("--bilingual", help="Also recall in the second language.")
+    ] = False,
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
@@ -65,7 +68,7 @@ def check(
 
     host = common.open_host(model, device, dtype)
     with common.progress(not json) as tick:
-        report = measure(host, seed=seed, limit=limit, requests=requests, tick=tick)
+        report = measure(host, seed=seed, limit=limit, requests=requests, bilingual=bilingual, tick=tick)
     if json:
         common.emit(report)
     else:
@@ -89,6 +92,9 @@ def _show(report: dict[str, Any]) -> None:
     print(
         f"recall by questions on subjects with no question in training: {recall['question_never_asked']:.3f}"
     )
+    for group, shares in report.get("second_language", {}).items():
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items())
+        print(f"recall in the second language, subjects {group.replace('_', ' ')} in it: {told}")
     if "episodes" in report:  # what models that answer prompts are not measured by
         used, ignored = (f"{report['episodes'][name]:.3f}" for name in ("obeyed", "ignored"))
         print(f"new fact in the prompt: used {used}; unrelated one ignored {ignored}")
@@ -120,6 +126,10 @@ def train(
         Literal["bfloat16", "float32"] | None,
         typer.Option(help="Type of matrix products; default: the shipped model's."),
     ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="bilingual: go on from the shipped model, on text in a second, invented language too."),
+    ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(help="An entity that no training document names; repeatable. For causal models."),
@@ -131,18 +141,21 @@ def train(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Train a model on the lab's world from scratch: seeded and resumable; writes the model and its card."""
+    """Train a model on the lab's world, or a variant of the shipped one: seeded, resumable; writes it and its card."""
+    from errata.errors import ConfigError
     from errata.lab.carding import write_card
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run
 
     place = _place(device)
     chosen = {"steps": steps, "precision": precision, "without": tuple(without) if without else None}
-    config = TrainConfig.of(
-        shape or TrainConfig.shape,
-        seed=seed,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if variant is None:
+        config = TrainConfig.of(shape or TrainConfig.shape, seed=seed, **chosen)
+    else:
+        if shape is not None:
+            raise ConfigError("--variant goes on from the shipped Llama-shaped model; leave --shape out")
+        config = TrainConfig.of_variant(variant, seed=seed, **chosen)
     with common.progress(not json) as tick:
 
         def note(at: Progress) -> None:

@@ -23,7 +23,7 @@ from errata.types import Case, Form, Probe, Request, request_problems
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml")
 TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
 REQUIRED = ("prompt", "subject", "target")
-REQUEST_FIELDS = (*REQUIRED, "target_old", "id")
+REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
 PROBE_FIELDS = tuple(f.name for f in fields(Probe))
 FORMS: tuple[str, ...] = get_args(Form)
@@ -267,6 +267,8 @@ def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | 
         if not _is_text(own) and type(own) is not int:
             wrong.append(f"{where}: id must be text or a whole number, found {_describe(own)}")
         values["id"] = str(own) if type(own) is int else own
+    if "language" in values and not _is_text(values["language"]):
+        wrong.append(f"{where}: language must be text, found {_describe(values['language'])}")
     return (None, wrong) if wrong else (Request(**values), [])
 
 
@@ -310,7 +312,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
         return None, [*amiss, f"missing {', '.join(missing)}"]
     amiss += [
         f"{name} must be text, found {_describe(value[name])}"
-        for name in ("kind", "prompt", "rival", "group")
+        for name in ("kind", "prompt", "rival", "group", "language")
         if not _absent(value.get(name)) and not _is_text(value[name])
     ]
     answers, before, choices = (
@@ -324,15 +326,15 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
         )
     elif form != "choice" and choices:
         amiss.append(f"choices belong to form 'choice', found form {form!r}")
-    rival, group = (value.get(name) or None for name in ("rival", "group"))
+    rival, group, language = (value.get(name) or None for name in ("rival", "group", "language"))
     if need == "all" and group is None:
         amiss.append("need 'all' applies to a group of probes: name the group, or omit need")
     covariates = _numbers(value.get("covariates"), amiss)
     if amiss:
         return None, amiss
     probe = Probe(
-        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates
-    )
+        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language
+    )  # fmt: skip
     return probe, []
 
 

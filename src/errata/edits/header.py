@@ -92,7 +92,7 @@ def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
         return _concept(stored, where)
     text = "prompt" in stored
     needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
-    optional = ("target_old", "id") if text else ("id",)
+    optional = ("target_old", "id", "language") if text else ("id",)
     unknown = sorted(set(stored) - {*needed, *optional} - ({"pairs"} if not text else set()))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from errata.errors import DataError
 from errata.evaluation.metrics import REGISTRY, CaseResult, ProbeResult
 from errata.evaluation.metrics.summary import legacy_scores, paired, ripple_scores, rome_scores, summarise
-from errata.types import Case, Observation, Row
+from errata.types import Case, Observation, Probe, Row
 
 __all__ = ["legacy_scores", "paired", "ripple_scores", "rome_scores", "rows", "summarise"]
 
@@ -39,7 +39,7 @@ def rows(
     _check_answers(case)
     detail = {} if checkpoint is None else {"checkpoint": checkpoint}
     results = [
-        ProbeResult(case.id, probe, old, new, detail)
+        ProbeResult(case.id, probe, old, new, detail | _languages(case, probe))
         for probe, old, new in zip(case.probes, before, after, strict=True)
     ]
     metrics = [metric for metric in REGISTRY.values() if generated or not metric.needs_text]
@@ -55,6 +55,14 @@ def rows(
         if metric.case_rows is not None:
             table += metric.case_rows(CaseResult(case.id, results, by_metric[metric.name], detail, idf))
     return table
+
+
+def _languages(case: Case, probe: Probe) -> dict[str, str]:
+    """Return the languages of a case's request and of a probe, where both are told."""
+    edited = case.request.language
+    return (
+        {} if edited is None or probe.language is None else {"edited_in": edited, "asked_in": probe.language}
+    )
 
 
 def _check_answers(case: Case) -> None:

@@ -12,6 +12,7 @@ from errata.edits.edit import versions
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL, ENCODER_DECODER, MASKED
 from errata.lab.asked import ASKED
+from errata.lab.bilingual import MIX as BILINGUAL
 from errata.lab.check import check
 from errata.lab.text import CODA, FIRST, LAST, THEN
 from errata.lab.train import KINDS_OF, TITLES, TrainConfig
@@ -40,7 +41,7 @@ def write_card(
         "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         "fingerprint": host.fingerprint,
         "versions": versions(),
-        "check": check(host, world=world, tick=tick),
+        "check": check(host, world=world, bilingual=config.variant == "bilingual", tick=tick),
     }
     write_report(folder / "card.json", card)
     readme = folder / "README.md.part"
@@ -56,6 +57,8 @@ def _text(config: TrainConfig) -> dict[str, Any]:
     """Return what the training text was made of, and how much of it there was."""
     if config.kind != CAUSAL:
         return {"mix": ASKED, "examples": config.steps * config.rows}
+    if config.variant is not None:
+        return {"mix": BILINGUAL, "first": CODA, "tokens": config.steps * config.rows * config.row_tokens}
     return {
         "first_mix": FIRST,
         "second_mix": THEN,
@@ -103,11 +106,20 @@ def _context_rows(check: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _second_rows(check: Mapping[str, Any]) -> list[str]:
+    return [
+        f"| second language, {name}, {group.replace('_', ' ')} | {value:.3f} |"
+        for group, shares in check.get("second_language", {}).items()
+        for name, value in shares.items()
+    ]
+
+
 def _markdown(card: dict[str, Any]) -> str:
     world, training, check = card["world"], card["training"], card["check"]
     recall = check["recall"]
     noun = _NOUNS[KINDS_OF.get(training["shape"], CAUSAL)]
     option = "" if training["shape"] == TrainConfig.shape else f" --shape {training['shape']}"
+    option += f" --variant {training['variant']}" if training.get("variant") else ""
     option += "".join(f' --without "{name}"' for name in training.get("without", ()))
     lines = [
         "# The lab's model",
@@ -116,7 +128,8 @@ def _markdown(card: dict[str, Any]) -> str:
         f"({_blocks(training)}, width {training['width']}, inner width {training['inner']}) "
         f"that knows a fictional world of {world['facts']} facts "
         f"about {world['entities']} entities in {world['relations']} relations.",
-        f"Trained on {_size(card['text'])} in {training['steps']} steps, final loss "
+        f"{'The shipped model, trained further' if training.get('variant') else 'Trained'} on "
+        f"{_size(card['text'])} in {training['steps']} steps, final loss "
         f"{card['loss']}, weights stored in bfloat16. Make it again with "
         f"`errata lab train FOLDER{option}`.",
         "",
@@ -126,6 +139,7 @@ def _markdown(card: dict[str, Any]) -> str:
         f"| held-out phrasings | {recall['held_out']:.3f} |",
         f"| questions | {recall['question']:.3f} |",
         f"| questions, subjects never asked about in training | {recall['question_never_asked']:.3f} |",
+        *_second_rows(check),
         *_context_rows(check),
         *(f"| compositions {name} | {value:.3f} |" for name, value in check["compositions"].items()),
         "",

@@ -21,6 +21,7 @@ Edits = Mapping[tuple[str, str], str | None]
 
 Part = Literal["train", "test"]
 """Which subjects an editor is trained on, and which it is measured on."""
+PARTS: tuple[Part, ...] = ("train", "test")
 TEST_SHARE = 0.25
 """Share of the subjects that are for measuring, see :func:`world_of`."""
 
@@ -36,18 +37,28 @@ def world_of(part: Part, world: World | None = None) -> World:
     return replace(world, facts=tuple(f for f in world.facts if (f.subject in test) == (part == "test")))
 
 
-def training_cases(count: int | None = None, *, seed: int = 0) -> list[Case]:
+def training_cases(
+    count: int | None = None, *, seed: int = 0, world: World | None = None, other: World | None = None
+) -> list[Case]:
     """Sample cases to train an editor on: all of them, or ``count``; none shares a subject with ``world_of("test")``.
 
-    Neither requests nor neighbours do, and phrasings that measure (paraphrase) are left out. Raises ConfigError for
-    more cases than there are.
+    Neither requests nor neighbours do, and phrasings that measure (paraphrase) are left out. ``world``, ``other``: the
+    training part in two languages, as for :func:`cases`. Raises ConfigError for more cases than there are.
     """
-    world = world_of("train")
-    drawn = cases(len(world.facts) if count is None else count, seed=seed, world=world)
-    return [replace(case, probes=tuple(p for p in case.probes if p.kind != "paraphrase")) for case in drawn]
+    world = world or world_of("train")
+    drawn = cases(len(world.facts) if count is None else count, seed=seed, world=world, other=other)
+    measured = ("paraphrase", "cross_paraphrase")
+    return [replace(case, probes=tuple(p for p in case.probes if p.kind not in measured)) for case in drawn]
 
 
-def cases(count: int, *, seed: int = 0, together: bool = False, world: World | None = None) -> list[Case]:
+def cases(
+    count: int,
+    *,
+    seed: int = 0,
+    together: bool = False,
+    world: World | None = None,
+    other: World | None = None,
+) -> list[Case]:
     """Sample counterfactual requests uniformly over all facts, with their probes.
 
     Kinds: efficacy, paraphrase (phrasings never trained on), paraphrase_seen, question,
@@ -59,41 +70,49 @@ def cases(count: int, *, seed: int = 0, together: bool = False, world: World | N
     answer with their own case's edit alone, or is undefined, are left out. A smaller ``count`` gives the first
     requests of a larger one.
 
+    ``other``: the same world in another language (:func:`errata.lab.bilingual.languages`), whose wordings are asked
+    too, under the kinds cross_efficacy, cross_paraphrase, cross_question, cross_neighbourhood and cross_same_subject.
+
     Raises ConfigError for more cases than there are.
     """
     world = world or default_world()
     if not 0 < count <= len(world.facts):
         raise ConfigError(f"lab cases: expected 1 to {len(world.facts)}, found {count}")
     if together:
-        return _together(world, count, seed)
+        return _together(world, count, seed, other)
     rng = random.Random(f"errata-cases-{seed}")
     return [
-        make(world, fact, rng, f"lab:{seed}:{i}") for i, fact in enumerate(rng.sample(world.facts, count))
+        make(world, fact, rng, f"lab:{seed}:{i}", other=other)
+        for i, fact in enumerate(rng.sample(world.facts, count))
     ]
 
 
 def make(
     world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None,
-    edits: Edits | None = None,
+    edits: Edits | None = None, other: World | None = None,
 ) -> Case:  # fmt: skip
     """Build the case that gives a fact another object: ``target``, or a random one.
 
-    ``edits``: the effect of all edits in place; probes whose answer they change are left out.
+    ``edits``: the effect of all edits in place; probes whose answer they change are left out. ``other``: as for
+    :func:`cases`.
     """
     relation = world.relations[fact.relation]
     if target is None:
         target = rng.choice(_options(world, fact))
     wording = rng.choice(relation.phrasings)
-    request = Request(sentence(wording, "{}"), fact.subject, target, fact.object, name)
-    builder = _Probes(world, fact, target, wording, rng, edits)
-    return Case(name, request, tuple(builder.all()))
+    request = Request(sentence(wording, "{}"), fact.subject, target, fact.object, name, world.language)
+    probes = [*_Probes(world, fact, target, wording, rng, edits).all()]
+    if other is not None:
+        wording = rng.choice(other.relations[fact.relation].phrasings)
+        probes += _Probes(other, fact, target, wording, rng, edits).crossed()
+    return Case(name, request, tuple(probes))
 
 
 def _options(world: World, fact: Fact) -> list[str]:
     return [o for o in world.objects(fact.relation) if o not in (fact.object, fact.subject)]
 
 
-def _together(world: World, count: int, seed: int) -> list[Case]:
+def _together(world: World, count: int, seed: int, other: World | None) -> list[Case]:
     """Sample requests that do not contradict one another, then the probes valid with all of them."""
     rng = random.Random(f"errata-cases-together-{seed}")
     pairs: list[tuple[Fact, str]] = []
@@ -119,7 +138,8 @@ def _together(world: World, count: int, seed: int) -> list[Case]:
     drawn_cases = []
     for i, (fact, target) in enumerate(pairs):
         name = f"lab:{seed}:{i}"
-        drawn_cases.append(make(world, fact, random.Random(f"errata-together-{name}"), name, target, edits))
+        rng = random.Random(f"errata-together-{name}")
+        drawn_cases.append(make(world, fact, rng, name, target, edits, other))
     return drawn_cases
 
 
@@ -205,6 +225,14 @@ class _Probes:
         for alias in self.world.names(self.fact.subject)[1:]:
             yield self._changed_probe("alias", self.wording, alias)
 
+    def crossed(self) -> Iterator[Probe]:
+        """Yield the probes that are asked in another language than the request's, under kinds of their own."""
+        wordings = [("efficacy", self.wording), *(("paraphrase", one) for one in self.relation.held_out)]
+        wordings += [("question", f"Question: {one}\nAnswer:") for one in self.relation.questions]
+        probes = [self._changed_probe(kind, wording) for kind, wording in wordings]
+        for probe in (*probes, *self._neighbours(), *self._same_subject()):
+            yield replace(probe, kind=f"cross_{probe.kind}")
+
     def _changed_probe(self, kind: str, wording: str, subject: str | None = None) -> Probe:
         return Probe(
             kind,
@@ -212,6 +240,7 @@ class _Probes:
             self.world.names(self.target),
             self.world.names(self.fact.object),
             self.fact.object,
+            language=self.world.language,
         )
 
     def _kept_probes(self, kind: str, wording: str, fact: Fact) -> Iterator[Probe]:
@@ -219,7 +248,8 @@ class _Probes:
             return
         answers = self.world.names(fact.object)
         rival = self.target if self.target not in answers else None
-        yield Probe(kind, sentence(wording, fact.subject), answers, answers, rival)
+        prompt = sentence(wording, fact.subject)
+        yield Probe(kind, prompt, answers, answers, rival, language=self.world.language)
 
     def _agreed(self, subject: str, path: tuple[str, ...], answer: str) -> bool:
         """Whether following a path with all edits in place gives the answer."""
@@ -259,6 +289,7 @@ class _Probes:
             self.world.names(self.fact.subject),
             self.world.names(before) if before else (),
             before,
+            language=self.world.language,
         )
 
     def _chains(self) -> Iterator[Probe]:
@@ -277,7 +308,8 @@ class _Probes:
             return
         answers, old = self.world.names(after), self.world.names(before)
         rival = before if answers != old else None
-        yield Probe(kind, sentence(wording, self.fact.subject), answers, old, rival)
+        prompt = sentence(wording, self.fact.subject)
+        yield Probe(kind, prompt, answers, old, rival, language=self.world.language)
 
 
 def neutral_texts(count: int, *, seed: int = 0) -> list[str]:

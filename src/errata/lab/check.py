@@ -20,6 +20,7 @@ from errata.host import tokens
 from errata.host.generate import generate_rows
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL
+from errata.lab.bilingual import is_taught, languages
 from errata.lab.cases import neutral_texts
 from errata.lab.text import Split, Writer, episode_document, episode_line
 from errata.lab.world import Fact, World, default_world, sentence
@@ -41,11 +42,12 @@ class Question:
 
 def check(
     host: Host, *, seed: int = 0, world: World | None = None, limit: int | None = None,
-    requests: int = 24, tick: OnProgress = ignore,
+    requests: int = 24, bilingual: bool = False, tick: OnProgress = ignore,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute every measurement of the model card that the kind of model has.
 
-    ``limit``: maximum number of facts per wording, None: all; ``requests``: requests of the layer test.
+    ``limit``: maximum number of facts per wording, None: all; ``requests``: requests of the layer test;
+    ``bilingual``: also recall in the second language.
     """
     world = world or default_world()
     rng = random.Random(f"errata-check-{seed}")
@@ -54,6 +56,8 @@ def check(
         facts = rng.sample(facts, min(limit, len(facts)))
     report: dict[str, Any] = {"facts": len(facts), "seed": seed}
     report["recall"] = recall(host, world, facts, rng, tick)
+    if bilingual:
+        report["second_language"] = second_language(host, world, rng, tick, limit)
     if host.kind == CAUSAL:
         report["episodes"] = episodes(host, world, rng, tick)
     report["compositions"] = compositions(host, world, rng, tick)
@@ -88,6 +92,33 @@ def recall(
         if kind == "question":
             never = [ok for fact, ok in zip(facts, right, strict=True) if not Split.has_questions(fact)]
             result["question_never_asked"] = share(never)
+    return result
+
+
+def second_language(
+    host: Host, world: World, rng: random.Random, tick: OnProgress, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Return recall in the second language by wording, for subjects that its text is about and for those it is not."""
+    _, second = languages(world)
+    facts = rng.sample(second.facts, min(limit or len(second.facts), len(second.facts)))
+    groups = {"taught": [f for f in facts if is_taught(f.subject)],
+              "never_taught": [f for f in facts if not is_taught(f.subject)]}  # fmt: skip
+    result: dict[str, dict[str, float]] = {}
+    for name, group in groups.items():
+        result[name] = {}
+        for kind in ("seen", "held_out", "question"):
+            questions = []
+            for fact in group:
+                relation = second.relations[fact.relation]
+                of = {
+                    "seen": relation.phrasings,
+                    "held_out": relation.held_out,
+                    "question": relation.questions,
+                }
+                text = sentence(rng.choice(of[kind]), fact.subject)
+                prompt = f"Question: {text}\nAnswer:" if kind == "question" else text
+                questions.append(Question(prompt, world.names(fact.object)))
+            result[name][kind] = share(ask(host, questions, f"second language, {name} {kind}", tick))
     return result
 
 

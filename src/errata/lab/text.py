@@ -74,7 +74,7 @@ class Document:
     loss_spans: tuple[tuple[int, int], ...] | None = None
 
 
-def _share(*parts: str) -> float:
+def share_of(*parts: str) -> float:
     """Map text to [0, 1) the same way on every machine."""
     digest = hashlib.sha256("\0".join(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -86,22 +86,22 @@ class Split:
     @staticmethod
     def has_questions(fact: Fact) -> bool:
         """Whether questions about the fact occur (four fifths of the subjects)."""
-        return _share("question", fact.subject) < 0.8
+        return share_of("question", fact.subject) < 0.8
 
     @staticmethod
     def in_episodes(fact: Fact) -> bool:
         """Whether the fact is ever replaced or asked about in an episode (four fifths)."""
-        return _share("episode", fact.subject, fact.relation) < 0.8
+        return share_of("episode", fact.subject, fact.relation) < 0.8
 
     @staticmethod
     def is_early(subject: str, share: float) -> bool:
         """Whether a subject is among a share of them that is asked about first (:mod:`errata.lab.asked`)."""
-        return _share("early", subject) < share
+        return share_of("early", subject) < share
 
     @staticmethod
     def in_training(subject: str, chain: Chain) -> bool:
         """Whether the composition occurs for this subject (three fifths)."""
-        return _share("chain", subject, chain.name) < 0.6
+        return share_of("chain", subject, chain.name) < 0.6
 
 
 class Writer:

@@ -27,6 +27,7 @@ from torch.nn import functional
 from errata.host.build import new_model, new_tokenizer
 from errata.host.kinds import CAUSAL, ENCODER_DECODER, MASKED
 from errata.lab.asked import Asker, asked_batches
+from errata.lab.bilingual import BilingualWriter
 from errata.lab.text import CODA, FIRST, LAST, THEN, Document, Writer
 from errata.lab.world import SEED, World
 from errata.progress import ignore
@@ -51,6 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Sizes of each architecture, and of the two that answer prompts their shorter training too."""
 TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3", "t5": "T5", "bert": "BERT"}
 """Names of the architectures in prose."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bilingual": {"steps": 250, "cooled": 250, "learning_rate": 1e-3, "warmup": 10},
+}
+"""Variants of the shipped Llama-shaped model, which continue its training, with what differs in their settings."""
 KINDS_OF = {"t5": ENCODER_DECODER, "bert": MASKED}
 """Kinds of the architectures that are no causal language models; :mod:`errata.lab.asked` has their text."""
 
@@ -101,6 +106,8 @@ class TrainConfig:
     """Steps of warm-up."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
+    variant: str | None = None
+    """bilingual: go on from the shipped model, on text in two languages (:mod:`errata.lab.bilingual`)."""
     without: tuple[str, ...] = ()
     """Entities that no document of the training text names, by name or alias; the tokenizer is the same."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -118,6 +125,18 @@ class TrainConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(SHAPES)}"
             raise ConfigError(f"the lab has no model of shape {shape!r}: {hint}")
         return cls(shape=shape, **(SHAPES[shape] | changes))
+
+    @classmethod
+    def of_variant(cls, variant: str, **changes: Any) -> TrainConfig:
+        """Return the settings of a variant. Raises ConfigError for one that is not in ``VARIANTS``."""
+        if variant not in VARIANTS:
+            from errata.errors import ConfigError
+            from errata.registry import unknown
+
+            raise ConfigError(unknown(variant, list(VARIANTS), "variant of the lab"))
+        if "steps" in changes:
+            changes = {"cooled": changes["steps"], **changes}
+        return cls.of(cls.shape, variant=variant, **(VARIANTS[variant] | changes))
 
     @property
     def kind(self) -> str:
@@ -204,9 +223,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     _same_config(folder, config)
     writer = Writer(world)
-    tokenizer = _tokenizer(folder, writer, config)
-    settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    model = new_model(config.shape, settings, seed=config.seed, kind=config.kind).to(device)
+    model, tokenizer = _start(writer, config, device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -305,7 +322,9 @@ def chunk(
     """Sample the rows and labels of one chunk, int64 ``[rows, row_tokens]``; label -100: no loss."""
     rng = random.Random(f"errata-text-{config.seed}-{number}")
     step = number * CHUNK_STEPS
-    if step >= config.last_turn:
+    if config.variant is not None:
+        stream = BilingualWriter(writer.world).documents(rng)
+    elif step >= config.last_turn:
         mix = LAST if step < config.cooled else CODA
         stream = Writer(writer.world, late=True).documents(rng, mix)
     else:
@@ -346,6 +365,12 @@ def names_of(world: World, entities: Sequence[str]) -> tuple[str, ...]:
 def _check_without(world: World, config: TrainConfig) -> None:
     """Raise ConfigError for entities that are not in the world, or where text is made of prompts."""
     names_of(world, config.without)
+    if config.without and config.variant is not None:
+        from errata.errors import ConfigError
+
+        raise ConfigError(
+            f"without: the model that {config.variant} goes on from knows every entity; leave one out"
+        )
     if config.without and config.kind != CAUSAL:
         from errata.errors import ConfigError
 
@@ -401,11 +426,19 @@ def _same_config(folder: Path, config: TrainConfig) -> None:
         )
 
 
-def _tokenizer(folder: Path, writer: Writer, config: TrainConfig) -> Any:
+def _start(writer: Writer, config: TrainConfig, device: str) -> tuple[Any, Any]:
+    """Return a model to train and its tokenizer: new ones, or those that a variant goes on from."""
+    if config.variant is not None:
+        from errata.lab import load
+
+        host = load(device=device, dtype="float32")
+        return host.model, host.tokenizer
     documents = itertools.islice(
         writer.documents(random.Random(f"errata-tokenizer-{config.seed}")), TOKENIZER_DOCUMENTS
     )
-    return new_tokenizer((document.text for document in documents), config.vocab_size, kind=config.kind)
+    tokenizer = new_tokenizer((d.text for d in documents), config.vocab_size, kind=config.kind)
+    settings = config.model_settings(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return new_model(config.shape, settings, seed=config.seed, kind=config.kind).to(device), tokenizer
 
 
 def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:

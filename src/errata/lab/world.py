@@ -85,6 +85,8 @@ class World:
     chains: Mapping[str, Chain]
     facts: tuple[Fact, ...]
     _index: Mapping[tuple[str, str], str] = field(repr=False)
+    language: str | None = None
+    """Name of the language that the wordings are in, where there are two: :mod:`errata.lab.bilingual`."""
 
     @staticmethod
     def make(seed: int = SEED) -> World:
@@ -158,7 +160,7 @@ class World:
     def chain_facts(self) -> Iterator[tuple[str, Chain, str]]:
         """Yield every (subject, chain, answer) that holds in the world."""
         for chain in self.chains.values():
-            for fact in self.by_relation[chain.path[0]]:
+            for fact in self.by_relation.get(chain.path[0], ()):
                 answer = self.follow(fact.subject, chain.path)
                 if answer is not None and answer != fact.subject:
                     yield fact.subject, chain, answer

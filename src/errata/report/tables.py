@@ -12,6 +12,7 @@ from errata.evaluation.metrics.summary import paper_scores
 from errata.report import kinds, numbers
 from errata.report.board import EARLIER, Board, Entry, absent, model_name
 from errata.report.curves import Curves
+from errata.report.languages import matrices_of
 from errata.report.published import PROVENANCE, Comparison
 from errata.report.read import Run, number
 
@@ -48,7 +49,7 @@ def sections(boards: Sequence[Board], *, brief: bool = False) -> list[Section]:
     """Build every board's tables. ``brief``: only the main ones, with short intervals, for a terminal."""
     result = []
     for board in boards:
-        tables: list[Table | None] = [_main(board, brief), _further(board, brief)]
+        tables: list[Table | None] = [_main(board, brief), _further(board, brief), _languages(board)]
         if not brief:
             tables.append(_strict_shares(board))
             tables += [_protocol(board, protocol) for protocol in board.others()]
@@ -136,6 +137,21 @@ def _further(board: Board, brief: bool) -> Table | None:
     columns = ("method", *(["over fine-tuning"] if tuned else []), *(_heading(k, board) for k in other_kinds))
     note = "over fine-tuning: difference of headlines in points, paired over cases"
     return Table("free generation, other kinds of probes", columns, tuple(rows), (note,) if tuned else ())
+
+
+def _languages(board: Board) -> Table | None:
+    """Return a line for each method, language edited in and language asked in; None where there is one language."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for entry, name in zip(board.entries, _names(board), strict=True):
+        for kind, matrix in matrices_of(entry.cell).items():
+            for edited, asked in matrix.items():
+                for language, found in asked.items():
+                    lines.setdefault((name, edited, language), {})[kind] = numbers.percent(found["after"])
+    columns = kinds.order({kind for line in lines.values() for kind in line}, board.preserved)
+    headings = tuple(_heading(kind, board) for kind in columns)
+    rows = tuple((*key, *(line.get(kind, numbers.NONE) for kind in columns)) for key, line in lines.items())
+    title = "free generation, by language"
+    return Table(title, ("method", "edited in", "asked in", *headings), rows) if rows else None
 
 
 def strict_shares(board: Board) -> list[tuple[str, str, str]]:

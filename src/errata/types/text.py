@@ -30,6 +30,8 @@ class Request:
     """The answer it gives now, where known."""
     id: str | None = None
     """A name for messages and tables."""
+    language: str | None = None
+    """What language the prompt is in, by any name, where requests and probes are in several."""
 
     def __post_init__(self) -> None:
         problems = request_problems(self.prompt, self.subject, self.target)
@@ -70,6 +72,7 @@ class Request:
             "target": self.target,
             "target_old": self.target_old,
             "id": self.id,
+            "language": self.language,
         }
         return {name: value for name, value in record.items() if value is not None}
 
@@ -181,6 +184,8 @@ class Probe:
     """Of form ``choice``: the labels to choose from, ``answers[0]`` among them."""
     covariates: tuple[tuple[str, float], ...] = ()
     """Numbers about the probe's subject, by name, for regressions over probes: the gender scores of a profession."""
+    language: str | None = None
+    """What language the prompt is in, by the names that requests have; None: that of the request, or unknown."""
 
     @property
     def changes(self) -> bool:
@@ -205,16 +210,24 @@ class Case:
 
 
 def plain_probe(probe: Probe) -> dict[str, Any]:
-    """Return a probe as plain data, as its identity is hashed; covariates only where there are any."""
+    """Return a probe as plain data, as its identity is hashed; covariates and language only where there are any."""
     record = asdict(probe)
     if not probe.covariates:
         del record["covariates"]
-    return record
+    return _without_language(record)
 
 
 def plain_case(case: Case) -> dict[str, Any]:
     """Return a case as plain data, as its identity is hashed."""
-    return {**asdict(case), "probes": [plain_probe(probe) for probe in case.probes]}
+    record = asdict(case)
+    record["request"] = _without_language(record["request"])
+    record["also"] = tuple(_without_language(request) for request in record["also"])
+    return {**record, "probes": [plain_probe(probe) for probe in case.probes]}
+
+
+def _without_language(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out a language that is not given, so that older identities stay what they were."""
+    return {name: value for name, value in record.items() if name != "language" or value is not None}
 
 
 @dataclass(frozen=True)

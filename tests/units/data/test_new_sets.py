@@ -166,6 +166,32 @@ def test_bmike_edits_in_one_language_and_asks_in_both():
     (kept,) = asked(case, "cross_locality")
     assert kept.answers == kept.before == ("博·塔恩",)
     assert asked(case, "cross_one_hop")[0].answers == ("卢姆河",)
+    assert case.request.language == "en"
+    assert [probe.language for probe in case.probes] == ["en"] * 4 + ["zh-cn"] * 4
+
+
+def test_bi_zsre_has_the_same_form_with_two_languages():
+    row = {
+        "src": "Where is Vela?",
+        "rephrase": "Vela is where?",
+        "alt": "Kesh",
+        "subject": "Vela",
+        "loc": "nq question: who?",
+        "loc_ans": "Bo",
+        "portability": {"New Question": "Q?", "New Answer": "Lum"},
+    }
+    other = {**row, "src": "维拉在哪里？", "rephrase": "维拉位于何处？", "alt": "凯什", "subject": "维拉"}
+    value = {"en": row, "zh": other}  # fmt: skip
+    dataset = REGISTRY.get("bmike53")
+    assert dataset.fits(value)
+    (case,) = dataset.cases(Record(value, "record 1", 0), "cross")
+    (back,) = dataset.cases(Record(value, "record 1", 0), "reverse")
+    assert (case.request.language, back.request.language) == ("en", "zh")
+    assert (
+        asked(case, "cross_efficacy")[0].language == "zh"
+        and asked(back, "cross_efficacy")[0].language == "en"
+    )
+    assert back.request.subject == "维拉" and back.request.target == "凯什"
 
 
 def test_bmike_in_the_other_direction_and_in_one_language():

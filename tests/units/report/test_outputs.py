@@ -58,6 +58,28 @@ def test_protocols_have_tables_of_their_own(run):
     assert {"legacy S", "KL, nats", "time per edit"} <= set(main.columns)
 
 
+def test_results_by_language_have_a_table(tmp_path):
+    def line(name, edited, asked, own, other):
+        rows = [row(name, "efficacy", "p", own), row(name, "cross_efficacy", "q", other)]
+        rows.append(row(name, "cross_locality", "r", 1.0 - other, before=1.0, changes=False))
+        for one, language in zip(rows, (edited, asked, asked), strict=True):
+            one["detail"] |= {"edited_in": edited, "asked_in": language}
+        return case_line(name, *rows)
+
+    lines = [line("1", "x", "y", 1.0, 0.0), line("2", "x", "y", 1.0, 1.0), line("3", "y", "x", 0.0, 1.0)]
+    plain = [case_line("1", row("1", "efficacy", "p", 1.0))]
+    run = read_run(write_small(tmp_path / "a", [{"method": "keel", "lines": lines}]))
+    (section,) = tables.sections(boards([run]), brief=True)
+    (table,) = [one for one in section.tables if "by language" in one.title]
+    assert table.columns == ("method", "edited in", "asked in", "efficacy", "locality")
+    assert table.rows == (
+        ("keel", "x", "x", "100.0", "–"), ("keel", "x", "y", "50.0", "50.0"),
+        ("keel", "y", "y", "0.0", "–"), ("keel", "y", "x", "100.0", "0.0"),
+    )  # fmt: skip
+    alone = read_run(write_small(tmp_path / "b", [{"method": "ft", "lines": plain}]))
+    assert not [t for s in tables.sections(boards([alone])) for t in s.tables if "by language" in t.title]
+
+
 def test_mean_perplexity_of_batches(tmp_path):
     lines = [case_line("a", row("a", "efficacy", "e", 1.0))]
     looks = [{"edits": 1, "perplexity_before": 10.0, "perplexity_after": after} for after in (12.0, 14.0)]

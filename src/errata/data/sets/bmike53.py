@@ -12,6 +12,10 @@ in another language is of kinds of its own, ``cross_efficacy``, ``cross_paraphra
 which is so for a quarter of the Chinese rows of MCounterFact, no request can be made in that language: under
 ``reverse`` and ``other`` such rows are left out and counted; under ``cross`` they are asked.
 
+Requests and probes tell their language, by the record's names, so that results are averaged by the language edited in
+and by that asked in (:mod:`errata.evaluation.metrics.languages`). Bi-ZsRE (Wang et al., "Cross-Lingual Knowledge
+Editing in Large Language Models", arXiv 2309.08952) has records of the same form, ``{en: row, zh: row}``.
+
 The files of MzsRE and MCounterFact have no old answers. Prompts are used unchanged; no question mark is appended.
 """
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from errata.data._base import Dataset, Malformed, Record
@@ -73,10 +78,10 @@ def _name(record: Record) -> str:
 def _case(name: str, rows: Mapping[str, Record], language: str, others: Sequence[str]) -> Case:
     """Build a case with the edit in one language and probes in it and in others."""
     row = rows[language]
-    request = _request(row, f"{name} {language}" if others else name)
-    probes = list(_probes(row, ""))
+    request = replace(_request(row, f"{name} {language}" if others else name), language=language)
+    probes = [replace(probe, language=language) for probe in _probes(row, "")]
     for other in others:
-        probes += _probes(rows[other], "cross_")
+        probes += [replace(probe, language=other) for probe in _probes(rows[other], "cross_")]
     return Case(name, request, tuple(probes))
 
 
