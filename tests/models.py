@@ -58,6 +58,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": ROTARY,
 }
 
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "qwen3_moe": {**ROTARY, **ROUTED, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [2]},
+    "olmoe": {**ROTARY, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "deepseek_v3": {  # a dense layer first, then layers with a shared expert
+        **ROTARY, **ROUTED, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8, "v_head_dim": 8,
+    },
+    "gpt_oss": {
+        **ROTARY, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24,
+        "sliding_window": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "jamba": {  # experts in every second layer
+        **ROTARY, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 8,
+    },
+}  # fmt: skip
+"""Mixtures of experts, whose experts are stacked in one parameter."""
+
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Any:
@@ -66,7 +87,7 @@ def tokenizer() -> Any:
 
 def fresh(family: str, *, seed: int = 0, **changes: Any) -> Host:
     """Build a new random model; nothing is shared with other tests."""
-    model = new_model(family, {**FAMILIES[family], **changes}, seed=seed)
+    model = new_model(family, {**(FAMILIES | MIXTURES)[family], **changes}, seed=seed)
     return Host(model.float(), tokenizer(), name=f"tiny {family}")
 
 

@@ -57,6 +57,8 @@ _HOME = {
     "JudgedCell": "errata.bench.judging",
     "judge_run": "errata.bench.judging",
     "ErrataError": "errata.errors",
+    "Survival": "errata.bench.survival",
+    "survives": "errata.bench.survival",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "Probe",
     "Report",
     "Request",
+    "Survival",
     "check_edit",
     "edit",
     "evaluate",
@@ -90,6 +93,7 @@ __all__ = [
     "prepare",
     "refit",
     "retract",
+    "survives",
     "trace",
     "train",
 ]

@@ -51,7 +51,7 @@ HYBRIDS = {
             **ODD, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
             "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False,
         },
-        ["feed_forward.down_proj", None, "feed_forward.down_proj", None],
+        ["feed_forward.down_proj", "feed_forward.experts", "feed_forward.down_proj", "feed_forward.experts"],
     ),
     "nemotron_h": (
         {

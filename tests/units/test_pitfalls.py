@@ -176,11 +176,15 @@ def test_biases_survive_an_edit():
     assert host.weights_hash() == start
 
 
-def test_mixtures_of_experts_are_refused_with_the_reason():
-    settings = {**FAMILIES["llama"], "num_local_experts": 4, "num_experts_per_tok": 2}
-    host = errata.Host(new_model("mixtral", settings, seed=0), tokenizer(), name="mixture")
-    assert all(site is None for site in host.layout.mlp_out)
-    with pytest.raises(HostError, match="expert"):
+def test_experts_that_compute_something_else_are_refused_with_the_reason():
+    host = fresh("mixtral")
+    for layer in (
+        host.model.model.layers
+    ):  # a norm behind every expert makes the sum another function of their weights
+        experts, plain = layer.mlp.experts, layer.mlp.experts.forward
+        experts.forward = lambda *given, plain=plain: torch.nn.functional.normalize(plain(*given), dim=-1)
+    assert all(site is None for site in host.layout.mlp_out) and not host.layout.experts
+    with pytest.raises(HostError, match="stacks experts in a form that is not known"):
         errata.edit(host, errata.Request("{} is", "Ada", "Esk"), method="rome")
 
 

@@ -472,7 +472,7 @@ def test_the_command_stops_and_goes_on(tmp_path):
     assert [point["edits"] for point in whole["checkpoints"]] == [2, 4]
     assert set(whole["checkpoints"][0]) == {
         "edits", "summary", "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds",
-        "norm", "digest",
+        "norm", "digest", "routing_drift",
     }  # fmt: skip
     shown = run(2, "--keep-edit", str(kept), "-o", str(out))
     first = json.loads(out.read_text())

@@ -16,6 +16,7 @@ from errata.bench.runner import CheckpointResult, EvaluatedCase, check_schedule,
 from errata.bench.worker_state import WorkerState
 from errata.edits.edit import Edit
 from errata.errors import ConfigError, DataError, EditError, HostError, RequestError, shown
+from errata.evaluation.metrics import routing
 from errata.evaluation.observe import check as check_probes
 from errata.job import Job
 from errata.progress import OnProgress, ignore
@@ -281,6 +282,7 @@ def _checkpoint_record(
         "edits": checkpoint.edits,
         "perplexity_before": neutral.perplexity,
         "perplexity_after": checkpoint.perplexity,
+        "routing_drift": routing.drift(zip(neutral.routes, checkpoint.routes, strict=True)),
         "last_batch_efficacy": checkpoint.last_batch_efficacy,
         "fit_seconds": fit_seconds,
         **sizes,

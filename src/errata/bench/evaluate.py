@@ -55,6 +55,8 @@ class Checkpoint:
     """Frobenius norm of all changes of weights."""
     digest: str | None
     """Digest of the edit that contains them all."""
+    routing_drift: float | None = None
+    """Of a model with stacked experts, the share of neutral tokens and layers whose set of experts the edits change."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Report:
         """Return one JSON-ready document.
 
         ``{"summary", "rows", "meta"}``, and ``"checkpoints"`` if there are any: a list of ``{"edits", "summary",
-        "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds", "norm", "digest"}``, see
-        :class:`Checkpoint`. In the rows of a sequence, ``detail["checkpoint"]`` is the checkpoint's ``edits``. JSON
-        cannot represent numbers that are not finite: they become the texts ``"inf"``, ``"-inf"`` and ``"nan"``,
-        which ``float`` reads.
+        "perplexity_before", "perplexity_after", "last_batch_efficacy", "fit_seconds", "norm", "digest",
+        "routing_drift"}``, see :class:`Checkpoint`. In the rows of a sequence, ``detail["checkpoint"]`` is the
+        checkpoint's ``edits``. JSON cannot represent numbers that are not finite: they become the texts ``"inf"``,
+        ``"-inf"`` and ``"nan"``, which ``float`` reads.
         """
         document: dict[str, Any] = {
             "summary": {name: dict(entry) for name, entry in self.summary.items()},
@@ -264,7 +266,8 @@ class _Report:
         ]  # "inf" and "nan", as JSON has them
         summary = score.summarise(table, seed=self.cell.seed)
         point = dict(zip(names, numbers, strict=True))
-        self.points.append(Checkpoint(summary=summary, digest=record["digest"], **point))
+        drift = record.get("routing_drift")
+        self.points.append(Checkpoint(summary=summary, digest=record["digest"], routing_drift=drift, **point))
 
     def checkpoint(self, edit: Edit) -> None:
         """Pass the report so far and the edit of a sequence to ``keep``."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from errata.bench import machine
+from errata.edits.deltas import dense
 from errata.edits.edit import Edit
-from errata.edits.weight import WeightEdit
+from errata.edits.weight import WeightEdit, as_stored
 from errata.evaluation.metrics import collapse, cost
 from errata.host.host import Host
-from errata.linalg.lowrank import LowRank
 
 PROMPTS = 20
 """Number of open prompts continued at a checkpoint."""
@@ -48,11 +48,10 @@ def weights(edit: Edit, host: Host, *, ratios: bool = True) -> dict[str, Any]:
         weight = stored_weight(host, name)
         if weight is None:
             continue
-        dense = delta.dense() if isinstance(delta, LowRank) else delta
-        dense = (dense.mT if name in edit.transposed else dense).to(weight.device).reshape(weight.shape)
-        norms[name] = collapse.norm_ratio(dense, weight)
+        change = dense(as_stored(delta, name in edit.transposed), weight)
+        norms[name] = collapse.norm_ratio(change, weight)
         if weight.ndim == 2:
-            spectra[name] = collapse.spectral_ratio(weight.double() + dense.double(), weight)
+            spectra[name] = collapse.spectral_ratio(weight.double() + change.double(), weight)
     return {"norm": edit.norm(), "norm_ratio": norms or None, "spectral_ratio": spectra or None}
 
 

@@ -17,10 +17,11 @@ from errata.edits.group import EditGroup
 from errata.errors import ConfigError, DataError, RequestError
 from errata.evaluation import score
 from errata.evaluation.metrics import perplexity, retention
-from errata.evaluation.observe import logprobs, observe, unique
+from errata.evaluation.observe import logprobs, observe, text_routes, unique
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.prompts import PromptFormat
+from errata.host.routed import Routes
 from errata.job import Job
 from errata.locate.contexts import sampled_corpus
 from errata.progress import OnProgress, ignore
@@ -146,6 +147,8 @@ class CheckpointResult:
     last_batch_efficacy: float | None
     """See :class:`Checkpoint`."""
     edit: Edit
+    routes: list[Routes]
+    """Of each neutral text, the experts of its tokens; empty for a model without stacked experts."""
 
     @property
     def perplexity(self) -> float:
@@ -272,9 +275,10 @@ class Engine:
         at = time.perf_counter()
         with edit.on(self.host):
             neutral_logprobs, continued = self.health()
+            routes = text_routes(self.host, self.texts)
         self.observe_seconds += time.perf_counter() - at
         yield CheckpointResult(
-            len(cases), newest, neutral_logprobs, continued, retention.recall_of(newest_rows), edit
+            len(cases), newest, neutral_logprobs, continued, retention.recall_of(newest_rows), edit, routes
         )
 
     def health(self) -> tuple[list[Tensor], list[str]]:

@@ -15,6 +15,7 @@ from errata.bench.unedited import Unedited
 from errata.edits.group import EditGroup
 from errata.errors import DataError
 from errata.evaluation.metrics import perplexity
+from errata.evaluation.observe import text_routes
 from errata.host.kinds import CAUSAL
 from errata.host.prompts import PromptFormat, prompt_format
 from errata.job import Job, prepare, workspace
@@ -51,6 +52,8 @@ class Neutral:
     prompts: Sequence[str]
     """Open prompts."""
     continued: Sequence[str]
+    routes: Sequence[Any] = ()
+    """Of each text, the experts of its tokens; empty for a model without stacked experts."""
 
 
 @dataclass
@@ -177,7 +180,12 @@ class WorkerState:
             logprobs, continued = self.engine(cell, None, texts=texts, prompts=prompts).health()
             tokens = count_tokens(texts, logprobs)
             self._neutral[cell.seed] = Neutral(
-                texts, tokens, perplexity.of_texts(logprobs), prompts, continued
+                texts,
+                tokens,
+                perplexity.of_texts(logprobs),
+                prompts,
+                continued,
+                text_routes(self.host(cell), texts),
             )
         return self._neutral[cell.seed]
 

@@ -174,6 +174,12 @@ def show(report: Report) -> None:
         mean = sum(point.perplexity_after for point in points) / len(points)
         before = points[0].perplexity_before
         print(f"perplexity of neutral text: {before:.2f} -> {mean:.2f}, mean over batches")
+        drifts = [point.routing_drift for point in points if point.routing_drift is not None]
+        if drifts:
+            print(
+                f"routing drift on neutral text: {100 * sum(drifts) / len(drifts):.1f} % of tokens and layers, "
+                "mean over batches"
+            )
     print(
         f"{meta['seconds']:.1f} s, {meta['cpu_seconds']:.1f} CPU s, peak {meta['peak_memory_mb']:.0f} MB; "
         f"per case: fit {meta['fit_seconds_per_case']:.2f} s, evaluation {meta['observe_seconds_per_case']:.2f} s; "
@@ -226,10 +232,12 @@ def _show_checkpoints(report: Report) -> None:
             f"{point.perplexity_before:.2f} -> {point.perplexity_after:.2f}",
             "-" if point.norm is None else f"{point.norm:.3g}",
             f"{point.fit_seconds:.1f}",
+            *([] if point.routing_drift is None else [f"{100 * point.routing_drift:.1f} %"]),
         ])  # fmt: skip
     meta = report.meta
     title = f"{meta['method']} on {meta['cases']} cases, {meta['schedule']}, {meta['host']}: {metric.title}"
-    columns = ("edits", *kinds.values(), "last batch", "perplexity", "norm of the edit", "fit, s")
+    columns = ["edits", *kinds.values(), "last batch", "perplexity", "norm of the edit", "fit, s"]
+    columns += [] if points[0].routing_drift is None else ["routing drift"]
     common.table(title, columns, rows, right=range(len(columns)))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from errata.cli import common
 from errata.cli._verb import Verb
+
+if TYPE_CHECKING:
+    from errata.host.layout import Site
 
 
 def command(
@@ -21,7 +24,7 @@ def command(
     layout = host.layout
     sites = [
         {"layer": s.layer, "part": s.part, "name": s.name, "d_in": s.d_in, "d_out": s.d_out,
-         "stored": "[d_in, d_out]" if s.transposed else "[d_out, d_in]"}
+         "stored": _stored(s), "experts": s.experts}
         for s in sorted(layout.sites, key=lambda s: (s.layer, s.part))
     ]  # fmt: skip
     facts = {
@@ -52,6 +55,14 @@ def command(
     common.table("editable sites", ("layer", "part", "module", "d_in", "d_out", "stored"), rows, right=(3, 4))
     if layout.refused:
         print(f"not editable: {layout.refused}")
+
+
+def _stored(site: Site) -> str:
+    """Word how a site's weight is stored."""
+    if site.experts:
+        m = site.d_in // site.experts
+        return f"[{site.experts}, {m}, d_out]" if site.transposed else f"[{site.experts}, d_out, {m}]"
+    return "[d_in, d_out]" if site.transposed else "[d_out, d_in]"
 
 
 VERB = Verb("model", command, order=110)

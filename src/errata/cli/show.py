@@ -11,6 +11,7 @@ from errata.cli import _ledger, common
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
+    from errata.bench.survival import Survival
     from errata.edits import Edit
     from errata.edits.artefact import Artefact
 
@@ -27,6 +28,17 @@ def command(
         str | None,
         typer.Option("--model", help="Also measure what merging into this model's precision loses."),
     ] = None,
+    survives: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--survives",
+            metavar="GRID",
+            help="With --model: ask all requests again, the written weights rounded to int8, int4 or nf4; repeatable.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --survives: exit 1 if a request is lost.")
+    ] = False,
     foreign: common.Foreign = False,
     json: common.Json = False,
     device: common.Device = "auto",
@@ -35,7 +47,9 @@ def command(
     """Show an edit: requests, method, settings, host, and what it changes.
 
     Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
-    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||.
+    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||. With --survives it is
+    asked whether its requests would still hold in a model quantised after the edit: answers before and after the
+    weights that it writes are rounded.
     """
     from errata.edits import Edit
     from errata.edits.artefact import Artefact, holds_artefact
@@ -50,10 +64,16 @@ def command(
             raise
         _show_editor(Artefact.load(file), file, json)
         return
-    losses = _rounding_losses(edit, model, device, dtype, foreign)
+    host = None if model is None else common.open_host(model, device, dtype)
+    losses = _rounding_losses(edit, host, foreign)
+    outcomes = _survivals(edit, host, survives or [], foreign, json)
     facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
+    lost = strict and any(not one.survives for one in outcomes)
     if json:
-        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts})
+        more = {"survives": [_survival_facts(one) for one in outcomes]} if outcomes else {}
+        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts, **more})
+        if lost:
+            raise typer.Exit(1)
         return
     print(f"{file}  {common.size(file)}  {facts['kind']} edit {facts['digest']}")
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
@@ -62,6 +82,48 @@ def command(
     common.table("requests", *_requests(facts["requests"]))
     _changes(facts, losses)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
+    for one in outcomes:
+        _show_survival(one)
+    if lost:
+        raise typer.Exit(1)
+
+
+def _survivals(edit: Edit, host: Any, grids: list[str], foreign: bool, json: bool) -> list[Survival]:
+    """Measure what rounding to each grid leaves of an edit."""
+    from errata.bench.survival import survives
+    from errata.errors import ConfigError
+
+    if not grids:
+        return []
+    if host is None:
+        raise ConfigError("--survives asks a model: name it with --model")
+    with common.progress(not json) as tick:
+        return [survives(host, edit, grid, foreign=foreign, on_progress=tick) for grid in grids]
+
+
+def _survival_facts(one: Survival) -> dict[str, Any]:
+    return {
+        "grid": one.grid, "kept": dict(one.kept), "noise": dict(one.noise), "total": len(one.merged.requests),
+        "answered": one.merged.answered, "answered_rounded": one.rounded.answered, "lost": list(one.lost),
+    }  # fmt: skip
+
+
+def _show_survival(one: Survival) -> None:
+    """Print what is left of an edit's weights and requests on a grid."""
+    rows = [(name, f"{share:.1%}", f"{one.noise[name]:.2f}") for name, share in one.kept.items()]
+    common.table(
+        f"after rounding to {one.grid}",
+        ("name", "change kept", "rounding error / change"),
+        rows,
+        right=(1, 2),
+    )
+    print(
+        f"{one.merged.answered} of {len(one.merged.requests)} requests answered with their target, "
+        f"{one.rounded.answered} after rounding to {one.grid}"
+        + (f"; lost: {', '.join(one.lost)}" if one.lost else "")
+    )
+    if one.lost:
+        print("quantise first and edit the quantised model, which places the edit beside its weights")
 
 
 def _recorded(repo: Path | None, name: str, json: bool) -> Path:
@@ -129,18 +191,16 @@ def _requests(requests: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tup
     return ("", *names), rows
 
 
-def _rounding_losses(
-    edit: Edit, model: str | None, device: str, dtype: str, foreign: bool
-) -> dict[str, float] | None:
+def _rounding_losses(edit: Edit, host: Any, foreign: bool) -> dict[str, float] | None:
     """Measure what merging loses, by weight; None where no model is named."""
     from errata.edits import WeightEdit
     from errata.errors import EditError
 
-    if model is None:
+    if host is None:
         return None
     if not isinstance(edit, WeightEdit):
         raise EditError(f"{edit.kind} edits change no weights, so merging loses nothing; leave out --model")
-    return edit.trial(common.open_host(model, device, dtype), foreign=foreign)
+    return edit.trial(host, foreign=foreign)
 
 
 def _share(losses: dict[str, float] | None, name: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from errata.progress import OnProgress
 if TYPE_CHECKING:
     from errata.host.host import Host
     from errata.host.layout import Site
-    from errata.linalg.moments import Moments
+    from errata.linalg.block_moments import AnyMoments
     from errata.stats.tables import Tables
     from errata.types import Corpus
 
@@ -248,7 +248,7 @@ def _modified_at(place: Path) -> int | None:
     return place.stat().st_mtime_ns if place.exists() else None
 
 
-def _quality(moments: Moments, ratio: float) -> dict[str, Any]:
+def _quality(moments: AnyMoments, ratio: float) -> dict[str, Any]:
     return {
         "tokens": moments.count,
         "effective_rank": moments.effective_rank,

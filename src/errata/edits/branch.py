@@ -21,6 +21,7 @@ from errata.edits.deltas import Delta
 from errata.errors import EditError
 from errata.host import hooks, passes, placement
 from errata.host.base import BRANCHES, ModelHost
+from errata.host.experts import Stack, stack_of
 from errata.host.layout import linear_map
 from errata.linalg.lowrank import LowRank
 
@@ -50,7 +51,7 @@ class Branches:
                     total = total + _product(self._ready(digest, delta, key), key)
                 elif bool(members.any()):
                     change = _product(self._ready(digest, delta, key), key)
-                    total = total + change * members.to(change)[:, None, None]
+                    total = total + change * members.to(change).reshape(-1, *[1] * (change.ndim - 1))
         return total.to(output.dtype)
 
     def _members(self, digest: str, key: Tensor) -> Tensor | None:
@@ -58,12 +59,16 @@ class Branches:
         if number is None:
             return None
         current = passes.routing() or passes.Routing()
-        if key.ndim != 3 and passes.routing() is not None:
+        rows = current.by_rows(key)
+        if rows is None and passes.routing() is not None:
             raise EditError(
                 f"a module gets inputs of shape {list(key.shape)}, expected [rows, tokens, d_in]: an edit set needs to "
                 "tell rows apart; place the edit for all rows"
             )
-        return current.members(number, len(key))
+        if rows is None:
+            return current.members(number, len(key))
+        members = current.members(number, len(rows))
+        return members if members is None or key.ndim == 3 else members.repeat_interleave(rows.shape[1])
 
     def _ready(self, digest: str, delta: Delta, key: Tensor) -> Delta:
         cached = self.ready.get(digest)
@@ -133,6 +138,9 @@ def for_module(host: ModelHost, name: str, delta: Delta, transposed: bool) -> De
     reason = placement.obstacle(host.model, name, beside=True)
     if reason is not None:
         raise EditError(f"the change of {name!r} cannot stay unmerged: {reason}")
+    stack = stack_of(module)
+    if stack is not None:
+        return _for_experts(name, delta, stack)
     if len(delta.shape) != 2:
         raise EditError(
             f"the change of {name!r} cannot stay unmerged: its shape is {tuple(delta.shape)}, and a matrix is needed"
@@ -151,6 +159,19 @@ def for_module(host: ModelHost, name: str, delta: Delta, transposed: bool) -> De
     )
 
 
+def _for_experts(name: str, delta: Delta, stack: Stack) -> Delta:
+    """Return a change of stacked experts as one of their block keys, ``[d_out, experts * m]``."""
+    shape = stack.width, stack.experts * stack.inner
+    if isinstance(delta, Tensor) and delta.ndim == 3:
+        delta = stack.joined(delta)
+    if name.rpartition(".")[2] != stack.leaf or tuple(delta.shape) != shape:
+        raise EditError(
+            f"the change of {name!r} cannot stay unmerged: its shape is {tuple(delta.shape)}, and beside stacked "
+            f"experts a change of their output projection {stack.leaf} is needed, {shape}; apply it with merge=True"
+        )
+    return delta
+
+
 def _plain(module: nn.Module, d_out: int, d_in: int) -> bool:
     return type(module) is nn.Linear and (module.out_features, module.in_features) == (d_out, d_in)
 
@@ -167,6 +188,8 @@ def _module(host: ModelHost, name: str) -> nn.Module:
     weight = getattr(module, name.rpartition(".")[2], None)
     if not isinstance(weight, Tensor) and not placement.is_packed(module):
         raise EditError(f"the host has no weight {name!r}, which the edit changes")
+    if stack_of(module) is not None:
+        return module
     if name.rpartition(".")[2] != "weight" or isinstance(module, nn.Embedding):
         raise EditError(
             f"the change of {name!r} cannot stay unmerged: it is no linear map's weight; apply it merged"

@@ -24,7 +24,7 @@ from errata.edits import branch
 from errata.edits import format as file_format
 from errata.edits import header as fields
 from errata.edits import overlay as overlays
-from errata.edits.deltas import Delta, dense, weight_with
+from errata.edits.deltas import Delta, dense, fits, weight_with
 from errata.edits.edit import Edit, Outside, Placement, Provenance
 from errata.edits.frames import stack_level
 from errata.edits.records import Record, contiguous_copy
@@ -43,7 +43,8 @@ WARN_ABOVE_SHARE_LOST = 0.5
 class WeightEdit(Edit):
     """Per weight a delta: thin factors ``[d_out, d_in]``, or dense in the weight's own shape.
 
-    A weight of more than two axes (a convolution) counts as ``[d_out, all others]`` for thin factors.
+    A weight of more than two axes (a convolution) counts as ``[d_out, all others]`` for thin factors, one that stacks
+    experts as their matrices side by side, ``[d_out, experts * d_in]``.
     """
 
     kind: ClassVar[str] = "weight"
@@ -266,10 +267,8 @@ class WeightEdit(Edit):
             if weight is None:
                 raise EditError(f"weight {name!r} cannot be written: {reason}")
             shape = tuple(reversed(delta.shape)) if name in self.transposed else tuple(delta.shape)
-            thin = isinstance(delta, LowRank) and weight.ndim > 2
-            actual = tuple(weight.flatten(1).shape) if thin else tuple(weight.shape)
-            if actual != shape:
-                raise EditError(f"weight {name!r} is {actual}, the edit expects {shape}")
+            if not fits(shape, weight.shape):
+                raise EditError(f"weight {name!r} is {tuple(weight.shape)}, the edit expects {shape}")
             weights[name] = weight
             self._refuse_changed(host, name, weight)
         shared = placement.sharing(host.model, names)

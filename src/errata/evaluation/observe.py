@@ -19,6 +19,7 @@ from errata.host import prompts, tokens
 from errata.host.generate import draw_rows, generate_rows
 from errata.host.host import Host
 from errata.host.prompts import Template
+from errata.host.routed import Routes, mixtures, routed
 from errata.progress import OnCount, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Form, Observation, Probe, kind_of
 
@@ -180,13 +181,16 @@ def observe(
     for plan in plans:
         after.ask(plan)
     texts = _run(host, plans, after, seed, on_progress)
+    asked = list(dict.fromkeys(plan.base for plan in plans if plan.spread))
+    routes = dict(zip(asked, routed(host, asked), strict=True))
     observations = []
     for plan in plans:
         answer_logprobs, top = after.of(plan.answer)
         text = "" if plan.decoding is None else texts[plan.decoding, plan.prompt]
         spread = after.spread[plan.base] if plan.spread else None
         rival_logprobs, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
-        observations.append(Observation(text, answer_logprobs, top, rival_logprobs, spread, choices))
+        own = routes.get(plan.base, ())
+        observations.append(Observation(text, answer_logprobs, top, rival_logprobs, spread, choices, own))
     return observations
 
 
@@ -465,6 +469,14 @@ def logprobs(host: Host, texts: Sequence[str], *, batch_tokens: int = SCORE_TOKE
         for line, i in enumerate(group):
             texts_logprobs[i] = target_logprobs[line, : len(rows[i]) - 1]
     return texts_logprobs
+
+
+def text_routes(host: Host, texts: Sequence[str]) -> list[Routes]:
+    """Return each text's experts by layer and token, as far as :func:`logprobs` scores it; empty without experts."""
+    if not mixtures(host.model):
+        return []
+    limit = min(TEXT_TOKENS, host.window or TEXT_TOKENS)
+    return routed(host, [host.encode(text).ids[:limit] for text in texts])
 
 
 def unique(probes: Iterable[Probe]) -> list[Probe]:

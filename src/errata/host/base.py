@@ -165,7 +165,9 @@ class ModelHost(ABC):
         """
         module: Any = self.model.get_submodule(site.name)
         if not site.packed:
-            weight = module.weight.detach()
+            weight = getattr(module, site.leaf).detach()
+            if site.experts:  # side by side, [d_out, experts * m]
+                weight = weight.flatten(0, 1) if site.transposed else weight.transpose(0, 1).flatten(1)
             columns = (weight if site.transposed else weight.mT).to(
                 torch.promote_types(weight.dtype, torch.float32), copy=True
             )  # [d_in, d_out]: a column is what a unit vector gives

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from errata.host import locking
+from errata.host.experts import Stack, stack_of
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and named arguments of a module."""
 
 
 class Stopped(Exception):
@@ -39,14 +43,19 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 @contextmanager
 def on_input(module: nn.Module, act: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show a module's hidden-state input ``[..., d_in]`` to ``act``; positional or by keyword."""
+    """Show a module's hidden-state input ``[..., d_in]`` to ``act``; positional or by keyword.
 
-    owner = get_ident()
+    That of stacked experts is their block key, see :mod:`errata.host.experts`.
+    """
+
+    owner, stack = get_ident(), stack_of(module)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() != owner:
             return
-        if args:
+        if stack is not None:
+            act(stack.keys(module, args, kwargs))
+        elif args:
             act(first_tensor(args))
         else:
             act(first_tensor([v for v in kwargs.values() if isinstance(v, Tensor)]))
@@ -70,6 +79,20 @@ def on_output(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Iter
 
 
 @contextmanager
+def on_call(module: nn.Module, act: Callable[[Call], None]) -> Iterator[None]:
+    """Show all that a module is called with to ``act``."""
+
+    owner = get_ident()
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() == owner:
+            act((args, kwargs))
+
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
+        yield
+
+
+@contextmanager
 def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
     """Show all that a module returns to ``act``."""
 
@@ -86,14 +109,14 @@ def on_answer(module: nn.Module, act: Callable[[Any], None]) -> Iterator[None]:
 def attach(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor], *, rank: int = 0) -> None:
     """Let ``act``, given a module's input and output, answer for it in every thread until :func:`leave`.
 
-    Input ``[..., d_in]``, output and answer ``[..., d_out]``.
+    Input ``[..., d_in]``, of stacked experts their block key; output and answer ``[..., d_out]``.
     Goes before all other hooks, also older ones, so that they see the module with its answer; of several acts
     those of a lower ``rank`` go first. A copy of the model takes a copy of ``act``. Nothing happens where it
     is there already.
     """
     if _places(module, act):
         return
-    module.register_forward_hook(_Answer(act, rank), with_kwargs=True)
+    module.register_forward_hook(_Answer(act, rank, stack_of(module)), with_kwargs=True)
     acting = [(hook.rank, key) for key, hook in module._forward_hooks.items() if isinstance(hook, _Answer)]
     for _, key in sorted(acting, reverse=True):
         order: Any = module._forward_hooks  # an OrderedDict
@@ -115,11 +138,14 @@ def _places(module: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> list[
 class _Answer:
     """A hook as an object, since copying a model does not copy what a function closes over."""
 
-    def __init__(self, act: Callable[[Tensor, Tensor], Tensor], rank: int) -> None:
-        self.act, self.rank = act, rank
+    def __init__(self, act: Callable[[Tensor, Tensor], Tensor], rank: int, stack: Stack | None) -> None:
+        self.act, self.rank, self.stack = act, rank, stack
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        inputs = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.stack is not None:
+            inputs = self.stack.keys(module, args, kwargs)
+        else:
+            inputs = first_tensor(args or [v for v in kwargs.values() if isinstance(v, Tensor)])
         return with_first(output, self.act(inputs, first_tensor(output)))
 
 

@@ -4,7 +4,8 @@
 * within a block, a child *mixes* positions if changing one position's input changes another's
   output: that is attention, recurrence or convolution. What remains is position-wise: the feed-forward;
 * experts are matrices stacked in one parameter, or siblings in a list; a dense part beside them, which
-  every token runs through, is a site like any other;
+  every token runs through, is a site like any other. Stacked experts are one linear map of block keys, see
+  :mod:`errata.host.experts`, and the feed-forward's site where no dense part stands beside them;
 * a layer with an adapter is the layer below the adapter;
 * a site is the last linear map of such a part that writes into the residual width, whatever it is
   called, wherever it sits; its orientation is read off numerically, so that square matrices and
@@ -26,10 +27,11 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host import hooks, locking
+from errata.host.experts import stack_of
 from errata.host.passes import Pass, run
 from errata.host.placement import is_packed, packed, sharing
 
-Part = Literal["mlp_out", "attn_out"]
+Part = Literal["mlp_out", "attn_out", "experts"]
 DECODER, ENCODER = "decoder", "encoder"
 ONLY_MIXES = "has no feed-forward: all of it mixes tokens, as attention or a recurrence does"
 
@@ -48,11 +50,16 @@ class Site:
     """Whether the weight is stored ``[d_in, d_out]``; False for a packed one, which is never written."""
     packed: bool = False
     """Whether the weight is quantised: it acts as ``[d_out, d_in]`` and is edited beside, not written."""
+    leaf: str = "weight"
+    """Name of the weight in its module."""
+    experts: int = 0
+    """How many experts the weight stacks; the site is then a map of block keys, ``d_in`` entries in as many blocks,
+    and the weight is stored ``[experts, d_out, m]``, or transposed ``[experts, m, d_out]``. 0: none, a plain matrix."""
 
     @property
     def parameter(self) -> str:
         """Dotted path of the weight, also where a packed module calls it otherwise."""
-        return f"{self.name}.weight"
+        return f"{self.name}.{self.leaf}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,9 @@ class Layout:
     """Name of the stack that the blocks are of; a model of one stack calls it ``decoder``, also if it is an encoder."""
     encoder: Layout | None = None
     """The other stack of an encoder-decoder."""
+    experts: tuple[Site | None, ...] = ()
+    """Per block, its stacked experts, also where a dense part beside them is the feed-forward's site; empty where no
+    block has any."""
 
     def of(self, stack: str) -> Layout:
         """Return the layout of a stack by name. Raises HostError where the model has no such stack."""
@@ -93,7 +103,8 @@ class Layout:
         """Return a site. Raises HostError for a layer or part that is not there."""
         if not 0 <= layer < len(self.blocks):
             raise HostError(f"layer {layer} does not exist: the model has layers 0 to {len(self.blocks) - 1}")
-        site = (self.mlp_out if part == "mlp_out" else self.attn_out)[layer]
+        sites = {"mlp_out": self.mlp_out, "attn_out": self.attn_out, "experts": self.experts}[part]
+        site = sites[layer] if sites else None
         if site is None:
             raise HostError(f"layer {layer} has no editable {part}: {self.refused or 'none was found'}")
         return site
@@ -114,7 +125,8 @@ class Layout:
     @property
     def sites(self) -> list[Site]:
         """All editable sites."""
-        own = [site for site in (*self.mlp_out, *self.attn_out) if site is not None]
+        apart = [site for site in self.experts if site is not None and site.part == "experts"]
+        own = [site for site in (*self.mlp_out, *self.attn_out, *apart) if site is not None]
         return own if self.encoder is None else [*own, *self.encoder.sites]
 
 
@@ -163,11 +175,13 @@ def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Lay
     width = first.shape[-1]
     mlp: list[Site | None] = []
     attn: list[Site | None] = []
+    experts: list[Site | None] = []
     reasons: list[str] = []
     with torch.no_grad(), hooks.frozen(model):
         for layer in range(len(blocks)):
-            feed, mixing, reason = _sites(layer, f"{path}.{layer}", trace, width)
+            feed, mixing, stacked, reason = _sites(layer, f"{path}.{layer}", trace, width)
             mlp.append(feed)
+            experts.append(stacked)
             attn.append(mixing)
             reasons += [reason] if reason else []
         if all(attn) and all(reason.endswith(ONLY_MIXES) for reason in reasons) and not any(mlp):
@@ -188,6 +202,7 @@ def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Lay
         adds_directly=direct,
         refused=reasons[0] if reasons else None,
         stack=stack,
+        experts=tuple(experts) if any(experts) else (),
     )
 
 
@@ -301,8 +316,10 @@ class _Trace:
             self.order.append(module)
 
 
-def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | None, Site | None, str | None]:
-    """Find a block's feed-forward and attention output projections, or the reason why there is none."""
+def _sites(
+    layer: int, path: str, trace: _Trace, width: int
+) -> tuple[Site | None, Site | None, Site | None, str | None]:
+    """Find a block's feed-forward and attention output projections and its experts, or why there is no feed-forward."""
     block: Any = trace.blocks[layer]
     names = {module: f"{path}.{name}" for name, module in block.named_modules()}
     added = _adapter_parts(block)
@@ -316,22 +333,41 @@ def _sites(layer: int, path: str, trace: _Trace, width: int) -> tuple[Site | Non
     attn = [m for m in linear if m in under]
     feed = [m for m in linear if m not in under]
     attn_site = _site(attn[-1], layer, "attn_out", names, trace) if attn else None
-    stacked = next((n for n, m, p in _stacks(block) if m not in under), None)
+    stacks = [(n, m) for n, m, p in _stacks(block) if m not in under]
+    experts = _experts(layer, [m for _, m in stacks], names, width)
     dense = _dense(block, feed, trace)
     if not dense:
-        if stacked is not None:
-            return None, attn_site, f"{path}.{stacked} holds stacked experts, not one weight"
-        if feed:
-            return None, attn_site, f"{path} routes between several experts, not one weight"
-        return None, attn_site, _nothing(block, path, names, trace, width, bool(attn))
+        if experts is not None:
+            return experts, attn_site, experts, None
+        if stacks:
+            reason = (
+                f"{path}.{stacks[0][0]} stacks experts in a form that is not known: it must compute sum_e g_e W_e k_e "
+                "from hidden states, expert numbers and weights, with plain floating-point weights"
+            )
+        elif feed:
+            reason = f"{path} routes between several experts, each a module of its own, not one weight"
+        else:
+            reason = _nothing(block, path, names, trace, width, bool(attn))
+        return None, attn_site, None, reason
+    experts = experts and replace(experts, part="experts")
     # of several the widest: a block may end with a small map beside the feed-forward's, as Gemma 4's does
     last = max(reversed(dense), key=lambda module: trace.io[module][0].shape[-1])
     blocked = _rescaled(block, last, names)
     site = None if blocked else _site(last, layer, "mlp_out", names, trace)
     if site is None:
         odd = f"{names[last]} does not compute W x + b, or passes no gradient on"
-        return None, attn_site, blocked or odd
-    return site, attn_site, None
+        return None, attn_site, experts, blocked or odd
+    return site, attn_site, experts, None
+
+
+def _experts(layer: int, modules: list[nn.Module], names: dict[nn.Module, str], width: int) -> Site | None:
+    """Describe a block's stacked experts; None where there are none, or not one module of them in a known form."""
+    found = {module: stack_of(module) for module in modules}
+    (module, stack), *others = [(m, s) for m, s in found.items() if s and s.width == width] or [(None, None)]
+    if module is None or stack is None or others:
+        return None
+    d_in, turned = stack.experts * stack.inner, stack.transposed
+    return Site(layer, "mlp_out", names[module], d_in, width, turned, leaf=stack.leaf, experts=stack.experts)
 
 
 def _mixing(block: nn.Module, trace: _Trace, skip: int) -> set[nn.Module]:

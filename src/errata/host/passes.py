@@ -96,11 +96,14 @@ class Routing:
     def __init__(
         self, ends: Tensor | None = None, mask: Tensor | None = None, *, prefix: int | None = 0,
         ids: Tensor | None = None, decided: Mapping[str, Tensor] | None = None, past: bool = False,
+        rows: int | None = None,
     ) -> None:  # fmt: skip
         """Take each row's end, or the mask ``[rows, prefix + length]`` that it is computed from when needed.
 
-        ``past``: all prompts ended before this pass. ``prefix``: columns before it; None where that varies.
+        ``past``: all prompts ended before this pass. ``prefix``: columns before it; None where that varies. ``rows``:
+        their number, where neither ids nor mask are given.
         """
+        self._rows = rows
         self._ends, self._mask, self._prefix, self._past = ends, mask, prefix, past
         self._ids = ids
         self.by_host = False
@@ -123,6 +126,22 @@ class Routing:
         if self._prefix is None:  # a loop that reads either whole rows or one token more
             return torch.where(self._ends < length, self._ends, -1)
         return (self._ends - self._prefix).clamp_min(-1)
+
+    def by_rows(self, states: Tensor) -> Tensor | None:
+        """Return states ``[rows, length, d]``, also of a module whose rows are joined, ``[rows * length, d]``.
+
+        None where they cannot be told apart: another shape, or a number of tokens that is not that of this pass.
+        """
+        if states.ndim == 3:
+            return states
+        known = self._ids if self._ids is not None else self._mask
+        rows = self._rows if known is None else len(known)
+        if states.ndim != 2 or not rows or len(states) % rows:
+            return None
+        length = len(states) // rows
+        if self._ids is not None and self._prefix is not None and length != self._ids.shape[1]:
+            return None  # some of the tokens only
+        return states.unflatten(0, (rows, length))
 
     def prompt(self, row: int, end: int) -> list[int]:
         """Return the ids that a pass holds of a row up to a column, padding left out; none where they are not known."""

@@ -227,9 +227,15 @@ class _ModuleActs:
         if passes.is_plain():
             return output
         current = passes.routing() or passes.Routing()
+        joined = output.shape if output.ndim == 2 else None
+        if joined is not None:  # a module that gets the tokens of all rows one after the other, as experts do
+            apart = current.by_rows(inputs), current.by_rows(output)
+            inputs, output = (
+                part if rows is None else rows for part, rows in zip((inputs, output), apart, strict=True)
+            )
         for intervention in self.interventions:
             output = intervention(inputs, output, current)
-        return output
+        return output if joined is None else output.reshape(joined)
 
 
 class _Watch:
@@ -253,7 +259,8 @@ class _Watch:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         routing = self.routings.get(cache) if cache is not None and length == 1 else None
         if routing is not None:  # one more token of a row whose prompt was read
-            passes.enter(passes.Routing(decided=routing.decided, past=True, prefix=_cached(cache)))
+            read = passes.Routing(decided=routing.decided, past=True, prefix=_cached(cache), rows=len(ids))
+            passes.enter(read)
             return
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         prefix = 0 if plain is None else plain.shape[1] - length

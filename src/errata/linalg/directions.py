@@ -43,9 +43,7 @@ def principal_directions(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: 
     Raises ValueError where all weighted keys are zero.
     """
     weighted = keys.double() * weights.double()
-    white = (
-        weighted if cost.factor is None else routines.solve_triangular(cost.factor.to(keys.device), weighted)
-    )
+    white = cost.whiten(weighted)
     wide = white.shape[0] <= white.shape[1]
     values, vectors = routines.eigh(white @ white.mT if wide else white.mT @ white)  # ascending
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
@@ -53,9 +51,7 @@ def principal_directions(keys: Tensor, weights: Tensor, cost: CostMatrix, rank: 
         raise ValueError("all keys are zero: they have no direction")
     directions = vectors if wide else white @ vectors  # [m, r], columns not of unit length
     directions = directions[:, values > NEGLIGIBLE * values[0]]
-    if cost.factor is not None:
-        directions = routines.solve_triangular(cost.factor.to(keys.device).mT, directions, upper=True)
-    return orthonormal(directions.mT)
+    return orthonormal(cost.whiten(directions, transposed=True).mT)
 
 
 def orthonormal(rows: Tensor) -> Tensor:

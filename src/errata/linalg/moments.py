@@ -168,13 +168,16 @@ class Eigen:
     """Eigendecomposition of a symmetric matrix: ``vectors @ diag(values) @ vectors.mT``."""
 
     values: Tensor
-    """Ascending, float64 ``[m]``; those of a singular moment may lie slightly below zero."""
+    """Ascending, float64 ``[m]``; those of a singular moment may lie slightly below zero. ``[E, m]`` of E blocks."""
     vectors: Tensor
-    """Orthonormal, one a column, float64 ``[m, m]``."""
+    """Orthonormal, one a column, float64 ``[m, m]``; ``[E, m, m]`` of E blocks."""
 
 
 def eigen(matrix: Tensor) -> Eigen:
-    """Decompose a symmetric matrix ``[m, m]`` in float64, on its device; about 9 m^3 operations."""
+    """Decompose a symmetric matrix ``[m, m]``, or each of ``[E, m, m]``, in float64; about 9 m^3 operations."""
+    if matrix.ndim == 3:
+        each = [eigen(block) for block in matrix]
+        return Eigen(torch.stack([one.values for one in each]), torch.stack([one.vectors for one in each]))
     matrix = matrix.double()
     values, vectors = routines.eigh((matrix + matrix.mT) / 2)
     # contiguous, as once saved and loaded: products with it then have the same bits
@@ -186,8 +189,11 @@ def condition(matrix: Tensor) -> float:
 
     Subspace iteration with the matrix and with its Cholesky factor, a tenth of the cost of all
     eigenvalues; never above the true value, and within a few per cent of it. Infinite where the matrix
-    is singular to the precision of its numbers, as it is after fewer than m vectors.
+    is singular to the precision of its numbers, as it is after fewer than m vectors. Of blocks ``[E, m, m]``
+    the largest of theirs.
     """
+    if matrix.ndim == 3:
+        return max(condition(block) for block in matrix)
     matrix = matrix.double()
     width = matrix.shape[0]
     factor = routines.cholesky(matrix)

@@ -32,16 +32,18 @@ class CostMatrix:
     """A symmetric positive definite M ``[m, m]``: a multiple of the identity, a Cholesky factor, or eigenvectors.
 
     With a ``basis`` that does not span everything, M is infinite outside of it (or inside, with
-    ``outside``): nothing may change there.
+    ``outside``): nothing may change there. A block-diagonal M of E blocks has tensors with an axis for them in front;
+    coordinates are then those of the blocks in a row, m = E times the width of one.
     """
 
     scale: float
     factor: Tensor | None = None
-    """Lower Cholesky factor of M / scale, float64 ``[m, m]``."""
+    """Lower Cholesky factor of M / scale, float64 ``[m, m]``, or of its blocks ``[E, m / E, m / E]``."""
     basis: Tensor | None = None
-    """Orthonormal columns ``[m, r]``."""
+    """Orthonormal columns ``[m, r]``; of blocks ``[E, m / E, m / E]``, all of them."""
     spectrum: Tensor | None = None
-    """Eigenvalues of M / scale on the basis ``[r]``; None: all one."""
+    """Eigenvalues of M / scale on the basis ``[r]``, or ``[E, m / E]``, infinite where nothing may change; None: all
+    one."""
     outside: bool = False
     """Whether the basis spans what must not change, rather than what may."""
     name: str = "identity"
@@ -59,12 +61,16 @@ class CostMatrix:
 
     @staticmethod
     def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> CostMatrix:
-        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``, ``matrix`` ``[m, m]``.
+        """Factorise ``weight * (matrix + ridge * mean diagonal * I)``, ``matrix`` ``[m, m]``; or blocks ``[E, m, m]``.
 
         The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
         ValueError for a matrix that is zero, not finite or far from positive semidefinite.
         """
-        factor, final = _factor(matrix.double(), ridge)
+        if matrix.ndim == 3:
+            factors, ridges = zip(*(_factor(block.double(), ridge) for block in matrix), strict=True)
+            factor, final = torch.stack(factors), max(ridges)
+        else:
+            factor, final = _factor(matrix.double(), ridge)
         label = name if final == ridge else f"{name}, ridge {final:.0e}"
         return CostMatrix(weight, factor, name=label)
 
@@ -75,7 +81,7 @@ class CostMatrix:
     ) -> CostMatrix:  # fmt: skip
         """Return ``weight * (matrix + ridge * mean diagonal * I) + add * I`` from an eigendecomposition.
 
-        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column. Costs no factorisation.
+        ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; or those of blocks. Costs no factorisation.
         """
         values = values.double().clamp_min(0)
         spectrum = values + ridge * values.mean() + add / weight
@@ -88,9 +94,13 @@ class CostMatrix:
         """Allow change only along eigenvectors whose eigenvalue is under ``below``, at ``cost`` each way.
 
         ``values`` ``[m]``, ``vectors`` ``[m, m]`` one a column; the smaller of the two complementary bases is stored.
+        Of blocks ``[E, m]`` and ``[E, m, m]``, the bound is the same for all.
         """
         small = values < below
         label = f"{name} under {below:.9g}"
+        if values.ndim == 2:
+            spectrum = torch.where(small, 1.0, torch.inf).to(values)
+            return CostMatrix(cost, basis=vectors, spectrum=spectrum, name=label)
         if int(small.sum()) * 2 <= len(values):
             return CostMatrix(cost, basis=vectors[:, small], name=label)
         return CostMatrix(cost, basis=vectors[:, ~small], outside=True, name=label)
@@ -103,13 +113,20 @@ class CostMatrix:
         """Return the cost among some coordinates, the others not to change; ``[n]`` indices."""
         if self.factor is None:
             raise ValueError("only a cost matrix with a Cholesky factor can be restricted to coordinates")
-        rows = self.factor[columns]
-        part, _ = _factor(rows @ rows.mT, 0.0)
+        if self.blocks:
+            block, entry = columns // self.factor.shape[-1], columns % self.factor.shape[-1]
+            rows = self.factor[block, entry]
+            part, _ = _factor(rows @ rows.mT * (block[:, None] == block), 0.0)
+        else:
+            rows = self.factor[columns]
+            part, _ = _factor(rows @ rows.mT, 0.0)
         return CostMatrix(self.scale, part, name=f"{self.name} among {len(columns)}")
 
     def solve(self, right: Tensor) -> Tensor:
         """Return M^-1 right, ``[m, n]`` float64."""
         right = right.double()
+        if self.blocks:
+            return self._solve_blocks(right.unflatten(0, (self.blocks, -1))).flatten(0, 1) / self.scale
         if self.factor is not None:
             right = routines.cholesky_solve(self.factor.to(right.device), right)
         elif self.basis is not None:
@@ -120,10 +137,44 @@ class CostMatrix:
             right = right - basis @ inside if self.outside else basis @ inside
         return right / self.scale
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks E of a block-diagonal M; 0 of any other."""
+        tensor = self.basis if self.factor is None else self.factor
+        return 0 if tensor is None or tensor.ndim == 2 else len(tensor)
+
+    def _solve_blocks(self, right: Tensor) -> Tensor:
+        """Return M^-1 right but for the scale; both ``[E, m / E, n]``."""
+        if self.factor is not None:
+            return routines.cholesky_solve(self.factor.to(right.device), right)
+        assert self.basis is not None and self.spectrum is not None
+        basis = self.basis.to(right.device).double()
+        return basis @ ((basis.mT @ right) / self.spectrum.to(right.device)[..., None])
+
+    def whiten(self, right: Tensor, *, transposed: bool = False) -> Tensor:
+        """Return L^-1 right, or L^-T right, ``[m, n]`` float64, with M / scale = L L^T; ``right`` itself without L."""
+        right = right.double()
+        if self.factor is None:
+            return right
+        factor = self.factor.to(right.device)
+        rows = right.unflatten(0, (self.blocks, -1)) if self.blocks else right
+        solved = routines.solve_triangular(factor.mT if transposed else factor, rows, upper=transposed)
+        return solved.flatten(0, 1) if self.blocks else solved
+
+    def dense(self) -> Tensor:
+        """Return M ``[m, m]``, float64; needs the Cholesky factor."""
+        if self.factor is None:
+            raise ValueError("only a cost matrix with a Cholesky factor can be multiplied out")
+        product = self.scale * self.factor @ self.factor.mT
+        return torch.block_diag(*product) if self.blocks else product
+
     def energy(self, delta: LowRank) -> float:
         """Return tr(delta M delta^T), what a change costs; needs the Cholesky factor or the identity."""
         right = delta.A.double()
-        if self.factor is not None:
+        if self.factor is not None and self.blocks:
+            rows = right.unflatten(1, (self.blocks, -1))
+            right = torch.einsum("rei,eij->rej", rows, self.factor.to(right.device)).flatten(1)
+        elif self.factor is not None:
             right = right @ self.factor.to(right.device)
         elif self.basis is not None:
             raise ValueError("the energy needs a cost matrix with a Cholesky factor, not with eigenvectors")

@@ -77,6 +77,11 @@ def feed_forward(host: Host, layer: int, stack: str = DECODER) -> tuple[list[str
     """
     layout = host.layout.of(stack)
     site = layout.site(layer)
+    if site.experts:
+        raise HostError(
+            f"layer {layer} stacks {site.experts} experts in {site.parameter}, and this needs plain linear maps, each "
+            "a layer of its own: name other modules, such as those of its attention, or layers without stacked experts"
+        )
     block = layout.blocks[layer]
     parent = site.name.removesuffix(".base_layer").rpartition(".")[0]
     siblings = [

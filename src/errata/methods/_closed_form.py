@@ -262,7 +262,8 @@ def null_space_costs(task: Task[NullSpaceConfig]) -> dict[Site, CostMatrix]:
     for site, (eigen, name) in spectra.items():
         values = eigen.values.clamp_min(0)
         trace = float(values.sum())
-        bound = _bound(values, config.threshold, config.energy, site)
+        ascending = values if values.ndim == 1 else values.flatten().sort().values  # of all blocks
+        bound = _bound(ascending, config.threshold, config.energy, site)
         cost = config.ridge if config.ridge is not None else config.ridge_relative * trace
         costs[site] = CostMatrix.within(values, eigen.vectors, below=bound, cost=cost, name=name)
     return costs

@@ -84,5 +84,5 @@ def solve_all(record: Record, cost: CostMatrix) -> Delta:
     if count <= width or cost.factor is None:
         return record.delta()
     keys, targets, terms = record.split()
-    matrix = (cost.scale * cost.factor @ cost.factor.mT).to(keys.device) + terms.double() @ terms.double().mT
+    matrix = cost.dense().to(keys.device) + terms.double() @ terms.double().mT
     return update_primal(keys, targets, matrix, gamma=record.gamma).to(keys.dtype)

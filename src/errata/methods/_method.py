@@ -21,7 +21,8 @@ from errata.host import hooks, locking, placed
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import DECODER, Site
-from errata.linalg.moments import Eigen, Moments, eigen
+from errata.linalg.block_moments import AnyMoments
+from errata.linalg.moments import Eigen, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, stored_corpus, weigh
 from errata.locate.own import OwnCounts, OwnText, own_text
@@ -469,12 +470,10 @@ def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMa
     try:
         return CostMatrix.of(second, ridge=ridge, name=name)
     except ValueError as error:
-        raise DataError(
-            f"{what} cannot be used: {error}; give a longer corpus, or edit another layer"
-        ) from error
+        raise DataError(f"{what} cannot be used: {error}; give a longer corpus, or another layer") from error
 
 
-def _warn_of_few(moments_by_site: Mapping[Site, Moments], corpus: Corpus) -> None:
+def _warn_of_few(moments_by_site: Mapping[Site, AnyMoments], corpus: Corpus) -> None:
     """Say how many tokens are missing where there are fewer than a key has entries."""
     short = {site: moments for site, moments in moments_by_site.items() if moments.count < site.d_in}
     if short:

@@ -110,14 +110,14 @@ def _train(
     inputs: list[Tensor] = []
 
     def mixed(output: Tensor) -> Tensor:
-        x = inputs.pop().float()
+        shape = output.shape  # of one row, whose tokens some modules get without an axis for rows
+        x, output = (part.reshape(1, -1, part.shape[-1]) for part in (inputs.pop().float(), output))
         share = torch.sigmoid(functional.linear(x[:, last], gate.weight, gate.bias))[:, None]  # [rows, 1, 1]
         own = functional.linear(x, answer.weight, answer.bias)
         column = torch.arange(output.shape[1], device=output.device)
         mask = {"last": column == last, "prompt": column <= last, "all": column >= 0}[config.positions]
-        return torch.where(
-            mask[None, :, None], (share * own + (1 - share) * output.float()).to(output), output
-        )
+        changed = (share * own + (1 - share) * output.float()).to(output)
+        return torch.where(mask[None, :, None], changed, output).reshape(shape)
 
     def loss(_: Sequence[int]) -> Tensor:
         inputs.clear()

@@ -22,6 +22,7 @@ from torch import Tensor
 from errata.checksum import FIELD, checksum
 from errata.errors import DataError
 from errata.linalg import moments as maths
+from errata.linalg.block_moments import AnyMoments, BlockMoments
 from errata.linalg.moments import Eigen, Moments
 
 FORMAT = "errata-moments-3"
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Partial:
     """An unfinished pass: the sums so far and how much of the corpus they cover."""
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, AnyMoments]
     """By the site's parameter path."""
     batches: int
     """How many batches are in the sums."""
@@ -61,18 +62,18 @@ def path(folder: Path, facts: Mapping[str, Any], kind: str = "moments") -> Path:
     return folder / f"{kind}-{key(facts)}.safetensors"
 
 
-def read(folder: Path, facts: Mapping[str, Any]) -> Moments | None:
+def read(folder: Path, facts: Mapping[str, Any]) -> AnyMoments | None:
     """Return the moments stored under these facts, or None; also for a damaged file, with a warning."""
     return _load(path(folder, facts), facts, lambda header, tensors: _moments(header["sums"], tensors))
 
 
-def write(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Path:
+def write(folder: Path, facts: Mapping[str, Any], moments: AnyMoments) -> Path:
     """Store moments. Raises DataError where the folder cannot be written."""
     header, tensors = _parts(moments)
     return _save(path(folder, facts), facts, {"sums": header}, tensors)
 
 
-def eigen(folder: Path, facts: Mapping[str, Any], moments: Moments) -> Eigen:
+def eigen(folder: Path, facts: Mapping[str, Any], moments: AnyMoments) -> Eigen:
     """Return the eigendecomposition of moments: read if it is of exactly these moments, else computed and stored.
 
     Vectors are stored in float64, ``8 m^2`` bytes: rounded to float32 they would be orthonormal to 1e-6 only.
@@ -132,23 +133,35 @@ def write_document(folder: Path, facts: Mapping[str, Any], kind: str, document: 
     return _save(path(folder, facts, kind), facts, {"document": dict(document)}, {})
 
 
-def _parts(moments: Moments, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _parts(moments: AnyMoments, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split moments into plain numbers and tensors."""
+    if isinstance(moments, BlockMoments):
+        each = [_parts(block, f"{prefix}block.{i}.") for i, block in enumerate(moments.blocks)]
+        joint = {name: tensor for _, tensors in each for name, tensor in tensors.items()}
+        return {"count": moments.count, "blocks": [numbers for numbers, _ in each]}, joint
     numbers = {name: getattr(moments, name) for name in ("count", "parts", "squares")}
     tensors = {f"{prefix}column.{i}": column for i, column in enumerate(moments.columns)}
     return {**numbers, "columns": len(moments.columns)}, {f"{prefix}total": moments.total, **tensors}
 
 
-def _moments(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Moments:
+def _moments(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> AnyMoments:
+    if "blocks" in header:
+        blocks = (_plain(one, tensors, f"{prefix}block.{i}.") for i, one in enumerate(header["blocks"]))
+        return BlockMoments(header["count"], tuple(blocks))
+    return _plain(header, tensors, prefix)
+
+
+def _plain(header: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Moments:
     numbers = dict(header)
     columns = tuple(tensors[f"{prefix}column.{i}"] for i in range(numbers.pop("columns")))
     return Moments(total=tensors[f"{prefix}total"], columns=columns, **numbers)
 
 
-def _digest(moments: Moments) -> str:
+def _digest(moments: AnyMoments) -> str:
     """Return a SHA-256 of the numbers."""
     digest = hashlib.sha256(str(moments.count).encode())
-    for tensor in (moments.total, *moments.columns):
+    blocks = moments.blocks if isinstance(moments, BlockMoments) else (moments,)
+    for tensor in (tensor for block in blocks for tensor in (block.total, *block.columns)):
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

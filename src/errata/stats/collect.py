@@ -23,6 +23,7 @@ from errata.errors import ConfigError, DataError, HostError
 from errata.host import hooks, locking
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.linalg.block_moments import AnyMoments, BlockMoments
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.progress import OnCount, ignore
 from errata.stats import cache
@@ -43,7 +44,7 @@ def second_moments(
     folder: Path | None = None,
     on_tokens: OnCount = ignore,
     save_seconds: float = SAVE_SECONDS,
-) -> dict[Site, Moments]:
+) -> dict[Site, AnyMoments]:
     """Return the second moment of each site's input over ``tokens`` tokens of a corpus.
 
     A shorter corpus gives fewer, see ``Moments.count``. Results are stored in ``folder`` under a key of host,
@@ -76,7 +77,7 @@ def second_moments(
 
 
 def eigen_of(
-    host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: Moments
+    host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: AnyMoments
 ) -> Eigen:
     """Return the eigendecomposition of a site's second moment, cached in ``folder``.
 
@@ -166,12 +167,15 @@ def cost(host: Host, sites: Sequence[Site], *, tokens: int) -> Cost:
     for path in host.layout.blocks[: last + 1]:
         matrices = [p for p in host.model.get_submodule(path).parameters() if p.ndim > 1]
         forward += 2 * sum(p.numel() for p in matrices) + 4 * width * length  # attention's two products
-    sizes = [sum((s.d_in - i) * min(BLOCK, s.d_in - i) for i in range(0, s.d_in, BLOCK)) for s in sites]
+    sizes = [
+        max(1, s.experts) * sum((width - i) * min(BLOCK, width - i) for i in range(0, width, BLOCK))
+        for s, width in ((s, s.d_in // max(1, s.experts)) for s in sites)
+    ]
     return Cost(
         tokens=tokens,
         flop=float(tokens) * (forward + 2 * sum(sizes)),
         disk_bytes=8 * sum(size + site.d_in for size, site in zip(sizes, sites, strict=True)),
-        eigen_bytes=8 * sum(site.d_in**2 + site.d_in for site in sites),
+        eigen_bytes=8 * sum(site.d_in**2 // max(1, site.experts) + site.d_in for site in sites),
     )
 
 
@@ -190,7 +194,7 @@ def _collect(
     tokens: int,
     progress: _Progress,
     on_tokens: OnCount,
-) -> dict[Site, Moments]:
+) -> dict[Site, AnyMoments]:
     batches, moments = _start(host, sites, corpus, tokens, progress)
     count = next(iter(moments.values())).count
     if count:
@@ -208,7 +212,7 @@ def _collect(
 
 def _start(
     host: Host, sites: Sequence[Site], corpus: Corpus, tokens: int, progress: _Progress
-) -> tuple[Iterator[list[list[int]]], dict[Site, Moments]]:
+) -> tuple[Iterator[list[list[int]]], dict[Site, AnyMoments]]:
     """Return the remaining batches, and the sums so far: zeros, or those of an interrupted pass."""
     earlier = progress.earlier()
     if earlier is not None and all(site.parameter in earlier.moments for site in sites):
@@ -225,8 +229,14 @@ def _start(
             stacklevel=2,
         )
         progress.reset()
-    empty = {site: Moments.empty(site.d_in, _device(host, site)) for site in sites}
-    return _batches(host, corpus, tokens), empty
+    return _batches(host, corpus, tokens), {site: _no_sums(host, site) for site in sites}
+
+
+def _no_sums(host: Host, site: Site) -> AnyMoments:
+    """Return the sums of no keys; those of stacked experts by expert."""
+    if site.experts:
+        return BlockMoments.empty(site.experts, site.d_in // site.experts, _device(host, site))
+    return Moments.empty(site.d_in, _device(host, site))
 
 
 @dataclass
@@ -255,7 +265,7 @@ class _Progress:
     def earlier(self) -> cache.Partial | None:
         return None if self.folder is None else cache.read_partial(self.folder, self.facts)
 
-    def keep(self, moments: Mapping[str, Moments]) -> None:
+    def keep(self, moments: Mapping[str, AnyMoments]) -> None:
         """Store the sums if it is due; the longer writing takes, the longer the next interval."""
         start = time.monotonic()
         if self.folder is None or start < self.due:
@@ -272,7 +282,7 @@ class _Progress:
             cache.drop_partial(self.folder, self.facts)
 
 
-def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, Moments]) -> None:
+def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, AnyMoments]) -> None:
     """Run a batch of rows of one length and add every site's keys to its moments."""
     batch = host.batch(rows)
     mark = _begin_token(host)

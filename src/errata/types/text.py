@@ -246,6 +246,9 @@ class Observation:
     """Log-probabilities of the next token over the vocabulary, float32 ``[vocab]``; None if not requested."""
     choice_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per choice, the log-probability of each of its tokens; empty if the probe has no choices."""
+    routes: tuple[tuple[int, ...], ...] = ()
+    """Of a model that stacks experts, where the next-token distribution is requested: per layer with experts and token
+    of the prompt, the set of experts as a number whose bits are theirs."""
 
 
 @dataclass(frozen=True)
