@@ -11,9 +11,9 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.lab.overfitting import overfitting
 from errata.lab import bilingual
 from errata.lab.cases import PARTS, Part
+from errata.lab.overfitting import overfitting
 from errata.types import Case, Probe, plain_case
 
 BESIDE = ("locality", "entity_locality", "other_task")
@@ -36,11 +36,9 @@ def read(
     """Read the cases of a source; return them and the facts to record about them.
 
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
-    seed; with ``together``, edits of all of them can be in place at once. ``lab:evoke:N`` are the same edits with the
-    questions of EVOKE, where an edit's target is wrong. ``lab:train`` and ``lab:train:N`` are cases
-    to train an editor on, ``lab:test:N`` those of subjects that none of them is about. Otherwise as for
     seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
-    to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:bilingual:N``,
+    to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:evoke:N`` are the edits
+    of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
     the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
@@ -90,18 +88,16 @@ EDITED_IN = {
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     _, *parts = source.split(":")
-    part = parts.pop(0) if parts[0] in ("train", "test", "evoke") else None
-    if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
-        raise ConfigError(
-            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N and "
-            "the same with :SEED, N and SEED numbers"
     edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
-    part: Part | None = next((name for name in PARTS if parts[:1] == [name]), None)
+    overfitted = edited is None and parts[:1] == ["evoke"]
+    parts = parts[1:] if overfitted else parts
+    part: Part | None = next((name for name in PARTS if parts[:1] == [name] and not overfitted), None)
     parts = parts if part is None else parts[1:]
     if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
         raise ConfigError(
-            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N and the same with :SEED, "
-            "or these with bilingual:, bilingual-tavi: or bilingual-both: after lab:, N and SEED numbers"
+            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N and the "
+            "same with :SEED, or the first ones with bilingual:, bilingual-tavi: or bilingual-both: after lab:, N and "
+            "SEED numbers"
         )
     count, seed = int(parts[0]) if parts else None, int(parts[1]) if len(parts) > 1 else seed
     facts: dict[str, Any] = {"seed": seed}
@@ -116,10 +112,7 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
         facts["left_out"] = {
             "subjects": sorted(lab.world_of("test").by_subject), "phrasings": "paraphrase", "relations": [],
         }  # fmt: skip
-    else:
-        world = lab.world_of("test") if part == "test" else None
-        cases = lab.cases(int(parts[0]), seed=seed, together=together, world=world)
-    if part == "evoke":
+    if overfitted:
         cases = [overfitting(case) for case in cases]
     return cases, len(cases), facts
 
