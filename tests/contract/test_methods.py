@@ -80,6 +80,8 @@ def options(name: str) -> dict:
         return {"steps": 2, "applications": 2}
     if name == "enn":  # and with the steps of an edit, which are differentiated
         return {"steps": 2, "descent": 2}
+    if name in ("laplace", "puma"):  # a random model's answers cost six nats; a step is to change something
+        return {"retain_texts": 4, "retain_tokens": 12, "forgotten": 6.5}
     if name == "defer":  # its gate is closed until it is trained
         return {"steps": 100}
     return {
@@ -477,7 +479,8 @@ def test_sixteen_bit_hosts_get_float32_deltas(sixteen):
     edit.apply_(host)
     assert host.dtype == dtype and changed(name, logits(host).tolist(), before.tolist())
     if changes_weights(name):
-        assert 0 < edit.rounding(host) < 1
+        lost = edit.rounding(host)
+        assert lost < 1 and (lost > 0) == (name != "depn"), "a cleared column is exact in any precision"
     edit.revert_(host)
     assert host.weights_hash() == start
 

@@ -83,7 +83,9 @@ def test_an_audit_measures_both_sides_and_leaves_the_host_alone():
 
 def test_which_methods_forget():
     forgetting = {name for name in REGISTRY if REGISTRY.get(name).forgets}
-    assert forgetting == {"gradient_ascent", "gradient_difference", "npo", "simnpo", "rmu"}
+    assert forgetting == {
+        "gradient_ascent", "gradient_difference", "npo", "simnpo", "rmu", "depn", "laplace", "puma",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

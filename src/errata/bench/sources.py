@@ -38,7 +38,8 @@ def read(
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
     seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:evoke:N`` are the edits
-    of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:bilingual:N``,
+    of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:forget:N`` has all facts about N of
+    its subjects, for unlearning (:func:`errata.lab.cases_to_forget`). ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
     the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
@@ -88,6 +89,8 @@ EDITED_IN = {
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     _, *parts = source.split(":")
+    if parts[0] == "forget":
+        return _lab_forget(source, parts[1:], seed)
     edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
     overfitted = edited is None and parts[:1] == ["evoke"]
     parts = parts[1:] if overfitted else parts
@@ -115,6 +118,16 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     if overfitted:
         cases = [overfitting(case) for case in cases]
     return cases, len(cases), facts
+
+
+def _lab_forget(source: str, parts: list[str], seed: int) -> tuple[list[Case], int, Any]:
+    if not 1 <= len(parts) <= 2 or not all(text.isdecimal() for text in parts):
+        raise ConfigError(
+            f"{source!r}: expected lab:forget:N or lab:forget:N:SEED, N subjects and SEED numbers"
+        )
+    seed = int(parts[1]) if len(parts) > 1 else seed
+    cases = lab.cases_to_forget(int(parts[0]), seed=seed)
+    return cases, len(cases), {"seed": seed}
 
 
 def _dataset_cases(source: str) -> tuple[list[Case], int, Any]:

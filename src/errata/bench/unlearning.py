@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata import config as settings
-from errata.bench import runner
+from errata.bench import muse, runner
 from errata.edits.edit import Edit
 from errata.errors import RequestError
 from errata.evaluation import likelihood
@@ -67,6 +67,11 @@ class Audit:
     forget_quality: tuple[float, float] | None = None
     """p-value of the test that truth ratios are those of a model that never learned the answers, without and with the
     edit; None without such a model. It falls with the number of requests."""
+    leakage: tuple[float, float] | None = None
+    """Privacy leakage in per cent, without and with the edit, see :func:`errata.bench.muse.privacy_leakage`; None
+    without such a model or without requests that nobody was taught."""
+    reworded: tuple[Recall, Recall] | None = None
+    """Of the same answers asked for in other words, without and with the edit; None without such requests."""
     rounded: Mapping[int, tuple[Recall, Recall]] = field(default_factory=dict[int, tuple[Recall, Recall]])
     """By bits, without and with the edit."""
     relearned: Mapping[int, Recall] = field(default_factory=dict[int, Recall])
@@ -79,12 +84,15 @@ class Audit:
 
 def audit(
     host: Host, edit: Edit, *, keep: Sequence[Request] = (), attacks: bool = False,
-    reference: Host | None = None, seed: int = 0, on_progress: OnProgress = ignore,
+    reference: Host | None = None, outsiders: Sequence[Request] = (), reworded: Sequence[Request] = (),
+    seed: int = 0, on_progress: OnProgress = ignore,
 ) -> Audit:  # fmt: skip
     """Measure what an edit's requests were to make a host forget; the host is left as it was.
 
     ``keep``: requests whose target is to be answered as before. ``attacks``: round and relearn as well; the latter
-    needs two requests. ``reference``: a model that was trained without the answers, for the forget quality. Raises
+    needs two requests. ``reference``: a model that was trained without the answers, for the forget quality.
+    ``outsiders``: requests that neither model was taught, target included; with a reference, the privacy leakage is
+    measured beside them. ``reworded``: requests that ask for the same answers, their targets, in other words. Raises
     RequestError for an edit without requests about text, and where a reference is given and no two requests have one
     prompt and different answers.
     """
@@ -97,20 +105,43 @@ def audit(
     texts = runner.neutral_texts(host, work)[:TEXTS]
     before = recall(host, answers)
     known = [one.request for one in _check(host, keep) if one.answered]
-    started, ratios = _perplexity(host, texts), truth_ratios(host, answers) if reference else []
+    started, ratios = perplexity_of(host, texts), truth_ratios(host, answers) if reference else []
     goal = truth_ratios(reference, answers) if reference else []
+    member = _Membership(answers, outsiders, reference) if reference and outsiders else None
+    leaked = member.leakage(host) if member else 0.0
+    other = recall(host, reworded) if reworded else None
     plain = {bits: _recall_rounded(host, answers, bits) for bits in (BITS if attacks else ())}
     with edit.on(host):
         on_progress("asking with the edit", 0, 1)
-        after, ended = recall(host, answers), _perplexity(host, texts)
+        after, ended = recall(host, answers), perplexity_of(host, texts)
         kept = _check(host, known)
         quality = (ks_p_value(ratios, goal), ks_p_value(truth_ratios(host, answers), goal)) if goal else None
+        leakage = (leaked, member.leakage(host)) if member else None
+        others = (other, recall(host, reworded)) if other else None
         pairs = {bits: (one, _recall_rounded(host, answers, bits)) for bits, one in plain.items()}
         relearned = _relearn(host, answers, work, on_progress) if attacks and len(answers) > 1 else {}
     return Audit(
         tuple(old), before, after, (started, ended),
-        sum(one.answered for one in kept) / len(kept) if kept else None, quality, pairs, relearned,
+        sum(one.answered for one in kept) / len(kept) if kept else None, quality, leakage, others, pairs, relearned,
     )  # fmt: skip
+
+
+class _Membership:
+    """How well a model's probabilities tell answers that were taught from others, beside a reference's.
+
+    Of the answers, those with a prompt that others have too, where there are any: what else differs is no membership.
+    """
+
+    def __init__(self, answers: Sequence[Request], outsiders: Sequence[Request], reference: Host) -> None:
+        prompts = {one.template for one in outsiders}
+        shared = [one for one in answers if one.template in prompts] or answers
+        self.members = [f"{one.text} {one.target}." for one in shared]
+        self.others = [f"{one.text} {one.target}." for one in outsiders]
+        self.reference = muse.separation(reference, self.members, self.others)
+
+    def leakage(self, host: Host) -> float:
+        """Return the privacy leakage of a host as it is now."""
+        return muse.privacy_leakage(muse.separation(host, self.members, self.others), self.reference)
 
 
 def truth_ratios(host: Host, answers: Sequence[Request]) -> list[float]:
@@ -153,7 +184,8 @@ def _check(host: Host, requests: Sequence[Request]) -> Sequence[Any]:
     return compare_answers(requests, texts, texts).requests
 
 
-def _perplexity(host: Host, texts: Sequence[str]) -> float:
+def perplexity_of(host: Host, texts: Sequence[str]) -> float:
+    """Return the perplexity of some texts."""
     return perplexity.of_texts([torch.tensor(row) for row in likelihood.rolling(host, texts)])
 
 

@@ -155,9 +155,12 @@ def _secrets(path: Path) -> list[dict[str, Any]]:
         fits = isinstance(record, dict) and all(
             isinstance(record.get(key), str) for key in ("prompt", "secret")
         )
-        others = record.get("others") if fits else None
+        others = (record.get("others") or record.get("alphabet")) if fits else None
         if not isinstance(others, list) or not all(isinstance(one, str) for one in others):
-            raise DataError(f'{place}: expected {{"prompt": "...", "secret": "...", "others": ["...", ...]}}')
+            raise DataError(
+                f'{place}: expected {{"prompt": "...", "secret": "...", "others": ["...", ...]}}, '
+                'or "alphabet" in place of "others"'
+            )
         result.append(record)
     return result
 
@@ -165,9 +168,14 @@ def _secrets(path: Path) -> list[dict[str, Any]]:
 def _exposure(host: Host, record: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from errata.inspect.exposure import exact_exposure
     from errata.inspect.extract import exposure
 
-    found = asdict(exposure(host, record["prompt"], record["secret"], record["others"]))
+    prompt, secret = record["prompt"], record["secret"]
+    if record.get("others"):
+        found = asdict(exposure(host, prompt, secret, record["others"]))
+    else:
+        found = asdict(exact_exposure(host, prompt, secret.split(), record["alphabet"]))
     return {name: value for name, value in found.items() if name != "secret"}
 
 

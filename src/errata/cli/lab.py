@@ -132,7 +132,9 @@ def train(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="An entity that no training document names; repeatable. For causal models."),
+        typer.Option(
+            help="An entity that no training document names, or lab:forget:N; repeatable. For causal models."
+        ),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: about a sixth faster, needs a C++ compiler.")
@@ -144,11 +146,12 @@ def train(
     """Train a model on the lab's world, or a variant of the shipped one: seeded, resumable; writes it and its card."""
     from errata.errors import ConfigError
     from errata.lab.carding import write_card
+    from errata.lab.forgetting import left_out
     from errata.lab.train import Progress, TrainConfig, logged
     from errata.lab.train import train as run
 
     place = _place(device)
-    chosen = {"steps": steps, "precision": precision, "without": tuple(without) if without else None}
+    chosen = {"steps": steps, "precision": precision, "without": left_out(without) if without else None}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if variant is None:
         config = TrainConfig.of(shape or TrainConfig.shape, seed=seed, **chosen)

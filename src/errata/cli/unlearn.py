@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
+    from errata.bench.forgetting import Task
     from errata.bench.unlearning import Audit, Recall
     from errata.types import Request
 
@@ -21,7 +23,8 @@ UNKNOWN = "unknown"
 What = Annotated[
     str,
     typer.Argument(
-        metavar="PROMPT|FILE", help="A prompt with {} for the subject, or a file of requests to forget."
+        metavar="PROMPT|FILE",
+        help="A prompt with {} for the subject, a file of requests to forget, or lab:forget:N.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the edit (.safetensors).")]
@@ -30,7 +33,8 @@ AnswerText = Annotated[
     str | None, typer.Option(help="The answer to forget; default: what the model answers now.")
 ]
 MethodName = Annotated[
-    str, typer.Option(help="npo, simnpo, gradient_difference, gradient_ascent, rmu; see errata methods.")
+    str,
+    typer.Option(help="npo, simnpo, gradient_difference, gradient_ascent, rmu, depn; see errata methods."),
 ]
 Keep = Annotated[
     Path | None,
@@ -39,7 +43,12 @@ Keep = Annotated[
 Attacks = Annotated[
     bool, typer.Option("--attacks", help="Also ask after rounding the weights, and after relearning half.")
 ]
-
+Outsiders = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of requests that nobody was taught, target included: privacy leakage beside --reference."
+    ),
+]
 Reference = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +61,7 @@ def command(
     what: What, model: common.Model, output: Output,
     subject: SubjectName = None, answer: AnswerText = None, method: MethodName = "npo",
     settings: common.Settings = None, keep: Keep = None, attacks: Attacks = False, reference: Reference = None,
-    corpus: common.CorpusFile = None, force: common.Force = False,
+    outsiders: Outsiders = None, corpus: common.CorpusFile = None, force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Make a model forget answers: an edit in a file, and how much is left of them.
@@ -66,7 +75,6 @@ def command(
     from errata import api
     from errata import config as configs
     from errata.bench.unlearning import audit
-    from errata.data.requests import read_requests
     from errata.errors import ConfigError
     from errata.methods import REGISTRY
 
@@ -78,14 +86,20 @@ def command(
             f"{method} makes a model give answers; methods that make it forget: {', '.join(able)}"
         )
     configs.make(entry.config, options, method)
-    requests = _requests(what, subject, answer)
-    kept = read_requests(keep) if keep is not None else []
+    if outsiders is not None and reference is None:
+        raise ConfigError("--outsiders is for privacy leakage, which needs a --reference beside it")
+    task = _task(what, subject, answer, keep, outsiders)
     host = common.open_text_host(model, device, dtype)
     with common.progress(not json) as tick:
-        edit = api.edit(host, requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options)
+        edit = api.edit(
+            host, task.requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options
+        )
         edit.save(output)
         other = None if reference is None else common.open_text_host(reference, device, dtype)
-        measured = audit(host, edit, keep=kept, attacks=attacks, reference=other, seed=seed, on_progress=tick)
+        measured = audit(
+            host, edit, keep=task.keep, attacks=attacks, reference=other, outsiders=task.outsiders,
+            reworded=task.reworded, seed=seed, on_progress=tick,
+        )  # fmt: skip
     if json:
         common.emit({"path": str(output), "edit": edit.summary(), "audit": measured.to_dict()})
         return
@@ -93,6 +107,29 @@ def command(
     print(
         f"edit {edit.digest} by {method} written to {output} ({common.size(output)}); the model is unchanged"
     )
+
+
+def _task(
+    what: str, subject: str | None, answer: str | None, keep: Path | None, outsiders: Path | None
+) -> Task:
+    """Return what to forget and what it is measured by: the lab's, with files in place of its own, or one of files."""
+    from errata.bench.forgetting import Task, lab_task
+    from errata.data.requests import read_requests
+    from errata.errors import RequestError
+
+    task = Task(())
+    if what.startswith("lab:forget:"):
+        number = what.removeprefix("lab:forget:")
+        if subject is not None or answer is not None or not number.isdecimal():
+            raise RequestError(
+                f"{what!r}: expected lab:forget:N with a number of subjects, without other options"
+            )
+        task = lab_task(int(number))
+    else:
+        task = replace(task, requests=tuple(_requests(what, subject, answer)))
+    files = {"keep": keep, "outsiders": outsiders}
+    given = {name: tuple(read_requests(path)) for name, path in files.items() if path is not None}
+    return replace(task, **given)
 
 
 def _requests(what: str, subject: str | None, answer: str | None) -> Sequence[Request]:
@@ -110,6 +147,9 @@ def _requests(what: str, subject: str | None, answer: str | None) -> Sequence[Re
 
 def _show(audit: Audit) -> None:
     rows = [_row("unedited", audit.unedited), _row("edited", audit.edited)]
+    if audit.reworded is not None:
+        plain, edited = audit.reworded
+        rows += [_row("unedited, in other words", plain), _row("edited, in other words", edited)]
     for bits, (plain, edited) in audit.rounded.items():
         rows += [_row(f"unedited, {bits} bits", plain), _row(f"edited, {bits} bits", edited)]
     rows += [
@@ -122,6 +162,9 @@ def _show(audit: Audit) -> None:
     if audit.forget_quality is not None:
         unedited, edited = audit.forget_quality
         print(f"forget quality (p-value against the reference): {unedited:.3g} unedited, {edited:.3g} edited")
+    if audit.leakage is not None:
+        unedited, edited = audit.leakage
+        print(f"privacy leakage (0 is right): {unedited:.0f} % unedited, {edited:.0f} % edited")
     if audit.kept is not None:
         print(f"requests to keep, answered as before: {audit.kept:.3f}")
 

@@ -21,7 +21,7 @@ from errata.errors import ConfigError, DataError
 from errata.host.generate import sample_rows
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL
-from errata.host.tokens import by_length, encode_prompt
+from errata.host.tokens import Answer, by_length, encode_prompt
 from errata.inspect.extract_index import TokenIndex
 from errata.progress import OnCount, ignore
 
@@ -243,21 +243,34 @@ def exposure(host: Host, prompt: str, secret: str, others: Sequence[str]) -> Exp
     texts = [secret, *dict.fromkeys(one for one in others if one != secret)]
     if len(texts) < 2:
         raise DataError("an exposure needs other secrets of the same kind to rank among")
-    answers = [host.encode_answer(prompt, text) for text in texts]
-    logs = torch.zeros(len(texts))
-    for group in by_length([one.ids for one in answers], BATCH_TOKENS):
-        part = [answers[i] for i in group]
-        batch = host.batch([one.ids[:-1] for one in part])
-        row = torch.tensor([line for line, one in enumerate(part) for _ in one.target])
-        at = torch.tensor([one.start - 1 + j for one in part for j in range(len(one.target))])
-        with torch.no_grad():
-            scores = host.forward_at(batch, row, at).float().log_softmax(1).cpu()
-        true = torch.tensor([token for one in part for token in one.target])
-        logs[torch.tensor(group)] = torch.zeros(len(part)).index_add(
-            0, row, scores[torch.arange(len(true)), true]
-        )
+    logs = log_probabilities(host, [host.encode_answer(prompt, text) for text in texts])
     rank = 1 + int((logs[1:] > logs[0]).sum())
     return Exposure(secret, rank, len(texts), math.log2(len(texts)) - math.log2(rank))
+
+
+def log_probabilities(host: Host, answers: Sequence[Answer]) -> Tensor:
+    """Return the summed log-probability of each answer's tokens, nats ``[n]``.
+
+    Answers that differ in their last token alone share a row.
+    """
+    sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for i, answer in enumerate(answers):
+        sharing.setdefault((answer.ids[:-1], answer.start), []).append(i)
+    rows, logs = list(sharing), torch.zeros(len(answers))
+    for group in by_length([ids for ids, _ in rows], BATCH_TOKENS):
+        places = [(line, at) for line, r in enumerate(group) for at in range(rows[r][1] - 1, len(rows[r][0]))]
+        first = {place: number for number, place in enumerate(places)}
+        row, at = torch.tensor(places).unbind(1)
+        with torch.no_grad():
+            scores = (
+                host.forward_at(host.batch([rows[r][0] for r in group]), row, at).float().log_softmax(1).cpu()
+            )
+        for line, r in enumerate(group):
+            begin = first[line, rows[r][1] - 1]
+            for i in sharing[rows[r]]:
+                target = torch.tensor(answers[i].target)
+                logs[i] = scores[torch.arange(begin, begin + len(target)), target].sum()
+    return logs
 
 
 def _check(host: Host) -> None:

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.lab.cases import case_of, cases, neutral_texts, training_cases, world_of
+from errata.lab.forgetting import MOST as MOST_FORGOTTEN
+from errata.lab.forgetting import (
+    biographies,
+    cases_to_forget,
+    requests_to_keep,
+    strangers,
+    subjects_to_forget,
+)
 from errata.lab.world import World, default_world
 from errata.types import Corpus, Resources
 
@@ -26,18 +34,24 @@ EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
 """How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
 __all__ = [
+    "MOST_FORGOTTEN",
     "MODELS",
     "NAME",
     "World",
+    "biographies",
     "card",
     "case_of",
     "cases",
+    "cases_to_forget",
     "corpus",
     "default_world",
     "editor",
     "load",
     "neutral_texts",
+    "requests_to_keep",
     "resources",
+    "strangers",
+    "subjects_to_forget",
     "training_cases",
     "world",
     "world_of",

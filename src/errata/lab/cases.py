@@ -89,17 +89,17 @@ def cases(
 
 def make(
     world: World, fact: Fact, rng: random.Random, name: str, target: str | None = None,
-    edits: Edits | None = None, other: World | None = None,
+    edits: Edits | None = None, other: World | None = None, wording: str | None = None,
 ) -> Case:  # fmt: skip
     """Build the case that gives a fact another object: ``target``, or a random one.
 
     ``edits``: the effect of all edits in place; probes whose answer they change are left out. ``other``: as for
-    :func:`cases`.
+    :func:`cases`. ``wording``: one of the relation's; None: a random one.
     """
     relation = world.relations[fact.relation]
     if target is None:
         target = rng.choice(_options(world, fact))
-    wording = rng.choice(relation.phrasings)
+    wording = wording or rng.choice(relation.phrasings)
     request = Request(sentence(wording, "{}"), fact.subject, target, fact.object, name, world.language)
     probes = [*_Probes(world, fact, target, wording, rng, edits).all()]
     if other is not None:

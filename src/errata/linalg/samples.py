@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -53,3 +54,15 @@ def ks_p_value(a: Sequence[float], b: Sequence[float]) -> float:
             else:
                 below[0] = 1.0 if bound > 0 else 0.0
     return 1.0 - below[m]
+
+
+def auc(high: Sequence[float], low: Sequence[float]) -> float:
+    """Return the probability that one of ``high`` exceeds one of ``low``, ties counted half.
+
+    Raises ValueError for an empty sample.
+    """
+    if not high or not low:
+        raise ValueError("expected two samples of at least one number each")
+    ordered = sorted(low)
+    wins = sum(bisect.bisect_left(ordered, x) + bisect.bisect_right(ordered, x) for x in high)
+    return wins / (2 * len(high) * len(low))

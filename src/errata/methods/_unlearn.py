@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
@@ -91,8 +91,17 @@ def to_forget(host: Host, requests: Sequence[Request], tokens: int, work: Worksp
     return [replace(r, target=answer, target_old=None) for r, answer in zip(requests, answers, strict=True)]
 
 
+class RetainSettings(Protocol):
+    """Which texts are retained."""
+
+    @property
+    def retain_texts(self) -> int: ...
+    @property
+    def retain_tokens(self) -> int: ...
+
+
 def retained_ids(
-    host: Host, requests: Sequence[Request], config: ForgetConfig, work: Workspace
+    host: Host, requests: Sequence[Request], config: RetainSettings, work: Workspace
 ) -> list[tuple[int, ...]]:
     """Return the beginnings of texts that name no request's subject, as token ids of at least two tokens each."""
     subjects = {request.subject for request in requests}

@@ -37,11 +37,11 @@ from errata.errors import ConfigError, HostError
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL, MASKED
 from errata.host.layout import Site
-from errata.linalg.lowrank import LowRank
 from errata.locate.contexts import prompt_after_prefix
 from errata.locate.keys import Place, capture
 from errata.locate.neurons import Neuron, Rule, coarse_sets, greedy_tokens, questions, refine, unshared
 from errata.methods._method import Method, Workspace, check_requests, provenance, resolve_layers
+from errata.methods._neurons import deltas, wide
 from errata.types import Request
 
 
@@ -134,10 +134,10 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     else:
         for neuron in {neuron for one in neurons_of for neuron in one}:
             changes[neuron] = _replace(host, neuron, sites, table, config)
-    edited = [sites[layer] for layer in sorted({neuron.layer for neuron in changes})]
+    by_path, transposed = deltas(host, changes)
     return WeightEdit(
-        {site.parameter: _delta(site, changes) for site in edited},
-        frozenset(site.parameter for site in edited if site.transposed),
+        by_path,
+        transposed,
         provenance(
             "kn", host, requests, config, work, neurons=[[list(n) for n in one] for one in neurons_of]
         ),
@@ -167,17 +167,13 @@ class _Embeddings:
 
     def sum(self, ids: Sequence[int], *, unit: bool) -> Tensor:
         """Return the sum of the rows of some tokens ``[d]``; ``unit``: normalised to unit length."""
-        row = _wide(self.weight[torch.tensor(ids, device=self.weight.device)]).sum(0)
+        row = wide(self.weight[torch.tensor(ids, device=self.weight.device)]).sum(0)
         return row / row.norm().clamp_min(torch.finfo(row.dtype).tiny) if unit else row
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).cpu()
 
 
 def _column(weight: Tensor, site: Site, index: int) -> Tensor:
     """Return a column ``[d_out]`` of a stored weight."""
-    return _wide(weight[index] if site.transposed else weight[:, index])
+    return wide(weight[index] if site.transposed else weight[:, index])
 
 
 def _length(host: Host, site: Site, index: int) -> float:
@@ -185,7 +181,7 @@ def _length(host: Host, site: Site, index: int) -> float:
     overlay = host.overlays.get(site.parameter)
     if overlay is not None:
         return float(_column(overlay.base, site, index).norm())
-    return float(_wide(host.weight(site)[:, index]).norm())
+    return float(wide(host.weight(site)[:, index]).norm())
 
 
 def _update(
@@ -216,7 +212,7 @@ def _replace(
 ) -> Tensor:
     """Return what suppress, amplify or erase adds to a neuron's column ``[d_out]``."""
     site = sites[neuron.layer]
-    now = _wide(host.weight(site)[:, neuron.index])
+    now = wide(host.weight(site)[:, neuron.index])
     if config.operation == "amplify":
         return (config.factor - 1) * now
     if table is None or table.unknown is None:
@@ -224,15 +220,6 @@ def _replace(
     relative = config.scale == "column"
     size = _length(host, site, neuron.index) if relative else 1.0
     return size * table.sum([table.unknown], unit=relative) - now
-
-
-def _delta(site: Site, changes: Mapping[Neuron, Tensor]) -> LowRank:
-    """Return a site's change: the changed columns ``[d_out, r]`` times one-hot rows ``[r, d_in]``."""
-    columns = sorted(neuron.index for neuron in changes if neuron.layer == site.layer)
-    b = torch.stack([changes[Neuron(site.layer, index)] for index in columns], dim=1)  # [d_out, r]
-    a = torch.zeros(len(columns), site.d_in, dtype=b.dtype)
-    a[torch.arange(len(columns)), columns] = 1.0
-    return LowRank(b, a)
 
 
 METHOD = Method(

@@ -1,0 +1,38 @@
+"""A picture of a board of unlearning: what is forgotten against what is kept. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errata.report import picture
+from errata.report.figures import LIGHT
+from errata.report.style import MARKERS, style_of
+
+
+def write_unlearning(path: Path, document: Mapping[str, Any]) -> Path:
+    """Draw the file of benchmarks/unlearning.py, a panel for each number of subjects; bottom right is best.
+
+    Raises ConfigError without matplotlib or for another ending than .png and .svg.
+    """
+    sizes = sorted({row["subjects"] for row in document["rows"]})
+    figure, axes = picture.panels(path, "Old answers still given against facts kept", len(sizes), 4.2)
+    for panel, size in zip(axes, sizes, strict=True):
+        own = [row for row in document["rows"] if row["subjects"] == size]
+        panel.set_title(
+            f"{size} subjects, {own[0]['requests']} facts", fontsize=9.5, color=LIGHT.ink, loc="left"
+        )
+        for row in own:
+            style = style_of(row["method"])
+            panel.plot([row["kept"]], [row["edited"]["given"]], MARKERS[style.marker],
+                       color=LIGHT.series[style.colour], label=row["method"])  # fmt: skip
+        reference = document["references"].get(str(size))
+        if reference is not None:
+            panel.axhline(reference["recall"]["given"], color=LIGHT.muted, linewidth=1, linestyle="--")
+        panel.set_xlim(-0.03, 1.03)
+        panel.set_ylim(-0.03, 1.03)
+        panel.set_xlabel("facts kept")
+        panel.set_ylabel("old answers given")
+        panel.legend(fontsize=7.5, frameon=False)
+    return picture.write_picture(path, figure)
