@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -83,7 +84,7 @@ def system(entry: Mapping[str, Any]) -> System:
     known = {field.name for field in fields(System)}
     if set(entry) - known:
         raise ValueError(f"{entry.get('name')}: unknown field {sorted(set(entry) - known)}; quote commas")
-    values = dict(entry) | {
+    values: dict[str, Any] = dict(entry) | {
         name: tuple(value) if isinstance(value := entry[name], list) else (value,)
         for name in several & set(entry)
     }
@@ -157,7 +158,7 @@ def _unlisted(systems: Sequence[System]) -> Iterator[str]:
 
     listed = {name.split()[0]: one for one in systems for name in one.method}
     papers = {number for one in systems for number in one.arxiv}
-    for name in REGISTRY:
+    for name in _own(REGISTRY):
         if name not in listed:
             yield f"the method {name} is in no row"
         yield from (
@@ -166,13 +167,16 @@ def _unlisted(systems: Sequence[System]) -> Iterator[str]:
             if number not in papers
         )
     sets = {place.partition("/")[0] for one in systems for place in one.data}
-    yield from (f"the dataset {name} is in no row" for name in DATASETS if name not in sets)
+    yield from (f"the dataset {name} is in no row" for name in _own(DATASETS) if name not in sets)
+
+
+def _own(registry: Any) -> list[str]:
+    """Return the names of a registry that this package defines, without those of installed plug-ins."""
+    return [name for name in registry if registry.origin(name).startswith("errata.")]
 
 
 def _numbers(text: str) -> list[str]:
     """Return the arXiv ids in a text."""
-    import re
-
     return re.findall(r"\b\d{4}\.\d{4,5}\b", text)
 
 

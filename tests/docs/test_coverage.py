@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ def coverage() -> ModuleType:
     return module
 
 
-def section(coverage: ModuleType, *systems: dict[str, object]) -> list:
+def section(coverage: ModuleType, *systems: Mapping[str, object]) -> list:
     """Return a table of one section."""
     return coverage.read([{"section": "Some", "systems": list(systems)}])
 

@@ -14,17 +14,21 @@ from tests.program import errata
 from tests.units.bench.small import write_model
 
 PROMPT = ("{} was born in", "--subject", "Ada Brenner", "--target", "Merrin")
+EXPORTS = (("lora", "checkpoint"), ("calinet", "checkpoint"), ("lora", "peft"))
 PLAIN = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-if len(sys.argv) > 2:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, sys.argv[2])
-ids = tokenizer("Ada Brenner was born in", return_tensors="pt").input_ids
-out = model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1)
-print(json.dumps({"ids": out[0, ids.shape[1]:].tolist(), "errata": "errata" in sys.modules}))
+found = []
+for folder, adapter in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapter:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, adapter)
+    ids = tokenizer("Ada Brenner was born in", return_tensors="pt").input_ids
+    out = model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1)
+    found.append(out[0, ids.shape[1]:].tolist())
+print(json.dumps({"ids": found, "errata": "errata" in sys.modules}))
 """
 
 
@@ -54,11 +58,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def without_errata(folder: Path, *paths: str) -> list[int]:
-    """Generate in a process that imports transformers, and peft for an adapter."""
+def without_errata(folder: Path, models: list[tuple[str, str | None]]) -> list[list[int]]:
+    """Generate with models, some with an adapter, in a process that imports transformers, and peft for an adapter."""
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, *paths], cwd=folder, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", PLAIN, json.dumps(models)], cwd=folder, capture_output=True, text=True, check=False
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errata"] is False
@@ -66,31 +70,29 @@ def without_errata(folder: Path, *paths: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def unedited(folder) -> list[int]:
-    """What the model without an edit generates there."""
-    return without_errata(folder, "model")
+def elsewhere(folder, tmp_path_factory) -> dict[tuple[str, str] | None, list[int]]:
+    """What another program generates from each export, and from the model without an edit (None)."""
+    models: list[tuple[str, str | None]] = [("model", None)]
+    for method, to in EXPORTS:
+        out = tmp_path_factory.mktemp("exports") / "out"
+        words = ("export", f"{method}.safetensors", "--model", "model", "--to", to, "-o", out)
+        done = errata(*words, "--json", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        receipt = json.loads(done.stdout)
+        assert receipt["to"] == to and not receipt["dry_run"]
+        assert {p.name for p in out.iterdir()} == set(receipt["files"])
+        models.append((str(out), None) if to == "checkpoint" else ("model", str(out)))
+    return dict(zip((None, *EXPORTS), without_errata(folder, models), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("method", "to"), [("lora", "checkpoint"), ("calinet", "checkpoint"), ("lora", "peft")]
-)
-def test_an_export_answers_in_a_program_without_errata(folder, unedited, method, to, tmp_path):
-    out = tmp_path / "out"
-    words = ("export", f"{method}.safetensors", "--model", "model", "--to", to, "-o", out)
-    done = errata(*words, "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    receipt = json.loads(done.stdout)
-    assert (
-        receipt["to"] == to
-        and not receipt["dry_run"]
-        and {p.name for p in out.iterdir()} == set(receipt["files"])
-    )
+@pytest.mark.parametrize(("method", "to"), EXPORTS)
+def test_an_export_answers_in_a_program_without_errata(folder, elsewhere, method, to):
+    import torch
+
     import errata as library
 
     host = library.load(str(folder / "model"), device="cpu")
     ids = host.encode_prompt("Ada Brenner was born in")
-    import torch
-
     with library.Edit.load(folder / f"{method}.safetensors").on(host):
         row = list(ids)
         for _ in range(6):  # without the end token, as the other program
@@ -98,9 +100,8 @@ def test_an_export_answers_in_a_program_without_errata(folder, unedited, method,
                 scores = host.forward(host.batch([row]))[0, -1]
             scores[host.tokenizer.eos_token_id] = -torch.inf
             row.append(int(scores.argmax()))
-    paths = [str(out)] if to == "checkpoint" else ["model", str(out)]
-    assert without_errata(folder, *paths) == row[len(ids) :]
-    assert unedited != row[len(ids) :], "the edit was to be seen"
+    assert elsewhere[method, to] == row[len(ids) :]
+    assert elsewhere[None] != row[len(ids) :], "the edit was to be seen"
 
 
 def test_a_table_says_what_was_written_and_lost(folder, tmp_path):
