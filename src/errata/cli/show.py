@@ -47,9 +47,8 @@ def command(
     """Show an edit: requests, method, settings, host, and what it changes.
 
     Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
-    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||. With --survives it is
-    asked whether its requests would still hold in a model quantised after the edit: answers before and after the
-    weights that it writes are rounded.
+    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||. --survives asks whether
+    its requests would still hold in a model quantised after the edit, with the weights it writes rounded.
     """
     from errata.edits import Edit
     from errata.edits.artefact import Artefact, holds_artefact
@@ -68,9 +67,9 @@ def command(
     losses = _rounding_losses(edit, host, foreign)
     outcomes = _survivals(edit, host, survives or [], foreign, json, strict)
     facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
+    facts |= {"survives": [_survival_facts(one) for one in outcomes]} if outcomes else {}
     if json:
-        more = {"survives": [_survival_facts(one) for one in outcomes]} if outcomes else {}
-        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts, **more})
+        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts})
     else:
         _show_edit(file, facts, losses)
         for one in outcomes:
