@@ -88,7 +88,7 @@ def test_every_verb_takes_json(name):
         ("status", {"--device", "--dtype"}), ("diff", {"--device", "--dtype"}), ("blame", {"--device", "--dtype"}),
         ("bisect", {"--device", "--dtype"}), ("check", {"--device", "--dtype"}),
         ("merge", {"--device", "--dtype"}), ("ask", {"--device", "--dtype"}),
-        ("model", {"--device", "--dtype"}), ("show", {"--device", "--dtype"}),
+        ("model", {"--device", "--dtype"}), ("show", {"--device", "--dtype", "--strict"}),
         ("lab train", {"--device", "--seed"}), ("lab world", {"--seed"}), ("refit", {"--force"}),
         ("retract", {"--force"}), ("data export", {"--force"}), ("methods", set()), ("bench", set()),
         ("report", set()), ("judge", set()), ("data list", set()), ("data check", set()), ("data show", set()),

@@ -47,9 +47,8 @@ def command(
     """Show an edit: requests, method, settings, host, and what it changes.
 
     Opens no model, except that with --model the edit is applied to that one and reverted, to measure per
-    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||. With --survives it is
-    asked whether its requests would still hold in a model quantised after the edit: answers before and after the
-    weights that it writes are rounded.
+    weight the share of the change that is lost to rounding: ||(W' - W) - delta|| / ||delta||. --survives asks whether
+    its requests would still hold in a model quantised after the edit, with the weights it writes rounded.
     """
     from errata.edits import Edit
     from errata.edits.artefact import Artefact, holds_artefact
@@ -66,15 +65,21 @@ def command(
         return
     host = None if model is None else common.open_host(model, device, dtype)
     losses = _rounding_losses(edit, host, foreign)
-    outcomes = _survivals(edit, host, survives or [], foreign, json)
+    outcomes = _survivals(edit, host, survives or [], foreign, json, strict)
     facts = {**edit.summary(), **({} if losses is None else {"model": model, "lost": losses})}
-    lost = strict and any(not one.survives for one in outcomes)
+    facts |= {"survives": [_survival_facts(one) for one in outcomes]} if outcomes else {}
     if json:
-        more = {"survives": [_survival_facts(one) for one in outcomes]} if outcomes else {}
-        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts, **more})
-        if lost:
-            raise typer.Exit(1)
-        return
+        common.emit({"path": str(file), "bytes": file.stat().st_size, **facts})
+    else:
+        _show_edit(file, facts, losses)
+        for one in outcomes:
+            _show_survival(one)
+    if strict and any(not one.survives for one in outcomes):
+        raise typer.Exit(1)
+
+
+def _show_edit(file: Path, facts: dict[str, Any], losses: dict[str, float] | None) -> None:
+    """Print an edit's summary."""
     print(f"{file}  {common.size(file)}  {facts['kind']} edit {facts['digest']}")
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     print(f"made by {facts['method']} (seed {facts['seed']}) for host {facts['host']} ({facts['host_name']})")
@@ -82,21 +87,24 @@ def command(
     common.table("requests", *_requests(facts["requests"]))
     _changes(facts, losses)
     common.table("settings", ("name", "value"), list(facts["config"].items()))
-    for one in outcomes:
-        _show_survival(one)
-    if lost:
-        raise typer.Exit(1)
 
 
-def _survivals(edit: Edit, host: Any, grids: list[str], foreign: bool, json: bool) -> list[Survival]:
-    """Measure what rounding to each grid leaves of an edit."""
+def _survivals(
+    edit: Edit, host: Any, grids: list[str], foreign: bool, json: bool, strict: bool
+) -> list[Survival]:
+    """Measure what rounding to each grid leaves of an edit, asked in the format that it was fitted in."""
     from errata.bench.survival import survives
     from errata.errors import ConfigError
+    from errata.job import with_prompt_options
+    from errata.types import DEFAULT_ASK
 
+    if strict and not grids:
+        raise ConfigError("--strict is about requests that rounding loses: name a grid with --survives")
     if not grids:
         return []
     if host is None:
         raise ConfigError("--survives asks a model: name it with --model")
+    host = with_prompt_options(host, DEFAULT_ASK, edits=[edit])
     with common.progress(not json) as tick:
         return [survives(host, edit, grid, foreign=foreign, on_progress=tick) for grid in grids]
 
