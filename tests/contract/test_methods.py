@@ -76,6 +76,10 @@ def options(name: str) -> dict:
         return {"steps": 2, "length": 2, "reach": 1}
     if name == "lsdm":  # a random model is nearly balanced, and what changes little is lost in rounding
         return {"steps": 4, "tokens": 400, "stop_loss": 0.0}
+    if (
+        name == "context_distillation"
+    ):  # a random model hardly changes behind a context, so it has learned already
+        return {"steps": 4, "texts": 3, "retain_texts": 2, "retain_tokens": 12, "stop_loss": 0.0}
     if name == "slag":  # and with how often an update is applied
         return {"steps": 2, "applications": 2}
     if name == "enn":  # and with the steps of an edit, which are differentiated

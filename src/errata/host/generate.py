@@ -69,18 +69,19 @@ def draw_rows(
 
 @locking.exclusive
 def sample_rows(
-    host: TextHost, rows: Sequence[Sequence[int]], new_tokens: int, *, top_k: int | None, seed: int
-) -> list[str]:
+    host: TextHost, rows: Sequence[Sequence[int]], new_tokens: int, *, top_k: int | None, seed: int,
+    temperature: float = 1.0,
+) -> list[str]:  # fmt: skip
     """Continue rows of token ids by sampling exactly ``new_tokens`` tokens each.
 
-    ``top_k`` keeps the k most probable tokens at each step, None all. The global random state is left
-    as it was.
+    ``top_k`` keeps the k most probable tokens at each step, None all; logits are divided by ``temperature``. The
+    global random state is left as it was.
     """
     devices = [host.device] if host.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         ids = _generate(
-            host, rows, new_tokens, None, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=1.0,
+            host, rows, new_tokens, None, do_sample=True, top_k=top_k or 0, top_p=1.0, temperature=temperature,
             min_new_tokens=new_tokens,
         )  # fmt: skip
     return list(host.tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -100,7 +100,7 @@ class Taught:
     """Of the predictions of all target tokens, row by row ``[n, vocab]``; None where they are not compared."""
 
     def select(self, rows: Tensor, predictions: Tensor) -> Taught:
-        """Return those of some rows; ``rows`` indices, ``predictions`` a mask over all predictions."""
+        """Return those of some rows; ``rows`` indices ``[m]``, ``predictions`` a mask over all predictions ``[n]``."""
         return Taught(
             None if self.subject is None else self.subject[rows],
             None if self.output is None else self.output[predictions],

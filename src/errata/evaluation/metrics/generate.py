@@ -7,15 +7,20 @@ from typing import Any
 
 from errata.evaluation.metrics import intervals, matching, propagation
 from errata.evaluation.metrics._metric import (
+    SIDES,
     CaseResult,
     Column,
     Metric,
+    PaperScore,
     ProbeResult,
+    Side,
+    Summary,
+    number_of,
     numbers,
     per_cent,
 )
 from errata.types import Row
-from errata.types.kinds import CONDITION, EFFICACY
+from errata.types.kinds import CONDITION, EFFICACY, kind_of
 
 NAME = "generate"
 
@@ -109,6 +114,25 @@ def summary(rows: Sequence[Row], relevant: Sequence[Row]) -> dict[str, Any]:
     return entry
 
 
+def fuar(summary: Summary, side: Side) -> float | None:
+    """Return what was forgotten for what was learned: the loss of kept answers over the gain in efficacy.
+
+    The forgotten / (updated + acquired) ratio of CKL (arXiv 2110.03215) for one step. Both differences are at least
+    zero; the loss is the mean over kept kinds. None before the edit, where no kept kind was asked, and where nothing
+    was learned.
+    """
+
+    def change(key: str) -> float:
+        before, after = (number_of(summary, key, "macro", one) or 0.0 for one in SIDES)
+        return after - before
+
+    kept = [key for key in summary if key.endswith(f".{NAME}") and kind_of(key).group == "kept"]
+    learned = f"{EFFICACY}.{NAME}"
+    if side == "before" or not kept or learned not in summary or change(learned) <= 0:
+        return None
+    return sum(max(0.0, -change(key)) for key in kept) / len(kept) / change(learned)
+
+
 METRIC = Metric(
     name=NAME,
     label="generate",
@@ -130,6 +154,7 @@ METRIC = Metric(
         per_cent("MH.any.thought", "multi_hop.thought.any.generate", order=2),
         per_cent("MH.mean.thought", "multi_hop.thought.generate", order=2),
         per_cent("Instance", "hop.all.generate", order=2),
+        PaperScore("FUAR", fuar, order=9),
     ),
     order=0,
     headline=True,

@@ -59,6 +59,11 @@ def rouge_l(text: str, reference: str) -> Overlap:
     return _rouge("rougeL", text, reference)
 
 
+def rouge_l_of_sentences(text: Sequence[str], reference: Sequence[str]) -> Overlap:
+    """Return ROUGE-Lsum: the union of longest common subsequences of terms over a text's sentences, as rouge-score."""
+    return _rouge("rougeLsum", "\n".join(text), "\n".join(reference))
+
+
 def legacy_recall(text: str, reference: str) -> float:
     """Return what the UnKE and AnyEdit code prints as ROUGE-L: recall, of the ``rouge`` package's definition.
 

@@ -96,8 +96,8 @@ def legacy_scores(summary: Summary, *, side: Side = "after") -> dict[str, float]
 
     Averaged as in papers, over all rows and first within a case; ``side`` "before": the unedited host. Each
     metric's file explains its scores: :mod:`preference` (ROME, CounterFact+, EVOKE), :mod:`teacher_forced` (zsRE,
-    EasyEdit), :mod:`generate` (MQuAKE), :mod:`longform` (UnKE), :mod:`choice` and :mod:`perplexity` (ECBD),
-    :mod:`fluency`, :mod:`divergence` and :mod:`bias`.
+    EasyEdit), :mod:`generate` (MQuAKE, CKL), :mod:`longform` (UnKE), :mod:`article` (FRUIT), :mod:`choice` and
+    :mod:`perplexity` (ECBD), :mod:`fluency`, :mod:`divergence` and :mod:`bias`.
     """
     values = {score.name: score.value(summary, side) for score in paper_scores()}
     return {name: value for name, value in values.items() if value is not None}
