@@ -133,6 +133,29 @@ def test_a_weight_on_open_gates_closes_them(tmp_path):
     assert len(shares) == 30 and shares[-1] < 0.5 * shares[0]
 
 
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    options = {**QUICK, "steps": 6, "mask_rate": 0.1}
+    whole = errata.train(fresh("llama"), method="lime", cases=EXAMPLES, **options)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "training" and done == 3:
+            raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        errata.train(
+            fresh("llama"),
+            method="lime",
+            cases=EXAMPLES,
+            files=TrainingFiles(checkpoint),
+            on_progress=stop,
+            **options,
+        )
+    again = TrainingFiles(checkpoint, resume=True)
+    resumed = errata.train(fresh("llama"), method="lime", cases=EXAMPLES, files=again, **options)
+    assert resumed.digest == whole.digest
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="open_share: expected a share between 0 and 1"):
         errata.edit(fresh("llama"), ADA, method="lime", examples=EXAMPLES, open_share=1.0)

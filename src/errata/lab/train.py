@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 TITLES = {"llama": "Llama", "gpt2": "GPT-2", "qwen3": "Qwen3", "t5": "T5", "bert": "BERT"}
 """Names of the architectures in prose."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bilingual": {"steps": 250, "cooled": 250, "learning_rate": 1e-3, "warmup": 10},
+    "bilingual": {"steps": 1_500, "cooled": 1_500, "learning_rate": 1e-3, "warmup": 10},
 }
 """Variants of the shipped Llama-shaped model, which continue its training, with what differs in their settings."""
 KINDS_OF = {"t5": ENCODER_DECODER, "bert": MASKED}

@@ -187,7 +187,7 @@ class _Task:
         variables = list(self.masked.parameters())
         facts, gradients = gradients_of(
             prepared.host, samples, variables, lambda items: self._changes(items, noise), config.weights,
-            batch=config.at_once, workers=prepared.data.workers,
+            batch=config.at_once,
         )  # fmt: skip
         summed = config.summed(facts)
         if config.sparsity:
@@ -220,7 +220,6 @@ METHOD = Method(
     writes="linear",
     hosts=TEXT_HOSTS,
     resumes=True,
-    parallel=True,
     quick=hypernetwork.QUICK,
     published={
         Shape("bert", 12, 768): {
