@@ -105,7 +105,9 @@ def datamodelling(values: Tensor, halves: Tensor, truth: Tensor) -> Tensor:
     ``values``: scores ``[q, n]``; ``halves``: which texts each training had ``[runs, n]``; ``truth`` ``[runs, q]``.
     """
     predicted = values.double() @ halves.double().mT  # [q, runs]
-    found = [resampling.rank_correlation(*pair) for pair in zip(predicted, truth.mT.contiguous(), strict=True)]
+    found = [
+        resampling.rank_correlation(*pair) for pair in zip(predicted, truth.mT.contiguous(), strict=True)
+    ]
     return torch.tensor(found, dtype=torch.float64).nan_to_num(0.0)
 
 
