@@ -13,16 +13,20 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import errata
 from errata import lab
 from errata.inspect.attribute import GRADIENT, METHODS, Gradients, Query, ranking, scores
 from errata.lab.known import stated, training_documents
-from errata.lab.world import Fact, sentence
+from errata.lab.text import Document
+from errata.lab.world import Fact, World, sentence
 
 
 def queries(facts: Sequence[Fact], draw: random.Random, *, alias: bool) -> list[Query]:
@@ -34,6 +38,28 @@ def queries(facts: Sequence[Fact], draw: random.Random, *, alias: bool) -> list[
         name = world.names(fact.subject)[1] if alias else fact.subject
         result.append(Query(sentence(wording, name), fact.object))
     return result
+
+
+def above(values: Tensor, known: Sequence[Sequence[int]], marks: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return what texts have in common with a query that stand above the first known one: shares of all of them.
+
+    ``values`` ``[q, n]``; ``marks``: by query and text, what they share.
+    """
+    found: Counter[str] = Counter()
+    for row, right, shared in zip(values, known, marks, strict=True):
+        best = max(float(row[i]) for i in right)
+        found.update(shared[i] for i, value in enumerate(row.tolist()) if value > best and i not in right)
+    total = sum(found.values())
+    return {name: round(count / total, 4) for name, count in sorted(found.items())} if total else {}
+
+
+def shares(world: World, fact: Fact, document: Document, own: set[Fact]) -> str:
+    """Return what a document has in common with a fact: the first of subject, object, relation, or nothing."""
+    if any(name in document.text for name in world.names(fact.subject)):
+        return "subject"
+    if fact.object in document.text:
+        return "object"
+    return "relation" if any(one.relation == fact.relation for one in own) else "nothing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = training_documents(options.documents)
     texts = [document.text for document in documents]
     known: dict[Fact, list[int]] = {}
-    for i, document in enumerate(documents):
-        for fact in stated(world, document):
+    own = [stated(world, document) for document in documents]
+    for i, facts_of in enumerate(own):
+        for fact in facts_of:
             known.setdefault(fact, []).append(i)
     facts = sorted(known, key=lambda fact: (fact.subject, fact.relation))
     groups = {"named": draw.sample(facts, min(options.facts, len(facts)))}
@@ -64,11 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for group, chosen in groups.items():
         asked = queries(chosen, draw, alias=group == "alias")
+        right = [known[fact] for fact in chosen]
+        marks = [[shares(world, fact, *one) for one in zip(documents, own, strict=True)] for fact in chosen]
         for method in METHODS:
             start = time.process_time()
             values = scores(host, asked, texts, method, gradients=gradients if method in GRADIENT else None)
-            quality = asdict(ranking(values, [known[fact] for fact in chosen]))
-            rows.append({"queries_by": group, "method": method, **quality,
+            quality = asdict(ranking(values, right))
+            rows.append({"queries_by": group, "method": method, **quality, "above": above(values, right, marks),
                          "seconds": round(time.process_time() - start, 1)})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
     if options.output:

@@ -28,6 +28,8 @@ from errata.types import DEFAULT_ASK, AskOptions, Case, Concept, Corpus, ImageRe
 
 AnyRequest: TypeAlias = Request | ImageRequest | Concept
 """What a method may be asked for: a fact, images, or a concept to take out."""
+TRACE = "trace"
+"""As a method's ``layers`` or ``layer``: the layer that causal tracing of the requests points at."""
 EXAMPLE_SEED = 1_000_003
 """Seed that named sources of examples are drawn with; no measurement uses it."""
 
@@ -87,11 +89,12 @@ def prepare(
 ) -> Job:  # fmt: skip
     """Validate everything that a fit needs and return the job; nothing is fitted.
 
-    ``options``: the method's settings by name, or an instance of its settings class. ``after``, ``batch_size``,
-    ``corpus``, ``examples``: as of :func:`errata.edit`. ``ask``: how prompts are formatted. ``work``: a workspace to
-    share, in place of ``seed``, ``corpus`` and ``examples``. ``beneath``: edits in place on the host that are to stay
-    there during the fit, while statistics are those of the host without them. ``check``: False leaves requests that
-    the host cannot take to the fit, as benchmarks do, where such a case is counted and the others continue.
+    ``options``: the method's settings by name, or an instance of its settings class; of these ``layers`` or ``layer``
+    may be ``trace``, see :data:`TRACE`. ``after``, ``batch_size``, ``corpus``, ``examples``: as of :func:`errata.edit`.
+    ``ask``: how prompts are formatted. ``work``: a workspace to share, in place of ``seed``, ``corpus`` and
+    ``examples``. ``beneath``: edits in place on the host that are to stay there during the fit, while statistics are
+    those of the host without them. ``check``: False leaves requests that the host cannot take to the fit, as benchmarks
+    do, where such a case is counted and the others continue.
 
     Raises ConfigError for unknown methods or settings, for a method that edits other kinds of model and for an edit
     that cannot be continued, RequestError listing every request that the host cannot take, DataError for a corpus or
@@ -100,7 +103,7 @@ def prepare(
     entry = REGISTRY.get(method)
     config = options
     if not isinstance(config, entry.config):
-        config = settings.make(entry.config, options or {}, method)  # type: ignore[arg-type]
+        config = check_settings(entry, options or {})  # type: ignore[arg-type]
     check_kind(entry, host)
     entry.check_after(after)
     host = with_prompt_options(host, ask, after=after)
@@ -109,10 +112,33 @@ def prepare(
     if check:
         check_requests(host, requests)
     size = _batch_size(batch_size)
+    if isinstance(options, Mapping) and TRACE in options.values():
+        config = settings.make(entry.config, _traced(host, requests, options), method)
     if work is None:
         work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
         work.batch_size, work.beneath = size, tuple(beneath)
     return Job(entry, config, host, requests, work, after)
+
+
+def check_settings(method: Method, options: Mapping[str, Any]) -> Any:
+    """Return a method's settings, with layer 0 where one is still to be traced. Raises ConfigError for invalid ones."""
+    return settings.make(method.config, _at_layer(options, 0), method.name)
+
+
+def _at_layer(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Return the options with a layer in place of :data:`TRACE`; a tuple of one layer is read from one number."""
+    given = {name: layer for name in ("layers", "layer") if options.get(name) == TRACE}
+    return {**options, **given}
+
+
+def _traced(host: Host, requests: Sequence[AnyRequest], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Trace the requests and return the options with the layer that it points at."""
+    from errata.inspect.localisation import traced_layer
+
+    facts = [request for request in requests if isinstance(request, Request)]
+    if len(facts) != len(requests):
+        raise ConfigError("layers: trace needs requests about subjects in a text, which can be traced")
+    return _at_layer(options, traced_layer(host, facts))
 
 
 @dataclass(frozen=True)

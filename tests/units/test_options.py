@@ -78,7 +78,7 @@ def test_every_verb_takes_json(name):
         ("eval", {"--device", "--dtype", "--seed", "--force"}),
         ("ability", {"--device", "--dtype", "--seed"}), ("unlearn", {"--device", "--dtype", "--seed", "--force"}),
         ("combine", {"--device", "--dtype", "--seed", "--force"}), ("trace", {"--device", "--dtype", "--seed"}),
-        ("lens", {"--device", "--dtype", "--seed", "--force"}), ("neurons", {"--device", "--dtype"}),
+        ("lens", {"--device", "--dtype", "--seed", "--force"}), ("neurons", {"--device", "--dtype", "--seed"}),
         ("stats", {"--device", "--dtype", "--seed"}),
         ("train", {"--device", "--dtype", "--seed", "--force"}),
         ("erase", {"--device", "--dtype", "--seed", "--force"}),

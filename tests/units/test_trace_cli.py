@@ -15,7 +15,10 @@ from errata.cli.main import app
 from errata.errors import ConfigError
 from errata.inspect import facts, localisation, tracing
 from errata.inspect.tracing import Settings, Trace
+from errata.job import prepare
 from errata.report.heatmap import write_heatmap
+from errata.report.layers import write_localisation
+from errata.types import Request
 
 PROMPT, NAME = "Ada Brenner was born in", "Ada Brenner"
 QUICK = ["--draws", "2", "--kinds", "hidden"]
@@ -147,6 +150,26 @@ def test_a_success_that_tracing_decides_is_explained_by_it(random_scores):
     assert gain == pytest.approx([1, 1], abs=1e-3)  # a constant for each layer is the layer's alone
 
 
+def test_the_comparison_as_table_and_picture(random_scores, tmp_path):
+    found = localisation.compare(
+        traces(random_scores), range(6), lambda fact, layer: 1 - float(random_scores[fact, layer]) / 2
+    ).to_dict()
+    layer = found["by_layer"][4]
+    assert layer["score"] == pytest.approx(float(random_scores[:, 4].mean()), abs=1e-4)
+    assert layer["score_low"] < layer["score"] < layer["score_high"] and layer[
+        "correlation"
+    ] == pytest.approx(-1)
+    assert found["points"]["success"][3][4] == pytest.approx(1 - float(random_scores[3, 4]) / 2, abs=1e-4)
+    picture = write_localisation(tmp_path / "layers.svg", {"method": "rome", **found})
+    text = picture.read_text()
+    assert (
+        text.startswith("<?xml")
+        and text == write_localisation(picture, {"method": "rome", **found}).read_text()
+    )
+    with pytest.raises(ConfigError, match=".png"):
+        write_localisation(tmp_path / "layers.pdf", {"method": "rome", **found})
+
+
 def test_too_little_to_compare_is_refused(random_scores):
     with pytest.raises(ConfigError, match="3 facts"):
         localisation.compare(traces(random_scores[:2]), range(6), lambda fact, layer: 0.0)
@@ -177,3 +200,27 @@ def test_edits_at_every_layer_of_the_lab():
     assert host.weights_hash() == before
     assert layers._rewriting(0.2, 0.6) == pytest.approx(0.5) and layers._rewriting(0.6, 0.2) == 0
     assert tracing.BLOCKS.kinds == ("hidden",)
+
+
+# --- a layer chosen by tracing ----------------------------------------------------------------
+
+
+def test_layers_trace_edits_where_tracing_points():
+    host = lab.load()
+    request = Request("{} was born in", "Ada Brenner", "Tallow")
+    layer = localisation.traced_layer(host, [request], Settings(draws=2, width=1, kinds=("mlp",)))
+    effects = tracing.trace(
+        host, facts.fact(host, PROMPT, NAME), Settings(draws=2, width=1, kinds=("mlp",))
+    ).effects("mlp")
+    assert (
+        layer == int(effects[:, -1].argmax()) == 0
+    )  # docs/trace.md: that of layer 0 alone restores everything
+    jobs = [prepare(host, request, method=name, options={key: "trace", "steps": 1})
+            for name, key in (("ft", "layers"), ("grace", "layer"))]  # fmt: skip
+    assert jobs[0].config.layers == (0,) and jobs[1].config.layer == 0
+    assert jobs[0].run().provenance.config["layers"] == [0]
+    with pytest.raises(ConfigError, match="no setting|unknown|layers"):
+        prepare(host, request, method="in_prompt", options={"layers": "trace"})
+    with pytest.raises(ConfigError, match="answers none"):
+        prepare(host, Request("{} was born in", "Ada Brenner", "Tallow", "Gosport"), method="ft",
+                options={"layers": "trace"})  # fmt: skip

@@ -12,7 +12,7 @@ from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.inspect import facts, localisation, tracing
 from errata.inspect.localisation import Localisation
-from errata.job import prepare
+from errata.job import prepare, workspace
 from errata.progress import OnProgress, ignore
 from errata.types import Case, Request
 
@@ -61,9 +61,10 @@ def against_editing(
     )
     every = tuple(range(len(host.layout.blocks))) if layers is None else tuple(layers)
     before = [probability(host, requests[i].text, requests[i].target) for i in chosen]
+    work = workspace(host, seed=seed)  # one, so that contexts are written once for all layers
     jobs = {
         layer: prepare(
-            host, [requests[i] for i in chosen], method=method, seed=seed,
+            host, [requests[i] for i in chosen], method=method, work=work,
             options={**(settings or {}), names[0]: [layer] if names[0] == "layers" else layer},
         )
         for layer in every

@@ -17,7 +17,7 @@ from errata.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     from errata.host.host import Host
-    from errata.types import AskOptions, Case, Request
+    from errata.types import AskOptions, Case, Concept, Request
 
 Model = Annotated[
     str,
@@ -166,6 +166,18 @@ def text_lines(path: Path | None, host: Host) -> list[str]:
     if not any(lines):
         raise DataError(f"{path} holds no texts")
     return [line for line in lines if line]
+
+
+def read_concept(source: str, concept: str) -> Concept:
+    """Read a file's labelled texts, or those of the lab."""
+    from errata.data.labelled import read_concept as read
+    from errata.types import Concept
+
+    if source != "lab":
+        return read(Path(source), concept)
+    from errata.lab.labels import labelled_texts
+
+    return Concept(concept, tuple(labelled_texts(concept)))
 
 
 def emit(document: Any) -> None:

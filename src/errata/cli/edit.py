@@ -102,11 +102,12 @@ def command(
 def _method(method: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     """Return a method and its options, validated before a large model is opened."""
     from errata import config as configs
+    from errata.job import check_settings
     from errata.methods import REGISTRY
 
     options = configs.parse_assignments(settings or [])
     entry = REGISTRY.get(method)
-    configs.make(entry.config, options, method)
+    check_settings(entry, options)
     return entry, options
 
 

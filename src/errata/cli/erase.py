@@ -68,7 +68,7 @@ def command(
     options, entry = configs.parse_assignments(settings or []), REGISTRY.get(method)
     config = configs.make(entry.config, options, method)
     outputs.check_new_edit(output, force=force)
-    whole = _read(source, concept)
+    whole = common.read_concept(source, concept)
     check_takes(entry, [whole])
     fitted, measured = whole.split(held_out, seed=seed)
     host = common.open_text_host(model, device, dtype)
@@ -89,18 +89,6 @@ def command(
         common.emit({"path": str(path), "edit": final.summary(), **outcome.to_dict()})
     else:
         _show(outcome, final, path, whole)
-
-
-def _read(source: str, concept: str) -> Concept:
-    """Read a file's labelled texts, or those of the lab."""
-    from errata.data.labelled import read_concept
-    from errata.types import Concept
-
-    if source != "lab":
-        return read_concept(Path(source), concept)
-    from errata.lab.labels import labelled_texts
-
-    return Concept(concept, tuple(labelled_texts(concept)))
 
 
 def _fused(edit: Edit, host: Host, concept: Concept) -> Edit:

@@ -40,6 +40,17 @@ Exit = Annotated[
     ),
 ]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text for --fit and --exit.")]
+Into = Annotated[
+    str | None,
+    typer.Option(
+        "--into",
+        metavar="TARGET",
+        help="Put the states of PROMPT's last token in place of {} in this prompt.",
+    ),
+]
+Picture = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Draw what is read of a prompt to a .png or .svg file.")
+]
 Steps = Annotated[int, typer.Option(min=0, help="Steps of --fit behind its ridge regression.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint of a --fit that was stopped.")
@@ -52,16 +63,20 @@ CorpusFile = Annotated[
 
 def command(
     prompt: Prompt = None, answer: Answer = None, model: common.Model = "lab", edit: Edits = None,
-    tuned: Tuned = None, fit: Fit = None, leave: Exit = None, tokens: Tokens = 20_000, steps: Steps = 100,
-    resume: Resume = False, corpus: CorpusFile = None, force: common.Force = False, device: common.Device = "auto",
-    dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
+    tuned: Tuned = None, into: Into = None, fit: Fit = None, leave: Exit = None, tokens: Tokens = 20_000,
+    steps: Steps = 100, resume: Resume = False, corpus: CorpusFile = None, output: Picture = None,
+    force: common.Force = False, device: common.Device = "auto", dtype: common.Dtype = "auto",
+    seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Read what a model would answer at every layer: logit lens, tuned lens (--fit, --tuned), early exit (--exit)."""
+    """Read what a model would answer at every layer: logit lens, tuned lens (--fit, --tuned), early exit (--exit).
+
+    With --into, another prompt reads the states of this one's last token (Patchscopes): what do they stand for?
+    """
     from contextlib import ExitStack
 
     from errata.edits import Edit
 
-    _check(prompt, answer, fit, leave, edit, tuned, resume=resume)
+    _check(prompt, answer, fit, leave, edit, tuned, into, output, resume=resume)
     if fit is not None:
         _check_files(fit, resume=resume, force=force)
     host = common.open_text_host(model, device, dtype)
@@ -75,20 +90,29 @@ def command(
             lens = _lens(host, tuned)  # refuses edits that decide by row
             if leave is not None:
                 document = _exits(lens, _texts(host, corpus), tokens, leave)
+            elif into is not None:
+                document = _scope(lens, prompt or "", into, answer)
             else:
                 document = _read(lens, prompt or "", answer)
+    if output is not None:
+        from errata.report import grid
+
+        (grid.write_reading if into is None else grid.write_scope)(output, document)
     if json:
         common.emit(document)
-    else:
-        _show(document)
+        return
+    _show(document)
+    if output is not None:
+        print(f"{output}  {common.size(output)}")
 
 
 def _check(
     prompt: str | None, answer: str | None, fit: Path | None, leave: float | None, edit: list[Path] | None,
-    tuned: Path | None, *, resume: bool,
+    tuned: Path | None, into: str | None, output: Path | None, *, resume: bool,
 ) -> None:  # fmt: skip
     """Raise ConfigError unless one question is asked, with options that belong to it."""
     from errata.errors import ConfigError
+    from errata.report.heatmap import check_suffix
 
     asked = [
         name for name, value in (("PROMPT", prompt), ("--fit", fit), ("--exit", leave)) if value is not None
@@ -97,8 +121,13 @@ def _check(
         raise ConfigError(
             f"give a prompt, --fit FILE or --exit CONFIDENCE, one of them; found {', '.join(asked) or 'none'}"
         )
-    if answer is not None and prompt is None:
-        raise ConfigError("--answer goes with a prompt")
+    for name, value in (("--answer", answer), ("--into", into), ("--output", output)):
+        if value is not None and prompt is None:
+            raise ConfigError(f"{name} goes with a prompt")
+    if into is not None and tuned is not None:
+        raise ConfigError("--into puts states in as they are: leave --tuned out")
+    if output is not None:
+        check_suffix(output)
     if fit is not None and (edit or tuned):
         raise ConfigError("--fit trains a lens for the model as it is: leave --edit and --tuned out")
     if resume and fit is None:
@@ -161,6 +190,12 @@ def _exits(lens: Lens, corpus: Corpus, tokens: int, confidence: float) -> dict[s
     return lenses.exits(lens, rows, confidence=confidence)
 
 
+def _scope(lens: Lens, prompt: str, into: str, answer: str | None) -> dict[str, Any]:
+    from errata.inspect import patchscope
+
+    return patchscope.scope(lens, prompt, into, answer=answer).to_dict(lens.host)
+
+
 def _read(lens: Lens, prompt: str, answer: str | None) -> dict[str, Any]:
     host = lens.host
     ids = host.encode_base(prompt)
@@ -195,6 +230,9 @@ def _show(document: Mapping[str, Any]) -> None:
             f"{document['layers']} layers saved, {100 * document['agreement']:.1f} % of first choices kept"
         )
         return
+    if "into" in document:
+        _show_scope(document)
+        return
     answer = document["answer"]
     rows = [
         (layer, *map(repr, top), answer["rank"][layer], f"{answer['probability'][layer]:.3f}")
@@ -206,6 +244,18 @@ def _show(document: Mapping[str, Any]) -> None:
         f"first choice after each token, by layer; rank and probability of {answer['token']!r} after the last",
         columns, rows, right=(0, count - 2, count - 1),
     )  # fmt: skip
+
+
+def _show_scope(document: Mapping[str, Any]) -> None:
+    answer = document["answer"]
+    rows = [
+        (layer, *(f"{value:.2f} {text.strip()!r}" for value, text in zip(values, texts, strict=True)))
+        for layer, (values, texts) in enumerate(zip(document["probability"], document["texts"], strict=True))
+    ]
+    columns = ("from layer", *(f"into {layer}" for layer in range(1, len(rows))))
+    title = f"{document['target']!r} with the states of {document['source']!r}: probability of {answer['token']!r}"
+    common.table(title, columns, rows, right=(0,))
+    print(f"with the words themselves: {answer['plain']:.3f}")
 
 
 VERB = Verb("lens", command, order=72)

@@ -37,6 +37,21 @@ Agreement = Annotated[
     bool,
     typer.Option("--agreement", help="How often a value's first token follows its neuron's first trigger."),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="CONCEPT",
+        help="Skill neurons: those that tell apart what texts are labelled with (--from).",
+    ),
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Labelled texts for --for: a file of records with text, label and optionally subject, or lab.",
+    ),
+]
 Layer = Annotated[int | None, typer.Option(min=0, help="This layer alone; default: all.")]
 Count = Annotated[int, typer.Option(min=1, help="How many neurons (of a layer), texts or tokens.")]
 Edits = Annotated[
@@ -52,29 +67,31 @@ CorpusFile = Annotated[
 
 def command(
     prompt: Prompt = None, answer: Answer = None, show: Show = None, token: Token = None,
-    agreement: Agreement = False, layer: Layer = None, count: Count = 5, model: common.Model = "lab",
-    edit: Edits = None, tokens: Tokens = 20_000, corpus: CorpusFile = None, device: common.Device = "auto",
-    dtype: common.Dtype = "auto", json: common.Json = False,
+    agreement: Agreement = False, concept: For = None, source: Source = None, layer: Layer = None,
+    count: Count = 5, model: common.Model = "lab", edit: Edits = None, tokens: Tokens = 20_000,
+    corpus: CorpusFile = None, device: common.Device = "auto", dtype: common.Dtype = "auto",
+    seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Look at feed-forward neurons: which ones decide a prompt, what switches them on, what their values promote."""
     from contextlib import ExitStack
 
     from errata.edits import Edit
-    from errata.errors import ConfigError
+    from errata.inspect import skills
 
-    ways = [("PROMPT", prompt), ("--show", show), ("--token", token), ("--agreement", agreement or None)]
-    asked = [name for name, value in ways if value is not None]
-    if len(asked) != 1:
-        found = ", ".join(asked) or "none"
-        raise ConfigError(f"give a prompt, --show, --token or --agreement, one of them; found {found}")
-    if prompt is None and (answer is not None or layer is not None):
-        raise ConfigError("--answer and --layer go with a prompt")
+    ways = [
+        ("PROMPT", prompt), ("--show", show), ("--token", token), ("--agreement", agreement or None),
+        ("--for", concept),
+    ]  # fmt: skip
+    _check([name for name, value in ways if value is not None], answer, layer, concept, source)
+    labelled = None if concept is None or source is None else common.read_concept(source, concept)
     host = common.open_text_host(model, device, dtype)
     with ExitStack() as stack:
         for path in edit or []:
             stack.enter_context(Edit.load(path).on(host))
         if prompt is not None:
             document = _dominant(host, prompt, answer, layer, count)
+        elif labelled is not None:
+            document = skills.skills(host, labelled, count=count, seed=seed)
         elif token is not None:
             document = _promoting(host, token, count)
         else:
@@ -83,6 +100,21 @@ def command(
         common.emit(document)
     else:
         _print(document)
+
+
+def _check(
+    asked: list[str], answer: str | None, layer: int | None, concept: str | None, source: str | None
+) -> None:
+    """Raise ConfigError unless one question is asked, with options that belong to it."""
+    from errata.errors import ConfigError
+
+    if len(asked) != 1:
+        found = ", ".join(asked) or "none"
+        raise ConfigError(f"give a prompt, --show, --token, --agreement or --for, one of them; found {found}")
+    if "PROMPT" not in asked and (answer is not None or layer is not None):
+        raise ConfigError("--answer and --layer go with a prompt")
+    if (concept is None) != (source is None):
+        raise ConfigError("--for CONCEPT and --from TEXTS go together")
 
 
 def _dominant(host: Host, prompt: str, answer: str | None, layer: int | None, count: int) -> dict[str, Any]:
@@ -126,7 +158,9 @@ def _texts(host: Host, show: str | None, corpus: Path | None, tokens: int, count
 
 
 def _print(document: Mapping[str, Any]) -> None:
-    if "dominant" in document:
+    if "skills" in document:
+        _print_skills(document)
+    elif "dominant" in document:
         rows = [
             (one["neuron"], f"{one['coefficient']:+.2f}", f"{100 * one['share']:.1f} %", f"{one['effect']:+.2f}",
              " ".join(map(repr, one["tokens"][:5])))
@@ -148,6 +182,22 @@ def _print(document: Mapping[str, Any]) -> None:
             common.table(f"neuron {document['neuron']}: {side} after", ("", "text"), rows, right=(0,))
         print("promotes:", " ".join(common.safe(repr(text)) for text in document["promoted"]))
         print("demotes: ", " ".join(common.safe(repr(text)) for text in document["demoted"]))
+
+
+def _print_skills(document: Mapping[str, Any]) -> None:
+    rows = [
+        (one["label"], neuron["neuron"], "high" if neuron["fires"] else "low", f"{neuron['chosen']:.3f}",
+         f"{neuron['held_out']:.3f}")
+        for one in document["skills"] for neuron in one["neurons"]
+    ]  # fmt: skip
+    columns = ("label", "neuron", "with the label", "chosen by", "held out")
+    common.table(f"neurons that tell {document['concept']}: balanced accuracy", columns, rows, right=(3, 4))
+    rows = [
+        (one["label"], *(f"{one[name]:.3f}" for name in ("vote", "random_vote", "shuffled")))
+        for one in document["skills"]
+    ]
+    columns = ("label", "their vote, held out", "random neurons' vote", "best by shuffled labels")
+    common.table(None, columns, rows, right=(1, 2, 3))
 
 
 VERB = Verb("neurons", command, order=73)

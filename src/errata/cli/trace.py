@@ -68,6 +68,10 @@ Edges = Annotated[
     bool,
     typer.Option("--edges", help="Cut the last token's attention to the subject, to the rest, to itself."),
 ]
+Attention = Annotated[
+    bool,
+    typer.Option("--attention", help="Attribute the answer to attention weights: heads, and tokens read."),
+]
 Against = Annotated[
     str | None,
     typer.Option(
@@ -76,27 +80,28 @@ Against = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N cases; default: all.")]
 Picture = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Draw the heat map to a .png or .svg file.")
+    Path | None, typer.Option("--output", "-o", help="Draw the map or comparison to a .png or .svg file.")
 ]
 
 
 def command(
     what: What, subject: Subject = None, answer: Answer = None, model: common.Model = "lab", edit: Edits = None,
     noise: Noise = "s3", draws: Draws = 10, window: Window = None, kinds: Kinds = "hidden,mlp,attn",
-    severed: Severed = None, swap: Swap = None, fast: Fast = False, edges: Edges = False, against: Against = None,
-    settings: common.Settings = None, limit: Limit = None, output: Picture = None, device: common.Device = "auto",
-    dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
+    severed: Severed = None, swap: Swap = None, fast: Fast = False, edges: Edges = False, attention: Attention = False,
+    against: Against = None, settings: common.Settings = None, limit: Limit = None, output: Picture = None,
+    device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Trace which states of a model bring an answer back, for one prompt or on average over cases.
 
-    Causal tracing: noise hides the subject, clean states are restored one by one. --swap, --edges and --against-editing
-    ask in other ways. Where an answer is restored is not where an edit works best: see docs/trace.md.
+    Causal tracing: noise hides the subject, clean states are restored one by one. --swap, --edges, --attention and
+    --against-editing ask in other ways. Where an answer is restored is not where an edit works best: see docs/trace.md.
     """
     from errata.inspect.tracing import Settings
 
     _check(
-        subject, answer, swap, output, fast=fast, edges=edges, against=against, settings=settings, limit=limit
-    )
+        subject, answer, swap, output, fast=fast, edges=edges, attention=attention, against=against,
+        settings=settings, limit=limit,
+    )  # fmt: skip
     asked = Settings(noise, draws, window, _names(kinds), _names(severed or "", ("mlp", "attn")), seed)
     cases = None if subject is not None else common.read_cases(what, seed)[:limit]
     host = common.open_text_host(model, device, dtype)
@@ -105,10 +110,12 @@ def command(
         tick = stack.enter_context(common.progress(not json))
         if against is not None:
             document = _against(host, cases or [], asked, against, settings or [], seed, tick)
-        elif edges:
-            document = _edges(
-                host, _facts(host, what, subject, answer, cases), window, one=cases is None, tick=tick
-            )
+        elif edges or attention:
+            known = _facts(host, what, subject, answer, cases)
+            document = (
+                _attention(host, known, one=cases is None, tick=tick) if attention
+                else _edges(host, known, window, one=cases is None, tick=tick)
+            )  # fmt: skip
         elif cases is not None and fast:
             document = _agreement(host, _facts(host, what, subject, answer, cases), asked, tick)
         elif swap is not None:
@@ -118,9 +125,7 @@ def command(
                 host, _facts(host, what, subject, answer, cases), asked, one=cases is None, tick=tick
             )
     if output is not None:
-        from errata.report.heatmap import write_heatmap
-
-        write_heatmap(output, document)
+        _draw(output, document)
     if json:
         common.emit(document)
     else:
@@ -129,9 +134,20 @@ def command(
             print(f"{output}  {common.size(output)}")
 
 
+def _draw(path: Path, document: Mapping[str, Any]) -> None:
+    from errata.report import grid, heatmap, layers
+
+    draw = (
+        layers.write_localisation if "by_layer" in document
+        else grid.write_attention if "heads" in document
+        else heatmap.write_heatmap
+    )  # fmt: skip
+    draw(path, document)
+
+
 def _check(
     subject: str | None, answer: str | None, swap: str | None, output: Path | None, *, fast: bool, edges: bool,
-    against: str | None, settings: list[str] | None, limit: int | None,
+    attention: bool, against: str | None, settings: list[str] | None, limit: int | None,
 ) -> None:  # fmt: skip
     """Raise ConfigError for options that do not belong together."""
     from errata.errors import ConfigError
@@ -139,7 +155,8 @@ def _check(
 
     if output is not None:
         check_suffix(output)
-    ways = [name for name, on in (("--swap", swap), ("--edges", edges), ("--against-editing", against)) if on]
+    asked = (("--swap", swap), ("--edges", edges), ("--attention", attention), ("--against-editing", against))
+    ways = [name for name, on in asked if on]
     problems = [
         (len(ways) > 1, f"{' and '.join(ways)} are different questions: ask one at a time"),
         (fast and bool(set(ways) - {"--swap"}), "--fast goes with --swap, or with cases alone"),
@@ -156,8 +173,8 @@ def _check(
         (subject is not None and limit is not None, "--limit goes with cases"),
         (bool(settings) and against is None, "--set goes with --against-editing METHOD"),
         (
-            output is not None and bool(ways or fast),
-            "-o draws causal tracing; the others print tables and --json",
+            output is not None and (bool(set(ways) - {"--against-editing", "--attention"}) or fast),
+            "-o draws causal tracing, --attention and --against-editing; the others print tables and --json",
         ),
     ]
     for wrong, text in problems:
@@ -217,6 +234,14 @@ def _edges(
     return found[0].to_dict() if one else knockout.averaged(found)
 
 
+def _attention(host: Host, known: list[Fact], *, one: bool, tick: OnProgress) -> dict[str, Any]:
+    from errata.inspect import attention
+
+    if one:
+        return attention.attribution(host, known[0]).to_dict()
+    return attention.attributions(host, known, on_fact=lambda done, total: tick("facts", done, total))
+
+
 def _swap(
     host: Host, prompt: str, subject: str, other: str, answer: str | None, asked: Settings, *, fast: bool
 ) -> dict[str, Any]:  # fmt: skip
@@ -257,6 +282,8 @@ def _against(
 def _show(document: Mapping[str, Any]) -> None:
     if "by_layer" in document:
         _show_localisation(document)
+    elif "heads" in document:
+        _show_attention(document)
     elif "sets" in document or "change" in document:
         _show_edges(document)
     elif "pairs" in document:
@@ -315,6 +342,36 @@ def _show_edges(document: Mapping[str, Any]) -> None:
     common.table(title, ("cut from", *map(str, range(layers))), rows, right=range(1, layers + 1))
 
 
+def _show_attention(document: Mapping[str, Any]) -> None:
+    layers = len(document["heads"])
+    columns = ("", *map(str, range(layers)))
+    if "reads" in document:
+        rows = [(name, *(f"{v:+.2f}" for v in one["score"])) for name, one in document["reads"].items()]
+    else:
+        subject = document["subject_tokens"]
+        rows = [
+            (f"{text!r}{'*' if at in subject else ''}", *(f"{row[at]:+.2f}" for row in document["last"]))
+            for at, text in enumerate(document["tokens"])
+        ]
+    title = "probability of the answer owed to what the last token reads, by layer"
+    common.table(title, columns, rows, right=range(1, layers + 1))
+    best = sorted(
+        (
+            (value, layer, head)
+            for layer, row in enumerate(document["heads"])
+            for head, value in enumerate(row)
+        ),
+        reverse=True,
+    )[:HEADS]
+    rows = [(f"{layer}.{head}", f"{value:+.3f}") for value, layer, head in best]
+    common.table(None, ("head", "largest edge"), rows, right=(1,))
+    if "reads" in document:
+        print(f"{document['facts']} facts, {document['skipped']} not known")
+    else:
+        print(f"answer {document['answer']!r}: {document['clean']:.3f}; without a layer's attention "
+              f"{', '.join(f'{value:.3f}' for value in document['without'])}")  # fmt: skip
+
+
 def _show_localisation(document: Mapping[str, Any]) -> None:
     names = {
         "increment": "R2 that tracing adds to the layer", "r2_layer": "R2 of the layer", "r2_score": "R2 of tracing",
@@ -334,4 +391,6 @@ def _show_localisation(document: Mapping[str, Any]) -> None:
     common.table(None, ("", "", "from", "to"), rows, right=(1, 2, 3))
 
 
+HEADS = 10
+"""Heads that are listed."""
 VERB = Verb("trace", command, order=71)

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError
-from errata.inspect.tracing import PROBABILITY, Trace
+from errata.host.host import Host
+from errata.inspect import tracing
+from errata.inspect.facts import facts
+from errata.inspect.tracing import PROBABILITY, Settings, Trace
 from errata.linalg import resampling
+from errata.types import Request
 
 Success = Callable[[int, int], float]
 """Given the number of a fact and a layer, how well an edit of that fact at that layer succeeds, 0 to 1."""
+FORWARD = Settings(draws=5, width=1, kinds=("mlp",))
+"""How requests are traced to choose a layer: feed-forward outputs, one layer at a time."""
 RESAMPLES = 300
 FEWEST = 3
 """Facts without which nothing is fitted."""
@@ -38,6 +44,18 @@ def scores(trace: Trace, name: str = "hidden") -> Tensor:
     return (trace.effects(name, PROBABILITY)[:, :-1] / trace.total).clamp_min(0).amax(1)
 
 
+def traced_layer(host: Host, requests: Sequence[Request], settings: Settings = FORWARD) -> int:
+    """Return the layer whose feed-forward output, restored at all subject tokens, brings most of the answers back.
+
+    The mean over the requests that the host answers with their old target, or, where they have none, over all with its
+    own answers. Raises ConfigError where it answers none so, HostError for a host that cannot be traced. Whether a
+    layer chosen so is one that edits well is another question: see :func:`compare`.
+    """
+    known = facts(host, requests, answers=[request.target_old for request in requests])
+    found = tracing.average(host, known, settings)
+    return int(torch.stack([one.effects("mlp")[:, -1] for one in found.traces]).mean(0).argmax())
+
+
 @dataclass(frozen=True, eq=False)
 class Localisation:
     """Tracing scores and successes of edits, over facts and layers."""
@@ -50,7 +68,10 @@ class Localisation:
     layers: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table as plain data: by layer, correlations, R2 of the three models, the increment, intervals."""
+        """Return the table as plain data: by layer, correlations, R2 of the three models, the increment, intervals.
+
+        ``points``: scores and successes by fact and layer.
+        """
         facts = len(self.scores)
         whole = _fits(self.scores, self.success)
         low, high = resampling.interval(
@@ -65,15 +86,32 @@ class Localisation:
                 name: {"value": _round(value), "low": _round(float(low[i])), "high": _round(float(high[i]))}
                 for i, (name, value) in enumerate(whole.items())
             },
-            "by_layer": [
-                {
-                    "layer": layer, "score": _round(float(self.scores[:, i].mean())),
-                    "success": _round(float(self.success[:, i].mean())),
-                    "correlation": _round(resampling.correlation(self.scores[:, i], self.success[:, i])),
-                }
-                for i, layer in enumerate(self.layers)
-            ],
+            "by_layer": self._by_layer(),
+            "points": {
+                "score": [[_round(value) for value in row] for row in self.scores.tolist()],
+                "success": [[_round(value) for value in row] for row in self.success.tolist()],
+            },
         }  # fmt: skip
+
+    def _by_layer(self) -> list[dict[str, Any]]:
+        """Return the means of each layer with their intervals over facts, and the correlation over the facts."""
+        means = torch.stack([self.scores, self.success])  # [2, facts, layers]
+        low, high = resampling.mean_interval(means.transpose(0, 1), resamples=RESAMPLES)
+        return [
+            {
+                "layer": layer,
+                **{
+                    key: value
+                    for j, name in enumerate(("score", "success"))
+                    for key, value in (
+                        (name, _round(float(means[j, :, i].mean()))), (f"{name}_low", _round(float(low[j, i]))),
+                        (f"{name}_high", _round(float(high[j, i]))),
+                    )
+                },
+                "correlation": _round(resampling.correlation(self.scores[:, i], self.success[:, i])),
+            }
+            for i, layer in enumerate(self.layers)
+        ]  # fmt: skip
 
 
 def _round(value: float) -> float | None:

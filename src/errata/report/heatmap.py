@@ -39,7 +39,7 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     """Return the form that a file's suffix names. Raises ConfigError for another than .png or .svg."""
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in ("png", "svg"):
-        raise ConfigError(f"{path}: a heat map is written as .png or .svg")
+        raise ConfigError(f"{path}: a picture is written as .png or .svg")
     return form
 
 
