@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from errata.api import check_edit, edit, evaluate, load, prepare, trace, train
     from errata.bench.evaluate import Report
     from errata.bench.judging import JudgedCell, judge_run
+    from errata.bench.survival import Survival, survives
     from errata.edits import Edit
     from errata.edits.algebra import leverages, refit, retract
     from errata.edits.artefact import Artefact

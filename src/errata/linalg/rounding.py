@@ -25,8 +25,9 @@ def nf4_levels() -> Tensor:
     """
     above = torch.linspace(NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1]
     below = torch.linspace(NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1]
-    positive, negative = (torch.special.ndtri(side) for side in (above, below))
-    levels = torch.cat([-negative, positive.new_zeros(1), positive.flip(0)])
+    normal = torch.distributions.Normal(0.0, 1.0)
+    zero = torch.zeros(1, dtype=torch.float64)
+    levels = torch.cat([-normal.icdf(below), zero, normal.icdf(above).flip(0)])
     return levels / levels.abs().max()
 
 
