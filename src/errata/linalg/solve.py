@@ -127,7 +127,10 @@ class CostMatrix:
         right = right.double()
         if self.blocks:
             return (
-                self._solve_blocks(right.reshape(self.blocks, -1, right.shape[1])).flatten(0, 1) / self.scale
+                self._solve_blocks(
+                    right.reshape(self.blocks, len(right) // self.blocks, right.shape[1])
+                ).flatten(0, 1)
+                / self.scale
             )
         if self.factor is not None:
             right = routines.cholesky_solve(self.factor.to(right.device), right)
@@ -159,7 +162,7 @@ class CostMatrix:
         if self.factor is None:
             return right
         factor = self.factor.to(right.device)
-        rows = right.reshape(self.blocks, -1, right.shape[1]) if self.blocks else right
+        rows = right.reshape(self.blocks, len(right) // self.blocks, right.shape[1]) if self.blocks else right
         solved = routines.solve_triangular(factor.mT if transposed else factor, rows, upper=transposed)
         return solved.flatten(0, 1) if self.blocks else solved
 
@@ -174,7 +177,7 @@ class CostMatrix:
         """Return tr(delta M delta^T), what a change costs; needs the Cholesky factor or the identity."""
         right = delta.A.double()
         if self.factor is not None and self.blocks:
-            rows = right.reshape(len(right), self.blocks, -1)
+            rows = right.reshape(len(right), self.blocks, right.shape[1] // self.blocks)
             right = torch.einsum("rei,eij->rej", rows, self.factor.to(right.device)).flatten(1)
         elif self.factor is not None:
             right = right @ self.factor.to(right.device)
