@@ -22,7 +22,7 @@ from errata.training.loop import TrainingFiles
 from tests.models import fresh, fresh_kind
 
 KINDS = ("t5", "bart", "bert", "classifier")
-METHODS = ("mend", "ke", "slag", "malmen", "rledit")
+METHODS = ("mend", "lime", "ke", "slag", "malmen", "rledit")
 FACTS = [("Ivo Marn", "Tallow"), ("Lena Ost", "Merrin"), ("Pia Holt", "Esk")]
 
 
@@ -165,7 +165,7 @@ def test_an_editor_is_trained_edits_and_is_taken_back(method, kind, tmp_path):
     host, asked = fresh_kind(kind), requests(kind)
     settings = {"steps": 2, "every": 1, "per_step": 2, "held_out": 0.3, "step": 0.3}
     settings |= {"rledit": {"length": 2, "reach": 1}, "slag": {"applications": 2}}.get(method, {})
-    if method in ("mend", "malmen", "rledit"):
+    if method in ("mend", "lime", "malmen", "rledit"):
         settings["rank"] = 8
     if kind == "t5":
         settings["stack"] = "both"
