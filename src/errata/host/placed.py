@@ -259,7 +259,12 @@ class _Watch:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         routing = self.routings.get(cache) if cache is not None and length == 1 else None
         if routing is not None:  # one more token of a row whose prompt was read
-            read = passes.Routing(decided=routing.decided, past=True, prefix=_cached(cache), rows=len(ids))
+            read = passes.Routing(
+                decided=routing.decided,
+                past=True,
+                prefix=_cached(cache),
+                rows=None if ids is None else len(ids),
+            )
             passes.enter(read)
             return
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

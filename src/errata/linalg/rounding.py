@@ -25,7 +25,7 @@ def nf4_levels() -> Tensor:
     """
     above = torch.linspace(NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1]
     below = torch.linspace(NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1]
-    positive, negative = (torch.special.ndtri(side) for side in (above, below))
+    positive, negative = (math.sqrt(2) * torch.erfinv(2 * side - 1) for side in (above, below))
     levels = torch.cat([-negative, positive.new_zeros(1), positive.flip(0)])
     return levels / levels.abs().max()
 
