@@ -44,7 +44,7 @@ def logits(host: Host) -> torch.Tensor:
         return host.forward(host.batch(rows))
 
 
-def fitted(host: Host, method: str, **more: Any) -> errata.Edit:
+def fitted(host: Host, method: str, **more: Any) -> Any:
     layer, _ = EDITED[host.family]
     where = {"layer": layer, "radius": 1e-4} if method == "grace" else {"layers": [layer]}
     tokens = {} if method in ("grace", "ft") else {"tokens": 300}
@@ -89,7 +89,7 @@ def test_an_edit_goes_through_its_life(host: Host, method: str, tmp_path: Any):
     start, plain = host.weights_hash(), logits(host)
     edit = fitted(host, method)
     assert host.weights_hash() == start
-    loaded = errata.Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    loaded: Any = errata.Edit.load(edit.save(tmp_path / "edit.safetensors"))
     if method != "grace":
         assert list(edit.deltas) == [host.layout.site(1).parameter]
     with loaded.on(host):
@@ -233,7 +233,7 @@ def test_memories_act_at_experts(method: str, tmp_path: Any):
 @pytest.mark.parametrize("method", ["ultraedit", "mend", "melo"])
 def test_methods_of_plain_linear_maps_say_so(method: str):
     host = fresh("mixtral")
-    more = {"examples": EXAMPLES} if method == "mend" else {}
+    more: dict[str, Any] = {"examples": EXAMPLES} if method == "mend" else {}
     with pytest.raises(HostError, match=r"stacks 4 experts in model.layers.\d.mlp.experts.down_proj"):
         errata.edit(host, REQUEST, method=method, **options(method), **more)
 

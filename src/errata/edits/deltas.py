@@ -56,5 +56,5 @@ def dense(delta: Delta, like: Tensor) -> Tensor:
     delta = delta.to(device=like.device, dtype=wide)
     matrix = delta.dense() if isinstance(delta, LowRank) else delta
     if matrix.ndim == 2 and like.ndim == 3 and _side_by_side(tuple(matrix.shape), like.shape):
-        return matrix.reshape(len(matrix), like.shape[0], like.shape[2]).transpose(0, 1)
+        return matrix.reshape(-1, like.shape[0], like.shape[2]).transpose(0, 1)
     return matrix.reshape(like.shape)

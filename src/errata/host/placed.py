@@ -255,11 +255,16 @@ class _Watch:
         if passes.routing() is not None:
             return
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        length, rows = (ids.shape[1], len(ids)) if isinstance(ids, Tensor) and ids.ndim > 1 else (0, 0)
+        length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else 0
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         routing = self.routings.get(cache) if cache is not None and length == 1 else None
         if routing is not None:  # one more token of a row whose prompt was read
-            read = passes.Routing(decided=routing.decided, past=True, prefix=_cached(cache), rows=rows)
+            read = passes.Routing(
+                decided=routing.decided,
+                past=True,
+                prefix=_cached(cache),
+                rows=None if ids is None else len(ids),
+            )
             passes.enter(read)
             return
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

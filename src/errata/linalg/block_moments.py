@@ -31,7 +31,7 @@ class BlockMoments:
 
     def update_(self, vectors: Tensor) -> None:
         """Add vectors ``[n, E m]``, each to the sums of those blocks that are not zero in it."""
-        parts = vectors.detach().reshape(len(vectors), len(self.blocks), vectors.shape[1] // len(self.blocks))
+        parts = vectors.detach().reshape(-1, len(self.blocks), len(self.blocks[0].total))
         self.count += len(parts)
         present = parts.any(2)  # [n, E]
         for number, block in enumerate(self.blocks):

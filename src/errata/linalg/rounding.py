@@ -25,9 +25,8 @@ def nf4_levels() -> Tensor:
     """
     above = torch.linspace(NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1]
     below = torch.linspace(NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1]
-    normal = torch.distributions.Normal(0.0, 1.0)
-    zero = torch.zeros(1, dtype=torch.float64)
-    levels = torch.cat([-normal.icdf(below), zero, normal.icdf(above).flip(0)])
+    positive, negative = (math.sqrt(2) * torch.erfinv(2 * side - 1) for side in (above, below))
+    levels = torch.cat([-negative, positive.new_zeros(1), positive.flip(0)])
     return levels / levels.abs().max()
 
 

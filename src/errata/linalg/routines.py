@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_torch: Any = torch
 _linalg: Any = torch.linalg
 
 
@@ -71,6 +72,11 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q ``[d, r]`` with orthonormal columns and upper triangular R ``[r, n]`` of ``[d, n]``, r = min(d, n)."""
     q, r = _linalg.qr(matrix)
     return q, r
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Return the matrix ``[E m, E m]`` with blocks ``[E, m, m]`` on its diagonal and zeros elsewhere."""
+    return _torch.block_diag(*blocks)
 
 
 def norm(values: Tensor, dim: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:

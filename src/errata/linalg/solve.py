@@ -126,12 +126,7 @@ class CostMatrix:
         """Return M^-1 right, ``[m, n]`` float64."""
         right = right.double()
         if self.blocks:
-            return (
-                self._solve_blocks(
-                    right.reshape(self.blocks, len(right) // self.blocks, right.shape[1])
-                ).flatten(0, 1)
-                / self.scale
-            )
+            return self._solve_blocks(self._by_block(right)).flatten(0, 1) / self.scale
         if self.factor is not None:
             right = routines.cholesky_solve(self.factor.to(right.device), right)
         elif self.basis is not None:
@@ -148,6 +143,10 @@ class CostMatrix:
         tensor = self.basis if self.factor is None else self.factor
         return 0 if tensor is None or tensor.ndim == 2 else len(tensor)
 
+    def _by_block(self, right: Tensor) -> Tensor:
+        """Return the rows of a matrix ``[m, n]`` by block, ``[E, m / E, n]``."""
+        return right.reshape(self.blocks, right.shape[0] // self.blocks, right.shape[1])
+
     def _solve_blocks(self, right: Tensor) -> Tensor:
         """Return M^-1 right but for the scale; both ``[E, m / E, n]``."""
         if self.factor is not None:
@@ -162,7 +161,7 @@ class CostMatrix:
         if self.factor is None:
             return right
         factor = self.factor.to(right.device)
-        rows = right.reshape(self.blocks, len(right) // self.blocks, right.shape[1]) if self.blocks else right
+        rows = self._by_block(right) if self.blocks else right
         solved = routines.solve_triangular(factor.mT if transposed else factor, rows, upper=transposed)
         return solved.flatten(0, 1) if self.blocks else solved
 
@@ -171,28 +170,19 @@ class CostMatrix:
         if self.factor is None:
             raise ValueError("only a cost matrix with a Cholesky factor can be multiplied out")
         product = self.scale * self.factor @ self.factor.mT
-        return _block_diagonal(product) if self.blocks else product
+        return routines.block_diagonal(product) if self.blocks else product
 
     def energy(self, delta: LowRank) -> float:
         """Return tr(delta M delta^T), what a change costs; needs the Cholesky factor or the identity."""
         right = delta.A.double()
         if self.factor is not None and self.blocks:
-            rows = right.reshape(len(right), self.blocks, right.shape[1] // self.blocks)
-            right = torch.einsum("rei,eij->rej", rows, self.factor.to(right.device)).flatten(1)
+            factor = self.factor.to(right.device)
+            right = (self._by_block(right.mT).mT @ factor).transpose(0, 1).flatten(1)
         elif self.factor is not None:
             right = right @ self.factor.to(right.device)
         elif self.basis is not None:
             raise ValueError("the energy needs a cost matrix with a Cholesky factor, not with eigenvectors")
         return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """Return blocks ``[E, m, m]`` on the diagonal of one matrix ``[E m, E m]``."""
-    count, width, _ = blocks.shape
-    whole = torch.zeros(count, width, count, width, dtype=blocks.dtype, device=blocks.device)
-    for number, block in enumerate(blocks):
-        whole[number, :, number] = block
-    return whole.reshape(count * width, count * width)
 
 
 def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
