@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import errata
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, RequestError
 from errata.host import hooks
+from errata.linalg.lowrank import LowRank
 from errata.methods.context_distillation import Config, lesson, lessons_of, parts
 from errata.training.distil import Distillation, Lesson, distribution, gap
 from tests.models import fresh
@@ -99,7 +101,8 @@ def test_the_model_learns_to_answer_as_with_the_text_before(host):
         with edit.on(host):
             end = float(before(range(len(unseen))).mean())
     assert edit.provenance.notes["loss"] < 0.5 and end < 0.6 * start
-    assert all(delta.rank == 8 for delta in edit.deltas.values())
+    assert isinstance(edit, WeightEdit)
+    assert all(isinstance(delta, LowRank) and delta.rank == 8 for delta in edit.deltas.values())
 
 
 def test_texts_begin_with_the_entity_and_depend_on_the_seed_alone(host):

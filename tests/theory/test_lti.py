@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import errata
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, RequestError
 from errata.host import hooks
 from errata.host.prefix import PrefixRunner
@@ -37,7 +38,7 @@ def host():
     return made
 
 
-def searching(host, facts=FACTS, weights=WEIGHTS, where="block_out"):
+def searching(host, facts=FACTS, weights=WEIGHTS, where: values.Where = "block_out"):
     problems = informed(host, REQUESTS, value_problems(host, REQUESTS, CONTEXTS), CONTEXTS, facts)
     config = dataclasses.replace(PLAIN, inference=weights)
     return problems, values._Search(host, problems, 1, where, config, True)
@@ -92,7 +93,7 @@ def test_nothing_stated_nothing_to_learn(host):
 def test_the_teacher_does_not_depend_on_padding(host):
     problems, _ = searching(host)
     rows = [row for problem in problems for row in problem.rows]
-    assert len({len(row.informed.ids) for row in rows}) > 1
+    assert len({len(row.informed.ids) for row in rows if row.informed is not None}) > 1
     one, other = (teach(PrefixRunner(host), rows, WEIGHTS, side=side) for side in ("right", "left"))
     for name in ("subject", "output"):
         assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-9)
@@ -142,8 +143,8 @@ def test_what_cannot_be_held_is_refused(host):
 
 def test_one_request_is_fitted_exactly_and_several_at_all_layers(host):
     one = errata.edit(host, REQUESTS[:1], method="lti", steps=3, tokens=400)
-    assert len(one.deltas) == 1
+    assert isinstance(one, WeightEdit) and len(one.deltas) == 1
     several = errata.edit(host, REQUESTS, method="lti", steps=3, tokens=400, layers=[0, 1])
-    assert len(several.deltas) == 2
+    assert isinstance(several, WeightEdit) and len(several.deltas) == 2
     settings = one.provenance.config
     assert (settings["subject_layer"], settings["target_weight"]) == (2, 0.125)

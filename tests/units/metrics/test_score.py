@@ -69,7 +69,12 @@ def test_a_host_that_did_not_change_scores_as_the_unedited_one():
         seen = [host(probe) for probe in PROBES]
         rows = score.rows(CASE, seen, seen)
         made_by_runs = {metric.name for metric in REGISTRY.values() if not metric.by_judge}
-        assert {row.protocol for row in rows} == made_by_runs - {"article", "reference", "pronoun_preference"}
+        assert {row.protocol for row in rows} == made_by_runs - {
+            "article",
+            "pronoun_preference",
+            "reference",
+            "routing",
+        }
         assert all(row.before == row.after for row in rows)
         summary = score.summarise(rows)
         for entry in summary.values():
