@@ -9,7 +9,7 @@ import errata
 from errata.evaluation.observe import observe
 from errata.host import hooks
 from errata.locate.keys import capture, subject_place
-from errata.types import Case, Probe
+from errata.types import AskOptions, Case, Probe
 from tests.models import FAMILIES, fresh, tokenizer
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -23,6 +23,8 @@ EXPECTED = {
     "falcon": ("mlp.dense_4h_to_h", "self_attention.dense"),
 }
 LLAMA_LIKE = ("mlp.down_proj", "self_attn.o_proj")
+SHORT = AskOptions(max_new_tokens=4)
+"""Where an answer's text is not the point: random models do not end theirs."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,17 +66,17 @@ def test_rome_edit_through_its_life(host, tmp_path):
     assert host.weights_hash() == start
     site = host.layout.site(edit.provenance.config["layers"][0])
     assert list(edit.deltas) == [site.parameter]
-    before = observe(host, [_probe()])[0]
+    before = observe(host, [_probe()], SHORT)[0]
     edit.apply_(host)
     assert host.weights_hash() != start
-    inside = observe(host, [_probe()])[0]
+    inside = observe(host, [_probe()], SHORT)[0]
     edit.revert_(host)
     assert host.weights_hash() == start
     loaded = errata.Edit.load(edit.save(tmp_path / "one.safetensors"))
     with loaded.on(host):
-        again = observe(host, [_probe()])[0]
+        again = observe(host, [_probe()], SHORT)[0]
     assert again == inside
-    assert observe(host, [_probe()])[0] == before
+    assert observe(host, [_probe()], SHORT)[0] == before
     assert inside.answer_logprobs != before.answer_logprobs
     assert host.weights_hash() == start
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.model.modules())
@@ -102,9 +104,9 @@ def test_batch_of_one_and_sixteen_give_the_same_scores(host):
         for name in names
         for verb in ("was born in", "lives in", "said that the old road of the small dog was", "is")
     ]
-    together = observe(host, probes)
+    together = observe(host, probes, SHORT)
     for probe, seen in zip(probes, together, strict=True):
-        alone = observe(host, [probe])[0]
+        alone = observe(host, [probe], SHORT)[0]
         torch.testing.assert_close(
             torch.tensor(alone.answer_logprobs), torch.tensor(seen.answer_logprobs), atol=1e-4, rtol=0
         )

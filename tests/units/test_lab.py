@@ -224,6 +224,13 @@ TINY = TrainConfig(
 )
 
 
+@pytest.fixture
+def few_documents(monkeypatch):
+    """Train tokenizers on fewer documents than the 30,000 of the lab's: it takes longer than training TINY."""
+    monkeypatch.setattr("errata.lab.train.TOKENIZER_DOCUMENTS", 1_000)
+
+
+@pytest.mark.usefixtures("few_documents")
 def test_training_resumes_where_it_stopped(tmp_path):
     train(tmp_path / "whole", TINY, checkpoint_every=3)
 
@@ -247,6 +254,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert host.dtype == torch.float32 and host.generate("Ada", max_new_tokens=2) is not None
 
 
+@pytest.mark.usefixtures("few_documents")
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_a_model_of_each_shape_is_trained_and_edited(tmp_path, shape):
     model = train(tmp_path, replace(TrainConfig.of(shape, key_value_heads=2), **_sizes(TINY)))

@@ -28,6 +28,8 @@ def case(name: str) -> Case:
 
 
 CASES = [case(name) for name in NAMES]
+SHORT = {"max_new_tokens": 4}
+"""Random models do not end their answers."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def numbers(report):
     ],
 )
 def test_it_continues_after_the_last_saved_case(options, lines, fits, host, tmp_path, monkeypatch):
-    run = {**options, "corpus": TEXTS, **({} if "edit" in options else {"steps": 2})}
+    run = {**options, **SHORT, "corpus": TEXTS, **({} if "edit" in options else {"steps": 2})}
     if "edit" in options:
         run["edit"] = errata.edit(host, CASES[0].request, method="ft", steps=2)
     whole = errata.evaluate(host, CASES, run_folder=tmp_path / "whole", **run)
@@ -115,7 +117,7 @@ def test_a_folder_of_other_settings_is_refused(host, tmp_path):
 
 
 def test_a_folder_that_is_in_use_is_refused(host, tmp_path, monkeypatch):
-    run = {"method": "ft", "steps": 1, "run_folder": tmp_path / "run"}
+    run = {"method": "ft", "steps": 1, **SHORT, "run_folder": tmp_path / "run"}
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
@@ -129,7 +131,7 @@ def test_a_folder_that_is_in_use_is_refused(host, tmp_path, monkeypatch):
 
 
 def test_damaged_rows_of_a_finished_one_are_measured_again(host, tmp_path, monkeypatch):
-    run = {"method": "ft", "steps": 1, "run_folder": tmp_path / "run"}
+    run = {"method": "ft", "steps": 1, **SHORT, "run_folder": tmp_path / "run"}
     whole = errata.evaluate(host, CASES[:2], **run)
     (rows,) = tmp_path.rglob("rows.jsonl")
     rows.write_text(rows.read_text().splitlines(keepends=True)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from errata.methods._method import Workspace
 from errata.types import Case, Probe
 from tests.models import fresh
 
+evaluate = partial(errata.evaluate, max_new_tokens=6)
+"""With short answers, as random models do not end theirs."""
 FAST = {"ft": {"steps": 2}, "memit": {"steps": 2, "tokens": 300, "contexts": 2}}
 
 
@@ -135,7 +138,7 @@ def assert_same_rows(found, expected) -> None:
 def test_a_sequence_keeps_every_edit_and_asks_every_case_so_far(host):
     table = made(5)
     start = host.weights_hash()
-    report = errata.evaluate(host, table, method="ft", schedule="sequential:2", at="each", **options("ft"))
+    report = evaluate(host, table, method="ft", schedule="sequential:2", at="each", **options("ft"))
     assert host.weights_hash() == start and report.meta["weights_restored"] and report.meta["finished"]
     assert report.meta["schedule"] == "sequential:2" and report.meta["after"] is None
     assert [point.edits for point in report.checkpoints] == [2, 4, 5]
@@ -144,7 +147,7 @@ def test_a_sequence_keeps_every_edit_and_asks_every_case_so_far(host):
     for point, edit in zip(report.checkpoints, edits, strict=True):
         assert point.norm == pytest.approx(edit.norm()) and point.fit_seconds > 0
         rows = [row for row in report.rows if row.detail["checkpoint"] == point.edits]
-        given = errata.evaluate(host, table[: point.edits], edit=edit)
+        given = evaluate(host, table[: point.edits], edit=edit)
         assert_same_rows(rows, given.rows)
         for name, entry in given.summary.items():
             assert point.summary[name]["after"] == pytest.approx(entry["after"], abs=1e-5)
@@ -153,34 +156,34 @@ def test_a_sequence_keeps_every_edit_and_asks_every_case_so_far(host):
 
 def test_a_method_for_one_request_goes_on_one_by_one(host):
     table = made(4)
-    report = errata.evaluate(
+    report = evaluate(
         host, table, method="rome", schedule="sequential:2", probes=["efficacy"], **options("rome")
     )
     edits = by_hand(host, "rome", [[case] for case in table], chain=True)
     assert [point.digest for point in report.checkpoints] == [edits[-1].digest]
     with pytest.raises(ConfigError, match="one request at a time.*sequential:2"):
-        errata.evaluate(host, table, method="rome", schedule="batch:2", **options("rome"))
+        evaluate(host, table, method="rome", schedule="batch:2", **options("rome"))
 
 
 def test_a_batch_is_one_fit_on_the_unedited_host(host):
     table = made(5)
     start = host.weights_hash()
-    report = errata.evaluate(host, table, method="ft", schedule="batch:2", **options("ft"))
+    report = evaluate(host, table, method="ft", schedule="batch:2", **options("ft"))
     assert host.weights_hash() == start
     edits = by_hand(host, "ft", [table[:2], table[2:4], table[4:]], chain=False)
     assert [point.digest for point in report.checkpoints] == [edit.digest for edit in edits]
     assert [point.edits for point in report.checkpoints] == [2, 2, 1]
     expected = []
     for edit, group in zip(edits, (table[:2], table[2:4], table[4:]), strict=True):
-        expected += errata.evaluate(host, group, edit=edit).rows
+        expected += evaluate(host, group, edit=edit).rows
     assert_same_rows(report.rows, expected)
     assert report.summary["efficacy.generate"]["n"] == len(table)
 
 
 def test_a_batch_of_one_is_a_case_alone(host):
     table = made(3)
-    single = errata.evaluate(host, table, method="ft", **options("ft"))
-    batch = errata.evaluate(host, table, method="ft", schedule="batch:1", **options("ft"))
+    single = evaluate(host, table, method="ft", **options("ft"))
+    batch = evaluate(host, table, method="ft", schedule="batch:1", **options("ft"))
     assert_same_rows(batch.rows, single.rows)
     assert not single.checkpoints and "checkpoints" not in single.to_dict()
 
@@ -191,7 +194,7 @@ def test_the_last_batch_tells_learning_from_forgetting():
     first, other = made(1)[0], replace(made(1)[0].request, target="Esk", id="again")
     again = Case("again", other, (Probe("efficacy", other.text, ("Esk",), ("Merrin",), "Merrin"),))
     first = replace(first, probes=first.probes[:1])
-    report = errata.evaluate(
+    report = evaluate(
         host, [first, again], method="ft", schedule="sequential:1", at="each",
         layers=[0, 1, 2], epsilon=None, steps=200, scale="published", learning_rate=0.02, stop_loss=1e-3,
     )  # fmt: skip
@@ -209,7 +212,7 @@ def test_each_probe_is_asked_once_before_and_once_a_checkpoint(host, monkeypatch
     for module in (unedited, runner):
         monkeypatch.setattr(module, "observe", count)
     table = made(4)
-    errata.evaluate(host, table, method="ft", schedule="sequential:2", at="each", **options("ft"))
+    evaluate(host, table, method="ft", schedule="sequential:2", at="each", **options("ft"))
     every = [p for case in table for p in case.probes]
     assert len(set(every)) < len(every), "some are shared"
     assert [set(probes) for probes in asked] == [
@@ -224,7 +227,7 @@ def test_each_probe_is_asked_once_before_and_once_a_checkpoint(host, monkeypatch
 @pytest.mark.parametrize("name", ["memit", "ft"])
 def test_stopping_and_going_on_gives_the_same_edit(name, tmp_path):
     table, path = made(5), tmp_path / "kept.safetensors"
-    whole = errata.evaluate(fresh("llama"), table, method=name, schedule="sequential:1", **options(name))
+    whole = evaluate(fresh("llama"), table, method=name, schedule="sequential:1", **options(name))
 
     class Stop(Exception):
         pass
@@ -238,10 +241,10 @@ def test_stopping_and_going_on_gives_the_same_edit(name, tmp_path):
     start = host.weights_hash()
     run = {"method": name, "schedule": "sequential:1", "at": [2], **options(name)}
     with pytest.raises(Stop):
-        errata.evaluate(host, table, keep=stop, **run)
+        evaluate(host, table, keep=stop, **run)
     assert host.weights_hash() == start, "stopping leaves nothing behind"
     kept = errata.Edit.load(path)
-    rest = errata.evaluate(fresh("llama"), table, after=kept, **run)
+    rest = evaluate(fresh("llama"), table, after=kept, **run)
     assert [point.edits for point in rest.checkpoints] == [5]
     assert rest.checkpoints[-1].digest == whole.checkpoints[-1].digest != kept.digest
     assert rest.meta["after"] == {"digest": kept.digest, "edits": 2}
@@ -253,7 +256,7 @@ def test_only_the_beginning_of_the_same_run_is_gone_on_from(host):
     edit = by_hand(host, "ft", [table[:3]], chain=True)[0]
 
     def go(cases=table, schedule="sequential:3", method="ft", **more):
-        return errata.evaluate(
+        return evaluate(
             host, cases, method=method, schedule=schedule, after=edit, **{**options(method), **more}
         )
 
@@ -276,19 +279,19 @@ def test_what_does_not_belong_together_is_refused(host, monkeypatch):
     edit = by_hand(host, "ft", [table], chain=False)[0]
     for more in ({"at": "end"}, {"after": edit}, {"keep": lambda report, edit: None}):
         with pytest.raises(ConfigError, match="require the schedule sequential:N"):
-            errata.evaluate(host, table, method="ft", **more)
+            evaluate(host, table, method="ft", **more)
     with pytest.raises(ConfigError, match="without a schedule"):
-        errata.evaluate(host, table, edit=edit, schedule="batch:2")
+        evaluate(host, table, edit=edit, schedule="batch:2")
     with pytest.raises(ConfigError, match="did you mean 'neighbourhood'"):
-        errata.evaluate(host, table, method="ft", probes=["neighborhood"])
+        evaluate(host, table, method="ft", probes=["neighborhood"])
     once = replace(REGISTRY.get("ft"), sequential=False)
     monkeypatch.setattr(job, "REGISTRY", {"ft": once})
     with pytest.raises(ConfigError, match="cannot continue from an earlier edit.*batch:N"):
-        errata.evaluate(host, table, method="ft", schedule="sequential:1")
+        evaluate(host, table, method="ft", schedule="sequential:1")
 
 
 def test_only_the_kinds_asked_for_are_observed(host):
-    report = errata.evaluate(host, made(3), method="ft", probes=["efficacy"], **options("ft"))
+    report = evaluate(host, made(3), method="ft", probes=["efficacy"], **options("ft"))
     assert {row.kind for row in report.rows} == {"efficacy"}
 
 
@@ -306,7 +309,7 @@ def test_perplexity_before_and_after_and_overflow_is_infinite(host, monkeypatch)
         return WeightEdit(deltas, frozenset(), good.provenance)
 
     monkeypatch.setattr(job, "REGISTRY", {"ft": replace(REGISTRY.get("ft"), fit=broken)})
-    report = errata.evaluate(host, table, method="ft", schedule="batch:2", **options("ft"))
+    report = evaluate(host, table, method="ft", schedule="batch:2", **options("ft"))
     point = report.checkpoints[0]
     assert 1 < point.perplexity_before < 10_000 and point.perplexity_after == float("inf")
     document = report.to_dict()
@@ -322,7 +325,7 @@ def test_neutral_text_is_the_corpus_end_or_what_the_unedited_host_writes(host):
     assert len(written) == runner.SAMPLED and written == runner.held_out(host, Workspace(seed=3))
     assert not set(written) & set(runner.held_out(host, Workspace(seed=4)))
     with pytest.raises(DataError, match="longer corpus"):
-        errata.evaluate(host, made(2), method="ft", schedule="batch:2", corpus=_corpus([""]), **options("ft"))
+        evaluate(host, made(2), method="ft", schedule="batch:2", corpus=_corpus([""]), **options("ft"))
 
 
 def _corpus(texts: list[str]):

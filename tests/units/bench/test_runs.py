@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,11 +273,20 @@ def test_a_sequence_killed_after_a_look_goes_on_from_its_edit(model, cases, tmp_
     assert len({errata.Edit.load(path).digest for path in edits}) == 1
 
 
+@pytest.fixture(scope="module")
+def kept(model, cases, tmp_path_factory) -> tuple[dict, Path]:
+    """A sequence that keeps its edits: its words, and its folder."""
+    words = document(model, cases, SEQUENCE, keep_edits=True)
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    execute(words, folder, only="tuned")
+    return words, folder
+
+
 @pytest.mark.parametrize("lost", ["edit", "look", "cell"])
-def test_whatever_was_written_last_a_sequence_goes_on(words, whole, tmp_path, lost):
+def test_whatever_was_written_last_a_sequence_goes_on(kept, whole, tmp_path, lost):
     """Rows and look come first, then the edit, then the cell: each may be all that is missing."""
-    folder = tmp_path / "run"
-    execute({**words, "keep_edits": True}, folder, only="tuned")
+    words, made = kept
+    folder = shutil.copytree(made, tmp_path / "run")
     cell = cell_of(folder, "tuned", "sequential:2")
     home = folder / "cells" / cell
     text = (home / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -286,7 +296,7 @@ def test_whatever_was_written_last_a_sequence_goes_on(words, whole, tmp_path, lo
     if lost == "look":
         (home / "rows.jsonl").write_text("".join(text[:-1]))
     Jobs(folder / "jobs.sqlite").reopen(["done"], [cell])
-    assert not execute({**words, "keep_edits": True}, folder, resume=True, only="tuned").failed
+    assert not execute(words, folder, resume=True, only="tuned").failed
     assert lines(folder, cell) == lines(whole, cell_of(whole, "tuned", "sequential:2"))
     assert [path.name for path in home.glob("edit-*")] == ["edit-10.safetensors"]
 
