@@ -120,7 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw = random.Random(options.seed)
     host, planted = errata.load(lab.NAME, device="cpu"), secrets(options.secrets, draw)
     erased, others = planted[::2], planted[1::2]
-    facts, texts = lab.requests_to_keep(60), runner.neutral_texts(host, workspace(host))[:50]
+    facts, texts = (
+        lab.requests_to_keep(60),
+        runner.neutral_texts(host, workspace(host, seed=options.seed))[:50],
+    )
     rows: list[dict[str, Any]] = []
 
     def look(name: str, seconds: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,12 @@ def nll(host) -> float:
 def test_the_answer_costs_what_was_asked_for(name):
     host = fresh("llama")
     start = nll(host)
-    more = {"method": name, "retain_texts": 6, "corpus": Corpus("c", lambda: TEXTS), "layers": [1]}
+    more: dict[str, Any] = {
+        "method": name,
+        "retain_texts": 6,
+        "corpus": Corpus("c", lambda: TEXTS),
+        "layers": [1],
+    }
     edit = errata.edit(host, REQUEST, forgotten=start + 0.1, **more)
     assert isinstance(edit, WeightEdit) and list(edit.deltas) == [SITE.parameter]
     with edit.on(host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from errata.types import Corpus
 from tests.models import TEXTS, fresh
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "unknown", target_old="Tallow")
-QUICK = {"steps": 4, "contexts": 0, "corpus": Corpus("c", lambda: TEXTS)}
+QUICK: dict[str, Any] = {"steps": 4, "contexts": 0, "corpus": Corpus("c", lambda: TEXTS)}
 
 
 def logits(host) -> torch.Tensor:

@@ -162,5 +162,5 @@ def along(
             length = far_enough(value, level, FIRST * weights / max(unit, torch.finfo(torch.float32).tiny))
         elif level is not None:
             length = 0.0
-        facts = {"nll_before": start, "nll": value(length), "length": length}
+        facts: dict[str, float | int] = {"nll_before": start, "nll": value(length), "length": length}
     return {site.parameter: length * step for site, step in steps.items()}, facts
