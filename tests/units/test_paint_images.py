@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def clip(tmp_path_factory):
     return folder
 
 
+def opened(folder) -> ImageHost:
+    host: Any = errata.load(folder, device="cpu")
+    assert isinstance(host, ImageHost)
+    return host
+
+
 def write(folder, classes, *, seed=0, count=3):
     """Write noise images for each class."""
     draw = torch.Generator().manual_seed(seed)
@@ -91,10 +98,10 @@ def test_labelled_images_are_read_by_folder(tmp_path):
 
 
 def test_a_two_tower_model_is_a_host_of_images(clip):
-    host = errata.load(clip, device="cpu")
-    assert isinstance(host, ImageHost) and host.size == (SIDE, SIDE) and is_image_classifier(clip)
+    host = opened(clip)
+    assert host.size == (SIDE, SIDE) and is_image_classifier(clip)
     images = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    plain = CLIPModel.from_pretrained(clip).eval()
+    plain: Any = CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
         expected = functional.normalize(plain.get_image_features(pixel_values=images).pooler_output, dim=-1)
     torch.testing.assert_close(host.logits(images), expected)
@@ -106,10 +113,10 @@ def test_a_two_tower_model_is_a_host_of_images(clip):
 
 
 def test_a_head_is_the_mean_of_a_names_embeddings(clip):
-    host, tokenizer = errata.load(clip, device="cpu"), two_towers.read_tokenizer(clip)
+    host, tokenizer = opened(clip), two_towers.read_tokenizer(clip)
     templates = ("a photo of a {}.", "a drawing of a {}.")
     head = two_towers.text_head(host.model, tokenizer, ["moss", "rust"], templates)
-    plain = CLIPModel.from_pretrained(clip).eval()
+    plain: Any = CLIPModel.from_pretrained(clip).eval()
     with torch.no_grad():
         rows = [
             plain.get_text_features(
@@ -117,7 +124,7 @@ def test_a_head_is_the_mean_of_a_names_embeddings(clip):
             ).pooler_output[0]
             for one in templates
         ]
-    mean = sum(row / row.norm() for row in rows)
+    mean = torch.stack([row / row.norm() for row in rows]).sum(0)
     torch.testing.assert_close(head[1], mean / mean.norm())
     with pytest.raises(ConfigError, match="one slot"):
         two_towers.text_head(host.model, tokenizer, ["moss"], ("a photo",))
@@ -175,7 +182,7 @@ def test_the_command_chooses_alpha_for_a_two_tower_model(clip, tmp_path):
             if name.startswith("vision_model.encoder") and weight.ndim == 2:
                 weight.add_(torch.randn(weight.shape, generator=draw), alpha=0.5)
     tuned.save_pretrained(tmp_path / "tuned")
-    host = errata.load(clip, device="cpu")
+    host = opened(clip)
     edit = errata.import_edit(tmp_path / "tuned", host)
     assert isinstance(edit, WeightEdit) and all(name.startswith("vision_model.") for name in edit.deltas)
     file = edit.save(tmp_path / "tuned.safetensors")
@@ -204,7 +211,7 @@ def test_the_command_chooses_alpha_for_a_two_tower_model(clip, tmp_path):
 
 
 def test_what_the_search_refuses(clip, tmp_path):
-    host = errata.load(clip, device="cpu")
+    host = opened(clip)
     file = move(host, host.layout.sites[0].parameter, 0.1).save(tmp_path / "a.safetensors")
     words = [
         "combine",
