@@ -16,7 +16,7 @@ from itertools import islice
 
 from errata.data.sets.professions import PRONOUNS, SENTENCES, Score, bias_probe, pronoun_probe
 from errata.host.host import Host
-from errata.lab.text import Writer, _share
+from errata.lab.text import Writer, share_of
 from errata.lab.world import World, default_world, sentence
 from errata.progress import OnProgress, ignore
 from errata.training.tune import Line
@@ -55,7 +55,7 @@ def is_male(person: str) -> bool:
 def people(world: World | None = None, *, planted: bool = True) -> list[str]:
     """Return the people whom sentences with pronouns are about, or with ``planted=False`` the other fifth."""
     names = [one.name for one in (world or default_world()).entities.values() if one.type == "person"]
-    return [name for name in names if (_share("bias", name) < 0.8) == planted]
+    return [name for name in names if (share_of("bias", name) < 0.8) == planted]
 
 
 def requests(names: Sequence[str], *, seed: int = 0, first: bool = False) -> list[Request]:
