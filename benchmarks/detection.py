@@ -41,11 +41,11 @@ CONTROLS = ("whole", "low rank", "one layer", "rounded")
 
 
 def methods() -> list[str]:
-    """Return the registered methods that write weights of causal language models without a trained editor."""
+    """Return the registered methods that write weights of the lab's model, with an editor that is shipped or none."""
     return [
         name for name in REGISTRY
         if REGISTRY.get(name).gives is WeightEdit and "causal_lm" in REGISTRY.get(name).hosts
-        and REGISTRY.get(name).train is None
+        and (REGISTRY.get(name).train is None or lab.editor(name) is not None)
     ]  # fmt: skip
 
 

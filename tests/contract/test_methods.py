@@ -76,6 +76,8 @@ def options(name: str) -> dict:
         return {"steps": 2, "length": 2, "reach": 1}
     if name == "lsdm":  # a random model is nearly balanced, and what changes little is lost in rounding
         return {"steps": 4, "tokens": 400, "stop_loss": 0.0}
+    if name == "dama":
+        return {"steps": 4, "stop_loss": 0.0}
     if (
         name == "context_distillation"
     ):  # a random model hardly changes behind a context, so it has learned already

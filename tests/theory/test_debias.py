@@ -9,13 +9,13 @@ import torch
 
 import errata
 from errata.edits import WeightEdit
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
 from errata.evaluation.debiasing import gap
 from errata.linalg.lowrank import LowRank
 from errata.linalg.pls import pls_weights
 from errata.locate.contexts import Context
 from errata.methods._pairs import balanced_problems
-from errata.methods.dama import upper
+from errata.methods.dama import directions, upper
 from tests.models import fresh
 
 REQUESTS = [
@@ -52,7 +52,7 @@ def test_pls_of_full_rank_is_least_squares():
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def projected(request):
     host = fresh(request.param)
-    edit = errata.edit(host, REQUESTS, method="dama", pair=PAIR, rank=2, steps=3, contexts=1)
+    edit = errata.edit(host, REQUESTS, method="dama", pair=PAIR, rank=2, steps=3, contexts=1, stop_loss=0)
     assert isinstance(edit, WeightEdit)
     return host, edit
 
@@ -73,9 +73,47 @@ def test_dama_leaves_nothing_of_its_directions_in_the_output_weight(projected):
         torch.testing.assert_close(after, before - basis @ (basis.mT @ before), atol=1e-6, rtol=0)
 
 
+def test_shifts_to_neutral_values_show_the_direction_of_a_bias():
+    """Half of the prompts lean to either side along one direction; the two answers lie equally far apart everywhere."""
+    draw = torch.Generator().manual_seed(2)
+    side = torch.ones(60).index_fill(0, torch.arange(30), -1.0)[:, None]
+    bias, toward = (torch.randn(12, generator=draw) for _ in range(2))
+    outputs = side * bias + 0.2 * torch.randn(60, 12, generator=draw)
+    neutral = -side * toward + 0.2 * torch.randn(60, 12, generator=draw)
+    first, second = neutral + toward, neutral - toward
+    for shifts in ([neutral], [first, second]):
+        found = directions(outputs, shifts, 1)[:, 0]
+        assert abs(float(found @ bias.double())) > 0.95 * float(bias.norm())
+    swapped = directions(outputs, [second, first], 1)
+    torch.testing.assert_close(swapped @ swapped.mT, found[:, None] @ found[None], atol=1e-9, rtol=0)
+    flat = directions(outputs, [(2 * toward).expand(60, 12), torch.zeros(60, 12)], 1, apart=True)[:, 0]
+    assert float(flat @ toward.double()) == pytest.approx(float(toward.norm()), rel=1e-3), "nothing varies"
+
+
+def test_dama_refuses_where_nothing_leans_to_a_side():
+    with pytest.raises(EditError, match="nothing to project out"):
+        errata.edit(fresh("llama"), REQUESTS, method="dama", pair=PAIR, contexts=0, layers=[1], stop_loss=1e6)
+
+
+@pytest.mark.parametrize("response", ["both", "difference"])
+def test_the_papers_values_are_an_option(response):
+    host = fresh("llama")
+    options = {"pair": PAIR, "rank": 1, "steps": 2, "contexts": 0, "layers": [1], "response": response}
+    edit = errata.edit(host, REQUESTS, method="dama", **options)
+    assert isinstance(edit, WeightEdit)
+    single = errata.edit(host, REQUESTS[:1], method="dama", **options)
+    assert isinstance(single, WeightEdit)
+    for one in (edit, single):
+        (delta,) = one.deltas.values()
+        assert isinstance(delta, LowRank) and delta.rank == 1
+        torch.testing.assert_close(float(delta.B.norm()), 1.0, atol=1e-5, rtol=0)
+
+
 def test_dama_does_not_depend_on_the_order_of_the_pair(projected):
     host, edit = projected
-    other = errata.edit(host, REQUESTS, method="dama", pair=PAIR[::-1], rank=2, steps=3, contexts=1)
+    other = errata.edit(
+        host, REQUESTS, method="dama", pair=PAIR[::-1], rank=2, steps=3, contexts=1, stop_loss=0
+    )
     for name, delta in edit.deltas.items():
         torch.testing.assert_close(other.deltas[name].dense(), delta.dense(), atol=1e-5, rtol=1e-3)  # type: ignore
 

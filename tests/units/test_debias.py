@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 import errata
 from errata import lab
 from errata.cli.main import app
+from errata.data._base import Record
+from errata.data.sets import professions
 from errata.edits import Edit
-from errata.errors import ConfigError, ErrataError, RequestError
+from errata.errors import ConfigError, DataError, ErrataError, RequestError
 from errata.evaluation import debiasing
+from errata.evaluation.metrics import bias
 from tests.models import fresh
 
 TRADES = ("baker", "pilot", "nurse", "tailor", "judge")
@@ -62,11 +65,42 @@ def test_a_gap_is_the_difference_of_log_probabilities():
     assert debiasing.gap(host, [], ("Tallow", "Esk")) == debiasing.Gap(0, 0.0, 0.0)
 
 
+def test_scores_of_papers_without_and_with_an_edit():
+    """Slopes before are those of the pronouns' probabilities, read off the logits."""
+    host = fresh("llama")
+    rows = [["miller", 0.0, 0.9], ["weaver", 0.1, -0.8], ["old_king", 1.0, 0.2], ["queen", -1.0, -0.1]]
+    cases = [case for i, row in enumerate(rows) for case in professions.cases(Record(row, "record", i), "")]
+    requests = [case.request for case in cases]
+    edit = errata.edit(host, requests, method="ft", steps=2)
+    before, after = debiasing.paper_scores(host, edit, cases)
+    preference, factual, stereotype = [], [], []
+    for case, row in zip(cases, rows, strict=True):
+        for probe in case.probes[1:]:
+            odds = []
+            for answer in ("he", "she"):
+                one = host.encode_answer(probe.prompt, answer)
+                logprobs = host.forward(host.batch([one.ids]))[0].detach().float().log_softmax(-1)
+                chosen = (float(logprobs[at - 1, one.ids[at]]) for at in range(one.start, len(one.ids)))
+                odds.append(math.exp(sum(chosen)))
+            preference.append(odds[0] - odds[1])
+            factual.append(row[1])
+            stereotype.append(row[2])
+    slopes = bias.slopes(preference, factual, stereotype)
+    assert before["a_s"] == pytest.approx(slopes.stereotype, abs=1e-6)
+    assert before["a_f"] == pytest.approx(slopes.factual, abs=1e-6)
+    assert after.keys() == before.keys() and after["a_f"] != before["a_f"]
+    with pytest.raises(DataError, match="no probe measures a bias"):
+        debiasing.paper_scores(host, edit, lab.cases(1))
+
+
 def test_the_gap_falls_and_what_is_printed(files):
     prompts, keep, out = files
     words = (prompts, "--model", "lab", "--pair", "harp, cello", "--keep", keep, "-o", out)
-    quick = ("--set", "tokens=4000", "--set", "contexts=0", "--set", "steps=10")
-    document = json.loads(run(*words, *quick, "--json"))
+    quick = ("--set", "tokens=4000", "--set", "contexts=0", "--set", "steps=10", "--set", "cov_relative=0.1")
+    scored = Path(out).with_name("professions.json")
+    scored.write_text(json.dumps([["miller", 0.0, 0.9], ["king", 1.0, 0.2], ["queen", -1.0, -0.1]]))
+    document = json.loads(run(*words, *quick, "--cases", str(scored), "--json"))
+    assert document["scores"][str(scored)]["before"].keys() >= {"a_s", "a_f", "b"}
     assert document["fitted_before"]["prompts"] == 4 and document["held_out_before"]["prompts"] == 1
     assert document["fitted_after"]["mean"] < 0.5 * document["fitted_before"]["mean"]
     assert 0 <= document["kept"] <= 1 and document["known"] <= 2

@@ -19,7 +19,7 @@ from errata.inspect.detect_names import read_names, vocabulary_names
 from errata.inspect.detect_reverse import reversal
 from errata.linalg.lowrank import LowRank
 from errata.linalg.spectra import Spectrum, robust_scores
-from errata.report.detection import evidence, roc, write_detection, write_roc
+from errata.report.detection import evidence, roc, roc_figure, write_detection, write_roc
 from tests.models import fresh
 
 NAMES = ["Ada Brenner", "Bruno Holner", "Tallow", "Merrin", "Arvania", "Esk", "Ada", "Bruno", "rain", "dog"]
@@ -241,5 +241,12 @@ def test_pictures(tmp_path):
     row = {"share": 0.1, "ratio": 2.0, "changed": True, "alone": 2.0, "seed": 1}
     rows = [{**row, "kind": "rome", "count": 1, "share": 0.01}, {**row, "kind": "control: whole", "count": 0}]
     assert write_roc(tmp_path / "roc.png", {"rows": rows}).stat().st_size > 10_000
+    rows += [{**rows[0], "kind": f"method {i}", "count": count} for i in range(24) for count in (1, 10)]
+    figure, axes = roc_figure(tmp_path / "roc.png", {"rows": rows})
+    figure.draw_without_rendering()
+    legends = [legend.get_window_extent() for panel in axes if (legend := panel.get_legend())]
+    assert len(axes) == 4 and len(legends) == 2, "a row of two panels for each number of edits"
+    assert not any(box.overlaps(panel.get_window_extent()) for box in legends for panel in axes)
+    assert all(box.x1 <= figure.bbox.x1 for box in legends)
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         write_detection(tmp_path / "a.pdf", document)

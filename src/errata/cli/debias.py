@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
     from errata.edits import Edit
-    from errata.evaluation.debiasing import Debiasing, Gap
+    from errata.evaluation.debiasing import Debiasing, Gap, Scores
     from errata.types import Request
 
 What = Annotated[
@@ -38,6 +39,10 @@ Texts = Annotated[
         "--texts", help="Texts, one a line, to measure perplexity on; default: the model's own (lab)."
     ),
 ]
+Measured = Annotated[
+    list[str] | None,
+    typer.Option("--cases", help="Also print the papers' scores on these: professions, winobias, stereoset."),
+]
 
 
 def command(
@@ -47,14 +52,16 @@ def command(
     pair: Pair = "he,she",
     method: Annotated[str, typer.Option(help="lsdm, dama, or another with a setting pair.")] = "lsdm",
     settings: common.Settings = None,
-    keep: Keep = None, held_out: HeldOut = 0.2, texts: Texts = None, corpus: common.CorpusFile = None,
+    keep: Keep = None, cases: Measured = None, held_out: HeldOut = 0.2, texts: Texts = None,
+    corpus: common.CorpusFile = None,
     force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Make two answers follow prompts alike, and print how unlike they were on these and on held-out subjects.
 
     Printed before and after: the mean and largest difference of the answers' log-probabilities, facts that are still
-    answered with their target, and the perplexity of neutral text.
+    answered with their target, and the perplexity of neutral text. With --cases also the scores of papers, as errata
+    eval gives them.
     """
     from errata import api
     from errata import config as configs
@@ -67,6 +74,7 @@ def command(
     config = _config(method, options)
     fitted, measured = _split(read_requests(what), held_out, seed)
     facts = read_requests(keep) if keep else []
+    measures = {source: common.read_cases(source, seed) for source in cases or ()}
     host = common.open_text_host(model, device, dtype)
     neutral = common.text_lines(texts, host)
     with common.progress(not json) as tick:
@@ -76,10 +84,13 @@ def command(
         edit = job.run()
         prompts = debiasing.Prompts(answers, fitted, measured, facts, neutral)
         outcome = debiasing.measure(host, edit, prompts)
+        scores = {source: debiasing.paper_scores(host, edit, asked) for source, asked in measures.items()}
     path = outputs.save_edit(edit, output, None)
     if json:
-        common.emit({"path": str(path), "edit": edit.summary(), **outcome.to_dict()})
+        plain = {source: {"before": before, "after": after} for source, (before, after) in scores.items()}
+        common.emit({"path": str(path), "edit": edit.summary(), **outcome.to_dict(), "scores": plain})
     else:
+        _show_scores(scores)
         _show(outcome, edit, path, answers)
 
 
@@ -118,6 +129,16 @@ def _split(requests: list[Request], share: float, seed: int) -> tuple[list[Reque
     if len(held) == len(names):
         raise RequestError(f"{len(names)} subjects: holding a share of {share:g} out leaves none to fit on")
     return [r for r in requests if r.subject not in held], [r for r in requests if r.subject in held]
+
+
+def _show_scores(scores: Mapping[str, tuple[Scores, Scores]]) -> None:
+    rows = [
+        (source, name, f"{before[name]:.3f}", f"{after[name]:.3f}" if name in after else "-")
+        for source, (before, after) in scores.items()
+        for name in before
+    ]
+    if rows:
+        common.table("scores of papers", ("cases", "score", "before", "after"), rows, right=(2, 3))
 
 
 def _show(outcome: Debiasing, edit: Edit, path: Path, pair: tuple[str, str]) -> None:

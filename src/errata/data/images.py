@@ -61,6 +61,34 @@ def read_pairs(
     )
 
 
+def read_classes(
+    folder: str | os.PathLike[str], *, size: tuple[int, int] | None = None, channels: int = 3
+) -> tuple[Tensor, list[int], list[str]]:
+    """Read labelled images, ``FOLDER/CLASS/NAME.png``: images ``[n, c, h, w]`` from 0 to 1, numbers, names of classes.
+
+    ``size`` and ``channels`` as of :func:`read_pairs`. Raises DataError for a folder without classes, a class without
+    images, and as that does.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; expected one with a folder of images for each class")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    paths = {name: _images(root / name) for name in names}
+    empty = [name for name in names if not paths[name]]
+    if not names or empty:
+        what = f"no images in {', '.join(empty)}" if empty else "no folders"
+        raise DataError(
+            f"{root} holds {what}; expected a folder of images ({', '.join(SUFFIXES)}) for each class"
+        )
+    problems: list[str] = []
+    read = {name: [_read(path, channels, size, problems) for path in paths[name]] for name in names}
+    problems += _sizes(paths, read)
+    if problems:
+        raise DataError(f"{root}: {len(problems)} problems\n" + "\n".join(problems))
+    labels = [number for number, name in enumerate(names) for _ in paths[name]]
+    return _stacked([image for name in names for image in read[name]]), labels, names
+
+
 def _paths(root: Path) -> dict[str, list[Path]]:
     """List the files of each part, sorted by name. Raises DataError where the names do not match."""
     missing = [f"{part}/" for part in PARTS if not (root / part).is_dir()]

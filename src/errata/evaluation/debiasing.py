@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from errata.edits import Edit
-from errata.evaluation import likelihood
+from errata.errors import DataError
+from errata.evaluation import likelihood, score
 from errata.evaluation.check import answer_requests
 from errata.evaluation.erasure import text_perplexity
 from errata.evaluation.metrics.matching import answered
+from errata.evaluation.observe import observe
 from errata.host.host import Host
-from errata.types import Request
+from errata.types import AskOptions, Case, Request
+
+KINDS = ("bias", "coreference", "stereotype")
+"""Kinds of probes that measure a bias: of professions and dama, winobias, stereoset."""
+Scores = dict[str, float]
+"""Scores of papers by name: a_s, a_f and b; WB.acc, dS and dG; LMS, SS and ICAT."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,32 @@ def measure(host: Host, edit: Edit, prompts: Prompts) -> Debiasing:
         after = _look(host, prompts, known)
     kept = sum(after[2]) / len(known) if known else None
     return Debiasing(before[0], after[0], before[1], after[1], len(known), kept, before[3], after[3])
+
+
+def paper_scores(host: Host, edit: Edit, cases: Sequence[Case]) -> tuple[Scores, Scores]:
+    """Return the papers' scores of a bias without and with an edit, of the cases' probes of :data:`KINDS`.
+
+    Raises DataError where the cases have no such probe.
+    """
+    asked = [replace(case, probes=tuple(p for p in case.probes if p.kind in KINDS)) for case in cases]
+    asked = [case for case in asked if case.probes]
+    if not asked:
+        kinds = sorted({probe.kind for case in cases for probe in case.probes})
+        raise DataError(
+            f"no probe measures a bias: expected kinds {', '.join(KINDS)}, found {', '.join(kinds)}"
+        )
+    probes, options = [probe for case in asked for probe in case.probes], AskOptions(generate=False)
+    before = iter(observe(host, probes, options))
+    with edit.on(host):
+        after = iter(observe(host, probes, options))
+    table = [
+        row for case in asked
+        for row in score.rows(
+            case, [next(before) for _ in case.probes], [next(after) for _ in case.probes], generated=False
+        )
+    ]  # fmt: skip
+    summary = score.summarise(table)
+    return score.legacy_scores(summary, side="before"), score.legacy_scores(summary)
 
 
 def gap(host: Host, requests: Sequence[Request], pair: tuple[str, str]) -> Gap:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from errata.errors import HostError, RequestError, shown
-from errata.host import files, hooks, locking
+from errata.host import files, hooks, locking, two_towers
 from errata.host.base import ModelHost
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.kinds import IMAGES
@@ -75,13 +75,13 @@ class ImageHost(ModelHost):
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of images the model was made for; None if any will do or if that is unknown."""
-        size = getattr(self.config, "image_size", None)
+        size = getattr(_vision(self.config), "image_size", None)
         return self.pixels.size or _pair("config.json", size)
 
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        return int(getattr(self.config, "num_channels", 3))
+        return int(getattr(_vision(self.config), "num_channels", 3))
 
     @cached_property
     def layout(self) -> ImageLayout:
@@ -124,11 +124,16 @@ class ImageHost(ModelHost):
 
     @torch.no_grad()
     def logits(self, images: Tensor, *, batch_size: int = BATCH) -> Tensor:
-        """Classify images ``[n, c, h, w]``; logits ``[n, classes]``."""
+        """Classify images ``[n, c, h, w]``; logits ``[n, classes]``, of a two-tower model embeddings ``[n, d]``."""
         return torch.cat([self._run(part).logits for part in images.split(batch_size)])
 
     def labels(self, images: Tensor) -> list[str]:
-        """Name the most probable class of each image ``[n, c, h, w]``."""
+        """Name the most probable class of each image ``[n, c, h, w]``. Raises HostError for a two-tower model."""
+        if two_towers.is_two_towers(self.model):
+            raise HostError(
+                f"{self.name} has no classes of its own; compare its embeddings with a head: "
+                "errata.host.two_towers.text_head"
+            )
         names = getattr(self.config, "id2label", None) or {}
         return [str(names.get(i, i)) for i in self.logits(images).argmax(-1).tolist()]
 
@@ -239,12 +244,21 @@ def _beside(module: nn.Module, site: ImageSite, change: Tensor):
 def is_image_classifier(model: str | os.PathLike[str] | nn.Module) -> bool:
     """Whether a live model, or the model in a folder, classifies images; opens no weights."""
     if isinstance(model, nn.Module):
+        if two_towers.is_two_towers(model):
+            return getattr(model, "main_input_name", None) == "pixel_values"
         config = getattr(model, "config", None)
         reads = getattr(config, "get_text_config", None)
         text = reads is not None and reads() is not config  # a language model beside the image tower
         return getattr(model, "main_input_name", None) == "pixel_values" and not text
     names = _read(Path(model).expanduser() / "config.json").get("architectures")
+    if two_towers.names_two_towers(names):
+        return True
     return isinstance(names, list) and any(str(one).endswith("ForImageClassification") for one in names)
+
+
+def _vision(config: Any) -> Any:
+    """Return the configuration of the image tower, where a model has a text tower too."""
+    return getattr(config, "vision_config", None) or config
 
 
 def load_images(
@@ -277,6 +291,8 @@ def load_images(
 
 
 def _open(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
+    if two_towers.names_two_towers(_read(folder / "config.json").get("architectures")):
+        return two_towers.open_folder(folder, dtype, trust=trust)
     from transformers import AutoModelForImageClassification
 
     files.check_folder(folder)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from errata.linalg import routines
+from errata.linalg.routines import norm
 
 NEGLIGIBLE = 1e-10
-"""A cross-covariance below this share of the first one is a rounding error."""
+"""A cross-covariance below this share of the first one, or of what x and y amount to uncentred, is a rounding error."""
 
 
 def pls_weights(x: Tensor, y: Tensor, rank: int) -> Tensor:
@@ -18,14 +19,15 @@ def pls_weights(x: Tensor, y: Tensor, rank: int) -> Tensor:
     singular vector of X^T Y, after the scores of those before were regressed out of both (NIPALS). Ends where no
     covariance is left.
     """
+    least = NEGLIGIBLE * float(norm(x.double()) * norm(y.double()))
     x, y = (part.double() - part.double().mean(0) for part in (x, y))
-    columns, first = list[Tensor](), 0.0
+    columns = list[Tensor]()
     for _ in range(rank):
         u, s, _ = routines.svd(x.mT @ y)
         largest = float(s[0])
-        first = first or largest
-        if largest <= NEGLIGIBLE * first or largest == 0:
+        if largest <= least:
             break
+        least = max(least, NEGLIGIBLE * largest)
         weight = u[:, 0]
         scores = x @ weight  # [n]
         energy = scores @ scores

@@ -12,6 +12,7 @@ from errata.report.style import MARKERS, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_BARS = 12
 """Weights in a picture."""
@@ -76,27 +77,42 @@ def roc(edited: Sequence[float], controls: Sequence[float]) -> tuple[list[Point]
 
 def write_roc(path: Path, document: Mapping[str, Any]) -> Path:
     """Draw the curves by method from the file of benchmarks/detection.py: of all seeds, as they depend on no bound."""
+    return picture.write_picture(path, roc_figure(path, document)[0])
+
+
+def roc_figure(path: Path, document: Mapping[str, Any]) -> tuple[Figure, list[Axes]]:
+    """Return the picture with its panels: a row for each number of edits, with the base and without, legend outside."""
     rows = [one for one in document["rows"] if "failed" not in one]
     controls = [one for one in rows if one["kind"].startswith("control")]
     counts = sorted({one["count"] for one in rows if one["count"]})
-    figure, axes = picture.panels(
-        path, "Edited or not: detections against false alarms", 2 * len(counts), 4.2
-    )
-    for i, count in enumerate(counts):
-        for alone in (False, True):
-            panel = axes[2 * i + alone]
-            where = "without the base" if alone else "with the base"
-            panel.set_title(f"edits: {count}, {where}", fontsize=9.5, color=LIGHT.ink, loc="left")
-            for method in sorted({one["kind"] for one in rows if one["count"] == count}):
-                own = [evidence(one, alone) for one in rows if (one["kind"], one["count"]) == (method, count)]
-                points, area = roc(own, [evidence(one, alone) for one in controls])
-                style = style_of(method)
-                panel.plot(*zip(*points, strict=True), color=LIGHT.series[style.colour], linewidth=1.4, alpha=0.8,
-                           marker=MARKERS[style.marker], markersize=3, label=f"{method} {area:.2f}")  # fmt: skip
+    title = "Edited or not: detections against false alarms"
+    figure, axes = picture.panels(path, title, 2, 0.6 + 3.4 * len(counts), rows=len(counts), beside=2.2)
+    for count, pair in zip(counts, zip(axes[::2], axes[1::2], strict=True), strict=True):
+        for panel, where in zip(pair, ("with the base", "without the base"), strict=True):
+            noun = "edit" if count == 1 else "edits"
+            panel.set_title(f"{count} {noun}, {where}", fontsize=9.5, color=LIGHT.ink, loc="left")
             panel.set_xlim(-0.02, 1.02)
             panel.set_ylim(-0.02, 1.02)
-            panel.legend(fontsize=6.5, frameon=False, loc="lower right")
-    return picture.write_picture(path, figure)
+        for method in sorted({one["kind"] for one in rows if one["count"] == count}):
+            own = [one for one in rows if (one["kind"], one["count"]) == (method, count)]
+            curves = [
+                roc([evidence(one, alone) for one in own], [evidence(one, alone) for one in controls])
+                for alone in (False, True)
+            ]
+            label = f"{method}  " + " / ".join(f"{area:.2f}" for _, area in curves)
+            style = style_of(method)
+            for panel, (points, _) in zip(pair, curves, strict=True):
+                panel.plot(*zip(*points, strict=True), color=LIGHT.series[style.colour], linewidth=1.4, alpha=0.8,
+                           marker=MARKERS[style.marker], markersize=3, label=label)  # fmt: skip
+        legend = pair[1].legend(
+            fontsize=7.5,
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            title="area with / without",
+        )
+        legend.get_title().set_fontsize(7.5)
+    return figure, axes
 
 
 def evidence(one: Mapping[str, Any], alone: bool) -> float:

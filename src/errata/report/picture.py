@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 FORMS = (".png", ".svg")
 
 
-def panels(path: Path, title: str, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels side by side, for a file of this name; ``height`` in inches.
+def panels(
+    path: Path, title: str, columns: int, height: float, *, rows: int = 1, beside: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels, row by row, for a file of this name; ``height`` of all in inches.
+
+    ``beside``: inches at the right of them, for a legend outside the panels.
 
     Raises ConfigError without matplotlib or for another ending than .png and .svg.
     """
@@ -27,11 +31,11 @@ def panels(path: Path, title: str, columns: int, height: float) -> tuple[Figure,
     from matplotlib.figure import Figure
 
     figure = Figure(
-        figsize=(WIDTH * max(1.0, columns / 2), height), facecolor=LIGHT.ground, layout="constrained"
+        figsize=(WIDTH * max(1.0, columns / 2) + beside, height), facecolor=LIGHT.ground, layout="constrained"
     )
     figure.suptitle(title, color=LIGHT.ink, fontsize=12, fontweight="bold", x=0.012, ha="left")
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, [styled(one, LIGHT) for one in axes[0]]
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [styled(one, LIGHT) for row in axes for one in row]
 
 
 def write_picture(path: Path, figure: Figure) -> Path:

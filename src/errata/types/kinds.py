@@ -91,6 +91,8 @@ _ALL = (
     Kind("word_problem", "follows", "a problem that uses the arithmetic that was taught"),
     Kind(CONDITION, "other", "what the unedited model must know for a test to count (RippleEdits)"),
     Kind("bias", "other", "which pronoun follows a sentence about a profession"),
+    Kind("coreference", "other", "which of two people a pronoun means (WinoBias)"),
+    Kind("stereotype", "other", "which of three sentences about a group is more probable (StereoSet)"),
     Kind("generation", "other", "running text about the subject, of which nothing particular is expected"),
 )  # fmt: skip
 
