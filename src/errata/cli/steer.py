@@ -94,14 +94,14 @@ def command(
     whole = read_contrasts(pairs)
     check_takes(entry, [whole])
     fitted, choosing, shown = whole.split((held_out, held_out), seed=seed)
-    _scorer(score)
+    scorer = _scorer(score)
     host = common.open_text_host(model, device, dtype)
     with common.progress(not (json or dry_run)) as tick:
         job = api.prepare(host, fitted, method=method, options=config, seed=seed, on_progress=tick)
         if dry_run:
             _dry(job.to_dict(), (fitted, choosing, shown), json)
             return
-        gauge = _gauges(host, common.text_lines(texts, host), _scorer(score), max_new_tokens)
+        gauge = _gauges(host, common.text_lines(texts, host), scorer, max_new_tokens)
         edit, sweep = _fit(job.run(), None if fixed is not None else gauge(choosing), limit, tick)
         measured = gauge(shown)
         points = measured.base, measured.at(edit, edit.strength)
