@@ -52,8 +52,8 @@ def write_sweeps(path: Path, document: Mapping[str, Any]) -> Path:
     sweeps = [row for row in document["rows"] if "points" in row]
     figure, (left, right) = picture.panels(path, f"Steering to {document['task']}", columns=2, height=4.2)
     for name, axes in (("overall", left), ("concept", right)):
-        for row in sweeps:
-            _trade(axes, row["method"], name, row["points"], row["chosen"])
+        for number, row in enumerate(sweeps):  # few methods: by their place they differ in colour and marker
+            _trade(axes, number, row["method"], name, row["points"], row["chosen"])
         base = sweeps[0]["points"][0]["perplexity"]
         axes.axvline(document["limit"] * base, color=LIGHT.ink, linewidth=1, linestyle="--")
         axes.set_xscale("log")
@@ -63,11 +63,12 @@ def write_sweeps(path: Path, document: Mapping[str, Any]) -> Path:
     return picture.write_picture(path, figure)
 
 
-def _trade(axes: Axes, method: str, name: str, points: Sequence[Mapping[str, Any]], chosen: float) -> None:
-    style = style_of(method)
-    colour = LIGHT.series[style.colour]
+def _trade(
+    axes: Axes, number: int, method: str, name: str, points: Sequence[Mapping[str, Any]], chosen: float
+) -> None:
+    colour, marker = LIGHT.series[number % len(LIGHT.series)], MARKERS[number % len(MARKERS)]
     where = [(one["perplexity"], one[name]) for one in points]
-    axes.plot(*zip(*where, strict=True), color=colour, linewidth=1.3, alpha=0.85, marker=MARKERS[style.marker],
+    axes.plot(*zip(*where, strict=True), color=colour, linewidth=1.3, alpha=0.85, marker=marker,
               markersize=3.5, label=method)  # fmt: skip
     here = next(at for one, at in zip(points, where, strict=True) if one["strength"] == chosen)
     axes.plot(*here, marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
