@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from errata.evaluation.judge import JudgeSettings
     from errata.host.host import Host
     from errata.job import Job
-    from errata.types import AskOptions, Case, Concept, ImageRequest, LabelledText, Probe, Request
+    from errata.types import (
+        AskOptions,
+        Case,
+        Concept,
+        ContrastPair,
+        Contrasts,
+        ImageRequest,
+        LabelledText,
+        Probe,
+        Request,
+    )
 
 _HOME = {
     "load": "errata.api",
@@ -49,6 +59,8 @@ _HOME = {
     "Request": "errata.types",
     "ImageRequest": "errata.types",
     "Concept": "errata.types",
+    "ContrastPair": "errata.types",
+    "Contrasts": "errata.types",
     "LabelledText": "errata.types",
     "Probe": "errata.types",
     "Case": "errata.types",
@@ -67,6 +79,8 @@ __all__ = [
     "AskOptions",
     "Case",
     "Concept",
+    "ContrastPair",
+    "Contrasts",
     "Edit",
     "EditCheck",
     "ErrataError",

@@ -24,10 +24,10 @@ from errata.stats.corpora import as_corpus
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.trackers import check_tracker
 from errata.training.workers import ALONE, Workers
-from errata.types import DEFAULT_ASK, AskOptions, Case, Concept, Corpus, ImageRequest, Request
+from errata.types import DEFAULT_ASK, AskOptions, Case, Concept, Contrasts, Corpus, ImageRequest, Request
 
-AnyRequest: TypeAlias = Request | ImageRequest | Concept
-"""What a method may be asked for: a fact, images, or a concept to take out."""
+AnyRequest: TypeAlias = Request | ImageRequest | Concept | Contrasts
+"""What a method may be asked for: a fact, images, a concept to take out, or a behaviour to steer to."""
 TRACE = "trace"
 """As a method's ``layers`` or ``layer``: the layer that causal tracing of the requests points at."""
 EXAMPLE_SEED = 1_000_003
@@ -107,7 +107,9 @@ def prepare(
     check_kind(entry, host)
     entry.check_after(after)
     host = with_prompt_options(host, ask, after=after)
-    requests = (requests,) if isinstance(requests, (Request, ImageRequest, Concept)) else tuple(requests)
+    requests = (
+        (requests,) if isinstance(requests, (Request, ImageRequest, Concept, Contrasts)) else tuple(requests)
+    )
     check_takes(entry, requests)
     if check:
         check_requests(host, requests)
@@ -280,19 +282,25 @@ def check_kind(method: Method, host: Host) -> None:
         raise ConfigError(f"{error}; methods for those: {', '.join(fitting) or 'none'}") from None
 
 
+_TAKEN: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "requests": ((Request, ImageRequest), "requests, and a concept or contrast pairs were given; methods for those"),
+    "concept": ((Concept,), "a concept shown by labelled texts, no requests: use errata erase, or an errata.Concept"),
+    "contrasts": ((Contrasts,), "contrast pairs, no requests: use errata steer, or an errata.Contrasts"),
+}  # fmt: skip
+"""What a method may take: the types, and what is said where others are given."""
+
+
 def check_takes(method: Method, requests: Sequence[AnyRequest]) -> None:
-    """Raise ConfigError where a method that forgets concepts gets facts, or the other way round."""
-    concepts = method.takes == "concept"
-    if any(isinstance(request, Concept) is not concepts for request in requests):
+    """Raise ConfigError where a method gets requests, a concept or contrast pairs, and takes another of them."""
+    types, text = _TAKEN[method.takes]
+    for request in requests:
+        given = next((name for name, (own, _) in _TAKEN.items() if isinstance(request, own)), None)
+        if isinstance(request, types) or (given is None and method.takes == "requests"):
+            continue  # what is no request at all is refused with its number
+        able = [name for name in REGISTRY if REGISTRY.get(name).takes == given]
         raise ConfigError(
-            f"{method.name} takes a concept shown by labelled texts, no requests: use errata erase, or pass an "
-            "errata.Concept" if concepts
-            else f"{method.name} takes requests, and a concept was given; methods for those: {', '.join(_erasing())}"
-        )  # fmt: skip
-
-
-def _erasing() -> list[str]:
-    return [name for name in REGISTRY if REGISTRY.get(name).takes == "concept"]
+            f"{method.name} takes {text}{': ' + ', '.join(able) if method.takes == 'requests' else ''}"
+        )
 
 
 def check_requests(host: Host, requests: Sequence[AnyRequest]) -> None:
@@ -315,6 +323,15 @@ def _check_request(host: Host, request: AnyRequest) -> None:
         length = host.length(host.encode(longest.text).ids)
         if host.window is not None and length > host.window:
             raise RequestError(f"a text is {length} tokens, the model's window is {host.window}")
+        return
+    if isinstance(request, Contrasts):
+        for pair in request.pairs:
+            for answer in (pair.positive, pair.negative):
+                length = host.length(host.encode_answer(pair.prompt, answer).ids)
+                if host.window is not None and length > host.window:
+                    raise RequestError(
+                        f"a prompt and its answer are {length} tokens, the window is {host.window}"
+                    )
         return
     expected = ImageRequest if isinstance(host, ImageHost) else Request
     if not isinstance(request, expected):

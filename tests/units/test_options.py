@@ -84,6 +84,7 @@ def test_every_verb_takes_json(name):
         ("train", {"--device", "--dtype", "--seed", "--force"}),
         ("erase", {"--device", "--dtype", "--seed", "--force"}),
         ("debias", {"--device", "--dtype", "--seed", "--force", "--cases"}),
+        ("steer", {"--device", "--dtype", "--seed", "--force"}),
         ("lab check", {"--device", "--dtype", "--seed"}), ("demo", {"--device", "--dtype", "--seed", "--force"}),
         ("init", {"--device", "--dtype"}), ("log", set()), ("tag", set()), ("revert", set()), ("reset", set()),
         ("status", {"--device", "--dtype"}), ("diff", {"--device", "--dtype"}), ("blame", {"--device", "--dtype"}),

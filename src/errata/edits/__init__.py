@@ -4,6 +4,16 @@ from errata.edits.edit import Edit, Placement, Provenance
 from errata.edits.memory import MemoryEdit
 from errata.edits.model import ModelEdit
 from errata.edits.prompt import PromptEdit
+from errata.edits.steer import SteerEdit
 from errata.edits.weight import WeightEdit
 
-__all__ = ["Edit", "MemoryEdit", "ModelEdit", "Placement", "PromptEdit", "Provenance", "WeightEdit"]
+__all__ = [
+    "Edit",
+    "MemoryEdit",
+    "ModelEdit",
+    "Placement",
+    "PromptEdit",
+    "Provenance",
+    "SteerEdit",
+    "WeightEdit",
+]

@@ -23,7 +23,7 @@ from errata.edits.header import provenance_fields
 from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.base import ModelHost
-from errata.types import Concept, ConceptRecord, ImageRecord, ImageRequest, Request
+from errata.types import Concept, ConceptRecord, Contrasts, ImageRecord, ImageRequest, Request
 
 TRAINED = "artefact"
 """What the header of a trained editor's file names as its kind, see :class:`errata.edits.artefact.Artefact`."""
@@ -60,7 +60,8 @@ class Provenance:
     the same fit gives the same edit at any time."""
 
     def __post_init__(self) -> None:
-        recorded = tuple(r.record if isinstance(r, (ImageRequest, Concept)) else r for r in self.requests)
+        kept = (ImageRequest, Concept, Contrasts)
+        recorded = tuple(r.record if isinstance(r, kept) else r for r in self.requests)
         object.__setattr__(self, "requests", recorded)
 
     def identity(self) -> dict[str, Any]:

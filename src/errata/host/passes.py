@@ -174,6 +174,18 @@ class Routing:
             whole[:, : mask.shape[1]] = mask
         return whole
 
+    def indices(self, rows: int, length: int) -> Tensor:
+        """Return each column's index among the tokens of its row, int64 ``[rows, length]``.
+
+        Counted from the row's first token, also of earlier passes; -1 for padding before it.
+        """
+        if self._mask is None:
+            return (torch.arange(length) + (self._prefix or 0)).expand(rows, -1)
+        mask = self._mask.long().cpu()
+        if mask.shape[1] < length:  # what a loop has written is behind the mask
+            mask = torch.cat([mask, mask.new_ones(rows, length - mask.shape[1])], 1)
+        return (mask.cumsum(1) - 1)[:, -length:]
+
     def members(self, number: int | None, rows: int) -> Tensor | None:
         """Return which rows belong to an edit set, bool ``[rows]``; None where an edit is for all rows."""
         if number is None:

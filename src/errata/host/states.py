@@ -52,11 +52,13 @@ def labelled_rows(host: Host, concept: Concept, tokens: Tokens = "last") -> Labe
 
 @torch.no_grad()
 def module_states(
-    host: Host, texts: LabelledRows, modules: Sequence[str], changes: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    host: Host, texts: LabelledRows, modules: Sequence[str], changes: Mapping[str, Callable[[Tensor], Tensor]] = {}, *,
+    inputs: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return what modules give at the labelled tokens, each ``[n, d]`` on the CPU, in float32 at least.
 
-    ``changes``: maps ``[..., d]`` of the outputs of modules, in place meanwhile at every token.
+    ``changes``: maps ``[..., d]`` of the outputs of modules, in place meanwhile at every token. ``inputs``: what they
+    get instead.
     """
     dtype = torch.promote_types(host.dtype, torch.float32)
     found: dict[str, dict[int, Tensor]] = {path: {} for path in modules}
@@ -73,7 +75,8 @@ def module_states(
             for path, change in changes.items():
                 stack.enter_context(hooks.on_output(host.model.get_submodule(path), _wide(change)))
             for path in modules:
-                stack.enter_context(hooks.on_output(host.model.get_submodule(path), keep(found[path], group)))
+                look: Any = hooks.on_input if inputs else hooks.on_output
+                stack.enter_context(look(host.model.get_submodule(path), keep(found[path], group)))
             host.forward(host.batch([texts.rows[i] for i in group]), keep=1)
     return {path: torch.cat([rows[i] for i in range(len(texts.rows))]) for path, rows in found.items()}
 

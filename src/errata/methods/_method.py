@@ -98,8 +98,9 @@ class Method:
     """What it takes besides host and requests: second_moment, contexts, gradients, peft."""
     writes: Literal["site", "linear", "block"] = "site"
     """What it may change: feed-forward and attention outputs, any linear map of a block, or all of a block."""
-    takes: Literal["requests", "concept"] = "requests"
-    """What a fit is asked for: requests that a prompt be answered, or to forget a concept that labelled texts show."""
+    takes: Literal["requests", "concept", "contrasts"] = "requests"
+    """What a fit is asked for: requests that a prompt be answered, to forget a concept that labelled texts show, or to
+    steer to a behaviour that contrast pairs show."""
     hosts: tuple[str, ...] = (CAUSAL,)
     """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True

@@ -2,6 +2,7 @@
 
 from errata.types.asking import DEFAULT_ASK, AskOptions
 from errata.types.concept import Concept, ConceptRecord, LabelledText
+from errata.types.contrast import ContrastPair, Contrasts
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
 from errata.types.resources import Corpus, Resources
@@ -27,6 +28,8 @@ __all__ = [
     "Case",
     "Concept",
     "ConceptRecord",
+    "ContrastPair",
+    "Contrasts",
     "Corpus",
     "Form",
     "ImageRecord",

@@ -11,6 +11,7 @@ from errata.edits.edit import Edit
 from errata.edits.export._exporter import INSTEAD
 from errata.edits.memory import Intervention, MemoryEdit
 from errata.edits.routers.always import Always
+from errata.edits.steer import SteerEdit
 from errata.edits.weight import WeightEdit, add_deltas
 from errata.errors import EditError, HostError
 from errata.host import placement
@@ -28,6 +29,10 @@ def check_kind(edit: Edit, what: str) -> WeightEdit | MemoryEdit:
 
     ``what``: the export, with an article.
     """
+    if isinstance(edit, SteerEdit):
+        raise EditError(
+            f"a {edit.kind} edit changes states while the model runs, and {what} has no place for that; {INSTEAD}"
+        )
     if not isinstance(edit, (WeightEdit, MemoryEdit)):
         raise EditError(
             f"a {edit.kind} edit changes no weights, so there is nothing for {what} to hold; export it to prompts, or "

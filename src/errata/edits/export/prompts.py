@@ -61,7 +61,8 @@ def plan(edit: Edit, host: None, options: Options) -> Plan:
     """Make the documents."""
     if not isinstance(edit, PromptEdit):
         raise EditError(
-            f"a {edit.kind} edit has no texts to put into prompts; export it to a checkpoint or to peft"
+            f"a {edit.kind} edit has no texts to put into prompts; "
+            + (INSTEAD if edit.kind == "steer" else "export it to a checkpoint or to peft")
         )
     _refuse_router(edit.router)
     if edit.procedure.name not in STEPS:
