@@ -84,11 +84,11 @@ def system(entry: Mapping[str, Any]) -> System:
     known = {field.name for field in fields(System)}
     if set(entry) - known:
         raise ValueError(f"{entry.get('name')}: unknown field {sorted(set(entry) - known)}; quote commas")
-    values: dict[str, Any] = dict(entry) | {
-        name: tuple(value) if isinstance(value := entry[name], list) else (value,)
-        for name in several & set(entry)
-    }
-    result = System(**values | {"arxiv": tuple(entry.get("arxiv", "").split())})
+    values: dict[str, Any] = {}
+    for name, value in entry.items():
+        values[name] = tuple(value if isinstance(value, list) else [value]) if name in several else value
+    values["arxiv"] = tuple(entry.get("arxiv", "").split())
+    result = System(**values)
     if bool(result.places) == bool(result.why):
         raise ValueError(f"{result.name}: expected either where it is or why: not both, not neither")
     return result
