@@ -81,7 +81,7 @@ def activations(h: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> 
 def with_norms_of(changed: Tensor, h: Tensor) -> Tensor:
     """Return states ``[n, d]`` scaled to the norms of others."""
     tiny = torch.finfo(changed.dtype).tiny
-    return changed * (h.norm(dim=-1, keepdim=True) / changed.norm(dim=-1, keepdim=True).clamp_min(tiny))
+    return changed * (routines.norm(h, -1)[..., None] / routines.norm(changed, -1)[..., None].clamp_min(tiny))
 
 
 # --- directions -----------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def with_norms_of(changed: Tensor, h: Tensor) -> Tensor:
 
 def unit(vector: Tensor) -> Tensor:
     """Return a vector ``[d]`` of length 1. Raises ValueError for one of zeros."""
-    length = float(vector.norm())
+    length = float(routines.norm(vector))
     if not length > 0:
         raise ValueError("the two sides have the same states: there is no direction between them")
     return vector / length
@@ -120,8 +120,8 @@ def plane(first: Tensor, candidates: Tensor) -> Tensor:
     """
     b1 = unit(first.double())
     rest = candidates.double() - (candidates.double() @ b1)[:, None] * b1
-    scale = float(candidates.double().norm(dim=1).max())
-    if not float(rest.norm(dim=1).max()) > 1e-9 * scale:
+    scale = float(routines.norm(candidates.double(), 1).max())
+    if not float(routines.norm(rest, 1).max()) > 1e-9 * scale:
         raise ValueError("all candidate directions are one: they span no plane")
     b2 = principal(rest)
     b2 = unit(b2 - (b2 @ b1) * b1)

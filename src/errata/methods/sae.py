@@ -74,7 +74,8 @@ def fit(host: Host, requests: Sequence[Contrasts], config: Config, work: Workspa
     sides = [steering.activations(h.float(), book.encoder, bias, book.threshold) for h in (one, other)]
     difference = sides[0].mean(0) - sides[1].mean(0)
     if config.how == "sta":
-        chosen = _atoms(difference, *[(side > 0).float().mean(0) for side in sides], config.atoms)
+        first, second = [(side > 0).float().mean(0) for side in sides]
+        chosen = _atoms(difference, first, second, config.atoms)
     else:
         largest = difference.topk(min(config.most, book.features)).indices
         chosen = largest if config.features is None else torch.tensor(config.features)
