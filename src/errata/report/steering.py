@@ -36,6 +36,7 @@ def write_calibration(path: Path, sweep: Mapping[str, Any], title: str) -> Path:
                markersize=4)  # fmt: skip
     right.axhline(sweep["limit"] * points[0]["perplexity"], color=LIGHT.ink, linewidth=1, linestyle="--")
     right.set_yscale("log")
+    _plain(right.yaxis)
     _titled(right, "perplexity of neutral text, and its limit")
     for axes in (left, right):
         axes.axvline(sweep["chosen"], color=LIGHT.ink, linewidth=1, linestyle=":")
@@ -57,6 +58,7 @@ def write_sweeps(path: Path, document: Mapping[str, Any]) -> Path:
         base = sweeps[0]["points"][0]["perplexity"]
         axes.axvline(document["limit"] * base, color=LIGHT.ink, linewidth=1, linestyle="--")
         axes.set_xscale("log")
+        _plain(axes.xaxis)
         axes.set_xlabel("perplexity of neutral text (dashed: the limit)", fontsize=8.5)
         _titled(axes, f"{name} score, 0 to 2")
     right.legend(fontsize=6.5, frameon=False)
@@ -72,6 +74,12 @@ def _trade(
               markersize=3.5, label=method)  # fmt: skip
     here = next(at for one, at in zip(points, where, strict=True) if one["strength"] == chosen)
     axes.plot(*here, marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
+
+
+def _plain(axis: Any) -> None:
+    """Write the numbers of a logarithmic axis as they are, also those between two powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _titled(axes: Axes, title: str) -> None:
