@@ -112,7 +112,7 @@ def test_no_batch_is_charged_that_is_not_in_place_yet():
     assert all(one[0] == 5 and len(set(one)) == 3 and max(one[1:]) < 5 for one in draws)
     assert {i for one in draws for i in one} == set(range(6))
     assert task._charged(random.Random(0), 0) == [0]
-    object.__setattr__(task, "config", rledit.Config(reach=3))
+    object.__setattr__(task, "config", rledit.Config(reach=3, charged="last"))
     assert task._charged(random.Random(0), 5) == [5, 4, 3]
 
 

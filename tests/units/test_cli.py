@@ -198,8 +198,10 @@ def test_dry_run_writes_nothing(folder, tmp_path):
 
 def test_methods_are_listed_by_the_kind_of_their_edits():
     everything = json.loads(run("methods", "--json").stdout)
-    for kind in ("weight", "memory", "prompt"):
+    for kind in ("weight", "memory", "prompt", "steer"):
         names = [entry["name"] for entry in json.loads(run("methods", "--kind", kind, "--json").stdout)]
         assert names and names == [entry["name"] for entry in everything if entry["gives"] == kind]
     refused = run("methods", "--kind", "zqxw")
-    assert refused.returncode == 2 and "expected one of memory, model, prompt, weight" in refused.stderr
+    assert (
+        refused.returncode == 2 and "expected one of memory, model, prompt, steer, weight" in refused.stderr
+    )

@@ -113,7 +113,12 @@ def _config(method: str, options: dict[str, object]) -> object:
     from errata.errors import ConfigError
     from errata.methods import REGISTRY
 
-    able = [name for name in REGISTRY if "pair" in {f.name for f in fields(REGISTRY.get(name).config)}]
+    methods = [REGISTRY.get(name) for name in REGISTRY]
+    able = [
+        one.name
+        for one in methods
+        if one.takes == "requests" and "pair" in {field.name for field in fields(one.config)}
+    ]
     if method not in able and method in REGISTRY:
         raise ConfigError(f"{method} makes no pair of answers alike; methods that do: {', '.join(able)}")
     return configs.make(REGISTRY.get(method).config, options, method)

@@ -199,10 +199,13 @@ def _show(
             f"strengths; * the best with perplexity up to {sweep.limit:g} times the unsteered one",
             ("strength", *columns), rows, right=right,
         )  # fmt: skip
+    measured = zip(columns, _row(points[0]), _row(points[1]), strict=True)
     common.table(
-        f"on {held_out} other pairs", ("", *columns),
-        [("unsteered", *_row(points[0])), (f"strength {edit.strength:g}", *_row(points[1]))], right=right,
-    )  # fmt: skip
+        f"on {held_out} other pairs",
+        ("", "unsteered", f"strength {edit.strength:g}"),
+        list(measured),
+        right=(1, 2),
+    )
     if edit.strength == 0:
         print("no strength is better than none within the limit: the edit changes nothing")
     print(

@@ -173,7 +173,7 @@ def _apart(
     result: list[list[tuple[int, Line]]] = []
     for item, own in zip(items, lines, strict=True):
         mine = {prompt_of(line) for line in item.inside}
-        texts = host.decode([prompt_of(line) for line in own]) if own else []
+        texts = [host.tokenizer.decode([i for i in prompt_of(line) if i >= 0]) for line in own]
         others = [name for name in subjects if name is not None and name != item.request.subject]
         result.append([
             (place, line)
@@ -184,8 +184,8 @@ def _apart(
 
 
 def prompt_of(line: Line) -> tuple[int, ...]:
-    """Return a line's tokens up to the one that predicts the first of its answer."""
-    return line.ids[: line.at[0] + 1]
+    """Return a line's tokens up to the one that predicts the first of its answer; of a classifier's text, all."""
+    return line.ids[: line.at[0] + 1] if line.at else line.ids
 
 
 # --- losses ---------------------------------------------------------------------------------
