@@ -85,3 +85,28 @@ def test_an_update_is_charged_for_five_things_by_their_weights(monkeypatch):
     for found, expected in seen:  # the host is unedited at the first update, as the divergence's reference is
         assert found == pytest.approx(expected, rel=1e-4)
     assert host.weights_hash() == start and host.placed == ()
+
+
+def test_an_update_is_not_charged_for_what_another_of_its_step_changes(monkeypatch):
+    host, charged = fresh("llama"), []
+    near = errata.Probe("neighbourhood", "Lena Ost works in", ("Esk",), ("Esk",))
+    cases = [
+        errata.Case(case.id, case.request, (*case.probes, near))
+        if case.request.subject == "Ivo Marn"
+        else case
+        for case in CASES
+    ]
+    original = slag._Task._loss
+
+    def loss(self, sample, unedited, changes):
+        texts = [host.tokenizer.decode(line.ids) for line in sample.outside]
+        charged.append((sample.item.request.subject, any("Lena Ost" in text for text in texts)))
+        assert len(unedited) == len(texts)
+        return original(self, sample, unedited, changes)
+
+    monkeypatch.setattr(slag._Task, "_loss", loss)
+    options = {**SHORT, "steps": 8, "every": 8, "applications": 1, "outside": 9, "others": 0}
+    errata.train(host, method="slag", cases=cases, **options)
+    steps = [dict(charged[i : i + 2]) for i in range(0, len(charged), 2)]
+    asked = {("Lena Ost" in step, step["Ivo Marn"]) for step in steps if "Ivo Marn" in step}
+    assert asked == {(True, False), (False, True)}

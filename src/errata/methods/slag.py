@@ -41,6 +41,7 @@ from errata.training.editing import (
     Item,
     Sample,
     answered,
+    apart,
     draw,
     line_of,
     log_probabilities,
@@ -145,7 +146,9 @@ class _Task:
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
         config, parameters = self.config, list(self.editor.parameters())
-        samples = draw(self.data.items, examples, config.sampling, hypernetwork.rng_of(step, self.seed))
+        rng = hypernetwork.rng_of(step, self.seed)
+        # a prompt that another update of the step is to change is no measure of this one's harm
+        samples = apart(self.host, draw(self.data.items, examples, config.sampling, rng))
         with torch.no_grad():
             before = [
                 log_probabilities(self.host, s.outside)[0].split([len(line.at) for line in s.outside])
