@@ -12,8 +12,10 @@ from errata.errors import HostError, RequestError
 from errata.evaluation.observe import observe
 from errata.host import tokens
 from errata.host.build import new_model, new_tokenizer
-from errata.locate.contexts import prefixes
+from errata.locate import contexts
+from errata.locate.contexts import prefixes, sampled_corpus
 from errata.locate.keys import subject_place
+from errata.methods._method import Workspace
 from tests.models import FAMILIES, TEXTS, fresh, tokenizer
 
 # --- subject lookup ---------------------------------------------------------------------------
@@ -284,3 +286,25 @@ def test_prefixes_depend_on_the_seed_alone():
     assert sum(c.weight for c in one) == pytest.approx(1)
     half = prefixes(host, seed=3, groups=[(4, 4)], weighting="half_bare")
     assert half[0].weight == 0.5 and half[0].prefix == "" and sum(c.weight for c in half) == pytest.approx(1)
+
+
+def test_what_a_host_writes_is_sampled_once_and_kept_for_the_unedited_host(tmp_path, monkeypatch):
+    host = fresh("llama")
+    groups = [(2, 4), (2, 6)]
+    plain = prefixes(host, seed=0, groups=groups)
+    text = list(sampled_corpus(host, texts=20, length=5).texts())
+    request = errata.Request("{} is", "Ada", "Esk")
+    edit = errata.edit(host, request, method="ft", steps=3, learning_rate=0.5, epsilon=None)
+    with edit.on(host):
+        other = Workspace(folder=tmp_path / "edited").contexts(host, groups, "flat")
+        assert other != plain and not (tmp_path / "edited").exists()
+    work = Workspace(folder=tmp_path)
+    assert work.contexts(host, groups, "flat") == plain
+    assert list(sampled_corpus(host, texts=20, length=5, folder=tmp_path).texts()) == text
+    monkeypatch.setattr(contexts, "sample", None)
+    assert Workspace(folder=tmp_path).contexts(host, groups, "flat") == plain
+    assert list(sampled_corpus(host, texts=20, length=5, folder=tmp_path).texts()) == text
+    with edit.on(host):
+        assert Workspace(folder=tmp_path, after=edit).contexts(host, groups, "flat") == plain
+    with pytest.raises(TypeError):  # of another seed nothing is kept
+        prefixes(host, seed=1, groups=groups, folder=tmp_path)

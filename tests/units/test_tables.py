@@ -267,7 +267,9 @@ def test_texts_to_rehearse_are_written_once_for_the_unedited_host(tmp_path, monk
         Workspace(folder=edited).texts(host, 20, 5, own=True)
         assert not edited.exists(), "what an edited host writes is not stored"
         assert Workspace(folder=unedited, after=edit).texts(host, 20, 5, own=True) == texts
-        assert len(list(unedited.iterdir())) == 1, "that of the host without the edit that is continued is"
+        assert len(list(unedited.iterdir())) == 2, (
+            "both parts of the host without the edit that is continued are"
+        )
 
 
 # --- statements for a request ---------------------------------------------------------------

@@ -48,7 +48,9 @@ def held_out(host: Host, work: Workspace) -> list[str]:
     Statistics use the beginning of the corpus, or samples of another seed, so the texts are different unless the
     corpus is shorter than the token budget.
     """
-    corpus = work.corpus or sampled_corpus(host, seed=work.seed + 1, texts=SAMPLED, length=SAMPLED_TOKENS)
+    corpus = work.corpus or sampled_corpus(
+        host, seed=work.seed + 1, texts=SAMPLED, length=SAMPLED_TOKENS, folder=work.folder_of(host)
+    )
     return list(deque(corpus.texts(), maxlen=TEXTS))
 
 

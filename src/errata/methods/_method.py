@@ -24,7 +24,7 @@ from errata.host.layout import DECODER, Site
 from errata.linalg.block_moments import AnyMoments
 from errata.linalg.moments import Eigen, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
-from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, stored_corpus, weigh
+from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
 from errata.locate.own import OwnCounts, OwnText, own_text
 from errata.progress import OnProgress, ignore
 from errata.stats import external
@@ -325,8 +325,7 @@ class Workspace:
                     missing,
                     corpus,
                     tokens=budget,
-                    # statistics of an edited host are nobody else's
-                    folder=None if host.placed else self.folder,
+                    folder=self.folder_of(host),
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
             name = f"C of {corpus.name}, {budget} tokens"
@@ -346,7 +345,7 @@ class Workspace:
             key = ("eigen", site, *state)
             if key not in self._cache:
                 self._cache[key] = eigen_of(
-                    host, site, corpus, tokens=budget, folder=None if self._others(host) else self.folder,
+                    host, site, corpus, tokens=budget, folder=self.folder_of(host),
                     moments=self._cache[("moments", site, *state)][0],
                 )  # fmt: skip
         return {s: (self._cache[("eigen", s, *state)], self._cache[("moments", s, *state)][1]) for s in sites}
@@ -374,7 +373,9 @@ class Workspace:
             with self.unedited(host):
                 self._cache[key] = (
                     excerpts(host, self.corpus, groups=groups, weighting=weighting) if host.fills
-                    else prefixes(host, seed=self.seed, groups=groups, weighting=weighting)
+                    else prefixes(
+                        host, seed=self.seed, groups=groups, weighting=weighting, folder=self.folder_of(host)
+                    )
                 )  # fmt: skip
         return self._cache[key]
 
@@ -394,7 +395,7 @@ class Workspace:
         if key not in self._cache:
             with self.unedited(host):
                 self._cache[key] = own_tables(
-                    host, TableSettings(), folder=None if host.placed else self.folder,
+                    host, TableSettings(), folder=self.folder_of(host),
                     on_progress=self.on_progress,
                 )  # fmt: skip
         return self._cache[key]
@@ -406,16 +407,10 @@ class Workspace:
 
         ``own``, or without a corpus: texts that the host without ``after`` writes instead.
         """
-        folder = None if self._others(host) else self.folder
-        corpus = None if own else self.corpus
-        corpus = corpus or stored_corpus(
-            host,
-            seed=self.seed + OWN_TEXTS,
-            texts=count,
-            length=tokens,
-            folder=folder,
+        corpus = (None if own else self.corpus) or sampled_corpus(
+            host, seed=self.seed + OWN_TEXTS, texts=count, length=tokens, folder=self.folder_of(host),
             on_progress=self.on_progress,
-        )
+        )  # fmt: skip
         key = ("texts", host.fingerprint, *self._others(host), corpus.name, count, tokens)
         if key not in self._cache:
             with self.unedited(host):
@@ -447,7 +442,7 @@ class Workspace:
 
     def _statistics(self, host: Host, tokens: int) -> tuple[Corpus, int, tuple[Any, ...]]:
         """Return corpus, budget and what statistics depend on."""
-        corpus = self.corpus or sampled_corpus(host, seed=self.seed)
+        corpus = self.corpus or sampled_corpus(host, seed=self.seed, folder=self.folder_of(host))
         budget = self.tokens or tokens
         return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget)
 
@@ -459,6 +454,10 @@ class Workspace:
             for edit in reversed(aside):
                 stack.enter_context(without(edit, host))
             yield
+
+    def folder_of(self, host: Host) -> Path | None:
+        """Return where what is made of the host is kept; None for an edited host, as that is nobody else's."""
+        return None if self._others(host) else self.folder
 
     def _others(self, host: Host) -> list[str]:
         """List edits in place on the host other than ``after`` and those ``beneath``."""
