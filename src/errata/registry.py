@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -80,7 +80,7 @@ class Registry(Generic[T]):
 
     def _own(self) -> set[str]:
         package = importlib.import_module(self._package)
-        return {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+        return {name for place in package.__path__ for name in _public_modules(place, _changed(Path(place)))}
 
     def _foreign(self) -> dict:
         own = self._own()
@@ -200,17 +200,29 @@ def unknown(name: str, names: list[str], what: str) -> str:
     return f"unknown {what} {shown(name)}: {suggestion}known: {', '.join(names) or 'none'}"
 
 
+@lru_cache(maxsize=64)
+def _public_modules(place: str, changed: int) -> frozenset[str]:
+    """Return the names of a folder's modules; ``changed``: see :func:`_changed`, a folder is listed once for each."""
+    return frozenset(m.name for m in pkgutil.iter_modules([place]) if not m.name.startswith("_"))
+
+
 def _entry_points(group: str) -> list[EntryPoint]:
     """List the entry points of a group that installed packages declare."""
-    if not any(_may_declare(Path(entry or "."), f"[{group}]".encode()) for entry in sys.path):
+    heading = f"[{group}]".encode()
+    places = (Path(entry or ".").absolute() for entry in sys.path)
+    if not any(_may_declare(place, _changed(place), heading) for place in places):
         return []  # reading all metadata would take an eighth of `errata --help`
     from importlib.metadata import entry_points
 
     return list(entry_points(group=group))
 
 
-def _may_declare(place: Path, heading: bytes) -> bool:
-    """Whether a package in a place where Python imports from may declare a group; an archive always may."""
+@lru_cache(maxsize=256)
+def _may_declare(place: Path, changed: int, heading: bytes) -> bool:
+    """Whether a package in a place where Python imports from may declare a group; an archive always may.
+
+    ``changed``: see :func:`_changed`; a place is searched once for each, as an installation changes it.
+    """
     if place.is_file():
         return True
     files = (
@@ -219,3 +231,11 @@ def _may_declare(place: Path, heading: bytes) -> bool:
         for file in place.glob(f"{pattern}/entry_points.txt")
     )
     return any(heading in file.read_bytes() for file in files)
+
+
+def _changed(place: Path) -> int:
+    """Return when entries of a folder were last added or removed, in nanoseconds; 0 where there is none."""
+    try:
+        return place.stat().st_mtime_ns
+    except OSError:
+        return 0
