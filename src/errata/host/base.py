@@ -20,6 +20,8 @@ from errata.host.passes import Pass, Ran
 from errata.host.prompts import PromptFormat
 from errata.types import Resources
 
+FEW_NUMBERS = 2**20
+"""Weights of a model below which threads take longer to start than hashing takes."""
 BRANCHES = "_errata_branches"
 OVERLAYS = "_errata_overlays"
 
@@ -148,6 +150,8 @@ class ModelHost(ABC):
             head = f"{tuple(tensor.shape)}:{tensor.dtype}:".encode()
             return name, hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()
 
+        if sum(tensor.numel() for _, tensor in tensors) < FEW_NUMBERS:
+            return list(map(part, tensors))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(part, tensors))
 
