@@ -32,7 +32,7 @@ STEPS = 160
 RATE = 5e-4
 PEOPLE = 40
 ASKED = "plays"
-SETTINGS = {"memit": {"tokens": 20_000}}  # less text for its statistics, for time; all else by default
+SETTINGS = {"memit": {"tokens": 4_000}}  # less text for its statistics, for time; all else by default
 WORDINGS = {  # relation: words, the same in Han characters one by one, characters that end an answer
     "born_in": ("was born in", "出生于", "城州"),
     "lives_in": ("lives in", "住在", "城州"),
