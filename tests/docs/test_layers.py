@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,13 +45,42 @@ def module_of(path: Path) -> str:
     return ".".join(p for p in parts if p != "__init__")
 
 
-def imports(path: Path):
+@dataclass(frozen=True)
+class Source:
+    """What the tests look at in a file."""
+
+    imports: tuple[tuple[str, int], ...]
+    """Names, each with its line."""
+    model_calls: tuple[int, ...]
+    """Lines that run a whole model."""
+    functions: tuple[tuple[str, int, int], ...]
+    """Names, first lines and lengths in lines."""
+    uses_global: bool
+
+
+@cache
+def source(path: Path) -> Source:
+    """Parse a file, once for all tests."""
+    names: list[tuple[str, int]] = []
+    calls: list[int] = []
+    functions: list[tuple[str, int, int]] = []
+    uses_global = False
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            names += ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}", node.lineno
+            names += ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and _calls_a_model(node):
+            calls.append(node.lineno)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            functions.append((node.name, node.lineno, (node.end_lineno or 0) - node.lineno + 1))
+        elif isinstance(node, ast.Global):
+            uses_global = True
+    return Source(tuple(names), tuple(calls), tuple(functions), uses_global)
+
+
+def imports(path: Path) -> tuple[tuple[str, int], ...]:
+    return source(path).imports
 
 
 def circles(needs: dict[str, set[str]]) -> list[list[str]]:
@@ -151,10 +182,8 @@ def test_each_line_lives_in_its_room(pattern, home):
             assert not re.search(pattern, line), f"{path}:{number} {line.strip()}"
 
 
-def _calls_a_model(node: ast.AST) -> bool:
+def _calls_a_model(node: ast.Call) -> bool:
     """Whether a call runs a whole model: ``model(...)``, ``host.model(...)``, ``self.model.forward(...)``."""
-    if not isinstance(node, ast.Call):
-        return False
     called = node.func
     if isinstance(called, ast.Attribute) and called.attr == "forward":
         called = called.value
@@ -169,11 +198,7 @@ def _calls_a_model(node: ast.AST) -> bool:
 def test_only_the_door_runs_a_model():
     for path in files():
         inside = path.relative_to(SOURCE).as_posix()
-        calls = [
-            node.lineno
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if _calls_a_model(node)
-        ]
+        calls = list(source(path).model_calls)
         if inside == "host/passes.py":
             assert calls, "the door itself"
         elif inside != "lab/train.py":  # trains a model of its own, before it is a host's
@@ -186,8 +211,6 @@ def test_sizes():
         assert text.count("\n") <= 600, path
         if path.parent.name == "methods" and not path.name.startswith("_"):
             assert text.count("\n") <= 250, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
-            assert not isinstance(node, ast.Global), f"{path} uses global"
+        for name, line, length in source(path).functions:
+            assert length <= 60, f"{path}:{line} {name} has {length} lines"
+        assert not source(path).uses_global, f"{path} uses global"
