@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,29 @@ EXAMPLES = [
     for i, (name, town) in enumerate((("Ivo Marn", "Tallow"), ("Lena Ost", "Merrin"), ("Pia Holt", "Esk")))
 ]
 WRITERS = [name for name in ALL if REGISTRY.get(name).gives is WeightEdit]
-PAIRS = [  # GPT-2 stores its weights transposed, which is another matter to those that write them
-    *((name, "llama") for name in ALL),
-    *((name, "gpt2") for name in WRITERS),
-    *(pytest.param((name, "gpt2"), marks=pytest.mark.slow) for name in ALL if name not in WRITERS),
-    *(pytest.param((name, "gemma2"), marks=pytest.mark.slow) for name in ALL),
-]
+
+
+def pairs(transposed: Sequence[str]) -> list[Any]:
+    """Return methods with architectures, in one order; ``transposed``: those that are tried on GPT-2 by default."""
+    others = [name for name in ALL if name not in WRITERS]
+    return [
+        *((name, "llama") for name in ALL),
+        *(
+            pytest.param((name, "gpt2"), marks=[] if name in transposed else [pytest.mark.slow])
+            for name in (*WRITERS, *others)
+        ),
+        *(pytest.param((name, "gemma2"), marks=pytest.mark.slow) for name in ALL),
+    ]
+
+
+def named(pair: tuple[str, str]) -> str:
+    return f"{pair[0]}-{pair[1]}"
+
+
+PAIRS = pairs(WRITERS)
+"""GPT-2 stores its weights transposed, which is another matter to those that write them."""
+whatever_is_stored = pytest.mark.parametrize("fitted", pairs(()), indirect=True, ids=named)
+"""For what does not depend on how weights are stored: on GPT-2 it is tried with the slow tests."""
 
 
 def options(name: str) -> dict:
@@ -156,7 +173,7 @@ def then(first) -> Callable[[str], errata.Edit]:
     return get
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(scope="module", params=PAIRS, ids=named)
 def fitted(request, first):
     name, family = request.param
     if family == "llama":
@@ -235,6 +252,7 @@ def test_settings_round_trip_and_refuse(name):
     assert "zqxw" in said and f"{real}z" in said and f"did you mean {real!r}" in said
 
 
+@whatever_is_stored
 def test_fit_leaves_the_host_alone_and_other_fits_leave_nothing_behind(
     fitted, second, tmp_path, monkeypatch, capfd
 ):
@@ -254,6 +272,7 @@ def test_fit_leaves_the_host_alone_and_other_fits_leave_nothing_behind(
     assert capfd.readouterr().out == ""
 
 
+@whatever_is_stored
 def test_same_seed_same_edit_on_an_equal_host(fitted):
     name, host, edit = fitted
     if host.family == "llama":  # what another model's fit left in the process would show for one as for all
@@ -333,6 +352,7 @@ def test_an_export_agrees_or_is_refused_with_a_reason(fitted, to, tmp_path):
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-4)
 
 
+@whatever_is_stored
 def test_a_batch_half_in_scope_is_its_rows(fitted):
     """Eight prompts, padded on the left, generated with a cache: every row as it is alone."""
     _, host, edit = fitted
