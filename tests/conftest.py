@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,12 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules and tests that stay until the end to no later garbage collection: each would walk them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,18 +40,26 @@ TOKENS = 20_000
 
 WRITTEN = 48
 """Tokens of each neutral text that a host writes itself for perplexity, instead of 128."""
+SAMPLED = 64
+"""Tokens of each text that a host without a corpus writes for statistics, instead of 160."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def short_statistics():
-    """Collect less of what is collected once for each model: it would take minutes. Not in other processes."""
-    from errata.bench import runner
+    """Collect less of what is collected for each model and evaluation: it would take minutes. Not in other processes.
+
+    How long an answer takes is measured once, not five times.
+    """
+    from errata.bench import health, runner
+    from errata.locate import contexts
     from errata.methods import _method as methods
     from errata.stats.tables import TableSettings
 
     whole = methods.Workspace._statistics
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "SAMPLED_TOKENS", WRITTEN)
+        patch.setattr(health, "REPEATS", 1)
+        patch.setitem(contexts.sampled_corpus.__kwdefaults__, "length", SAMPLED)
         patch.setattr(methods, "TableSettings", partial(TableSettings, texts=640, names=32, templates=64))
         patch.setattr(
             methods.Workspace,

@@ -38,7 +38,6 @@ def save_time(monkeypatch) -> None:
     monkeypatch.setattr(job, "Workspace", partial(Workspace, tokens=20_000))  # of statistics
     monkeypatch.setattr(runner, "TEXTS", 20)  # that perplexity is measured on
     monkeypatch.setattr(health, "PROMPTS", 4)  # continued at a checkpoint
-    monkeypatch.setattr(health, "REPEATS", 1)  # of measuring how long an answer takes
 
 
 def test_the_readme_opens_with_exactly_two_commands():

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from errata.bench import health, plan, recipe, runs
+from errata.bench import plan, recipe, runs
 from tests.models import fresh
 
 NEW_TOKENS = 6
@@ -66,10 +64,8 @@ def document(model: Path, cases: Path, *blocks: dict[str, Any], **more: Any) -> 
 
 
 def execute(words: dict[str, Any], folder: Path, **more: Any) -> runs.Outcome:
-    """Run a recipe in this process; how long an answer takes is measured once, not five times."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(health, "REPEATS", 1)
-        return runs.execute(plan.make(recipe.parse(words)), folder, **more)
+    """Run a recipe in this process."""
+    return runs.execute(plan.make(recipe.parse(words)), folder, **more)
 
 
 def lines(folder: Path, cell: str) -> list[dict[str, Any]]:
