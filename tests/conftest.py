@@ -59,7 +59,8 @@ def short_statistics():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "SAMPLED_TOKENS", WRITTEN)
         patch.setattr(health, "REPEATS", 1)
-        patch.setitem(contexts.sampled_corpus.__kwdefaults__, "length", SAMPLED)
+        defaults = contexts.sampled_corpus.__kwdefaults__ or {}
+        patch.setattr(contexts.sampled_corpus, "__kwdefaults__", {**defaults, "length": SAMPLED})
         patch.setattr(methods, "TableSettings", partial(TableSettings, texts=640, names=32, templates=64))
         patch.setattr(
             methods.Workspace,
