@@ -62,9 +62,11 @@ def command(
     used by the settings paraphrases, consequences, inverses, anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
+    from errata.host.kinds import check_asked
     from errata.methods._method import resolve_layers
 
     host = common.open_host(model, device, dtype)
+    check_asked(host.name, host.kind, "a collection of statistics")
     if host.tokenizer is None:
         raise ConfigError(f"statistics are computed over texts, and {host.name} reads none")
     if tables:
