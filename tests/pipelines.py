@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from errata.edits.weight import WeightEdit
 from errata.host.pipelines import PipelineParts
 from errata.host.text_to_image import TextToImageHost, load_pipeline
 
+diffusers: Any = import_module("diffusers")
 WINDOW = 24
 """Tokens that a text is filled up to."""
 WORDS = (
@@ -44,7 +46,8 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def clip_tokenizer(**more: Any) -> Any:
     vocabulary, merges = _vocabulary()
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=WINDOW, **more)
+    made: dict[str, Any] = {"vocab": dict(vocabulary), "merges": list(merges), "model_max_length": WINDOW}
+    return CLIPTokenizer(**made, **more)
 
 
 def text_config(width: int = 24, **changes: Any) -> CLIPTextConfig:
@@ -59,15 +62,13 @@ def text_config(width: int = 24, **changes: Any) -> CLIPTextConfig:
 
 
 def unet(width: int = 24, **changes: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
     settings: dict[str, Any] = {
         "block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8, "in_channels": 4, "out_channels": 4,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": width, "norm_num_groups": 4,
         "attention_head_dim": 4,
     }  # fmt: skip
-    return UNet2DConditionModel(**{**settings, **changes})
+    return diffusers.UNet2DConditionModel(**{**settings, **changes})
 
 
 def _seeded(make: Any, seed: int) -> Any:
@@ -78,26 +79,23 @@ def _seeded(make: Any, seed: int) -> Any:
 
 def _common(seed: int) -> dict[str, Any]:
     """Return the parts that draw an image of what a denoiser gives."""
-    from diffusers import AutoencoderKL, DDIMScheduler
-
     return {
         "vae": _seeded(
-            lambda: AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4), seed
+            lambda: diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
+            seed,
         ),
-        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
     }
 
 
 def stable_diffusion(seed: int = 0) -> Any:
     """Return a live pipeline of the first Stable Diffusion's structure: CLIP text encoder, UNet."""
-    from diffusers import StableDiffusionPipeline
-
     without: dict[str, Any] = {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         **_common(seed), text_encoder=_seeded(lambda: CLIPTextModel(text_config()), seed),
         tokenizer=clip_tokenizer(), unet=_seeded(unet, seed), **without,
     )  # fmt: skip
@@ -105,13 +103,11 @@ def stable_diffusion(seed: int = 0) -> Any:
 
 def stable_diffusion_xl(seed: int = 0) -> Any:
     """Return a live pipeline of Stable Diffusion XL's structure: two text encoders, read at the last layer but one."""
-    from diffusers import StableDiffusionXLPipeline
-
     added = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 16 + 48,
     }  # fmt: skip
-    return StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         **_common(seed), text_encoder=_seeded(lambda: CLIPTextModel(text_config()), seed),
         text_encoder_2=_seeded(lambda: CLIPTextModelWithProjection(text_config(width=16)), seed + 1),
         tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(pad_token="a</w>"),
@@ -121,7 +117,6 @@ def stable_diffusion_xl(seed: int = 0) -> Any:
 
 def pixart(seed: int = 0) -> Any:
     """Return a live pipeline of a transformer whose captions, read by T5, are projected before attention."""
-    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
     from transformers import T5Config, T5EncoderModel
 
     from tests.models import COMMON, tokenizer
@@ -134,11 +129,11 @@ def pixart(seed: int = 0) -> Any:
         "num_heads": 4,
         "dropout_rate": 0.0,
     }
-    return PixArtAlphaPipeline(
+    return diffusers.PixArtAlphaPipeline(
         **_common(seed), tokenizer=tokenizer(),
         text_encoder=_seeded(lambda: T5EncoderModel(T5Config(**COMMON, **sizes)), seed),
         transformer=_seeded(
-            lambda: PixArtTransformer2DModel(
+            lambda: diffusers.PixArtTransformer2DModel(
                 num_attention_heads=2, attention_head_dim=8, num_layers=2, caption_channels=24, sample_size=8,
                 cross_attention_dim=16, norm_num_groups=4, interpolation_scale=1, use_additional_conditions=False,
             ), seed,
@@ -148,10 +143,8 @@ def pixart(seed: int = 0) -> Any:
 
 def stable_diffusion_3(seed: int = 0) -> Any:
     """Return parts of a pipeline whose text meets the image before attention, as in joint attention."""
-    from diffusers import SD3Transformer2DModel
-
     transformer = _seeded(
-        lambda: SD3Transformer2DModel(
+        lambda: diffusers.SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
         ), seed,

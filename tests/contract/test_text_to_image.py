@@ -14,12 +14,14 @@ import yaml
 import errata
 from errata import config as settings
 from errata.edits.export import EXPORTERS
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, EditError, RequestError
 from errata.host.text_to_image import TextToImageHost, load_pipeline
 from errata.linalg.lowrank import LowRank
 from errata.methods import REGISTRY
+from errata.methods._method import Workspace
 from tests.models import fresh
-from tests.pipelines import edited, fresh_pipeline, written
+from tests.pipelines import diffusers, edited, fresh_pipeline, written
 
 METHODS = [name for name in REGISTRY if "text_to_image" in REGISTRY.get(name).hosts]
 REQUESTS = [
@@ -165,6 +167,7 @@ def test_what_is_solved_in_closed_form_is_taken_apart(fitted):
     name, host, edit = fitted
     both = fit(name, host, REQUESTS[1:], after=edit)
     rest = errata.retract(both, 1)
+    assert isinstance(rest, WeightEdit)
     assert rest.provenance.requests == edit.provenance.requests
     for parameter, delta in edit.deltas.items():
         one = rest.deltas[parameter]
@@ -207,9 +210,7 @@ def test_an_export_is_opened_by_diffusers_alone_or_is_refused(name, to, folder, 
     assert host.weights_hash() == start and made.verified is not None
     if to == "delta":
         return
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "out"), safety_checker=None)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path / "out"), safety_checker=None)
     with edit.on(host):
         expected = logits(host)
     torch.testing.assert_close(logits(load_pipeline(pipeline)), expected, atol=1e-6, rtol=1e-6)
@@ -234,7 +235,7 @@ def test_the_kind_of_model_must_fit(name, host):
     with pytest.raises(ConfigError, match=f"{name} edits text-to-image pipelines"):
         edited(words, REQUESTS[0], method=name)
     with pytest.raises(ConfigError, match="edits text-to-image pipelines"):
-        REGISTRY.get(name).fit(words, REQUESTS[:1], REGISTRY.get(name).config(), None)
+        REGISTRY.get(name).fit(words, REQUESTS[:1], REGISTRY.get(name).config(), Workspace())
     with pytest.raises(ConfigError, match=f"rome edits causal language models.*{name}"):
         edited(host, REQUESTS[0], method="rome")
 

@@ -198,8 +198,8 @@ class PipelineParts(nn.Module):
 def _width(config: Any) -> int | None:
     """Return the width of the states that a denoiser reads, where its configuration names it."""
     for name in ("encoder_hid_dim", "caption_channels", "cross_attention_dim", "joint_attention_dim"):
-        value = getattr(config, name, None)
-        values = set(value) if isinstance(value, (list, tuple)) else {value}
+        value: Any = getattr(config, name, None)
+        values: set[Any] = set(value) if isinstance(value, (list, tuple)) else {value}
         if value is not None and len(values) == 1:
             return int(values.pop())
     return None

@@ -144,7 +144,7 @@ def solve(
             own, change, solved[site.source].to(weight), 1.0, cost[site.source].label, tuple(columns.requests)
         )
         earlier = None if work.after is None else work.after.records.get(site.parameter)
-        if earlier is None:
+        if work.after is None or earlier is None:
             delta = from_solved(own, solved[site.source], change, gamma=1.0)
         else:
             delta = earlier.join(record.shift_requests(len(work.after.provenance.requests))).delta()
