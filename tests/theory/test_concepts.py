@@ -178,7 +178,8 @@ def test_a_sequence_is_one_fit(host):
 
 def test_captions_are_preserved_at_all_their_tokens(host, tmp_path):
     path = tmp_path / "captions.txt"
-    path.write_text("a dog on the road\n\na red house\n", encoding="utf-8")
+    long = " ".join(["words"] * 30)
+    path.write_text(f"a dog on the road\n\n{long}\n\na red house\n", encoding="utf-8")
     plain, kept = (
         edited(host, REQUEST, method="uce", preserve_scale=1e9, **({"corpus": path} if own else {}))
         for own in (False, True)

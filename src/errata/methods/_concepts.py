@@ -97,6 +97,20 @@ def read_span(reading: Reading, span: tuple[int, int], text: str) -> int:
     return reading.last(start, end)
 
 
+def captions(host: TextToImageHost, work: Workspace, count: int) -> list[str]:
+    """Return the first texts of the corpus that the text encoder takes, at most ``count``; none without a corpus."""
+    found: list[str] = []
+    for text in () if work.corpus is None else work.corpus.texts():
+        if len(found) == count:
+            break
+        try:
+            host.read(text)
+        except RequestError:
+            continue  # longer than the encoder's window
+        found.append(text)
+    return found
+
+
 def costs(
     host: TextToImageHost, phrases: Sequence[str], texts: Sequence[str], *, ridge: float, scale: float
 ) -> dict[str, CostMatrix]:

@@ -15,9 +15,8 @@ Needs      A text-to-image pipeline with one text encoder
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,8 @@ from errata.host import hooks
 from errata.host.kinds import TEXT_TO_IMAGE
 from errata.host.layout import Site
 from errata.host.text_to_image import TextToImageHost
-from errata.linalg.routines import norm
 from errata.linalg.solve import CostMatrix, from_solved
+from errata.locate.contrast import Contrast, Phrasings, Search
 from errata.methods import _concepts as concepts
 from errata.methods._method import Method, Workspace, notes, provenance, resolve_layers
 from errata.types import Request
@@ -100,10 +99,18 @@ def fit(host: Any, requests: Sequence[Request], config: Config, work: Workspace)
     edited: Any = host
     (layer,) = resolve_layers(edited, None if config.layer is None else (config.layer,), three_quarters)
     config, site = replace(config, layer=layer), host.layout.site(layer)
-    task = _Task(host, site, requests[0], config, work)
-    keys, outputs = task.read()
-    key, start = keys.mean(0), outputs.mean(0)
-    shift, found = task.search(start)
+    bare = concepts.pair_of(requests[0])
+    candidates = [
+        bare.target,
+        bare.source,
+        *config.negatives,
+        *concepts.captions(host, work, config.captions),
+    ]
+    contrast = Contrast(host, site, _phrasings(host, requests[0], config.frames), candidates)
+    keys, outputs = contrast.read()
+    key = keys.mean(0)
+    search = Search(**{field.name: getattr(config, field.name) for field in fields(Search)})
+    shift, found = contrast.search(outputs.mean(0), search, work.on_progress)
     cost = _cost(host, site, config, work)
     column, residual = key[:, None], shift[:, None]
     solved = cost.solve(column)
@@ -124,120 +131,23 @@ def three_quarters(depth: int) -> tuple[int, ...]:
     return (max(0, min(depth - 2, round(0.75 * depth))),)
 
 
-class _Task:
-    """The phrasings of a request's source, the places of its subject in them, and what they are compared with."""
-
-    def __init__(
-        self, host: TextToImageHost, site: Site, request: Request, config: Config, work: Workspace
-    ) -> None:
-        self.host, self.site, self.config, self.work = host, site, config, work
-        self.module = host.model.get_submodule(site.name)
-        pairs = [concepts.pair_of(request, frame) for frame in config.frames]
-        self.texts: list[str] = []
-        at: list[int] = []
-        ends: list[int] = []
-        for pair in pairs:
-            try:
-                reading = host.read(pair.source)
-            except RequestError:
-                if pair is pairs[0]:
-                    raise
-                continue  # too long with its frame
-            self.texts.append(pair.source)
-            at.append(concepts.read_span(reading, pair.source_span, pair.source))
-            ends.append(len(reading.ids) - 1)
-        self.rows, self.at = torch.arange(len(at)), torch.tensor(at)
-        self.ends = torch.tensor(ends)
-        bare = concepts.pair_of(request)
-        captions = [] if work.corpus is None else list(itertools.islice(work.corpus.texts(), config.captions))
-        self.candidates = self._embed_all([bare.target, bare.source, *config.negatives, *captions])
-        if torch.equal(self.candidates[0], self.candidates[1]):
-            raise RequestError(f"{bare.source!r:.80} and {bare.target!r:.80} have one embedding already")
-
-    @torch.no_grad()
-    def _embed_all(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings ``[n, d]`` of texts."""
-        ends = torch.tensor([len(self.host.read(text).ids) - 1 for text in texts])
-        return self._embed(texts, ends)
-
-    def _embed(self, texts: Sequence[str], ends: Tensor) -> Tensor:
-        states = self.host.run(self.host.as_pass(texts)).logits[..., : self.host.layout.width]
-        return states[torch.arange(len(texts)), ends].float()
-
-    @torch.no_grad()
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Return the feed-forward's keys ``[n, d_in]`` and outputs ``[n, d]`` at the subject, a row a phrasing."""
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
-        with hooks.on_input(self.module, inputs.append), hooks.on_output(self.module, _keep(outputs)):
-            self._embed(self.texts, self.ends)
-        wide = torch.promote_types(inputs[0].dtype, torch.float32)
-        return inputs[0][self.rows, self.at].to(wide), outputs[0][self.rows, self.at].to(wide)
-
-    def search(self, start: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Return the shift ``[d]`` of a value, and loss, steps and probabilities of the search."""
-        config, size = self.config, float(norm(start))
-        shift = torch.zeros_like(start).requires_grad_()
-        optimizer = torch.optim.Adam([shift], lr=config.learning_rate)
-        facts: dict[str, float] = {}
-        with hooks.frozen(self.host.model), torch.enable_grad():
-            for step in range(config.steps + 1):
-                self.work.on_progress("value", step, config.steps)
-                log_probability = self._log_probability(shift)
-                loss = -log_probability.mean() + config.decay * shift.norm() / size**2
-                probability = float(log_probability.detach().exp().mean())
-                facts = {
-                    "probability_before": probability,
-                    **facts,
-                    "probability": probability,
-                    "steps": float(step),
-                }
-                if probability >= config.stop_probability or step == config.steps:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                if shift.grad is None or not shift.grad.any():
-                    raise ConfigError(
-                        f"nothing above layer {config.layer} brings the subject to the end of the text, whose "
-                        "embedding is searched with; name a lower one"
-                    )
-                optimizer.step()
-                with torch.no_grad():
-                    shift.mul_(min(1.0, config.clamp * size / max(float(norm(shift)), 1e-30)))
-        facts["shift"] = float(norm(shift.detach())) / size
-        if not shift.detach().any():
-            raise RequestError(
-                "the source is taken for the target already, as its embedding shows: nothing to edit"
-            )
-        return shift.detach(), facts
-
-    def _log_probability(self, shift: Tensor) -> Tensor:
-        """Return the log-probability of the target ``[n]`` for each phrasing, with a shift in place."""
-
-        def add(output: Tensor) -> Tensor:
-            moved = output.clone()
-            moved[self.rows, self.at] = moved[self.rows, self.at] + shift.to(output.dtype)
-            return moved
-
-        with hooks.on_output(self.module, add):
-            embeddings = self._embed(self.texts, self.ends)
-        if self.config.similarity == "l2":
-            scores = -torch.cdist(embeddings, self.candidates, compute_mode="donot_use_mm_for_euclid_dist")
-        else:
-            one, other = (
-                torch.nn.functional.normalize(part, dim=-1) for part in (embeddings, self.candidates)
-            )
-            scores = 100.0 * one @ other.mT
-        return torch.log_softmax(scores, dim=-1)[:, 0]
-
-
-def _keep(into: list[Tensor]) -> Any:
-    """Return a hook that keeps a copy of an output, and leaves it as it is."""
-
-    def keep(output: Tensor) -> None:
-        into.append(output.clone())
-
-    return keep
+def _phrasings(host: TextToImageHost, request: Request, frames: Sequence[str]) -> Phrasings:
+    """Return the phrasings of a request's text that the encoder takes. Raises RequestError where the first is none."""
+    texts: list[str] = []
+    at: list[int] = []
+    ends: list[int] = []
+    for number, frame in enumerate(frames):
+        pair = concepts.pair_of(request, frame)
+        try:
+            reading = host.read(pair.source)
+        except RequestError:
+            if number == 0:
+                raise
+            continue  # too long with its frame
+        texts.append(pair.source)
+        at.append(concepts.read_span(reading, pair.source_span, pair.source))
+        ends.append(len(reading.ids) - 1)
+    return Phrasings(tuple(texts), tuple(at), tuple(ends))
 
 
 @torch.no_grad()
@@ -247,7 +157,7 @@ def _cost(host: TextToImageHost, site: Site, config: Config, work: Workspace) ->
         return CostMatrix.identity()
     module = host.model.get_submodule(site.name)
     second = torch.zeros(site.d_in, site.d_in, dtype=torch.float64, device=host.device)
-    texts = list(itertools.islice(work.corpus.texts(), config.moment_texts))
+    texts = concepts.captions(host, work, config.moment_texts)
     for number, text in enumerate(texts):
         inputs: list[Tensor] = []
         with hooks.on_input(module, inputs.append):

@@ -14,7 +14,6 @@ Needs      A text-to-image pipeline whose cross-attention reads the text alone
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +84,7 @@ def fit(host: Any, requests: Sequence[Request], config: Config, work: Workspace)
     check_requests("uce", requests)
     with without(work.after, host):
         columns = _columns(pipeline, requests, config)
-        texts = [] if work.corpus is None else list(itertools.islice(work.corpus.texts(), config.captions))
+        texts = concepts.captions(pipeline, work, config.captions)
         cost = concepts.costs(
             pipeline, config.preserve, texts, ridge=config.ridge, scale=config.preserve_scale
         )
