@@ -14,6 +14,7 @@ from errata.edits.artefact import Artefact
 from errata.errors import ConfigError
 from errata.evaluation.check import EditCheck, answer_requests, compare_answers
 from errata.host.host import Host
+from errata.host.kinds import check_asked
 from errata.inspect.facts import fact
 from errata.inspect.tracing import DEFAULT as TRACE
 from errata.inspect.tracing import Settings as TraceSettings
@@ -105,9 +106,10 @@ def check_edit(
     """Check which requests of an edit are answered with their target: by free generation, without and with it.
 
     The host is left as it was. ``options``: how prompts are
-    formatted. Raises ConfigError for an edit of images, EditError as
+    formatted. Raises ConfigError for an edit of images, HostError for a text-to-image pipeline, EditError as
     :meth:`Edit.apply_` does.
     """
+    check_asked(host.name, host.kind, "a check of answers")
     requests = [request for request in edit.provenance.requests if isinstance(request, Request)]
     if len(requests) != len(edit.provenance.requests):
         raise ConfigError(

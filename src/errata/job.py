@@ -15,7 +15,9 @@ from errata.edits.edit import Provenance
 from errata.errors import ConfigError, RequestError, shown
 from errata.host.host import Host
 from errata.host.images import ImageHost
+from errata.host.kinds import check_asked, kind
 from errata.host.prompts import prompt_format, recorded_format
+from errata.host.text_to_image import TextToImageHost
 from errata.methods import REGISTRY
 from errata.methods._method import Method, Workspace, provenance
 from errata.progress import OnProgress, ignore
@@ -137,6 +139,7 @@ def _traced(host: Host, requests: Sequence[AnyRequest], options: Mapping[str, An
     """Trace the requests and return the options with the layer that it points at."""
     from errata.inspect.localisation import traced_layer
 
+    check_asked(host.name, host.kind, "layers: trace")
     facts = [request for request in requests if isinstance(request, Request)]
     if len(facts) != len(requests):
         raise ConfigError("layers: trace needs requests about subjects in a text, which can be traced")
@@ -233,11 +236,13 @@ def with_prompt_options(
     format, and for one that ``after`` was not made with.
     """
     fields = ask.prompt_fields
-    if isinstance(host, ImageHost) and any(value is not None for value in fields.values()):
+    images = isinstance(host, (ImageHost, TextToImageHost))
+    if images and any(value is not None for value in fields.values()):
         raise ConfigError(
-            f"{host.name} is an image classifier: it takes no prompts, so leave {', '.join(fields)} out"
+            f"{host.name} is one of the {kind(host.kind).plural}: it takes no prompts to answer, so leave "
+            f"{', '.join(fields)} out"
         )
-    if isinstance(host, ImageHost):
+    if images:
         return host
     base = host.prompt_format
     recorded = {
@@ -342,6 +347,10 @@ def _check_request(host: Host, request: AnyRequest) -> None:
         for images in (request.original, request.reference):
             if images is not None:
                 host.logits(images[:1])  # the model itself says whether it takes such images
+    elif isinstance(host, TextToImageHost) and isinstance(request, Request):
+        head, tail = request.template
+        for text in (request.text, head + request.target + tail):
+            host.read(text)
     elif isinstance(request, Request):
         answer = host.encode_answer(request.text, request.target)
         length = host.length(answer.ids)

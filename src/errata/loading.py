@@ -13,6 +13,7 @@ from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.host.images import is_image_classifier, load_images
 from errata.host.open import load as open_host
+from errata.host.text_to_image import is_pipeline, load_pipeline
 from errata.stats.corpora import as_corpus
 from errata.types import Corpus
 
@@ -25,7 +26,8 @@ def load(
     """Open a model: one of the lab's, a hub name, a folder, or a live transformers model with its tokenizer.
 
     A model that reads text opens as a ``Host``: a causal or masked language model, an encoder-decoder, a text
-    classifier. An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``.
+    classifier. An image classifier, in a folder or live without tokenizer, opens as an ``ImageHost``; a pipeline of
+    ``diffusers`` that draws images, in a folder or live, as a ``TextToImageHost``.
     ``host.kind`` names the kind, and a method's ``hosts`` those that it edits. ``"lab"``, ``"lab-t5"``
     and the others of ``errata.lab.MODELS`` are always the embedded models; a folder of that name is ``"./lab"``.
     ``device``: auto, cpu, cuda, cuda:N. ``dtype``:
@@ -48,6 +50,11 @@ def _open(
 ) -> Host:  # fmt: skip
     if isinstance(model, str) and model in lab.MODELS:
         return lab.load(model, device=device, dtype=dtype)
+    if is_pipeline(model):
+        if tokenizer is not None:
+            raise ConfigError("a text-to-image pipeline has its own tokenizer; leave it out")
+        pipeline: Any = load_pipeline(model, device=device, dtype=dtype)
+        return pipeline
     if is_image_classifier(model):
         if tokenizer is not None:
             raise ConfigError("an image classifier takes no tokenizer; leave it out")

@@ -26,6 +26,7 @@ from errata.errors import ConfigError
 from errata.evaluation import score
 from errata.host.host import Host
 from errata.host.images import ImageHost
+from errata.host.kinds import check_asked
 from errata.job import prepare, with_prompt_options, workspace
 from errata.progress import OnProgress, ignore
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, Row
@@ -105,6 +106,7 @@ def evaluate(
     See :func:`errata.evaluate`. The host's weights are restored; ``meta["weights_restored"]`` says whether their bytes
     were verified to be the same. Raises ConfigError for arguments that exclude each other.
     """
+    check_asked(host.name, host.kind, "an evaluation")
     if isinstance(host, ImageHost):
         raise ConfigError(
             f"cases are texts, and {host.name} is an image classifier: compare host.logits(images)"

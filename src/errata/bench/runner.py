@@ -19,7 +19,7 @@ from errata.evaluation import score
 from errata.evaluation.metrics import perplexity, retention
 from errata.evaluation.observe import logprobs, observe, text_routes, unique
 from errata.host.host import Host
-from errata.host.kinds import CAUSAL, KINDS
+from errata.host.kinds import CAUSAL, KINDS, check_asked
 from errata.host.prompts import PromptFormat
 from errata.host.routed import Routes
 from errata.job import Job
@@ -63,6 +63,7 @@ def neutral_texts(host: Host, work: Workspace) -> list[str]:
 def check_schedule(method: Method, schedule: Schedule, host: Host) -> None:
     """Raise ConfigError if a method, or the kind of host, does not support the schedule."""
     name = method.name
+    check_asked(host.name, host.kind, "a benchmark")
     if schedule.kind != "single" and host.kind != CAUSAL:
         raise ConfigError(
             f"a host with several edits is measured on running text too, which {KINDS[host.kind].plural} do not score; "

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from errata.cli import _ledger, checks, common, outputs
+from errata.progress import OnProgress
 
 if TYPE_CHECKING:
+    from errata.edits import Edit
     from errata.host.host import Host
     from errata.job import Job
     from errata.ledger.recording import Attempt, Recording
@@ -94,10 +96,19 @@ def into_file(
             return
         edit = job.run()
         path = outputs.save_edit(edit, output, earlier)
-        outcome = (
-            checks.texts(job.host, edit, tick) if asked.texts else checks.images(job.host, edit, job.requests)
-        )
+        outcome = _outcome(job, edit, tick)
     checks.report(outcome, path, edit, opened.model, json=opened.json, strict=strict)
+
+
+def _outcome(job: Job, edit: Edit, tick: OnProgress) -> checks.Outcome | checks.Concepts:
+    """Measure an edit that was fitted: by answers, by labels of images, or by keys and values of texts."""
+    from errata.host.kinds import IMAGES, TEXT_TO_IMAGE
+
+    if job.host.kind == TEXT_TO_IMAGE:
+        return checks.concepts(job.host, edit)
+    if job.host.kind == IMAGES:
+        return checks.images(job.host, edit, job.requests)
+    return checks.texts(job.host, edit, tick)
 
 
 def into_ledger(

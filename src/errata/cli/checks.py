@@ -124,7 +124,55 @@ def images(host: Host, edit: Edit, requests: Sequence[Any]) -> Outcome:
     )  # fmt: skip
 
 
-def report(outcome: Outcome, path: Path, edit: Edit, model: str, *, json: bool, strict: bool) -> None:
+@dataclass(frozen=True)
+class Concepts:
+    """Distances of keys and values that an edit of a text-to-image pipeline was measured by."""
+
+    distances: tuple[Any, ...]
+
+    @property
+    def missed(self) -> list[Any]:
+        """Edited phrases that are not nearer to their target than half of the way."""
+        return [one for one in self.distances if one.left is not None and not one.left < 0.5]
+
+    def counts(self) -> str:
+        """Return a sentence on how many phrases are nearer to their target than half of the way."""
+        total = sum(one.left is not None for one in self.distances)
+        return f"with the edit {total - len(self.missed)} of {total} phrases are read as their target, or nearly so"
+
+    def document(self, path: Path, edit: Edit) -> dict[str, Any]:
+        """Return the JSON document of an edit that was written."""
+        return {
+            "path": str(path), "bytes": path.stat().st_size, "distances": [one.to_dict() for one in self.distances],
+            "missed": len(self.missed), "edit": edit.summary(),
+        }  # fmt: skip
+
+    def show(self, path: Path, model: str) -> None:
+        """Print the distances, what they are, and the counts."""
+        rows = [
+            (one.kind, _cut(one.phrase), "" if one.target is None else _cut(repr(one.target)),
+             "" if one.left is None else f"{one.left:.3f}", f"{one.moved:.3f}") for one in self.distances
+        ]  # fmt: skip
+        common.table(
+            "keys and values of cross-attention",
+            ("", "phrase", "target", "distance left", "moved"),
+            rows,
+            right=(3, 4),
+        )
+        print(f"edit written to {path} ({common.size(path)}); the pipeline {model} is unchanged")
+        print(f"{self.counts()} (distance left: 1 nothing done, 0 exact); no image was drawn")
+
+
+def concepts(host: Any, edit: Edit) -> Concepts:
+    """Measure how far an edit of a text-to-image pipeline moves keys and values."""
+    from errata.evaluation.concepts import distances
+
+    return Concepts(tuple(distances(host, edit)))
+
+
+def report(
+    outcome: Outcome | Concepts, path: Path, edit: Edit, model: str, *, json: bool, strict: bool
+) -> None:
     """Print the outcome of an edit. Raises typer.Exit with code 1 if ``strict`` and an answer misses its target."""
     if json:
         common.emit(outcome.document(path, edit))

@@ -180,6 +180,7 @@ def _search(
     """Return what was measured of each interpolation, and the chosen one."""
     from errata.errors import ConfigError
     from errata.host.images import ImageHost
+    from errata.host.kinds import check_asked
     from errata.ledger import interpolating
 
     if len(edits) != 1:
@@ -187,6 +188,7 @@ def _search(
     values = interpolating.ALPHAS if search.alphas is None else _numbers("--alphas", search.alphas)
     bound = interpolating.MOST_LOST if search.most_lost is None else search.most_lost
     host: Any = common.open_host(model, device, dtype)
+    check_asked(host.name, host.kind, "a search for a strength")
     if isinstance(host, ImageHost):
         if search.patch is None or not search.supported:
             raise ConfigError(

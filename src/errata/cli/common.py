@@ -92,10 +92,12 @@ def open_host(model: str, device: str, dtype: str) -> Host:
 
 
 def open_text_host(model: str, device: str, dtype: str) -> Host:
-    """Open a model that reads text. Raises HostError for one that reads images."""
+    """Open a model that answers in words. Raises HostError for one that reads or draws images."""
     from errata.errors import HostError
+    from errata.host.kinds import check_asked
 
     host = open_host(model, device, dtype)
+    check_asked(host.name, host.kind, "this command")
     if host.tokenizer is None:
         raise HostError(
             f"{host.name} is an image classifier ({host.family}): it reads images and gives no text; name a model "

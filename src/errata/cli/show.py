@@ -95,6 +95,7 @@ def _survivals(
     """Measure what rounding to each grid leaves of an edit, asked in the format that it was fitted in."""
     from errata.bench.survival import survives
     from errata.errors import ConfigError
+    from errata.host.kinds import check_asked
     from errata.job import with_prompt_options
     from errata.types import DEFAULT_ASK
 
@@ -104,6 +105,7 @@ def _survivals(
         return []
     if host is None:
         raise ConfigError("--survives asks a model: name it with --model")
+    check_asked(host.name, host.kind, "--survives")
     host = with_prompt_options(host, DEFAULT_ASK, edits=[edit])
     with common.progress(not json) as tick:
         return [survives(host, edit, grid, foreign=foreign, on_progress=tick) for grid in grids]

@@ -61,12 +61,9 @@ def command(
     the user's cache. With --tables: find names and templates in the model's own text and record its answer to each;
     used by the settings paraphrases, consequences, inverses, anchors and mates of methods that have them.
     """
-    from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
 
-    host = common.open_host(model, device, dtype)
-    if host.tokenizer is None:
-        raise ConfigError(f"statistics are computed over texts, and {host.name} reads none")
+    host = _opened(model, device, dtype)
     if tables:
         _tables(host, corpus, budget, seed, dry_run, json)
         return
@@ -84,6 +81,18 @@ def command(
         common.emit(document)
     else:
         _show(document)
+
+
+def _opened(model: str, device: str, dtype: str) -> Host:
+    """Open a model of texts. Raises ConfigError or HostError for one that statistics of texts are not computed of."""
+    from errata.errors import ConfigError
+    from errata.host.kinds import check_asked
+
+    host = common.open_host(model, device, dtype)
+    check_asked(host.name, host.kind, "a collection of statistics")
+    if host.tokenizer is None:
+        raise ConfigError(f"statistics are computed over texts, and {host.name} reads none")
+    return host
 
 
 def _tables(

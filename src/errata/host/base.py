@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errata.errors import HostError
-from errata.host import identity, locking, passes, placed, placement
+from errata.host import files, identity, locking, passes, placed, placement
 from errata.host.passes import Pass, Ran
 from errata.host.prompts import PromptFormat
 from errata.types import Resources
@@ -219,6 +221,27 @@ class ModelHost(ABC):
         Written by the edits room alone; each entry has the original bits as ``base``.
         """
         return self.model.__dict__.get(OVERLAYS, {})
+
+    # --- copies ----------------------------------------------------------------------------
+
+    def checkpoint_obstacle(self) -> str | None:
+        """Return why no folder can be written that others open as this model; None where it can."""
+        model = self.model
+        if hasattr(model, "save_pretrained") and type(model).__module__.startswith("transformers."):
+            return None
+        return f"it is a {type(model).__name__}, which transformers does not open by itself"
+
+    def write_checkpoint(self, model: Any, folder: Path) -> None:
+        """Write a model of this kind with what prepares its inputs. Raises ValueError where it refuses to be saved."""
+        model.save_pretrained(folder)
+        for path in files.processor_files(self.name):
+            shutil.copyfile(path, folder / path.name)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def tokenizer_in(self, folder: Path) -> Any:
+        """Open the tokenizer in a folder that :meth:`write_checkpoint` wrote."""
+        return files.open_tokenizer(str(folder), None, False)
 
     # --- running ---------------------------------------------------------------------------
 

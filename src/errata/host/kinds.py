@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, HostError
 from errata.registry import unknown
 
 CAUSAL, ENCODER_DECODER = "causal_lm", "encoder_decoder"
 MASKED, CLASSIFIER, IMAGES = "masked_lm", "sequence_classifier", "image_classifier"
+TEXT_TO_IMAGE = "text_to_image"
 TEXT_HOSTS = (CAUSAL, ENCODER_DECODER, MASKED, CLASSIFIER)
 """Kinds that read text and score an answer to it, which is all that fine-tuning needs."""
 
@@ -44,8 +45,21 @@ KINDS: dict[str, Kind] = {
             "its answer is a label and no token, so there is no text to continue",
         ),
         Kind(IMAGES, "image classifier", "image classifiers", "it reads images and answers with a label"),
+        Kind(
+            TEXT_TO_IMAGE, "text-to-image pipeline", "text-to-image pipelines",
+            "it reads a text and draws an image, so there is no answer in words to train or to ask for",
+        ),
     )
 }  # fmt: skip
+
+
+def check_asked(name: str, own: str, what: str) -> None:
+    """Raise HostError where ``what`` asks for answers in words and a model of a kind draws images."""
+    if own == TEXT_TO_IMAGE:
+        raise HostError(
+            f"{name} is a text-to-image pipeline: it reads a text and draws an image, and {what} asks for answers in "
+            "words"
+        )
 
 
 def kind(name: str) -> Kind:

@@ -10,6 +10,7 @@ from errata.edits.edit import Edit, versions
 from errata.edits.weight import WeightEdit
 from errata.errors import LedgerError
 from errata.host.host import Host
+from errata.host.kinds import check_asked
 from errata.job import Job, prepare, with_prompt_options
 from errata.ledger.contents import load_edit
 from errata.ledger.store import Ledger
@@ -140,7 +141,11 @@ def earlier_requests(working: Working, digests: Sequence[str]) -> list[Request]:
 
 
 def describe(host: Host, name: str) -> dict[str, Any]:
-    """Return what a ledger remembers of its model: name, fingerprint, hash of the weights, dtype, versions."""
+    """Return what a ledger remembers of its model: name, fingerprint, hash of the weights, dtype, versions.
+
+    Raises HostError for a model that cannot be asked for the answers that a ledger measures.
+    """
+    check_asked(host.name, host.kind, "a ledger")
     return {
         "name": name, "fingerprint": host.fingerprint, "weights": host.weights_hash(),
         "dtype": str(host.dtype).removeprefix("torch."), "family": host.family, "versions": versions(),

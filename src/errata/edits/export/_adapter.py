@@ -176,6 +176,7 @@ def adapter(edit: Edit, host: ModelHost, rank: int | None) -> Adapter:
     ``rank``: the largest allowed; a change of a higher one first loses the directions that are rounding errors, and
     then the weakest. None: any, but no change that is not thin.
     """
+    weights.refuse_pipeline(host, WHAT)
     taken = weights.check_kind(edit, WHAT)
     changed = weights.as_weights(taken, host)
     if changed is None:

@@ -18,6 +18,7 @@ def card(record: Mapping[str, Any]) -> str:
     base, exporter = str(record.get("base_model") or ""), str(record["exporter"])
     head: dict[str, Any] = {"tags": ["errata", "model-editing"]}
     library = {"peft": "peft", "checkpoint": "transformers"}.get(exporter)
+    library = record.get("library", library)
     if library is not None:
         head["library_name"] = library
     if HUB_NAME.fullmatch(base):  # a folder's path is nobody else's concern
@@ -32,7 +33,12 @@ def card(record: Mapping[str, Any]) -> str:
         "---",
         "",
     ]
-    lines += [f"# errata edit {record['edit']}", "", "A language model with single facts changed.", ""]
+    what = (
+        "text-to-image model with single concepts"
+        if library == "diffusers"
+        else "language model with single facts"
+    )
+    lines += [f"# errata edit {record['edit']}", "", f"A {what} changed.", ""]
     lines += [f"* {name}: {value}" for name, value in shown.items() if value is not None]
     lines.append(
         f"* `{folders.RECORD}` has the checksums of all files, and what was compared with the edit in place."

@@ -21,6 +21,7 @@ from errata.errors import EditError, RequestError
 from errata.host.base import ModelHost
 from errata.host.images import PROBE, ImageHost
 from errata.host.passes import Pass
+from errata.host.text_to_image import TextToImageHost
 from errata.types import Request
 
 EXACT = 1e-5
@@ -50,6 +51,9 @@ def passes(edit: Edit, host: ModelHost) -> list[Pass]:
     made: list[Pass] = []
     for text in dict.fromkeys((*asked[:MOST], *NEUTRAL)):
         try:
+            if isinstance(host, TextToImageHost):
+                made.append(host.as_pass([text]))
+                continue
             row = text_host.encode_prompt(text)
             made.append(text_host.as_pass(text_host.batch([row])))
         except RequestError:

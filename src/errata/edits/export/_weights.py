@@ -16,6 +16,7 @@ from errata.edits.weight import WeightEdit, add_deltas
 from errata.errors import EditError, HostError
 from errata.host import placement
 from errata.host.base import ModelHost
+from errata.host.kinds import TEXT_TO_IMAGE
 from errata.host.layout import stored_transposed
 from errata.host.wider import Neurons
 from errata.linalg.lowrank import LowRank
@@ -126,6 +127,15 @@ def as_neurons(edit: MemoryEdit, host: Any) -> tuple[dict[int, Neurons], str]:
             f"the edit's neurons apply {', '.join(sorted(activations))}; a feed-forward applies one; {INSTEAD}"
         )
     return neurons, activations.pop()
+
+
+def refuse_pipeline(host: ModelHost, what: str) -> None:
+    """Raise EditError for a text-to-image pipeline, of which ``what`` would name single parts."""
+    if host.kind == TEXT_TO_IMAGE:
+        raise EditError(
+            f"{host.name} is a text-to-image pipeline, of which {what} would name single parts; export it to a "
+            "checkpoint, which diffusers opens as a whole"
+        )
 
 
 def submodule(host: ModelHost, path: str) -> Any:

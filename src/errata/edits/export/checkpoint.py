@@ -12,7 +12,6 @@ the change of weights merged, and its logits those of the host with the edit in 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from errata.edits.weight import WeightEdit, as_stored
 from errata.errors import EditError, HostError
 from errata.host import files, placement, sharing, wider
 from errata.host.base import ModelHost
+from errata.host.kinds import TEXT_TO_IMAGE
 from errata.host.open import DTYPES
 from errata.host.reopen import reopen
 from errata.linalg.routines import norm
@@ -43,10 +43,9 @@ WHAT = "a checkpoint"
 def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     """Make the model of the checkpoint, beside the host's, which shares what is unchanged."""
     model = host.model
-    if not hasattr(model, "save_pretrained") or not type(model).__module__.startswith("transformers."):
-        raise EditError(
-            f"{host.name} is a {type(model).__name__}, which transformers does not open by itself"
-        )
+    obstacle = host.checkpoint_obstacle()
+    if obstacle is not None:
+        raise EditError(f"{host.name} cannot be written as a checkpoint: {obstacle}")
     taken = weights.check_kind(edit, WHAT)
     weights.refuse_adapters(host, WHAT)
     weights.refuse_packed(host, WHAT)
@@ -61,6 +60,8 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
         sharing.cast_(shadow, DTYPES[options.dtype])
     dtype = next(p.dtype for p in shadow.parameters() if p.is_floating_point())
     facts: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "model_type": host.family}
+    if host.kind == TEXT_TO_IMAGE:
+        facts["library"] = "diffusers"
     if changed is not None:
         facts["lost"] = _merge(changed, host, shadow)
     else:
@@ -90,7 +91,8 @@ def _verify(
         raise EditError(f"{error}; {verifying.WRITE_ANYWAY}") from error
     weights = _compare_weights(exported.model, changed, host)
     compared = reference.compare(exported, dtype, host.dtype, lost={} if merged else lost)
-    return {"compared": "logits of the folder opened by transformers", **compared, "weights": weights}
+    library = "diffusers" if host.kind == TEXT_TO_IMAGE else "transformers"
+    return {"compared": f"logits of the folder opened by {library}", **compared, "weights": weights}
 
 
 def _compare_weights(model: Any, changed: WeightEdit | None, host: ModelHost) -> int:
@@ -122,7 +124,7 @@ def _compare_tokens(folder: Path, host: ModelHost) -> None:
     """Raise EditError where the written tokenizer gives other ids than the host's."""
     if host.tokenizer is None:
         return
-    tokenizer = files.open_tokenizer(str(folder), None, False)
+    tokenizer = host.tokenizer_in(folder)
     for text in verifying.NEUTRAL:
         if tokenizer(text)["input_ids"] != host.tokenizer(text)["input_ids"]:
             raise EditError(
@@ -133,13 +135,9 @@ def _compare_tokens(folder: Path, host: ModelHost) -> None:
 def _write(folder: Path, shadow: Any, host: ModelHost) -> None:
     """Write a model with what prepares its inputs. Raises EditError where transformers refuses to save it."""
     try:
-        shadow.save_pretrained(folder)
+        host.write_checkpoint(shadow, folder)
     except ValueError as error:  # as for settings of generation that contradict each other
-        raise EditError(f"transformers cannot save {host.name}: {files.first_line(error)}") from error
-    for path in files.processor_files(host.name):
-        shutil.copyfile(path, folder / path.name)
-    if host.tokenizer is not None:
-        host.tokenizer.save_pretrained(folder)
+        raise EditError(f"{host.name} cannot be saved: {files.first_line(error)}") from error
 
 
 def _merge(edit: WeightEdit, host: ModelHost, shadow: Any) -> dict[str, float]:

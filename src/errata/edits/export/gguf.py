@@ -17,6 +17,7 @@ from torch import Tensor
 from errata import extras
 from errata.edits.edit import Edit
 from errata.edits.export import _verify as verifying
+from errata.edits.export import _weights as weights
 from errata.edits.export._adapter import Adapter, adapter
 from errata.edits.export._exporter import Exporter, Options, Plan
 from errata.errors import EditError, HostError
@@ -31,6 +32,7 @@ INSTEAD = "export it to a checkpoint and convert that (llama.cpp: convert_hf_to_
 def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     """Make the adapter's tensors under their names in GGUF."""
     (gguf,) = extras.need("an export to gguf", "gguf", "gguf")
+    weights.refuse_pipeline(host, "an adapter for llama.cpp")
     try:
         architecture = gguf_architecture(host)
     except HostError as error:

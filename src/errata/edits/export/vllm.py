@@ -13,6 +13,7 @@ from typing import Any
 
 from errata.edits.edit import Edit
 from errata.edits.export import _verify as verifying
+from errata.edits.export import _weights as weights
 from errata.edits.export._adapter import Adapter, adapter
 from errata.edits.export._exporter import Exporter, Options, Plan
 from errata.errors import EditError
@@ -33,6 +34,7 @@ exec vllm serve "${{BASE:-{quoted}}}" --enable-lora --max-lora-rank {rank} --lor
 
 def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     """Make the adapter's files and the script."""
+    weights.refuse_pipeline(host, "an adapter for vLLM")
     reason = without_lora_in_vllm(host)
     if reason is not None:
         raise EditError(
