@@ -11,7 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.lab import bilingual
+from errata.lab import bilingual, chains
 from errata.lab.cases import PARTS, Part
 from errata.lab.overfitting import overfitting
 from errata.types import Case, Probe, plain_case
@@ -41,7 +41,8 @@ def read(
     of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:forget:N`` has all facts about N of
     its subjects, for unlearning (:func:`errata.lab.cases_to_forget`). ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
-    the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
+    the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). ``lab:chains-K:N``, K from 1 to 4 or
+    ``last``, are questions that need K edits, or one at their last step (:mod:`errata.lab.chains`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
     are added to every case; of cases of the lab, the facts that they change. The facts are ``{"source", "together",
@@ -91,6 +92,8 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     _, *parts = source.split(":")
     if parts[0] == "forget":
         return _lab_forget(source, parts[1:], seed)
+    if parts[0].startswith(CHAINS):
+        return _lab_chains(source, parts, seed, together)
     edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
     overfitted = edited is None and parts[:1] == ["evoke"]
     parts = parts[1:] if overfitted else parts
@@ -127,6 +130,21 @@ def _lab_forget(source: str, parts: list[str], seed: int) -> tuple[list[Case], i
         )
     seed = int(parts[1]) if len(parts) > 1 else seed
     cases = lab.cases_to_forget(int(parts[0]), seed=seed)
+    return cases, len(cases), {"seed": seed}
+
+
+CHAINS = "chains-"
+
+
+def _lab_chains(source: str, parts: list[str], seed: int, together: bool) -> tuple[list[Case], int, Any]:
+    kind, *numbers = parts[0].removeprefix(CHAINS), *parts[1:]
+    if not 1 <= len(numbers) <= 2 or not all(text.isdecimal() for text in numbers):
+        kinds = ", ".join(CHAINS + kind for kind in chains.KINDS)
+        raise ConfigError(f"{source!r}: expected lab:KIND:N or lab:KIND:N:SEED, KIND one of {kinds}")
+    if together:
+        raise ConfigError(f"{source}: chains of edits contradict one another; use schedule: single")
+    seed = int(numbers[1]) if len(numbers) > 1 else seed
+    cases = chains.chain_cases(kind, int(numbers[0]), seed=seed)
     return cases, len(cases), {"seed": seed}
 
 

@@ -84,6 +84,24 @@ def fill_search_defaults(config: S, defaults: SearchDefaults) -> S:
     return replace(config, **missing)  # type: ignore[type-var]
 
 
+@dataclass(frozen=True)
+class Erasure:
+    """What a value search does about the old answer, beside making the target likely (KELE)."""
+
+    erase: float = 0.0
+    """Value search: weight of what is left of the old answer (the request's, else what the unedited model generates),
+    0: none."""
+    erase_above: float = -7.0
+    """Value search, with ``erase``: log-probability in nats above which an old answer counts as left."""
+
+    def erasure_problems(self) -> list[str]:
+        """Check ranges."""
+        wrong = (
+            [] if self.erase_above < 0 else [f"erase_above: expected less than 0, found {self.erase_above}"]
+        )
+        return [*at_least_zero(self, "erase"), *wrong]
+
+
 def search_config(
     config: SearchSettings, *, nll_loss_factor: float = 1.0, relax: bool = False
 ) -> ValueConfig:
