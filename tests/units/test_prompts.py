@@ -110,7 +110,7 @@ def test_settings_that_do_not_belong_together_are_refused(settings, message):
     assert prompts.prompt_format(PromptFormat(), AskOptions(thinking="off")) == PromptFormat(
         "chat", thinking=False
     )
-    with pytest.raises(ConfigError, match="on or off"):
+    with pytest.raises(ConfigError, match="on or off, or forced"):
         prompts.prompt_format(PromptFormat(), AskOptions(thinking="maybe"))
 
 

@@ -8,13 +8,14 @@ answers scored after it, and scores after a text are read from any row that begi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from errata.errors import RequestError
+from errata.errors import ConfigError, RequestError
+from errata.evaluation import thinking
 from errata.evaluation.steps import Walk, walk
 from errata.host import prompts, tokens
 from errata.host.generate import draw_rows, generate_rows
@@ -58,6 +59,8 @@ class _Decoding:
     sample: bool = False
     block: str = ""
     """Opening tag of a thinking block that the prompt leaves open."""
+    forced: bool = False
+    """Whether thoughts alone are generated, for an answer that is asked for behind them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class _Plan:
     choices: tuple[tokens.Answer, ...]
     spread: bool
     """Whether to record the whole next-token distribution."""
+    frame: prompts.Framed
+    """The prompt as it is continued."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,13 @@ class _PromptSettings:
         context = self.options.context
         text = f"{context.rstrip()}\n\n{probe.prompt}" if context.strip() else probe.prompt
         host = self.plain if self._uncued(probe.form) else self.host
+        thinks = probe.form == "short" and thinking.mode_of(self.options)
+        if thinks and self.options.thinking_template is not None:
+            host, text = self.plain, thinking.written(self.options, text)
         frame = host.frame(text)
-        decoding = self._decoding(probe.form, frame)
+        if thinks == "forced":
+            frame = thinking.opened(frame)
+        decoding = self._decoding(probe.form, frame, forced=thinks == "forced")
         has_answer = probe.form not in ("open", "steps")  # of steps, the answer's prompt is not known yet
         answers = [
             self._answer(host, text, answer, probe.form)
@@ -107,7 +117,7 @@ class _PromptSettings:
         )
         return _Plan(
             decoding, host.encode_framed(frame, slots=slots), host.encode_base(text), first, rival, tuple(answers),
-            kind_of(probe.kind).distribution,
+            kind_of(probe.kind).distribution, frame,
         )  # fmt: skip
 
     @property
@@ -122,7 +132,7 @@ class _PromptSettings:
         """Whether a form's prompt is not formatted: open text never is, choices and spans get no answer cue."""
         return form == "open" or (self._template == "question" and form in ("choice", "span"))
 
-    def _decoding(self, form: Form, frame: prompts.Framed) -> _Decoding | None:
+    def _decoding(self, form: Form, frame: prompts.Framed, *, forced: bool = False) -> _Decoding | None:
         options = self.options
         if not options.generate or form not in GENERATED_FORMS:
             return None
@@ -132,7 +142,9 @@ class _PromptSettings:
             "short": options.max_new_tokens, "steps": options.max_new_tokens,
             "thought": options.thought_tokens, "long": options.long_tokens,
         }[form]  # fmt: skip
-        if not frame.special:
+        if forced:
+            return _Decoding(options.thought_tokens, "end", block=frame.open_block, forced=True)
+        if not frame.special or frame.open_block:
             thinks = frame.text != frame.scored
             return _Decoding(limit + options.thought_tokens * int(thinks), "end", block=frame.open_block)
         if form in ("short", "steps"):
@@ -184,6 +196,7 @@ def observe(
         after.ask(plan)
     texts = _run(host, plans, after, seed, on_progress)
     walks = _walk(prompt_settings, probes, plans, texts, batch_tokens)
+    _force(prompt_settings, plans, texts, batch_tokens)
     asked = list(dict.fromkeys(plan.base for plan in plans if plan.spread))
     routes = dict(zip(asked, routed(host, asked), strict=True))
     observations = []
@@ -199,6 +212,34 @@ def observe(
             Observation(text, answer_logprobs, top, rival_logprobs, spread, choices, own, trace)
         )
     return observations
+
+
+def _force(
+    settings: _PromptSettings, plans: Sequence[_Plan], texts: dict[tuple[_Decoding, Ids], tuple[str, str]],
+    batch_tokens: int,
+) -> None:  # fmt: skip
+    """Ask for the answers behind thoughts that were forced to end, and put them beside these into ``texts``."""
+    thought = {
+        (plan.decoding, plan.prompt): plan for plan in plans
+        if plan.decoding is not None and plan.decoding.forced
+    }  # fmt: skip
+    answering: dict[tuple[_Decoding, Ids], _Plan] = {}
+    for key, plan in thought.items():
+        frame = thinking.forced(plan.frame, texts[key][1])
+        ids = settings.plain.encode_framed(frame)
+        answer = _Decoding(settings.options.max_new_tokens, "line")
+        further = replace(plan, decoding=answer, prompt=ids, base=ids, answer=None, rival=None, spread=False)
+        if (complaint := _too_long(settings.host, further)) is not None:
+            raise RequestError(
+                f"thoughts after {plan.frame.text[-80:]!r}: {complaint}, or lower thought_tokens"
+            )
+        answering[key] = further
+    if not answering:
+        return
+    new = _run(settings.host, list(answering.values()), _PrefixScorer(settings.host, batch_tokens), 0, ignore)
+    for key, plan in answering.items():
+        assert plan.decoding is not None
+        texts[key] = (new[plan.decoding, plan.prompt][0], texts[key][1])
 
 
 def _walk(
@@ -246,9 +287,24 @@ def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) 
 
 
 def _make_prompt_settings(host: Host, options: AskOptions) -> _PromptSettings:
+    thinking.check(host, options)
     prompt_format = prompts.prompt_format(host.prompt_format, options)
+    if thinking.mode_of(options) == "forced" and options.thinking_template is None:
+        prompt_format = _with_thoughts(host, prompt_format)
     plain = prompts.PromptFormat(join=prompt_format.join)
     return _PromptSettings(host.with_prompt_format(prompt_format), host.with_prompt_format(plain), options)
+
+
+def _with_thoughts(host: Host, settings: prompts.PromptFormat) -> prompts.PromptFormat:
+    """Turn thinking on. A template that always opens a block stays as it is; raises ConfigError where none does."""
+    on = replace(settings, thinking=True)
+    try:
+        host.with_prompt_format(on).frame("?")
+    except ConfigError:
+        if not host.with_prompt_format(settings).frame("?").open_block:
+            raise
+        return settings
+    return on
 
 
 def _too_long(host: Host, plan: _Plan) -> str | None:

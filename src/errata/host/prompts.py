@@ -85,10 +85,12 @@ def prompt_format(base: PromptFormat, ask: AskOptions) -> PromptFormat:
     """
     changes: dict[str, Any] = {name: value for name, value in ask.prompt_fields.items() if value is not None}
     thinking = changes.get("thinking")
-    if isinstance(thinking, str):
-        if thinking not in ("on", "off"):
-            raise ConfigError(f"thinking must be on or off, found {thinking!r:.40}")
-        changes["thinking"] = thinking == "on"
+    if ask.thinking_template is not None:
+        changes.pop("thinking", None)  # a given template has its own block
+    elif isinstance(thinking, str):
+        if thinking not in ("on", "off", "forced"):
+            raise ConfigError(f"thinking must be on or off, or forced for evaluation, found {thinking!r:.40}")
+        changes["thinking"] = {"on": True, "off": False, "forced": None}[thinking]
     if (
         ask.template is None
         and base.template in ("raw", "question")
