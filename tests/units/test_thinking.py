@@ -6,13 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from errata.api import edit
+from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, RequestError
 from errata.evaluation import observe as observing
 from errata.evaluation import score
 from errata.evaluation.observe import observe
 from errata.host.generate import generate_rows
 from errata.host.host import Host
+from errata.host.prompts import PromptFormat
+from errata.linalg.lowrank import LowRank
+from errata.locate.contexts import Context, in_form
+from errata.locate.problems import value_problems
 from errata.types import AskOptions, Case, Observation, Probe, Request
 from tests.models import fresh
 from tests.units.test_prompts import ALWAYS, PLAIN, THINKS, chatting
@@ -141,3 +148,55 @@ def test_an_edited_model_that_corrects_itself_is_seen(monkeypatch: pytest.Monkey
         and row.detail["corrected_after"]
         and not row.detail["corrected_before"]
     )
+
+
+# --- contexts of an edit -----------------------------------------------------------------------
+
+BORN = Request("{} was born in", "Ada Brenner", "Esk")
+SAMPLED = [Context("", 0.5), Context("The old road. ", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("template", "form", "prefix"),
+    [
+        (None, "plain", "The old road. "),
+        (None, "think", "<think>\nThe old road. "),
+        (PLAIN, "chat", "<system>\n<user>The old road.\n<assistant>"),
+        (PLAIN, "think", "<system>\n<user>The old road.\n<assistant><think>\n"),
+        (THINKS, "chat", "<system>\n<user>The old road.\n<assistant><think>\n\n</think>\n\n"),
+        (ALWAYS, "think", "<system>\n<user>The old road.\n<assistant><think>\n"),
+    ],
+)
+def test_contexts_put_the_subject_where_a_model_thinks(template: str | None, form: Any, prefix: str) -> None:
+    host = chatting(template)
+    bare, formed = in_form(host, SAMPLED, form)
+    assert bare == SAMPLED[0] and formed == Context(prefix, 0.5)
+    (problem,) = value_problems(host, [BORN], [bare, formed])
+    row = problem.rows[1]
+    text = host.tokenizer.decode(row.ids[: row.position + 1])
+    assert text == f"{host.tokenizer.bos_token}{prefix}Ada Brenner"
+    assert list(row.ids).count(host.tokenizer.bos_token_id) == 1
+
+
+def test_contexts_in_a_form_are_refused_where_they_have_no_place() -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        in_form(chatting(None), SAMPLED, "chat")
+    formatted = chatting(PLAIN).with_prompt_format(PromptFormat("chat"))
+    with pytest.raises(ConfigError, match="one of the two"):
+        in_form(formatted, SAMPLED, "think")
+    with pytest.raises(ConfigError, match="no contexts"):
+        edit(fresh("llama"), BORN, method="anyedit", context_form="think")
+
+
+@pytest.mark.parametrize("method", ["memit", "rome", "keel"])
+def test_the_form_of_contexts_changes_the_edit(method: str) -> None:
+    host = fresh("llama")
+    common: dict[str, Any] = {"method": method, "tokens": 400, "steps": 2, "prefixes": ("The old road. ",)}
+    plain, think = (edit(host, BORN, context_form=form, **common) for form in ("plain", "think"))
+    assert isinstance(plain, WeightEdit) and isinstance(think, WeightEdit)
+    pairs = zip(plain.deltas.values(), think.deltas.values(), strict=True)
+    assert any(not torch.equal(as_dense(a), as_dense(b)) for a, b in pairs)
+
+
+def as_dense(delta: LowRank | torch.Tensor) -> torch.Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta

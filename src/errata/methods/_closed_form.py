@@ -27,7 +27,7 @@ from errata.linalg.solve import (
     similar_pairs,
     solve_with_history,
 )
-from errata.locate.contexts import Context
+from errata.locate.contexts import Context, in_form
 from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems, with_erased
 from errata.locate.sweep import LayerSweep
 from errata.locate.values import Value, ValueConfig, Where, find_values
@@ -229,7 +229,9 @@ def make_contexts(task: Task[ClosedFormConfig]) -> list[Context]:
     """Return the contexts from the settings, the bare prompt first."""
     config = task.config
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    return task.work.contexts(task.host, groups, "half_bare", config.prefixes)
+    return in_form(
+        task.host, task.work.contexts(task.host, groups, "half_bare", config.prefixes), config.context_form
+    )
 
 
 def make_problems(

@@ -31,6 +31,7 @@ from errata.errors import ConfigError
 from errata.host.host import Host
 from errata.linalg.lowrank import LowRank, balance
 from errata.linalg.solve import CostMatrix, leverage, solve_with_history
+from errata.locate.contexts import in_form
 from errata.locate.problems import value_problems
 from errata.locate.sweep import LayerSweep
 from errata.methods import _closed_form as closed_form
@@ -105,7 +106,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     task = closed_form.start_task("rome", host, requests, config, work, place="mlp_out")
     (site,) = task.sites
     groups = tuple(zip(config.contexts, config.context_tokens, strict=True))
-    contexts = work.contexts(host, groups, "flat", config.prefixes)
+    contexts = in_form(host, work.contexts(host, groups, "flat", config.prefixes), config.context_form)
     problems = value_problems(host, requests, contexts, end=config.end)
     erasing, search = closed_form.erasing(task, problems, contexts)
     values = closed_form.find_target_values(task, erasing, search=search)
