@@ -204,7 +204,7 @@ def test_a_view_shares_the_model_and_leaves_the_host_as_it_is():
 def test_thoughts_are_no_answer(monkeypatch):
     host = put(ALWAYS)
     monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think.\n</think>\n\nEsk"])
-    assert host.generate("Where?").strip() == "Esk"
+    assert str(host.generate("Where?")).strip() == "Esk"
     monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think. Esk"])
     assert host.generate("Where?") == "<think>I think. Esk", "thoughts without an end are marked"
     (seen,) = observe(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.api import edit
+from errata.api import edit, evaluate
 from errata.edits.weight import WeightEdit
 from errata.errors import ConfigError, RequestError
 from errata.evaluation import observe as observing
@@ -148,6 +148,15 @@ def test_an_edited_model_that_corrects_itself_is_seen(monkeypatch: pytest.Monkey
         and row.detail["corrected_after"]
         and not row.detail["corrected_before"]
     )
+
+
+def test_an_evaluation_thinks_before_and_after_the_edit() -> None:
+    report = evaluate(
+        fresh("llama"), [Case("c", REQUEST, (ASKED,))], method="in_prompt", thinking="forced", thinking_template=GIVEN,
+        thought_tokens=6, max_new_tokens=3,
+    )  # fmt: skip
+    (row,) = (row for row in report.rows if row.protocol == "trace")
+    assert row.detail["text_before"] and row.detail["text_after"] and row.detail["words_after"] <= 6
 
 
 # --- contexts of an edit -----------------------------------------------------------------------

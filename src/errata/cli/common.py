@@ -119,6 +119,8 @@ def ask_options(
 
     if thinking == "forced" and not evaluating:
         raise ConfigError("--thinking forced is for errata eval; expected on or off")
+    if thinking_template is not None:
+        thinking_template = thinking_template.replace("\\n", "\n")  # as shells write it
     if chat and template not in (None, "chat"):
         raise ConfigError(
             f"--chat means --template chat, but --template {template} was given too; leave one out"

@@ -80,16 +80,13 @@ def command(
         list[Path] | None,
         typer.Option("--edit", "-e", help="Evaluate this saved edit on all cases; repeatable: applied together."),
     ] = None,
-    schedule: ScheduleName = "single",
-    at: Checkpoints = None, probes: Kinds = None,
+    schedule: ScheduleName = "single", at: Checkpoints = None, probes: Kinds = None,
     template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
-    thinking: ThinkingMode = None, thinking_template: ThinkingTemplate = None,
-    thought_tokens: ThoughtTokens = None, join: common.JoinName = None,
+    thinking: ThinkingMode = None, thinking_template: ThinkingTemplate = None, thought_tokens: ThoughtTokens = None,
+    join: common.JoinName = None, settings: common.Settings = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a short answer.")] = 24,
-    settings: common.Settings = None,
-    corpus: common.CorpusFile = None, examples: common.Examples = None,
+    corpus: common.CorpusFile = None, examples: common.Examples = None, force: common.Force = False,
     output: Output = None, keep_edit: KeepEdit = None, after: After = None, run_folder: RunFolder = None,
-    force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Evaluate a method, or saved edits: ask every probe before and after, then undo the edit.
@@ -111,9 +108,8 @@ def command(
     edits = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
     ask = common.ask_options(
-        template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens,
-        thinking_template=None if thinking_template is None else thinking_template.replace("\\n", "\n"),
-        thought_tokens=thought_tokens, evaluating=True,
+        template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens, evaluating=True,
+        thinking_template=thinking_template, thought_tokens=thought_tokens,
     )  # fmt: skip
     source = common.read_cases(cases, seed, together=parsed.together)
     host = common.open_host(model, device, dtype)
