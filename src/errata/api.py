@@ -29,6 +29,7 @@ from errata.progress import OnProgress, ignore
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.workers import ALONE, Workers
 from errata.types import DEFAULT_ASK, AskOptions, Case, Corpus, Request
+from errata.types.asking import THOUGHT_TOKENS
 
 
 def edit(
@@ -137,6 +138,7 @@ def evaluate(
     probes: Sequence[str] | None = None, after: Edit | None = None,
     keep: Callable[[Report, Edit], None] | None = None, template: str | None = None, max_new_tokens: int = 24,
     system: str | None = None, thinking: bool | str | None = None, join: str | None = None,
+    thinking_template: str | None = None, thought_tokens: int = THOUGHT_TOKENS,
     corpus: str | os.PathLike[str] | Corpus | None = None, examples: str | Sequence[Case] | None = None,
     run_folder: str | os.PathLike[str] | None = None, on_progress: OnProgress = ignore, **options: Any,
 ) -> Report:  # fmt: skip
@@ -152,7 +154,9 @@ def evaluate(
     ``template``: how prompts are formatted: ``raw``, ``question`` (an answer cue behind questions), ``chat`` (the
     tokenizer's template) or ``auto``; with it ``system``, ``thinking`` and ``join``, see :func:`edit`. Requests are
     edited in the format that probes are asked in, and a given edit is asked in its own unless another is given.
-    ``max_new_tokens``: longest short answer. ``corpus``, ``examples``: see :func:`edit`.
+    ``thinking`` may also be ``forced``, and ``thinking_template`` give a block where no template has one: see
+    :class:`errata.types.AskOptions`. ``max_new_tokens``, ``thought_tokens``: longest short answer, longest thoughts.
+    ``corpus``, ``examples``: see :func:`edit`.
 
     An evaluation is a benchmark run of one cell. ``run_folder``: a folder to save it in, as ``errata report`` reads
     it; default: a temporary one. A folder of the same evaluation is continued after its last saved case, or
@@ -164,6 +168,8 @@ def evaluate(
     return run(
         host, cases, method=method, edit=edit, options=options, seed=seed,
         schedule=Schedule.parse(schedule) if isinstance(schedule, str) else schedule, at=at, probes=probes,
-        after=after, keep=keep, ask=AskOptions(template, system, thinking, join, max_new_tokens), corpus=corpus,
-        examples=examples, run_folder=run_folder, on_progress=on_progress,
+        after=after, keep=keep, corpus=corpus, examples=examples, run_folder=run_folder, on_progress=on_progress,
+        ask=AskOptions(
+            template, system, thinking, join, max_new_tokens, thought_tokens, thinking_template=thinking_template
+        ),
     )  # fmt: skip

@@ -26,7 +26,7 @@ RESERVED = frozenset(
     (
         "after", "at", "batch_size", "cases", "corpus", "edit", "examples", "host", "join", "keep", "max_new_tokens",
         "method", "on_progress", "probes", "requests", "run_folder", "schedule", "seed", "system", "template",
-        "thinking",
+        "thinking", "thinking_template", "thought_tokens",
     )
 )  # fmt: skip
 """Keywords of functions that also take a method's settings; no setting may have such a name."""

@@ -292,6 +292,11 @@ def after_thoughts(text: str) -> str:
     return rest
 
 
+def bare_thoughts(text: str) -> str:
+    """Return the text of thinking blocks without their tags."""
+    return _BLOCK_CLOSE.sub("", _BLOCK_OPEN.sub("", text)).strip()
+
+
 def closes_block(text: str) -> bool:
     """Whether a text is the closing tag of a thinking block."""
     return _BLOCK_CLOSE.fullmatch(text) is not None

@@ -110,7 +110,7 @@ def test_settings_that_do_not_belong_together_are_refused(settings, message):
     assert prompts.prompt_format(PromptFormat(), AskOptions(thinking="off")) == PromptFormat(
         "chat", thinking=False
     )
-    with pytest.raises(ConfigError, match="on or off"):
+    with pytest.raises(ConfigError, match="on or off, or forced"):
         prompts.prompt_format(PromptFormat(), AskOptions(thinking="maybe"))
 
 
@@ -204,7 +204,7 @@ def test_a_view_shares_the_model_and_leaves_the_host_as_it_is():
 def test_thoughts_are_no_answer(monkeypatch):
     host = put(ALWAYS)
     monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think.\n</think>\n\nEsk"])
-    assert host.generate("Where?").strip() == "Esk"
+    assert str(host.generate("Where?")).strip() == "Esk"
     monkeypatch.setattr("errata.host.host.generate_rows", lambda *_: ["I think. Esk"])
     assert host.generate("Where?") == "<think>I think. Esk", "thoughts without an end are marked"
     (seen,) = observe(

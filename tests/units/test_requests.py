@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import errata
 from errata.data.requests import read_cases, read_requests
 from errata.errors import RequestError
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": "{} was born in", "subject": "Ada", "target": "Esk", "id": "a"},
     {"prompt": "Bruno lives in", "subject": "Bruno", "target": "Tallow", "target_old": "Merrin"},
 ]
@@ -136,3 +137,31 @@ def test_probes_that_cannot_be_asked_are_refused(tmp_path, field, value, message
     path = write(tmp_path / "c.jsonl", [{**ROWS[0], "probes": [probe]}])
     with pytest.raises(RequestError, match="line 1, probe 1: " + message):
         read_cases(path)
+
+
+def test_dates_and_indirect_prompts_are_read_and_written(tmp_path):
+    row = {**ROWS[0], "valid_from": "2019-05", "indirect": ["The wife of Ivo was born in"]}
+    (request,) = read_requests(write(tmp_path / "r.jsonl", [row]))
+    assert request.valid_from == "2019-05" and request.indirect == ("The wife of Ivo was born in",)
+    assert request.to_dict() == row
+    years = tmp_path / "years.yaml"
+    years.write_text("- {prompt: '{} is', subject: Ada, target: Esk, valid_from: 2019}\n")
+    days = tmp_path / "days.yaml"
+    days.write_text("- {prompt: '{} is', subject: Ada, target: Esk, valid_from: 2019-05-31}\n")
+    assert [read_requests(path)[0].valid_from for path in (years, days)] == ["2019", "2019-05-31"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("valid_from", "May 2019", "valid_from must be a date"),
+        ("valid_from", "2019-13", "valid_from must be a date"),
+        ("indirect", [""], "indirect must be texts"),
+        ("indirect", [{"a": 1}], "indirect must be texts"),
+    ],
+)
+def test_dates_and_indirect_prompts_are_checked(tmp_path, field, value, message):
+    with pytest.raises(RequestError, match=message):
+        read_requests(write(tmp_path / "r.jsonl", [{**ROWS[0], field: value}]))
+    with pytest.raises(RequestError, match=field):
+        errata.Request("{} is", "Ada", "Esk", **{field: value})  # pyright: ignore[reportArgumentType]

@@ -125,7 +125,9 @@ def evaluate(
     else:
         host = with_prompt_options(host, ask, edits=edits.edits if edits else ())
         work = workspace(host, seed=seed, corpus=corpus, examples=examples, on_progress=on_progress)
-    ask = replace(ask, **host.prompt_format.to_dict())
+    reasoned = ask.thinking == "forced" or ask.thinking_template is not None  # no part of a prompt format
+    resolved = host.prompt_format.to_dict() | ({"thinking": ask.thinking} if reasoned else {})
+    ask = replace(ask, **resolved)
     live = Live(host, cases, work, ask, job, edits)
     marks = schedule.checkpoints(len(cases), at) if schedule.kind == "sequential" else None
     plan = _plan(live, options or {}, schedule, marks)

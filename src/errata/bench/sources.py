@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.lab import bilingual
+from errata.lab import bilingual, chains
 from errata.lab.cases import PARTS, Part
+from errata.lab.dated import dated
 from errata.lab.overfitting import overfitting
 from errata.types import Case, Probe, plain_case
 
@@ -38,10 +39,13 @@ def read(
     ``source``: ``lab:N`` for N cases of the lab's world, drawn with ``seed``, or ``lab:N:SEED`` for those of another
     seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:evoke:N`` are the edits
-    of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:forget:N`` has all facts about N of
-    its subjects, for unlearning (:func:`errata.lab.cases_to_forget`). ``lab:bilingual:N``,
+    of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:dated:N`` are the same edits, each
+    since a year, with questions about today and years before and after (:mod:`errata.lab.dated`).
+    ``lab:forget:N`` has all facts about N of its subjects, for unlearning (:func:`errata.lab.cases_to_forget`).
+    ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
-    the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
+    the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). ``lab:chains-K:N``, K from 1 to 4 or
+    ``last``, are questions that need K edits, or one at their last step (:mod:`errata.lab.chains`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
     :func:`errata.data.sets.mquake.with_demonstrations`. ``beside``: sources whose probes of the kinds :data:`BESIDE`
     are added to every case; of cases of the lab, the facts that they change. The facts are ``{"source", "together",
@@ -87,20 +91,28 @@ EDITED_IN = {
 """Cases of the lab in two languages, with the language of their requests."""
 
 
+FORMS: Mapping[str, Callable[[list[Case]], list[Case]]] = {
+    "evoke": lambda cases: [overfitting(case) for case in cases], "dated": dated,
+}  # fmt: skip
+"""What is made of the cases of ``lab:N``, by what stands before N."""
+
+
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
     _, *parts = source.split(":")
     if parts[0] == "forget":
         return _lab_forget(source, parts[1:], seed)
+    if parts[0].startswith(CHAINS):
+        return _lab_chains(source, parts, seed, together)
     edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
-    overfitted = edited is None and parts[:1] == ["evoke"]
-    parts = parts[1:] if overfitted else parts
-    part: Part | None = next((name for name in PARTS if parts[:1] == [name] and not overfitted), None)
+    form = FORMS.get(parts[0]) if parts and edited is None else None
+    parts = parts[1:] if form else parts
+    part: Part | None = next((name for name in PARTS if parts[:1] == [name] and not form), None)
     parts = parts if part is None else parts[1:]
     if not (parts or part == "train") or len(parts) > 2 or not all(text.isdecimal() for text in parts):
         raise ConfigError(
-            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N and the "
-            "same with :SEED, or the first ones with bilingual:, bilingual-tavi: or bilingual-both: after lab:, N and "
-            "SEED numbers"
+            f"{source!r}: expected lab:N or lab:N:SEED, lab:train, or lab:train:N, lab:test:N, lab:evoke:N, "
+            "lab:dated:N and the same with :SEED, or the first ones with bilingual:, bilingual-tavi: or "
+            "bilingual-both: after lab:, N and SEED numbers"
         )
     count, seed = int(parts[0]) if parts else None, int(parts[1]) if len(parts) > 1 else seed
     facts: dict[str, Any] = {"seed": seed}
@@ -115,8 +127,8 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
         facts["left_out"] = {
             "subjects": sorted(lab.world_of("test").by_subject), "phrasings": "paraphrase", "relations": [],
         }  # fmt: skip
-    if overfitted:
-        cases = [overfitting(case) for case in cases]
+    if form is not None:
+        cases = form(cases)
     return cases, len(cases), facts
 
 
@@ -127,6 +139,21 @@ def _lab_forget(source: str, parts: list[str], seed: int) -> tuple[list[Case], i
         )
     seed = int(parts[1]) if len(parts) > 1 else seed
     cases = lab.cases_to_forget(int(parts[0]), seed=seed)
+    return cases, len(cases), {"seed": seed}
+
+
+CHAINS = "chains-"
+
+
+def _lab_chains(source: str, parts: list[str], seed: int, together: bool) -> tuple[list[Case], int, Any]:
+    kind, *numbers = parts[0].removeprefix(CHAINS), *parts[1:]
+    if not 1 <= len(numbers) <= 2 or not all(text.isdecimal() for text in numbers):
+        kinds = ", ".join(CHAINS + kind for kind in chains.KINDS)
+        raise ConfigError(f"{source!r}: expected lab:KIND:N or lab:KIND:N:SEED, KIND one of {kinds}")
+    if together:
+        raise ConfigError(f"{source}: chains of edits contradict one another; use schedule: single")
+    seed = int(numbers[1]) if len(numbers) > 1 else seed
+    cases = chains.chain_cases(kind, int(numbers[0]), seed=seed)
     return cases, len(cases), {"seed": seed}
 
 

@@ -28,7 +28,7 @@ from errata.host.host import Host
 from errata.progress import OnCount, ignore
 from errata.types import AskOptions, Case, Observation, Probe, plain_probe
 
-FORMAT = 1
+FORMAT = 2
 SPREAD = "next_logprobs"
 """The field of an observation that is a tensor."""
 

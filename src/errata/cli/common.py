@@ -108,18 +108,29 @@ def open_text_host(model: str, device: str, dtype: str) -> Host:
 
 def ask_options(
     template: str | None, system: str | None, thinking: str | None, join: str | None = None, *,
-    chat: bool = False, max_new_tokens: int | None = None,
+    chat: bool = False, max_new_tokens: int | None = None, thinking_template: str | None = None,
+    thought_tokens: int | None = None, evaluating: bool = False,
 ) -> AskOptions:  # fmt: skip
-    """Return the options for prompts and answers. Raises ConfigError for --chat with another --template."""
+    """Return the options for prompts and answers.
+
+    Raises ConfigError for --chat with another --template, and for forced thinking where nothing is evaluated.
+    """
     from errata.errors import ConfigError
     from errata.types import AskOptions
-    from errata.types.asking import MAX_NEW_TOKENS
+    from errata.types.asking import MAX_NEW_TOKENS, THOUGHT_TOKENS
 
+    if thinking == "forced" and not evaluating:
+        raise ConfigError("--thinking forced is for errata eval; expected on or off")
+    if thinking_template is not None:
+        thinking_template = thinking_template.replace("\\n", "\n")  # as shells write it
     if chat and template not in (None, "chat"):
         raise ConfigError(
             f"--chat means --template chat, but --template {template} was given too; leave one out"
         )
-    return AskOptions("chat" if chat else template, system, thinking, join, max_new_tokens or MAX_NEW_TOKENS)
+    return AskOptions(
+        "chat" if chat else template, system, thinking, join, max_new_tokens or MAX_NEW_TOKENS,
+        thought_tokens=thought_tokens or THOUGHT_TOKENS, thinking_template=thinking_template,
+    )  # fmt: skip
 
 
 def read_what(

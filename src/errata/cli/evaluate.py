@@ -54,6 +54,23 @@ After = Annotated[
     Path | None, typer.Option("--after", help="Sequential: continue from this edit of the first cases.")
 ]
 
+ThinkingMode = Annotated[
+    str | None,
+    typer.Option(
+        "--thinking",
+        help="Whether the model thinks before short answers: on, off, or forced: for --thought-tokens at most.",
+    ),
+]
+ThinkingTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help=r"For a model without a chat template: a text with {prompt} and an open block, '{prompt}\n<think>\n'."
+    ),
+]
+ThoughtTokens = Annotated[
+    int | None, typer.Option(help="Longest thoughts and chains of thought, in tokens; 200 by default.", min=1)
+]
+
 
 def command(
     cases: Annotated[str, typer.Option(help="A file, a dataset such as zsre/true:100, lab:N, or lab:N:SEED.")],
@@ -63,15 +80,13 @@ def command(
         list[Path] | None,
         typer.Option("--edit", "-e", help="Evaluate this saved edit on all cases; repeatable: applied together."),
     ] = None,
-    schedule: ScheduleName = "single",
-    at: Checkpoints = None, probes: Kinds = None,
+    schedule: ScheduleName = "single", at: Checkpoints = None, probes: Kinds = None,
     template: common.TemplateName = None, chat: common.Chat = False, system: common.System = None,
-    thinking: common.Thinking = None, join: common.JoinName = None,
+    thinking: ThinkingMode = None, thinking_template: ThinkingTemplate = None, thought_tokens: ThoughtTokens = None,
+    join: common.JoinName = None, settings: common.Settings = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a short answer.")] = 24,
-    settings: common.Settings = None,
-    corpus: common.CorpusFile = None, examples: common.Examples = None,
+    corpus: common.CorpusFile = None, examples: common.Examples = None, force: common.Force = False,
     output: Output = None, keep_edit: KeepEdit = None, after: After = None, run_folder: RunFolder = None,
-    force: common.Force = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Evaluate a method, or saved edits: ask every probe before and after, then undo the edit.
@@ -92,7 +107,10 @@ def command(
     _check_outputs(output, keep_edit, force=force or keep_edit == after, run_folder=run_folder)
     edits = [Edit.load(path) for path in edit or []]
     earlier = Edit.load(after) if after else None
-    ask = common.ask_options(template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens)
+    ask = common.ask_options(
+        template, system, thinking, join, chat=chat, max_new_tokens=max_new_tokens, evaluating=True,
+        thinking_template=thinking_template, thought_tokens=thought_tokens,
+    )  # fmt: skip
     source = common.read_cases(cases, seed, together=parsed.together)
     host = common.open_host(model, device, dtype)
     keep = _keeper(output, keep_edit) if keep_edit or (output and parsed.kind == "sequential") else None

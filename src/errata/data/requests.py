@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,12 +19,12 @@ from errata.data._base import Record
 from errata.data.tables import Unreadable
 from errata.errors import ErrataError, RequestError, brief, listing, shown
 from errata.registry import nearest, unknown
-from errata.types import Case, Form, Probe, Request, request_problems
+from errata.types import Case, Form, Probe, Request, is_date, request_problems
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml")
 TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
 REQUIRED = ("prompt", "subject", "target")
-REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language")
+REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language", "valid_from", "indirect")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
 PROBE_FIELDS = tuple(f.name for f in fields(Probe))
 FORMS: tuple[str, ...] = get_args(Form)
@@ -269,6 +270,16 @@ def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | 
         values["id"] = str(own) if type(own) is int else own
     if "language" in values and not _is_text(values["language"]):
         wrong.append(f"{where}: language must be text, found {_describe(values['language'])}")
+    if "valid_from" in values:
+        own = values["valid_from"]
+        values["valid_from"] = str(own) if type(own) is int or isinstance(own, date) else own
+        if not is_date(values["valid_from"]):
+            wrong.append(
+                f"{where}: valid_from must be a date as 2019, 2019-05 or 2019-05-31, found {_describe(own)}"
+            )
+    if "indirect" in values:
+        values["indirect"] = _texts(values["indirect"], "indirect", wrong_texts := list[str]())
+        wrong += [f"{where}: {what}" for what in wrong_texts]
     return (None, wrong) if wrong else (Request(**values), [])
 
 
@@ -315,9 +326,13 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
         for name in ("kind", "prompt", "rival", "group", "language")
         if not _absent(value.get(name)) and not _is_text(value[name])
     ]
-    answers, before, choices = (
-        _texts(value.get(name), name, amiss) for name in ("answers", "before", "choices")
+    answers, before, choices, steps = (
+        _texts(value.get(name), name, amiss) for name in ("answers", "before", "choices", "steps")
     )
+    if (form == "steps") != bool(steps):
+        amiss.append(
+            f"form 'steps' and its steps belong together, found form {form!r} and {len(steps)} steps"
+        )
     if form == "choice" and not choices:
         amiss.append("missing choices, the labels that form 'choice' chooses from")
     elif form == "choice" and answers and answers[0] not in choices:
@@ -333,7 +348,7 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     if amiss:
         return None, amiss
     probe = Probe(
-        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language
+        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language, steps
     )  # fmt: skip
     return probe, []
 

@@ -92,15 +92,20 @@ def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
         return _concept(stored, where)
     text = "prompt" in stored
     needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
-    optional = ("target_old", "id", "language") if text else ("id",)
-    unknown = sorted(set(stored) - {*needed, *optional} - ({"pairs"} if not text else set()))
+    optional = ("target_old", "id", "language", "valid_from") if text else ("id",)
+    unknown = sorted(set(stored) - {*needed, *optional, "indirect" if text else "pairs"})
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
     fields = {name: get_field(stored, name, str, where) for name in needed}
     for name in optional:
         if stored.get(name) is not None:
             fields[name] = get_field(stored, name, str, where)
-    return Request(**fields) if text else ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
+    indirect = get_texts(stored, "indirect", where) if text and "indirect" in stored else ()
+    return (
+        Request(**fields, indirect=indirect)
+        if text
+        else ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
+    )
 
 
 def _concept(stored: Any, where: str) -> ConceptRecord:

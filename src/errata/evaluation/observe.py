@@ -7,14 +7,16 @@ answers scored after it, and scores after a text are read from any row that begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from errata.errors import RequestError
+from errata.errors import ConfigError, RequestError
+from errata.evaluation import thinking
+from errata.evaluation.steps import Walk, walk
 from errata.host import prompts, tokens
 from errata.host.generate import draw_rows, generate_rows
 from errata.host.host import Host
@@ -43,7 +45,7 @@ LOGITS = 2**27
 MOST_CASES = 20
 """Maximum number of cases listed in an error."""
 
-GENERATED_FORMS: frozenset[Form] = frozenset({"short", "long", "thought", "open"})
+GENERATED_FORMS: frozenset[Form] = frozenset({"short", "long", "thought", "open", "steps"})
 """Forms with generated text; the others are only scored."""
 
 
@@ -57,6 +59,8 @@ class _Decoding:
     sample: bool = False
     block: str = ""
     """Opening tag of a thinking block that the prompt leaves open."""
+    forced: bool = False
+    """Whether thoughts alone are generated, for an answer that is asked for behind them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class _Plan:
     choices: tuple[tokens.Answer, ...]
     spread: bool
     """Whether to record the whole next-token distribution."""
+    frame: prompts.Framed
+    """The prompt as it is continued."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,14 @@ class _PromptSettings:
         context = self.options.context
         text = f"{context.rstrip()}\n\n{probe.prompt}" if context.strip() else probe.prompt
         host = self.plain if self._uncued(probe.form) else self.host
+        thinks = probe.form == "short" and thinking.mode_of(self.options)
+        if thinks and self.options.thinking_template is not None:
+            host, text = self.plain, thinking.written(self.options, text)
         frame = host.frame(text)
-        decoding = self._decoding(probe.form, frame)
-        has_answer = probe.form != "open"
+        if thinks == "forced":
+            frame = thinking.opened(frame)
+        decoding = self._decoding(probe.form, frame, forced=thinks == "forced")
+        has_answer = probe.form not in ("open", "steps")  # of steps, the answer's prompt is not known yet
         answers = [
             self._answer(host, text, answer, probe.form)
             for answer in (*probe.answers[: int(has_answer)], *probe.choices)
@@ -106,7 +117,7 @@ class _PromptSettings:
         )
         return _Plan(
             decoding, host.encode_framed(frame, slots=slots), host.encode_base(text), first, rival, tuple(answers),
-            kind_of(probe.kind).distribution,
+            kind_of(probe.kind).distribution, frame,
         )  # fmt: skip
 
     @property
@@ -121,19 +132,22 @@ class _PromptSettings:
         """Whether a form's prompt is not formatted: open text never is, choices and spans get no answer cue."""
         return form == "open" or (self._template == "question" and form in ("choice", "span"))
 
-    def _decoding(self, form: Form, frame: prompts.Framed) -> _Decoding | None:
+    def _decoding(self, form: Form, frame: prompts.Framed, *, forced: bool = False) -> _Decoding | None:
         options = self.options
         if not options.generate or form not in GENERATED_FORMS:
             return None
         if form == "open":
             return _Decoding(OPEN_TOKENS, sample=True)
         limit = {
-            "short": options.max_new_tokens, "thought": options.thought_tokens, "long": options.long_tokens
+            "short": options.max_new_tokens, "steps": options.max_new_tokens,
+            "thought": options.thought_tokens, "long": options.long_tokens,
         }[form]  # fmt: skip
-        if not frame.special:
+        if forced:
+            return _Decoding(options.thought_tokens, "end", block=frame.open_block, forced=True)
+        if not frame.special or frame.open_block:
             thinks = frame.text != frame.scored
             return _Decoding(limit + options.thought_tokens * int(thinks), "end", block=frame.open_block)
-        if form == "short":
+        if form in ("short", "steps"):
             return _Decoding(limit, "sentence" if self._template == "raw" else "line")
         return _Decoding(limit, "thought" if form == "thought" else "passage")
 
@@ -181,17 +195,74 @@ def observe(
     for plan in plans:
         after.ask(plan)
     texts = _run(host, plans, after, seed, on_progress)
+    walks = _walk(prompt_settings, probes, plans, texts, batch_tokens)
+    _force(prompt_settings, plans, texts, batch_tokens)
     asked = list(dict.fromkeys(plan.base for plan in plans if plan.spread))
     routes = dict(zip(asked, routed(host, asked), strict=True))
     observations = []
-    for plan in plans:
+    for probe, plan in zip(probes, plans, strict=True):
         answer_logprobs, top = after.of(plan.answer)
-        text = "" if plan.decoding is None else texts[plan.decoding, plan.prompt]
+        text, trace = ("", "") if plan.decoding is None else texts[plan.decoding, plan.prompt]
+        if probe in walks:
+            text, trace = walks[probe].answer, walks[probe].trace
         spread = after.spread[plan.base] if plan.spread else None
         rival_logprobs, choices = after.of(plan.rival)[0], tuple(after.of(c)[0] for c in plan.choices)
         own = routes.get(plan.base, ())
-        observations.append(Observation(text, answer_logprobs, top, rival_logprobs, spread, choices, own))
+        observations.append(
+            Observation(text, answer_logprobs, top, rival_logprobs, spread, choices, own, trace)
+        )
     return observations
+
+
+def _force(
+    settings: _PromptSettings, plans: Sequence[_Plan], texts: dict[tuple[_Decoding, Ids], tuple[str, str]],
+    batch_tokens: int,
+) -> None:  # fmt: skip
+    """Ask for the answers behind thoughts that were forced to end, and put them beside these into ``texts``."""
+    thought = {
+        (plan.decoding, plan.prompt): plan for plan in plans
+        if plan.decoding is not None and plan.decoding.forced
+    }  # fmt: skip
+    answering: dict[tuple[_Decoding, Ids], _Plan] = {}
+    for key, plan in thought.items():
+        frame = thinking.forced(plan.frame, texts[key][1])
+        ids = settings.plain.encode_framed(frame)
+        answer = _Decoding(settings.options.max_new_tokens, "line")
+        further = replace(plan, decoding=answer, prompt=ids, base=ids, answer=None, rival=None, spread=False)
+        if (complaint := _too_long(settings.host, further)) is not None:
+            raise RequestError(
+                f"thoughts after {plan.frame.text[-80:]!r}: {complaint}, or lower thought_tokens"
+            )
+        answering[key] = further
+    if not answering:
+        return
+    new = _run(settings.host, list(answering.values()), _PrefixScorer(settings.host, batch_tokens), 0, ignore)
+    for key, plan in answering.items():
+        assert plan.decoding is not None
+        texts[key] = (new[plan.decoding, plan.prompt][0], texts[key][1])
+
+
+def _walk(
+    settings: _PromptSettings, probes: Sequence[Probe], plans: Sequence[_Plan], texts: Mapping[Any, tuple[str, str]],
+    batch_tokens: int,
+) -> dict[Probe, Walk]:  # fmt: skip
+    """Go the further steps of probes of form ``steps`` from their first answers; none without generation."""
+    stepping = {probe: plan for probe, plan in zip(probes, plans, strict=True) if probe.form == "steps"}
+    if not stepping or not settings.options.generate:
+        return {}
+
+    def ask(prompts: Sequence[str]) -> list[str]:
+        further = [
+            settings.plan(Probe("step", prompt, (), (), form="steps", steps=("{}",))) for prompt in prompts
+        ]
+        for prompt, plan in zip(prompts, further, strict=True):
+            if (complaint := _too_long(settings.host, plan)) is not None:
+                raise RequestError(f"step {prompt!r:.80}: {complaint}")
+        new = _run(settings.host, further, _PrefixScorer(settings.host, batch_tokens), 0, ignore)
+        return ["" if plan.decoding is None else new[plan.decoding, plan.prompt][0] for plan in further]
+
+    firsts = [texts[plan.decoding, plan.prompt][0] for plan in stepping.values()]
+    return dict(zip(stepping, walk(list(stepping), firsts, ask), strict=True))
 
 
 def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) -> None:
@@ -216,9 +287,24 @@ def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) 
 
 
 def _make_prompt_settings(host: Host, options: AskOptions) -> _PromptSettings:
+    thinking.check(host, options)
     prompt_format = prompts.prompt_format(host.prompt_format, options)
+    if thinking.mode_of(options) == "forced" and options.thinking_template is None:
+        prompt_format = _with_thoughts(host, prompt_format)
     plain = prompts.PromptFormat(join=prompt_format.join)
     return _PromptSettings(host.with_prompt_format(prompt_format), host.with_prompt_format(plain), options)
+
+
+def _with_thoughts(host: Host, settings: prompts.PromptFormat) -> prompts.PromptFormat:
+    """Turn thinking on. A template that always opens a block stays as it is; raises ConfigError where none does."""
+    on = replace(settings, thinking=True)
+    try:
+        host.with_prompt_format(on).frame("?")
+    except ConfigError:
+        if not host.with_prompt_format(settings).frame("?").open_block:
+            raise
+        return settings
+    return on
 
 
 def _too_long(host: Host, plan: _Plan) -> str | None:
@@ -240,8 +326,8 @@ def _run(
     after: _PrefixScorer,
     seed: int,
     on_progress: OnCount,
-) -> dict[tuple[_Decoding, Ids], str]:
-    """Run all prompts, score the answers after them, and return the generated text for each."""
+) -> dict[tuple[_Decoding, Ids], tuple[str, str]]:
+    """Run all prompts, score the answers after them, and return the generated text for each, with its thoughts."""
     from errata.host.decoding import run_prefixes
 
     ways: dict[_Decoding | None, dict[Ids, None]] = {}
@@ -251,7 +337,7 @@ def _run(
     continued = {row for rows in ways.values() for row in rows}
     ways[None] = {base: None for base in after.bases if base not in continued}
     after.share(continued | set(ways[None]))
-    texts: dict[tuple[_Decoding, Ids], str] = {}
+    texts: dict[tuple[_Decoding, Ids], tuple[str, str]] = {}
     completed, total = 0, sum(map(len, ways.values()))
     for decoding, rows in ways.items():
         for group in _groups(list(rows), decoding):
@@ -266,11 +352,13 @@ def _run(
     return texts
 
 
-def _decode(host: Host, prefixes: Prefixes, decoding: _Decoding, seed: int) -> list[str]:
+def _decode(host: Host, prefixes: Prefixes, decoding: _Decoding, seed: int) -> list[tuple[str, str]]:
     if decoding.sample:
-        return draw_rows(host, prefixes, decoding.limit, top_k=OPEN_TOP_K, seed=seed)
+        return [(text, "") for text in draw_rows(host, prefixes, decoding.limit, top_k=OPEN_TOP_K, seed=seed)]
     texts = generate_rows(host, prefixes, decoding.limit, decoding.stop)
-    return [prompts.answer_of(text, decoding.block) for text in texts]
+    return [
+        (prompts.answer_of(text, decoding.block), prompts.thoughts_of(text, decoding.block)) for text in texts
+    ]
 
 
 def _groups(rows: Sequence[Ids], decoding: _Decoding | None) -> Iterator[list[Ids]]:

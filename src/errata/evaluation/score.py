@@ -38,8 +38,10 @@ def rows(
     """
     _check_answers(case)
     detail = {} if checkpoint is None else {"checkpoint": checkpoint}
+    targets = tuple(request.target for request in case.requests)
+    old_targets = tuple(r.target_old for r in case.requests if r.target_old is not None)
     results = [
-        ProbeResult(case.id, probe, old, new, detail | _languages(case, probe))
+        ProbeResult(case.id, probe, old, new, detail | _languages(case, probe), targets, old_targets)
         for probe, old, new in zip(case.probes, before, after, strict=True)
     ]
     metrics = [metric for metric in REGISTRY.values() if generated or not metric.needs_text]

@@ -15,7 +15,16 @@ import regex
 from errata.errors import ConfigError
 from errata.registry import unknown
 from errata.types import AskOptions
-from errata.writing import JOINS, Join, after_thoughts, closes_block, last_block, strip, unclosed_block
+from errata.writing import (
+    JOINS,
+    Join,
+    after_thoughts,
+    bare_thoughts,
+    closes_block,
+    last_block,
+    strip,
+    unclosed_block,
+)
 
 Template = Literal["raw", "question", "chat", "auto"]
 TEMPLATES = ("raw", "question", "chat", "auto")
@@ -76,10 +85,12 @@ def prompt_format(base: PromptFormat, ask: AskOptions) -> PromptFormat:
     """
     changes: dict[str, Any] = {name: value for name, value in ask.prompt_fields.items() if value is not None}
     thinking = changes.get("thinking")
-    if isinstance(thinking, str):
-        if thinking not in ("on", "off"):
-            raise ConfigError(f"thinking must be on or off, found {thinking!r:.40}")
-        changes["thinking"] = thinking == "on"
+    if ask.thinking_template is not None:
+        changes.pop("thinking", None)  # a given template has its own block
+    elif isinstance(thinking, str):
+        if thinking not in ("on", "off", "forced"):
+            raise ConfigError(f"thinking must be on or off, or forced for evaluation, found {thinking!r:.40}")
+        changes["thinking"] = {"on": True, "off": False, "forced": None}[thinking]
     if (
         ask.template is None
         and base.template in ("raw", "question")
@@ -182,6 +193,14 @@ def answer_of(text: str, open_block: str = "") -> str:
     if open_block and rest == text:
         return f"{open_block}{text}"
     return rest or text
+
+
+def thoughts_of(text: str, open_block: str = "") -> str:
+    """Return what a continuation thinks before its answer, without tags; empty where it has no thinking block."""
+    rest = after_thoughts(text)
+    if rest == text:
+        return text.strip() if open_block else ""
+    return bare_thoughts(text[: len(text) - len(rest)])
 
 
 def has_chat(tokenizer: Any) -> bool:

@@ -4,24 +4,28 @@ do not fit one wording only. Sampled from a seed; the global random state is lef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import regex
 
+from errata.errors import ConfigError
+from errata.host import prompts
 from errata.host.generate import sample_rows
 from errata.host.host import Host
 from errata.host.tokens import encode_prompt
 from errata.progress import OnProgress, ignore
 from errata.stats import cache
 from errata.types import Corpus, Request
-from errata.writing import TERMINAL, is_unspaced
+from errata.writing import TERMINAL, is_unspaced, unclosed_block
 
 TEXTS_VERSION = 2
 """Of the way texts are sampled; part of the cache key."""
 TOGETHER = 16
 """Texts of a corpus that are sampled, and kept, together."""
+ContextForm = Literal["plain", "chat", "think"]
+OPENING = "<think>"
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -85,6 +89,42 @@ def weigh(texts: Sequence[str], weighting: str) -> list[Context]:
     if weighting == "flat" or not texts:
         return [Context("", 1 / total), *(Context(text, 1 / total) for text in texts)]
     return [Context("", 0.5), *(Context(text, 0.5 / len(texts)) for text in texts)]
+
+
+def in_form(host: Host, contexts: Sequence[Context], form: ContextForm) -> list[Context]:
+    """Return contexts whose prefixes are in a form; the bare prompt stays.
+
+    ``chat``: each is a user's turn by the chat template, and the prompt begins the assistant's. ``think``: the prompt
+    stands in an open thinking block, behind such a turn where there is a template, else behind the prefix. Raises
+    ConfigError for ``chat`` without a template, and where prompts are formatted themselves.
+    """
+    if form == "plain":
+        return list(contexts)
+    if host.prompt_format.template != "raw":
+        raise ConfigError(
+            f"context_form {form} puts raw prompts behind turns, and prompts are formatted as "
+            f"{host.prompt_format.template!r}; use one of the two"
+        )
+    return [replace(c, prefix=_formed(host, c.prefix, form)) if c.prefix else c for c in contexts]
+
+
+def _formed(host: Host, prefix: str, form: ContextForm) -> str:
+    tokenizer = host.tokenizer
+    if not prompts.has_chat(tokenizer):
+        if form == "chat":
+            raise ConfigError(
+                f"context_form chat: the tokenizer of {host.name} has no chat template; use think or plain"
+            )
+        return f"{OPENING}\n{prefix}"
+    try:
+        turn = prompts.chat(tokenizer, prefix.strip(), thinking=True if form == "think" else None)
+    except ConfigError:  # it cannot turn thinking on
+        turn = prompts.chat(tokenizer, prefix.strip())
+    turn = turn.removeprefix(tokenizer.bos_token or "")  # the row has its own
+    close = unclosed_block(turn)
+    if form == "think":
+        return turn if close is not None else f"{turn}{OPENING}\n"
+    return turn + (close or "")
 
 
 def shorten(host: Host, prefix: str, request: Request) -> str:

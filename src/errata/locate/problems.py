@@ -78,6 +78,8 @@ class ValueProblem:
     """Rows with targets; loss weights of each request's rows sum to one. The first is a bare prompt."""
     essence: PromptRow | None
     """Row whose prediction at the edited token should not change."""
+    erased: tuple[PromptRow, ...] = ()
+    """Rows whose targets are old answers, to be made improbable; see :func:`with_erased`."""
 
     @property
     def lines(self) -> tuple[PromptRow, ...]:
@@ -136,6 +138,26 @@ def value_problems(
         essence = _essence(host, requests[members[0]], span, token)
         problems.append(ValueProblem(tuple(members), tuple(rows), essence))
     return problems
+
+
+def with_erased(
+    host: Host, requests: Sequence[Request], problems: Sequence[ValueProblem], contexts: Sequence[Context],
+    old: Sequence[str], *, span: Span = subject_span, token: Token = "last",
+) -> list[ValueProblem]:  # fmt: skip
+    """Return problems with rows for the old answers of their requests, by request in ``old``.
+
+    An old answer that is empty, or that the target begins with, cannot be improbable beside it and gets no rows.
+    """
+    result = []
+    for problem in problems:
+        rows = list[PromptRow]()
+        for i in problem.requests:
+            answer = old[i].strip()
+            if answer and not requests[i].target.startswith(answer):
+                former = replace(requests[i], target=answer)
+                rows += _rows(host, former, contexts, span=span, token=token, last=())
+        result.append(replace(problem, erased=tuple(rows)))
+    return result
 
 
 def _rows(

@@ -26,6 +26,7 @@ from errata.host.tokens import Batch
 from errata.locate import inference
 from errata.locate.contexts import Context
 from errata.locate.inference import Inference, Taught
+from errata.locate.predictions import essence_predictions, target_predictions
 from errata.locate.problems import (
     PromptRow,
     Span,
@@ -82,6 +83,11 @@ class ValueConfig:
     relax: bool = False
     """PMET's code: after an evaluation in which every target token is the argmax, the targets' loss is weighted by a
     tenth, until that is no longer so; the search ends there if the weighted divergence is at most 0.01."""
+    erase: float = 0.0
+    """Weight of what is left of old answers, of the problems' erased rows: the hinge max(0, log p - ``erase_above``) of
+    an old answer's log-probability, mean over contexts (KELE)."""
+    erase_above: float = 0.0
+    """Log-probability in nats above which an old answer costs something."""
     inference: Inference | None = None
     """Further terms that hold the model to what it infers with the fact in its context (LTI); the problems' rows are
     then those of :func:`errata.locate.inference.informed`."""
@@ -148,7 +154,7 @@ def find_values(
     def run(batch: Sequence[int]) -> list[Value]:
         nonlocal finished
         members = [problems[i] for i in batch]
-        longest = max(len(row.ids) for problem in members for row in problem.rows)
+        longest = max(len(row.ids) for problem in members for row in (*problem.rows, *problem.erased))
         values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
         finished += len(batch)
         tick(finished, len(problems))
@@ -160,7 +166,7 @@ def find_values(
 
 
 def _suffix(problem: ValueProblem) -> int:
-    return sum(len(row.ids) - row.position for row in problem.rows)
+    return sum(len(row.ids) - row.position for row in (*problem.rows, *problem.erased))
 
 
 def _auto(host: Host, problems: Sequence[ValueProblem], layer: int) -> int:
@@ -191,6 +197,8 @@ class _RowGroup:
     weight: Tensor
     decides: Tensor
     """Whether a prediction counts for ``stop: top``, 1 or 0."""
+    erased: Tensor
+    """Weight of each row's old answer among what is to be erased, 0 for rows with targets and essences."""
     essence_logprobs: Tensor | None = None
     """Unshifted log-probabilities at the essence rows' edited tokens ``[rows, vocab]``."""
     taught: Taught | None = None
@@ -212,6 +220,7 @@ class _RowGroup:
             self.token[active],
             self.weight[active],
             self.decides[active],
+            self.erased[rows],
             None if self.essence_logprobs is None else self.essence_logprobs[rows],
             None if self.taught is None else self.taught.select(rows, active),
         )
@@ -235,8 +244,11 @@ class _Search:
         self.members = torch.tensor([float(len(p.requests)) for p in problems], device=host.device)
         self._choose_sites(where)
         rows = [(g, row) for g, problem in enumerate(problems) for row in problem.rows]
+        erased = [(g, row) for g, p in enumerate(problems) for row in p.erased] if config.erase else []
         essences = [(g, p.essence) for g, p in enumerate(problems) if p.essence is not None and config.kl]
-        self.groups = self._prepare([*rows, *essences], len(rows))
+        weights = [0.0] * len(rows) + [row.loss_weight for _, row in erased] + [0.0] * len(essences)
+        self.erased = torch.tensor(weights, device=host.device)
+        self.groups = self._prepare([*rows, *erased, *essences], len(rows) + len(erased))
 
     def _choose_sites(self, where: Where) -> None:
         """Choose the outputs to shift and the first block to run in every step."""
@@ -297,12 +309,13 @@ class _Search:
         lengths = [len(row.ids) - row.position for row in rows[:with_target]]
         for equal in group_by_length(lengths, least):
             mine = torch.tensor(equal, device=device)
-            target_predictions = _target_predictions(
-                [rows[i] for i in equal], columns[mine].tolist(), device, bare=self.config.top_bare or alone
-            )
-            split.append((mine, target_predictions, None))
+            indexed = target_predictions(
+                [rows[i] for i in equal], columns[mine].tolist(), device, bare=self.config.top_bare or alone,
+                erased=self.erased[mine].tolist(),
+            )  # fmt: skip
+            split.append((mine, indexed, None))
         if len(essence):
-            split.append((essence, _essence_predictions(columns[essence]), logprobs))
+            split.append((essence, essence_predictions(columns[essence]), logprobs))
         first_column = column if self.reuse else 0
         shared = (tokens, prefix, ran.key_values, state, problem)
         return [
@@ -375,7 +388,7 @@ class _Search:
         return _RowGroup(
             group_tokens.columns(first_column, length), prefix.at_depth(self.first, states), problem[rows],
             columns[rows] - first_column, predictions[0], predictions[1] - first_column, *predictions[2:],
-            essence_logprobs,
+            self.erased[rows], essence_logprobs,
         )  # fmt: skip
 
     # --- every step ------------------------------------------------------------------------
@@ -383,12 +396,13 @@ class _Search:
     def _forward(
         self, groups: Sequence[_RowGroup], shifts: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return negative log-likelihood, divergence, inference terms and whether all targets are the argmax.
+        """Return negative log-likelihood, divergence, further terms and whether all targets are the argmax.
 
-        Each by problem.
+        Each by problem. The further terms are those of inference and of what is left of old answers; as long as
+        anything is left of one, the targets do not count as the argmax.
         """
         zero = torch.zeros(self.count, device=self.host.device, dtype=shifts[0].dtype)
-        nll, divergence, inferred, misses = zero, zero, zero, zero
+        nll, divergence, further, misses = zero, zero, zero, zero
         for group in groups:
             if not len(group.problem):
                 continue
@@ -399,17 +413,26 @@ class _Search:
                 nll = nll.index_add(0, problem, loss * group.weight)
                 wrong = (logits.detach().argmax(-1) != group.token).to(zero.dtype)
                 misses = misses.index_add(0, problem, wrong * group.decides)
+                if bool(group.erased.any()):
+                    left = self._left(group, loss)
+                    further = further.index_add(0, group.problem, self.config.erase * left)
+                    misses = misses.index_add(0, group.problem, left.detach())
                 if group.taught is not None and self.config.inference is not None:
                     terms = group.taught.terms(
                         self.runner, self.config.inference, logits, states, group.prediction_row, group.weight
                     )
-                    inferred = inferred.index_add(0, group.problem, terms)
+                    further = further.index_add(0, group.problem, terms)
             else:
                 after = logits.log_softmax(-1)
                 # KL(edited || original) at the subject, as in the authors' code
                 gap = (after.exp() * (after - group.essence_logprobs)).sum(-1)
                 divergence = divergence.index_add(0, problem, gap)
-        return nll, divergence, inferred, misses == 0
+        return nll, divergence, further, misses == 0
+
+    def _left(self, group: _RowGroup, loss: Tensor) -> Tensor:
+        """Return how far each row's old answer is above its bound, weighed ``[rows]``, from the tokens' losses."""
+        answer = torch.zeros_like(group.erased, dtype=loss.dtype).index_add(0, group.prediction_row, -loss)
+        return functional.relu(answer - self.config.erase_above) * group.erased
 
     def _logits(self, group: _RowGroup, shifts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return logits of the predictions ``[n, vocab]``, and the states that a constraint is on ``[rows, d]``."""
@@ -471,10 +494,10 @@ class _Search:
         nll_of = torch.zeros(self.count, device=device)
         groups = self.groups
         for step in range(1, config.steps + 1):
-            nll, divergence, inferred, top = self._forward(groups, shifts)
+            nll, divergence, further, top = self._forward(groups, shifts)
             nll = nll.square() if config.balance else nll
             nll_of = torch.where(running, nll.detach(), nll_of)
-            loss = factor * nll + config.kl * divergence + inferred + self._penalty(shifts)
+            loss = factor * nll + config.kl * divergence + further + self._penalty(shifts)
             at_top += top
             finished = self._is_finished(loss.detach(), divergence.detach(), top, at_top)
             if config.relax:  # takes effect from the next evaluation on
@@ -551,35 +574,3 @@ def _capture_column(into: list[Tensor], columns: Tensor) -> Callable[[Tensor], N
         into.append(wide(here).to(columns.device))
 
     return keep
-
-
-def _target_predictions(
-    rows: Sequence[PromptRow], columns: Sequence[int], device: torch.device, *, bare: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Index every target token: its row, the column that predicts it, its id, its weight, whether it decides.
-
-    Without ``bare``, tokens after the bare prompt do not count for ``stop: top``.
-    """
-    row, at, token, weight, decides = [], [], [], [], []
-    for i, (prompt, column) in enumerate(zip(rows, columns, strict=True)):
-        first = column + len(prompt.ids) - len(prompt.targets) - prompt.position
-        for j, target in enumerate(prompt.targets):
-            row.append(i)
-            at.append(first + j)
-            token.append(target)
-            weight.append(prompt.loss_weight / len(prompt.targets))
-            decides.append(float(bare or prompt.context != 0))
-    return (
-        torch.tensor(row, device=device),
-        torch.tensor(at, device=device),
-        torch.tensor(token, device=device),
-        torch.tensor(weight, device=device),
-        torch.tensor(decides, device=device),
-    )
-
-
-def _essence_predictions(columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Index the one prediction of each essence row."""
-    row = torch.arange(len(columns), device=columns.device)
-    none = torch.zeros(len(row), device=columns.device)
-    return row, columns, torch.zeros_like(row), none, none

@@ -27,8 +27,8 @@ from errata.linalg.solve import (
     similar_pairs,
     solve_with_history,
 )
-from errata.locate.contexts import Context
-from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems
+from errata.locate.contexts import Context, in_form
+from errata.locate.problems import Span, Token, ValueProblem, subject_span, value_problems, with_erased
 from errata.locate.sweep import LayerSweep
 from errata.locate.values import Value, ValueConfig, Where, find_values
 from errata.methods._method import Layers, Published, Shape, Workspace, notes, provenance, resolve_layers
@@ -156,6 +156,15 @@ class TaskSettings(SearchSettings, Protocol):
     def stabilise(self) -> tuple[str, ...]: ...
 
 
+class ErasingSettings(TaskSettings, Protocol):
+    """The same, with what happens to old answers."""
+
+    @property
+    def erase(self) -> float: ...
+    @property
+    def erase_above(self) -> float: ...
+
+
 T = TypeVar("T", bound=TaskSettings, covariant=True)
 
 
@@ -220,7 +229,9 @@ def make_contexts(task: Task[ClosedFormConfig]) -> list[Context]:
     """Return the contexts from the settings, the bare prompt first."""
     config = task.config
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    return task.work.contexts(task.host, groups, "half_bare", config.prefixes)
+    return in_form(
+        task.host, task.work.contexts(task.host, groups, "half_bare", config.prefixes), config.context_form
+    )
 
 
 def make_problems(
@@ -237,6 +248,25 @@ def make_problems(
         merge=task.config.merge,
         end=task.config.end,
     )
+
+
+OLD_TOKENS = 8
+"""Longest old answer that a model is asked for, in tokens."""
+
+
+def erasing(
+    task: Task[ErasingSettings], problems: Sequence[ValueProblem], contexts: Sequence[Context]
+) -> tuple[list[ValueProblem], ValueConfig]:
+    """Return problems with rows for old answers, and the search that makes them improbable.
+
+    Without ``erase`` the problems as they are, with the settings' search. ``contexts``: those of the problems.
+    """
+    config, search = task.config, search_config(task.config)
+    if not config.erase:
+        return list(problems), search
+    old = task.work.old_answers(task.host, task.requests, OLD_TOKENS)
+    search = replace(search, erase=config.erase, erase_above=config.erase_above)
+    return with_erased(task.host, task.requests, problems, contexts, old), search
 
 
 # --- what a change costs --------------------------------------------------------------------
@@ -426,7 +456,7 @@ class EditDraft:
         return {solution.site.parameter: solution.delta for solution in self.solutions}
 
     def _transposed(self) -> frozenset[str]:
-        return frozenset(site.parameter for site in self.task.sites if site.transposed)
+        return frozenset(s.site.parameter for s in self.solutions if s.site.transposed)
 
 
 def start_edit(task: Task[TaskSettings], values: Sequence[Value], **facts: Any) -> EditDraft:

@@ -18,6 +18,7 @@ from errata.host.layout import Site
 from errata.linalg.lowrank import LowRank
 from errata.linalg.shape import condense
 from errata.linalg.solve import CostMatrix, key_basis, solve_with_history
+from errata.locate.contexts import in_form
 from errata.locate.own import OwnText, line_of, training_rows
 from errata.locate.problems import PromptRow, value_problems
 from errata.methods._method import Layers, Workspace
@@ -78,7 +79,7 @@ def text_rows(
 ) -> list[Row]:
     """Return each request's prompt, bare and behind prefixes, and its own statements, with the request's index."""
     groups = [(config.contexts, config.context_tokens)] if config.contexts else []
-    contexts = work.contexts(host, groups, "flat", config.prefixes)
+    contexts = in_form(host, work.contexts(host, groups, "flat", config.prefixes), config.context_form)
     problems = value_problems(host, requests, contexts, merge=False, end=config.end)
     pairs = zip(problems, own, strict=True)
     texts = [training_rows(host, one.rows, text, end=config.end) for one, text in pairs]

@@ -61,6 +61,10 @@ class Config(CovarianceConfig, NullSpaceConfig):
             complaints.append(
                 "contexts and kl: expected 0, a chunk is edited at the token before it in its own text"
             )
+        if self.context_form != "plain":
+            complaints.append(
+                f"context_form: expected plain, as there are no contexts, found {self.context_form}"
+            )
         return complaints
 
 

@@ -10,6 +10,7 @@ Departs    Solved in the dual: rank of each delta <= number of requests, no m x 
            values are used where they exist. The same holds for rate and clamp.
            A fit ignores the keys of earlier fits, as published; ``history``
            adds them to the second moment (the sequential variant of the AlphaEdit code).
+           ``erase`` adds KELE's term to the value search (arXiv 2408.12456).
            ``anchors`` and ``mates`` add keys of the model's own statements to C; 0, the default, adds none. An
            anchor's key at the subject's last token is the edit's, so its weight is a penalty on the edit too.
            Where a norm comes between the feed-forward and the residual stream, a residual cannot be
@@ -28,13 +29,13 @@ from errata.host.host import Host
 from errata.methods import _closed_form as closed_form
 from errata.methods._closed_form import MEMIT_SETTINGS
 from errata.methods._method import Method, Workspace
-from errata.methods._settings import CovarianceConfig, StatementTerms
+from errata.methods._settings import CovarianceConfig, Erasure, StatementTerms
 from errata.methods._statements import statement_terms
 from errata.types import Request
 
 
 @dataclass(frozen=True)
-class Config(CovarianceConfig, StatementTerms):
+class Config(CovarianceConfig, StatementTerms, Erasure):
     """Settings of MEMIT."""
 
     history: bool = False
@@ -42,7 +43,7 @@ class Config(CovarianceConfig, StatementTerms):
 
     def problems(self) -> list[str]:
         """Check ranges."""
-        return [*super().problems(), *self.own_problems()]
+        return [*super().problems(), *self.own_problems(), *self.erasure_problems()]
 
 
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
@@ -51,7 +52,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     task = closed_form.start_task("memit", host, requests, config, work)
     costs = closed_form.covariance_costs(task)
     sweep = closed_form.start_sweep(task, closed_form.make_problems(task), costs)
-    values = closed_form.find_target_values(task, sweep.problems)
+    problems, search = closed_form.erasing(task, sweep.problems, closed_form.make_contexts(task))
+    values = closed_form.find_target_values(task, problems, search=search)
     assert config.cov_weight is not None
     statements = statement_terms(task, unit=config.cov_weight)
     edit = closed_form.start_edit(task, values)

@@ -22,7 +22,8 @@ class AskOptions:
     system: str | None = None
     """System prompt of a conversation."""
     thinking: bool | str | None = None
-    """Whether the chat template lets the model think first; ``on`` and ``off`` are read too."""
+    """Whether the chat template lets the model think first; ``on`` and ``off`` are read too. ``forced``, of short
+    answers that are evaluated: it thinks for ``thought_tokens`` at most, then its block is closed and it answers."""
     join: str | None = None
     """What comes between prompt and answer: ``auto``, ``space`` or ``none``."""
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -33,6 +34,9 @@ class AskOptions:
     """Longest long-form answer, in tokens."""
     context: str = ""
     """An unrelated text before every prompt."""
+    thinking_template: str | None = None
+    """For ``thinking`` of evaluated short answers without a chat template: a text with ``{prompt}`` in it that leaves a
+    thinking block open at its end."""
     generate: bool = True
     """Whether answers are generated at all, or given ones scored only."""
 

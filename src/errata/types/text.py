@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,12 +33,28 @@ class Request:
     """A name for messages and tables."""
     language: str | None = None
     """What language the prompt is in, by any name, where requests and probes are in several."""
+    valid_from: str | None = None
+    """Since when the target is the answer, an ISO date or a part of one (``2019``, ``2019-05``), where known: what held
+    before is then still true of the time before."""
+    indirect: tuple[str, ...] = ()
+    """Prompts with the same target that do not name the subject but imply it ("The spouse of Ivo was born in", of
+    whoever is married to Ivo), for methods that edit or train what is asked in several steps."""
 
     def __post_init__(self) -> None:
         problems = request_problems(self.prompt, self.subject, self.target)
         if problems:
             name = f"request {shown(self.id)}: " if self.id else ""
             raise RequestError(name + "; ".join(problems))
+        if self.valid_from is not None and not is_date(self.valid_from):
+            raise RequestError(
+                f"valid_from: expected a date as 2019, 2019-05 or 2019-05-31, found {self.valid_from!r:.40}"
+            )
+        prompts: Any = self.indirect
+        if isinstance(prompts, str) or not all(isinstance(p, str) and _trimmed(p) for p in prompts):
+            raise RequestError(
+                f"indirect: expected prompts, texts that are not empty, found {self.indirect!r:.80}"
+            )
+        object.__setattr__(self, "indirect", tuple(self.indirect))
         object.__setattr__(self, "target", _trimmed(self.target))
         if isinstance(self.target_old, str) and _trimmed(self.target_old):
             object.__setattr__(self, "target_old", _trimmed(self.target_old))
@@ -73,8 +90,18 @@ class Request:
             "target_old": self.target_old,
             "id": self.id,
             "language": self.language,
+            "valid_from": self.valid_from,
+            "indirect": list(self.indirect) or None,
         }
         return {name: value for name, value in record.items() if value is not None}
+
+
+_DATE = re.compile(r"(\d{4})(?:-(0[1-9]|1[0-2])(?:-(0[1-9]|[12]\d|3[01]))?)?")
+
+
+def is_date(text: Any) -> bool:
+    """Whether a text is a year, a year and month, or a day, as ISO 8601 writes them."""
+    return isinstance(text, str) and _DATE.fullmatch(text) is not None
 
 
 def request_problems(prompt: str, subject: str, target: str) -> list[str]:
@@ -152,11 +179,11 @@ def _trimmed(text: str) -> str:
     return strip(text)
 
 
-Form = Literal["short", "long", "thought", "choice", "span", "open"]
+Form = Literal["short", "long", "thought", "choice", "span", "open", "steps"]
 """Forms of an answer: ``short``, a name or number; ``long``, a text compared with ``answers[0]``; ``thought``,
 reasoning that ends in a short answer; ``choice``, the most probable of ``choices``; ``span``, scored by the
 perplexity of ``answers[0]`` alone; ``open``, running text of which nothing is expected (``answers`` may be
-passages to compare with)."""
+passages to compare with); ``steps``, an answer reached step by step, each begun for the model by ``steps``."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +213,9 @@ class Probe:
     """Numbers about the probe's subject, by name, for regressions over probes: the gender scores of a profession."""
     language: str | None = None
     """What language the prompt is in, by the names that requests have; None: that of the request, or unknown."""
+    steps: tuple[str, ...] = ()
+    """Of form ``steps``: the beginnings of the sentences that follow the prompt's, ``{}`` for the answer so far; the
+    last one's answer is the probe's."""
 
     @property
     def changes(self) -> bool:
@@ -210,24 +240,25 @@ class Case:
 
 
 def plain_probe(probe: Probe) -> dict[str, Any]:
-    """Return a probe as plain data, as its identity is hashed; covariates and language only where there are any."""
-    record = asdict(probe)
-    if not probe.covariates:
-        del record["covariates"]
-    return _without_language(record)
+    """Return a probe as plain data, as its identity is hashed; later fields only where they are set."""
+    return _without_unset(asdict(probe))
 
 
 def plain_case(case: Case) -> dict[str, Any]:
     """Return a case as plain data, as its identity is hashed."""
     record = asdict(case)
-    record["request"] = _without_language(record["request"])
-    record["also"] = tuple(_without_language(request) for request in record["also"])
+    record["request"] = _without_unset(record["request"])
+    record["also"] = tuple(_without_unset(request) for request in record["also"])
     return {**record, "probes": [plain_probe(probe) for probe in case.probes]}
 
 
-def _without_language(record: dict[str, Any]) -> dict[str, Any]:
-    """Leave out a language that is not given, so that older identities stay what they were."""
-    return {name: value for name, value in record.items() if name != "language" or value is not None}
+_LATER = ("covariates", "language", "valid_from", "indirect", "steps")
+"""Fields of probes and requests that came after cases had identities."""
+
+
+def _without_unset(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out later fields that are not set, so that older identities stay what they were."""
+    return {name: value for name, value in record.items() if name not in _LATER or value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -249,6 +280,8 @@ class Observation:
     routes: tuple[tuple[int, ...], ...] = ()
     """Of a model that stacks experts, where the next-token distribution is requested: per layer with experts and token
     of the prompt, the set of experts as a number whose bits are theirs."""
+    trace: str = ""
+    """What the host wrote before its answer: a thinking block, or the steps of form ``steps``; empty where nothing."""
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,16 @@ class ProbeResult:
     after: Observation
     detail: Mapping[str, Any] = field(default_factory=dict)
     """Entries added to the detail of each of its rows: in a sequence, the number of edits in place."""
+    targets: tuple[str, ...] = ()
+    """Targets of the case's requests."""
+    old_targets: tuple[str, ...] = ()
+    """Their old targets, where known."""
 
     @property
     def kind(self) -> str:
-        """The kind of its rows; chains of thought have a kind of their own, so that averages keep them apart."""
-        return f"{self.probe.kind}.thought" if self.probe.form == "thought" else self.probe.kind
+        """The kind of its rows; thoughts and steps have a kind of their own, so that averages keep them apart."""
+        reasoned = self.probe.form in ("thought", "steps")
+        return f"{self.probe.kind}.{self.probe.form}" if reasoned else self.probe.kind
 
     def row(self, metric: str, before: float, after: float, **detail: Any) -> Row:
         """Build a row for this probe."""
