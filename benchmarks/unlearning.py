@@ -2,11 +2,13 @@
 
     python benchmarks/unlearning.py --subjects 9 --subjects 44 -o unlearning.json
     errata lab train out/without-87 --precision float32 --without lab:forget:87
-    python benchmarks/unlearning.py --subjects 87 --reference out/without-87/model -o unlearning.json
+    python benchmarks/unlearning.py --only-compare --reference out/without-87/model -o unlearning.json
 
 All facts about the first N subjects of ``lab:forget:N`` are forgotten in one fit with a method's defaults, and 100
-facts about others are to be kept. A row is written as soon as it is measured, and rows that the file has are not
-measured again. A reference must lack just the subjects that are forgotten. ``--picture`` draws the file.
+facts about others are to be kept. A row is written as soon as it is measured, with the scores of every fact, and rows
+that the file has are not measured again: with a reference they are compared with it by those scores. The reference must
+lack the subjects that are forgotten, by its card, and may lack more: what is compared is about the forgotten ones, and
+about others that both models were taught. ``--picture`` draws the file.
 """
 
 from __future__ import annotations
@@ -20,12 +22,32 @@ from typing import Any
 
 import errata
 from errata import lab
-from errata.bench.forgetting import lab_task, measure, measure_reference
+from errata.bench import runner
+from errata.bench.forgetting import (
+    RETRAINED,
+    UNEDITED,
+    Task,
+    check_left_out,
+    compare,
+    kept_share,
+    lab_task,
+    left_out_of,
+    look,
+    measure,
+)
+from errata.bench.results import write_file
+from errata.bench.unlearning import TEXTS
+from errata.host.host import Host
+from errata.job import workspace
 from errata.methods import REGISTRY
 from errata.report.unlearning import write_unlearning
 
 SIZES = (9, 44, 87)
 """1, 5 and 10 % of the subjects."""
+HEAD = (
+    "subjects", "method", "given", "in other words", "probability", "kept", "perplexity", "verbatim", "knowledge",
+    "s", "forget quality", "distance", "of kept", "leakage, %",
+)  # fmt: skip
 
 
 def methods() -> list[str]:
@@ -33,62 +55,118 @@ def methods() -> list[str]:
     return [name for name in REGISTRY if REGISTRY.get(name).forgets]
 
 
-def rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return a line a row, as text: subjects, method, and without and with the edit what is measured."""
-    found: list[tuple[str, ...]] = []
-    for row in document["rows"]:
-        quality = row["forget_quality"]
-        found.append((
-            str(row["subjects"]), row["method"], f"{row['edited']['given']:.3f}", f"{row['reworded'][1]['given']:.3f}",
-            f"{row['edited']['probability']:.4f}", f"{row['kept']:.3f}", f"{row['perplexity'][1]:.3f}",
-            f"{row['verbatim'][1]:.3f}", f"{row['knowledge'][1]:.3f}",
-            "" if quality is None else f"{quality[1]:.2g}",
-            "" if row["leakage"] is None else f"{row['leakage'][1]:.0f}", f"{row['seconds']:.0f}",
-        ))  # fmt: skip
-    return found
+def line(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is measured of a row as text, in the order of :data:`HEAD`."""
+    beside = row.get("beside", {})
+    found = {
+        "quality": ("forget_quality", ".2g"), "distance": ("distance", ".2f"),
+        "of kept": ("kept_distance", ".2f"), "leakage": ("leakage", ".0f"),
+    }  # fmt: skip
+    return (
+        str(row["subjects"]), row["method"], f"{row['forgotten']['given']:.3f}", f"{row['reworded']['given']:.3f}",
+        f"{row['forgotten']['probability']:.4f}", f"{row['kept']:.3f}", f"{row['perplexity']:.3f}",
+        f"{row['verbatim']:.3f}", f"{row['knowledge']:.3f}", f"{row['seconds']:.0f}" if "seconds" in row else "",
+        *("" if beside.get(key) is None else f"{beside[key]:{form}}" for key, form in found.values()),
+    )  # fmt: skip
 
 
-HEAD = (
-    "subjects", "method", "given", "in other words", "probability", "kept", "perplexity", "verbatim", "knowledge",
-    "forget quality", "leakage, %", "s",
-)  # fmt: skip
+class Board:
+    """The file of figures: rows by number of subjects and name, written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def get(self, subjects: int, name: str) -> dict[str, Any] | None:
+        """Return a row, None where it is not measured yet."""
+        key = (subjects, name)
+        return next((row for row in self.rows if (row["subjects"], row["method"]) == key), None)
+
+    def put(self, subjects: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Add a row, in place of one of its name, and write the file; a row's share of facts kept is added."""
+        whole = {"subjects": subjects, **row}
+        unedited = whole if row["method"] == UNEDITED else self.get(subjects, UNEDITED)
+        assert unedited is not None
+        whole["kept"] = kept_share(whole, unedited)
+        key = (subjects, row["method"])
+        self.rows = [one for one in self.rows if (one["subjects"], one["method"]) != key] + [whole]
+        self.write()
+        print(" | ".join(line(whole)), flush=True)
+        return whole
+
+    def write(self) -> None:
+        """Write the file."""
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
+        write_file(self.path, f'{{"rows": [\n{rows}\n]}}\n')
+
+
+def fill(board: Board, subjects: int, names: Sequence[str], host: Host, neutral: Sequence[str]) -> None:
+    """Measure the rows of methods that the board lacks, and of the model as it is."""
+    task = lab_task(subjects)
+    if board.get(subjects, UNEDITED) is None:
+        board.put(subjects, {"method": UNEDITED, **look(host, task, neutral=neutral)})
+    for name in names:
+        if board.get(subjects, name) is None:
+            board.put(subjects, measure(host, task, name, neutral=neutral))
+
+
+def compare_all(
+    board: Board, subjects: int, reference: Host, left_out: Sequence[str], neutral: Sequence[str]
+) -> None:
+    """Compare the board's rows of a size with a reference, which is measured where it is another than before."""
+    task: Task = lab_task(subjects)
+    check_left_out(task, left_out)
+    own = board.get(subjects, RETRAINED)
+    if own is None or own["fingerprint"] != reference.fingerprint:
+        found = look(reference, task, neutral=neutral)
+        names = {"fingerprint": reference.fingerprint, "left_out": len(left_out)}
+        own = board.put(subjects, {"method": RETRAINED, **names, **found})
+    for row in board.rows:
+        if row["subjects"] == subjects:
+            row["beside"] = compare(row, own, task, left_out)
+    board.write()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the file lacks, print and write the figures."""
+    """Measure what the file lacks, compare with a reference, print and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--subjects", type=int, action="append", help="how many; may be repeated; default: 9, 44, 87"
     )
     parser.add_argument("--method", action="append", help="may be repeated; default: all that forget")
-    parser.add_argument("--reference", help="a model that was trained without the subjects")
+    parser.add_argument(
+        "--reference", type=Path, help="folder of a lab model that was trained without the subjects"
+    )
+    parser.add_argument(
+        "--only-compare", action="store_true", help="unlearn nothing: compare the rows that the file has"
+    )
     parser.add_argument("--picture", type=Path, help="draw the figures, .png or .svg")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("unlearning.json"), help="the figures, JSON"
     )
     options = parser.parse_args(argv)
-    document: dict[str, Any] = {"rows": [], "references": {}}
-    if options.output.exists():
-        document = json.loads(options.output.read_text(encoding="utf-8"))
+    if options.only_compare and options.reference is None:
+        parser.error("--only-compare needs a --reference")
+    board = Board(options.output)
+    left_out = () if options.reference is None else left_out_of(options.reference)
     host = errata.load(lab.NAME, device="cpu")
-    reference = None if options.reference is None else errata.load(options.reference, device="cpu")
-    for subjects in options.subjects or SIZES:
-        task = lab_task(subjects)
-        if reference is not None:
-            document["references"][str(subjects)] = measure_reference(reference, task)
-        for method in options.method or methods():
-            there = [
-                one for one in document["rows"] if (one["subjects"], one["method"]) == (subjects, method)
-            ]
-            if any(reference is None or one["forget_quality"] is not None for one in there):
-                continue
-            row = {"subjects": subjects, **measure(host, task, method, reference=reference)}
-            document["rows"] = [one for one in document["rows"] if one not in there] + [row]
-            options.output.write_text(json.dumps(document, indent=1), encoding="utf-8")
-            print(" | ".join(rows({"rows": [row]})[0]), flush=True)
-    print("\n".join(" | ".join(line) for line in (HEAD, *rows(document))))
+    neutral = runner.neutral_texts(host, workspace(host, seed=0))[:TEXTS]
+    sizes = options.subjects or SIZES
+    if options.only_compare:
+        there = {row["subjects"] for row in board.rows}
+        sizes = [subjects for subjects in sizes if subjects in there]
+    for subjects in () if options.only_compare else sizes:
+        fill(board, subjects, options.method or methods(), host, neutral)
+    if options.reference is not None:
+        reference = errata.load(str(options.reference), device="cpu")
+        for subjects in sizes:
+            compare_all(board, subjects, reference, left_out, neutral)
+    rows = sorted(board.rows, key=lambda row: row["subjects"])
+    print("\n".join(" | ".join(one) for one in (HEAD, *(line(row) for row in rows))))
     if options.picture:
-        write_unlearning(options.picture, document)
+        write_unlearning(options.picture, {"rows": rows})
     return 0
 
 

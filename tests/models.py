@@ -91,6 +91,16 @@ def fresh(family: str, *, seed: int = 0, **changes: Any) -> Host:
     return Host(model.float(), tokenizer(), name=f"tiny {family}")
 
 
+def sharp(scale: float = 20.0) -> Host:
+    """Build a random llama whose predictions differ: those of a plain one are all nearly uniform."""
+    import torch
+
+    host = fresh("llama")
+    with torch.no_grad():
+        host.model.get_output_embeddings().weight.mul_(scale)
+    return host
+
+
 def fresh_kind(kind: str, *, seed: int = 0, labels: tuple[str, ...] = ("SUPPORTS", "REFUTES")) -> Host:
     """Build a new random T5, BART or BERT of another kind than causal; ``labels``: of a text classifier."""
     import torch

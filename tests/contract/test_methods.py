@@ -100,6 +100,12 @@ def options(name: str) -> dict:
         name == "context_distillation"
     ):  # a random model hardly changes behind a context, so it has learned already
         return {"steps": 4, "texts": 3, "retain_texts": 2, "retain_tokens": 12, "stop_loss": 0.0}
+    if name == "elm":
+        more = {"continuations": 1, "continuation_tokens": 2, "expert": "{answer}", "stop_loss": 0.0}
+        return {"steps": 4, "rank": 4, "retain_texts": 2, "retain_tokens": 12, **more}
+    if name == "unsir":
+        more = {"repair_steps": 2, "noise_steps": 2, "forgotten": None}
+        return {"steps": 2, "retain_texts": 2, "retain_tokens": 12, **more}
     if name == "slag":  # and with how often an update is applied
         return {"steps": 2, "applications": 2}
     if name == "enn":  # and with the steps of an edit, which are differentiated

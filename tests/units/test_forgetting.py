@@ -6,11 +6,24 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 import errata
 from errata import lab
 from errata.bench import muse, sources
-from errata.bench.forgetting import Task, lab_task, measure, measure_reference, reworded
+from errata.bench.forgetting import (
+    RETRAINED,
+    UNEDITED,
+    Task,
+    check_left_out,
+    compare,
+    kept_share,
+    lab_task,
+    left_out_of,
+    look,
+    measure,
+    reworded,
+)
 from errata.bench.unlearning import audit
 from errata.errors import ConfigError, DataError
 from errata.evaluation import likelihood
@@ -18,6 +31,7 @@ from errata.lab.forgetting import MOST, left_out
 from errata.lab.world import default_world
 from errata.linalg.samples import auc
 from errata.report.unlearning import write_unlearning
+from errata.training.tune import Losses
 from errata.types import Corpus, Resources
 from tests import program
 from tests.models import TEXTS, fresh
@@ -161,22 +175,122 @@ def test_an_audit_beside_a_reference_tells_leakage_and_other_words():
     assert plain.leakage is None and plain.reworded is None
 
 
+KEEP = (errata.Request("{} lives in", "Ivo Marn", "Esk"), errata.Request("{} lives in", "Pia Holt", "Merrin"))
+TASK = Task(REQUESTS, tuple(ANSWERS), KEEP, tuple(OUTSIDERS), (TEXTS[0],))
+SETTINGS = {"steps": 4, "learning_rate": 0.1, "forgotten": None, "retain_texts": 2}
+
+
 def test_a_row_of_the_board_and_its_picture(tmp_path):
     pytest.importorskip("rouge_score")
     host = host_with_texts()
-    task = Task(REQUESTS, tuple(ANSWERS), (), tuple(OUTSIDERS), (TEXTS[0],))
-    settings = {"steps": 4, "learning_rate": 0.1, "forgotten": None, "retain_texts": 2}
-    start, reference = host.weights_hash(), fresh("llama", seed=1)
-    row = measure(host, task, "npo", settings=settings, reference=reference)
+    start = host.weights_hash()
+    row, plain = measure(host, TASK, "npo", settings=SETTINGS), look(host, TASK)
     assert host.weights_hash() == start and not host.placed
-    assert row["requests"] == 2 and row["edited"]["probability"] < row["unedited"]["probability"]
-    assert row["forget_quality"] is not None and row["leakage"] is not None
-    assert set(measure_reference(reference, task)) == {"recall", "reworded", "verbatim", "knowledge"}
-    assert 0 <= min(row["verbatim"]) <= max(row["verbatim"]) <= 1
+    assert row["requests"] == 2 and row["forgotten"]["probability"] < plain["forgotten"]["probability"]
+    assert set(row) - set(plain) == {"method", "seconds"} and 0 <= row["verbatim"] <= 1
+    lengths = {name: len(own) for name, own in row["scores"].items()}
+    assert lengths == {"answers": 2, "keep": 2, "ratios": 2, "members": 2, "others": 2, "answered": 2}
     pytest.importorskip("matplotlib")
-    rows = [{"subjects": 2, **row, "kept": 0.5}]
-    document = {"rows": rows, "references": {"2": measure_reference(reference, task)}}
-    assert write_unlearning(tmp_path / "board.svg", document).read_text().count("npo") >= 1
+    rows = [{"subjects": 2, "kept": 0.5, **row}, {"subjects": 2, "method": UNEDITED, **plain}]
+    rows.append({"subjects": 2, "method": RETRAINED, **plain})
+    drawn = write_unlearning(tmp_path / "board.svg", {"rows": rows}).read_text()
+    assert "npo" in drawn and UNEDITED not in drawn
+
+
+def test_a_row_is_compared_with_a_reference_by_its_scores_alone():
+    pytest.importorskip("rouge_score")
+    host, reference = host_with_texts(), fresh("llama", seed=1)
+    row, other = measure(host, TASK, "npo", settings=SETTINGS), look(reference, TASK, neutral=TEXTS)
+    beside = compare(row, other, TASK, ["Ada Brenner", "Bruno Holner", "Ivo Marn"])
+    with torch.no_grad():
+        taught = [float(Losses(reference, [one])([0])) for one in ANSWERS]
+    gaps = [abs(-a - b) for a, b in zip(row["scores"]["answers"], taught, strict=True)]
+    assert beside["distance"] == pytest.approx(sum(gaps) / 2, abs=1e-3)
+    kept = abs(row["scores"]["keep"][1] - other["scores"]["keep"][1])
+    assert beside["kept"] == 1 and beside["kept_distance"] == pytest.approx(kept), "the other it never had"
+    same = compare(other, other, TASK, ["Ada Brenner", "Bruno Holner"])
+    assert same == {"forget_quality": 1.0, "distance": 0.0, "kept": 2, "kept_distance": 0.0, "leakage": 0.0}
+    bare = replace(TASK, requests=REQUESTS[:1], outsiders=())
+    alone = look(reference, bare, neutral=TEXTS)
+    nothing = compare(alone, alone, bare, ["Ada Brenner", "Ivo Marn", "Merrin"])
+    assert (
+        nothing["forget_quality"] is None and nothing["leakage"] is None and nothing["kept_distance"] is None
+    )
+
+
+def test_facts_kept_are_counted_among_those_known_before():
+    def row(*answered: bool):
+        return {"scores": {"answered": list(answered)}}
+
+    assert kept_share(row(True, False, True), row(True, True, False)) == 0.5
+    assert kept_share(row(True), row(False)) is None
+
+
+def test_a_reference_says_what_it_was_not_taught(tmp_path):
+    with pytest.raises(ConfigError, match=r"no card\.json"):
+        left_out_of(tmp_path)
+    card = tmp_path / "card.json"
+    card.write_text('{"training": {"steps": 2}}')
+    with pytest.raises(ConfigError, match="all subjects"):
+        left_out_of(tmp_path)
+    card.write_text('{"training": {"without": ["Ada Brenner", "Ivo Marn"]}}')
+    names = left_out_of(tmp_path)
+    assert names == ("Ada Brenner", "Ivo Marn")
+    with pytest.raises(ConfigError, match="was taught 'Bruno Holner'"):
+        check_left_out(TASK, names)
+    check_left_out(TASK, (*names, "Bruno Holner"))
+
+
+def test_rows_of_the_board_that_are_done_are_compared_and_not_unlearned_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rouge_score")
+    from benchmarks import unlearning
+
+    folder, hosts = tmp_path / "without", [host_with_texts(), fresh("llama", seed=1)]
+    folder.mkdir()
+    (folder / "card.json").write_text(
+        '{"training": {"without": ["Ada Brenner", "Bruno Holner", "Ivo Marn"]}}'
+    )
+    opened: list[str] = []
+
+    def load(name: str, **_):
+        opened.append(name)
+        return hosts[0] if name == lab.NAME else hosts[1]
+
+    def fitted(host, task, name, **more):
+        fits.append(name)
+        return measure(host, task, name, settings=SETTINGS, **more)
+
+    fits: list[str] = []
+    known = replace(TASK, keep=(replace(KEEP[0], target=own_answer(hosts[0])), KEEP[1]))
+    monkeypatch.setattr(unlearning.errata, "load", load)
+    monkeypatch.setattr(unlearning, "lab_task", lambda subjects: known)
+    monkeypatch.setattr(unlearning, "measure", fitted)
+    words = ["--subjects", "2", "--method", "npo", "-o", str(tmp_path / "board.json")]
+    assert unlearning.main(words) == 0 and fits == ["npo"]
+    before = unlearning.Board(tmp_path / "board.json")
+    assert [row["method"] for row in before.rows] == [UNEDITED, "npo"] and before.rows[0]["kept"] == 1
+    for _ in range(2):
+        assert unlearning.main([*words, "--reference", str(folder)]) == 0
+    only = ["--only-compare", "-o", str(tmp_path / "board.json")]
+    assert unlearning.main([*only, "--reference", str(folder)]) == 0, "all sizes that the file has"
+    with pytest.raises(SystemExit):
+        unlearning.main(only)
+    after = unlearning.Board(tmp_path / "board.json")
+    assert fits == ["npo"] and opened.count(str(folder)) == 3
+    assert {row["method"] for row in after.rows} == {UNEDITED, "npo", RETRAINED}
+    done, first, own = after.get(2, "npo"), before.get(2, "npo"), after.get(2, RETRAINED)
+    assert done and first and own
+    assert done["scores"] == first["scores"] and done["beside"]["distance"] > 0
+    assert own["beside"]["distance"] == 0 and own["left_out"] == 3
+    assert "forget quality" in capsys.readouterr().out
+    (folder / "card.json").write_text('{"training": {"without": ["Ada Brenner"]}}')
+    with pytest.raises(ConfigError, match="was taught"):
+        unlearning.main([*words, "--reference", str(folder)])
+
+
+def own_answer(host) -> str:
+    """Return what a random model answers, so that there is something to keep."""
+    return str(host.generate(KEEP[0].text, max_new_tokens=4)).strip()
 
 
 @pytest.mark.parametrize(

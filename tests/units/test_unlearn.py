@@ -85,6 +85,7 @@ def test_which_methods_forget():
     forgetting = {name for name in REGISTRY if REGISTRY.get(name).forgets}
     assert forgetting == {
         "gradient_ascent", "gradient_difference", "npo", "simnpo", "rmu", "depn", "laplace", "puma",
+        "elm", "unsir",
     }  # fmt: skip
 
 
@@ -151,8 +152,10 @@ def test_truth_ratios_compare_with_wrong_answers_to_the_same_prompt():
         right, wrong = Losses(host, [ANSWERS[0], replace(ANSWERS[0], target="Esk")])([0, 1]).tolist()
     assert len(ratios) == 2, "one request has a prompt of its own"
     assert ratios[0] == pytest.approx(math.exp(right - wrong), rel=1e-4)
+    assert truth_ratios(host, ANSWERS) == []
+    edit = errata.edit(host, REQUESTS, method="npo", steps=1, forgotten=None, retain_texts=2)
     with pytest.raises(errata.ErrataError, match="different answers"):
-        truth_ratios(host, ANSWERS)
+        audit(host, edit, reference=fresh("llama"))
 
 
 def test_forget_quality_is_one_for_the_reference_itself():

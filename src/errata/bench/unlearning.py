@@ -105,8 +105,8 @@ def audit(
     texts = runner.neutral_texts(host, work)[:TEXTS]
     before = recall(host, answers)
     known = [one.request for one in _check(host, keep) if one.answered]
-    started, ratios = perplexity_of(host, texts), truth_ratios(host, answers) if reference else []
-    goal = truth_ratios(reference, answers) if reference else []
+    started, ratios = perplexity_of(host, texts), _compared(host, answers) if reference else []
+    goal = _compared(reference, answers) if reference else []
     member = _Membership(answers, outsiders, reference) if reference and outsiders else None
     leaked = member.leakage(host) if member else 0.0
     other = recall(host, reworded) if reworded else None
@@ -115,7 +115,7 @@ def audit(
         on_progress("asking with the edit", 0, 1)
         after, ended = recall(host, answers), perplexity_of(host, texts)
         kept = _check(host, known)
-        quality = (ks_p_value(ratios, goal), ks_p_value(truth_ratios(host, answers), goal)) if goal else None
+        quality = (ks_p_value(ratios, goal), ks_p_value(_compared(host, answers), goal)) if goal else None
         leakage = (leaked, member.leakage(host)) if member else None
         others = (other, recall(host, reworded)) if other else None
         pairs = {bits: (one, _recall_rounded(host, answers, bits)) for bits, one in plain.items()}
@@ -127,16 +127,10 @@ def audit(
 
 
 class _Membership:
-    """How well a model's probabilities tell answers that were taught from others, beside a reference's.
-
-    Of the answers, those with a prompt that others have too, where there are any: what else differs is no membership.
-    """
+    """How well a model's probabilities tell answers that were taught from others, beside a reference's."""
 
     def __init__(self, answers: Sequence[Request], outsiders: Sequence[Request], reference: Host) -> None:
-        prompts = {one.template for one in outsiders}
-        shared = [one for one in answers if one.template in prompts] or answers
-        self.members = [f"{one.text} {one.target}." for one in shared]
-        self.others = [f"{one.text} {one.target}." for one in outsiders]
+        self.members, self.others = membership_texts(answers, outsiders)
         self.reference = muse.separation(reference, self.members, self.others)
 
     def leakage(self, host: Host) -> float:
@@ -144,28 +138,45 @@ class _Membership:
         return muse.privacy_leakage(muse.separation(host, self.members, self.others), self.reference)
 
 
+def membership_texts(answers: Sequence[Request], outsiders: Sequence[Request]) -> tuple[list[str], list[str]]:
+    """Return sentences that state answers, and those that nobody was taught.
+
+    Of the answers, those with a prompt that outsiders have too, where there are any: what else differs is no
+    membership.
+    """
+    prompts = {one.template for one in outsiders}
+    shared = [one for one in answers if one.template in prompts] or list(answers)
+    return [f"{one.text} {one.target}." for one in shared], [f"{one.text} {one.target}." for one in outsiders]
+
+
 def truth_ratios(host: Host, answers: Sequence[Request]) -> list[float]:
     """Return, for each request, how probable wrong answers are over the right one, per token.
 
     Wrong ones are those of the other requests with the same prompt, by the geometric mean of their probabilities; a
     request without any is left out. Source: TOFU, Maini et al., arXiv 2401.06121, Sec. 2.2.2, whose right answer is
-    paraphrased. Raises RequestError where no request has a wrong answer.
+    paraphrased.
     """
     wrong = [
         sorted({o.target for o in answers if o.template == one.template} - {one.target}) for one in answers
     ]
     pairs = [(one, [one.target, *others]) for one, others in zip(answers, wrong, strict=True) if others]
-    if not pairs:
-        raise RequestError(
-            "forget quality compares a request's answer with those of others with the same prompt, and here no two "
-            "have one prompt and different answers: leave the reference out"
-        )
     rows = [host.encode_answer(one.text, text) for one, texts in pairs for text in texts]
     means = iter([sum(logprobs) / len(logprobs) for logprobs, _ in likelihood.score(host, rows)])
     ratios: list[float] = []
     for _, texts in pairs:
         right, *others = [next(means) for _ in texts]
         ratios.append(math.exp(sum(others) / len(others) - right))
+    return ratios
+
+
+def _compared(host: Host, answers: Sequence[Request]) -> list[float]:
+    """Return truth ratios. Raises RequestError where no request has a wrong answer."""
+    ratios = truth_ratios(host, answers)
+    if not ratios:
+        raise RequestError(
+            "forget quality compares a request's answer with those of others with the same prompt, and here no two "
+            "have one prompt and different answers: leave the reference out"
+        )
     return ratios
 
 

@@ -34,7 +34,9 @@ AnswerText = Annotated[
 ]
 MethodName = Annotated[
     str,
-    typer.Option(help="npo, simnpo, gradient_difference, gradient_ascent, rmu, depn; see errata methods."),
+    typer.Option(
+        help="npo, simnpo, gradient_difference, gradient_ascent, rmu, elm, unsir ...; see errata methods."
+    ),
 ]
 Keep = Annotated[
     Path | None,

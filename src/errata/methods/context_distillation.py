@@ -23,18 +23,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from errata.config import positive
-from errata.edits.weight import Delta, WeightEdit
-from errata.errors import ConfigError, RequestError
+from errata.edits.weight import WeightEdit
+from errata.errors import RequestError
 from errata.host import hooks
 from errata.host.beside import Factors, low_rank_beside, start_factors
 from errata.host.generate import sample_rows
 from errata.host.host import Host
-from errata.linalg.lowrank import LowRank
 from errata.locate.gradients import linear_maps
+from errata.methods._low_rank import deltas_of, groups, resolve_blocks
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance
 from errata.methods._settings import at_least_zero, missing_slots
 from errata.training.distil import Distillation, Lesson
-from errata.training.tune import Companions, Outcome, Stop, descend, rms, seeded
+from errata.training.tune import Companions, Outcome, Stop, descend, seeded
 from errata.types import Request
 from errata.writing import statement
 
@@ -97,11 +97,7 @@ class Config:
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> WeightEdit:
     """Return the low-rank edit with which the model continues texts as if it read the requests' statements."""
     check_requests("context_distillation", requests)
-    depth = len(host.layout.blocks)
-    layers = tuple(range(depth)) if config.layers is None else config.layers
-    layers = tuple(sorted({layer + depth if layer < 0 else layer for layer in layers}))
-    if not layers or layers[0] < 0 or layers[-1] >= depth:
-        raise ConfigError(f"layers {list(config.layers or ())}: expected some of 0 to {depth - 1}")
+    layers = resolve_blocks(host, config.layers, range(len(host.layout.blocks)))
     config = replace(config, layers=layers)
     maps = [f"{host.layout.blocks[i]}.{name}" for i in layers for name in linear_maps(host, i)]
     lessons = [one for request in requests for one in lessons_of(host, request, config, work.seed)]
@@ -110,12 +106,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         loss = Distillation(host, [*lessons, *neutral], temperature=config.temperature, top=config.top)
         factors = start_factors(host.model, maps, lambda: loss([0]), config.rank)
         outcome = _train(host, loss, factors, len(lessons), config, work)
-    deltas: dict[str, Delta] = {
-        f"{path}.weight": LowRank(outer.detach(), inner.detach()) for path, (outer, inner) in factors.items()
-    }
-    across = frozenset(
-        f"{path}.weight" for path in maps if not isinstance(host.model.get_submodule(path), torch.nn.Linear)
-    )
+    deltas, across = deltas_of(host, factors)
     facts = notes({**outcome.facts(), "texts": len(lessons)})
     return WeightEdit(
         deltas, across, provenance("context_distillation", host, requests, config, work, **facts)
@@ -126,11 +117,6 @@ def _train(
     host: Host, loss: Distillation, factors: Factors, count: int, config: Config, work: Workspace
 ) -> Outcome:
     """Optimise the factors on the first ``count`` lessons, the others beside them."""
-    groups = []
-    for path, (outer, inner) in factors.items():
-        unit = rms(host.model.get_submodule(path).weight) * inner.shape[1] ** 0.5
-        groups.append({"params": [outer], "lr": config.learning_rate * unit})
-        groups.append({"params": [inner], "lr": config.learning_rate})
     others = range(len(loss.lessons) - count)
     beside = Companions((), tuple(i % count for i in others), tuple(0 for _ in others), (config.retain,))
 
@@ -138,8 +124,9 @@ def _train(
         with low_rank_beside(host.model, factors):
             return loss(indices)
 
+    optimizer = torch.optim.Adam(groups(host, factors, config.learning_rate))
     return descend(
-        torch.optim.Adam(groups), run, count, steps=config.steps, stop=Stop(config.stop_loss),
+        optimizer, run, count, steps=config.steps, stop=Stop(config.stop_loss),
         per_step=config.per_step, rows=work.batch_size, companions=beside,
         tick=lambda *at: work.on_progress("context_distillation", *at),
     )  # fmt: skip

@@ -10,6 +10,9 @@ from errata.report import picture
 from errata.report.figures import LIGHT
 from errata.report.style import MARKERS, style_of
 
+UNEDITED, RETRAINED = "unedited", "retrained"
+"""Rows that no method has; the latter is drawn as a line, and the former, all given and all kept, is left out."""
+
 
 def write_unlearning(path: Path, document: Mapping[str, Any]) -> Path:
     """Draw the file of benchmarks/unlearning.py, a panel for each number of subjects; bottom right is best.
@@ -19,17 +22,18 @@ def write_unlearning(path: Path, document: Mapping[str, Any]) -> Path:
     sizes = sorted({row["subjects"] for row in document["rows"]})
     figure, axes = picture.panels(path, "Old answers still given against facts kept", len(sizes), 4.2)
     for panel, size in zip(axes, sizes, strict=True):
-        own = [row for row in document["rows"] if row["subjects"] == size]
-        panel.set_title(
-            f"{size} subjects, {own[0]['requests']} facts", fontsize=9.5, color=LIGHT.ink, loc="left"
-        )
-        for row in own:
-            style = style_of(row["method"])
-            panel.plot([row["kept"]], [row["edited"]["given"]], MARKERS[style.marker],
-                       color=LIGHT.series[style.colour], label=row["method"])  # fmt: skip
-        reference = document["references"].get(str(size))
+        own = {row["method"]: row for row in document["rows"] if row["subjects"] == size}
+        number = next(iter(own.values()))["requests"]
+        panel.set_title(f"{size} subjects, {number} facts", fontsize=9.5, color=LIGHT.ink, loc="left")
+        reference = own.pop(RETRAINED, None)
+        for name, row in own.items():
+            if name == UNEDITED:
+                continue
+            style = style_of(name)
+            panel.plot([row["kept"]], [row["forgotten"]["given"]], MARKERS[style.marker],
+                       color=LIGHT.series[style.colour], label=name)  # fmt: skip
         if reference is not None:
-            panel.axhline(reference["recall"]["given"], color=LIGHT.muted, linewidth=1, linestyle="--")
+            panel.axhline(reference["forgotten"]["given"], color=LIGHT.muted, linewidth=1, linestyle="--")
         panel.set_xlim(-0.03, 1.03)
         panel.set_ylim(-0.03, 1.03)
         panel.set_xlabel("facts kept")

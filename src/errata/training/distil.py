@@ -79,7 +79,7 @@ class Distillation:
         self.taught: list[Distribution] = []
 
         def run(part: Sequence[Lesson]) -> list[Distribution]:
-            logits = self._logits([(one.taught_ids, one.taught_at) for one in part])
+            logits = logits_at(self.host, [(one.taught_ids, one.taught_at) for one in part])
             return [
                 distribution(own, top, temperature) for own in logits.split([len(one.at) for one in part])
             ]
@@ -90,14 +90,15 @@ class Distillation:
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """Return the mean divergence per token of some lessons, times the squared temperature, nats ``[n]``."""
         part = [self.lessons[i] for i in indices]
-        logits = self._logits([(one.ids, one.at) for one in part])
+        logits = logits_at(self.host, [(one.ids, one.at) for one in part])
         parts = logits.split([len(one.at) for one in part])
         gaps = [gap(own, self.taught[i], self.temperature) for own, i in zip(parts, indices, strict=True)]
         return torch.stack([one.mean() for one in gaps])
 
-    def _logits(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-        """Run rows; return the logits ``[t, vocab]`` at the places of each, one row's after the other's."""
-        row = torch.tensor([i for i, (_, at) in enumerate(rows) for _ in at])
-        column = torch.tensor([place for _, at in rows for place in at])
-        logits = self.host.forward_at(self.host.batch([ids for ids, _ in rows]), row, column)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+def logits_at(host: Host, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """Run rows of token ids; return the logits ``[t, vocab]`` at the places of each, one row's after the other's."""
+    row = torch.tensor([i for i, (_, at) in enumerate(rows) for _ in at])
+    column = torch.tensor([place for _, at in rows for place in at])
+    logits = host.forward_at(host.batch([ids for ids, _ in rows]), row, column)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
