@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -217,6 +217,10 @@ class ModelHost(ABC):
         return self.model.__dict__.get(OVERLAYS, {})
 
     # --- running ---------------------------------------------------------------------------
+
+    def see(self, items: Iterable[Any]) -> None:
+        """Take the pictures that requests and probes go with; hosts that read no text have requests without any."""
+        return None
 
     @cached_property
     def accepts(self) -> frozenset[str]:

@@ -149,7 +149,8 @@ def find_values(
         nonlocal finished
         members = [problems[i] for i in batch]
         longest = max(len(row.ids) for problem in members for row in problem.rows)
-        values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
+        reuse = can_reuse(host, longest, (row.ids for problem in members for row in problem.rows))
+        values = _Search(host, members, layer, where, config, reuse).run()
         finished += len(batch)
         tick(finished, len(problems))
         return values

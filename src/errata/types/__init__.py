@@ -5,6 +5,7 @@ from errata.types.concept import Concept, ConceptRecord, LabelledText
 from errata.types.contrast import ContrastPair, Contrasts
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
+from errata.types.picture import IMAGE, Picture, marks
 from errata.types.resources import Corpus, Resources
 from errata.types.text import (
     SLOT,
@@ -22,6 +23,7 @@ from errata.types.text import (
 
 __all__ = [
     "DEFAULT_ASK",
+    "IMAGE",
     "KINDS",
     "SLOT",
     "AskOptions",
@@ -37,12 +39,14 @@ __all__ = [
     "Kind",
     "LabelledText",
     "Observation",
+    "Picture",
     "Probe",
     "Request",
     "Resources",
     "Row",
     "image_problems",
     "kind_of",
+    "marks",
     "plain_case",
     "plain_probe",
     "request_problems",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from errata.errors import RequestError, shown
+from errata.types.picture import IMAGE, Picture, placed_in, without_mark
 
 SLOT = "{}"
 
@@ -32,8 +33,16 @@ class Request:
     """A name for messages and tables."""
     language: str | None = None
     """What language the prompt is in, by any name, where requests and probes are in several."""
+    image: Picture | None = None
+    """A picture that the prompt is about, for a model that reads pictures. It stands where the prompt says ``<image>``,
+    else before it; a subject that is in the picture alone is called ``<image>``. Both are then written as the
+    picture's mark, by which a host knows it."""
 
     def __post_init__(self) -> None:
+        texts: tuple[Any, ...] = (self.prompt, self.subject)
+        if self.image is not None and all(isinstance(text, str) for text in texts):
+            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
+            object.__setattr__(self, "subject", self.subject.replace(IMAGE, self.image.mark))
         problems = request_problems(self.prompt, self.subject, self.target)
         if problems:
             name = f"request {shown(self.id)}: " if self.id else ""
@@ -67,12 +76,13 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """Return the set fields as plain data."""
         record = {
-            "prompt": self.prompt,
-            "subject": self.subject,
+            "prompt": without_mark(self.prompt, self.image),
+            "subject": without_mark(self.subject, self.image),
             "target": self.target,
             "target_old": self.target_old,
             "id": self.id,
             "language": self.language,
+            "image": None if self.image is None else self.image.to_dict(),
         }
         return {name: value for name, value in record.items() if value is not None}
 
@@ -186,6 +196,12 @@ class Probe:
     """Numbers about the probe's subject, by name, for regressions over probes: the gender scores of a profession."""
     language: str | None = None
     """What language the prompt is in, by the names that requests have; None: that of the request, or unknown."""
+    image: Picture | None = None
+    """A picture that the prompt is about, at its place as in :class:`Request`."""
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
 
     @property
     def changes(self) -> bool:
@@ -210,24 +226,30 @@ class Case:
 
 
 def plain_probe(probe: Probe) -> dict[str, Any]:
-    """Return a probe as plain data, as its identity is hashed; covariates and language only where there are any."""
+    """Return a probe as plain data, as its identity is hashed; what came in later only where there is any."""
     record = asdict(probe)
     if not probe.covariates:
         del record["covariates"]
-    return _without_language(record)
+    return _as_before(record)
 
 
 def plain_case(case: Case) -> dict[str, Any]:
     """Return a case as plain data, as its identity is hashed."""
     record = asdict(case)
-    record["request"] = _without_language(record["request"])
-    record["also"] = tuple(_without_language(request) for request in record["also"])
+    record["request"] = _as_before(record["request"])
+    record["also"] = tuple(_as_before(request) for request in record["also"])
     return {**record, "probes": [plain_probe(probe) for probe in case.probes]}
 
 
-def _without_language(record: dict[str, Any]) -> dict[str, Any]:
-    """Leave out a language that is not given, so that older identities stay what they were."""
-    return {name: value for name, value in record.items() if name != "language" or value is not None}
+def _as_before(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out a language and a picture that are not given, so that older identities stay; of a picture its hash."""
+    if record["image"] is not None:
+        record["image"] = record["image"]["sha256"]
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in ("language", "image") or value is not None
+    }
 
 
 @dataclass(frozen=True)
