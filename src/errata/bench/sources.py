@@ -11,7 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.lab import bilingual
+from errata.lab import bilingual, shown
 from errata.lab.cases import PARTS, Part
 from errata.lab.overfitting import overfitting
 from errata.types import Case, Probe, plain_case
@@ -22,7 +22,7 @@ BESIDE = ("locality", "entity_locality", "other_task")
 
 def is_lab(source: str) -> bool:
     """Whether a source names cases of the lab's world: ``lab:N``, ``lab:train`` and the like."""
-    return source.startswith(f"{lab.NAME}:")
+    return source.startswith((f"{lab.NAME}:", f"{lab.PICTURES}:"))
 
 
 def read(
@@ -39,7 +39,8 @@ def read(
     seed; with ``together``, edits of all of them can be in place at once. ``lab:train`` and ``lab:train:N`` are cases
     to train an editor on, ``lab:test:N`` those of subjects that none of them is about. ``lab:evoke:N`` are the edits
     of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:forget:N`` has all facts about N of
-    its subjects, for unlearning (:func:`errata.lab.cases_to_forget`). ``lab:bilingual:N``,
+    its subjects, for unlearning (:func:`errata.lab.cases_to_forget`). ``lab-vl:N`` are cases about pictures
+    (:func:`errata.lab.shown.cases`). ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
     the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). Otherwise as for
     :func:`errata.data.reading.read`. ``demonstrations``: files to put before multi-hop questions, see
@@ -88,7 +89,9 @@ EDITED_IN = {
 
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
-    _, *parts = source.split(":")
+    world_name, *parts = source.split(":")
+    if world_name == lab.PICTURES:
+        return _shown(source, parts, seed, together)
     if parts[0] == "forget":
         return _lab_forget(source, parts[1:], seed)
     edited = EDITED_IN[parts.pop(0)] if parts[0] in EDITED_IN else None
@@ -118,6 +121,16 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     if overfitted:
         cases = [overfitting(case) for case in cases]
     return cases, len(cases), facts
+
+
+def _shown(source: str, parts: Sequence[str], seed: int, together: bool) -> tuple[list[Case], int, Any]:
+    if len(parts) > 2 or not all(text.isdecimal() for text in parts):
+        raise ConfigError(f"{source!r}: expected lab-vl:N or lab-vl:N:SEED, N cases and SEED numbers")
+    if together:
+        raise ConfigError(f"{source!r}: cases about pictures are edited one at a time (--schedule single)")
+    seed = int(parts[1]) if len(parts) > 1 else seed
+    cases = shown.cases(int(parts[0]), seed=seed)
+    return cases, len(cases), {"seed": seed}
 
 
 def _lab_forget(source: str, parts: list[str], seed: int) -> tuple[list[Case], int, Any]:
