@@ -1,8 +1,8 @@
 """Cases about what is in a picture: the lab's world asked about by pictures, by names, and by neither.
 
-A request asks about "this person" (city, company ...) beside a picture, which is the subject. Its probes ask the same beside another picture
-of the same entity, in other words, beside a picture of another entity, beside none, and by the entity's name in text
-alone; what is not about the edited fact must stay as it was.
+A request asks about "this person" (city, company ...) beside a picture, which is the subject. Its probes ask the same
+beside another picture of the same entity, in other words, beside a picture of another entity, beside none, and by the
+entity's name in text alone; what is not about the edited fact must stay as it was.
 """
 
 from __future__ import annotations
