@@ -12,6 +12,7 @@ from errata.bench import sources
 from errata.edits import Edit
 from errata.edits.artefact import Artefact
 from errata.edits.edit import Provenance
+from errata.edits.model import ModelEdit
 from errata.errors import ConfigError, RequestError, shown
 from errata.host.host import Host
 from errata.host.images import ImageHost
@@ -113,6 +114,7 @@ def prepare(
         (requests,) if isinstance(requests, (Request, ImageRequest, Concept, Contrasts)) else tuple(requests)
     )
     check_takes(entry, requests)
+    check_pictures(entry, requests)
     if check:
         check_requests(host, requests)
     size = _batch_size(batch_size)
@@ -308,6 +310,16 @@ def check_takes(method: Method, requests: Sequence[AnyRequest]) -> None:
         )
 
 
+def check_pictures(method: Method, requests: Sequence[AnyRequest]) -> None:
+    """Raise ConfigError where a method answers by a model of its own and a request is about a picture."""
+    shown = next((r for r in requests if isinstance(r, Request) and r.image is not None), None)
+    if shown is not None and method.gives is ModelEdit:
+        raise ConfigError(
+            f"{method.name} answers by a small model of its own, which reads text alone, and request "
+            f"{shown.id or shown.target!r} is about a picture"
+        )
+
+
 def check_requests(host: Host, requests: Sequence[AnyRequest]) -> None:
     """Raise RequestError listing every request that the host cannot take."""
     complaints = []
@@ -352,6 +364,7 @@ def _check_request(host: Host, request: AnyRequest) -> None:
         for text in (request.text, head + request.target + tail):
             host.read(text)
     elif isinstance(request, Request):
+        host.see([request])
         answer = host.encode_answer(request.text, request.target)
         length = host.length(answer.ids)
         if host.window is not None and length > host.window:

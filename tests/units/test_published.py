@@ -175,7 +175,7 @@ def test_recipes_can_be_run(path):
     for run in made.runs:
         for source in (dataset.source for dataset in run.datasets):
             head = source.partition(":")[0].split("/")
-            assert head[0] == "lab" or head[0] in DATASETS, source
+            assert head[0] in ("lab", "lab-vl") or head[0] in DATASETS, source
             assert len(head) == 1 or head[1] in DATASETS.get(head[0]).variants, source
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from errata import files, lab
 from errata.errors import ConfigError, DataError
-from errata.lab import bilingual, chains
+from errata.lab import bilingual, chains, shown
 from errata.lab.cases import PARTS, Part
 from errata.lab.dated import dated
 from errata.lab.overfitting import overfitting
@@ -23,7 +23,7 @@ BESIDE = ("locality", "entity_locality", "other_task")
 
 def is_lab(source: str) -> bool:
     """Whether a source names cases of the lab's world: ``lab:N``, ``lab:train`` and the like."""
-    return source.startswith(f"{lab.NAME}:")
+    return source.startswith((f"{lab.NAME}:", f"{lab.PICTURES}:"))
 
 
 def read(
@@ -42,7 +42,7 @@ def read(
     of ``lab:N`` with the questions of EVOKE, where an edit's target is wrong. ``lab:dated:N`` are the same edits, each
     since a year, with questions about today and years before and after (:mod:`errata.lab.dated`).
     ``lab:forget:N`` has all facts about N of its subjects, for unlearning (:func:`errata.lab.cases_to_forget`).
-    ``lab:bilingual:N``,
+    ``lab-vl:N`` are cases about pictures (:func:`errata.lab.shown.cases`). ``lab:bilingual:N``,
     ``lab:bilingual:train`` and so on are asked in two languages and edited in the first, ``lab:bilingual-tavi:N`` in
     the second, ``lab:bilingual-both:N`` by turns (:mod:`errata.lab.bilingual`). ``lab:chains-K:N``, K from 1 to 4 or
     ``last``, are questions that need K edits, or one at their last step (:mod:`errata.lab.chains`). Otherwise as for
@@ -98,7 +98,9 @@ FORMS: Mapping[str, Callable[[list[Case]], list[Case]]] = {
 
 
 def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int, Any]:
-    _, *parts = source.split(":")
+    world_name, *parts = source.split(":")
+    if world_name == lab.PICTURES:
+        return _shown(source, parts, seed, together)
     if parts[0] == "forget":
         return _lab_forget(source, parts[1:], seed)
     if parts[0].startswith(CHAINS):
@@ -130,6 +132,16 @@ def _lab_cases(source: str, seed: int, together: bool) -> tuple[list[Case], int,
     if form is not None:
         cases = form(cases)
     return cases, len(cases), facts
+
+
+def _shown(source: str, parts: Sequence[str], seed: int, together: bool) -> tuple[list[Case], int, Any]:
+    if len(parts) > 2 or not all(text.isdecimal() for text in parts):
+        raise ConfigError(f"{source!r}: expected lab-vl:N or lab-vl:N:SEED, N cases and SEED numbers")
+    if together:
+        raise ConfigError(f"{source!r}: cases about pictures are edited one at a time (--schedule single)")
+    seed = int(parts[1]) if len(parts) > 1 else seed
+    cases = shown.cases(int(parts[0]), seed=seed)
+    return cases, len(cases), {"seed": seed}
 
 
 def _lab_forget(source: str, parts: list[str], seed: int) -> tuple[list[Case], int, Any]:

@@ -134,21 +134,29 @@ def ask_options(
 
 
 def read_what(
-    what: str, subject: str | None, target: str | None, target_old: str | None = None
-) -> list[Request]:
-    """Read requests from a file, or build one from a prompt and its options."""
+    what: str, subject: str | None, target: str | None, target_old: str | None = None,
+    image: Path | None = None,
+) -> list[Request]:  # fmt: skip
+    """Read requests from a file, or build one from a prompt and its options.
+
+    ``image``: the file of a picture that the prompt is about; what the prompt calls it is the subject by default.
+    """
+    from errata.data.pictures import read_picture, subject_in
     from errata.data.requests import SUFFIXES, read_requests
     from errata.errors import RequestError
     from errata.types import Request
 
     if _names_file(what, SUFFIXES):
-        if subject or target or target_old:
+        if subject or target or target_old or image:
             raise RequestError("give either a file of requests or a prompt with --subject and --target")
         return read_requests(what)
+    picture = None if image is None else read_picture(image)
+    if subject is None and picture is not None:
+        subject = subject_in(what)
     missing = [name for name, value in (("--subject", subject), ("--target", target)) if value is None]
     if missing:
         raise RequestError(f"a prompt needs {' and '.join(missing)}; or name a file ({', '.join(SUFFIXES)})")
-    return [Request(what, subject or "", target or "", target_old)]
+    return [Request(what, subject or "", target or "", target_old, image=picture)]
 
 
 def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:

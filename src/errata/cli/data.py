@@ -89,10 +89,11 @@ def check(
     Exit code 0, even if rows were omitted; 1 if the file is truncated (only its beginning is read) or no row has the
     dataset's schema; 2 if it cannot be read.
     """
+    from errata.bench.sources import is_lab
     from errata.data import reading
     from errata.errors import ConfigError
 
-    if source.startswith("lab:"):
+    if is_lab(source):
         raise ConfigError(
             f"{source} is generated from the lab's world, so there is no file to check; see: errata data show {source}"
         )

@@ -60,6 +60,10 @@ def command(
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     target_old: Annotated[str | None, typer.Option(help="The current answer; only recorded.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture that the prompt is about; <image> marks its place. For vision-language models."),
+    ] = None,
     method: Annotated[str, typer.Option(help="See: errata methods.")] = DEFAULT,
     settings: common.Settings = None,
     message: _ledger.Reason = "", source: _ledger.Source = "", author: _ledger.Author = "",
@@ -82,7 +86,7 @@ def command(
     never changed.
     """
     entry, options = _method(method, settings)
-    texts = _texts(what, subject, target, target_old, pictures="image_classifier" in entry.hosts)
+    texts = _texts(what, subject, target, target_old, image, pairs="image_classifier" in entry.hosts)
     asked = EditCommand(
         what, texts, subject, target, method, options, seed, corpus, examples,
         common.ask_options(template, system, thinking, join, chat=chat), batch_size,
@@ -112,20 +116,20 @@ def _method(method: str, settings: list[str] | None) -> tuple[Any, dict[str, Any
 
 
 def _texts(
-    what: str, subject: str | None, target: str | None, target_old: str | None, *, pictures: bool
-) -> list[Request]:
+    what: str, subject: str | None, target: str | None, target_old: str | None, image: Path | None, *, pairs: bool
+) -> list[Request]:  # fmt: skip
     """Read requests about text; an empty list if the method edits image models."""
     from errata.errors import RequestError
 
     folder = _is_folder(what)
-    if not pictures:
+    if not pairs:
         if folder and _is_folder(str(Path(what) / "original")):
             raise RequestError(f"{what} is a folder of image pairs; those need --method rewrite")
-        return common.read_what(what, subject, target, target_old)
+        return common.read_what(what, subject, target, target_old, image)
     if not folder:
         raise RequestError(f"expected a folder with original/, changed/ and mask/, found no folder {what!r}")
-    if target_old:
-        raise RequestError("pairs of images take no --target-old: the original images show it")
+    if target_old or image:
+        raise RequestError("pairs of images take no --target-old and no --image: the original images show it")
     return []
 
 

@@ -119,7 +119,8 @@ def _show(report: dict[str, Any]) -> None:
 def train(
     folder: Annotated[Path, typer.Argument(help="Folder for checkpoints and the model; an unfinished run is resumed.")],
     shape: Annotated[
-        str | None, typer.Option(help="Architecture: llama, gpt2, qwen3, t5 or bert; default: llama.")
+        str | None,
+        typer.Option(help="Architecture: llama, gpt2, qwen3, t5, bert, or llava (lab-vl); default: llama."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; default: the shipped model's.")] = None,
     precision: Annotated[
@@ -151,6 +152,9 @@ def train(
     from errata.lab.train import train as run
 
     place = _place(device)
+    if shape == "llava":
+        others = {"--precision": precision, "--variant": variant, "--without": without, "--compile": compiled}
+        return _train_vision(folder, steps, seed, place, others, json=json)
     chosen = {"steps": steps, "precision": precision, "without": left_out(without) if without else None}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if variant is None:
@@ -172,6 +176,44 @@ def train(
     else:
         print(f"model and card written to {model}")
         _show(card["check"])
+
+
+def _train_vision(
+    folder: Path, steps: int | None, seed: int, device: str, others: dict[str, Any], *, json: bool
+) -> None:  # fmt: skip
+    """Train the image tower of the lab's vision-language model, two fifths of the steps or more on names."""
+    from errata.errors import ConfigError
+    from errata.host.open import load
+    from errata.lab import load as load_lab
+    from errata.lab.train import Progress, logged
+    from errata.lab.vision import VisionConfig, assemble
+    from errata.lab.vision_card import write_card
+    from errata.lab.vision_training import train as run
+
+    refused = [name for name, value in others.items() if value]
+    if refused:
+        raise ConfigError(
+            f"{', '.join(refused)}: the image tower of llava is trained before the lab's own decoder"
+        )
+    config = VisionConfig(seed=seed)
+    if steps is not None:
+        config = VisionConfig(
+            seed=seed, steps=steps, cooled=steps, aligned=steps * config.aligned // config.cooled
+        )
+    with common.progress(not json) as tick:
+
+        def note(at: Progress) -> None:
+            tick("training", at.step, at.steps)
+
+        target = run(folder, config, device=device, on_step=note)
+        host = load(*assemble(target, load_lab(device="cpu", dtype="float32")), device=device, name="lab-vl")
+        card = write_card(host, target, config, logged(folder), tick=tick)
+    if json:
+        common.emit(card)
+        return
+    print(f"image tower and card written to {target}")
+    rows = [(name.replace("_", " "), f"{value:.3f}") for name, value in card["check"].items()]
+    common.table("recall beside pictures never trained on", ("asked", "recall"), rows, right=(1,))
 
 
 def _place(device: str) -> str:

@@ -36,6 +36,8 @@ class Record:
     """The same, counted from 0, for ids of cases."""
     omissions: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     """Parts of a usable record that no case includes, counted by reason; shared by its nested records."""
+    base: Path | None = field(default=None, compare=False)
+    """Folder of the file, from which pictures are named; None where it is not known."""
 
     def get(self, path: str, default: Any = None) -> Any:
         """Return a field by dotted path, or the default where any part is absent."""
@@ -74,7 +76,8 @@ class Record:
         if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
             raise Malformed(f"{path}: expected a list of records, found {_description(value)}")
         return [
-            Record(item, f"{self.where}, {path} {i + 1}", i, self.omissions) for i, item in enumerate(value)
+            Record(item, f"{self.where}, {path} {i + 1}", i, self.omissions, self.base)
+            for i, item in enumerate(value)
         ]
 
 

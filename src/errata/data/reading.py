@@ -231,7 +231,7 @@ class _Reading:
             if row.fault is not None:
                 self.tally.leave_out(row.where, row.fault)
                 continue
-            record = Record(row.value, row.where, index)
+            record = Record(row.value, row.where, index, base=self.path.parent)
             try:
                 for case in entry.cases(record, self.variant):
                     if gate is None or self._passes(gate, record, case):

@@ -16,15 +16,17 @@ from typing import Any, get_args
 from errata import files
 from errata.data import documents, foreign, tables
 from errata.data._base import Record
+from errata.data.pictures import read_picture, write_picture
 from errata.data.tables import Unreadable
 from errata.errors import ErrataError, RequestError, brief, listing, shown
 from errata.registry import nearest, unknown
-from errata.types import Case, Form, Probe, Request, is_date, request_problems
+from errata.types import IMAGE, Case, Form, Picture, Probe, Request, is_date, request_problems
+from errata.types.picture import without_mark
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml")
 TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
 REQUIRED = ("prompt", "subject", "target")
-REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language", "valid_from", "indirect")
+REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language", "valid_from", "indirect", "image")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
 PROBE_FIELDS = tuple(f.name for f in fields(Probe))
 FORMS: tuple[str, ...] = get_args(Form)
@@ -44,7 +46,9 @@ def read_requests(path: str | Path) -> list[Request]:
         _check_fields(path, records)
     for index, (where, record) in enumerate(records):
         requests, wrong = (
-            _requests(where, record) if reader is None else _foreign(reader, where, record, index)
+            _requests(where, record, Path(path).parent)
+            if reader is None
+            else _foreign(reader, where, record, index)
         )
         requests_read += requests
         complaints += wrong
@@ -99,7 +103,7 @@ def read_cases(path: str | Path) -> list[Case]:
     records = _records(Path(path))
     _check_fields(path, records)
     for i, (where, record) in enumerate(records, 1):
-        case, wrong = _case(where, record, f"{Path(path).name}:{i}")
+        case, wrong = _case(where, record, f"{Path(path).name}:{i}", Path(path).parent)
         complaints += wrong
         cases += [case] if case else []
     return _all_or_raise(path, cases, complaints)
@@ -108,14 +112,15 @@ def read_cases(path: str | Path) -> list[Case]:
 def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
     """Write cases as JSON lines that :func:`read_cases` reads back as equal cases; return their number.
 
-    The file appears only when it is complete. Raises RequestError where its name does not end in ``.jsonl`` or it
+    The file appears only when it is complete; pictures are written into a folder beside it.
+    Raises RequestError where its name does not end in ``.jsonl`` or it
     cannot be written, if there are no cases, and for a case that would be read back differently.
     """
     check_target(path)
     count = 0
     with files.replacing(path, RequestError) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         for case in cases:
-            file.write(_line(case) + "\n")
+            file.write(_line(case, Path(path)) + "\n")
             count += 1
         if not count:
             raise RequestError(f"there are no cases to write to {path}")
@@ -132,18 +137,21 @@ def check_target(path: str | Path) -> None:
     files.output(path, RequestError)
 
 
-def _line(case: Case) -> str:
-    """Encode a case as one line of JSON. Raises RequestError where decoding it would give another case."""
-    record: dict[str, Any] = case.request.to_dict()
+def _line(case: Case, path: Path) -> str:
+    """Encode a case as one line of JSON, for a file beside which its pictures are written.
+
+    Raises RequestError where decoding it would give another case.
+    """
+    record: dict[str, Any] = _written(case.request.to_dict(), case.request.image, path)
     if case.id != case.request.id:
         record["case"] = case.id
     if case.also:
-        record["also"] = [request.to_dict() for request in case.also]
+        record["also"] = [_written(request.to_dict(), request.image, path) for request in case.also]
     if not _asks_efficacy(case.probes):
         record["efficacy"] = False
-    record["probes"] = [_plain(probe) for probe in case.probes]
+    record["probes"] = [_written(_plain(probe), probe.image, path) for probe in case.probes]
     line = json.dumps(record, ensure_ascii=False)
-    back, wrong = _case("as a record", json.loads(line), "unnamed")
+    back, wrong = _case("as a record", json.loads(line), "unnamed", path.parent)
     if back != case:
         differing = [f.name for f in fields(Case) if back and getattr(back, f.name) != getattr(case, f.name)]
         raise RequestError(
@@ -153,9 +161,18 @@ def _line(case: Case) -> str:
     return line
 
 
+def _written(record: dict[str, Any], picture: Picture | None, path: Path) -> dict[str, Any]:
+    """Return a record whose picture, if it has one, is a file in the folder beside a file of cases."""
+    if picture is None:
+        return record
+    folder = path.with_name(f"{path.stem}-pictures")
+    return {**record, "image": f"{folder.name}/{write_picture(picture, folder)}"}
+
+
 def _plain(probe: Probe) -> dict[str, Any]:
     """Return the fields of a probe that differ from their defaults."""
     values = {f.name: getattr(probe, f.name) for f in fields(Probe) if getattr(probe, f.name) != f.default}
+    values["prompt"] = without_mark(probe.prompt, probe.image)
     if probe.covariates:
         values["covariates"] = dict(probe.covariates)
     return {
@@ -191,12 +208,12 @@ def _group(complaints: Sequence[str]) -> list[str]:
     return lines
 
 
-def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
-    """Read one case; ``name``: its id if the record has none."""
-    requests, wrong = _requests(where, record)
+def _case(where: str, record: Any, name: str, base: Path) -> tuple[Case | None, list[str]]:
+    """Read one case; ``name``: its id if the record has none; ``base``: the folder that its pictures are named from."""
+    requests, wrong = _requests(where, record, base)
     if not isinstance(record, Mapping):
         return None, wrong
-    probes = _probes(where, record, wrong)
+    probes = _probes(where, record, wrong, base)
     own, efficacy = record.get("case"), record.get("efficacy")
     if not _absent(own) and not _is_text(own):
         wrong.append(f"{where}: case must be text, found {type(own).__name__} {shown(own, 60)}")
@@ -207,7 +224,10 @@ def _case(where: str, record: Any, name: str) -> tuple[Case | None, list[str]]:
     first, *others = requests
     if efficacy is not False and not _asks_efficacy(probes):
         before = _old_answers(record.get("target_old"))
-        probes.insert(0, Probe("efficacy", first.text, (first.target,), before, first.target_old))
+        own_probe = Probe(
+            "efficacy", first.text, (first.target,), before, first.target_old, image=first.image
+        )
+        probes.insert(0, own_probe)
     return Case(own or first.id or name, first, tuple(probes), tuple(others)), []
 
 
@@ -215,12 +235,12 @@ def _asks_efficacy(probes: Iterable[Probe]) -> bool:
     return any(probe.kind == "efficacy" for probe in probes)
 
 
-def _requests(where: str, record: Any) -> tuple[list[Request], list[str]]:
+def _requests(where: str, record: Any, base: Path) -> tuple[list[Request], list[str]]:
     """Read all requests of a record; none if any of them has errors."""
-    first, wrong = _request(where, record, CASE_FIELDS)
+    first, wrong = _request(where, record, CASE_FIELDS, base)
     requests = [first]
     for i, other in enumerate(_list_field(where, record, "also", wrong), 1):
-        further, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS)
+        further, more = _request(f"{where}, also {i}", other, REQUEST_FIELDS, base)
         requests.append(further)
         wrong += more
     return ([] if wrong else [request for request in requests if request]), wrong
@@ -237,7 +257,7 @@ def _list_field(where: str, record: Any, name: str, wrong: list[str]) -> list[An
     return value
 
 
-def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | None, list[str]]:
+def _request(where: str, record: Any, fields: Sequence[str], base: Path) -> tuple[Request | None, list[str]]:
     if isinstance(record, Unreadable):
         return None, [f"{where}: {record}"]
     if not isinstance(record, Mapping):
@@ -255,7 +275,14 @@ def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | 
     if missing:
         return None, [*wrong, f"{where}: missing {', '.join(missing)}"]
     values = {key: record[key] for key in REQUEST_FIELDS if key in record}
-    wrong += [f"{where}: {p}" for p in request_problems(*(values[name] for name in REQUIRED))]
+    prompt, subject, target = (values[name] for name in REQUIRED)
+    if "image" in values:
+        amiss: list[str] = []
+        values["image"] = _picture(values["image"], base, amiss)
+        wrong += [f"{where}: {what}" for what in amiss]
+        if subject == IMAGE and isinstance(prompt, str) and IMAGE not in prompt:
+            prompt = f"{IMAGE}{prompt}"
+    wrong += [f"{where}: {p}" for p in request_problems(prompt, subject, target)]
     if "target_old" in values:
         answers = _old_answers(values["target_old"])
         if not answers:
@@ -283,6 +310,18 @@ def _request(where: str, record: Any, fields: Sequence[str]) -> tuple[Request | 
     return (None, wrong) if wrong else (Request(**values), [])
 
 
+def _picture(value: Any, base: Path, amiss: list[str]) -> Picture | None:
+    """Read the picture that a path names, relative to the folder ``base``; errors are added to ``amiss``."""
+    if not _is_text(value):
+        amiss.append(f"image must be the path of an image file, found {_describe(value)}")
+        return None
+    try:
+        return read_picture(value, base=base)
+    except RequestError as error:
+        amiss.append(f"image: {error}")
+        return None
+
+
 def _old_answers(value: Any) -> tuple[str, ...]:
     """Return the spellings of the old answer, canonical one first; empty where it is not text or a list of texts."""
     answers = [value] if isinstance(value, str) else value
@@ -300,13 +339,13 @@ def _unknown(key: Any, fields: Sequence[str]) -> str:
     return f"unknown field {shown(key)}" + (f", did you mean {hint!r}?" if hint else "")
 
 
-def _probes(where: str, record: Mapping[str, Any], wrong: list[str]) -> list[Probe]:
+def _probes(where: str, record: Mapping[str, Any], wrong: list[str], base: Path) -> list[Probe]:
     """Read a record's probes; errors are added to ``wrong``."""
     probes = []
     for i, value in enumerate(_list_field(where, record, "probes", wrong), 1):
         place = f"{where}, probe {i}"
         if isinstance(value, Mapping):
-            probe, amiss = _probe(value)
+            probe, amiss = _probe(value, base)
             wrong += [f"{place}: {what}" for what in amiss]
             probes += [probe] if probe else []
         else:
@@ -314,7 +353,7 @@ def _probes(where: str, record: Mapping[str, Any], wrong: list[str]) -> list[Pro
     return probes
 
 
-def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
+def _probe(value: Mapping[str, Any], base: Path) -> tuple[Probe | None, list[str]]:
     amiss = [_unknown(key, PROBE_FIELDS) for key in value if key not in PROBE_FIELDS]
     form, need = _word(value, "form", FORMS, amiss), _word(value, "need", NEEDS, amiss)
     required = ("kind", "prompt") if form == "open" else ("kind", "prompt", "answers")
@@ -345,10 +384,12 @@ def _probe(value: Mapping[str, Any]) -> tuple[Probe | None, list[str]]:
     if need == "all" and group is None:
         amiss.append("need 'all' applies to a group of probes: name the group, or omit need")
     covariates = _numbers(value.get("covariates"), amiss)
+    picture = None if _absent(value.get("image")) else _picture(value["image"], base, amiss)
     if amiss:
         return None, amiss
     probe = Probe(
-        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language, steps
+        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language, steps,
+        picture,
     )  # fmt: skip
     return probe, []
 

@@ -66,7 +66,16 @@ class Provenance:
 
     def identity(self) -> dict[str, Any]:
         """Return what an edit's digest covers of its provenance, as plain data."""
-        return {name: value for name, value in asdict(self).items() if name != "created"}
+        return {name: value for name, value in self.to_dict().items() if name != "created"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain data, as files hold them; of a picture its name and hash, where there is one."""
+        plain = asdict(self)
+        for record, request in zip(plain["requests"], self.requests, strict=True):
+            picture = record.pop("image", None)
+            if picture is not None and isinstance(request, Request) and request.image is not None:
+                record["image"] = request.image.to_dict()
+        return plain
 
 
 def timestamp() -> str:
@@ -207,7 +216,7 @@ class Edit(ABC):
         header = {
             "kind": self.kind,
             "digest": self.digest,
-            "provenance": asdict(self.provenance),
+            "provenance": self.provenance.to_dict(),
             **self.body(),
         }
         return file_format.write(path, self.parts(), header)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from errata.types import ConceptRecord, ImageRecord, Request
+from errata.types import ConceptRecord, ImageRecord, Picture, Request
 
 NAMES: dict[type, str] = {
     str: "text",
@@ -93,19 +93,23 @@ def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
     text = "prompt" in stored
     needed = ("prompt", "subject", "target") if text else ("concept", "replacement", "digest")
     optional = ("target_old", "id", "language", "valid_from") if text else ("id",)
-    unknown = sorted(set(stored) - {*needed, *optional, "indirect" if text else "pairs"})
+    unknown = sorted(set(stored) - {*needed, *optional} - ({"image", "indirect"} if text else {"pairs"}))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0][:80]!r}")
     fields = {name: get_field(stored, name, str, where) for name in needed}
     for name in optional:
         if stored.get(name) is not None:
             fields[name] = get_field(stored, name, str, where)
-    indirect = get_texts(stored, "indirect", where) if text and "indirect" in stored else ()
-    return (
-        Request(**fields, indirect=indirect)
-        if text
-        else ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
-    )
+    if not text:
+        return ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
+    image = None
+    if stored.get("image") is not None:
+        try:
+            image = Picture.restore(get_field(stored, "image", dict, where))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    indirect = get_texts(stored, "indirect", where) if "indirect" in stored else ()
+    return Request(**fields, indirect=indirect, image=image)
 
 
 def _concept(stored: Any, where: str) -> ConceptRecord:

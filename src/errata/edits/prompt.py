@@ -22,6 +22,7 @@ from errata.host.base import ModelHost
 from errata.host.host import Host
 from errata.host.preference import preference
 from errata.host.prompts import PromptFormat
+from errata.types.picture import without_marks
 
 PUT = Procedure()
 ROOM = 64
@@ -48,6 +49,9 @@ class PromptEdit(RuntimeEdit):
     procedure: Procedure = PUT
 
     def __post_init__(self) -> None:
+        # texts alone are put before prompts: whoever asks need not have the pictures of the requests
+        for name in ("contexts", "suffixes"):
+            object.__setattr__(self, name, tuple(map(without_marks, getattr(self, name))))
         check_module(self.router, self.module)
         if self.suffixes and (len(self.suffixes) != len(self.contexts) or self.procedure != PUT):
             raise EditError("suffixes: expected one for each context, and one entry put before a prompt")

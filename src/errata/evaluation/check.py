@@ -77,6 +77,7 @@ def answer_requests(
 
     Each answer may be as long as its target needs, up to the window. ``options``: how prompts are formatted.
     """
+    host.see(requests)
     groups: dict[tuple[Form, int], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(_length(host, request), []).append(i)
@@ -86,7 +87,14 @@ def answer_requests(
         start = completed
         probes = [
             # a masked language model needs the number of mask tokens, that of the target's tokens
-            Probe("efficacy", requests[i].text, (requests[i].target,) if host.fills else (), (), form=form)
+            Probe(
+                "efficacy",
+                requests[i].text,
+                (requests[i].target,) if host.fills else (),
+                (),
+                form=form,
+                image=requests[i].image,
+            )
             for i in indices
         ]
         observations = observe(

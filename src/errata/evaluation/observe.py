@@ -186,6 +186,7 @@ def observe(
     Raises ConfigError for a template that is not known or not there, RequestError for a prompt or answer that
     does not fit the window.
     """
+    host.see(probes)
     prompt_settings = _make_prompt_settings(host, options)
     plans = [prompt_settings.plan(probe) for probe in probes]
     for probe, plan in zip(probes, plans, strict=True):
@@ -275,6 +276,7 @@ def check(host: Host, cases: Iterable[Case], options: AskOptions = DEFAULT_ASK) 
     for case in cases:
         for probe in case.probes:
             try:
+                host.see([probe])
                 complaint = _too_long(host, prompt_settings.plan(probe))
             except RequestError as error:
                 complaint = str(error)
@@ -416,11 +418,11 @@ class _PrefixScorer:
         """Set the prefixes that will be run: each answer is scored after the longest one that it begins with."""
         lengths = sorted({len(root) for root in roots}, reverse=True)
         self._after_prefix = {root: [] for root in roots}
-        continues, shareable = self.host.continues, self.host.shareable
+        shareable = self.host.shareable
         for answer in self._answers:
             begins = (answer.ids[:length] for length in lengths if length <= answer.start)
             root = next((text for text in begins if text in roots), None)
-            alone = root is None or (not continues and len(root) < len(answer.ids) - 1)
+            alone = root is None or (not self.host.continues_rows([root]) and len(root) < len(answer.ids) - 1)
             if root is not None and not shareable and len(root) != answer.start:
                 alone = True  # a router decided at the end of another prompt
             (self._without_prefix if root is None or alone else self._after_prefix[root]).append(answer)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -244,6 +244,10 @@ class ModelHost(ABC):
         return files.open_tokenizer(str(folder), None, False)
 
     # --- running ---------------------------------------------------------------------------
+
+    def see(self, items: Iterable[Any]) -> None:
+        """Take the pictures that requests and probes go with; hosts that read no text have requests without any."""
+        return None
 
     @cached_property
     def accepts(self) -> frozenset[str]:

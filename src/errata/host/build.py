@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BEGIN, END, PAD, MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
 
+VISION_LANGUAGE = "vision_language"
+"""Stands for a causal language model with an image tower before it, among kinds of models to make."""
 _TEMPLATES = {
     CAUSAL: (f"{BEGIN} $A", f"{BEGIN} $A $B"),
     ENCODER_DECODER: (f"$A {END}", f"$A {END} $B {END}"),
@@ -25,6 +27,7 @@ _CLASSES = {
     CAUSAL: "AutoModelForCausalLM",
     ENCODER_DECODER: "AutoModelForSeq2SeqLM",
     MASKED: "AutoModelForMaskedLM",
+    VISION_LANGUAGE: "AutoModelForImageTextToText",
 }
 """The transformers class that makes a model of a kind."""
 
@@ -95,3 +98,22 @@ def new_model(model_type: str, settings: Mapping[str, Any], *, seed: int, kind: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, _CLASSES[kind]).from_config(config)
+
+
+def new_picture_processor(tokenizer: Any, *, side: int, patch: int, token: str) -> Any:
+    """Return a processor of LLaVA's kind: square pictures of ``side`` pixels, a token for each patch.
+
+    ``token`` is added to the tokenizer. Needs Pillow.
+    """
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]})
+    half = [0.5, 0.5, 0.5]
+    images = CLIPImageProcessorPil(
+        size={"height": side, "width": side}, do_center_crop=False, image_mean=half, image_std=half
+    )
+    return LlavaProcessor(
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token=token,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ is so far. In the rows of every kind the scores of a token are read one place be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -20,10 +20,13 @@ from errata.host.kinds import CAUSAL
 from errata.host.passes import Pass
 from errata.host.prompts import Framed
 from errata.host.tokens import Ids
+from errata.types import Picture
 from errata.writing import Join
 
 BREAK = -1
 """Marks in a row where the part that is read ends and the answer's begins; no id is negative."""
+PICTURES = 2**40
+"""Ids from this one on are pictures' places in a row (:mod:`errata.host.pictures`); no vocabulary is as large."""
 CACHED_TEXTS = 2**17
 """Tokenised texts that a codec remembers: the same probes are run before and after every edit."""
 
@@ -65,6 +68,29 @@ class Codec(ABC):
         ids = torch.arange(5, device=device)[None] % self.vocab_size
         return Pass(ids, torch.ones_like(ids))
 
+    # --- pictures --------------------------------------------------------------------------
+
+    blind: str = "it has no image tower, or was opened without its processor of pictures"
+    """Why prompts may have no pictures, for those that read none; see :mod:`errata.host.pictures`."""
+
+    def see(self, picture: Picture) -> None:
+        """Take a picture that prompts show. Raises HostError where the model reads none."""
+        raise HostError(
+            f"{self.name} reads no pictures ({self.blind}); {picture.name or picture.key} was given"
+        )
+
+    def resolve(self, request: Pass) -> Pass:
+        """Return a pass as the model takes it."""
+        return request
+
+    def show_pictures(self, rows: Iterable[Sequence[int]]) -> bool:
+        """Whether any of some rows shows a picture, inside of which it must not be cut."""
+        return False
+
+    def must_stay_whole(self, rows: Iterable[Sequence[int]]) -> bool:
+        """Whether any of some rows must be run whole in every pass, whatever the model's cache allows."""
+        return False
+
     # --- text to rows ----------------------------------------------------------------------
 
     def hide(self, prompt: str) -> str:
@@ -99,6 +125,10 @@ class Codec(ABC):
         ends = prompts.block_ends(self.tokenizer)
         answers = [prompts.behind_thoughts(list(row), ends) for row in ids]
         return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+    def text_of(self, row: Sequence[int]) -> str:
+        """Return the text of a row, marks of its parts and pictures left out."""
+        return str(self.tokenizer.decode([token for token in row if 0 <= token < PICTURES]))
 
     # --- rows to passes --------------------------------------------------------------------
 

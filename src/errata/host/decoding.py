@@ -58,7 +58,7 @@ def run_prefixes(host: TextHost, rows: Sequence[Ids], sets: Tensor | None = None
     """
     routes = {} if sets is None else {SETS: sets}
     line = torch.arange(len(rows))
-    if not host.continues:
+    if not host.continues_rows(rows):
         last = torch.tensor([len(row) - 1 for row in rows])
         ran = host.run(host.as_pass(host.batch(rows), at=(line, last), routes=routes))
         return Prefixes(tuple(rows), ran.logits, Prefix(line.new_zeros(len(rows), 0), routes=ran.routes))

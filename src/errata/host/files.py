@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ErrataError, HostError
+from errata.host.passes import arguments
 
 CONFIG_BYTES = 2**24
 """Largest config.json that is read."""
@@ -266,6 +267,32 @@ def open_tokenizer(name: str, revision: str | None, trust: bool) -> Any:
         )
         check_tokenizer(tokenizer)
     return tokenizer
+
+
+def open_processor(name: str, model: Any, revision: str | None, trust: bool) -> tuple[Any, str]:
+    """Open the processor of text and pictures that a folder or hub model has; None and why prompts have no pictures.
+
+    Only of a model with an image tower beside its language model. Text is read without it, so what it fails with is
+    no error before a picture is given.
+    """
+    config = model.config
+    if config.get_text_config(decoder=True) is config or "pixel_values" not in arguments(model):
+        return None, ""
+    if not processor_files(name):
+        return None, "there is no processor beside it, as preprocessor_config.json describes one"
+    from transformers import AutoProcessor
+
+    folder = Path(name).expanduser()
+    options = {} if folder.is_dir() else hub_options(name, revision)
+    try:
+        processor = AutoProcessor.from_pretrained(
+            str(folder) if folder.is_dir() else name, revision=revision, trust_remote_code=trust, **options
+        )
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return None, f"its processor cannot be opened: {first_line(error)}"
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        return None, f"its processor, {type(processor).__name__}, is none of text and pictures"
+    return processor, ""
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -30,7 +30,7 @@ def generate_rows(
 
     if host.fills:
         stop = "end"
-    if (host.continues and is_plain(host)) or host.fills or not hasattr(host.model, "generate"):
+    if (host.continues_rows(rows) and is_plain(host)) or host.fills or not hasattr(host.model, "generate"):
         prefixes = rows if isinstance(rows, decoding.Prefixes) else decoding.run_prefixes(host, rows, sets)
         ids: Any = decoding.greedy(host, prefixes, _limits(host, rows, max_new_tokens), stop)
     else:

@@ -36,8 +36,8 @@ def load(
     """Open a host.
 
     ``model``: a hub name, a folder written by ``save_pretrained``, or a live model, which stays where
-    it is unless ``device`` or ``dtype`` is set. ``tokenizer``: needed with a live model; else
-    the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
+    it is unless ``device`` or ``dtype`` is set. ``tokenizer``: needed with a live model, a processor where prompts are
+    to have pictures; else the model's own, or another's name. ``device``: ``auto`` takes CUDA if there is one.
 
     A live model may be wrapped by ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT: the
     host is the model inside, and edits act on the wrapped one too. Its training mode stays as it is; whatever
@@ -49,6 +49,7 @@ def load(
     """
     torch_dtype = _dtype(dtype)
     place = _device(device)
+    processor, blind = None, ""
     with hooks.plain_torch():
         if isinstance(model, nn.Module):
             live, label = _live(model, tokenizer, None if device == "auto" else place, torch_dtype, name)
@@ -66,10 +67,13 @@ def load(
             )
         _refuse_not_finite(live)
         if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = files.open_tokenizer(str(tokenizer or model), revision, trust_remote_code)
+            source = str(tokenizer or model)
+            tokenizer = files.open_tokenizer(source, revision, trust_remote_code)
+            processor, blind = files.open_processor(source, live, revision, trust_remote_code)
         training = [m for m in live.modules() if m.training] if isinstance(model, nn.Module) else []
         try:
-            host = Host(live, tokenizer, name=label)
+            host = Host(live, processor or tokenizer, name=label)
+            host.codec.blind = blind or host.codec.blind
             if any(placement.is_packed(module) for module in live.modules()):
                 _settle(host)
             trial.check(host)

@@ -34,11 +34,14 @@ class Pass:
     mask: Tensor | None = None
     """int64 ``[rows, length of the prefix + length]``, 1 for tokens."""
     positions: Tensor | None = None
-    """int64 ``[rows, length]``, each token's index in its whole text; None lets the model count."""
+    """int64 ``[rows, length]``, each token's index in its whole text, or ``[axes, rows, length]`` where a model counts
+    along several; None lets the model count."""
     source: Places | None = None
     """Ids and mask ``[rows, length]`` that an encoder reads."""
     pixels: Tensor | None = None
     """Images as the model takes them ``[rows, channels, height, width]``, in place of ids."""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """What goes with ids where their texts show pictures: the processor's inputs by name."""
     prefix: Any = None
     """Attention keys and values of the tokens that rows continue, a transformers cache."""
     use_cache: bool = False
@@ -72,7 +75,7 @@ class Pass:
             inputs["past_key_values"] = self.prefix
         if self.last is not None and "logits_to_keep" in accepts:
             inputs["logits_to_keep"] = self.last
-        return {**inputs, "use_cache": self.use_cache}
+        return {**inputs, **self.images, "use_cache": self.use_cache}
 
 
 @dataclass(frozen=True, eq=False)

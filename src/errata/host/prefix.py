@@ -431,11 +431,13 @@ def can_grow(host: TextHost) -> bool:
     return _passes_trial(host, _try_growing)
 
 
-def can_reuse(host: TextHost, longest: int) -> bool:
-    """Whether rows of at most ``longest`` tokens may be continued with a fixed cache; tried out once per host.
+def can_reuse(host: TextHost, longest: int, rows: Iterable[Sequence[int]] = ()) -> bool:
+    """Whether ``rows`` of at most ``longest`` tokens may be continued with a fixed cache; tried out once per host.
 
-    Not where a window of attention is shorter than they are.
+    Not where a window of attention is shorter than they are, nor where they show pictures.
     """
+    if host.codec.show_pictures(rows):
+        return False
     window = getattr(host.text_config, "sliding_window", None)
     if isinstance(window, int) and 0 < window <= longest:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from errata.host.base import ModelHost
 from errata.host.codec import Codec, text_config
 from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import Layout, discover
-from errata.host.passes import Pass
+from errata.host.passes import Pass, Ran
+from errata.types import Picture
 
 Padding = Literal["left", "equal", "uncached"]
 """How rows are generated from together: padded on the left, in groups of equal length, or those without a cache."""
@@ -212,6 +213,27 @@ class TextHost(ModelHost):
         options["pad_token_id"] = self.pad_id
         with torch.no_grad():
             return passes.generate(self.model, self.inputs(batch), routes, **options)
+
+    # --- pictures --------------------------------------------------------------------------
+
+    def see(self, items: Iterable[Any]) -> None:
+        """Take the pictures of requests and probes, so that their prompts can be read.
+
+        Whoever passes a prompt with a picture on as text gives the picture here first. Raises HostError where the
+        model reads no pictures, RequestError for a picture that cannot be read.
+        """
+        for item in items:
+            picture = item if isinstance(item, Picture) else getattr(item, "image", None)
+            if picture is not None:
+                self.codec.see(picture)
+
+    def run(self, request: Pass) -> Ran:
+        """Run one forward pass; see :meth:`errata.host.base.ModelHost.run`."""
+        return super().run(self.codec.resolve(request))
+
+    def continues_rows(self, rows: Iterable[tokens.Ids]) -> bool:
+        """Whether rows may be continued from what was run of them before: :attr:`continues`, and none is kept whole."""
+        return self.continues and not self.codec.must_stay_whole(rows)
 
     # --- text ------------------------------------------------------------------------------
 

@@ -23,13 +23,14 @@ from errata.types import Corpus, Resources
 if TYPE_CHECKING:
     from errata.host.host import Host
 
-NAME = "lab"
+NAME, PICTURES = "lab", "lab-vl"
 MODELS = {
     "lab": "model", "lab-gpt2": "model-gpt2", "lab-qwen3": "model-qwen3", "lab-t5": "model-t5",
-    "lab-bert": "model-bert",
+    "lab-bert": "model-bert", "lab-vl": "model-vl",
 }  # fmt: skip
 """Folders of the shipped models by their names: a Llama-shaped one, and others of the same world. ``lab-t5`` is an
-encoder-decoder and ``lab-bert`` a masked language model; they answer prompts and continue no text."""
+encoder-decoder and ``lab-bert`` a masked language model; they answer prompts and continue no text. ``lab-vl`` is the
+first with an image tower before it, see :mod:`errata.lab.vision`."""
 EXAMPLES, EXAMPLE_SEED = 300, 1_000_003
 """How many facts serve as examples, and the seed they are drawn with, which no measurement uses."""
 
@@ -71,7 +72,7 @@ def folder(name: str = NAME) -> Path:
     if name not in MODELS:
         raise ConfigError(unknown(name, list(MODELS), "model of the lab"))
     path = Path(str(files("errata.lab") / MODELS[name]))
-    if not (path / "config.json").exists():
+    if not any((path / file).exists() for file in ("config.json", "vision.json")):
         raise HostError(f"the lab's model is missing from {path}; train it with: errata lab train")
     return path
 
@@ -80,9 +81,23 @@ def load(name: str = NAME, *, device: str = "auto", dtype: str = "auto") -> Host
     """Open a shipped model, one of ``MODELS``."""
     from errata.host.open import load as open_host
 
-    host = open_host(folder(name), device=device, dtype=dtype, name=name)
+    model, processor = (folder(name), None) if name != PICTURES else _assembled(folder(name))
+    host = open_host(model, processor, device=_place(device) if processor else device, dtype=dtype, name=name)
     host.resources = resources(name)
     return host
+
+
+def _assembled(path: Path) -> tuple[Any, Any]:
+    from errata.lab.vision import assemble
+
+    return assemble(path, load(NAME, device="cpu", dtype="float32"))
+
+
+def _place(device: str) -> str:
+    """Return where a model that is built in memory goes: ``auto`` leaves those that are live where they are."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def resources(name: str = NAME) -> Resources:

@@ -238,7 +238,7 @@ def train(
 
     plain = {CAUSAL: _loss, ENCODER_DECODER: _written_loss, MASKED: _masked_loss}[config.kind]
     run = torch.compile(plain) if compiled else plain
-    start = _resume(folder, model, optimizer, device)
+    start = resume(folder, model, optimizer, device)
     recent: list[float] = []
     for step in range(start, config.steps):
         if step % CHUNK_STEPS == 0 or step == start:
@@ -250,9 +250,9 @@ def train(
         on_step(Progress(step + 1, config.steps, loss))
         recent = [*recent, loss][-CHUNK_STEPS:]
         if (step + 1) % CHUNK_STEPS == 0 or step + 1 == config.steps:
-            _note(folder, step + 1, recent)
+            note(folder, step + 1, recent)
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
-            _checkpoint(folder, model, optimizer, step + 1)
+            checkpoint(folder, model, optimizer, step + 1)
     return export(folder, model, tokenizer)
 
 
@@ -394,7 +394,7 @@ def _labels(document: Document, ids: list[int], offsets: list[tuple[int, int]], 
     return [*loss_spans, end]
 
 
-def _note(folder: Path, step: int, recent: list[float]) -> None:
+def note(folder: Path, step: int, recent: list[float]) -> None:
     """Append the mean loss of the last steps to the run's log."""
     line = json.dumps({"step": step, "loss": round(sum(recent) / len(recent), 4)})
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -441,7 +441,8 @@ def _start(writer: Writer, config: TrainConfig, device: str) -> tuple[Any, Any]:
     return new_model(config.shape, settings, seed=config.seed, kind=config.kind).to(device), tokenizer
 
 
-def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:
+def checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:
+    """Write the weights that an optimiser trains, with its moments; the file appears only when it is complete."""
     state = {f"weight/{name}": p.detach().cpu() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -454,7 +455,8 @@ def _checkpoint(folder: Path, model: Any, optimizer: Any, step: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
+def resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
+    """Take a checkpoint of a folder up, if there is one; return the step that it was written after."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
@@ -463,6 +465,8 @@ def _resume(folder: Path, model: Any, optimizer: Any, device: str) -> int:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"weight/{name}"])
+            if f"step/{name}" not in state:  # nothing of it reaches the loss
+                continue
             optimizer.state[parameter] = {
                 key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
             }

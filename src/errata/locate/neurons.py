@@ -149,7 +149,7 @@ def _run_once(host: Host, questions: Sequence[Question], sites: Sequence[Site]) 
     count = len(questions)
     inputs = [host.reading(q.ids) for q in questions]
     places = [column for _, column in inputs]
-    reuse = not host.fills and can_reuse(host, max(places) + 1)
+    reuse = not host.fills and can_reuse(host, max(places) + 1, [ids for ids, _ in inputs])
     tokens, column = align(host, [ids for ids, _ in inputs], places, [0] * count, left=reuse)
     at = torch.tensor([column if reuse else place for place in places], device=host.device)
     line = torch.arange(count, device=host.device)

@@ -132,6 +132,7 @@ class Patcher:
         """
         if len({len(row) for row in rows}) != 1:
             raise RequestError("rows that are patched into one another must have the same number of tokens")
+        self.reuse = self.reuse and not self.host.codec.show_pictures(rows)
         batch = self.host.batch(rows)
         count, length = batch.ids.shape
         outputs: dict[tuple[Kind, int], Tensor] = {}

@@ -50,7 +50,7 @@ class LayerSweep:
         self.order = torch.tensor([i for group in groups for i in group])
         self.counts = [len(problems[i].key_rows) for i in self.order.tolist()]
         rows = [row for problem in problems for row in problem.key_rows]
-        self.reuse = reuse = can_reuse(host, max(len(row.ids) for row in rows))
+        self.reuse = reuse = can_reuse(host, max(len(row.ids) for row in rows), (row.ids for row in rows))
         self.cut = shared_prefix_lengths(rows) if reuse else {row.context: 0 for row in rows}
         self.shared = {row.context: row.ids[: self.cut[row.context]] for row in rows if self.cut[row.context]}
         self._keys: tuple[Site, Tensor, Tensor] | None = None

@@ -154,8 +154,9 @@ def find_values(
     def run(batch: Sequence[int]) -> list[Value]:
         nonlocal finished
         members = [problems[i] for i in batch]
-        longest = max(len(row.ids) for problem in members for row in (*problem.rows, *problem.erased))
-        values = _Search(host, members, layer, where, config, can_reuse(host, longest)).run()
+        rows = [row.ids for problem in members for row in (*problem.rows, *problem.erased)]
+        reuse = can_reuse(host, max(map(len, rows)), rows)
+        values = _Search(host, members, layer, where, config, reuse).run()
         finished += len(batch)
         tick(finished, len(problems))
         return values

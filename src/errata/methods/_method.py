@@ -128,8 +128,7 @@ class Method:
 
     def __post_init__(self) -> None:
         settings.check_names(self.config, self.name)
-        for name in self.hosts:
-            kind(name)
+        all(map(kind, self.hosts))  # raises for one that is not known
 
     def check_kind(self, host: Host) -> None:
         """Raise ConfigError where the method edits other kinds of model than the host is, with the reason."""
@@ -184,6 +183,7 @@ class Method:
         self, host: Host, requests: Sequence[Request], config: Any, work: Workspace, after: Edit | None
     ) -> Edit:
         self.check_kind(host)
+        host.see(requests)
         self._refuse_routed(host, after)
         self.check_after(after)
         size = getattr(config, "joint", None) or max(1, len(requests))

@@ -173,7 +173,7 @@ def _apart(
     result: list[list[tuple[int, Line]]] = []
     for item, own in zip(items, lines, strict=True):
         mine = {prompt_of(line) for line in item.inside}
-        texts = [host.tokenizer.decode([i for i in prompt_of(line) if i >= 0]) for line in own]
+        texts = [host.codec.text_of(prompt_of(line)) for line in own]
         others = [name for name in subjects if name is not None and name != item.request.subject]
         result.append([
             (place, line)

@@ -81,7 +81,8 @@ class UpperRows:
         self.firsts = [0 if whole and not top else line.at[0] for line in lines]
         """Index of each row's first token whose output matters."""
         # what acts at run time may decide below the module about what it does above
-        self.reuse = host.shareable and can_reuse(host, max(len(line.ids) for line in lines))
+        rows = [line.ids for line in lines]
+        self.reuse = host.shareable and can_reuse(host, max(map(len, rows)), rows)
         self.start: Start = self._choose()
         self._all = self._prepare(range(len(lines)), self.start)
         self._selected: tuple[tuple[int, ...], _Rows, tuple[Tensor, Tensor], Tensor] | None = None

@@ -5,6 +5,7 @@ from errata.types.concept import Concept, ConceptRecord, LabelledText
 from errata.types.contrast import ContrastPair, Contrasts
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
+from errata.types.picture import IMAGE, Picture, marks
 from errata.types.resources import Corpus, Resources
 from errata.types.text import (
     SLOT,
@@ -23,6 +24,7 @@ from errata.types.text import (
 
 __all__ = [
     "DEFAULT_ASK",
+    "IMAGE",
     "KINDS",
     "SLOT",
     "AskOptions",
@@ -38,6 +40,7 @@ __all__ = [
     "Kind",
     "LabelledText",
     "Observation",
+    "Picture",
     "Probe",
     "Request",
     "Resources",
@@ -45,6 +48,7 @@ __all__ = [
     "image_problems",
     "is_date",
     "kind_of",
+    "marks",
     "plain_case",
     "plain_probe",
     "request_problems",

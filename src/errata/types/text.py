@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from errata.errors import RequestError, shown
+from errata.types.picture import IMAGE, Picture, placed_in, without_mark
 
 SLOT = "{}"
 
@@ -39,8 +40,16 @@ class Request:
     indirect: tuple[str, ...] = ()
     """Prompts with the same target that do not name the subject but imply it ("The spouse of Ivo was born in", of
     whoever is married to Ivo), for methods that edit or train what is asked in several steps."""
+    image: Picture | None = None
+    """A picture that the prompt is about, for a model that reads pictures. It stands where the prompt says ``<image>``,
+    else before it; a subject that is in the picture alone is called ``<image>``. Both are then written as the
+    picture's mark, by which a host knows it."""
 
     def __post_init__(self) -> None:
+        texts: tuple[Any, ...] = (self.prompt, self.subject)
+        if self.image is not None and all(isinstance(text, str) for text in texts):
+            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
+            object.__setattr__(self, "subject", self.subject.replace(IMAGE, self.image.mark))
         problems = request_problems(self.prompt, self.subject, self.target)
         if problems:
             name = f"request {shown(self.id)}: " if self.id else ""
@@ -84,14 +93,15 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """Return the set fields as plain data."""
         record = {
-            "prompt": self.prompt,
-            "subject": self.subject,
+            "prompt": without_mark(self.prompt, self.image),
+            "subject": without_mark(self.subject, self.image),
             "target": self.target,
             "target_old": self.target_old,
             "id": self.id,
             "language": self.language,
             "valid_from": self.valid_from,
             "indirect": list(self.indirect) or None,
+            "image": None if self.image is None else self.image.to_dict(),
         }
         return {name: value for name, value in record.items() if value is not None}
 
@@ -216,6 +226,12 @@ class Probe:
     steps: tuple[str, ...] = ()
     """Of form ``steps``: the beginnings of the sentences that follow the prompt's, ``{}`` for the answer so far; the
     last one's answer is the probe's."""
+    image: Picture | None = None
+    """A picture that the prompt is about, at its place as in :class:`Request`."""
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
 
     @property
     def changes(self) -> bool:
@@ -252,12 +268,14 @@ def plain_case(case: Case) -> dict[str, Any]:
     return {**record, "probes": [plain_probe(probe) for probe in case.probes]}
 
 
-_LATER = ("covariates", "language", "valid_from", "indirect", "steps")
+_LATER = ("covariates", "language", "valid_from", "indirect", "steps", "image")
 """Fields of probes and requests that came after cases had identities."""
 
 
 def _without_unset(record: dict[str, Any]) -> dict[str, Any]:
-    """Leave out later fields that are not set, so that older identities stay what they were."""
+    """Leave out later fields that are not set, so that older identities stay what they were; of a picture its hash."""
+    if record["image"] is not None:
+        record["image"] = record["image"]["sha256"]
     return {name: value for name, value in record.items() if name not in _LATER or value not in (None, ())}
 
 

@@ -1,0 +1,80 @@
+"""Pictures beside a prompt, and how a prompt says where one is. Loads the standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+IMAGE = "<image>"
+"""How users write a picture's place in a prompt, or name the picture as the subject."""
+_MARK = re.compile(r"<image:([0-9a-f]{16})>")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a prompt goes with: the bytes of an image file, known by their hash.
+
+    Two are equal if their bytes are, whatever their names.
+    """
+
+    sha256: str
+    """Hash of the bytes, 64 hex digits."""
+    name: str = field(default="", compare=False)
+    """The file's name, or what else it is called, for messages."""
+    data: bytes | None = field(default=None, compare=False, repr=False)
+    """The bytes of the file; None where only its hash is known, as of a request read from an edit."""
+
+    @staticmethod
+    def of(data: bytes, name: str = "") -> Picture:
+        """Return the picture that an image file's bytes are."""
+        return Picture(hashlib.sha256(data).hexdigest(), name, data)
+
+    @property
+    def key(self) -> str:
+        """The first 16 digits of the hash, which name it in prompts."""
+        return self.sha256[:16]
+
+    @property
+    def mark(self) -> str:
+        """What stands for the picture in a prompt that a host reads."""
+        return f"<image:{self.key}>"
+
+    def to_dict(self) -> dict[str, str]:
+        """Return name and hash as plain data; the bytes are kept nowhere else than in the file."""
+        return {"sha256": self.sha256, **({"name": self.name} if self.name else {})}
+
+    @staticmethod
+    def restore(record: Mapping[str, Any]) -> Picture:
+        """Return a picture from its :meth:`to_dict`, without bytes. Raises ValueError for other data."""
+        sha256, name = record.get("sha256"), record.get("name", "")
+        if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) and isinstance(name, str)):
+            raise ValueError("expected the sha256 and the name of a picture")
+        return Picture(sha256, name)
+
+
+def placed_in(text: str, picture: Picture | None) -> str:
+    """Return a prompt with the mark of its picture: where ``<image>`` stands, else before it.
+
+    A prompt that has the mark already stays as it is, and so does one without a picture.
+    """
+    if picture is None or picture.mark in text:
+        return text
+    return text.replace(IMAGE, picture.mark) if IMAGE in text else picture.mark + text
+
+
+def without_mark(text: str, picture: Picture | None) -> str:
+    """Return a prompt as users write it, with ``<image>`` for its picture."""
+    return text if picture is None else text.replace(picture.mark, IMAGE)
+
+
+def without_marks(text: str) -> str:
+    """Return a text without the marks of any pictures."""
+    return _MARK.sub("", text)
+
+
+def marks(text: str) -> list[tuple[int, int, str]]:
+    """List the marks of pictures in a prompt: first and last character, and the picture's key."""
+    return [(match.start(), match.end(), match[1]) for match in _MARK.finditer(text)]

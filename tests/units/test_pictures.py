@@ -1,0 +1,210 @@
+"""Requests about pictures: how they are written, read from files, refused, edited and kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import errata
+from errata.data.pictures import read_picture, subject_in
+from errata.data.requests import read_cases, read_requests, write_cases
+from errata.edits.prompt import PromptEdit
+from errata.errors import ConfigError, HostError, RequestError
+from errata.types import IMAGE, Case, Picture, Probe, Request
+from errata.types.text import plain_case
+from tests import pictures, program
+from tests.models import fresh
+
+RED, BLUE = pictures.picture("red", 56), pictures.picture("blue", 56)
+REQUEST = Request("Where was this dog born?", "this dog", "Merrin", "Tallow", "dog", image=RED)
+
+
+@pytest.fixture(scope="module")
+def host():
+    model, processor = pictures.model("llava")
+    return errata.load(model, processor)
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+def test_the_mark_stands_where_the_prompt_says_so_or_before_it():
+    assert REQUEST.text == f"{RED.mark}Where was this dog born?"
+    inside = Request("Look at <image>: {} was born in", "Ada", "Merrin", image=RED)
+    assert inside.text == f"Look at {RED.mark}: Ada was born in"
+    shown = Request("was born in", IMAGE, "Merrin", image=RED)
+    assert shown.text == f"{RED.mark}was born in" and shown.subject == RED.mark
+    assert shown.text[slice(*shown.span)] == RED.mark
+    assert Request(REQUEST.prompt, "this dog", "Merrin", image=RED).text == REQUEST.text  # written once
+
+
+def test_records_name_a_picture_by_its_hash_and_keep_no_bytes():
+    record = REQUEST.to_dict()
+    assert record["prompt"] == "<image>Where was this dog born?"
+    assert record["image"] == {"sha256": RED.sha256, "name": "red.png"}
+    assert Picture.restore(record["image"]) == RED
+    probe = Probe("efficacy", "What is this?", ("dog",), (), image=RED)
+    plain = plain_case(Case("dog", REQUEST, (probe, Probe("other", "a b", ("c",), ()))))
+    assert plain["request"]["image"] == plain["probes"][0]["image"] == RED.sha256
+    assert "image" not in plain["probes"][1]  # identities without pictures are what they were
+    with pytest.raises(ValueError, match="sha256"):
+        Picture.restore({"sha256": "x"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("What is this?", "this"), ("Where was this dog born?", "this dog"), ("Who made it?", IMAGE),
+        ("What does this show?", "this"), ("That building stands in", "That building"),
+    ],
+)  # fmt: skip
+def test_the_subject_is_what_the_prompt_calls_the_picture(prompt, subject):
+    assert subject_in(prompt) == subject
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_to_the_file_and_cases_come_back(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "red.png").write_bytes(RED.data)
+    record = {**REQUEST.to_dict(), "prompt": "Where was this dog born?", "image": "red.png"}
+    record["probes"] = [{"kind": "question", "prompt": "Where?", "answers": ["Merrin"], "image": "red.png"}]
+    path = tmp_path / "in" / "cases.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (read,) = read_requests(path)
+    assert read == REQUEST and read.image is not None and read.image.data == RED.data
+    (case,) = read_cases(path)
+    assert [probe.image for probe in case.probes] == [RED, RED]
+    assert case.probes[0].prompt == REQUEST.text
+    assert write_cases(tmp_path / "out.jsonl", [case]) == 1
+    assert read_cases(tmp_path / "out.jsonl") == [case]
+    assert [file.read_bytes() for file in (tmp_path / "out-pictures").iterdir()] == [RED.data]
+
+
+def test_every_missing_picture_is_named(tmp_path):
+    path = tmp_path / "cases.jsonl"
+    base = {"prompt": "Where was this dog born?", "subject": "this dog", "target": "Merrin"}
+    (tmp_path / "empty.png").write_bytes(b"")
+    lines = [
+        {**base, "image": "no.png"}, {**base, "image": 7}, {**base, "image": "empty.png"},
+        {**base, "probes": [{"kind": "q", "prompt": "Where?", "answers": ["x"], "image": "away.png"}]},
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(RequestError) as error:
+        read_cases(path)
+    text = str(error.value)
+    assert f"line 1: image: there is no image file {tmp_path / 'no.png'}" in text
+    assert "line 2: image must be the path of an image file, found int 7" in text
+    assert "line 3" in text and "0 bytes" in text
+    assert "line 4, probe 1: image: there is no image file" in text
+
+
+# --- hosts ----------------------------------------------------------------------------------
+
+
+def test_what_is_no_picture_and_who_sees_none_is_said(host, tmp_path):
+    with pytest.raises(HostError, match="reads no pictures"):
+        errata.edit(fresh("llama"), REQUEST, method="ft")
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    torn = Request(
+        "Where was this dog born?", "this dog", "Merrin", image=read_picture(tmp_path / "text.png")
+    )
+    with pytest.raises(RequestError, match=r"text\.png cannot be read as an image"):
+        errata.edit(host, torn, method="ft")
+    away = Request("Where was this dog born?", "this dog", "Merrin", image=Picture("0" * 64, "away.png"))
+    with pytest.raises(RequestError, match=r"the bytes of away\.png are not at hand"):
+        errata.edit(host, away, method="ft")
+    with pytest.raises(RequestError, match="was not given"):
+        host.encode(f"{Picture('1' * 64).mark}Where?")
+    host.see([RED])
+    with pytest.raises(RequestError, match="write <image> only where the picture stands"):
+        host.encode(f"{RED.mark}<image>Where?")
+
+
+def test_text_rows_are_as_without_a_processor(host):
+    plain = errata.load(host.model, host.tokenizer)
+    for text in ("Ada Brenner was born in", "", " the", "a <image> b"):
+        assert host.encode(text) == plain.encode(text)
+    host.see([RED])
+    assert host.encode_answer("Ada was born in", "Tallow") == plain.encode_answer("Ada was born in", "Tallow")
+
+
+def test_a_saved_model_opens_with_its_processor(host, tmp_path):
+    model, processor = pictures.model("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = errata.load(tmp_path)
+    again.see([RED])
+    host.see([RED])
+    row = again.encode_prompt(REQUEST.text)
+    with torch.no_grad():
+        assert torch.allclose(again.forward(again.batch([row])), host.forward(host.batch([row])), atol=1e-5)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(HostError, match="no processor beside it"):
+        errata.load(tmp_path).see([RED])
+
+
+@pytest.mark.parametrize("method", ["ft", "grace", "memit", "in_prompt"])
+@pytest.mark.parametrize("subject", ["this dog", IMAGE])
+def test_edits_about_a_picture_are_seen_kept_and_taken_off(host, method, subject, tmp_path):
+    request = Request("<image>Where was this dog born?", subject, "Merrin", image=RED)
+    more: dict[str, Any] = {"tokens": 300, "steps": 3} if method == "memit" else {}
+    start = host.weights_hash()
+    edit = errata.edit(host, request, method=method, **more)
+    assert edit.provenance.requests == (request,)
+    edit.save(tmp_path / "edit.safetensors")
+    again = errata.Edit.load(tmp_path / "edit.safetensors")
+    (read,) = again.provenance.requests
+    assert again.digest == edit.digest and isinstance(read, Request) and read.image == RED
+
+    def logits():
+        row = host.encode_prompt(request.text)
+        with torch.no_grad():
+            return host.forward(host.batch([row]))[0, -1]
+
+    before = logits()
+    with again.on(host):
+        after = logits()
+    assert not torch.equal(before, after)
+    assert torch.equal(before, logits()) and host.weights_hash() == start
+
+
+def test_prompts_are_rewritten_with_texts_alone(host):
+    edit = errata.edit(host, REQUEST, method="in_prompt")
+    assert isinstance(edit, PromptEdit)
+    assert RED.mark not in "".join(edit.contexts)
+    assert "Merrin" in edit.contexts[0]
+    assert edit.rewrite(REQUEST.text).endswith(REQUEST.text)
+
+
+def test_a_method_with_a_model_of_its_own_is_refused_with_the_reason(host):
+    with pytest.raises(
+        ConfigError, match="serac answers by a small model of its own, which reads text alone"
+    ):
+        errata.edit(host, REQUEST, method="serac")
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+def test_a_picture_is_edited_from_the_command_line(tmp_path):
+    model, processor = pictures.model("llava")
+    model.save_pretrained(tmp_path / "vlm")
+    processor.save_pretrained(tmp_path / "vlm")
+    (tmp_path / "red.png").write_bytes(RED.data)
+    out = tmp_path / "edit.safetensors"
+    command = [
+        "edit", "What is this?", "--image", str(tmp_path / "red.png"), "--target", "dog", "--model",
+        str(tmp_path / "vlm"), "--method", "ft", "-o", str(out), "--json",
+    ]  # fmt: skip
+    finished = program.errata(*command)
+    assert finished.returncode == 0, finished.stderr
+    (request,) = errata.Edit.load(out).provenance.requests
+    assert isinstance(request, Request) and request.image == RED and request.subject == "this"
+    missing = program.errata(*command[:3], tmp_path / "away.png", *command[4:])
+    assert missing.returncode != 0 and "there is no image file" in missing.stderr
