@@ -16,8 +16,15 @@ INTRODUCTIONS = {
     "coverage.md": """# Published systems
 
 Where each method and system of the field is: a registered method (`errata methods NAME` lists its settings), a
-command, or not here, with the reason. Datasets and benchmarks: [Published datasets](coverage-data.md). Both pages are
-written by `python docs/coverage_pages.py` from `docs/coverage.yaml`; a test compares every name with the registries.
+command, or not here, with the reason. Editing is on this page; steering, erasing, unlearning, looking inside and
+pictures are [on the next](coverage-inside.md); datasets and benchmarks: [Published datasets](coverage-data.md). The
+pages are written by `python docs/coverage_pages.py` from `docs/coverage.yaml`; a test compares every name with the
+registries.
+""",
+    "coverage-inside.md": """# Published systems beside editing
+
+Steering, erasing, unlearning, looking inside, pictures: a registered method, a command, or not here, with the reason.
+Editors: [Published systems](coverage.md).
 """,
     "coverage-data.md": """# Published datasets
 
