@@ -1,4 +1,4 @@
-"""Records of MMEdit and VLKEB: hand-written, in the published fields; every question with its picture."""
+"""Records of MMEdit, VLKEB and MMKE-Bench: hand-written, in the published fields; every question with its picture."""
 
 from __future__ import annotations
 
@@ -78,3 +78,47 @@ def test_what_cannot_be_used_is_counted_with_the_reason(tmp_path):
     assert len(read.cases) == 1
     reasons = json.dumps(read.check.to_dict())
     assert "no new answer" in reasons and "there is no image file" in reasons
+
+
+def mmke(**more: Any) -> dict[str, Any]:
+    return {**RECORD, **PORT, "src": "Describe the animal.", "alt": "A camel. It eats thorns.", **more}
+
+
+def test_mmke_asks_about_parts_of_a_text_alone_and_beside_both_pictures(tmp_path):
+    numbered = {
+        f"{name}{key}": f"{name} {part} {i}"
+        for i in (1, 2)
+        for name in ("rel", "m_rel")
+        for key, part in ((f"_{i}", "question"), (f"_ans_{i}" if i == 1 else f"_{i}_ans", "answer"))
+    }
+    single = {"rel": "What is it?", "rel_ans": "a camel", "m_rel": "What does it eat?", "m_rel_ans": "thorns"}
+    path = write(
+        tmp_path,
+        mmke(knowledge_type="entity_level", **numbered),
+        mmke(
+            knowledge_type="visual_knowledge",
+            one_hop_img="val2014/c.png",
+            image_rephrase_question="And this one?",
+            **single,
+        ),
+    )
+    entity, meaning = reading.read(path).cases
+    image, view, other = (pictures.picture(COLOURS[name]) for name in COLOURS)
+
+    def asked(case: Any, kind: str) -> list[tuple[str, tuple[str, ...], Any]]:
+        return [(probe.prompt, probe.answers, probe.image) for probe in case.probes if probe.kind == kind]
+
+    assert entity.request.target == "A camel. It eats thorns."
+    assert asked(entity, "sub_question.alone") == [
+        ("rel question 1", ("rel answer 1",), None), ("rel question 2", ("rel answer 2",), None),
+    ]  # fmt: skip
+    for kind, picture in (("sub_question.beside", image), ("sub_question.other_view", view)):
+        assert asked(entity, kind) == [
+            (f"{picture.mark}m_rel question {i}", (f"m_rel answer {i}",), picture) for i in (1, 2)
+        ]
+    assert [picture for _, _, picture in asked(entity, "portability")] == [image, image]
+    assert asked(meaning, "sub_question.alone") == [("What is it?", ("a camel",), None)]
+    assert asked(meaning, "sub_question.beside") == [(f"{image.mark}What does it eat?", ("thorns",), image)]
+    assert asked(meaning, "sub_question.other_view") == [(f"{view.mark}And this one?", ("thorns",), view)]
+    assert [picture for _, _, picture in asked(meaning, "portability")] == [other, other]
+    assert not asked(entity, "sub_question.beside")[0][0].startswith(IMAGE)
