@@ -356,7 +356,7 @@ def test_training_leaves_no_half_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "save_file", lambda state, part, **_: full(Path(part), b"x" * 100))
     with pytest.raises(OSError, match="No space left"):
-        training._checkpoint(tmp_path, TinyModel(), SimpleNamespace(state={}), 1)
+        training.checkpoint(tmp_path, TinyModel(), SimpleNamespace(state={}), 1)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
