@@ -14,7 +14,7 @@ import torch
 import errata
 from errata import lab
 from errata.bench import sources
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
 from errata.lab import pictures, shown
 from errata.lab.check import Question, ask, share
 from errata.lab.train import logged
@@ -183,3 +183,10 @@ def test_an_edit_about_a_picture_holds_for_another_picture_of_the_same_thing():
     with edit.on(host()):
         assert case.request.target in host().generate(view.prompt, max_new_tokens=6)
     assert case.request.target not in host().generate(view.prompt, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("method", ["keel_memory", "remedi"])
+def test_a_memory_of_names_refuses_a_subject_that_is_a_picture(method):
+    request = sources.read("lab-vl:1")[0][0].request
+    with pytest.raises(EditError, match="the subject of request .* is its picture; name it in the prompt"):
+        errata.edit(host(), request, method=method)

@@ -17,7 +17,7 @@ from errata.edits.routers.fulltext import FullText
 from errata.edits.routers.lexical import Lexical
 from errata.edits.routers.similarity import Similarity
 from errata.edits.routers.statement import Statement
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditError
 from errata.host.embedding import embed, encoder_digest
 from errata.host.host import Host
 from errata.locate.scope import ScopeData
@@ -47,6 +47,17 @@ class TextScope(CrossScope):
         if self.threshold is not None and not -1 < self.threshold < 1:
             complaints.append(f"threshold: expected a value between -1 and 1, found {self.threshold}")
         return [*complaints, *self.cross_problems()]
+
+
+def check_named(method: str, requests: Sequence[Request]) -> None:
+    """Raise EditError for a subject in a picture alone, for memories that find their entries by names in a row's text:
+    rows say where a picture stands and not which it is."""
+    for number, request in enumerate(requests, 1):
+        if request.image is not None and request.image.mark in request.subject:
+            raise EditError(
+                f"{method} finds its entries by the subject's name, and the subject of request {request.id or number} "
+                "is its picture; name it in the prompt, or use a method that reads states, as grace, melo or t_patcher"
+            )
 
 
 def scope_router(

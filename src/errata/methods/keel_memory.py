@@ -43,6 +43,7 @@ from errata.methods._method import (
     wide_layers,
     without,
 )
+from errata.methods._scope import check_named
 from errata.types import Request
 from errata.writing import folded
 
@@ -103,6 +104,7 @@ class _Entries:
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> MemoryEdit:
     """Return the memory of all requests so far, an entry for each."""
     check_requests("keel_memory", requests)
+    check_named("keel_memory", requests)
     layers = resolve_layers(host, config.layers, wide_layers)
     config = replace(config, layers=layers)
     sites = [host.layout.site(layer) for layer in layers]

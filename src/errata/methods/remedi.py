@@ -32,6 +32,7 @@ from errata.host.host import Host
 from errata.locate.problems import edited_token
 from errata.methods._memory import editable_layer
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, without
+from errata.methods._scope import check_named
 from errata.methods._settings import at_least_zero
 from errata.training.tune import Line, lay_out, seeded
 from errata.types import Request
@@ -75,6 +76,7 @@ class Config:
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> MemoryEdit:
     """Return the directions of all requests so far, with the map that gave them."""
     check_requests("remedi", requests)
+    check_named("remedi", requests)
     layer = editable_layer(host, config.layer, 1 / 12)
     config = replace(config, layer=layer)
     block = host.layout.blocks[layer]
