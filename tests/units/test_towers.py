@@ -11,24 +11,15 @@ import transformers
 import errata
 from errata.host.host import Host
 from tests.models import COMMON, ROTARY, tokenizer
+from tests.pictures import QWEN_VISION, ROPE, VISION
 
 REQUEST = errata.Request("{} was born in", "Ada Brenner", "Merrin")
 TEXT = {**ROTARY, "num_hidden_layers": 2}
 HEADS = {**TEXT, "head_dim": 8}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 AXES = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}
 IDS = {
     "image_token_id": 3, "image_token_index": 3, "video_token_id": 4, "vision_start_token_id": 5,
     "vision_end_token_id": 6,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-QWEN_VISION = {
-    "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "out_hidden_size": 32,
-    "intermediate_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    "fullatt_block_indexes": [0],
 }  # fmt: skip
 LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
