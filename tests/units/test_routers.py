@@ -75,6 +75,14 @@ def test_cells_find_the_nearest_and_give_its_exact_value(measure):
         VectorIndex(vectors[:0], measure).nearest(queries)
 
 
+def test_a_stored_vector_is_at_distance_zero_however_long_it_is():
+    vectors = 1000 * torch.randn(3000, 100, generator=torch.Generator().manual_seed(0))
+    index = VectorIndex(vectors, "distance", exact=100)
+    for number in (0, 17, 2999):
+        value, found = index.nearest(vectors[number : number + 1])
+        assert (value.item(), found.item()) == (0.0, number)
+
+
 def test_routers_over_vectors_decide_as_their_scores_say():
     generator = torch.Generator().manual_seed(1)
     keys, rows = torch.randn(40, 6, generator=generator), torch.randn(30, 6, generator=generator)

@@ -25,7 +25,8 @@ class VectorIndex:
     def __init__(self, vectors: Tensor, measure: Measure, *, exact: int = EXACT) -> None:
         """Take vectors ``[entries, d]``; ``exact``: number up to which all are compared.
 
-        Beyond it, on a CPU, the nearest is found in nearly all cases in which one vector is near at all.
+        Beyond it, on a CPU, the nearest is found in nearly all cases in which one vector is near at all. Products are
+        then those of vectors of unit length, whose order is that of distances.
         """
         self.vectors = vectors
         self.measure: Measure = measure
@@ -41,15 +42,23 @@ class VectorIndex:
             raise ValueError("an index without vectors has no nearest one")
         queries = queries.float()
         if self._approximate and queries.device.type == "cpu":
-            found = [self._cells.nearest(query) for query in queries]
-            return torch.tensor([v for v, _ in found]), torch.tensor([n for _, n in found], dtype=torch.long)
-        values = compare(self._on(queries.device), queries, self.measure)
-        value, number = values.max(1) if self.measure == "product" else values.min(1)
-        return value, number
+            near = [self._cells.near(query) for query in queries]
+            found = [
+                self._best(self.vectors[n].float(), q) for n, q in zip(near, queries[:, None], strict=True)
+            ]
+            numbers = [n[place] for n, (_, place) in zip(near, found, strict=True)]
+            return torch.cat([value for value, _ in found]), torch.cat(numbers)
+        return self._best(self._on(queries.device), queries)
+
+    def _best(self, vectors: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best value of each query ``[n]`` among vectors, and the vector's place."""
+        values = compare(vectors, queries, self.measure)
+        value, place = values.max(1) if self.measure == "product" else values.min(1)
+        return value, place
 
     @property
     def size(self) -> int:
-        """Bytes beside the vectors of the edit: cells hold them again, in their own order."""
+        """Bytes beside the vectors of the edit: their sketches, in cells."""
         return self._cells.size if self._approximate else 0
 
     def _on(self, device: torch.device) -> Tensor:
@@ -59,7 +68,7 @@ class VectorIndex:
 
     @cached_property
     def _cells(self) -> Cells:
-        return Cells.of(self.vectors, distance=self.measure == "distance")
+        return Cells.of(self.vectors)
 
 
 def compare(vectors: Tensor, queries: Tensor, measure: Measure) -> Tensor:
