@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import errata
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError, DataError, RequestError
 from errata.host.text_to_image import TextToImageHost, load_pipeline
 from errata.linalg.lowrank import LowRank
 from errata.linalg.solve import update_primal
@@ -125,6 +125,28 @@ def test_time_aligns_words_and_padding(host):
     values = edited(host, request, method="time", maps="values", augment=True)
     assert set(values.deltas) == {s.parameter for s in host.layout.cross if s.part == "cross_value"}
     assert next(iter(values.records.values())).keys.shape[1] == 4 * host.window
+
+
+def test_a_sequence_of_time_keeps_maps_that_only_the_first_fit_changes(host):
+    first = edited(host, errata.Request("{}", "roses", "blue roses"), method="time")
+    request = errata.Request("{}", "vase", "red vase")
+    later = edited(host, request, method="time", maps="values", after=first)
+    whole = first.then(later, cumulative=True)
+    both = edited(host, [*first.provenance.requests, request], method="time")
+    for site in host.layout.cross:
+        expected = both if site.part == "cross_value" else first
+        for edit in (later, whole):
+            torch.testing.assert_close(
+                change(edit, site.parameter), change(expected, site.parameter), atol=1e-9, rtol=1e-7
+            )
+
+
+def test_a_corpus_of_texts_that_are_too_long_is_refused(host, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("a dog " * 100)
+    for method in ("uce", "refact"):
+        with pytest.raises(DataError, match="fits the text encoder's window"):
+            edited(host, REQUEST, method=method, corpus=path)
 
 
 def test_an_article_is_the_same_word_in_both_forms(host):

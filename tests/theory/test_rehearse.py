@@ -140,3 +140,11 @@ def test_without_a_corpus_the_host_writes_the_texts(host):
 def test_settings_are_checked(host):
     with pytest.raises(ConfigError, match="rehearsal_pool"):
         errata.edit(host, ADA, **{**OPTIONS, "rehearsal_pool": 0})
+
+
+def test_old_answers_are_as_long_as_asked_for_and_in_the_prompt_s_format():
+    host, work = fresh("llama"), Workspace()
+    request = errata.Request("{} was born in", "Ada Brenner", "Merrin")
+    short, long, again = (work.old_answers(host, [request], tokens)[0] for tokens in (2, 12, 2))
+    assert short == again != long and long.startswith(short)
+    assert len(host.encode(long).ids) > len(host.encode(short).ids)

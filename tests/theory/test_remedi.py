@@ -11,7 +11,8 @@ from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
 from errata.errors import ConfigError, EditError
 from errata.host import hooks
-from errata.methods.remedi import Config, _attributes, _example, _loss
+from errata.methods._method import Workspace
+from errata.methods.remedi import METHOD, Config, _attributes, _example, _loss
 from tests.models import fresh
 
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -122,6 +123,26 @@ def test_the_map_learns_to_write_the_examples_targets():
         nothing.bias.zero_()
         before, after = (float(_loss(host, one, examples, config)) for one in (nothing, trained))
     assert after < before / 4
+
+
+def test_one_example_at_least_is_trained_on():
+    """Whatever share is held out: an untrained map would add random directions."""
+    options = {"method": "remedi", "examples": EXAMPLES[:2], "layer": 1, "epochs": 1, "seed": 0}
+    one = errata.edit(fresh("llama"), ADA, held_out=0.9, **options)
+    other = errata.edit(fresh("llama"), ADA, held_out=0.9, learning_rate=0.1, **options)
+    assert one.provenance.notes["loss"] > 0
+    assert not torch.equal(one.state["weight"], other.state["weight"])
+
+
+def test_a_map_is_of_the_host_with_the_edits_in_place():
+    host, work = fresh("llama"), Workspace(load_examples=lambda: EXAMPLES[:4])
+    config = Config(layer=1, epochs=1)
+    beside = errata.edit(host, ADA, method="ft", steps=2, learning_rate=0.1)
+    alone = METHOD.fit(host, [ADA], config, work)
+    with beside.on(host):
+        other = METHOD.fit(host, [ADA], config, work)
+    assert not torch.equal(alone.state["weight"], other.state["weight"])
+    assert torch.equal(METHOD.fit(host, [ADA], config, work).state["weight"], alone.state["weight"])
 
 
 def test_it_needs_examples():

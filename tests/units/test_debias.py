@@ -120,6 +120,9 @@ def test_what_is_refused(files):
         run(*words, "--method", "memit")
     with pytest.raises(ConfigError, match="did you mean"):
         run(*words, "--method", "lsmd")
+    with pytest.raises(ConfigError, match="given with --pair"):
+        run(*words, "--set", "pair=[harp,cello]")
+    assert "4 requests and all settings are valid" in run(*words, "--dry-run") and not Path(out).exists()
     with pytest.raises(ErrataError, match="unknown kind of file"):
         run(prompts + "x", "--model", "lab", "-o", out)
     single = prompts.replace("trades", "one")

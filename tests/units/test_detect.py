@@ -188,6 +188,23 @@ def test_what_cannot_be_examined_is_refused():
         detect(host, None, NAMES[:3])
 
 
+def test_edits_that_act_at_run_time_are_no_weights_to_examine(tmp_path):
+    host, request = fresh("llama"), errata.Request("{} was born in", "Ada Brenner", "Merrin")
+    memory = errata.edit(host, request, method="grace", steps=2)
+    with memory.on(host), pytest.raises(HostError, match="take it off"):
+        detect(host)
+    path = memory.save(tmp_path / "grace.safetensors")
+    done = CliRunner().invoke(app, ["detect", "lab", "--edit", str(path)])
+    assert isinstance(done.exception, EditError) and "changes no weights" in str(done.exception)
+
+
+def test_what_a_dry_run_says_and_what_is_refused_at_once():
+    told = CliRunner().invoke(app, ["detect", "lab", "--dry-run", "--json", "--device", "cpu"])
+    assert json.loads(told.stdout)["candidates"] == len(lab.world().by_subject)
+    done = CliRunner().invoke(app, ["detect", "lab", "--figure", "a.pdf"])
+    assert isinstance(done.exception, ConfigError)
+
+
 def test_names_come_from_a_file_or_the_vocabulary(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("Ada Brenner\n\n Tallow \nAda Brenner\n")

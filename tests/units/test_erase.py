@@ -132,6 +132,8 @@ def test_what_is_refused(texts, tmp_path):
         run("kind", "--from", str(texts), "--method", "rome", *out)
     with pytest.raises(ConfigError, match="shrimk"):
         run("kind", "--from", str(texts), "--set", "shrimk=true", *out)
+    with pytest.raises(ConfigError, match="where=norms"):
+        run("kind", "--from", str(texts), "--fuse", "--dry-run", *out)
     with pytest.raises(ConfigError, match="concept of the lab"):
         run("colour", "--from", "lab", *out)
     with pytest.raises(DataError, match="cannot read the texts"):

@@ -206,7 +206,8 @@ def test_what_the_verb_refuses(few, tmp_path):
     for more, message in (
         (["--strength", "much"], "expected a number or auto"), (["--strength", "inf"], "expected a number or auto"),
         (["--strength", "1", "--figure", "a.png"], "needs --strength auto"), (["--score", "judge"], "lab:questions"),
-        (["--method", "rome"], "methods for those"),
+        (["--method", "rome"], "methods for those"), (["--figure", "a.pdf"], ".png or .svg"),
+        (["--set", "strength=3", "--strength", "2"], "given with --strength"),
         (["--set", "layer=1"], "did you mean 'layers'"),
     ):  # fmt: skip
         result = CliRunner().invoke(app, ["steer", *words, *more])

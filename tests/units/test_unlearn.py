@@ -96,11 +96,20 @@ def test_which_methods_forget():
         (("{} was born in",), "needs --subject"),
         (("none.jsonl", "--answer", "Esk"), "--answer is for a prompt"),
         (("{} was born in", "--subject", "Ada Brenner", "--set", "beta=0"), "beta"),
+        (("{} was born in", "--subject", "Ada Brenner", "--reference", "none"), "none"),
     ],
 )
 def test_what_cannot_be_forgotten_is_refused(tmp_path, words, message):
     done = program.errata("unlearn", *words, "--model", "lab", "-o", "x.safetensors", cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_reads_everything_and_writes_nothing(tmp_path):
+    words = ("unlearn", "lab:forget:1", "--model", "lab", "-o", "x.safetensors", "--dry-run", "--json")
+    done = program.errata(*words, cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["dry_run"] and told["method"] == "npo", done.stderr
     assert not list(tmp_path.iterdir())
 
 

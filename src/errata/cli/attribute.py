@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 LINE = 100
@@ -43,6 +43,7 @@ def command(
     from errata.inspect.attribute import Query, attribute
     from errata.stats.corpora import file_corpus
 
+    outputs.check_figure(figure)
     host = common.open_text_host(model, device, dtype)
     texts = _lab_texts(host.name) if corpus is None else list(file_corpus(corpus).texts())
     if answer is None:

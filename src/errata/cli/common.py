@@ -47,6 +47,7 @@ Examples = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate inputs; do not fit or write.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Apply an edit to another model than it was made for; recorded.")
 ]
@@ -206,6 +207,14 @@ def emit(document: Any) -> None:
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
     # json.dumps does not escape control characters beyond ASCII and half surrogate pairs
     print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def show_dry(document: Mapping[str, Any], what: str, json: bool, **more: Any) -> None:
+    """Print that a fit would begin: what was read, and with ``json`` the job's document."""
+    if json:
+        emit({"dry_run": True, **document, **more})
+    else:
+        print(f"{what} and all settings are valid (dry run: nothing was fitted)")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def command(
     settings: common.Settings = None,
     keep: Keep = None, cases: Measured = None, held_out: HeldOut = 0.2, texts: Texts = None,
     corpus: common.CorpusFile = None,
-    force: common.Force = False,
+    force: common.Force = False, dry_run: common.DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Make two answers follow prompts alike, and print how unlike they were on these and on held-out subjects.
@@ -66,21 +66,27 @@ def command(
     from errata import api
     from errata import config as configs
     from errata.data.requests import read_requests
+    from errata.errors import ConfigError
     from errata.evaluation import debiasing
 
     outputs.check_new_edit(output, force=force)
     answers = _answers(pair)
-    options = {**configs.parse_assignments(settings or []), "pair": list(answers)}
-    config = _config(method, options)
+    options = configs.parse_assignments(settings or [])
+    if "pair" in options:
+        raise ConfigError("the two answers are given with --pair, not with --set")
+    config = _config(method, {**options, "pair": list(answers)})
     fitted, measured = _split(read_requests(what), held_out, seed)
     facts = read_requests(keep) if keep else []
     measures = {source: common.read_cases(source, seed) for source in cases or ()}
     host = common.open_text_host(model, device, dtype)
     neutral = common.text_lines(texts, host)
-    with common.progress(not json) as tick:
+    with common.progress(not (json or dry_run)) as tick:
         job = api.prepare(
             host, fitted, method=method, options=config, seed=seed, corpus=corpus, on_progress=tick
         )
+        if dry_run:
+            common.show_dry(job.to_dict(), f"{len(fitted)} requests", json)
+            return
         edit = job.run()
         prompts = debiasing.Prompts(answers, fitted, measured, facts, neutral)
         outcome = debiasing.measure(host, edit, prompts)

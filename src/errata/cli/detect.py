@@ -11,6 +11,7 @@ from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
+    from errata.edits.weight import WeightEdit
     from errata.host.host import Host
     from errata.inspect.detect import Detection
 
@@ -18,25 +19,33 @@ ROWS = 12
 """Weights in the terminal's table."""
 
 
+Against = Annotated[
+    str | None, typer.Option("--against", help="The model that it was made from; left out, spectra alone.")
+]
+Edits = Annotated[
+    list[Path] | None,
+    typer.Option("--edit", "-e", help="Examine the model with this weight edit; repeatable."),
+]
+Candidates = Annotated[
+    Path | None,
+    typer.Option(
+        "--candidates",
+        help="Names to try as subjects, one a line; default: the lab's, or the capitalised words of the vocabulary.",
+    ),
+]
+Reverse = Annotated[
+    Path | None,
+    typer.Option("--reverse", help="Write an edit of the model here that takes off what was found."),
+]
+Figure = Annotated[Path | None, typer.Option("--figure", help="Draw the result here, .png or .svg.")]
+
+
 def command(
     model: Annotated[str, typer.Argument(help="The model to examine: lab, a hub name, or a folder.")],
-    against: Annotated[
-        str | None, typer.Option("--against", help="The model that it was made from; left out, spectra alone.")
-    ] = None,
-    edit: Annotated[
-        list[Path] | None, typer.Option("--edit", "-e", help="Examine the model with this edit; repeatable.")
-    ] = None,
-    candidates: Annotated[
-        Path | None,
-        typer.Option("--candidates", help="Names to try as subjects, one a line; default: the lab's, or the "
-                     "capitalised words of the vocabulary."),
-    ] = None,
-    reverse: Annotated[
-        Path | None,
-        typer.Option("--reverse", help="Write an edit of the model here that takes off what was found."),
-    ] = None,
-    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the result here, .png or .svg.")] = None,
-    force: common.Force = False, device: common.Device = "auto", dtype: common.Dtype = "auto",
+    against: Against = None, edit: Edits = None, candidates: Candidates = None, reverse: Reverse = None,
+    figure: Figure = None,
+    force: common.Force = False, dry_run: common.DryRun = False,
+    device: common.Device = "auto", dtype: common.Dtype = "auto",
     json: common.Json = False,
 ) -> None:  # fmt: skip
     """Tell whether a model's weights were edited: which weights, which subjects; exit code 0 either way.
@@ -46,7 +55,6 @@ def command(
     """
     from contextlib import ExitStack
 
-    from errata.edits import Edit
     from errata.errors import ConfigError
     from errata.inspect.detect import detect
     from errata.inspect.detect_names import read_names
@@ -58,11 +66,15 @@ def command(
             raise ConfigError(
                 "--reverse is for checkpoints; an edit given with --edit is not merged: leave it off"
             )
+    outputs.check_figure(figure)
     names = read_names(candidates) if candidates is not None else None
-    edits = [Edit.load(path) for path in edit or []]
+    edits = [_weight_edit(path) for path in edit or []]
     host = common.open_text_host(model, device, dtype)
     base = None if against is None else common.open_text_host(against, device, dtype)
     names = _default_names(host) if names is None else names
+    if dry_run:
+        _dry(host.name, base and base.name, len(names), json)
+        return
     with ExitStack() as stack:
         for one in edits:
             stack.enter_context(one.on(host))
@@ -78,6 +90,28 @@ def command(
         common.emit(document)
     else:
         _show(found, document)
+
+
+def _weight_edit(path: Path) -> WeightEdit:
+    """Load an edit of weights. Raises EditError for another kind."""
+    from errata.edits import Edit
+    from errata.edits.weight import WeightEdit
+    from errata.errors import EditError
+
+    edit = Edit.load(path)
+    if not isinstance(edit, WeightEdit):
+        raise EditError(
+            f"{path} is a {edit.kind} edit: it changes no weights, and weights are what is examined"
+        )
+    return edit
+
+
+def _dry(model: str, against: str | None, names: int, json: bool) -> None:
+    if json:
+        common.emit({"dry_run": True, "model": model, "against": against, "candidates": names})
+    else:
+        beside = f" against {against}" if against else ""
+        print(common.safe(f"{model}{beside} and {names} names can be examined (dry run: nothing was)"))
 
 
 def _draw(path: Path, document: dict[str, Any]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,7 +39,6 @@ Texts = Annotated[
         "--texts", help="Texts, one a line, to measure perplexity on; default: the model's own (lab)."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate inputs; do not fit or write.")]
 
 
 def command(
@@ -50,7 +49,7 @@ def command(
     method: Annotated[str, typer.Option(help="leace, sal or inlp.")] = "leace",
     settings: common.Settings = None,
     held_out: HeldOut = 0.2, fuse: Fuse = False, texts: Texts = None,
-    force: common.Force = False, dry_run: DryRun = False,
+    force: common.Force = False, dry_run: common.DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Take a concept out of a model's hidden states, and print what probes still read of it.
@@ -61,12 +60,17 @@ def command(
     """
     from errata import api
     from errata import config as configs
+    from errata.errors import ConfigError
     from errata.evaluation import erasure
     from errata.job import check_takes
     from errata.methods import REGISTRY
 
     options, entry = configs.parse_assignments(settings or []), REGISTRY.get(method)
     config = configs.make(entry.config, options, method)
+    if fuse and config.where != "norms":
+        raise ConfigError(
+            "--fuse writes the eraser into the maps that read norms: fit it there, --set where=norms"
+        )
     outputs.check_new_edit(output, force=force)
     whole = common.read_concept(source, concept)
     check_takes(entry, [whole])
@@ -76,7 +80,10 @@ def command(
     with common.progress(not (json or dry_run)) as tick:
         job = api.prepare(host, fitted, method=method, options=config, seed=seed, on_progress=tick)
         if dry_run:
-            _dry(job.to_dict(), whole, json)
+            counts = ", ".join(f"{label} {count}" for label, count in whole.record.labels.items())
+            common.show_dry(
+                job.to_dict(), f"{len(whole.texts)} texts ({counts})", json, concept=whole.to_dict()
+            )
             return
         edit = job.run()
         final = _fused(edit, host, fitted) if fuse else edit
@@ -105,16 +112,6 @@ def _fused(edit: Edit, host: Host, concept: Concept) -> Edit:
             f"fused into the weights, the logits differ by {share:.2g} of the largest: not written"
         )
     return fused
-
-
-def _dry(document: dict[str, Any], concept: Concept, json: bool) -> None:
-    if json:
-        common.emit({"dry_run": True, **document, "concept": concept.to_dict()})
-    else:
-        counts = ", ".join(f"{label} {count}" for label, count in concept.record.labels.items())
-        print(
-            f"{len(concept.texts)} texts ({counts}) and all settings are valid (dry run: nothing was fitted)"
-        )
 
 
 def _show(outcome: Erasure, edit: Edit, path: Path, concept: Concept) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
@@ -19,6 +19,14 @@ TEXTS = 500
 SAMPLE_TOKENS = 64
 """New tokens of a free sample; as many as the window where that is longer."""
 Texts = list[tuple[int, ...]]
+
+
+Secrets = Annotated[
+    Path | None,
+    typer.Option(
+        "--secrets", help='Planted secrets, JSON lines: {"prompt": ..., "secret": ..., "others": [...]}.'
+    ),
+]
 
 
 def command(
@@ -38,10 +46,7 @@ def command(
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Sample from the most probable tokens only; default: all.")
     ] = None,
-    secrets: Annotated[
-        Path | None,
-        typer.Option("--secrets", help='Planted secrets, JSON lines: {"prompt": ..., "secret": ..., "others": [...]}.'),
-    ] = None,
+    secrets: Secrets = None,
     text: Annotated[
         bool, typer.Option("--text", help="Show what was recited; default: numbers and places alone.")
     ] = False,
@@ -60,6 +65,7 @@ def command(
 
     from errata.edits import Edit
 
+    outputs.check_figure(figure)
     lengths = _lengths(prefix)
     edits = [Edit.load(path) for path in edit or []]
     host = common.open_text_host(model, device, dtype)

@@ -112,7 +112,6 @@ def _check(
 ) -> None:  # fmt: skip
     """Raise ConfigError unless one question is asked, with options that belong to it."""
     from errata.errors import ConfigError
-    from errata.report.heatmap import check_suffix
 
     asked = [
         name for name, value in (("PROMPT", prompt), ("--fit", fit), ("--exit", leave)) if value is not None
@@ -126,8 +125,7 @@ def _check(
             raise ConfigError(f"{name} goes with a prompt")
     if into is not None and tuned is not None:
         raise ConfigError("--into puts states in as they are: leave --tuned out")
-    if output is not None:
-        check_suffix(output)
+    outputs.check_figure(output)
     if fit is not None and (edit or tuned):
         raise ConfigError("--fit trains a lens for the model as it is: leave --edit and --tuned out")
     if resume and fit is None:

@@ -52,6 +52,16 @@ def check_report_name(path: Path) -> None:
     check_writable(path)
 
 
+def check_figure(path: Path | None) -> None:
+    """Raise ConfigError if a figure, drawn when the work is done, could not be."""
+    if path is not None:
+        from errata.report.figures import require_matplotlib
+        from errata.report.heatmap import check_suffix
+
+        check_suffix(path)
+        require_matplotlib()
+
+
 def earlier_edit(path: Path, *, force: bool, repeatable: bool) -> Edit | None:
     """Return the existing edit, which only a fit of the same edit may replace; None if there is no such file.
 

@@ -58,7 +58,6 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", min=4, help="Tokens of 
 Figure = Annotated[
     Path | None, typer.Option("--figure", help="With auto, draw the trade-off to a .png or .svg file.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate inputs; do not fit or write.")]
 
 
 def command(
@@ -69,7 +68,7 @@ def command(
     settings: common.Settings = None,
     strength: Strength = "auto", limit: Limit = 1.2, held_out: HeldOut = 0.2, score: Score = None,
     texts: Texts = None, max_new_tokens: Tokens = 24, figure: Figure = None,
-    force: common.Force = False, dry_run: DryRun = False,
+    force: common.Force = False, dry_run: common.DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Steer a model to what the positive answers of contrast pairs show, at a strength chosen by measurement.
@@ -88,8 +87,11 @@ def command(
     options, entry = configs.parse_assignments(settings or []), REGISTRY.get(method)
     outputs.check_new_edit(output, force=force)
     fixed = _number(strength)
+    if "strength" in options:
+        raise ConfigError("the strength is chosen by measurement, or given with --strength, not with --set")
     if fixed is not None and figure is not None:
         raise ConfigError("--figure draws the strengths that were tried: it needs --strength auto")
+    outputs.check_figure(figure)
     config = configs.make(entry.config, options if fixed is None else {**options, "strength": fixed}, method)
     whole = read_contrasts(pairs)
     check_takes(entry, [whole])
@@ -99,17 +101,19 @@ def command(
     with common.progress(not (json or dry_run)) as tick:
         job = api.prepare(host, fitted, method=method, options=config, seed=seed, on_progress=tick)
         if dry_run:
-            _dry(job.to_dict(), (fitted, choosing, shown), json)
+            counts = [len(part.pairs) for part in (fitted, choosing, shown)]
+            uses = "fitted on {}, strength chosen on {}, shown on {}".format(*counts)
+            common.show_dry(job.to_dict(), f"{sum(counts)} pairs ({uses})", json, pairs=counts)
             return
         gauge = _gauges(host, common.text_lines(texts, host), scorer, max_new_tokens)
         edit, sweep = _fit(job.run(), None if fixed is not None else gauge(choosing), limit, tick)
         measured = gauge(shown)
         points = measured.base, measured.at(edit, edit.strength)
+    path = outputs.save_edit(edit, output, None)
     if figure is not None and sweep is not None:
         from errata.report.steering import write_calibration
 
         write_calibration(figure, sweep.to_dict(), f"{whole.name} by {method}")
-    path = outputs.save_edit(edit, output, None)
     if json:
         common.emit(
             {
@@ -163,17 +167,6 @@ def _fit(edit: Any, gauge: Gauge | None, limit: float, tick: Any) -> tuple[Steer
     from errata.evaluation.steering import calibrate
 
     return (edit, None) if gauge is None else calibrate(gauge, edit, limit=limit, on_progress=tick)
-
-
-def _dry(document: dict[str, Any], parts: tuple[Contrasts, ...], json: bool) -> None:
-    counts = [len(part.pairs) for part in parts]
-    if json:
-        common.emit({"dry_run": True, **document, "pairs": counts})
-    else:
-        print(
-            f"{sum(counts)} pairs (fitted on {counts[0]}, strength chosen on {counts[1]}, shown on {counts[2]}) and "
-            "all settings are valid (dry run: nothing was fitted)"
-        )
 
 
 COLUMNS = (

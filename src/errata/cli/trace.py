@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import common
+from errata.cli import common, outputs
 from errata.cli._verb import Verb
 
 if TYPE_CHECKING:
@@ -151,10 +151,8 @@ def _check(
 ) -> None:  # fmt: skip
     """Raise ConfigError for options that do not belong together."""
     from errata.errors import ConfigError
-    from errata.report.heatmap import check_suffix
 
-    if output is not None:
-        check_suffix(output)
+    outputs.check_figure(output)
     asked = (("--swap", swap), ("--edges", edges), ("--attention", attention), ("--against-editing", against))
     ways = [name for name, on in asked if on]
     problems = [

@@ -63,7 +63,8 @@ def command(
     what: What, model: common.Model, output: Output,
     subject: SubjectName = None, answer: AnswerText = None, method: MethodName = "npo",
     settings: common.Settings = None, keep: Keep = None, attacks: Attacks = False, reference: Reference = None,
-    outsiders: Outsiders = None, corpus: common.CorpusFile = None, force: common.Force = False,
+    outsiders: Outsiders = None, corpus: common.CorpusFile = None,
+    force: common.Force = False, dry_run: common.DryRun = False,
     device: common.Device = "auto", dtype: common.Dtype = "auto", seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
     """Make a model forget answers: an edit in a file, and how much is left of them.
@@ -87,17 +88,21 @@ def command(
         raise ConfigError(
             f"{method} makes a model give answers; methods that make it forget: {', '.join(able)}"
         )
-    configs.make(entry.config, options, method)
+    config = configs.make(entry.config, options, method)
     if outsiders is not None and reference is None:
         raise ConfigError("--outsiders is for privacy leakage, which needs a --reference beside it")
     task = _task(what, subject, answer, keep, outsiders)
     host = common.open_text_host(model, device, dtype)
-    with common.progress(not json) as tick:
-        edit = api.edit(
-            host, task.requests, method=method, seed=seed, corpus=corpus, on_progress=tick, **options
+    other = None if reference is None else common.open_text_host(reference, device, dtype)
+    with common.progress(not (json or dry_run)) as tick:
+        job = api.prepare(
+            host, task.requests, method=method, options=config, seed=seed, corpus=corpus, on_progress=tick
         )
+        if dry_run:
+            common.show_dry(job.to_dict(), f"{len(task.requests)} requests", json)
+            return
+        edit = job.run()
         edit.save(output)
-        other = None if reference is None else common.open_text_host(reference, device, dtype)
         measured = audit(
             host, edit, keep=task.keep, attacks=attacks, reference=other, outsiders=task.outsiders,
             reworded=task.reworded, seed=seed, on_progress=tick,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError, HostError
-from errata.host import placement
+from errata.host import placed, placement
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL
 from errata.host.layout import Site, linear_modules, stored_transposed
@@ -135,11 +135,11 @@ class Detection:
 
 
 def detect(host: Host, base: Host | None = None, names: Sequence[str] = ()) -> Detection:
-    """Examine a host's weights as they are now, edits in place included; nothing is changed.
+    """Examine a host's weights as they are now, weight edits in place included; nothing is changed.
 
     ``base``: what the host was made from, of the same architecture; None examines the host by itself. ``names``:
-    candidate subjects. Raises HostError for weights that cannot be read or are not the base's by name and shape,
-    ConfigError for too few names.
+    candidate subjects. Raises HostError for weights that cannot be read or are not the base's by name and shape and for
+    edits in place that act at run time, ConfigError for too few names.
     """
     if names and len(names) < FEWEST:
         raise ConfigError(
@@ -151,6 +151,10 @@ def detect(host: Host, base: Host | None = None, names: Sequence[str] = ()) -> D
         )
     for one in (host, base):
         if one is not None:
+            if acting := placed.on(one.model).digests:
+                raise HostError(
+                    f"edit {min(acting)} acts on {one.name} while it runs, and weights alone are examined: take it off"
+                )
             placement.refuse_away(one.model)
             if any(placement.is_packed(module) for module in one.model.modules()):
                 raise HostError(f"{one.name} is quantised, and spectra need the weights themselves")

@@ -21,7 +21,7 @@ from torch import Tensor
 from errata.edits.deltas import Delta
 from errata.edits.records import Record
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError, DataError, RequestError
 from errata.host.cross_attention import CrossSite
 from errata.host.text_to_image import Reading, TextToImageHost
 from errata.linalg.lowrank import LowRank
@@ -98,7 +98,10 @@ def read_span(reading: Reading, span: tuple[int, int], text: str) -> int:
 
 
 def captions(host: TextToImageHost, work: Workspace, count: int) -> list[str]:
-    """Return the first texts of the corpus that the text encoder takes, at most ``count``; none without a corpus."""
+    """Return the first texts of the corpus that the text encoder takes, at most ``count``; none without a corpus.
+
+    Raises DataError where a corpus has none.
+    """
     found: list[str] = []
     for text in () if work.corpus is None else work.corpus.texts():
         if len(found) == count:
@@ -108,6 +111,10 @@ def captions(host: TextToImageHost, work: Workspace, count: int) -> list[str]:
         except RequestError:
             continue  # longer than the encoder's window
         found.append(text)
+    if count and not found and work.corpus is not None:
+        raise DataError(
+            f"{work.corpus.name}: no text fits the text encoder's window; give shorter texts, as captions"
+        )
     return found
 
 
@@ -145,7 +152,8 @@ def solve(
 
     The edit that is continued must be off the host. ``scale``: e, the weight of the requests.
     """
-    deltas: dict[str, Delta] = {}
+    # maps that only the continued edit changes stay as it has them
+    deltas: dict[str, Delta] = {} if work.after is None else dict(work.after.deltas)
     records: dict[str, Record] = {}
     keys = {source: scale**0.5 * torch.cat(rows).mT.contiguous() for source, rows in columns.keys.items()}
     moves = {source: scale**0.5 * torch.cat(rows).mT - keys[source] for source, rows in columns.goals.items()}

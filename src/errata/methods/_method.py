@@ -432,7 +432,7 @@ class Workspace:
 
     def old_answers(self, host: Host, requests: Sequence[Request], tokens: int) -> list[str]:
         """Return each request's old target, or what the host without ``after`` generates where it has none."""
-        state = ("old answer", host.fingerprint, *self._others(host))
+        state = ("old answer", host.fingerprint, *self._others(host), host.prompt_format, tokens)
         missing = [r for r in requests if r.target_old is None and (*state, r) not in self._cache]
         if missing:
             with self.unedited(host):

@@ -88,7 +88,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
             weight, bias, facts = earlier.state["weight"], earlier.state["bias"], {}
         else:
             weight, bias, facts = work.remember(
-                ("remedi", host.fingerprint, repr(config)), lambda: _train_map(host, config, work)
+                ("remedi", host.fingerprint, *host.placed, repr(config)),
+                lambda: _train_map(host, config, work),
             )
         states = _attributes(host, requests, layer)
     directions = config.scale * (states @ weight.mT + bias)
@@ -142,7 +143,8 @@ def _train_map(host: Host, config: Config, work: Workspace) -> tuple[Tensor, Ten
     examples = [_example(host, fact, state) for fact, state in zip(facts, attributes, strict=True)]
     order = random.Random(f"remedi {work.seed}")
     order.shuffle(examples)
-    count = max(1, round(config.held_out * len(examples))) if config.held_out else 0
+    # at least one is trained on, whatever the share
+    count = min(max(1, round(config.held_out * len(examples))), len(examples) - 1) if config.held_out else 0
     held, trained = examples[:count], examples[count:]
     width = host.layout.width
     affine = nn.Linear(width, width).to(host.device)

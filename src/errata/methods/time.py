@@ -78,7 +78,6 @@ def _add(
             f"time reads every word of the source as the same word of the target, and those of {source!r:.80} are not "
             f"all in {target!r:.80} in their order: name a more specific target, or use uce"
         )
-    length = max(map(len, rows))
     states = host.inputs([source, target], pad=pad)
     if pad:
         length = next(iter(states.values())).shape[1]
