@@ -87,14 +87,11 @@ def command(
     options, entry = configs.parse_assignments(settings or []), REGISTRY.get(method)
     outputs.check_new_edit(output, force=force)
     fixed = _number(strength)
-    if "strength" in options:
-        raise ConfigError("the strength is chosen by measurement, or given with --strength, not with --set")
     if fixed is not None and figure is not None:
         raise ConfigError("--figure draws the strengths that were tried: it needs --strength auto")
     outputs.check_figure(figure)
-    config = configs.make(entry.config, options if fixed is None else {**options, "strength": fixed}, method)
-    whole = read_contrasts(pairs)
-    check_takes(entry, [whole])
+    config = configs.make(entry.config, _with_strength(options, fixed), method)
+    check_takes(entry, [whole := read_contrasts(pairs)])
     fitted, choosing, shown = whole.split((held_out, held_out), seed=seed)
     scorer = _scorer(score)
     host = common.open_text_host(model, device, dtype)
@@ -123,6 +120,15 @@ def command(
         )  # fmt: skip
     else:
         _show(edit, sweep, points, path, len(shown.pairs))
+
+
+def _with_strength(options: dict[str, Any], fixed: float | None) -> dict[str, Any]:
+    """Return settings with a strength that was given. Raises ConfigError where they have one themselves."""
+    from errata.errors import ConfigError
+
+    if "strength" in options:
+        raise ConfigError("the strength is chosen by measurement, or given with --strength, not with --set")
+    return options if fixed is None else {**options, "strength": fixed}
 
 
 def _number(strength: str) -> float | None:
