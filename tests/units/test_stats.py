@@ -179,9 +179,9 @@ def test_keys_that_are_not_finite_are_refused(monkeypatch):
 def test_sums_are_kept_where_there_is_memory():
     host = fresh("llama")
     site = host.layout.site(0)
-    assert collect._device(host, site) == host.device
+    assert collect.device_of(host, site) == host.device
     host.model.get_submodule(site.name).to("meta")  # as weights do that are fetched for each pass
-    assert collect._device(host, site) == torch.device("cpu")
+    assert collect.device_of(host, site) == torch.device("cpu")
 
 
 # --- resumed --------------------------------------------------------------------------------------

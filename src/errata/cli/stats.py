@@ -19,22 +19,34 @@ if TYPE_CHECKING:
     from errata.host.layout import Site
     from errata.linalg.block_moments import AnyMoments
     from errata.stats.tables import Tables
-    from errata.types import Corpus
+    from errata.types import Corpus, Gallery
 
 FILES = (".txt", ".jsonl", ".md", ".text")
 
 
+CorpusName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET",
+        help="Text file, .jsonl with a field text, or a public dataset, owner/name[:config]; "
+        "default: text sampled from the model.",
+    ),
+]
+Pictures = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|FILE",
+        help="Compute those at pictures' tokens too: a folder of pictures, or .jsonl with image and text; default: "
+        "the model's own, as lab-vl has.",
+    ),
+]
+
+
 def command(
     model: common.Model,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Text file, .jsonl with a field text, or a public dataset, owner/name[:config]; "
-            "default: text sampled from the model.",
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Token budget.")] = 1_000_000,
+    corpus: CorpusName = None,
+    pictures: Pictures = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Token budget; of pictures' tokens as many again.")] = 1_000_000,
     layers: Annotated[str | None, typer.Option(help="As in 0,2,5-8; default: all editable.")] = None,
     eigen: Annotated[
         bool, typer.Option("--eigen", help="Also compute the eigendecompositions that some methods need.")
@@ -57,25 +69,33 @@ def command(
     """Compute the second moments of keys over a corpus, all layers in one pass; cached for later edits.
 
     An interrupted pass is resumed. Methods use these statistics if they need the same number of tokens of the same
-    corpus: --set tokens=N. The cache folder is that of the environment variable ERRATA_CACHE, by default errata in
-    the user's cache. With --tables: find names and templates in the model's own text and record its answer to each;
+    corpus: --set tokens=N; and those at the same pictures: --set pictures=FOLDER. The cache folder is that of the
+    environment variable ERRATA_CACHE, by default errata in the user's cache. With --tables: find names and templates in the model's own text and record its answer to each;
     used by the settings paraphrases, consequences, inverses, anchors and mates of methods that have them.
     """
+    from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
 
     host = _opened(model, device, dtype)
     if tables:
+        if pictures is not None:
+            raise ConfigError("--tables are mined from texts; leave --pictures out")
         _tables(host, corpus, budget, seed, dry_run, json)
         return
     layer_numbers = resolve_layers(host, _layers(layers), lambda depth: tuple(range(depth)))
     sites = [host.layout.site(layer) for layer in layer_numbers]
     texts = _corpus(host, corpus, seed)
     document = _facts(host, texts, tokens)
+    gallery = _gallery(host, pictures)
+    if gallery is not None:
+        document["pictures"] = {"gallery": gallery.name}
     if dry_run:
         _show_cost({**document, "dry_run": True, **_cost(host, sites, texts, tokens)}, json)
         return
     with common.progress(not json) as tick:
         document["layers"] = _measure(host, sites, texts, tokens, eigen, tick)
+        if gallery is not None:
+            document["pictures"] |= {"layers": _measure_pictures(host, sites, gallery, tokens, tick)}
     document["tokens"] = document["layers"][0]["tokens"]
     if json:
         common.emit(document)
@@ -175,6 +195,38 @@ def _corpus(host: Host, name: str | None, seed: int) -> Corpus:
     return file_corpus(path)
 
 
+def _gallery(host: Host, source: str | None) -> Gallery | None:
+    """Open the pictures of a folder or file, else the model's own, if it has any."""
+    from errata.stats.gallery import file_gallery
+
+    return host.resources.gallery if source is None else file_gallery(Path(source))
+
+
+def _measure_pictures(
+    host: Host, sites: list[Site], gallery: Gallery, tokens: int, tick: OnProgress
+) -> list[dict[str, Any]]:
+    """Compute the second moments at pictures' tokens and describe each layer's."""
+    from errata.stats import cache
+    from errata.stats.gallery import facts, picture_moments
+
+    folder = cache.cache_dir()
+    places = [cache.path(folder, facts(host, site, gallery, tokens=tokens)) for site in sites]
+    before = [_modified_at(place) for place in places]
+    start = time.perf_counter()
+    moments = picture_moments(
+        host, sites, gallery, tokens=tokens, folder=folder,
+        on_tokens=lambda completed, total: tick("pictures' tokens", completed, total),
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - start, 3)
+    rows = []
+    for i, (site, place, earlier) in enumerate(zip(sites, places, before, strict=True)):
+        tick("condition", i, len(sites))
+        same = earlier is not None and _modified_at(place) == earlier
+        rows.append(_row(site, moments[site], None if same else seconds, place))
+    tick("condition", len(sites), len(sites))
+    return rows
+
+
 def _facts(host: Host, corpus: Corpus, tokens: int) -> dict[str, Any]:
     from errata.stats.cache import cache_dir
     from errata.stats.collect import row_tokens
@@ -215,7 +267,6 @@ def _place(host: Host, site: Site, corpus: Corpus, tokens: int) -> Path:
 def _measure(
     host: Host, sites: list[Site], corpus: Corpus, tokens: int, decompose: bool, tick: OnProgress
 ) -> list[dict[str, Any]]:
-    from errata.linalg.moments import condition
     from errata.stats.cache import cache_dir
     from errata.stats.collect import eigen_of, second_moments
 
@@ -238,18 +289,23 @@ def _measure(
         tick("condition", i, len(moments_by_site))
         if decompose:
             eigen_of(host, site, corpus, tokens=tokens, folder=cache_dir(), moments=moments)
-        rows.append(
-            {
-                **_quality(moments, condition(moments.second)),
-                "layer": site.layer,
-                "width": site.d_in,
-                "seconds": None if site in cached_sites else round(seconds, 3),
-                "kept_already": site in cached_sites,
-                "path": str(places[site]),
-            }
-        )
+        rows.append(_row(site, moments, None if site in cached_sites else round(seconds, 3), places[site]))
     tick("condition", len(moments_by_site), len(moments_by_site))
     return rows
+
+
+def _row(site: Site, moments: AnyMoments, seconds: float | None, place: Path) -> dict[str, Any]:
+    """Describe a layer's moments; ``seconds``: of the pass they are from, None where they were read."""
+    from errata.linalg.moments import condition
+
+    return {
+        **_quality(moments, condition(moments.second)),
+        "layer": site.layer,
+        "width": site.d_in,
+        "seconds": seconds,
+        "kept_already": seconds is None,
+        "path": str(place),
+    }
 
 
 def _modified_at(place: Path) -> int | None:
@@ -267,6 +323,22 @@ def _quality(moments: AnyMoments, ratio: float) -> dict[str, Any]:
 
 
 def _show(document: dict[str, Any]) -> None:
+    _show_layers(
+        f"second moments of keys of {document['model']} over {document['corpus']}", document["layers"]
+    )
+    shown = document.get("pictures")
+    if shown:
+        _show_layers(f"at pictures' tokens, over {shown['gallery']}", shown["layers"])
+    if document["tokens"] < document["tokens_asked"]:
+        print(
+            f"the corpus ended after {document['tokens']:,} of {document['tokens_asked']:,} tokens; "
+            "name a longer one with --corpus"
+        )
+    print(f"stored in {document['folder']}; seconds: of the one pass over all layers")
+    print(f"methods use these statistics with: --set tokens={document['tokens_asked']}")
+
+
+def _show_layers(title: str, layers: list[dict[str, Any]]) -> None:
     rows = [
         (
             row["layer"],
@@ -277,21 +349,14 @@ def _show(document: dict[str, Any]) -> None:
             "cached" if row["seconds"] is None else f"{row['seconds']:.1f}",
             Path(row["path"]).name,
         )
-        for row in document["layers"]
+        for row in layers
     ]
     common.table(
-        f"second moments of keys of {document['model']} over {document['corpus']}",
+        title,
         ("layer", "tokens", "effective rank", "condition number", "sampling error", "seconds", "file"),
         rows,
         right=(1, 2, 3, 4, 5),
     )
-    if document["tokens"] < document["tokens_asked"]:
-        print(
-            f"the corpus ended after {document['tokens']:,} of {document['tokens_asked']:,} tokens; "
-            "name a longer one with --corpus"
-        )
-    print(f"stored in {document['folder']}; seconds: of the one pass over all layers")
-    print(f"methods use these statistics with: --set tokens={document['tokens_asked']}")
 
 
 def _show_cost(document: dict[str, Any], json: bool) -> None:
@@ -307,6 +372,8 @@ def _show_cost(document: dict[str, Any], json: bool) -> None:
     )
     if document["kept_already"]:
         print(f"cached already: layers {', '.join(map(str, document['kept_already']))}")
+    if "pictures" in document:
+        print(f"and as many tokens of pictures at most, over {document['pictures']['gallery']}")
     print("dry run: nothing was computed or written")
 
 

@@ -7,7 +7,8 @@ is so far. In the rows of every kind the scores of a token are read one place be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -73,11 +74,23 @@ class Codec(ABC):
     blind: str = "it has no image tower, or was opened without its processor of pictures"
     """Why prompts may have no pictures, for those that read none; see :mod:`errata.host.pictures`."""
 
+    @property
+    def pictures_key(self) -> str:
+        """Tells apart ways in which pictures are prepared for the model; empty where it reads none."""
+        return ""
+
     def see(self, picture: Picture) -> None:
         """Take a picture that prompts show. Raises HostError where the model reads none."""
         raise HostError(
             f"{self.name} reads no pictures ({self.blind}); {picture.name or picture.key} was given"
         )
+
+    @contextmanager
+    def seeing(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """Have taken some pictures inside the block; those that were not taken before it are forgotten after it."""
+        for picture in pictures:
+            self.see(picture)
+        yield
 
     def resolve(self, request: Pass) -> Pass:
         """Return a pass as the model takes it."""

@@ -9,8 +9,11 @@ Numbers become the model's placeholder where a pass reaches the model, and the p
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -76,6 +79,9 @@ class PictureCodec(CausalCodec):
         super().__init__(model, processor.tokenizer, name=name)
         self.processor = processor
         self._seen: dict[str, _Seen] = {}
+        self._numbers = itertools.count(
+            FIRST
+        )  # none is given twice, so what is remembered by numbers stays true
 
     # --- pictures --------------------------------------------------------------------------
 
@@ -94,7 +100,26 @@ class PictureCodec(CausalCodec):
             )
         image = _opened(picture.data, name)
         text, count = self._written(image)
-        self._seen[picture.key] = _Seen(FIRST + len(self._seen), image, text, count)
+        self._seen[picture.key] = _Seen(next(self._numbers), image, text, count)
+
+    @contextmanager
+    def seeing(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """Have taken some pictures inside the block; those that were not taken before it are forgotten after it."""
+        new = [picture.key for picture in pictures if picture.key not in self._seen]
+        try:
+            for picture in pictures:
+                self.see(picture)
+            yield
+        finally:
+            for key in new:
+                self._seen.pop(key, None)
+
+    @cached_property
+    def pictures_key(self) -> str:
+        """Hash of how the processor writes pictures and prepares their pixels, 12 hex digits."""
+        facts = {name: repr(value) for name, value in self.processor.image_processor.to_dict().items()}
+        text = repr((self.form, sorted(facts.items())))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
     def placeholder(self) -> int:

@@ -103,7 +103,12 @@ def _place(device: str) -> str:
 def resources(name: str = NAME) -> Resources:
     """Return the texts, examples and trained editors that a shipped model is measured and edited with."""
     examples = lambda: cases(EXAMPLES, seed=EXAMPLE_SEED)  # noqa: E731
-    return Resources(corpus(), neutral_texts, examples, lambda method: editor(method, name))
+    gallery = None
+    if name == PICTURES:
+        from errata.lab import shown
+
+        gallery = shown.gallery()
+    return Resources(corpus(), neutral_texts, examples, lambda method: editor(method, name), gallery)
 
 
 def editor(method: str, name: str = NAME) -> Path | None:

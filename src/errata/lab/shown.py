@@ -14,10 +14,12 @@ from functools import lru_cache
 from errata.errors import ConfigError
 from errata.lab import pictures
 from errata.lab.world import Fact, World, default_world, sentence
-from errata.types import IMAGE, Case, Picture, Probe, Request
+from errata.types import IMAGE, Case, Gallery, Picture, Probe, Request
 
 NEIGHBOURS = 3
 """Other entities asked about in a case."""
+VIEWS = 4
+"""Pictures of each entity in the gallery that statistics are taken over."""
 
 
 def deixis(wording: str, kind: str) -> str:
@@ -46,6 +48,25 @@ def shown(world_seed: int, name: str, number: int) -> Picture:
 def facts(world: World) -> list[Fact]:
     """Return the facts about entities that have pictures."""
     return [fact for name in pictures.pictured(world) for fact in world.by_subject[name]]
+
+
+def gallery() -> Gallery:
+    """Return prompts beside pictures for statistics, half with the picture in the subject's place.
+
+    They show every entity that has pictures :data:`VIEWS` times, in pictures that no case has.
+    """
+    world = default_world()
+
+    def items() -> Iterator[tuple[str, Picture]]:
+        rng = random.Random("errata-gallery")
+        for view in range(VIEWS):
+            for name in rng.sample(pictures.pictured(world), len(pictures.pictured(world))):
+                fact = rng.choice(world.by_subject[name])
+                wording = rng.choice(world.relations[fact.relation].phrasings)
+                text = in_place(wording) if view % 2 else IMAGE + deixis(wording, world.entities[name].type)
+                yield text, shown(world.seed, name, pictures.TRAINING + view)
+
+    return Gallery(f"lab pictures, world {world.seed}, {VIEWS} of each", items)
 
 
 def cases(count: int, *, seed: int = 0) -> list[Case]:

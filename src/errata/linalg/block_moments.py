@@ -88,3 +88,32 @@ def _trace_and_size(block: Moments) -> tuple[float, float]:
 
 AnyMoments = Moments | BlockMoments
 """Moments of plain vectors, or of vectors in blocks."""
+
+
+def mixed(first: AnyMoments, second: AnyMoments, share: float) -> AnyMoments:
+    """Return sums whose second moment is (1 - share) that of the first and share that of the second.
+
+    Mean and second moment are those of the mixture, whatever the numbers of vectors; with blocks, so is each block's
+    over all vectors. Nothing is known of its error. Raises ValueError for a share outside 0 to 1, or for moments of
+    other vectors.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share from 0 to 1 was expected, found {share}")
+    count = first.count + second.count
+    scales = (1 - share) * count / max(1, first.count), share * count / max(1, second.count)
+    if isinstance(first, BlockMoments) and isinstance(second, BlockMoments):
+        pairs = zip(first.blocks, second.blocks, strict=True)
+        return BlockMoments(count, tuple(_sum(*pair, *scales) for pair in pairs))
+    if isinstance(first, Moments) and isinstance(second, Moments):
+        return _sum(first, second, *scales)
+    raise ValueError("moments of plain vectors and of vectors in blocks are not mixed")
+
+
+def _sum(first: Moments, second: Moments, one: float, other: float) -> Moments:
+    """Return the sum of two moments' sums, each times a factor."""
+    if first.total.shape != second.total.shape:
+        raise ValueError(f"vectors of {len(first.total)} and of {len(second.total)} entries are not mixed")
+    pairs = zip(first.columns, second.columns, strict=True)
+    columns = tuple(one * a + other * b.to(a.device) for a, b in pairs)
+    total = one * first.total + other * second.total.to(first.total.device)
+    return Moments(first.count + second.count, total, columns)

@@ -54,6 +54,7 @@ class KernelSettings(Inputs, TargetEnd):
         """Check ranges."""
         names = ("rho", "steps", "step_limit", "context_tokens", "energy", "tokens")
         complaints = [*positive(self, *names), *at_least_zero(self, "stop_loss", "contexts")]
+        complaints += self.input_problems()
         if self.energy > 1:
             complaints.append(f"energy: expected a share of at most 1, found {self.energy}")
         return complaints

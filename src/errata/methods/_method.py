@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,25 +15,27 @@ from errata import config as settings
 from errata.edits.artefact import Artefact
 from errata.edits.edit import Edit, Provenance, timestamp, versions
 from errata.edits.weight import WeightEdit
-from errata.errors import ConfigError, DataError
+from errata.errors import ConfigError
 from errata.host import hooks, locking, placed
 from errata.host.host import Host
 from errata.host.kinds import CAUSAL, kind
 from errata.host.layout import DECODER, Site
-from errata.linalg.block_moments import AnyMoments
+from errata.linalg.block_moments import mixed
 from errata.linalg.moments import Eigen, eigen
 from errata.linalg.solve import RIDGE, CostMatrix
 from errata.locate.contexts import Context, excerpts, prefixes, sampled_corpus, weigh
 from errata.locate.own import OwnCounts, OwnText, own_text
+from errata.methods._conflicts import with_conflicts
+from errata.methods._costs import factorised, gallery_for, warn_of_few
 from errata.progress import OnProgress, ignore
 from errata.stats import external
 from errata.stats.collect import eigen_of, second_moments
+from errata.stats.gallery import picture_moments
 from errata.stats.tables import Tables, TableSettings, own_tables
 from errata.training.loop import NO_FILES, TrainingFiles
 from errata.training.slots import inputs_of
 from errata.training.workers import ALONE, Workers
-from errata.types import Case, Corpus, Request
-from errata.writing import folded
+from errata.types import Case, Corpus, Gallery, Request
 
 R = TypeVar("R")
 OWN_TEXTS = 10_000
@@ -166,7 +167,7 @@ class Method:
         """
         with locking.of(host.model).exclusive, hooks.plain_torch(), hooks.evaluating(host.model):
             edit = self._run(host, requests, config, work, after)
-        return edit if self.gives is WeightEdit else _with_conflicts(edit, len(requests))
+        return edit if self.gives is WeightEdit else with_conflicts(edit, len(requests))
 
     def train_on(self, host: Host, config: Any, work: Workspace) -> Artefact:
         """Train the method's editor on a host; the model is held alone meanwhile, and left as it was.
@@ -186,6 +187,7 @@ class Method:
         host.see(requests)
         self._refuse_routed(host, after)
         self.check_after(after)
+        work = replace(work, **gallery_for(host, requests, config, work.remember))
         size = getattr(config, "joint", None) or max(1, len(requests))
         if len(requests) <= size:
             return self._fit_once(host, requests, config, work, after)
@@ -250,6 +252,10 @@ class Workspace:
     """The processes that share a training."""
     batch_size: int | None = None
     """Requests run at once; None: as many as suit, fewer when memory runs out."""
+    gallery: Gallery | None = None
+    """Pictures at whose tokens second moments are taken too; None: none. Set by :meth:`Method.run`."""
+    picture_share: float = 0.0
+    """Their share in the second moments."""
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -282,7 +288,7 @@ class Workspace:
             if key not in self._cache:
                 moments, name = self._cache[("moments", site, *state)]
                 what = f"the statistics of {name} for {site.name}, {moments.count} tokens for {site.d_in} entries,"
-                self._cache[key] = _factorised(moments.second, what, ridge=ridge, name=name + note)
+                self._cache[key] = factorised(moments.second, what, ridge=ridge, name=name + note)
         return {s: self._cache[("cost", s, ridge, *state)] for s in sites}
 
     def _external_cost(self, source: str, site: Site, ridge: float) -> CostMatrix:
@@ -290,7 +296,7 @@ class Workspace:
         key = ("cost", site, ridge, *state)
         if key not in self._cache:
             what, name = f"{matrix.name} for {site.name}", f"{matrix.name}, ridge {ridge:g}"
-            self._cache[key] = _factorised(matrix.matrix, what, ridge=ridge, name=name)
+            self._cache[key] = factorised(matrix.matrix, what, ridge=ridge, name=name)
         return self._cache[key]
 
     def _file(
@@ -319,17 +325,26 @@ class Workspace:
         corpus, budget, state = self._statistics(host, tokens)
         missing = [s for s in sites if ("moments", s, *state) not in self._cache]
         if missing:
+            folder = self.folder_of(host)
             with self.unedited(host):
                 moments_by_site = second_moments(
                     host,
                     missing,
                     corpus,
                     tokens=budget,
-                    folder=self.folder_of(host),
+                    folder=folder,
                     on_tokens=lambda done, total: self.on_progress("statistics", done, total),
                 )
-            name = f"C of {corpus.name}, {budget} tokens"
-            _warn_of_few(moments_by_site, corpus)
+                warn_of_few(moments_by_site, corpus)
+                if self.gallery is not None:
+                    shown = picture_moments(
+                        host, missing, self.gallery, tokens=budget, folder=folder,
+                        on_tokens=lambda done, total: self.on_progress("statistics of pictures", done, total),
+                    )  # fmt: skip
+                    moments_by_site = {
+                        s: mixed(m, shown[s], self.picture_share) for s, m in moments_by_site.items()
+                    }
+            name = f"C of {corpus.name}, {budget} tokens{self._mixture}"
             for site, moments in moments_by_site.items():
                 self._cache[("moments", site, *state)] = (moments, name)
         return corpus, budget, state
@@ -346,7 +361,7 @@ class Workspace:
             if key not in self._cache:
                 self._cache[key] = eigen_of(
                     host, site, corpus, tokens=budget, folder=self.folder_of(host),
-                    moments=self._cache[("moments", site, *state)][0],
+                    moments=self._cache[("moments", site, *state)][0], mixed_with=self._mixture,
                 )  # fmt: skip
         return {s: (self._cache[("eigen", s, *state)], self._cache[("moments", s, *state)][1]) for s in sites}
 
@@ -444,7 +459,16 @@ class Workspace:
         """Return corpus, budget and what statistics depend on."""
         corpus = self.corpus or sampled_corpus(host, seed=self.seed, folder=self.folder_of(host))
         budget = self.tokens or tokens
-        return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget)
+        return corpus, budget, (host.fingerprint, *self._others(host), corpus.name, budget, self._mixture)
+
+    @property
+    def _mixture(self) -> str:
+        """What is in second moments besides the corpus, and with which share; empty: nothing."""
+        return (
+            ""
+            if self.gallery is None
+            else f", {self.picture_share:g} of it at pictures of {self.gallery.name}"
+        )
 
     @contextlib.contextmanager
     def unedited(self, host: Host) -> Iterator[None]:
@@ -463,28 +487,6 @@ class Workspace:
         """List edits in place on the host other than ``after`` and those ``beneath``."""
         mine = {edit.digest for edit in (*self.beneath, self.after) if edit is not None}
         return [digest for digest in host.placed if digest not in mine]
-
-
-def _factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMatrix:
-    """Factorise a second moment ``[d_in, d_in]``. Raises DataError where nothing can be solved with it."""
-    try:
-        return CostMatrix.of(second, ridge=ridge, name=name)
-    except ValueError as error:
-        raise DataError(f"{what} cannot be used: {error}; give a longer corpus, or another layer") from error
-
-
-def _warn_of_few(moments_by_site: Mapping[Site, AnyMoments], corpus: Corpus) -> None:
-    """Say how many tokens are missing where there are fewer than a key has entries."""
-    short = {site: moments for site, moments in moments_by_site.items() if moments.count < site.d_in}
-    if short:
-        site = max(short, key=lambda one: one.d_in)
-        warnings.warn(
-            f"{corpus.name} gives {short[site].count} tokens of statistics for the {site.d_in} entries of a key of "
-            f"{site.name}: {site.d_in - short[site].count} tokens too few, at least. Directions that no token "
-            "showed count as free to change, so the edit may reach further than it should; give a longer corpus",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 @contextlib.contextmanager
@@ -558,31 +560,6 @@ def resolve_layers(
     for layer in numbers:
         layout.site(layer)
     return tuple(sorted(numbers))
-
-
-def _with_conflicts(edit: Edit, count: int) -> Edit:
-    """Warn of, and note, requests with one prompt and different targets, one of them among the last ``count``."""
-    requests = [r for r in edit.provenance.requests if isinstance(r, Request)]
-    first = len(requests) - count
-    seen: dict[str, int] = {}
-    pairs: list[list[str]] = []
-    for number, request in enumerate(requests):
-        before = seen.get(folded(request.text))
-        seen[folded(request.text)] = number
-        if before is None or number < first:
-            continue
-        if folded(requests[before].target) != folded(request.target):
-            pairs.append([requests[i].id or str(i + 1) for i in (before, number)])
-            warnings.warn(
-                f"requests {pairs[-1][0]!r} and {pairs[-1][1]!r} have one prompt and the targets "
-                f"{requests[before].target!r} and {request.target!r}; both are in the edit, and the method decides "
-                "which acts: take one out (errata retract)",
-                stacklevel=4,
-            )
-    if not pairs:
-        return edit
-    record = replace(edit.provenance, notes={**edit.provenance.notes, "conflicts": pairs})
-    return replace(edit, provenance=record)  # type: ignore[type-var]
 
 
 def _largest(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

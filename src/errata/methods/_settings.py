@@ -139,6 +139,21 @@ class Inputs:
     moments: str | None = None
     """File of second moments of keys, used instead of computing them, {} in its name for the layer's number:
     .npz as ROME's and MEMIT's code writes them, or .safetensors with a matrix [m, m] per parameter."""
+    pictures: str | None = None
+    """Pictures at whose tokens second moments are taken too: a folder, or a .jsonl file of texts with images. None: the
+    model's own (lab-vl has some) where a request is about a picture; for text requests none."""
+    picture_share: float = 0.5
+    """Share of pictures' tokens in the second moments, where there are any: C = (1 - share) C_text + share C_pictures;
+    0: texts alone."""
+
+    def input_problems(self) -> list[str]:
+        """Check ranges, and what excludes one another."""
+        wrong = []
+        if not 0 <= self.picture_share <= 1:
+            wrong.append(f"picture_share: expected a share from 0 to 1, found {self.picture_share}")
+        if self.moments is not None and self.pictures is not None:
+            wrong.append("pictures: a file of moments is taken as it is; leave pictures out, or moments")
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -256,7 +271,8 @@ class ClosedFormConfig(Inputs, Stopping, TargetEnd):
     def problems(self) -> list[str]:
         """Check ranges."""
         names = ("steps", "learning_rate", "clamp", "tokens", "context_tokens", "top_count")
-        return [*positive(self, *names), *at_least_zero(self, "stop_loss"), *check_steps(self.stabilise)]
+        own = [*positive(self, *names), *at_least_zero(self, "stop_loss"), *check_steps(self.stabilise)]
+        return [*own, *self.input_problems()]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Config(Inputs, Ridge, Stopping, StatementTerms, TargetEnd, Erasure):
         if len(self.contexts) != len(self.context_tokens):
             complaints.append("contexts: expected one count per length in context_tokens")
         complaints += [*at_least_zero(self, "stop_loss", "cov_ridge"), *self.own_problems()]
-        complaints += self.erasure_problems()
+        complaints += [*self.erasure_problems(), *self.input_problems()]
         return [*complaints, *check_steps(self.stabilise)]
 
 

@@ -23,6 +23,7 @@ from errata.errors import ConfigError, DataError, HostError
 from errata.host import hooks, locking
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.host.tokens import Batch
 from errata.linalg.block_moments import AnyMoments, BlockMoments
 from errata.linalg.moments import BLOCK, Eigen, Moments, eigen
 from errata.progress import OnCount, ignore
@@ -62,7 +63,7 @@ def second_moments(
     facts_of = {site: facts(host, site, corpus, tokens=tokens) for site in sites}
     from_disk = {} if folder is None else {s: cache.read(folder, f) for s, f in facts_of.items()}
     moments_of = {
-        site: moments.to(_device(host, site)) for site, moments in from_disk.items() if moments is not None
+        site: moments.to(device_of(host, site)) for site, moments in from_disk.items() if moments is not None
     }
     missing = [site for site in facts_of if site not in moments_of]
     if missing:
@@ -77,15 +78,18 @@ def second_moments(
 
 
 def eigen_of(
-    host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: AnyMoments
-) -> Eigen:
+    host: Host, site: Site, corpus: Corpus, *, tokens: int, folder: Path | None, moments: AnyMoments,
+    mixed_with: str = "",
+) -> Eigen:  # fmt: skip
     """Return the eigendecomposition of a site's second moment, cached in ``folder``.
 
-    Pass the arguments that the moments were computed with; folder None stores nothing.
+    Pass the arguments that the moments were computed with; folder None stores nothing. ``mixed_with``: what else than
+    the corpus is in them, and with which share.
     """
     if folder is None:
         return eigen(moments.second)
-    return cache.eigen(folder, facts(host, site, corpus, tokens=tokens), moments)
+    more = {"mixed with": mixed_with} if mixed_with else {}
+    return cache.eigen(folder, {**facts(host, site, corpus, tokens=tokens), **more}, moments)
 
 
 def facts(host: Host, site: Site, corpus: Corpus, *, tokens: int) -> dict[str, str | int]:
@@ -222,21 +226,21 @@ def _start(
             if progress.batches == earlier.batches:
                 break
         if progress.digest.hexdigest() == earlier.digest:
-            return batches, {s: earlier.moments[s.parameter].to(_device(host, s)) for s in sites}
+            return batches, {s: earlier.moments[s.parameter].to(device_of(host, s)) for s in sites}
         warnings.warn(
             f"corpus {corpus.name} has changed since its pass was interrupted; starting again",
             RuntimeWarning,
             stacklevel=2,
         )
         progress.reset()
-    return _batches(host, corpus, tokens), {site: _no_sums(host, site) for site in sites}
+    return _batches(host, corpus, tokens), {site: no_sums(host, site) for site in sites}
 
 
-def _no_sums(host: Host, site: Site) -> AnyMoments:
+def no_sums(host: Host, site: Site) -> AnyMoments:
     """Return the sums of no keys; those of stacked experts by expert."""
     if site.experts:
-        return BlockMoments.empty(site.experts, site.d_in // site.experts, _device(host, site))
-    return Moments.empty(site.d_in, _device(host, site))
+        return BlockMoments.empty(site.experts, site.d_in // site.experts, device_of(host, site))
+    return Moments.empty(site.d_in, device_of(host, site))
 
 
 @dataclass
@@ -283,16 +287,23 @@ class _Progress:
 
 
 def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, AnyMoments]) -> None:
-    """Run a batch of rows of one length and add every site's keys to its moments."""
+    """Run a batch of rows of one length and add every site's keys at texts' tokens to its moments."""
     batch = host.batch(rows)
     mark = _begin_token(host)
-    is_text = batch.ids != (-1 if mark is None else mark)  # [rows, length]
+    add_keys(host, batch, batch.ids != (-1 if mark is None else mark), moments)
+
+
+def add_keys(host: Host, batch: Batch, counted: Tensor, moments: Mapping[Site, AnyMoments]) -> None:
+    """Run a batch and add every site's keys at the tokens ``counted``, bool ``[rows, length]``, to its moments.
+
+    Raises HostError for a site that the pass does not reach, and for keys that are not finite.
+    """
     remaining = set(moments)
 
     def hook_for(site: Site) -> Callable[[Tensor], None]:
         def add(keys: Tensor) -> None:
             keys = keys.reshape(*batch.ids.shape, site.d_in)
-            moments[site].update_(keys[is_text.to(keys.device)])
+            moments[site].update_(keys[counted.to(keys.device)])
             remaining.discard(site)
             if not remaining:
                 raise hooks.Stopped
@@ -314,7 +325,7 @@ def _add(host: Host, rows: list[list[int]], moments: Mapping[Site, AnyMoments]) 
             )
 
 
-def _device(host: Host, site: Site) -> torch.device:
+def device_of(host: Host, site: Site) -> torch.device:
     """Return the device for a site's sums: its weight's, or the CPU if the weight is offloaded."""
     module = host.model.get_submodule(site.name)
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)

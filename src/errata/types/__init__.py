@@ -6,7 +6,7 @@ from errata.types.contrast import ContrastPair, Contrasts
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
 from errata.types.picture import IMAGE, Picture, marks
-from errata.types.resources import Corpus, Resources
+from errata.types.resources import Corpus, Gallery, Resources
 from errata.types.text import (
     SLOT,
     Case,
@@ -35,6 +35,7 @@ __all__ = [
     "Contrasts",
     "Corpus",
     "Form",
+    "Gallery",
     "ImageRecord",
     "ImageRequest",
     "Kind",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from errata.types.picture import Picture
 from errata.types.text import Case
 
 
@@ -16,6 +17,16 @@ class Corpus:
     name: str
     texts: Callable[[], Iterable[str]]
     """Makes the texts anew, in the same order each time."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Texts with a picture each, to take statistics at pictures' tokens over, with a name that says where from."""
+
+    name: str
+    shown: Callable[[], Iterable[tuple[str, Picture]]]
+    """Makes the texts with their pictures anew, in the same order each time; ``<image>`` is the picture's place, else
+    it stands before the text."""
 
 
 @dataclass(frozen=True)
@@ -33,3 +44,5 @@ class Resources:
     """Returns facts with their probes for methods that learn from examples; None: there are none."""
     editors: Callable[[str], Path | None] | None = None
     """Returns the file of the editor that is trained for the host by a method's name, None where there is none."""
+    gallery: Gallery | None = None
+    """Pictures for statistics at their tokens, of a model that reads pictures; None: there are none."""
