@@ -1,4 +1,4 @@
-"""Second moments by modality: keys at pictures' tokens by brute force, their mixture with those of texts, their files."""
+"""Second moments by modality: keys at pictures' tokens by brute force, their mixture with those of texts, files."""
 
 from __future__ import annotations
 
@@ -160,10 +160,10 @@ def test_an_edit_beside_a_picture_is_weighed_with_both_and_one_of_text_with_text
         )
         assert f"{share:g} of it at pictures of four" in name
     text = errata.Request("Ada Brenner was born in", "Ada Brenner", "Merrin")
-    for nothing in (
+    for requests, config in (
         ([text], Config()), ([REQUEST], Config(picture_share=0.0)), ([REQUEST], Config(moments="C.npz")),
     ):  # fmt: skip
-        assert gallery_for(host, *nothing, work.remember) == {}
+        assert gallery_for(host, requests, config, work.remember) == {}
     saved = tmp_path / "pictures"
     saved.mkdir()
     (saved / "a.png").write_bytes(SHOWN[0][1].data or b"")

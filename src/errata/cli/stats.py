@@ -70,8 +70,9 @@ def command(
 
     An interrupted pass is resumed. Methods use these statistics if they need the same number of tokens of the same
     corpus: --set tokens=N; and those at the same pictures: --set pictures=FOLDER. The cache folder is that of the
-    environment variable ERRATA_CACHE, by default errata in the user's cache. With --tables: find names and templates in the model's own text and record its answer to each;
-    used by the settings paraphrases, consequences, inverses, anchors and mates of methods that have them.
+    environment variable ERRATA_CACHE, by default errata in the user's cache. With --tables: find names and templates in
+    the model's own text and record its answer to each; used by the settings paraphrases, consequences, inverses,
+    anchors and mates of methods that have them.
     """
     from errata.errors import ConfigError
     from errata.methods._method import resolve_layers
