@@ -12,7 +12,6 @@ from errata.bench import sources
 from errata.edits import Edit
 from errata.edits.artefact import Artefact
 from errata.edits.edit import Provenance
-from errata.edits.model import ModelEdit
 from errata.errors import ConfigError, RequestError, shown
 from errata.host.host import Host
 from errata.host.images import ImageHost
@@ -311,12 +310,11 @@ def check_takes(method: Method, requests: Sequence[AnyRequest]) -> None:
 
 
 def check_pictures(method: Method, requests: Sequence[AnyRequest]) -> None:
-    """Raise ConfigError where a method answers by a model of its own and a request is about a picture."""
+    """Raise ConfigError where a request is about a picture and a method takes none, with the reason."""
     shown = next((r for r in requests if isinstance(r, Request) and r.image is not None), None)
-    if shown is not None and method.gives is ModelEdit:
+    if shown is not None and method.blind:
         raise ConfigError(
-            f"{method.name} answers by a small model of its own, which reads text alone, and request "
-            f"{shown.id or shown.target!r} is about a picture"
+            f"{method.name} takes no requests about pictures, as {shown.id or shown.target!r} is: {method.blind}"
         )
 
 

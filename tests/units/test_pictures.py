@@ -12,7 +12,7 @@ import errata
 from errata.data.pictures import read_picture, subject_in
 from errata.data.requests import read_cases, read_requests, write_cases
 from errata.edits.prompt import PromptEdit
-from errata.errors import ConfigError, HostError, RequestError
+from errata.errors import HostError, RequestError
 from errata.types import IMAGE, Case, Picture, Probe, Request
 from errata.types.text import plain_case
 from tests import pictures, program
@@ -180,13 +180,6 @@ def test_prompts_are_rewritten_with_texts_alone(host):
     assert RED.mark not in "".join(edit.contexts)
     assert "Merrin" in edit.contexts[0]
     assert edit.rewrite(REQUEST.text).endswith(REQUEST.text)
-
-
-def test_a_method_with_a_model_of_its_own_is_refused_with_the_reason(host):
-    with pytest.raises(
-        ConfigError, match="serac answers by a small model of its own, which reads text alone"
-    ):
-        errata.edit(host, REQUEST, method="serac")
 
 
 # --- command line ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from errata.host.host import Host
 from errata.host.kinds import CAUSAL, KINDS
 from errata.host.passes import Routing
 from errata.host.replica import model_beside
+from errata.types.picture import without_marks
 from errata.writing import filled
 
 PREFIX = "model."
@@ -68,6 +69,8 @@ class ModelEdit(RuntimeEdit):
 
     def __post_init__(self) -> None:
         check_module(self.router, self.module)
+        # texts alone are put before prompts: whoever asks need not have the pictures of the requests
+        object.__setattr__(self, "contexts", tuple(map(without_marks, self.contexts)))
         weights = {name: contiguous_copy(tensor) for name, tensor in self.weights.items()}
         object.__setattr__(self, "weights", weights)
         factors = {path: (contiguous_copy(b), contiguous_copy(a)) for path, (b, a) in self.factors.items()}
@@ -285,7 +288,7 @@ class _OtherModel:
 
     def _entries_of(self, row: Sequence[int]) -> Tensor:
         """Return the entries that act on a row of ids, the best first, int64 ``[n]``."""
-        text = self.host.tokenizer.decode(list(row), skip_special_tokens=True)
+        text = self.host.codec.prompt_text(row)
         asked = question(self.host, self.edit.router, text, row, self.edit.module)
         if self.edit.count == 1:
             return torch.tensor([int(self.edit.router.decide(asked))])

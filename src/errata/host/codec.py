@@ -139,6 +139,10 @@ class Codec(ABC):
         answers = [prompts.behind_thoughts(list(row), ends) for row in ids]
         return list(self.tokenizer.batch_decode(answers, skip_special_tokens=True))
 
+    def prompt_text(self, row: Sequence[int]) -> str:
+        """Return the text of a row without special tokens, with the marks of its pictures."""
+        return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
+
     def text_of(self, row: Sequence[int]) -> str:
         """Return the text of a row, marks of its parts and pictures left out."""
         return str(self.tokenizer.decode([token for token in row if 0 <= token < PICTURES]))

@@ -42,6 +42,8 @@ class Pass:
     """Images as the model takes them ``[rows, channels, height, width]``, in place of ids."""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """What goes with ids where their texts show pictures: the processor's inputs by name."""
+    shown: Tensor | None = None
+    """Where they do, the ids with each picture's own number in its places, by which routers know it."""
     prefix: Any = None
     """Attention keys and values of the tokens that rows continue, a transformers cache."""
     use_cache: bool = False
@@ -99,16 +101,16 @@ class Routing:
     def __init__(
         self, ends: Tensor | None = None, mask: Tensor | None = None, *, prefix: int | None = 0,
         ids: Tensor | None = None, decided: Mapping[str, Tensor] | None = None, past: bool = False,
-        rows: int | None = None,
+        rows: int | None = None, shown: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Take each row's end, or the mask ``[rows, prefix + length]`` that it is computed from when needed.
 
         ``past``: all prompts ended before this pass. ``prefix``: columns before it; None where that varies. ``rows``:
-        their number, where neither ids nor mask are given.
+        their number, where neither ids nor mask are given. ``shown``: a prompt's ids with its pictures' numbers.
         """
         self._rows = rows
         self._ends, self._mask, self._prefix, self._past = ends, mask, prefix, past
-        self._ids = ids
+        self._ids, self._shown = ids, shown
         self.by_host = False
         """Whether a host runs the pass, and puts other models' logits in place itself."""
         self.passing: dict[str, Tensor] = {}
@@ -155,6 +157,13 @@ class Routing:
             return ids.tolist()
         own = self._mask[row, -self._ids.shape[1] :][: end + 1]
         return ids[own.bool()].tolist()
+
+    def numbered(self, ids: Tensor) -> Tensor:
+        """Return ids ``[rows, length]`` of a pass with pictures' numbers, where it reads the prompt that has them."""
+        own = self._shown
+        if own is None or len(own) != len(ids) or not 1 < own.shape[1] <= ids.shape[1]:
+            return ids
+        return torch.cat([own.to(ids.device), ids[:, own.shape[1] :]], 1)
 
     def before(self, length: int) -> int | None:
         """Return how many columns of the rows came before this pass; None where that is not known: those so far.
@@ -356,16 +365,22 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def generate(
-    model: Any, inputs: dict[str, Any], routes: Mapping[str, Tensor] | None = None, **options: Any
-) -> Any:
+    model: Any, inputs: dict[str, Any], routes: Mapping[str, Tensor] | None = None, *, shown: Tensor | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """Let transformers' own loop continue rows, padded on the left; what it returns for the options.
 
-    ``inputs``: ids and mask ``[rows, length]``; ``routes``: by edit, decisions ``[rows]`` taken already.
+    ``inputs``: ids and mask ``[rows, length]``; ``routes``: by edit, decisions ``[rows]`` taken already. ``shown``: the
+    ids with pictures' numbers ``[rows, length]``; None: they are those of the inputs.
     """
     length, beams = inputs["input_ids"].shape[1], options.get("num_beams", 1)
     # what routers read of a prompt; the loop repeats each row for its beams
     ids, mask = (inputs[name].repeat_interleave(beams, 0) for name in ("input_ids", "attention_mask"))
+    shown = None if shown is None else shown.repeat_interleave(beams, 0)
     ends = torch.full((len(ids),), length - 1)
     decided = _with_sets(routes, len(ids))
-    with hooks.evaluating(model), routed(Routing(ends, mask, prefix=None, ids=ids, decided=decided)):
+    with (
+        hooks.evaluating(model),
+        routed(Routing(ends, mask, prefix=None, ids=ids, decided=decided, shown=shown)),
+    ):
         return model.generate(**inputs, **options)

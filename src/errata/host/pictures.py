@@ -55,6 +55,8 @@ class _Seen:
     """How the processor writes it out, delimiters and placeholders."""
     count: int
     """Number of its placeholders."""
+    ids: Ids
+    """What stands for it in a row: the text's ids, the number in place of placeholders."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class PictureCodec(CausalCodec):
 
     # --- pictures --------------------------------------------------------------------------
 
+    def beside(self, model: Any, name: str) -> PictureCodec:
+        """Return the codec of a copy of the model, which knows the same pictures by the same numbers."""
+        other = PictureCodec(model, self.processor, name=name)
+        other._seen, other._numbers = self._seen, self._numbers
+        return other
+
     def see(self, picture: Picture) -> None:
         """Take a picture, so that prompts may have its mark.
 
@@ -99,8 +107,10 @@ class PictureCodec(CausalCodec):
                 "with its image file"
             )
         image = _opened(picture.data, name)
-        text, count = self._written(image)
-        self._seen[picture.key] = _Seen(next(self._numbers), image, text, count)
+        text, ids = self._written(image)
+        number = next(self._numbers)
+        own = tuple(number if token == self.placeholder else token for token in ids)
+        self._seen[picture.key] = _Seen(number, image, text, own.count(number), own)
 
     @contextmanager
     def seeing(self, pictures: Sequence[Picture]) -> Iterator[None]:
@@ -173,8 +183,8 @@ class PictureCodec(CausalCodec):
                 f"{first_line(error)}"
             ) from error
 
-    def _written(self, image: Any) -> tuple[str, int]:
-        """Return what the processor writes for a picture, and how many placeholders are in it."""
+    def _written(self, image: Any) -> tuple[str, Ids]:
+        """Return what the processor writes for a picture, as text and as ids."""
         if not self.form:
             raise HostError(f"the processor of {self.name} names no marker for a picture in a text")
         output = self._process([image], [self.form])
@@ -187,8 +197,8 @@ class PictureCodec(CausalCodec):
                 f"{self.name} reads pictures through inputs that belong to the tokens of one text ({own[0]}), which "
                 "are not batched here: edit it by text requests"
             )
-        text, count = _spelled(self.tokenizer, ids), ids.count(self.placeholder)
-        if not count:
+        text = _spelled(self.tokenizer, ids)
+        if self.placeholder not in ids:
             raise HostError(
                 f"the processor of {self.name} writes no image token {self.placeholder} for a picture"
             )
@@ -196,7 +206,7 @@ class PictureCodec(CausalCodec):
             raise HostError(
                 f"what the processor of {self.name} writes for a picture cannot be put into a text"
             )
-        return text, count
+        return text, tuple(ids)
 
     # --- text to rows ----------------------------------------------------------------------
 
@@ -253,6 +263,30 @@ class PictureCodec(CausalCodec):
         whole, pieces = self._expanded(text)
         ids = super()._stripped(whole, special)
         return self._numbered(ids, pieces) if pieces else ids
+
+    def prompt_text(self, row: Sequence[int]) -> str:
+        """Return the text of a row without special tokens, with the marks of its pictures."""
+        numbers = set(row)
+        own = [(key, seen) for key, seen in self._seen.items() if seen.number in numbers]
+        if not own:
+            return super().prompt_text(row)
+        text, plain, at = "", list[int](), 0
+        while at < len(row):
+            key, ids = next(
+                ((k, seen.ids) for k, seen in own if tuple(row[at : at + len(seen.ids)]) == seen.ids),
+                ("", ()),
+            )
+            if ids:
+                text += super().prompt_text(plain) + Picture.mark_of(key)
+                plain = []
+            elif row[at] < FIRST:  # else the rest of a picture that a row was cut in
+                plain.append(row[at])
+            at += max(1, len(ids))
+        return text + super().prompt_text(plain)
+
+    def text_of(self, row: Sequence[int]) -> str:
+        """Return the text of a row; of one that shows pictures as :meth:`prompt_text`."""
+        return self.prompt_text(row) if self.show_pictures([row]) else super().text_of(row)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Return answers as texts, thinking blocks and pictures left out."""
@@ -316,7 +350,7 @@ class PictureCodec(CausalCodec):
         positions = request.positions
         if self.counts_axes:
             positions = self._positions(ids, request, images)
-        return replace(request, ids=ids, images=images, positions=positions)
+        return replace(request, ids=ids, images=images, positions=positions, shown=request.ids)
 
     def _positions(self, ids: Tensor, request: Pass, images: Mapping[str, Tensor]) -> Tensor | None:
         """Return each token's place on the model's axes ``[axes, rows, length]``, as the model counts them."""

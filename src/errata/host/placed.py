@@ -295,7 +295,7 @@ class _Watch:
             )
         if not isinstance(mask, Tensor) or mask.ndim != 2:  # transformers leaves out a mask without padding
             mask = ids.new_ones(len(ids), max(ids.shape[1], _cached(cache)))
-        request = passes.Pass(ids, mask)
+        request = passes.Pass(routing.numbered(ids), mask)
         logits = _substituted(
             substitutes, request, output[0] if isinstance(output, tuple) else output.logits, routing
         )
@@ -331,7 +331,8 @@ def _substituted(
         last = torch.arange(length - logits.shape[1], length)
         row, column = torch.arange(rows).repeat_interleave(len(last)), last.repeat(rows)
     own, before = request.mask[:, -length:].bool(), request.mask.shape[1] - length
-    reading = Reading(request.ids, own, before, row.cpu(), column.cpu())
+    ids = request.ids if request.shown is None else request.shown
+    reading = Reading(ids, own, before, row.cpu(), column.cpu())
     changed = logits.reshape(-1, logits.shape[-1])  # [n, vocab]
     for one in substitutes:
         changed = one(reading, changed, routing)

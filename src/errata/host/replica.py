@@ -10,7 +10,9 @@ from torch import Tensor
 
 from errata.errors import HostError
 from errata.host import placement
+from errata.host.codec import text_config
 from errata.host.host import Host
+from errata.host.pictures import PictureCodec
 
 LEFT_OUT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 """Fields of a configuration that say where a model came from, not what it computes."""
@@ -44,16 +46,21 @@ def weights_of(host: Host) -> dict[str, Tensor]:
 def model_beside(host: Host, config: Mapping[str, Any], weights: Mapping[str, Tensor], *, name: str) -> Host:
     """Build a causal language model with the host's tokenizer, on its device and in its dtype.
 
+    One with an image tower reads pictures as the host does, by its processor.
+
     ``config``, ``weights`` ``[...]``: as of :func:`configuration` and :func:`weights_of`. Raises HostError where they
     describe no model, or one of another vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     values = dict(config)
     try:
         settings = AutoConfig.for_model(str(values.pop("model_type")), **values)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            model: Any = AutoModelForCausalLM.from_config(settings)
+            mapping: Any = AutoModelForImageTextToText._model_mapping
+            shows = type(settings) in mapping and type(host.model) is mapping[type(settings)]
+            kind = AutoModelForImageTextToText if shows else AutoModelForCausalLM
+            model: Any = kind.from_config(settings)
         result = model.load_state_dict(dict(weights), strict=False)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise HostError(f"{name} cannot be built from its configuration and weights: {error}") from error
@@ -62,11 +69,11 @@ def model_beside(host: Host, config: Mapping[str, Any], weights: Mapping[str, Te
     if missing or result.unexpected_keys:
         what = f"no weight {missing[0]}" if missing else f"an unknown weight {result.unexpected_keys[0]}"
         raise HostError(f"{name} cannot be built from its configuration and weights: found {what}")
-    own, other = (int(c.vocab_size) for c in (host.config, settings))
+    own, other = (int(text_config(c).vocab_size) for c in (host.config, settings))
     if own != other:
         raise HostError(
             f"{name} has a vocabulary of {other} tokens, and {host.name} of {own}: they must be the same"
         )
-    return Host(model.to(host.device, host.dtype), host.tokenizer, name=name).with_prompt_format(
-        host.prompt_format
-    )
+    model = model.to(host.device, host.dtype)
+    codec = host.codec.beside(model, name) if shows and isinstance(host.codec, PictureCodec) else None
+    return Host(model, host.tokenizer, name=name, codec=codec).with_prompt_format(host.prompt_format)

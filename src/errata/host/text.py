@@ -212,7 +212,8 @@ class TextHost(ModelHost):
         """Let transformers continue a batch; ``routes``: decisions ``[rows]``; returns what its loop does."""
         options["pad_token_id"] = self.pad_id
         with torch.no_grad():
-            return passes.generate(self.model, self.inputs(batch), routes, **options)
+            shown = batch.ids if self.codec.show_pictures(batch.ids.tolist()) else None
+            return passes.generate(self.model, self.inputs(batch), routes, shown=shown, **options)
 
     # --- pictures --------------------------------------------------------------------------
 

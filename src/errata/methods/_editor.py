@@ -14,12 +14,15 @@ from errata.training.examples import Example, examples_of
 
 
 def training_examples(
-    method: str, work: Workspace, most: int, *, consequences: bool = False
+    method: str, host: Host, work: Workspace, most: int, *, consequences: bool = False
 ) -> list[Example]:
-    """Return the workspace's first ``most`` examples.
+    """Return the workspace's first ``most`` examples; the host is given their pictures.
 
-    Raises ConfigError where there are fewer than two, or none with prompts that it must not change.
+    Raises HostError for pictures where it reads none, ConfigError where there are fewer than two, or none with prompts
+    that it must not change.
     """
+    for case in work.examples[:most]:
+        host.see((*case.requests, *case.probes))
     examples = examples_of(work.examples[:most], consequences=consequences)
     if len(examples) < 2 or not any(example.outside for example in examples):
         raise ConfigError(

@@ -240,7 +240,7 @@ class Data:
 
 def read(method: str, host: Host, config: TrainingSettings, work: Workspace, names: Sequence[str]) -> Data:
     """Read the examples. Raises ConfigError where none has paraphrases, or prompts that must not change."""
-    examples = training_examples(method, work, config.most)
+    examples = training_examples(method, host, work, config.most)
     if not any(len(example.inside) > 1 for example in examples):
         raise ConfigError(
             f"{method} is trained on the request in other words, and no example has any: give a dataset or a file of "

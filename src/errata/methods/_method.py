@@ -106,6 +106,8 @@ class Method:
     """Kinds of model that it edits, by their names in :mod:`errata.host.kinds`."""
     changes: bool = True
     """Whether its edits change what the model answers at all."""
+    blind: str = ""
+    """Why requests about pictures are refused, as "it ..."; empty: they are taken where the host reads pictures."""
     forgets: bool = False
     """Whether its edits take a request's old target, or present answer, out of the model; its target is not trained."""
     resumes: bool = False

@@ -84,7 +84,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the other model on contexts of all sorts, made of the workspace's examples."""
-    examples = training_examples("kaft", work, config.most)
+    examples = training_examples("kaft", host, work, config.most)
     trained, held = split(examples, config.held_out)
     other = other_model.start_model(host, config)
     lines, held_lines = (
@@ -155,6 +155,7 @@ METHOD = Method(
     train=train,
     undo="any",
     gives=ModelEdit,
+    blind="it teaches its other model to read facts in texts",
     batch=True,
     sequential=True,
     cumulative=True,

@@ -171,7 +171,7 @@ def _ids(host: Host, texts: Sequence[str]) -> list[tuple[int, ...]]:
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the projections on the workspace's examples, whose statements are the pool."""
-    examples = training_examples("kformer", work, config.most)
+    examples = training_examples("kformer", host, work, config.most)
     layers = resolve_layers(host, config.layers, _top)
     texts = [_statement(host, example.request) for example in examples]
     with hooks.frozen(host.model), seeded(host, work.seed):

@@ -107,7 +107,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Align a model on the workspace's examples."""
-    examples = training_examples("lte", work, config.most)
+    examples = training_examples("lte", host, work, config.most)
     trained, held = split(examples, config.held_out)
     other = other_model.start_model(host, config)
     texts = _texts(host, config, work)
@@ -191,6 +191,7 @@ METHOD = Method(
     train=train,
     undo="any",
     gives=ModelEdit,
+    blind="it teaches its other model to read facts in texts",
     batch=True,
     sequential=True,
     cumulative=True,

@@ -143,7 +143,7 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train the encoder of facts and the layers on the workspace's examples."""
     config = _resolved(host, config)
-    examples = editors.training_examples("pluglm", work, config.most)
+    examples = editors.training_examples("pluglm", host, work, config.most)
     trained, held = editors.split(examples, config.held_out)
     modules = [host.layout.feed_forward(layer) for layer in config.layers or ()]
     with hooks.frozen(host.model), seeded(host, work.seed):

@@ -93,6 +93,7 @@ class Config(other_model.OtherModel, TextScope):
 def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace) -> ModelEdit:
     """Return the requests as texts, with the classifier and the model that answers."""
     check_requests("serac", requests)
+    _check_pictures(requests, config)
     earlier: ModelEdit | None = work.after
     with without(earlier, host), seeded(host, work.seed):
         editor = other_model.editor_of("serac", host, config, work, lambda: train(host, config, work))
@@ -105,6 +106,26 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
         contexts = ("".join(contexts),)
     record = provenance("serac", host, requests, config, work, **notes(facts_about(editor)))
     return ModelEdit(contexts, router, provenance=record, module=module, **other_model.other_of(editor))
+
+
+def _check_pictures(requests: Sequence[Request], config: Config) -> None:
+    """Raise ConfigError for settings that compare or read texts alone, where a request is beside a picture."""
+    if all(request.image is None for request in requests):
+        return
+    scopes = ("classifier", "similar", "always")
+    if config.scope not in scopes or (config.scope == "classifier" and config.classifier == "cross"):
+        raise ConfigError(
+            "scope: for requests beside pictures it has to be decided by sentence vectors, which the host makes of "
+            "pictures too: classifier (with classifier=embed) or similar; the others read facts as texts"
+        )
+    if config.encoder is not None and config.scope != "always":
+        raise ConfigError(
+            "encoder: a sentence encoder reads no pictures; leave it out for requests beside them"
+        )
+    if config.counterfactual is not None:
+        raise ConfigError(
+            "counterfactual: for requests beside pictures it has to be the model itself, which its processor is for"
+        )
 
 
 def _router(
@@ -131,7 +152,7 @@ def _router(
 
 def train(host: Host, config: Config, work: Workspace) -> Artefact:
     """Train classifier and counterfactual model on the workspace's examples."""
-    examples = training_examples("serac", work, config.most, consequences=config.consequences)
+    examples = training_examples("serac", host, work, config.most, consequences=config.consequences)
     trained, held = split(examples, config.held_out)
     tensors, body, scope_loss = (_pairs if config.classifier == "cross" else _projection)(
         host, trained, config, work

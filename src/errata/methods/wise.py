@@ -9,12 +9,14 @@ Implements Side memory W', a copy of a down-projection W. Routing (Eq. 2): D(a) 
 Departs    The authors' code measures the distance after an activation function and as a mean over tokens, decides for
            a whole batch, and again at every new token; here the router decides once for each row, at its prompt's
            last token. x_i is a text that the model writes, where the authors take a question that comes with each
-           request. ``memories: retrieve`` keeps the memory of each fit, the largest D first; ``merge`` has one
+           request; of requests beside pictures every other one is a prompt beside a picture that the host brings.
+           ``memories: retrieve`` keeps the memory of each fit, the largest D first; ``merge`` has one
 Needs      Gradients; texts of the model's own, or a corpus
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -35,7 +37,7 @@ from errata.methods._method import Method, Workspace, check_requests, notes, pro
 from errata.methods._settings import at_least_zero
 from errata.training.slots import inputs_of
 from errata.training.tune import Losses, beside, seeded
-from errata.types import Request
+from errata.types import Request, placed_in
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     device = host.device_of(site)
     rows = [ids for _, ids in work.texts(host, config.texts, config.text_tokens)]
     with without(work.after, host), hooks.frozen(host.model), seeded(host, work.seed + first):
-        side = _Side(host, site, _ends(host, site, rows), Losses(host, requests, "target", depth=site.layer))
+        outside = _outside(host, site, requests, rows)
+        side = _Side(host, site, outside, Losses(host, requests, "target", depth=site.layer))
         going_on = bool(changes) and config.memories == "merge"
         start = changes[-1] if going_on else torch.zeros(site.d_out, site.d_in)
         merged, worst = _train_shards(side, start.to(device), config, work)
@@ -141,6 +144,20 @@ def _ends(host: Host, site: Site, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return the site's input at the last token of rows ``[n, d_in]``, on the site's device."""
     last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
     return inputs_of(host, site.name, rows)[last].to(host.device_of(site))
+
+
+def _outside(host: Host, site: Site, requests: Sequence[Request], rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the site's input at the last token of texts out of scope ``[n, d_in]``; ``rows``: the model's own texts.
+
+    Where a request is beside a picture and the host brings pictures along, every other one is a prompt beside one.
+    """
+    texts, gallery = _ends(host, site, rows), host.resources.gallery
+    if gallery is None or all(request.image is None for request in requests):
+        return texts
+    shown = list(itertools.islice(gallery.shown(), len(texts)))
+    with host.codec.seeing([picture for _, picture in shown]):
+        beside_pictures = _ends(host, site, [host.encode(placed_in(*one)).ids for one in shown])
+    return torch.stack([beside_pictures, texts[: len(shown)]], 1).flatten(0, 1)
 
 
 def _load(after: MemoryEdit | None, site: Site, config: Config) -> tuple[list[Tensor], list[float]]:

@@ -5,7 +5,7 @@ from errata.types.concept import Concept, ConceptRecord, LabelledText
 from errata.types.contrast import ContrastPair, Contrasts
 from errata.types.image import ImageRecord, ImageRequest, image_problems
 from errata.types.kinds import KINDS, Kind, kind_of
-from errata.types.picture import IMAGE, Picture, marks
+from errata.types.picture import IMAGE, Picture, marks, placed_in
 from errata.types.resources import Corpus, Gallery, Resources
 from errata.types.text import (
     SLOT,
@@ -50,6 +50,7 @@ __all__ = [
     "is_date",
     "kind_of",
     "marks",
+    "placed_in",
     "plain_case",
     "plain_probe",
     "request_problems",

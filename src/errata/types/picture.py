@@ -40,7 +40,12 @@ class Picture:
     @property
     def mark(self) -> str:
         """What stands for the picture in a prompt that a host reads."""
-        return f"<image:{self.key}>"
+        return self.mark_of(self.key)
+
+    @staticmethod
+    def mark_of(key: str) -> str:
+        """Return what stands in a prompt for the picture with a key."""
+        return f"<image:{key}>"
 
     def to_dict(self) -> dict[str, str]:
         """Return name and hash as plain data; the bytes are kept nowhere else than in the file."""
