@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import errata
+from errata.errors import HostError
 from errata.host.pictures import FIRST
 from errata.types import Picture, Request
 from tests import pictures
@@ -46,6 +47,62 @@ def test_a_row_is_the_processors_with_the_pictures_number_in_its_places(family):
     assert [host.codec.placeholder if token >= FIRST else token for token in row] == list(whole)
     assert {token for token in row if token >= FIRST} == {FIRST}
     assert sum(token >= FIRST for token in row) == whole.count(host.codec.placeholder) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_places_and_logits_of_two_pictures_are_the_processors_and_the_models_own(family):
+    host, processor = opened(family)
+    request = Request(
+        "<image>Ada saw <image> beside Bruno in", "Bruno", "Tallow", image=RED, more_images=(BLUE,)
+    )
+    host.see([request])
+    row = host.encode(request.text).ids
+    text = f"{host.codec.form}Ada saw {host.codec.form} beside Bruno in"
+    inputs = processor(images=[shown(RED), shown(BLUE)], text=[text], return_tensors="pt")
+    assert [host.codec.placeholder if token >= FIRST else token for token in row] == inputs["input_ids"][
+        0
+    ].tolist()
+    numbers = list(dict.fromkeys(token for token in row if token >= FIRST))
+    assert len(numbers) == 2 and numbers == [  # in order, each with all of its places
+        next(iter(dict.fromkeys(t for t in host.encode(p.mark).ids if t >= FIRST))) for p in (RED, BLUE)
+    ]  # fmt: skip
+    positions = host.codec.resolve(host.as_pass(host.batch([row]))).positions
+    if host.codec.counts_axes:
+        known = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids") if name in inputs}
+        own = host.model.model.get_rope_index(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], **known
+        )
+        assert torch.equal(positions, own[0])
+    else:
+        assert positions.tolist() == [list(range(len(row)))]
+    with torch.no_grad():
+        wanted = host.model(**inputs).logits[0]
+        found = host.forward(host.batch([row]))[0]
+        swapped = host.forward(
+            host.batch([host.encode(f"{BLUE.mark}Ada saw {RED.mark} beside Bruno in").ids])
+        )[0]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not torch.allclose(found[-1], swapped[-1], atol=1e-4)
+    place = host.encode(request.text).last_of(*request.span)
+    assert host.tokenizer.decode(row[place : place + 1]).strip() in "Bruno"
+
+
+def test_a_processor_that_writes_several_pictures_otherwise_is_refused(monkeypatch):
+    model, processor = pictures.model("llava")
+    host = errata.load(model, processor)
+    host.see([RED, BLUE])
+    process = host.codec._process
+
+    def fewer(images, texts, **options):
+        output = dict(process(images, texts, **options))
+        if len(images) > 1:
+            output["input_ids"] = [row[:-1] for row in output["input_ids"]]
+        return output
+
+    monkeypatch.setattr(host.codec, "_process", fewer)
+    assert host.encode(f"{RED.mark}Where?").ids
+    with pytest.raises(HostError, match="give one picture a prompt"):
+        host.encode(f"{RED.mark} and {BLUE.mark}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import errata
+from errata.cli.common import read_what
 from errata.data.pictures import read_picture, subject_in
 from errata.data.requests import read_cases, read_requests, write_cases
 from errata.edits.prompt import PromptEdit
@@ -63,6 +65,59 @@ def test_records_name_a_picture_by_its_hash_and_keep_no_bytes():
 )  # fmt: skip
 def test_the_subject_is_what_the_prompt_calls_the_picture(prompt, subject):
     assert subject_in(prompt) == subject
+
+
+def test_several_pictures_stand_in_their_order_and_the_subject_may_be_one():
+    two = {"image": RED, "more_images": (BLUE,)}
+    before = Request("Which is older?", "Which", "the dog", **two)
+    assert before.text == f"{RED.mark}{BLUE.mark}Which is older?" and before.pictures == (RED, BLUE)
+    inside = Request("Is <image> or <image> older?", IMAGE, "the dog", **two)
+    assert inside.text == f"Is {RED.mark} or {BLUE.mark} older?" and inside.subject == RED.mark
+    slot = Request("Is <image> or {} older?", IMAGE, "the dog", **two)
+    assert slot.text == inside.text and slot.subject == BLUE.mark
+    assert slot.text[slice(*slot.span)] == BLUE.mark
+    for one in (before, inside, slot):
+        assert replace(one, target="the cat").text == one.text  # written once
+        record = one.to_dict()
+        assert record["image"] == [{"sha256": p.sha256, "name": p.name} for p in (RED, BLUE)]
+        again = Request(record["prompt"], record["subject"], record["target"], **two)
+        assert again == one
+    assert Request("{} was born in", IMAGE, "Merrin", image=RED).text == f"{RED.mark}was born in".replace(
+        "was", " was"
+    )
+    with pytest.raises(RequestError, match="1 places <image> for 2 pictures"):
+        Request("Is <image> older?", "older", "yes", **two)
+    with pytest.raises(RequestError, match="more_images"):
+        Request("Is it older?", "it", "yes", more_images=(BLUE,))
+    plain = plain_case(Case("a", inside, (Probe("efficacy", inside.text, ("x",), (), **two),)))
+    assert plain["request"]["more_images"] == plain["probes"][0]["more_images"] == (BLUE.sha256,)
+    assert "more_images" not in plain_case(Case("dog", REQUEST, ()))["request"]
+
+
+def test_files_list_several_pictures_and_cases_come_back(tmp_path):
+    for picture in (RED, BLUE):
+        (tmp_path / picture.name).write_bytes(picture.data)
+    record = {
+        "prompt": "Is <image> or <image> older?", "subject": IMAGE, "target": "the dog",
+        "image": ["red.png", "blue.png"],
+        "probes": [{"kind": "question", "prompt": "Which?", "answers": ["the dog"], "image": ["blue.png", "red.png"]}],
+    }  # fmt: skip
+    path = tmp_path / "cases.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (case,) = read_cases(path)
+    assert case.request.pictures == (RED, BLUE) and case.request.subject == RED.mark
+    efficacy, question = case.probes
+    assert efficacy.pictures == (RED, BLUE) and question.pictures == (BLUE, RED)
+    assert write_cases(tmp_path / "out.jsonl", [case]) == 1
+    assert read_cases(tmp_path / "out.jsonl") == [case]
+    for wrong in ({"prompt": "Is <image> older?", "subject": "older"}, {"image": ["red.png", "away.png"]}):
+        path.write_text(json.dumps({**record, **wrong}) + "\n", encoding="utf-8")
+        with pytest.raises(RequestError, match=r"1 places <image> for 2 pictures|no image file"):
+            read_cases(path)
+    record["probes"][0]["prompt"] = "Which <image>?"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="line 1, probe 1: .*1 places"):
+        read_cases(path)
 
 
 # --- files ----------------------------------------------------------------------------------
@@ -149,6 +204,24 @@ def test_a_saved_model_opens_with_its_processor(host, tmp_path):
         errata.load(tmp_path).see([RED])
 
 
+@pytest.mark.parametrize("method", ["grace", "memit"])
+def test_an_edit_about_two_pictures_is_seen_saved_and_loaded(host, method, tmp_path):
+    request = Request("Is <image> or {} older?", IMAGE, "Merrin", image=RED, more_images=(BLUE,))
+    more: dict[str, Any] = {"tokens": 300, "steps": 3} if method == "memit" else {}
+    edit = errata.edit(host, request, method=method, **more)
+    edit.save(tmp_path / "edit.safetensors")
+    again = errata.Edit.load(tmp_path / "edit.safetensors")
+    (read,) = again.provenance.requests
+    assert again.digest == edit.digest and isinstance(read, Request) and read.pictures == (RED, BLUE)
+    assert read.text == request.text and read.subject == BLUE.mark
+    row = host.encode_prompt(request.text)
+    with torch.no_grad():
+        before = host.forward(host.batch([row]))[0, -1]
+        with again.on(host):
+            assert not torch.equal(host.forward(host.batch([row]))[0, -1], before)
+        assert torch.equal(host.forward(host.batch([row]))[0, -1], before)
+
+
 @pytest.mark.parametrize("method", ["ft", "grace", "memit", "in_prompt"])
 @pytest.mark.parametrize("subject", ["this dog", IMAGE])
 def test_edits_about_a_picture_are_seen_kept_and_taken_off(host, method, subject, tmp_path):
@@ -183,6 +256,18 @@ def test_prompts_are_rewritten_with_texts_alone(host):
 
 
 # --- command line ---------------------------------------------------------------------------
+
+
+def test_image_is_repeated_for_several_pictures(tmp_path):
+    paths = [tmp_path / picture.name for picture in (RED, BLUE)]
+    for path, picture in zip(paths, (RED, BLUE), strict=True):
+        path.write_bytes(picture.data or b"")
+    (request,) = read_what("Is <image> or <image> older?", None, "the dog", images=paths)
+    assert request.pictures == (RED, BLUE) and request.subject == RED.mark
+    (request,) = read_what("Is <image> or {} older?", IMAGE, "the dog", images=paths)
+    assert request.subject == BLUE.mark
+    with pytest.raises(RequestError, match="1 places"):
+        read_what("Is <image> older?", "older", "the dog", images=paths)
 
 
 def test_a_picture_is_edited_from_the_command_line(tmp_path):

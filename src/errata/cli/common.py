@@ -136,11 +136,11 @@ def ask_options(
 
 def read_what(
     what: str, subject: str | None, target: str | None, target_old: str | None = None,
-    image: Path | None = None,
+    images: list[Path] | None = None,
 ) -> list[Request]:  # fmt: skip
     """Read requests from a file, or build one from a prompt and its options.
 
-    ``image``: the file of a picture that the prompt is about; what the prompt calls it is the subject by default.
+    ``images``: files of pictures that the prompt is about; what the prompt calls the first is the subject by default.
     """
     from errata.data.pictures import read_picture, subject_in
     from errata.data.requests import SUFFIXES, read_requests
@@ -148,16 +148,16 @@ def read_what(
     from errata.types import Request
 
     if _names_file(what, SUFFIXES):
-        if subject or target or target_old or image:
+        if subject or target or target_old or images:
             raise RequestError("give either a file of requests or a prompt with --subject and --target")
         return read_requests(what)
-    picture = None if image is None else read_picture(image)
+    picture, *more = [read_picture(image) for image in images or ()] or (None,)
     if subject is None and picture is not None:
         subject = subject_in(what)
     missing = [name for name, value in (("--subject", subject), ("--target", target)) if value is None]
     if missing:
         raise RequestError(f"a prompt needs {' and '.join(missing)}; or name a file ({', '.join(SUFFIXES)})")
-    return [Request(what, subject or "", target or "", target_old, image=picture)]
+    return [Request(what, subject or "", target or "", target_old, image=picture, more_images=tuple(more))]
 
 
 def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:

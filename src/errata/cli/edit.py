@@ -53,6 +53,14 @@ DryRun = Annotated[
 ]
 
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A picture that the prompt is about; <image> marks its place. Repeat it for several, with as many <image>."
+    ),
+]
+
+
 def command(
     what: What,
     model: ModelName = None,
@@ -60,10 +68,7 @@ def command(
     subject: Annotated[str | None, typer.Option(help="The subject, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     target_old: Annotated[str | None, typer.Option(help="The current answer; only recorded.")] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(help="A picture that the prompt is about; <image> marks its place. For vision-language models."),
-    ] = None,
+    image: Images = None,
     method: Annotated[str, typer.Option(help="See: errata methods.")] = DEFAULT,
     settings: common.Settings = None,
     message: _ledger.Reason = "", source: _ledger.Source = "", author: _ledger.Author = "",
@@ -116,7 +121,8 @@ def _method(method: str, settings: list[str] | None) -> tuple[Any, dict[str, Any
 
 
 def _texts(
-    what: str, subject: str | None, target: str | None, target_old: str | None, image: Path | None, *, pairs: bool
+    what: str, subject: str | None, target: str | None, target_old: str | None, images: list[Path] | None, *,
+    pairs: bool,
 ) -> list[Request]:  # fmt: skip
     """Read requests about text; an empty list if the method edits image models."""
     from errata.errors import RequestError
@@ -125,10 +131,10 @@ def _texts(
     if not pairs:
         if folder and _is_folder(str(Path(what) / "original")):
             raise RequestError(f"{what} is a folder of image pairs; those need --method rewrite")
-        return common.read_what(what, subject, target, target_old, image)
+        return common.read_what(what, subject, target, target_old, images)
     if not folder:
         raise RequestError(f"expected a folder with original/, changed/ and mask/, found no folder {what!r}")
-    if target_old or image:
+    if target_old or images:
         raise RequestError("pairs of images take no --target-old and no --image: the original images show it")
     return []
 

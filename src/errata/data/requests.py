@@ -28,7 +28,7 @@ TABLES, YAML = (".csv", ".tsv"), (".yaml", ".yml")
 REQUIRED = ("prompt", "subject", "target")
 REQUEST_FIELDS = (*REQUIRED, "target_old", "id", "language", "valid_from", "indirect", "image")
 CASE_FIELDS = (*REQUEST_FIELDS, "case", "also", "efficacy", "probes")
-PROBE_FIELDS = tuple(f.name for f in fields(Probe))
+PROBE_FIELDS = tuple(f.name for f in fields(Probe) if f.name != "more_images")
 FORMS: tuple[str, ...] = get_args(Form)
 NEEDS = ("any", "all")
 
@@ -142,14 +142,14 @@ def _line(case: Case, path: Path) -> str:
 
     Raises RequestError where decoding it would give another case.
     """
-    record: dict[str, Any] = _written(case.request.to_dict(), case.request.image, path)
+    record: dict[str, Any] = _written(case.request.to_dict(), case.request.pictures, path)
     if case.id != case.request.id:
         record["case"] = case.id
     if case.also:
-        record["also"] = [_written(request.to_dict(), request.image, path) for request in case.also]
+        record["also"] = [_written(request.to_dict(), request.pictures, path) for request in case.also]
     if not _asks_efficacy(case.probes):
         record["efficacy"] = False
-    record["probes"] = [_written(_plain(probe), probe.image, path) for probe in case.probes]
+    record["probes"] = [_written(_plain(probe), probe.pictures, path) for probe in case.probes]
     line = json.dumps(record, ensure_ascii=False)
     back, wrong = _case("as a record", json.loads(line), "unnamed", path.parent)
     if back != case:
@@ -161,18 +161,20 @@ def _line(case: Case, path: Path) -> str:
     return line
 
 
-def _written(record: dict[str, Any], picture: Picture | None, path: Path) -> dict[str, Any]:
-    """Return a record whose picture, if it has one, is a file in the folder beside a file of cases."""
-    if picture is None:
+def _written(record: dict[str, Any], pictures: Sequence[Picture], path: Path) -> dict[str, Any]:
+    """Return a record whose pictures, if it has any, are files in the folder beside a file of cases."""
+    if not pictures:
         return record
     folder = path.with_name(f"{path.stem}-pictures")
-    return {**record, "image": f"{folder.name}/{write_picture(picture, folder)}"}
+    names = [f"{folder.name}/{write_picture(picture, folder)}" for picture in pictures]
+    return {**record, "image": names if len(names) > 1 else names[0]}
 
 
 def _plain(probe: Probe) -> dict[str, Any]:
     """Return the fields of a probe that differ from their defaults."""
     values = {f.name: getattr(probe, f.name) for f in fields(Probe) if getattr(probe, f.name) != f.default}
-    values["prompt"] = without_mark(probe.prompt, probe.image)
+    values["prompt"] = without_mark(probe.prompt, probe.image, probe.more_images)
+    values.pop("more_images", None)  # image is then a list of all
     if probe.covariates:
         values["covariates"] = dict(probe.covariates)
     return {
@@ -225,7 +227,13 @@ def _case(where: str, record: Any, name: str, base: Path) -> tuple[Case | None, 
     if efficacy is not False and not _asks_efficacy(probes):
         before = _old_answers(record.get("target_old"))
         own_probe = Probe(
-            "efficacy", first.text, (first.target,), before, first.target_old, image=first.image
+            "efficacy",
+            first.text,
+            (first.target,),
+            before,
+            first.target_old,
+            image=first.image,
+            more_images=first.more_images,
         )
         probes.insert(0, own_probe)
     return Case(own or first.id or name, first, tuple(probes), tuple(others)), []
@@ -278,11 +286,14 @@ def _request(where: str, record: Any, fields: Sequence[str], base: Path) -> tupl
     prompt, subject, target = (values[name] for name in REQUIRED)
     if "image" in values:
         amiss: list[str] = []
-        values["image"] = _picture(values["image"], base, amiss)
+        pictures = _pictures(values["image"], base, amiss)
+        values |= {"image": next(iter(pictures), None), "more_images": pictures[1:]}
         wrong += [f"{where}: {what}" for what in amiss]
         if subject == IMAGE and isinstance(prompt, str) and IMAGE not in prompt:
             prompt = f"{IMAGE}{prompt}"
-    wrong += [f"{where}: {p}" for p in request_problems(prompt, subject, target)]
+    several = bool(values.get("more_images"))
+    problems = _placing(values) if several else request_problems(prompt, subject, target)
+    wrong += [f"{where}: {p}" for p in problems]
     if "target_old" in values:
         answers = _old_answers(values["target_old"])
         if not answers:
@@ -310,16 +321,33 @@ def _request(where: str, record: Any, fields: Sequence[str], base: Path) -> tupl
     return (None, wrong) if wrong else (Request(**values), [])
 
 
-def _picture(value: Any, base: Path, amiss: list[str]) -> Picture | None:
-    """Read the picture that a path names, relative to the folder ``base``; errors are added to ``amiss``."""
-    if not _is_text(value):
-        amiss.append(f"image must be the path of an image file, found {_describe(value)}")
-        return None
+def _placing(values: Mapping[str, Any]) -> list[str]:
+    """List what is wrong with a request about several pictures; its subject may be one of them."""
+    named = {name: values[name] for name in (*REQUIRED, "image", "more_images")}
+    if not all(isinstance(values[name], str) for name in REQUIRED):
+        return request_problems(*(values[name] for name in REQUIRED))
     try:
-        return read_picture(value, base=base)
+        Request(**named)
     except RequestError as error:
-        amiss.append(f"image: {error}")
-        return None
+        return [str(error)]
+    return []
+
+
+def _pictures(value: Any, base: Path, amiss: list[str]) -> tuple[Picture, ...]:
+    """Read the pictures that a path, or a list of them, names, relative to the folder ``base``.
+
+    Errors are added to ``amiss``.
+    """
+    pictures = []
+    for path in value if isinstance(value, list) else [value]:
+        if not _is_text(path):
+            amiss.append(f"image must be the path of an image file, found {_describe(path)}")
+            continue
+        try:
+            pictures.append(read_picture(path, base=base))
+        except RequestError as error:
+            amiss.append(f"image: {error}")
+    return tuple(pictures)
 
 
 def _old_answers(value: Any) -> tuple[str, ...]:
@@ -384,13 +412,16 @@ def _probe(value: Mapping[str, Any], base: Path) -> tuple[Probe | None, list[str
     if need == "all" and group is None:
         amiss.append("need 'all' applies to a group of probes: name the group, or omit need")
     covariates = _numbers(value.get("covariates"), amiss)
-    picture = None if _absent(value.get("image")) else _picture(value["image"], base, amiss)
+    pictures = () if _absent(value.get("image")) else _pictures(value["image"], base, amiss)
     if amiss:
         return None, amiss
-    probe = Probe(
-        value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language, steps,
-        picture,
-    )  # fmt: skip
+    try:
+        probe = Probe(
+            value["kind"], value["prompt"], answers, before, rival, form, group, need, choices, covariates, language,
+            steps, next(iter(pictures), None), pictures[1:],
+        )  # fmt: skip
+    except RequestError as error:
+        return None, [str(error)]
     return probe, []
 
 

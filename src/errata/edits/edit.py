@@ -24,6 +24,7 @@ from errata.errors import EditError, ErrataError
 from errata.host import placement
 from errata.host.base import ModelHost
 from errata.types import Concept, ConceptRecord, Contrasts, ImageRecord, ImageRequest, Request
+from errata.types.picture import plain_pictures
 
 TRAINED = "artefact"
 """What the header of a trained editor's file names as its kind, see :class:`errata.edits.artefact.Artefact`."""
@@ -72,9 +73,10 @@ class Provenance:
         """Return all fields as plain data, as files hold them; of a picture its name and hash, where there is one."""
         plain = asdict(self)
         for record, request in zip(plain["requests"], self.requests, strict=True):
-            picture = record.pop("image", None)
-            if picture is not None and isinstance(request, Request) and request.image is not None:
-                record["image"] = request.image.to_dict()
+            record.pop("image", None)
+            record.pop("more_images", None)
+            if isinstance(request, Request) and request.image is not None:
+                record["image"] = plain_pictures(request.image, request.more_images)
         return plain
 
 

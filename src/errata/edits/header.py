@@ -102,14 +102,20 @@ def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
             fields[name] = get_field(stored, name, str, where)
     if not text:
         return ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
-    image = None
-    if stored.get("image") is not None:
-        try:
-            image = Picture.restore(get_field(stored, "image", dict, where))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+    image, *more = _pictures(stored.get("image"), where) or (None,)
     indirect = get_texts(stored, "indirect", where) if "indirect" in stored else ()
-    return Request(**fields, indirect=indirect, image=image)
+    return Request(
+        **fields, indirect=indirect, image=image, more_images=tuple(one for one in more if one is not None)
+    )
+
+
+def _pictures(stored: Any, where: str) -> tuple[Picture, ...]:
+    """Return the pictures of a request: none, one, or a list of several."""
+    records = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    try:
+        return tuple(Picture.restore(check_type(record, dict, where)) for record in records)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _concept(stored: Any, where: str) -> ConceptRecord:

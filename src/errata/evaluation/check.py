@@ -94,6 +94,7 @@ def answer_requests(
                 (),
                 form=form,
                 image=requests[i].image,
+                more_images=requests[i].more_images,
             )
             for i in indices
         ]

@@ -81,6 +81,8 @@ class PictureCodec(CausalCodec):
         super().__init__(model, processor.tokenizer, name=name)
         self.processor = processor
         self._seen: dict[str, _Seen] = {}
+        self._together: set[tuple[int, ...]] = set()
+        """Pictures, by their numbers, that were found to be written together as each by itself."""
         self._numbers = itertools.count(
             FIRST
         )  # none is given twice, so what is remembered by numbers stays true
@@ -224,7 +226,23 @@ class PictureCodec(CausalCodec):
             whole += text[at:start]
             pieces.append(_Piece((start, stop), (len(whole), len(whole) + len(seen.text)), seen))
             whole, at = whole + seen.text, stop
+        if len(pieces) > 1:
+            self._check_several([piece.seen for piece in pieces])
         return whole + text[at:], pieces
+
+    def _check_several(self, seen: Sequence[_Seen]) -> None:
+        """Raise HostError where the processor writes several pictures of a text otherwise than each by itself."""
+        numbers = tuple(one.number for one in seen)
+        if numbers in self._together:
+            return
+        output = self._process([one.image for one in seen], [self.form * len(seen)])
+        expected = self.tokenizer("".join(one.text for one in seen), add_special_tokens=False)["input_ids"]
+        if _row(output["input_ids"]) != expected:
+            raise HostError(
+                f"the processor of {self.name} writes {len(seen)} pictures of one text otherwise than each by itself: "
+                "give one picture a prompt"
+            )
+        self._together.add(numbers)
 
     def _numbered(self, ids: Sequence[int], pieces: Sequence[_Piece]) -> Ids:
         """Put each picture's number in place of its placeholders."""

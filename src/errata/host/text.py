@@ -224,8 +224,7 @@ class TextHost(ModelHost):
         model reads no pictures, RequestError for a picture that cannot be read.
         """
         for item in items:
-            picture = item if isinstance(item, Picture) else getattr(item, "image", None)
-            if picture is not None:
+            for picture in (item,) if isinstance(item, Picture) else getattr(item, "pictures", ()):
                 self.codec.see(picture)
 
     def run(self, request: Pass) -> Ran:

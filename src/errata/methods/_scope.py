@@ -53,7 +53,7 @@ def check_named(method: str, requests: Sequence[Request]) -> None:
     """Raise EditError for a subject in a picture alone, for memories that find their entries by names in a row's text:
     rows say where a picture stands and not which it is."""
     for number, request in enumerate(requests, 1):
-        if request.image is not None and request.image.mark in request.subject:
+        if any(picture.mark in request.subject for picture in request.pictures):
             raise EditError(
                 f"{method} finds its entries by the subject's name, and the subject of request {request.id or number} "
                 "is its picture; name it in the prompt, or use a method that reads states, as grace, melo or t_patcher"

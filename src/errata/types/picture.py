@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from errata.errors import RequestError, shown
 
 IMAGE = "<image>"
 """How users write a picture's place in a prompt, or name the picture as the subject."""
@@ -60,19 +62,41 @@ class Picture:
         return Picture(sha256, name)
 
 
-def placed_in(text: str, picture: Picture | None) -> str:
-    """Return a prompt with the mark of its picture: where ``<image>`` stands, else before it.
+def placed_in(text: str, picture: Picture | None, more: Sequence[Picture] = ()) -> str:
+    """Return a prompt with the marks of its pictures: where ``<image>`` stands, else before it, in order.
 
-    A prompt that has the mark already stays as it is, and so does one without a picture.
+    A prompt that has the marks already stays as it is, and so does one without a picture. Raises RequestError where a
+    prompt of several pictures has another number of places for them.
     """
-    if picture is None or picture.mark in text:
+    pictures = () if picture is None else (picture, *more)
+    places = text.count(IMAGE)
+    if not pictures or (all(one.mark in text for one in pictures) and not (more and places)):
         return text
-    return text.replace(IMAGE, picture.mark) if IMAGE in text else picture.mark + text
+    if not places:
+        return "".join(one.mark for one in pictures) + text
+    if not more:
+        return text.replace(IMAGE, pictures[0].mark)
+    if places != len(pictures):
+        raise RequestError(
+            f"{shown(text)} has {places} places {IMAGE} for {len(pictures)} pictures: write as many, or none"
+        )
+    for one in pictures:
+        text = text.replace(IMAGE, one.mark, 1)
+    return text
 
 
-def without_mark(text: str, picture: Picture | None) -> str:
-    """Return a prompt as users write it, with ``<image>`` for its picture."""
-    return text if picture is None else text.replace(picture.mark, IMAGE)
+def without_mark(text: str, picture: Picture | None, more: Sequence[Picture] = ()) -> str:
+    """Return a prompt as users write it, with ``<image>`` for its pictures."""
+    for one in () if picture is None else (picture, *more):
+        text = text.replace(one.mark, IMAGE)
+    return text
+
+
+def plain_pictures(picture: Picture | None, more: Sequence[Picture] = ()) -> Any:
+    """Return name and hash of a prompt's picture as plain data; a list of several, None of none."""
+    if picture is None:
+        return None
+    return [one.to_dict() for one in (picture, *more)] if more else picture.to_dict()
 
 
 def without_marks(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from errata.errors import RequestError, shown
-from errata.types.picture import IMAGE, Picture, placed_in, without_mark
+from errata.types.picture import IMAGE, Picture, placed_in, plain_pictures, without_mark
 
 SLOT = "{}"
 
@@ -44,12 +44,17 @@ class Request:
     """A picture that the prompt is about, for a model that reads pictures. It stands where the prompt says ``<image>``,
     else before it; a subject that is in the picture alone is called ``<image>``. Both are then written as the
     picture's mark, by which a host knows it."""
+    more_images: tuple[Picture, ...] = ()
+    """Further pictures, after ``image`` in the order of their ``<image>``. The subject ``<image>`` is then the picture
+    in the place of ``{}``, or the first."""
 
     def __post_init__(self) -> None:
         texts: tuple[Any, ...] = (self.prompt, self.subject)
+        object.__setattr__(self, "more_images", tuple(self.more_images))
+        if self.image is None and self.more_images:
+            raise RequestError("more_images: the first picture is image, which is missing")
         if self.image is not None and all(isinstance(text, str) for text in texts):
-            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
-            object.__setattr__(self, "subject", self.subject.replace(IMAGE, self.image.mark))
+            self._place_pictures()
         problems = request_problems(self.prompt, self.subject, self.target)
         if problems:
             name = f"request {shown(self.id)}: " if self.id else ""
@@ -70,6 +75,25 @@ class Request:
         if SLOT not in self.prompt:
             (subject,) = subject_forms(self.prompt, self.subject)
             object.__setattr__(self, "subject", subject)
+
+    def _place_pictures(self) -> None:
+        """Write the marks of the pictures into prompt and subject."""
+        prompt, subject, pictures = self.prompt, self.subject, self.pictures
+        if SLOT in prompt and subject == IMAGE:  # the slot is the place of one of them
+            number = min(prompt.partition(SLOT)[0].count(IMAGE), len(pictures) - 1)
+            own, others = pictures[number], (*pictures[:number], *pictures[number + 1 :])
+            prompt = placed_in(prompt, others[0], others[1:]) if others else prompt
+        else:
+            own, filled = pictures[0], prompt.replace(SLOT, subject)
+            if any(one.mark not in filled for one in pictures) or IMAGE in prompt:
+                prompt = placed_in(prompt, *pictures[:1], pictures[1:])
+        object.__setattr__(self, "prompt", prompt)
+        object.__setattr__(self, "subject", subject.replace(IMAGE, own.mark))
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures that the prompt is about, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def text(self) -> str:
@@ -93,15 +117,15 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """Return the set fields as plain data."""
         record = {
-            "prompt": without_mark(self.prompt, self.image),
-            "subject": without_mark(self.subject, self.image),
+            "prompt": without_mark(self.prompt, self.image, self.more_images),
+            "subject": without_mark(self.subject, self.image, self.more_images),
             "target": self.target,
             "target_old": self.target_old,
             "id": self.id,
             "language": self.language,
             "valid_from": self.valid_from,
             "indirect": list(self.indirect) or None,
-            "image": None if self.image is None else self.image.to_dict(),
+            "image": plain_pictures(self.image, self.more_images),
         }
         return {name: value for name, value in record.items() if value is not None}
 
@@ -228,10 +252,17 @@ class Probe:
     last one's answer is the probe's."""
     image: Picture | None = None
     """A picture that the prompt is about, at its place as in :class:`Request`."""
+    more_images: tuple[Picture, ...] = ()
+    """Further pictures, after ``image`` in the order of their ``<image>``."""
 
     def __post_init__(self) -> None:
         if self.image is not None:
-            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image))
+            object.__setattr__(self, "prompt", placed_in(self.prompt, self.image, self.more_images))
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures that the prompt is about, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def changes(self) -> bool:
@@ -268,7 +299,7 @@ def plain_case(case: Case) -> dict[str, Any]:
     return {**record, "probes": [plain_probe(probe) for probe in case.probes]}
 
 
-_LATER = ("covariates", "language", "valid_from", "indirect", "steps", "image")
+_LATER = ("covariates", "language", "valid_from", "indirect", "steps", "image", "more_images")
 """Fields of probes and requests that came after cases had identities."""
 
 
@@ -276,6 +307,7 @@ def _without_unset(record: dict[str, Any]) -> dict[str, Any]:
     """Leave out later fields that are not set, so that older identities stay what they were; of a picture its hash."""
     if record["image"] is not None:
         record["image"] = record["image"]["sha256"]
+        record["more_images"] = tuple(one["sha256"] for one in record["more_images"])
     return {name: value for name, value in record.items() if name not in _LATER or value not in (None, ())}
 
 
