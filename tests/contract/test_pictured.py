@@ -63,7 +63,7 @@ def opened(family: str = "llava") -> tuple[Any, Any]:
 
 @lru_cache
 def edit_of(name: str) -> Any:
-    more = {} if name == "wise" else {"examples": examples()}
+    more: dict[str, Any] = {} if name == "wise" else {"examples": examples()}
     return errata.edit(opened()[0], REQUEST, method=name.split(",")[0], **METHODS[name], **more)
 
 
@@ -168,10 +168,11 @@ def test_serac_keeps_texts_alone_and_refuses_what_reads_texts_alone():
         edit = edit_of(name)
         assert isinstance(edit, ModelEdit) and SHOWN["red"].mark not in edit.contexts[0]
         assert "Merrin" in edit.contexts[0]
-    for options, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"scope": "subject"}, "scope"), ({"classifier": "cross"}, "scope"), ({"encoder": "some"}, "encoder"),
         ({"counterfactual": "lab"}, "counterfactual"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for options, message in wrong:
         with pytest.raises(ConfigError, match=message):
             errata.edit(host, REQUEST, method="serac", examples=examples(), **options)
     for method in ("lte", "kaft"):

@@ -119,13 +119,13 @@ def test_the_moment_of_both_is_the_weighted_sum_of_each(share):
     for rows, seed in ((40, 0), (300, 1)):
         sums.append(Moments.empty(6))
         sums[-1].update_(normal(rows, 6, seed) + seed)
-    both = mixed(*sums, share)
+    both = mixed(sums[0], sums[1], share)
     torch.testing.assert_close(both.second, (1 - share) * sums[0].second + share * sums[1].second)
     assert isinstance(both, Moments)
     torch.testing.assert_close(both.mean, (1 - share) * sums[0].mean + share * sums[1].mean)
     assert both.remaining_error() is None
     with pytest.raises(ValueError, match="share"):
-        mixed(*sums, 1.5)
+        mixed(sums[0], sums[1], 1.5)
     with pytest.raises(ValueError, match="entries"):
         mixed(sums[0], Moments.empty(7), share)
 
@@ -137,7 +137,7 @@ def test_so_is_the_moment_of_every_expert():
         vectors = normal(rows, 6, seed)
         vectors[::3, :3] = 0  # a third of the tokens goes to the second expert alone
         sums[-1].update_(vectors)
-    both = mixed(*sums, 0.25)
+    both = mixed(sums[0], sums[1], 0.25)
     torch.testing.assert_close(both.second, 0.75 * sums[0].second + 0.25 * sums[1].second)
     with pytest.raises(ValueError, match="blocks"):
         mixed(sums[0], Moments.empty(6), 0.5)

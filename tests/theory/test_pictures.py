@@ -91,7 +91,8 @@ def test_a_processor_that_writes_several_pictures_otherwise_is_refused(monkeypat
     model, processor = pictures.model("llava")
     host = errata.load(model, processor)
     host.see([RED, BLUE])
-    process = host.codec._process
+    codec: Any = host.codec
+    process = codec._process
 
     def fewer(images, texts, **options):
         output = dict(process(images, texts, **options))

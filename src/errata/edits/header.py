@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 from errata.types import ConceptRecord, ImageRecord, Picture, Request
 
@@ -102,16 +102,15 @@ def _request(stored: Any, where: str) -> Request | ImageRecord | ConceptRecord:
             fields[name] = get_field(stored, name, str, where)
     if not text:
         return ImageRecord(**fields, pairs=get_field(stored, "pairs", int, where))
-    image, *more = _pictures(stored.get("image"), where) or (None,)
+    pictures = _pictures(stored.get("image"), where)
     indirect = get_texts(stored, "indirect", where) if "indirect" in stored else ()
-    return Request(
-        **fields, indirect=indirect, image=image, more_images=tuple(one for one in more if one is not None)
-    )
+    image = pictures[0] if pictures else None
+    return Request(**fields, indirect=indirect, image=image, more_images=pictures[1:])
 
 
 def _pictures(stored: Any, where: str) -> tuple[Picture, ...]:
     """Return the pictures of a request: none, one, or a list of several."""
-    records = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    records = cast("list[Any]", stored) if isinstance(stored, list) else [] if stored is None else [stored]
     try:
         return tuple(Picture.restore(check_type(record, dict, where)) for record in records)
     except ValueError as error:

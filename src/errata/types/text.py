@@ -86,7 +86,7 @@ class Request:
         else:
             own, filled = pictures[0], prompt.replace(SLOT, subject)
             if any(one.mark not in filled for one in pictures) or IMAGE in prompt:
-                prompt = placed_in(prompt, *pictures[:1], pictures[1:])
+                prompt = placed_in(prompt, pictures[0], pictures[1:])
         object.__setattr__(self, "prompt", prompt)
         object.__setattr__(self, "subject", subject.replace(IMAGE, own.mark))
 
