@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -255,7 +255,7 @@ def test_files_of_earlier_versions_load(host, tmp_path, version):
     content = {
         "kind": "weight",
         "digest": file_format.tensor_digest(edit.parts()),
-        "provenance": {k: v for k, v in asdict(edit.provenance).items() if k not in ("parents", "created")}
+        "provenance": {k: v for k, v in edit.provenance.to_dict().items() if k not in ("parents", "created")}
         | {"overrides": ["made for another host"]},
         **edit.body(),
         "format": version,
