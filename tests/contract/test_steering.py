@@ -143,7 +143,7 @@ def test_an_export_is_refused_with_a_reason(to, tmp_path, book):
     host = fresh("llama")
     needs = host if EXPORTERS.get(to).needs_host else None
     with pytest.raises(EditError) as reason:
-        errata.export(fit("caa", host, book), tmp_path / "out", to=to, host=needs)
+        errata.export(fit("angular", host, book), tmp_path / "out", to=to, host=needs)
     assert len(str(reason.value).split()) >= 8 and not list(tmp_path.iterdir())
 
 
@@ -377,3 +377,38 @@ def test_pairs_are_read_split_and_refused(tmp_path, book):
         errata.edit(host, Contrasts("few", PAIRS.pairs[:3]), method="iti")
     with pytest.raises(ConfigError, match="does not go on"):
         fit("caa", host, book, after=fit("caa", host, book))
+
+
+def test_repe_at_the_writers_leaves_nothing_of_the_vector(book, tmp_path):
+    """Directional ablation, also in the exported model: by another path than the edit's own."""
+    host = fresh("llama", tie_word_embeddings=False)
+    edit = fit("repe", host, book, operator="project", where="writers", layers=[1])
+    basis = edit.sites[0].payload["basis"]
+    read = fit("repe", host, book, operator="project", layers=[1])
+    assert torch.equal(basis, read.sites[0].payload["basis"])
+    assert len(edit.sites) == 1 + 2 * 3 and edit.sites[0].module == "model.embed_tokens"
+    ids = torch.tensor([host.encode(TEXTS[0]).ids])
+    with torch.no_grad(), edit.on(host):
+        states = host.model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert all(float((h @ basis.mT).abs().max()) < 1e-6 for h in states[:-1])
+    receipt = errata.export(edit, tmp_path / "out", to="checkpoint", host=host)
+    assert receipt.verified is not None and receipt.verified["effect"] > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma2"])
+def test_repe_at_the_writers_is_refused_where_more_writes(family, book):
+    """Learned positions, a norm behind the embedding, norms behind the maps."""
+    host = fresh(family)
+    with torch.no_grad():
+        for weight in host.model.parameters():
+            if weight.ndim == 1:  # norms as a trained model has them, not all ones
+                weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ConfigError, match="writes into the stream"):
+        fit("repe", host, book, operator="project", where="writers")
+
+
+def test_repe_at_the_writers_takes_one_layer_and_projects(book):
+    with pytest.raises(ConfigError, match="where: writers is of operator=project"):
+        fit("repe", fresh("llama"), book, where="writers")
+    with pytest.raises(ConfigError, match="expected the one block"):
+        fit("repe", fresh("llama"), book, where="writers", operator="project", layers=[0, 1])

@@ -16,7 +16,7 @@ from errata.job import workspace
 from errata.locate.contexts import Context
 from errata.locate.problems import prompt_end
 from errata.locate.values import ValueConfig, optimise
-from errata.methods import lora
+from errata.methods import _adapters
 from errata.methods._fine_tune import FineTuneConfig, prepare
 from errata.training.tune import Losses, beside, rms
 from tests.models import fresh
@@ -160,15 +160,15 @@ def answers(host) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_deltas_give_the_adapted_models_logits(family, variant, monkeypatch):
     """Read just before the adapters are taken off, and again with the edit in place."""
-    host, train, seen = fresh(family), lora._train, []
+    host, train, seen = fresh(family), _adapters._train, []
 
-    def spy(losses, tuner, layers, config, work):
-        outcome = train(losses, tuner, layers, config, work)
+    def spy(method, losses, tuner, layers, config, work, **more):
+        outcome = train(method, losses, tuner, layers, config, work, **more)
         assert all(hasattr(host.model.get_submodule(name), "lora_A") for name in layers)
         seen.append(answers(host))
         return outcome
 
-    monkeypatch.setattr(lora, "_train", spy)
+    monkeypatch.setattr(_adapters, "_train", spy)
     before = answers(host)
     options = {"rank": 3, "steps": 12, "learning_rate": 0.05, "scale": "published"}
     edit = errata.edit(host, BOTH, method="lora", variant=variant, **options)
@@ -248,7 +248,7 @@ def test_lora_leaves_the_very_same_model_also_after_an_error(monkeypatch):
     def fail(*_):
         raise RuntimeError("inside")
 
-    monkeypatch.setattr(lora, "_train", fail)
+    monkeypatch.setattr(_adapters, "_train", fail)
     with pytest.raises(RuntimeError, match="inside"):
         errata.edit(host, LONG, method="lora")
     assert portrait(host) == before

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from errata.errors import RequestError
 from errata.types import Case, Probe, Request
 
-CURRENT, EXPLICIT, HISTORICAL = "current", "explicit_time", "historical"
+CURRENT, EXPLICIT, HISTORICAL, FORMER = "current", "explicit_time", "historical", "former"
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _needs_biases(model: nn.Module, described: list[FeedForward], neurons: Mappi
     if described[0].factor is not None:
         if first.bias is not None:
             return False
-        if not hasattr(_text_config(model), "mlp_bias"):
+        if not hasattr(text_config(model), "mlp_bias"):
             raise HostError(
                 f"{described[0].module} has a gate and no biases, and {type(model.config).__name__} has no setting for "
                 "them (mlp_bias): without biases a gated neuron cannot do what an added one does"
@@ -203,14 +203,14 @@ def _append(model: nn.Module, one: FeedForward, own: Neurons | None, count: int,
         for path in one.maps:
             module: Any = model.get_submodule(path)
             size = width if path == one.last else one.inner
-            module.register_parameter("bias", _parameter(module.weight.new_zeros(size), module.weight))
+            module.register_parameter("bias", parameter_like(module.weight.new_zeros(size), module.weight))
     _add_rows(first, keys, biases)
     if one.factor is not None:
         ones = biases.new_zeros(count)
         ones[: len(own.keys) if own is not None else 0] = 1.0
         _add_rows(model.get_submodule(one.factor), zeros, ones)
     turned = not isinstance(last, nn.Linear)
-    last.weight = _parameter(
+    last.weight = parameter_like(
         torch.cat([last.weight, values if turned else values.mT], 0 if turned else 1), last.weight
     )
     _set_size(last, ("in_features", "nx"), one.inner + count)
@@ -220,13 +220,14 @@ def _add_rows(module: Any, rows: Tensor, biases: Tensor) -> None:
     """Append outputs to a linear map: rows ``[n, d_in]`` and biases ``[n]``, where it has some."""
     turned = not isinstance(module, nn.Linear)
     weight = torch.cat([module.weight, rows.mT if turned else rows], 1 if turned else 0)
-    module.weight = _parameter(weight, module.weight)
+    module.weight = parameter_like(weight, module.weight)
     if module.bias is not None:
-        module.bias = _parameter(torch.cat([module.bias, biases.to(module.bias)]), module.bias)
+        module.bias = parameter_like(torch.cat([module.bias, biases.to(module.bias)]), module.bias)
     _set_size(module, ("out_features", "nf"), weight.shape[1 if turned else 0])
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+def parameter_like(value: Tensor, like: Tensor) -> nn.Parameter:
+    """Return a parameter of its own memory with a value ``[...]``, trainable as another one."""
     return nn.Parameter(value.contiguous(), requires_grad=like.requires_grad)
 
 
@@ -239,7 +240,8 @@ def _set_size(module: nn.Module, names: tuple[str, ...], size: int) -> None:
 # --- the configuration ------------------------------------------------------------------------
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
+    """Return the part of a model's configuration that describes its language model."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -250,7 +252,7 @@ def _configure(model: Any, before: int, after: int, biased: bool) -> dict[str, A
     HostError where there is none.
     """
     changes: dict[str, Any] = {"mlp_bias": True} if biased else {}
-    own = vars(_text_config(model))
+    own = vars(text_config(model))
     names = [name for name, value in own.items() if type(value) is int and value == before]
     names += [name for name in WIDTHS if name in own and own[name] is None]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -259,16 +261,16 @@ def _configure(model: Any, before: int, after: int, biased: bool) -> dict[str, A
         settings = {name: after, **changes}
         for key, value in settings.items():
             setattr(trial.get_text_config(decoder=True), key, value)
-        if _shapes(type(model), trial) == shapes:
+        if shapes_of(type(model), trial) == shapes:
             for key, value in settings.items():
-                setattr(_text_config(model), key, value)
+                setattr(text_config(model), key, value)
             return settings
     raise HostError(
         f"no setting of {type(model.config).__name__} makes the feed-forwards {after} neurons wide instead of {before}"
     )
 
 
-def _shapes(kind: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
+def shapes_of(kind: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Return the shapes of the weights of a model with a configuration; None where there is no such model."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:

@@ -82,6 +82,7 @@ _ALL = (
     Kind("picture_locality", "kept", "an unrelated question beside another picture", distribution=True),
     Kind("question_kept", "kept", "a question whose answer the edit must not change"),
     Kind("restated", "kept", "another fact of the subject, of which the edited fact is a restatement"),
+    Kind("former", "follows", "what the request replaced, asked as what was true once, without a year"),
     Kind("alias", "follows", "the request with another name of the subject"),
     Kind("by_name", "follows", "the request by the name of what its picture shows, in text alone", main=True),
     Kind("inverse", "follows", "the inverse relation, from the new object to the subject"),

@@ -178,7 +178,7 @@ def adapter(edit: Edit, host: ModelHost, rank: int | None) -> Adapter:
     """
     weights.refuse_pipeline(host, WHAT)
     taken = weights.check_kind(edit, WHAT)
-    changed = weights.as_weights(taken, host)
+    changed = weights.as_weights(taken, host, WHAT)
     if changed is None:
         assert isinstance(taken, MemoryEdit)
         one = taken.interventions[0]

@@ -9,6 +9,7 @@ import torch
 from errata.edits.deltas import Delta
 from errata.edits.edit import Edit
 from errata.edits.export._exporter import INSTEAD
+from errata.edits.export._steering import check_steering, fold
 from errata.edits.memory import Intervention, MemoryEdit
 from errata.edits.routers.always import Always
 from errata.edits.steer import SteerEdit
@@ -25,15 +26,14 @@ MATRICES = ("lowrank", "dense")
 """Operations of a memory that add a matrix to a linear map."""
 
 
-def check_kind(edit: Edit, what: str) -> WeightEdit | MemoryEdit:
-    """Return an edit that acts on every token of every prompt. Raises EditError for any other.
+def check_kind(edit: Edit, what: str) -> WeightEdit | MemoryEdit | SteerEdit:
+    """Return an edit that acts on every token of every prompt in a way that weights can. Raises EditError for others.
 
     ``what``: the export, with an article.
     """
     if isinstance(edit, SteerEdit):
-        raise EditError(
-            f"a {edit.kind} edit changes states while the model runs, and {what} has no place for that; {INSTEAD}"
-        )
+        check_steering(edit, what)
+        return edit
     if not isinstance(edit, (WeightEdit, MemoryEdit)):
         raise EditError(
             f"a {edit.kind} edit changes no weights, so there is nothing for {what} to hold; export it to prompts, or "
@@ -55,11 +55,19 @@ def check_kind(edit: Edit, what: str) -> WeightEdit | MemoryEdit:
     return edit
 
 
-def as_weights(edit: WeightEdit | MemoryEdit, host: ModelHost) -> WeightEdit | None:
+def as_weights(edit: WeightEdit | MemoryEdit | SteerEdit, host: ModelHost, what: str) -> WeightEdit | None:
     """Return an edit of :func:`check_kind` as changes of weights; None for a memory that is more than that.
 
-    Raises EditError for numbers that are not finite.
+    Raises EditError for numbers that are not finite, and for steering that the model's weights and biases cannot do.
     """
+    if isinstance(edit, SteerEdit):
+        folded = fold(edit, host, what)
+        if folded.biases:
+            raise EditError(
+                f"{min(folded.biases)} has no bias, which the edit needs; where the configuration has a setting for "
+                f"it, a checkpoint can hold the edit; {INSTEAD}"
+            )
+        return folded.change(edit)
     for name, part in edit.parts().items():
         if part.is_floating_point() and not bool(part.isfinite().all()):
             raise EditError(f"{name} of the edit holds NaN or infinite numbers; refused")

@@ -3,7 +3,9 @@
 * changes of weights are merged, as ``apply_`` does it, in the dtype of the checkpoint;
 * a memory that adds matrices to linear maps on all prompts is a change of weights;
 * a memory that adds neurons to feed-forwards on all prompts is a model with wider feed-forwards, see
-  :mod:`errata.host.wider`.
+  :mod:`errata.host.wider`;
+* steering that weights and biases can do is a change of these, see :mod:`errata.edits.export._steering`; a bias that
+  is missing is switched on in the configuration where there is a setting for it.
 
 What was written is opened by transformers as a second model in memory. Its weights must be, bit by bit, the host's with
 the change of weights merged, and its logits those of the host with the edit in place.
@@ -25,11 +27,14 @@ from errata.edits.edit import Edit
 from errata.edits.export import _verify as verifying
 from errata.edits.export import _weights as weights
 from errata.edits.export._exporter import Exporter, Options, Plan
+from errata.edits.export._steering import fold
 from errata.edits.memory import ACTIVATIONS, MemoryEdit
+from errata.edits.steer import SteerEdit
 from errata.edits.weight import WeightEdit, as_stored
 from errata.errors import EditError, HostError
 from errata.host import files, placement, sharing, wider
 from errata.host.base import ModelHost
+from errata.host.biases import give_biases_
 from errata.host.kinds import TEXT_TO_IMAGE
 from errata.host.open import DTYPES
 from errata.host.reopen import reopen
@@ -50,7 +55,7 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     weights.refuse_adapters(host, WHAT)
     weights.refuse_packed(host, WHAT)
     placement.refuse_away(model)
-    changed = weights.as_weights(taken, host)
+    changed, biases = _as_weights(taken, host)
     if changed is not None and options.pad_to is not None:
         raise EditError(
             "pad_to is the width of feed-forwards that get neurons, and this edit adds none; leave it out"
@@ -63,7 +68,8 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     if host.kind == TEXT_TO_IMAGE:
         facts["library"] = "diffusers"
     if changed is not None:
-        facts["lost"] = _merge(changed, host, shadow)
+        facts["lost"] = _merge(changed, host, shadow) if changed.deltas else {}
+        facts.update(_give_biases(biases, shadow, facts["lost"]) if biases else {})
     else:
         assert isinstance(taken, MemoryEdit)
         facts.update(_widen(taken, host, shadow, options.pad_to or PAD_TO))
@@ -72,14 +78,36 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     ]  # given up once it is written, so that it is not in memory beside the one that is compared
 
     def verify(folder: Path) -> dict[str, Any]:
-        return _verify(folder, edit, changed, host, dtype, facts["lost"])
+        return _verify(folder, edit, changed, biases, host, dtype, facts["lost"])
 
     return Plan(facts, lambda folder: _write(folder, written.pop(), host), verify)
 
 
+def _as_weights(
+    taken: WeightEdit | MemoryEdit | SteerEdit, host: ModelHost
+) -> tuple[WeightEdit | None, Mapping[str, Tensor]]:
+    """Return an edit as changes of weights, None for added neurons, and biases ``[d]`` by linear maps without one."""
+    if not isinstance(taken, SteerEdit):
+        return weights.as_weights(taken, host, WHAT), {}
+    folded = fold(taken, host, WHAT)
+    return folded.change(taken), folded.biases
+
+
+def _give_biases(biases: Mapping[str, Tensor], shadow: Any, lost: dict[str, float]) -> dict[str, Any]:
+    """Add biases to a copy of the host's model, with what rounding loses of them; return what is to be known."""
+    try:
+        settings = give_biases_(shadow, biases)
+    except HostError as error:
+        raise EditError(f"{error}; {weights.INSTEAD}") from error
+    for path, value in biases.items():
+        name = f"{path}.bias"
+        lost[name] = _share(value, shadow.get_parameter(name).detach())
+    return {"biases": sorted(biases), "settings": dict(settings)}
+
+
 def _verify(
-    folder: Path, edit: Edit, changed: WeightEdit | None, host: ModelHost, dtype: torch.dtype,
-    lost: Mapping[str, float],
+    folder: Path, edit: Edit, changed: WeightEdit | None, biases: Mapping[str, Tensor], host: ModelHost,
+    dtype: torch.dtype, lost: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """Open the written folder and compare it with the host. Raises EditError where they differ."""
     merged = changed is edit and dtype == host.dtype
@@ -89,14 +117,18 @@ def _verify(
         _compare_tokens(folder, host)
     except HostError as error:
         raise EditError(f"{error}; {verifying.WRITE_ANYWAY}") from error
-    weights = _compare_weights(exported.model, changed, host)
+    weights = _compare_weights(exported.model, changed, biases, host)
     compared = reference.compare(exported, dtype, host.dtype, lost={} if merged else lost)
     library = "diffusers" if host.kind == TEXT_TO_IMAGE else "transformers"
     return {"compared": f"logits of the folder opened by {library}", **compared, "weights": weights}
 
 
-def _compare_weights(model: Any, changed: WeightEdit | None, host: ModelHost) -> int:
+def _compare_weights(
+    model: Any, changed: WeightEdit | None, biases: Mapping[str, Tensor], host: ModelHost
+) -> int:
     """Return how many weights are bit by bit what they should be; wider ones are compared by logits alone.
+
+    ``biases``: of linear maps of the host without one; where there are some, all others that it lacks are zero.
 
     Raises EditError for one that is not.
     """
@@ -115,8 +147,12 @@ def _compare_weights(model: Any, changed: WeightEdit | None, host: ModelHost) ->
         if not torch.equal(weight.to(expected.device), expected):
             raise verifying.refuse_unlike(f"weight {name} of the checkpoint")
         equal += 1
-    if changed is not None and found:
-        raise verifying.refuse_unlike(f"weight {min(found)} of the checkpoint")
+    for name in sorted(found) if changed is not None else ():
+        own = biases.get(name.removesuffix(".bias"), torch.zeros(1)) if biases else None
+        bias = found[name].detach().cpu()
+        if own is None or not torch.equal(bias, own.to(bias.dtype).expand_as(bias)):
+            raise verifying.refuse_unlike(f"weight {name} of the checkpoint")
+        equal += 1
     return equal
 
 
@@ -188,6 +224,8 @@ EXPORTER = Exporter(
         "memories that add neurons to feed-forwards on all prompts (t_patcher, calinet), as wider feed-forwards: "
         "without a gate, or where the configuration has mlp_bias",
         "memories that add matrices to linear maps on all prompts",
+        "steering at all tokens: a vector behind a block as a bias, where the model has it or its configuration can; "
+        "vectors, projections and rotations at maps into the stream",
     ),
     plan=plan,
     options=frozenset({"dtype", "pad_to", "foreign"}),

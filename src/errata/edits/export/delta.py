@@ -57,7 +57,7 @@ def plan(edit: Edit, host: ModelHost, options: Options) -> Plan:
     taken = weights.check_kind(edit, WHAT)
     weights.refuse_adapters(host, WHAT)
     weights.refuse_packed(host, WHAT)
-    changed = weights.as_weights(taken, host)
+    changed = weights.as_weights(taken, host, WHAT)
     if changed is None:
         raise EditError(
             f"the edit adds neurons, which are more than differences of weights; export it to a checkpoint, or "
