@@ -1,7 +1,7 @@
 """Edit and fine-tune the lab's model, and count how often ``errata detect`` tells: a red team, on the lab alone.
 
     python benchmarks/detection.py -o detection.json --quick
-    python benchmarks/detection.py -o detection.json --figure roc.png
+    python benchmarks/detection.py -o detection.json --figure scores.png
 
 Every registered weight method for causal language models makes checkpoints with some edits each; controls are trained
 on text of the lab's world, whole, by low-rank changes, or in one layer, or are rounded. Facts are harmless, invented.
@@ -29,7 +29,7 @@ from errata.edits.weight import WeightEdit
 from errata.errors import ErrataError
 from errata.host.beside import start_factors
 from errata.host.host import Host
-from errata.inspect.detect import detect
+from errata.inspect.detect import LEAST_SCORE, MOST_FOCUSED, detect
 from errata.lab.text import Writer
 from errata.methods import REGISTRY
 from errata.training.tune import Line
@@ -138,6 +138,11 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable
                     yield {"kind": f"control: {kind}", "count": 0, "seed": number}, control, (kind, number)
 
 
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the file holds: the rows, and the scores up to which and from which a model counts as edited."""
+    return {"bounds": {"with": MOST_FOCUSED, "without": LEAST_SCORE}, "rows": rows}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the rows that are missing, write them, and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -149,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rome", type=int, default=10, help="the same for rome")
     parser.add_argument("--controls", type=int, default=2, help="models of each control and seed")
     parser.add_argument("--quick", action="store_true", help="rome alone, one edit, one seed")
-    parser.add_argument("--figure", type=Path, help="draw the ROC curves here, .png or .svg")
+    parser.add_argument("--figure", type=Path, help="draw ROC curves and scores here, .png or .svg")
     options = parser.parse_args(argv)
     if options.quick:
         options.methods, options.counts, options.seeds, options.rome = ["rome"], [1], [1], 1
@@ -166,12 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ErrataError as error:
             result = {**facts, "failed": str(error)}
         rows.append({**result, **facts, "seconds": round(time.process_time() - start, 2)})
-        options.output.write_text(json.dumps({"rows": rows}, indent=1))
+        options.output.write_text(json.dumps(document(rows), indent=1))
         print(json.dumps(rows[-1]), flush=True)
     if options.figure:
-        from errata.report.detection import write_roc
+        from errata.report.detection import write_scores
 
-        write_roc(options.figure, {"rows": rows})
+        write_scores(options.figure, document(rows))
     return 0
 
 

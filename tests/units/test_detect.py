@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from errata.inspect.detect_names import read_names, vocabulary_names
 from errata.inspect.detect_reverse import reversal
 from errata.linalg.lowrank import LowRank
 from errata.linalg.spectra import Spectrum, robust_scores
-from errata.report.detection import evidence, roc, roc_figure, write_detection, write_roc
+from errata.report.detection import evidence, roc, scores_figure, write_detection, write_scores
 from tests.models import fresh
 
 NAMES = ["Ada Brenner", "Bruno Holner", "Tallow", "Merrin", "Arvania", "Esk", "Ada", "Bruno", "rain", "dog"]
+BOUNDS = {"with": 4e-4, "without": 6.0}
 
 
 def random_edit(host, layers=(1,), scale=1.0):
@@ -255,15 +257,48 @@ def test_pictures(tmp_path):
         .read_bytes()
         .startswith(b"<?xml")
     )
-    row = {"share": 0.1, "ratio": 2.0, "changed": True, "alone": 2.0, "seed": 1}
-    rows = [{**row, "kind": "rome", "count": 1, "share": 0.01}, {**row, "kind": "control: whole", "count": 0}]
-    assert write_roc(tmp_path / "roc.png", {"rows": rows}).stat().st_size > 10_000
-    rows += [{**rows[0], "kind": f"method {i}", "count": count} for i in range(24) for count in (1, 10)]
-    figure, axes = roc_figure(tmp_path / "roc.png", {"rows": rows})
-    figure.draw_without_rendering()
-    legends = [legend.get_window_extent() for panel in axes if (legend := panel.get_legend())]
-    assert len(axes) == 4 and len(legends) == 2, "a row of two panels for each number of edits"
-    assert not any(box.overlaps(panel.get_window_extent()) for box in legends for panel in axes)
-    assert all(box.x1 <= figure.bbox.x1 for box in legends)
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         write_detection(tmp_path / "a.pdf", document)
+
+
+def scored(kind, count, share, alone, changed=True):
+    """Return a row of the red team's file whose score with the base is its share."""
+    return {"kind": kind, "count": count, "share": share, "ratio": 1.0, "changed": changed, "alone": alone}
+
+
+def legend_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_the_picture_of_the_red_team(tmp_path):
+    rows = [
+        scored("control: whole", 0, 0.02, 3.2), scored("control: low rank", 0, 0.003, 3.6),
+        scored("control: rounded", 0, 0.0, 3.2, changed=False), scored("rome", 1, 1e-7, 50.0),
+        scored("rome", 1, 2e-7, 60.0), {"kind": "rome", "count": 10, "failed": "one request"},
+    ]  # fmt: skip
+    rows += [scored(f"method {i}", n, 1e-5 * n, 3.4 + i / 10) for i in range(34) for n in (1, 10, 100, 500)]
+    figure, axes = scores_figure(tmp_path / "scores.png", {"rows": rows, "bounds": BOUNDS})
+    figure.draw_without_rendering()
+    first, second, below, beside = axes
+    assert legend_of(first) == [
+        "1 edit: area 1.00, 100 %", "10 edits: area 1.00, 100 %", "100 edits: area 1.00, 100 %",
+        "500 edits: area 0.67, 0 %",
+    ]  # fmt: skip
+    assert legend_of(second)[0] == "1 edit: area 0.98, 92 %", "1 - 2.5 / 108, and 33 of 36 above 3.6"
+    names = [label.get_text() for label in below.get_yticklabels()]
+    assert names[:3] == ["control: whole", "control: rounded", "control: low rank"] and names[-1] == "rome"
+    boxes = [label.get_window_extent() for label in below.get_yticklabels()]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    legend = figure.legends[0].get_window_extent()
+    panels = [box for panel in axes if (box := panel.get_tightbbox())]
+    assert not any(legend.overlaps(box) for box in panels) and legend.x1 <= figure.bbox.x1
+    assert "unchanged" in [text.get_text() for text in below.texts]
+    right, left = (
+        panel.transData.transform((bound, 0))[0] for panel, bound in ((below, 4e-4), (below, 3e-3))
+    )
+    assert left < right, "with the base the lower scores, those of edits, are to the right"
+    grey = beside.patches[0].get_window_extent()
+    assert grey.x1 == pytest.approx(beside.transData.transform((3.6, 0))[0]), "as far as the highest control"
+    assert write_scores(tmp_path / "scores.png", {"rows": rows, "bounds": BOUNDS}).stat().st_size > 10_000
+    with pytest.raises(ValueError, match="controls"):
+        write_scores(tmp_path / "scores.png", {"rows": rows[3:], "bounds": BOUNDS})

@@ -270,7 +270,8 @@ def _show(
         if path is None
         else f"edit written to {path} ({common.size(Path(path))})"
     )
-    print(f"{len(edit.provenance.requests)} requests, norm {summary['norm']:.4g}; {status}")
+    count = len(edit.provenance.requests)
+    print(f"{count} {'request' if count == 1 else 'requests'}, norm {summary['norm']:.4g}; {status}")
 
 
 VERB = Verb("combine", command, order=82)

@@ -162,7 +162,8 @@ def _show(audit: Audit) -> None:
     rows += [
         _row(f"edited, the others after {steps} steps on half", one) for steps, one in audit.relearned.items()
     ]
-    title = f"{len(audit.answers)} answers to forget"
+    count = len(audit.answers)
+    title = f"{count} {'answer' if count == 1 else 'answers'} to forget"
     common.table(title, ("", "still given", "probability"), rows, right=(1, 2))
     before, after = audit.perplexity
     print(f"perplexity of neutral text: {before:.3f} before, {after:.3f} after")

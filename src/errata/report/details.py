@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from errata.evaluation.metrics import REGISTRY
+from errata.report import kinds
 from errata.report.read import Answer, CaseAnswers, Cell
 
 LONGEST = 600
@@ -37,7 +38,7 @@ class Details:
     base-3 digit of a probe's mark (0 not evaluated, 1 wrong, 2 right); ``strings``; ``probes``, each ``[kind, prompt,
     [answers], text before, changes, mark before]`` with texts as indices of strings (-1: none); ``lists`` of probes;
     ``cells``, each ``{"total", "cases"}`` with cases ``[name, edits, list, [texts after], [marks after], [probe,
-    protocol, before, after, ...]]``, the last for other scores.
+    protocol, before, after, ...]]``, the last for other scores; ``kinds``, the headings of the probes' kinds.
     """
 
     def __init__(self, cases: int) -> None:
@@ -47,6 +48,7 @@ class Details:
         self._probes = _Numbered()
         self._lists = _Numbered()
         self._cells: list[dict[str, Any]] = []
+        self._kinds: dict[str, str] = {}
 
     def add(self, cell: Cell) -> int | None:
         """Add a cell's first cases; return its index, or None where it has none."""
@@ -64,6 +66,7 @@ class Details:
             "probes": list(self._probes.items),
             "lists": list(self._lists.items),
             "cells": self._cells,
+            "kinds": self._kinds,
         }
 
     def _text(self, text: str | None) -> int:
@@ -78,6 +81,7 @@ class Details:
         return [self._text(case.case), case.edits, probes, after, marks, self._numbers(case.answers)]
 
     def _probe(self, answer: Answer) -> int:
+        self._kinds.setdefault(answer.kind, kinds.label(answer.kind))
         return self._probes((
             self._text(answer.kind), self._text(answer.prompt), tuple(map(self._text, answer.answers)),
             self._text(answer.text_before), int(answer.changes), self._mark(answer, 0),

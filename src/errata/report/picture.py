@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,11 @@ FORMS = (".png", ".svg")
 
 
 def panels(
-    path: Path, title: str, columns: int, height: float, *, rows: int = 1, beside: float = 0.0
+    path: Path, title: str, columns: int, height: float, *, heights: Sequence[float] = (1.0,)
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of panels, row by row, for a file of this name; ``height`` of all in inches.
 
-    ``beside``: inches at the right of them, for a legend outside the panels.
+    ``heights``: of the rows, in proportion to one another.
 
     Raises ConfigError without matplotlib or for another ending than .png and .svg.
     """
@@ -31,10 +32,10 @@ def panels(
     from matplotlib.figure import Figure
 
     figure = Figure(
-        figsize=(WIDTH * max(1.0, columns / 2) + beside, height), facecolor=LIGHT.ground, layout="constrained"
+        figsize=(WIDTH * max(1.0, columns / 2), height), facecolor=LIGHT.ground, layout="constrained"
     )
     figure.suptitle(title, color=LIGHT.ink, fontsize=12, fontweight="bold", x=0.012, ha="left")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     return figure, [styled(one, LIGHT) for row in axes for one in row]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ import pytest
 from errata.report.details import LONGEST, judging_protocols
 from errata.report.page import document, page, write_page
 from errata.report.read import read_run
+from tests.browser import Browser, program
 from tests.units.report.synthetic import NASTY, case_line, row, write_run, write_small
 
 
@@ -161,44 +161,63 @@ def test_reports_load_neither_torch_nor_transformers(folder, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    with sync.sync_playwright() as tools:
-        opened = tools.chromium.launch(executable_path=found, args=options)
-        yield opened
-        opened.close()
+LONG = "zsre/alt@/srv/data/collections/zsre_mend_train-10k-of-all-questions-and-answers.json:12"
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-def test_in_a_browser(browser, run, tmp_path, width):
+def texts(tab: Browser, selector: str) -> list[str]:
+    """Return the texts of some elements of a page."""
+    return tab.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.innerText.trim())")
+
+
+def choose(tab: Browser, place: int, value: str) -> None:
+    """Choose an option of one of the lists above the cases."""
+    tab.run(
+        f"(() => {{ const one = document.querySelectorAll('#cases select')[{place}]; one.value = '{value}'; "
+        "one.dispatchEvent(new Event('change')); })()"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(program() is None, reason="no Chromium; tests/units/serve/chromium.sh installs it")
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
+def test_in_a_browser(run, tmp_path, width, dark):
     path = write_page(tmp_path / "page.html", [run])
-    tab = browser.new_page(viewport={"width": width, "height": 800})
-    errors: list[str] = []
-    asked: list[str] = []
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(path.as_uri())
-    assert tab.evaluate("window.hacked") is None
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    tab.locator("#protocol .choice").nth(1).click()
-    assert tab.locator("#curves figure svg").count() == 4
-    tab.locator("#board [data-sort='efficacy']").click()
-    assert tab.locator("#board th[aria-sort='descending']").inner_text().startswith("efficacy")
-    shown = [
-        float(t) for t in tab.locator("#board tbody:not(.base) td:nth-child(4) .value").all_inner_texts()
-    ]
-    assert shown == sorted(shown, reverse=True) and len(shown) == 2
-    tab.locator("#cases select").nth(1).select_option("-1")
-    tab.locator("#cases select").nth(3).select_option("wrong")
-    verdicts = tab.locator("#cases td[data-label='After'] .verdict").all_inner_texts()
-    assert verdicts and all("wrong" in verdict for verdict in verdicts)
-    tab.locator("#theme").click(click_count=2)
-    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
-    assert "[object" not in tab.locator("main").inner_text()
-    assert errors == [] and asked == [path.as_uri()]
+    path.write_text(path.read_text("utf-8").replace("lab:6", LONG), "utf-8")
+    tab = Browser(tmp_path / "profile", width=width, dark=dark)
+    try:
+        tab.call("Page.navigate", url=path.as_uri())
+        tab.wait("document.readyState === 'complete' && document.getElementById('cases') !== null")
+        assert tab.run("window.hacked === undefined") and LONG in tab.run("document.body.innerText")
+        assert tab.run("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)"
+        )
+        tab.run("document.querySelectorAll('#protocol .choice')[1].click()")
+        tab.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert tab.run(OVERFLOW) == 0, "no wider than its window, whatever the names"
+        assert tab.run("document.querySelectorAll('#curves figure svg').length") == 4
+        tab.run("document.querySelector('#board [data-sort=efficacy]').click()")
+        assert texts(tab, "#board th[aria-sort='descending']")[0].startswith("Efficacy")
+        column = 1 + texts(tab, "#board thead tr:last-child th").index("Efficacy ↓".rstrip(" ↓"))
+        values = texts(tab, f"#board tbody:not(.base) td:nth-child({column}) .value")
+        assert values == sorted(values, key=float, reverse=True) and len(values) == 2
+        scrolled_away = (
+            "[...document.querySelectorAll('.scroll')].map(one => { one.scrollLeft = 200; "
+            "const name = one.querySelector('tbody th:first-child'); "
+            "return name ? name.getBoundingClientRect().left - one.getBoundingClientRect().left : 0; })"
+        )
+        assert all(0 <= left < 12 for left in tab.run(scrolled_away)), "methods stay while tables scroll"
+        choose(tab, 1, "-1")
+        assert not texts(tab, "#cases td[data-label='Before'] .wrong"), "in colour after the edit alone"
+        assert (
+            "same subject" in texts(tab, "#cases select")[2] and "same_subject" not in texts(tab, "#cases")[0]
+        )
+        choose(tab, 3, "wrong")
+        verdicts = texts(tab, "#cases td[data-label='After'] .verdict")
+        assert verdicts and all("wrong" in verdict for verdict in verdicts)
+        tab.run("document.getElementById('theme').click(); document.getElementById('theme').click()")
+        assert tab.run("document.documentElement.dataset.theme") == "dark"
+        assert "[object" not in texts(tab, "main")[0]
+        assert tab.problems() == [] and tab.requested() == {path.as_uri()}
+    finally:
+        tab.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from errata.serve.settings import ServerSettings
-from tests.units.serve.browser import Browser, program
+from tests.browser import Browser, program
 from tests.units.serve.served import new_ledger, quick_guard, running, with_ledger
 from tests.units.serve.test_page import run as run  # the fixture
 

@@ -4,6 +4,7 @@ const PAGE = 60;
 const WORDS = ["", "wrong", "right"];
 const shown = { case: 0, kind: "", filter: "all", count: PAGE };
 
+const kindName = (kind) => data.details.kinds[kind] || kind;
 const string = (i) => (i < 0 ? null : data.details.strings[i]);
 const digit = (mark, place) => Math.floor(mark / 3 ** place) % 3;
 
@@ -61,7 +62,7 @@ function casesSection() {
     el("div", { class: "controls" }, caseMethod(),
       chooser("Case", [["-1", `all ${cell.cases.length.toLocaleString("en")} cases`], ...cell.cases.map((_, i) => [i, caseName(cell, i)])], shown.case,
         (i) => { shown.case = Number(i); refreshCases("#cases label:nth-child(2) select"); }, "wide"),
-      chooser("Kind", [["", "every kind"], ...kinds.map((kind) => [kind, kind.replaceAll("_", " ")])], shown.kind,
+      chooser("Kind", [["", "every kind"], ...kinds.map((kind) => [kind, kindName(kind)])], shown.kind,
         (kind) => { shown.kind = kind; refreshCases("#cases label:nth-child(3) select"); }),
       chooser("Show", [["all", "all probes"], ["wrong", "wrong after the edit"], ["changed", "text changed"], ["broken", "right before, wrong after"]], shown.filter,
         (filter) => { shown.filter = filter; refreshCases("#cases label:nth-child(4) select"); }),
@@ -116,19 +117,20 @@ function probeTable(cell) {
 function probeRow(probe) {
   const label = (name, ...children) => el("td", { "data-label": name }, children);
   return el("tr", {},
-    el("td", { class: "kind", "data-label": "Kind" }, probe.kind.replaceAll("_", " "), probe.changes ? null : el("span", { class: "verdict" }, "must not change")),
+    el("td", { class: "kind", "data-label": "Kind" }, kindName(probe.kind), probe.changes ? null : el("span", { class: "verdict" }, "must not change")),
     label("Prompt", el("span", { class: "text" }, probe.prompt)),
     label("Answers", probe.answers.length ? probe.answers.slice(0, 4).join(" or ") : NONE,
       probe.answers.length > 4 ? el("span", { class: "verdict" }, `and ${probe.answers.length - 4} more`) : null),
-    label("Before", answer(probe.before, verdict(probe, 0))),
-    label("After", answer(probe.after, verdict(probe, 1))),
+    label("Before", answer(probe.before, verdict(probe, 0), "")),
+    label("After", answer(probe.after, verdict(probe, 1), WORDS[verdict(probe, 1)])),
     label("Other protocols", others(probe)));
 }
 
-function answer(text, mark) {
+// In colour after the edit alone: before it, most probes of what is to change are wrong.
+function answer(text, mark, className) {
   return [
     text === null ? el("span", { class: "muted" }, "not generated") : el("span", { class: "text" }, text || "(empty)"),
-    mark ? el("span", { class: `verdict ${WORDS[mark]}` }, `${mark === 2 ? "✓" : "✗"} ${WORDS[mark]}`) : null,
+    mark ? el("span", { class: `verdict ${className}` }, `${mark === 2 ? "✓" : "✗"} ${WORDS[mark]}`) : null,
   ];
 }
 

@@ -229,7 +229,8 @@ function radar(one, other) {
   if (kinds.length < 3) {
     return el("p", { class: "empty" }, "A radar needs at least three kinds of probes; this board has fewer.");
   }
-  const [width, height, radius] = [350, 290, 90];
+  const longest = Math.max(...kinds.map((kind) => kind.label.length));
+  const [width, height, radius] = [Math.max(350, 2 * (90 + 12 + 6.6 * longest)), 290, 90]; // 6.6: a character of 12 px
   const [cx, cy] = [width / 2, height / 2];
   const point = (i, r) => {
     const angle = (2 * Math.PI * i) / kinds.length - Math.PI / 2;
@@ -237,7 +238,7 @@ function radar(one, other) {
   };
   const path = (values) => values.map((v, i) => point(i, radius * v).map((n) => n.toFixed(1)).join()).join(" ");
   const values = (e) => kinds.map((kind) => (measuresOf(e)[kind.id] || [0])[0]);
-  const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
+  const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, class: "radar", role: "img",
     "aria-label": `Radar of ${one.name}${other ? ` compared with ${other.name}` : ""}; the bars show the same numbers.` });
   for (const r of [0.25, 0.5, 0.75, 1]) {
     drawn.append(svg("polygon", { points: path(kinds.map(() => r)), fill: "none", stroke: "var(--rule)" }));
