@@ -49,14 +49,19 @@ class _Seen:
     """A picture that was given to a host."""
 
     number: int
-    image: Any
-    """Pillow's image, RGB."""
+    data: bytes
+    """The image file; decoded when a batch needs it, for thousands of decoded pictures do not fit in memory."""
     text: str
     """How the processor writes it out, delimiters and placeholders."""
     count: int
     """Number of its placeholders."""
     ids: Ids
     """What stands for it in a row: the text's ids, the number in place of placeholders."""
+
+    @property
+    def image(self) -> Any:
+        """Pillow's image, RGB."""
+        return _opened(self.data, f"picture {self.number}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class PictureCodec(CausalCodec):
         text, ids = self._written(image)
         number = next(self._numbers)
         own = tuple(number if token == self.placeholder else token for token in ids)
-        self._seen[picture.key] = _Seen(number, image, text, own.count(number), own)
+        # of two threads that were given the picture at once, both go on with the first one's number
+        self._seen.setdefault(picture.key, _Seen(number, picture.data, text, own.count(number), own))
 
     @contextmanager
     def seeing(self, pictures: Sequence[Picture]) -> Iterator[None]:
@@ -385,9 +391,10 @@ class PictureCodec(CausalCodec):
 
         @lru_cache(BATCHES)
         def prepare(numbers: tuple[int, ...]) -> Mapping[str, Tensor]:
-            by_number = {seen.number: seen.image for seen in self._seen.values()}
+            wanted = set(numbers)
+            images = {seen.number: seen.image for seen in self._seen.values() if seen.number in wanted}
             output = self._process(
-                [by_number[number] for number in numbers], [self.form * len(numbers)], return_tensors="pt"
+                [images[number] for number in numbers], [self.form * len(numbers)], return_tensors="pt"
             )
             return {
                 name: value for name, value in output.items()
