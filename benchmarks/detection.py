@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.methods, options.counts, options.seeds, options.rome = ["rome"], [1], [1], 1
         options.controls = 1
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = [one for one in rows if "failed" not in one]  # tried again: what failed may have been mended
     known = {(one["kind"], one["count"], one["seed"]) for one in rows}
     base, host = errata.load(lab.NAME, device="cpu"), errata.load(lab.NAME, device="cpu")
     for facts, make, arguments in plan(options):
