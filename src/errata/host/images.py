@@ -22,6 +22,7 @@ from errata.host import files, hooks, locking, two_towers
 from errata.host.base import ModelHost
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.kinds import IMAGES
+from errata.host.memory import ran_out
 from errata.host.open import _device, _dtype
 from errata.host.passes import Pass, Ran
 
@@ -72,11 +73,27 @@ class ImageHost(ModelHost):
         """Floating type of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of images the model was made for; None if any will do or if that is unknown."""
-        size = getattr(_vision(self.config), "image_size", None)
-        return self.pixels.size or _pair("config.json", size)
+        """Height and width of images the model was made for; None if any will do or if that is unknown.
+
+        The image processor's, unless the configuration names another and the model takes that alone.
+        """
+        named, own = self.pixels.size, _pair("config.json", getattr(_vision(self.config), "image_size", None))
+        if named is None or own is None or named == own:
+            return named or own
+        return named if self._takes(named) else own
+
+    @torch.no_grad()
+    def _takes(self, size: tuple[int, int]) -> bool:
+        """Whether the model runs on an image of a size; tables of positions may allow one alone."""
+        try:
+            self._run(torch.zeros(1, self.channels, *size))
+        except (RequestError, RuntimeError, TypeError) as error:
+            if ran_out(error):
+                raise
+            return False
+        return True
 
     @property
     def channels(self) -> int:
@@ -343,7 +360,8 @@ def _pixels(folder: Path) -> Pixels:
                 f"{path} normalises by factor {scale:g}, mean {mean} and deviation {std}: expected finite "
                 "numbers, as many means as deviations, none of them or of the factor 0"
             )
-        return Pixels(scale, mean, std, _pair(path, settings.get("size")))
+        cropped = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+        return Pixels(scale, mean, std, _pair(path, settings.get("size") if cropped is None else cropped))
 
 
 def _channels(path: Path, settings: Mapping[str, Any], key: str) -> tuple[float, ...]:
