@@ -23,7 +23,7 @@ from errata.host.base import ModelHost
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.kinds import IMAGES
 from errata.host.memory import ran_out
-from errata.host.open import _device, _dtype
+from errata.host.open import as_device, as_dtype
 from errata.host.passes import Pass, Ran
 
 BATCH = 32
@@ -291,10 +291,10 @@ def load_images(
     A folder's ``preprocessor_config.json`` sets how pixels from 0 to 1 are normalised; without one, and for a
     live model, images are passed on unchanged. Raises HostError as :func:`errata.host.open.load` does.
     """
-    torch_dtype, place = _dtype(dtype), _device(device)
+    torch_dtype, place = as_dtype(dtype), as_device(device)
     if isinstance(model, nn.Module):
         live: Any = model
-        _refuse_unusable(live)
+        refuse_unusable(live)
         if device != "auto" or torch_dtype is not None:
             live = live.to(device=None if device == "auto" else place, dtype=torch_dtype)
         label = name or getattr(live.config, "_name_or_path", "") or type(live).__name__
@@ -303,7 +303,7 @@ def load_images(
         folder = Path(model).expanduser()
         live = _open(folder, torch_dtype, trust_remote_code).to(place)
         label, pixels = name or str(model), _pixels(folder)
-    _refuse_unusable(live)
+    refuse_unusable(live)
     return ImageHost(live, name=label, pixels=pixels)
 
 
@@ -322,7 +322,7 @@ def _open(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     return model
 
 
-def _refuse_unusable(model: nn.Module) -> None:
+def refuse_unusable(model: nn.Module) -> None:
     """Raise HostError for tensors that are not in memory or not finite; running statistics count."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
