@@ -11,6 +11,7 @@ from torch import Tensor
 from errata.errors import HostError
 from errata.host import placement
 from errata.host.host import Host
+from errata.host.memory import ran_out
 
 LEFT_OUT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 """Fields of a configuration that say where a model came from, not what it computes."""
@@ -56,6 +57,8 @@ def model_beside(host: Host, config: Mapping[str, Any], weights: Mapping[str, Te
             model: Any = AutoModelForCausalLM.from_config(settings)
         result = model.load_state_dict(dict(weights), strict=False)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        if ran_out(error):
+            raise
         raise HostError(f"{name} cannot be built from its configuration and weights: {error}") from error
     needed = {n for n, _ in model.named_parameters()}
     missing = sorted(needed & set(result.missing_keys))
