@@ -42,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reps": {"steps": 1, "learning_rate": 0.05, "positions": "last"},
 }
 """Settings that differ from the defaults."""
+SETS = ("blocks", "size", "held", "texts", "tokens", "limit")
+"""Options that rows depend on; a file is continued with the same ones only."""
 
 
 def methods() -> list[str]:
@@ -107,7 +109,21 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def earlier_rows(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a file that is continued; none where there is no file.
+
+    Raises SystemExit for one made with other settings, or that names none.
+    """
+    if not file.exists():
+        return []
+    document = json.loads(file.read_text())
+    found = document.get("settings")
+    if found != settings:
+        raise SystemExit(f"{file} was made with the settings {found}, expected {settings}: name another file")
+    return document["rows"]
+
+
+def main(words: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file of rows")
@@ -121,8 +137,9 @@ def main() -> None:
         "--limit", type=float, default=1.2, help="perplexity allowed, of the unsteered model's"
     )
     parser.add_argument("--figure", type=Path, help="draw the sweeps to a .png or .svg file")
-    options = parser.parse_args()
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    options = parser.parse_args(words)
+    settings = {name: getattr(options, name) for name in SETS}
+    rows = earlier_rows(options.output, settings)
     host = errata.load("lab")
     blocks: list[Block] = []
     for method in options.methods or methods():
@@ -130,7 +147,7 @@ def main() -> None:
             continue
         blocks = blocks or [Block(host, number, options) for number in range(options.blocks)]
         rows += run(host, method, blocks, options.limit)
-        document = {"task": TASK, "limit": options.limit, "rows": rows}
+        document = {"task": TASK, "limit": options.limit, "settings": settings, "rows": rows}
         options.output.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{method}: {rows[-1].get('steered', rows[-1])}", file=sys.stderr)
     print("\n".join(table(rows)))

@@ -325,13 +325,18 @@ def folded(text: str) -> str:
 
 def names(text: str, phrase: str) -> bool:
     """Whether a text contains a phrase as whole words; in scripts without spaces, anywhere."""
+    return find_name(text, phrase) >= 0
+
+
+def find_name(text: str, phrase: str) -> int:
+    """Return where a text first contains a phrase as whole words, see :func:`names`; -1 where it does not."""
     at = text.find(phrase) if phrase else -1
     while at >= 0:
         before, after = text[at - 1 : at], text[at + len(phrase) : at + len(phrase) + 1]
         if not (_one_word(before, phrase[0]) or _one_word(phrase[-1], after)):
-            return True
+            return at
         at = text.find(phrase, at + 1)
-    return False
+    return -1
 
 
 def _one_word(first: str, second: str) -> bool:

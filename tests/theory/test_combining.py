@@ -118,6 +118,15 @@ def test_dare_and_breadcrumbs_of_edits_are_those_of_their_matrices():
     a, b = edit(1), edit(2)
     twice = [combine([a, b], "dare", shares=Shares(drop=0.5), seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(total(twice[0]), total(twice[1])) and not torch.equal(total(twice[0]), total(twice[2]))
+    c, d = edit(3, (ONE, TWO)), edit(4, (TWO,))  # weight by weight, and of each the edits in turn
+    merged, draw = combine([c, d], "dare", shares=Shares(drop=0.5), seed=5), torch.Generator().manual_seed(5)
+    for name in (ONE, TWO):
+        whole = [
+            total(e, name) if name in e.deltas else torch.zeros(SHAPE)
+            for e in sorted((c, d), key=lambda e: e.digest)
+        ]
+        expected = torch.stack([merging.dare(w, drop=0.5, generator=draw) for w in whole]).sum(0)
+        assert torch.equal(total(merged, name), expected)
     crumbs = combine([a, b], "breadcrumbs", scale=0.4)
     expected = (
         torch.stack([merging.breadcrumbs(total(e), smallest=0.2, largest=0.1) for e in (a, b)]).sum(0) * 0.4
@@ -192,3 +201,12 @@ def test_edits_made_in_different_formats_are_not_one():
     a = edit(1, request="Ada Brenner", prompt_format={"template": "chat"})
     with pytest.raises(EditError, match="prompt formats"):
         combine([a, edit(2, request="Ivo Marn")])
+
+
+def test_an_edit_that_is_subtracted_brings_neither_requests_nor_their_format():
+    a = edit(1, request="Ada Brenner", prompt_format={"template": "chat"})
+    b = edit(2, request="Ivo Marn")
+    left = combine([a, b], weights=[1, -1])
+    assert left.provenance.requests == a.provenance.requests
+    assert left.provenance.prompt_format == {"template": "chat"}
+    assert combine([a, b], weights=[1, -1], scale=-1).provenance.requests == b.provenance.requests

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import errata
-from errata.edits.memory import Intervention, MemoryEdit, name_end
+from errata.edits import memory_active
+from errata.edits.memory import Intervention, MemoryEdit
+from errata.edits.memory_active import name_end
 from errata.edits.routers.always import Always
 from errata.edits.routers.lexical import Lexical
 from errata.errors import ConfigError, EditError
 from errata.host import hooks
 from errata.methods._method import Workspace
 from errata.methods.remedi import METHOD, Config, _attributes, _example, _loss
+from errata.writing import folded, names
 from tests.models import fresh
 
 ADA = errata.Request("{} was born in", "Ada Brenner", "Merrin")
@@ -41,6 +46,41 @@ def test_the_name_s_last_token_is_found_where_it_is_first_said_in_full():
         )
     assert name_end(tokens, list(host.encode("Adam was born").ids), "Ada") is None
     assert name_end(tokens, [], "Ada") is None
+
+
+class Counted:
+    """A tokenizer that counts what it decodes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.tokens = tokenizer, 0
+
+    def decode(self, ids: list[int], **more: Any) -> str:
+        self.tokens += len(ids)
+        return self.tokenizer.decode(ids, **more)
+
+
+def test_a_long_prompt_is_decoded_a_few_times_and_a_name_looked_for_once_in_a_pass(monkeypatch):
+    host = fresh("llama")
+    ids = list(host.encode("The rain fell on Adam. " * 40 + "Ada Brenner was born in").ids)
+    counted = Counted(host.tokenizer)
+    beginnings = [folded(host.tokenizer.decode(ids[: at + 1])) for at in range(len(ids))]
+    first = next(at for at, text in enumerate(beginnings) if names(text, "ada brenner"))
+    assert name_end(counted, ids, "Ada Brenner") == first
+    assert counted.tokens < (2 + len(ids).bit_length()) * len(ids)
+
+    calls: list[str] = []
+
+    def once(tokenizer: Any, ids: Any, phrase: str) -> int | None:
+        calls.append(phrase)
+        return name_end(tokenizer, ids, phrase)
+
+    monkeypatch.setattr(memory_active, "name_end", once)
+    made = errata.edit(host, ADA, method="in_prompt").provenance
+    zeros = {"values": torch.zeros(1, host.layout.width)}
+    interventions = tuple(Intervention(block, "add", zeros, "subject") for block in host.layout.blocks[:2])
+    with MemoryEdit(interventions, Lexical(("Ada Brenner",)), made).on(host):
+        host.forward(host.batch([host.encode_prompt(ADA.text)]))
+    assert calls == ["Ada Brenner"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -97,6 +97,24 @@ def test_a_model_is_impaired_then_repaired(impair):
         assert float(Losses(host, ANSWERS)([0, 1]).mean()) == pytest.approx(facts["nll"], abs=1e-3)
 
 
+def test_no_pass_has_more_texts_than_a_batch(monkeypatch):
+    host, counts = sharp(), []
+
+    def counted(host, lines):
+        counts.append(len(lines))
+        return noisy_losses(host, lines)
+
+    monkeypatch.setattr(unsir, "noisy_losses", counted)
+    more = {"retain_texts": 4, "steps": 1, "repair_steps": 1, "forgotten": None, "layers": [1]}
+    whole = errata.edit(host, REQUESTS, method="unsir", corpus=CORPUS, **more)
+    assert max(counts) > 1
+    counts.clear()
+    parts = errata.edit(host, REQUESTS, method="unsir", corpus=CORPUS, batch_size=1, **more)
+    assert set(counts) == {1}
+    for name in ("nll_before", "retained_nll_before", "retained_nll"):
+        assert parts.provenance.notes[name] == pytest.approx(whole.provenance.notes[name], abs=1e-4)
+
+
 def test_impairing_ends_once_the_old_answers_cost_enough():
     host = sharp()
     words = sorted({word.strip(".,") for text in TEXTS for word in text.split()})

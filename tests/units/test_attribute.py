@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from errata.cli.main import app
 from errata.errors import ConfigError, DataError
+from errata.inspect import attribute as module_of_gradients
 from errata.inspect.attribute import (
     METHODS,
     Basis,
@@ -107,10 +108,29 @@ def test_a_basis_of_all_directions_keeps_norms():
 
     inputs, gradients = (torch.randn(7, width, generator=generator) for width in (4, 3))
     pairs = Pairs(inputs, gradients, False, torch.zeros(7, dtype=torch.int64))
-    basis = Basis.leading([pairs], 99)
+    sums = [side.double().mT @ side.double() for side in (inputs, gradients)]
+    basis = Basis.leading(*sums, 99)
     whole = pairs.gradients.mT @ pairs.inputs
     assert float(basis.features(pairs).norm()) == pytest.approx(float(whole.norm()), rel=1e-5)
-    assert basis.features(pairs).shape == (12,) and Basis.leading([pairs], 2).inputs.shape == (2, 4)
+    assert basis.features(pairs).shape == (12,) and Basis.leading(*sums, 2).inputs.shape == (2, 4)
+
+
+@pytest.mark.parametrize("room", [2**32, 1])
+def test_directions_summed_batch_by_batch_are_those_of_all_tokens_at_once(monkeypatch, room):
+    monkeypatch.setattr(module_of_gradients, "SUMS", room)
+    host = fresh("llama", seed=2)
+    found = Gradients(host, TEXTS, rank=5, batch_size=2)
+    rows = [row for text in TEXTS if (row := text_row(host, text)) is not None]
+    pairs = collect_rows(host, rows, found.modules, tokens="all", margin=True)
+    assert list(found.bases) == found.modules and len(found.modules) == 3
+    for name, basis in found.bases.items():
+        inputs, gradients = (
+            torch.cat([getattr(one[name], side) for one in pairs]).double()
+            for side in ("inputs", "gradients")
+        )
+        for own, side in ((basis.inputs, inputs), (basis.outputs, gradients)):
+            whole = torch.linalg.svd(side, full_matrices=False).Vh[:5]  # [5, d]
+            torch.testing.assert_close(own.mT @ own, (whole.mT @ whole).float(), rtol=1e-3, atol=1e-4)
 
 
 def test_bm25_counts_rare_words():

@@ -14,6 +14,7 @@ from errata.evaluation.metrics.routing import drift
 from errata.host import hooks, passes, placed
 from errata.host.experts import stack_of
 from errata.host.host import Host
+from errata.host.layout import linear_map
 from errata.host.routed import routed
 from errata.linalg.block_moments import BlockMoments
 from errata.locate.keys import capture, subject_place
@@ -60,6 +61,25 @@ def test_the_layout_names_stacked_experts(host: Host):
     assert (site.part == "experts") == (
         host.family == "deepseek_v3"
     )  # else it is the feed-forward's own site
+
+
+def test_memory_that_runs_out_is_no_reading_of_a_module(monkeypatch: pytest.MonkeyPatch):
+    host = fresh("mixtral")
+    module: Any = host.model.get_submodule(host.layout.site(1, "experts").name)
+    expected = module.__dict__.pop("_errata_stack")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "forward", runs_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            stack_of(module)
+    assert stack_of(module) == expected  # nothing was kept of the failure
+    linear: Any = torch.nn.Linear(3, 2)
+    linear.forward = runs_out
+    with pytest.raises(torch.OutOfMemoryError):
+        linear_map(linear, 3, torch.zeros(1))
+
+
+def runs_out(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_the_output_is_the_joined_weight_times_the_block_key(host: Host):

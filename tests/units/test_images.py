@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,47 @@ def folder(tmp_path_factory) -> Path:
     }  # fmt: skip
     (target / "preprocessor_config.json").write_text(json.dumps(settings))
     return target
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        (
+            {
+                "size": {"shortest_edge": 48},
+                "crop_size": {"height": SIDE, "width": SIDE},
+                "do_center_crop": True,
+            },
+            SIDE,
+        ),
+        ({"size": {"height": 48, "width": 48}, "crop_size": SIDE}, SIDE),
+        ({"size": SIDE, "crop_size": 48, "do_center_crop": False}, SIDE),
+        ({"size": {"height": 48, "width": 48}}, SIDE),  # the model's table of positions allows no other
+    ],
+)
+def test_a_folder_of_pictures_that_are_cropped_is_of_the_size_behind_the_crop(
+    folder, tmp_path, settings, size
+):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    host = errata.load(tmp_path, device="cpu")
+    assert host.size == (size, size)
+    assert host.layout.prefix == 1 and len(host.layout.sites) > 0
+
+
+def test_a_processor_sets_the_size_of_a_model_that_takes_any(tmp_path):
+    model = fresh_images("resnet").model
+    model.config.image_size = SIDE
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 48}))
+    assert errata.load(tmp_path, device="cpu").size == (48, 48)
+
+
+def test_a_model_that_takes_no_image_of_the_size_it_names_has_no_layout():
+    host = fresh_images("vit")
+    host.model.config.image_size = 48
+    with pytest.raises(HostError, match=r"does not take an image of \[1, 3, 48, 48\]"):
+        _ = host.layout
 
 
 def test_a_folder_opens_as_what_it_holds(folder, tmp_path):

@@ -153,6 +153,24 @@ def test_training_comes_closer_and_resumes_to_the_same_bits(tmp_path):
         tuned.lens_of(fresh("llama", seed=1), saved)
 
 
+def test_losses_by_layer_and_batch_are_those_of_all_at_once(host):
+    rows = [tuple(host.encode(text).ids) for text in TEXTS[:3]]
+    maps = tuned.Maps(3, 32)
+    with torch.no_grad():
+        maps.matrix.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    lens = Lens(host, maps.translate)
+    task = tuned._Task(lens, maps, rows, rows * 6)  # more than a batch is held out
+    states = torch.cat(lens.states(rows), 1)
+    logs = [lens.read(layer, states[layer]).log_softmax(-1) for layer in range(4)]
+    losses = torch.stack([(logs[3].exp() * (logs[3] - own)).sum(-1).mean() for own in logs[:3]])
+    expected = torch.autograd.grad(losses.sum(), [maps.matrix, maps.bias])
+    found, gradients = task.differentiate(0, [0, 1, 2])
+    assert found["loss"] == pytest.approx(float(losses.sum().detach()), rel=1e-5)
+    for own, whole in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-4, atol=1e-6)
+    assert task.by_layer() == pytest.approx(losses.tolist(), rel=1e-5)
+
+
 def test_too_few_rows_are_refused():
     host = fresh("llama")
     with pytest.raises(ConfigError, match="ten rows"):

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from benchmarks import steering as board
 from typer.testing import CliRunner
 
 from errata import lab
@@ -214,3 +215,19 @@ def test_what_the_verb_refuses(few, tmp_path):
         assert isinstance(result.exception, ErrataError) and message in str(result.exception), more
     told = json.loads(run(*words, "--dry-run", "--json"))
     assert told["pairs"] == [8, 2, 2] and not list(tmp_path.iterdir())
+
+
+# --- the board ------------------------------------------------------------------------------
+
+
+def test_a_board_is_continued_with_its_own_settings_only(tmp_path):
+    file, settings = tmp_path / "steering.json", {"blocks": 2, "size": 64}
+    assert board.earlier_rows(file, settings) == []
+    file.write_text(json.dumps({"settings": settings, "rows": [{"method": "caa"}]}))
+    assert board.earlier_rows(file, settings) == [{"method": "caa"}]
+    for other in ({"blocks": 3, "size": 64}, {"blocks": 2}):
+        with pytest.raises(SystemExit, match="name another file"):
+            board.earlier_rows(file, other)
+    file.write_text(json.dumps({"limit": 1.2, "rows": [{"method": "caa"}]}))
+    with pytest.raises(SystemExit, match="settings None"):
+        board.main(["-o", str(file)])

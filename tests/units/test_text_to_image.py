@@ -15,6 +15,7 @@ import errata
 from errata.cli.main import app
 from errata.errors import HostError, RequestError
 from errata.evaluation.concepts import distances
+from errata.host.cross_attention import discover
 from errata.host.text_to_image import TextToImageHost, load_pipeline
 from tests.pipelines import (
     WINDOW,
@@ -99,6 +100,14 @@ def test_joint_attention_has_no_maps_of_the_text_alone():
     ]
     with pytest.raises(HostError, match="no map of keys or values reads the text alone"):
         edited(host, errata.Request(**REQUEST), method="uce")
+
+
+def test_memory_that_runs_out_is_not_a_denoiser_of_another_kind():
+    def draw(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        discover(torch.nn.Linear(2, 2), "unet", torch.zeros(1, 1, 2), draw)
 
 
 def test_tokens_are_those_of_a_span(host):

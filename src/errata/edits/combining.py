@@ -11,7 +11,7 @@ Edits by closed forms need not be added: :func:`errata.refit` solves for all the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ METHOD = "combine"
 """What a combined edit has in the place of a method's name."""
 HOWS = ("sum", "analogy", "paint", "ties", "dare", "breadcrumbs")
 """Ways of combining."""
-Dense = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -200,15 +199,22 @@ def _entrywise(
     if not terms:
         return {}, frozenset()
     shapes = _shapes(terms)
-    vectors = [_dense(edit, factor, shapes) for edit, factor in terms]
-    if how == "ties":
-        flat = torch.stack([torch.cat([tensor.flatten() for tensor in one.values()]) for one in vectors])
+    if how == "ties":  # ranks the entries of all weights
+        flat = torch.stack(
+            [
+                torch.cat([_dense(edit, factor, name, shape).flatten() for name, shape in shapes.items()])
+                for edit, factor in terms
+            ]
+        )
         merged = merging.ties(flat, density=shares.density, majority=True)
         parts = torch.split(merged, [math.prod(shape) for shape in shapes.values()])
         result = {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
     else:
         keep = _dropper(shares.drop, seed) if how == "dare" else _trimmer(shares)
-        result = {name: torch.stack([keep(one[name]) for one in vectors]).sum(0) for name in shapes}
+        result = {
+            name: torch.stack([keep(_dense(edit, factor, name, shape)) for edit, factor in terms]).sum(0)
+            for name, shape in shapes.items()
+        }
     deltas: dict[str, Delta] = {name: tensor * scale for name, tensor in result.items() if tensor.any()}
     return deltas, frozenset(name for edit, _ in terms for name in edit.transposed) & deltas.keys()
 
@@ -231,14 +237,11 @@ def _shapes(terms: Sequence[tuple[WeightEdit, float]]) -> dict[str, tuple[int, .
     return dict(sorted(shapes.items()))
 
 
-def _dense(edit: WeightEdit, factor: float, shapes: Mapping[str, tuple[int, ...]]) -> Dense:
-    """Return an edit's deltas times a factor as whole matrices in float32, zeros where it changes nothing."""
-    result: Dense = {}
-    for name, shape in shapes.items():
-        zeros = torch.zeros(shape)
-        delta, _ = _alike(edit.deltas.get(name, zeros), zeros)
-        result[name] = (delta.dense() if isinstance(delta, LowRank) else delta).float() * factor
-    return result
+def _dense(edit: WeightEdit, factor: float, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return an edit's change of a weight times a factor, whole in float32; zeros where it does not change it."""
+    zeros = torch.zeros(shape)
+    delta, _ = _alike(edit.deltas.get(name, zeros), zeros)
+    return (delta.dense() if isinstance(delta, LowRank) else delta).float() * factor
 
 
 def _inner(one: WeightEdit, other: WeightEdit) -> float:
@@ -263,7 +266,9 @@ def _provenance(
     named = sorted(parents, key=lambda edit: edit.digest) if how != "analogy" else list(parents)
     requests = {r: None for edit, factor in terms if factor * scale > 0 for r in edit.provenance.requests}
     formats = {
-        tuple(sorted(edit.provenance.prompt_format.items())) for edit, _ in terms if edit.provenance.requests
+        tuple(sorted(edit.provenance.prompt_format.items()))
+        for edit, factor in terms
+        if factor * scale > 0 and edit.provenance.requests
     }
     if len(formats) > 1:
         raise EditError(

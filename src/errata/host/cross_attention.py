@@ -21,6 +21,7 @@ from errata.errors import HostError
 from errata.host import hooks
 from errata.host.layout import DECODER, Layout, Site
 from errata.host.layout import Part as TextPart
+from errata.host.memory import ran_out
 
 CrossPart = Literal["cross_key", "cross_value"]
 MAPS: dict[str, CrossPart] = {
@@ -153,6 +154,8 @@ def discover(denoiser: nn.Module, name: str, states: Tensor, draw: Callable[[Ten
         try:
             draw(states)
         except Exception as error:  # what a denoiser of another kind asks for is not known here
+            if ran_out(error):
+                raise
             return Cross(refused=f"{type(denoiser).__name__} does not run on a text alone ({_line(error)})")
     sites: list[CrossSite] = []
     owners: list[str] = []

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.host.memory import ran_out
 from errata.host.placement import packed
 
 _KEPT = "_errata_stack"
@@ -127,7 +128,9 @@ def _find(module: Any) -> Stack | None:
         try:
             if _computes(module, stack):
                 return stack
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+            if ran_out(error):
+                raise
             continue  # takes or computes something else
     return None
 
@@ -150,7 +153,10 @@ def _candidates(module: nn.Module) -> Iterator[Stack]:
 
 
 def _computes(module: Any, stack: Stack) -> bool:
-    """Whether a module's output is W_cat kappa and the biases, for random tokens and routes."""
+    """Whether a module's output is W_cat kappa and the biases, for random tokens and routes.
+
+    Computed expert by expert: a wide copy of all of them may not fit beside the model.
+    """
     weight = getattr(module, stack.leaf)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, stack.width, generator=generator).to(weight)
@@ -164,6 +170,10 @@ def _computes(module: Any, stack: Stack) -> bool:
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
         return False
     kappa = stack.keys(module, call, {})
-    expected = kappa @ stack.joined(weight.to(kappa.dtype)).mT + stack.bias(module, call, {})
+    keys = kappa.unflatten(1, (stack.experts, stack.inner))  # [tokens, E, m]
+    expected = torch.zeros_like(hidden, dtype=kappa.dtype) + stack.bias(module, call, {})
+    for expert in index.unique().tolist():
+        own = weight[expert].to(kappa.dtype)
+        expected += keys[:, expert] @ (own if stack.transposed else own.mT)
     close = 2e-2 if weight.element_size() < 4 else 1e-4
     return float((output - expected).abs().max()) <= close * float(output.abs().max()) > 0

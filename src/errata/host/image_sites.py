@@ -209,6 +209,11 @@ def _trace(model: nn.Module, probe: Tensor) -> list[_Event]:
                 stack.enter_context(hooks.on_output(module, leaving(name, module)))
         try:
             run(model, Pass(pixels=probe))
+        except ValueError as error:
+            raise HostError(
+                f"{type(model).__name__} does not take an image of {list(probe.shape)}, so its layout cannot be "
+                f"read ({error})"
+            ) from error
         except TypeError as error:
             raise HostError(
                 f"{type(model).__name__} passes other things than tensors through its modules, so its layout "

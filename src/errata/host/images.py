@@ -22,7 +22,8 @@ from errata.host import files, hooks, locking, two_towers
 from errata.host.base import ModelHost
 from errata.host.image_sites import ImageLayout, ImageSite, Part, discover
 from errata.host.kinds import IMAGES
-from errata.host.open import _device, _dtype
+from errata.host.memory import ran_out
+from errata.host.open import as_device, as_dtype
 from errata.host.passes import Pass, Ran
 
 BATCH = 32
@@ -72,11 +73,27 @@ class ImageHost(ModelHost):
         """Floating type of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of images the model was made for; None if any will do or if that is unknown."""
-        size = getattr(_vision(self.config), "image_size", None)
-        return self.pixels.size or _pair("config.json", size)
+        """Height and width of images the model was made for; None if any will do or if that is unknown.
+
+        The image processor's, unless the configuration names another and the model takes that alone.
+        """
+        named, own = self.pixels.size, _pair("config.json", getattr(_vision(self.config), "image_size", None))
+        if named is None or own is None or named == own:
+            return named or own
+        return named if self._takes(named) else own
+
+    @torch.no_grad()
+    def _takes(self, size: tuple[int, int]) -> bool:
+        """Whether the model runs on an image of a size; tables of positions may allow one alone."""
+        try:
+            self._run(torch.zeros(1, self.channels, *size))
+        except (RequestError, RuntimeError, TypeError) as error:
+            if ran_out(error):
+                raise
+            return False
+        return True
 
     @property
     def channels(self) -> int:
@@ -274,10 +291,10 @@ def load_images(
     A folder's ``preprocessor_config.json`` sets how pixels from 0 to 1 are normalised; without one, and for a
     live model, images are passed on unchanged. Raises HostError as :func:`errata.host.open.load` does.
     """
-    torch_dtype, place = _dtype(dtype), _device(device)
+    torch_dtype, place = as_dtype(dtype), as_device(device)
     if isinstance(model, nn.Module):
         live: Any = model
-        _refuse_unusable(live)
+        refuse_unusable(live)
         if device != "auto" or torch_dtype is not None:
             live = live.to(device=None if device == "auto" else place, dtype=torch_dtype)
         label = name or getattr(live.config, "_name_or_path", "") or type(live).__name__
@@ -286,7 +303,7 @@ def load_images(
         folder = Path(model).expanduser()
         live = _open(folder, torch_dtype, trust_remote_code).to(place)
         label, pixels = name or str(model), _pixels(folder)
-    _refuse_unusable(live)
+    refuse_unusable(live)
     return ImageHost(live, name=label, pixels=pixels)
 
 
@@ -305,7 +322,7 @@ def _open(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     return model
 
 
-def _refuse_unusable(model: nn.Module) -> None:
+def refuse_unusable(model: nn.Module) -> None:
     """Raise HostError for tensors that are not in memory or not finite; running statistics count."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -343,7 +360,8 @@ def _pixels(folder: Path) -> Pixels:
                 f"{path} normalises by factor {scale:g}, mean {mean} and deviation {std}: expected finite "
                 "numbers, as many means as deviations, none of them or of the factor 0"
             )
-        return Pixels(scale, mean, std, _pair(path, settings.get("size")))
+        cropped = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+        return Pixels(scale, mean, std, _pair(path, settings.get("size") if cropped is None else cropped))
 
 
 def _channels(path: Path, settings: Mapping[str, Any], key: str) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from errata.errors import HostError
 from errata.host import hooks, locking
 from errata.host.experts import stack_of
+from errata.host.memory import ran_out
 from errata.host.passes import Pass, run
 from errata.host.placement import is_packed, packed, sharing
 
@@ -186,11 +187,8 @@ def _discover(model: nn.Module, part: nn.Module, probe: Pass, stack: str) -> Lay
             reasons += [reason] if reason else []
         if all(attn) and all(reason.endswith(ONLY_MIXES) for reason in reasons) and not any(mlp):
             # the one part of a block writes all that the block adds, what is known of a token included
-            mlp, attn, reasons = (
-                [site and replace(site, part="mlp_out") for site in attn],
-                [None] * len(mlp),
-                [],
-            )
+            mlp, attn = [site and replace(site, part="mlp_out") for site in attn], [None] * len(mlp)
+            reasons = []
         for sites in (mlp, attn):
             reasons += _drop_shared(model, sites)
         direct = _adds_directly(model, blocks, mlp, probe)
@@ -240,7 +238,9 @@ def linear_map(module: Any, d_in: int, like: Tensor) -> tuple[int, bool] | None:
     inputs = torch.stack([one, two, one + two, torch.zeros_like(one)]).to(like)  # [4, 4, d_in]
     try:
         outputs = module.forward(inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        if ran_out(error):
+            raise
         return None  # takes something else
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != inputs.shape[:-1]:
         return None

@@ -47,8 +47,8 @@ def load(
     Raises HostError when the model cannot be opened, holds numbers that are not finite, is not fully in
     memory, or is no causal language model or encoder-decoder.
     """
-    torch_dtype = _dtype(dtype)
-    place = _device(device)
+    torch_dtype = as_dtype(dtype)
+    place = as_device(device)
     processor, blind = None, ""
     with hooks.plain_torch():
         if isinstance(model, nn.Module):
@@ -153,7 +153,8 @@ def _refuse_compiled(model: nn.Module) -> None:
 # --- from names and folders -----------------------------------------------------------------
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the dtype of a name; None for ``auto``. Raises ConfigError for an unknown one."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype if isinstance(dtype, torch.dtype) else None
     if dtype not in DTYPES:
@@ -161,7 +162,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _device(device: str) -> torch.device:
+def as_device(device: str) -> torch.device:
+    """Return the device of a name; ``auto``: a GPU where there is one. Raises ConfigError for one that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -115,6 +115,8 @@ class Routing:
         """Whether a host runs the pass, and puts other models' logits in place itself."""
         self.passing: dict[str, Tensor] = {}
         """What modules of this pass have shown to those above them, by name."""
+        self.names: dict[tuple[str, tuple[int, ...]], int | None] = {}
+        """Where prompts name phrases, by phrase and ids: the index of the token with which they first do."""
         self.decided: dict[str, Tensor] = dict(decided or {})
 
         """By edit digest, the entry that acts on each row, int64 ``[rows]``, or several ``[rows, k]``; -1: none. Also

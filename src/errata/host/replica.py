@@ -12,6 +12,7 @@ from errata.errors import HostError
 from errata.host import placement
 from errata.host.codec import text_config
 from errata.host.host import Host
+from errata.host.memory import ran_out
 from errata.host.pictures import PictureCodec
 
 LEFT_OUT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config")
@@ -63,6 +64,8 @@ def model_beside(host: Host, config: Mapping[str, Any], weights: Mapping[str, Te
             model: Any = kind.from_config(settings)
         result = model.load_state_dict(dict(weights), strict=False)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        if ran_out(error):
+            raise
         raise HostError(f"{name} cannot be built from its configuration and weights: {error}") from error
     needed = {n for n, _ in model.named_parameters()}
     missing = sorted(needed & set(result.missing_keys))

@@ -20,10 +20,10 @@ from errata.errors import HostError, RequestError
 from errata.host import hooks, locking
 from errata.host.base import ModelHost
 from errata.host.cross_attention import PipelineLayout
-from errata.host.images import _refuse_unusable
+from errata.host.images import refuse_unusable
 from errata.host.kinds import TEXT_TO_IMAGE
 from errata.host.layout import discover
-from errata.host.open import _device, _dtype
+from errata.host.open import as_device, as_dtype
 from errata.host.passes import Pass
 from errata.host.pipelines import PipelineParts, is_pipeline, of_live, open_folder, open_tokenizer
 from errata.host.text import check_characters
@@ -208,7 +208,7 @@ def load_pipeline(
     Raises HostError as :func:`errata.host.open.load` does, and for pipelines without text encoder or denoiser;
     ConfigError where ``diffusers`` is not installed.
     """
-    torch_dtype, place = _dtype(dtype), _device(device)
+    torch_dtype, place = as_dtype(dtype), as_device(device)
     if isinstance(model, (str, os.PathLike)):
         folder = Path(model).expanduser()
         parts = open_folder(folder, torch_dtype).to(place)
@@ -218,7 +218,7 @@ def load_pipeline(
         if device != "auto" or torch_dtype is not None:
             parts = parts.to(device=None if device == "auto" else place, dtype=torch_dtype)
         label = name or type(model).__name__
-    _refuse_unusable(parts)
+    refuse_unusable(parts)
     return TextToImageHost(parts, name=label)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from errata.errors import HostError
 from errata.host.layout import Layout, linear_map, linear_modules
+from errata.host.memory import ran_out
 
 Activation = Callable[[Tensor], Tensor]
 CLOSE = 1e-6
@@ -306,6 +307,8 @@ def _run(module: nn.Module, inputs: Tensor, path: str) -> Tensor:
     try:
         outputs = module(inputs[None])
     except (RuntimeError, TypeError, ValueError) as error:
+        if ran_out(error):
+            raise
         raise HostError(f"{path} cannot be run by itself, so its form is not known") from error
     if not isinstance(outputs, Tensor):
         raise HostError(f"{path} returns {type(outputs).__name__}, expected one tensor")

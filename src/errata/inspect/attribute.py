@@ -43,6 +43,8 @@ RANK = 32
 """Leading directions of inputs, and of gradients, that features are taken in."""
 SAMPLE = 64
 """Texts that the directions are taken from."""
+SUMS = 2**32
+"""Bytes of sums of outer products held at once, while directions are taken; more maps need further passes."""
 DAMPING = 0.1
 """Added to the corrected eigenvalues of ``ekfac``, in units of their mean."""
 RIDGE = 1e-3
@@ -90,13 +92,9 @@ class Basis:
     """Orthonormal rows ``[r_out, d_out]``."""
 
     @staticmethod
-    def leading(pairs: Sequence[Pairs], rank: int) -> Basis:
-        """Take the leading eigenvectors of the second moments of inputs and of output gradients."""
-        sides = (torch.cat([one.inputs for one in pairs]), torch.cat([one.gradients for one in pairs]))
-        inputs, outputs = (
-            eigen(side.double().mT @ side.double()).vectors.flip(1)[:, :rank].mT.float() for side in sides
-        )
-        return Basis(inputs, outputs)
+    def leading(inputs: Tensor, gradients: Tensor, rank: int) -> Basis:
+        """Take the leading eigenvectors of sums of outer products, of inputs and of output gradients ``[d, d]``."""
+        return Basis(*(eigen(s).vectors.flip(1)[:, :rank].mT.float() for s in (inputs, gradients)))
 
     def features(self, pairs: Pairs) -> Tensor:
         """Return the gradient of a weight in these directions, ``[r_out * r_in]``."""
@@ -125,9 +123,7 @@ class Gradients:
         self.batch_size = batch_size
         rows = [text_row(host, text) for text in texts]
         step = max(1, len(rows) // SAMPLE)
-        sample = self._pairs([row for row in rows[::step][:SAMPLE] if row is not None])
-        self.bases = {name: Basis.leading([one[name] for one in sample], rank) for name in self.modules}
-        del sample
+        self.bases = self._bases([row for row in rows[::step][:SAMPLE] if row is not None], rank)
         self.texts = self._features(rows, on_texts=lambda done: on_texts(done, len(rows)))
         """By map, ``[n, r_out * r_in]``; zeros for a text of one token."""
 
@@ -136,9 +132,32 @@ class Gradients:
         rows = [self.host.encode_answer(query.prompt, query.answer) for query in queries]
         return self._features(rows)
 
-    def _pairs(self, rows: Sequence[Answer]) -> list[dict[str, Pairs]]:
+    def _bases(self, rows: Sequence[Answer], rank: int) -> dict[str, Basis]:
+        """Take each map's leading directions over some texts, of as many maps at a time as :data:`SUMS` has room for.
+
+        Raises DataError where no text has two tokens.
+        """
+        if not rows:
+            raise DataError("none of the texts that directions are taken from has two tokens or more")
+        (short,) = self._pairs([min(rows, key=lambda row: len(row.ids))], self.modules)
+        bases: dict[str, Basis] = {}
+        for group in _groups(short):
+            sums = {
+                name: [s.new_zeros(s.shape[1], s.shape[1], dtype=torch.float64) for s in _sides(short[name])]
+                for name in group
+            }
+            for first in range(0, len(rows), self.batch_size):
+                for row in self._pairs(rows[first : first + self.batch_size], group):
+                    for name in group:
+                        for total, side in zip(sums[name], _sides(row[name]), strict=True):
+                            wide = side.double()
+                            total.addmm_(wide.mT, wide)
+            bases |= {name: Basis.leading(*sums.pop(name), rank) for name in group}
+        return bases
+
+    def _pairs(self, rows: Sequence[Answer], modules: Sequence[str]) -> list[dict[str, Pairs]]:
         return collect_rows(
-            self.host, rows, self.modules, tokens="all", margin=self.margin, batch_size=self.batch_size
+            self.host, rows, modules, tokens="all", margin=self.margin, batch_size=self.batch_size
         )
 
     def _features(
@@ -152,12 +171,30 @@ class Gradients:
         places.sort(key=lambda i: len(rows[i].ids))  # type: ignore[union-attr]
         for first in range(0, len(places), self.batch_size):
             part = places[first : first + self.batch_size]
-            found = self._pairs([row for i in part if (row := rows[i]) is not None])
+            found = self._pairs([row for i in part if (row := rows[i]) is not None], self.modules)
             for i, pairs in zip(part, found, strict=True):
                 for name, basis in self.bases.items():
                     result[name][i] = basis.features(pairs[name])
             on_texts(first + len(part))
         return result
+
+
+def _sides(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    return pairs.inputs, pairs.gradients
+
+
+def _groups(pairs: Mapping[str, Pairs]) -> list[list[str]]:
+    """Return maps in groups whose sums of outer products fit into :data:`SUMS` bytes; one map at least."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, own in pairs.items():
+        size = sum(8 * side.shape[1] ** 2 for side in _sides(own))
+        if not groups or size > room:
+            groups.append([])
+            room = SUMS
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def text_row(host: Host, text: str) -> Answer | None:

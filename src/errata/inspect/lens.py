@@ -62,12 +62,12 @@ class Lens:
 
     def read(self, layer: int, states: Tensor) -> Tensor:
         """Return the logits of states ``[n, d]`` of a layer, float32 at least ``[n, vocab]``; gradients pass."""
-        parts = [self._head(part) for part in self.translate(layer, states).split(READ_ROWS)]
-        return torch.cat(parts)
+        return self.head(self.translate(layer, states))
 
-    def _head(self, states: Tensor) -> Tensor:
+    def head(self, states: Tensor) -> Tensor:
+        """Return the logits of states ``[n, d]`` as if the last block gave them, ``[n, vocab]``; gradients pass."""
         with hooks.frozen(self.host.model):
-            return self.runner.head(states)
+            return torch.cat([self.runner.head(part) for part in states.split(READ_ROWS)])
 
     @torch.no_grad()
     def look(self, ids: Sequence[int], answer: int | None = None) -> Reading:

@@ -28,6 +28,8 @@ from errata.training.loop import NO_FILES, Loop, TrainingFiles, train
 NAME = "tuned_lens"
 HELD = 0.1
 """Share of the rows that validate."""
+BATCH_ROWS = 16
+"""Rows of text that are run at once outside training."""
 RIDGE = 1e-3
 """Of the mean squared state."""
 
@@ -60,8 +62,11 @@ class Maps(nn.Module):
         """Return states ``[n, d]`` of a layer as states of the last block."""
         if layer >= len(self.matrix):
             return states
-        matrix, bias = (part[layer].to(states) for part in (self.matrix, self.bias))
-        return states + states @ matrix.mT + bias
+        return _translated(states, self.matrix[layer], self.bias[layer])
+
+
+def _translated(states: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    return states + states @ matrix.to(states).mT + bias.to(states)
 
 
 def fixed_rows(host: Host, texts: Iterable[str], *, tokens: int, length: int = 64) -> list[tuple[int, ...]]:
@@ -100,38 +105,53 @@ class _Task:
         """How many rows there are."""
         return len(self.train_rows)
 
-    def _losses(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return KL(final || lens), mean over tokens, of each layer, nats ``[layers]``."""
+    @torch.no_grad()
+    def _read(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Return states ``[layers + 1, tokens, d]`` and the model's log probabilities ``[tokens, vocab]``."""
         states = torch.cat(self.lens.states(rows), 1)
-        with torch.no_grad():
-            final = self.lens.read(self.lens.depth, states[-1]).log_softmax(-1)
-        losses = []
-        for layer in range(self.lens.depth):
-            logs = self.lens.read(layer, states[layer]).log_softmax(-1)
-            losses.append((final.exp() * (final - logs)).sum(-1).mean())
-        return torch.stack(losses)
+        return states, self.lens.read(self.lens.depth, states[-1]).log_softmax(-1)
 
     def differentiate(
         self, step: int, examples: Sequence[int]
     ) -> tuple[Mapping[str, float], Sequence[Tensor]]:
-        """Return the loss of a step and the gradients of both parameters."""
-        with torch.enable_grad():
-            loss = self._losses([self.train_rows[i] for i in examples]).sum()
-            gradients = torch.autograd.grad(loss, list(self.maps.parameters()))
-        return {"loss": float(loss.detach())}, gradients
+        """Return the loss of a step and the gradients of both parameters, layer by layer: one graph at a time."""
+        states, final = self._read([self.train_rows[i] for i in examples])
+        parameters = self.maps.matrix, self.maps.bias
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        total = 0.0
+        for layer in range(self.lens.depth):
+            with torch.enable_grad():
+                own = [parameter[layer].detach().requires_grad_() for parameter in parameters]
+                logits = self.lens.head(_translated(states[layer], *own))
+                loss = _divergence(final, logits).mean()
+                parts = torch.autograd.grad(loss, own)
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient[layer] = part
+            total += float(loss.detach())
+        return {"loss": total}, gradients
 
     @torch.no_grad()
     def by_layer(self) -> list[float]:
-        """Return the divergence of each layer on the rows that are held out."""
-        return self._losses(self.held).tolist()
+        """Return the divergence of each layer on the rows that are held out, mean over tokens, nats."""
+        sums = torch.zeros(self.lens.depth, dtype=torch.float64)
+        for first in range(0, len(self.held), BATCH_ROWS):
+            states, final = self._read(self.held[first : first + BATCH_ROWS])
+            for layer in range(self.lens.depth):
+                sums[layer] += float(_divergence(final, self.lens.read(layer, states[layer])).sum())
+        return (sums / sum(map(len, self.held))).tolist()
 
     def validate(self) -> Mapping[str, float]:
         """Return the negative divergence on the rows that are held out."""
         return {"score": -sum(self.by_layer())}
 
 
+def _divergence(final: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(final || lens) of log probabilities and logits ``[n, vocab]``, nats ``[n]``."""
+    return (final.exp() * (final - logits.log_softmax(-1))).sum(-1)
+
+
 @torch.no_grad()
-def ridge_(lens: Lens, maps: Maps, rows: Sequence[tuple[int, ...]], *, batch_rows: int = 16) -> None:
+def ridge_(lens: Lens, maps: Maps, rows: Sequence[tuple[int, ...]], *, batch_rows: int = BATCH_ROWS) -> None:
     """Set the maps to the ridge regression of the last block's output on each layer's, over the tokens of some rows."""
     layers, width = maps.bias.shape
     square = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)

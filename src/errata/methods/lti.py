@@ -69,9 +69,8 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     join = host.prompt_format.join
     facts = [config.fact.replace("{text}", statement(r.text, r.target, join)) for r in requests]
     constraints = _constraints(config)
-    search = replace(
-        search_config(config, nll_loss_factor=config.target_weight or 1.0), inference=constraints
-    )
+    assert config.target_weight is not None
+    search = replace(search_config(config, nll_loss_factor=config.target_weight), inference=constraints)
     values = closed_form.find_target_values(
         task, informed(host, requests, problems, contexts, facts), search=search
     )

@@ -27,6 +27,7 @@ from errata.errors import DataError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
+from errata.host.memory import in_batches
 from errata.host.prefix import ROWS
 from errata.locate.problems import edited_token
 from errata.methods._method import Method, Workspace, check_requests, notes, provenance, resolve_layers
@@ -161,14 +162,17 @@ def _impair_and_repair(
 
         return losses
 
+    def mean(losses: Callable[[Sequence[int]], Tensor], length: int) -> float:
+        with torch.no_grad():
+            own = in_batches(range(length), work.batch_size or ROWS, lambda part: losses(part).tolist())
+        return sum(own) / length
+
     def level() -> float:
-        with torch.no_grad(), beside(host, changes):
-            parts = [old(part.tolist()) for part in torch.arange(len(answers)).split(work.batch_size or ROWS)]
-        return float(torch.cat(parts).mean())
+        with beside(host, changes):
+            return mean(old, len(answers))
 
     def retained() -> float:
-        with torch.no_grad():
-            return float(run(kept)(range(len(kept))).mean())
+        return mean(run(kept), len(kept))
 
     owners = tuple(i % count for i in range(len(kept)))
     companions = Companions((), owners, (0,) * len(kept), (config.retain,))
