@@ -245,7 +245,7 @@ def test_lora_leaves_the_very_same_model_also_after_an_error(monkeypatch):
     host = fresh("llama")
     before = portrait(host)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("inside")
 
     monkeypatch.setattr(_adapters, "_train", fail)
