@@ -80,7 +80,7 @@ SMALL = {
 
 def smaller(name: str) -> dict[str, int]:
     """Return what of ``SMALL`` a method that trains an editor has at a larger number."""
-    own = {f.name: f.default for f in dataclasses.fields(REGISTRY.get(name).config)}
+    own: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(REGISTRY.get(name).config)}
     if "every" not in own:
         return {}
     return {key: n for key, n in SMALL.items() if isinstance(own.get(key), int) and own[key] > n}
