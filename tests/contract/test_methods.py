@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from errata.edits import PromptEdit, WeightEdit
 from errata.edits.export import EXPORTERS
 from errata.errors import ConfigError, EditError
 from errata.linalg.lowrank import LowRank
-from errata.methods import REGISTRY
+from errata.methods import REGISTRY, _method
 from errata.methods._method import Shape
 from tests.exports import OPENERS, Client
 from tests.models import fresh
@@ -70,8 +71,28 @@ whatever_is_stored = pytest.mark.parametrize("fitted", pairs(()), indirect=True,
 """For what does not depend on how weights are stored: on GPT-2 it is tried with the slow tests."""
 
 
+SMALL = {
+    "per_step": 2, "inside": 1, "outside": 1, "validation": 4, "answer_tokens": 4, "rank": 16, "encoder": 16,
+    "condition": 16, "head": 16,
+}  # fmt: skip
+"""How much an editor learns from, and its size; neither decides anything that is tested here."""
+
+
+def smaller(name: str) -> dict[str, int]:
+    """Return what of ``SMALL`` a method that trains an editor has at a larger number."""
+    own: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(REGISTRY.get(name).config)}
+    if "every" not in own:
+        return {}
+    return {key: n for key, n in SMALL.items() if isinstance(own.get(key), int) and own[key] > n}
+
+
 def options(name: str) -> dict:
     """Make a method fast without changing what it does."""
+    return smaller(name) | steps(name)
+
+
+def steps(name: str) -> dict:
+    """Return how far a method goes, and what a random model needs to be edited by it."""
     fields = {f.name for f in dataclasses.fields(REGISTRY.get(name).config)}
     if name == "scr":
         return {"select": "{texts}{prompt}", "tokens": 8}
@@ -120,6 +141,7 @@ def options(name: str) -> dict:
             "steps": 4,
             "tokens": 400,
             "block_steps": 8,
+            "epochs": 4,
             "memory": 256,
             "texts": 4,
             "retain_texts": 2,
@@ -128,6 +150,16 @@ def options(name: str) -> dict:
         }.items()
         if k in fields
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tables():
+    """Have a random model write less about itself: nothing here asks what it says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _method, "TableSettings", partial(_method.TableSettings, texts=96, names=8, templates=16)
+        )
+        yield
 
 
 def new(name: str, family: str, seed: int = 0):

@@ -94,7 +94,7 @@ def test_edits_of_the_lab_are_exported(model, method, tmp_path, request):
     """The lab's models have tied embeddings, and one of them stores its weights transposed."""
     host = request.getfixturevalue("lab_host") if model == "lab" else errata.load(model, device="cpu")
     ask = errata.lab.cases(3, seed=0)[1].request
-    options = {"lora": {"steps": 10}}.get(method, {"tokens": 5000})
+    options = {"lora": {"steps": 4}}.get(method, {"tokens": 1000, "steps": 4})
     edit = errata.edit(host, ask, method=method, **options)
     errata.export(edit, tmp_path / "full", to="checkpoint", host=host)
     agree(edit, host, open_checkpoint(tmp_path / "full", host))

@@ -36,8 +36,12 @@ from errata.types import AskOptions, Probe, Request
 
 ANSWER = AskOptions(max_new_tokens=16)
 """How canaries and statements are asked: the longest answer that is compared."""
+SCORED = AskOptions(generate=False)
+"""How beginnings of neutral texts are read: for the next token alone."""
 SHOWN = 20
 """Most prompts of a kind whose answers are recorded where they changed."""
+RECENT = 3
+"""Number of sets of edits in place whose general measurements are held: an attempt's edits are the next one's."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,17 @@ def judge(measured: Measurement, bounds: Bounds) -> Verdict:
     return Verdict(measured, bounds, tuple(failures))
 
 
+@dataclass(frozen=True)
+class _General:
+    """What is measured of a host whatever the edit is about."""
+
+    answers: list[str]
+    """To the canaries."""
+    spread: Tensor
+    """Log-probabilities of the next token behind canaries and openings ``[prompts, vocab]``."""
+    perplexity: float
+
+
 @dataclass
 class Guard:
     """Measures edits on a host; texts and prompts are chosen once, on the unedited host."""
@@ -122,6 +137,7 @@ class Guard:
     """What the host says about itself; None for one that does not continue texts."""
     base_perplexity: float = math.nan
     on_progress: OnProgress = field(default=ignore, repr=False)
+    _recent: dict[tuple[Any, ...], _General] = field(default_factory=dict[Any, _General], repr=False)
 
     @classmethod
     def of(cls, host: Host, settings: GuardSettings, *, on_progress: OnProgress = ignore) -> Guard:
@@ -154,10 +170,11 @@ class Guard:
         """Measure the host as it is, before an edit of some requests; ``earlier``: those of edits in place."""
         statements = self._statements(requests)
         canaries = self.canaries_beside({request.subject for request in requests})
+        general = self._general(canaries)
         return Before(
             tuple(requests), answer_requests(self.host, requests), tuple(earlier),
             answer_requests(self.host, earlier) if earlier else [], statements, self._answers(statements),
-            canaries, *self._ask(canaries), self.perplexity(),
+            canaries, general.answers, general.spread, general.perplexity,
         )  # fmt: skip
 
     def measure(self, before: Before, edit: Edit, active: Sequence[Edit]) -> Measurement:
@@ -180,14 +197,14 @@ class Guard:
         changed += [_changed("earlier", p.request.text, p.before, p.after) for p in pairs if not p.answered]
         subject = self._answers(before.statements)
         changed += _differences("subject", before.statements, before.statement_answers, subject)
-        answers, spread = self._ask(before.canaries)
-        changed += _differences("canary", before.canaries, before.canary_answers, answers)
-        ppl = self.perplexity()
+        general = self._general(before.canaries)
+        spread, ppl = general.spread, general.perplexity
+        changed += _differences("canary", before.canaries, before.canary_answers, general.answers)
         return Measurement(
             answered=own.answered / len(own.requests) if own.requests else None,
             earlier=sum(p.answered for p in pairs) / len(pairs) if pairs else None,
             subject=_same(before.statement_answers, subject),
-            canaries=_same(before.canary_answers, answers),
+            canaries=_same(before.canary_answers, general.answers),
             divergence=_divergence(before.spread, spread),
             perplexity=ppl / before.perplexity, total_perplexity=ppl / self.base_perplexity,
             norm=largest_norm(self.host, [*active, edit]),
@@ -211,15 +228,37 @@ class Guard:
         probes = [Probe("same_subject", prompt, (), ()) for prompt in prompts]
         return [matching.first_answer(one.text) for one in observe(self.host, probes, ANSWER)]
 
+    def _general(self, canaries: Sequence[str]) -> _General:
+        """Measure the host with what is in place; what was measured of the same edits shortly before is taken again."""
+        host = self.host
+        key = (
+            host.fingerprint,
+            host.placed,
+            host.prompt_format,
+            tuple(canaries),
+            self.openings,
+            self.texts,
+        )
+        found = self._recent.pop(key, None)
+        if found is None:
+            found = _General(*self._ask(canaries), self.perplexity())
+        self._recent[key] = found
+        while len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return found
+
     def _ask(self, canaries: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return the answers to canaries, and the next token's log-probabilities behind them and the openings.
 
         Float32 ``[prompts, vocab]``.
         """
-        probes = [Probe("neighbourhood", prompt, (), ()) for prompt in (*canaries, *self.openings)]
-        seen = observe(self.host, probes, ANSWER)
-        spread = torch.stack([one.next_logprobs for one in seen]) if seen else torch.zeros(0, 1)
-        return [matching.first_answer(one.text) for one in seen[: len(canaries)]], spread
+        asked, opened = (
+            observe(self.host, [Probe("neighbourhood", prompt, (), ()) for prompt in prompts], options)
+            for prompts, options in ((canaries, ANSWER), (self.openings, SCORED))
+        )
+        seen = [one.next_logprobs for one in (*asked, *opened)]
+        answers = [matching.first_answer(one.text) for one in asked]
+        return answers, torch.stack(seen) if seen else torch.zeros(0, 1)
 
 
 @dataclass(frozen=True)

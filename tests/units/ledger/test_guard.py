@@ -125,6 +125,35 @@ def test_a_collapse_is_out_of_bounds(guarded):
     assert {LEAST["canaries"], MOST["norm"]} <= broken
 
 
+def test_what_is_in_place_is_measured_once(guarded, monkeypatch):
+    """An attempt that fails leaves the next one what was measured before it; one that is applied, what came after."""
+    guard = replace(guarded, _recent={})
+    host, request, runs = guard.host, Request("{} lives in", "Ada", "Rome"), []
+    ask = Guard._ask
+    monkeypatch.setattr(
+        Guard, "_ask", lambda self, canaries: runs.append(self.host.placed) or ask(self, canaries)
+    )
+    one, two = random_edit(host, 1, scale=0.5), random_edit(host, 2, scale=0.5)
+    before = guard.before([request], [])
+    with one.on(host):
+        guard.measure(before, one, [])
+    again = guard.before([request], [])
+    assert runs == [(), (one.digest,)] and again.perplexity == before.perplexity
+    with one.on(host):
+        after = guard.before([request], [])
+        assert len(runs) == 2 and after.perplexity != before.perplexity
+        with two.on(host):
+            measured = guard.measure(after, two, [one])
+        fresh_guard = replace(guard, _recent={})
+        anew = fresh_guard.before([request], [])
+        assert torch.equal(anew.spread, after.spread) and anew.canary_answers == after.canary_answers
+        assert anew.perplexity == after.perplexity
+        with two.on(host):
+            assert fresh_guard.measure(anew, two, [one]) == measured
+    assert runs[2:] == [tuple(sorted((one.digest, two.digest))), (one.digest,), *runs[2:3]]
+    assert len(guard._recent) == 3
+
+
 def test_canaries_are_not_about_what_is_edited(guarded):
     guard = replace(guarded, canaries=("the river is", "Ada lives in", "Bob lives in"))
     assert guard.canaries_beside({"Ada"}) == ("the river is", "Bob lives in")

@@ -9,11 +9,12 @@ import pytest
 from errata.errors import ConflictError, LedgerError
 from errata.ledger import folders, inspecting, merging, reverting
 from errata.ledger.recording import Order, guard_of, record
-from errata.ledger.settings import LedgerSettings
+from errata.ledger.settings import GuardSettings, LedgerSettings
 from errata.ledger.working import Working, describe
 from errata.types import Request
 from tests.units.ledger.small import add
 
+SETTINGS = LedgerSettings(model="lab", guard=GuardSettings(prompts=20, statements=4, texts=20))
 BORN = Request("{} was born in", "Ada Brenner", "Tallow", id="born")
 PLAYS = Request("{} plays the", "Boris Sorwick", "violin", id="plays")
 LIVES = Request("{} lives in", "Ivor Hartette", "Merrin", id="lives")
@@ -23,7 +24,7 @@ LIVES = Request("{} lives in", "Ivor Hartette", "Merrin", id="lives")
 def folder(tmp_path_factory, lab_host):
     """A ledger of the embedded model with three edits."""
     folder = tmp_path_factory.mktemp("ledger")
-    ledger = folders.create(folder, LedgerSettings(model="lab"), describe(lab_host, "lab"))
+    ledger = folders.create(folder, SETTINGS, describe(lab_host, "lab"))
     working = Working(ledger, lab_host)
     for request in (BORN, PLAYS, LIVES):
         outcome = record(working, [request], Order("keel", reason=f"{request.id} was wrong", author="Ada"))
@@ -130,7 +131,7 @@ def test_a_contradiction_replaces_the_earlier_edit(working):
 
 
 def test_a_merge_brings_the_other_ledgers_edits(working, tmp_path, lab_host):
-    other = folders.create(tmp_path / "other", LedgerSettings(model="lab"), describe(lab_host, "lab"))
+    other = folders.create(tmp_path / "other", SETTINGS, describe(lab_host, "lab"))
     theirs = Working(other, lab_host)
     new = Request("{} was born in", "Flora Zimley", "Tallow", id="flora")
     again = Request(BORN.prompt, BORN.subject, "Ostend", id="again")
