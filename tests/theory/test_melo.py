@@ -277,6 +277,9 @@ def test_the_router_reads_another_module_than_the_edit_acts_at():
     late = MemoryEdit(edit.interventions, edit.router, edit.provenance, reads="lm_head")
     with late.on(host), pytest.raises(EditError, match="ran before lm_head"):
         host.generate(ADA.text, max_new_tokens=1)
+    upside_down = MemoryEdit(edit.interventions[::-1], Always(), edit.provenance)
+    with upside_down.on(host), pytest.raises(EditError, match="ran before the module of the edit's first"):
+        host.generate(ADA.text, max_new_tokens=1)
     plain = MemoryEdit(edit.interventions, Always(), edit.provenance)
     assert "reads" not in plain.body() and "reads" not in plain.summary()
 

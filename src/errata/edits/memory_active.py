@@ -169,12 +169,15 @@ class ActiveIntervention:
     def _entries(self, inputs: Tensor, output: Tensor, routing: Routing) -> Tensor:
         if self.decider is not None:
             return self.decider.entries(inputs, output, routing)
-        if self.reads and self.digest not in routing.decided:
-            raise EditError(
-                f"{self.intervention.module} ran before {self.reads}, which the edit's router reads; let it read a "
-                "module of a lower layer"
+        if self.digest not in routing.decided:
+            where = (
+                f"{self.reads}, which" if self.reads else "the module of the edit's first intervention, where"
             )
-        return routing.decision(self.digest, lambda: torch.full((len(inputs),), NONE))
+            raise EditError(
+                f"{self.intervention.module} ran before {where} the edit's router reads; let it read a module of a "
+                "lower layer"
+            )
+        return routing.decided[self.digest]
 
     def _subjects(
         self, selected: Tensor, entry: Tensor, ends: Tensor, length: int, routing: Routing
