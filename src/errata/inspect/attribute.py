@@ -152,7 +152,8 @@ class Gradients:
                         for total, side in zip(sums[name], _sides(row[name]), strict=True):
                             wide = side.double()
                             total.addmm_(wide.mT, wide)
-            bases |= {name: Basis.leading(*sums.pop(name), rank) for name in group}
+            for name, (inputs, outputs) in sums.items():
+                bases[name] = Basis.leading(inputs, outputs, rank)
         return bases
 
     def _pairs(self, rows: Sequence[Answer], modules: Sequence[str]) -> list[dict[str, Pairs]]:
