@@ -363,7 +363,7 @@ def test_a_mask_inside_a_prompt_takes_the_answer(bert):
 
 
 def test_bert_is_not_asked_for_what_it_cannot_do(bert, known, tmp_path):
-    with pytest.raises(ConfigError, match="fills masks.*methods for those: ft"):
+    with pytest.raises(ConfigError, match="fills masks.*methods for those: cake, ft"):
         errata.edit(bert, known[0], method="memit")
     with pytest.raises(HostError, match="not running text"):
         bert.forward(bert.batch([bert.encode("Ada").ids]))
