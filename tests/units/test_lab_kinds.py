@@ -112,9 +112,9 @@ def test_the_demo_runs_on_them(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_them_is_refused_with_the_reason(t5, bert):
     request = errata.Request("{} was born in", "Ada Brenner", "Tallow")
-    with pytest.raises(ConfigError, match="read and written by two stacks.*methods for those: ft"):
+    with pytest.raises(ConfigError, match="read and written by two stacks.*methods for those: cake, ft"):
         errata.edit(t5, request)
-    with pytest.raises(ConfigError, match="fills masks.*methods for those: ft"):
+    with pytest.raises(ConfigError, match="fills masks.*methods for those: cake, ft"):
         errata.edit(bert, request, method="rome")
     for host in (t5, bert):
         with pytest.raises(HostError, match="not running text"):

@@ -203,7 +203,7 @@ def test_an_encoder_decoder_without_a_head_is_refused(host):
 def test_methods_that_need_subject_and_answer_in_one_stack_refuse_it(host, name):
     request = errata.Request("Where was {} born?", "Ada Brenner", "Esk")
     before = host.weights_hash()
-    with pytest.raises(ConfigError, match="encoder-decoders: .*two stacks.*methods for those: ft"):
+    with pytest.raises(ConfigError, match="encoder-decoders: .*two stacks.*methods for those: cake, ft"):
         errata.edit(host, request, method=name)
     method = REGISTRY.get(name)
     with pytest.raises(ConfigError, match="encoder-decoders"):
