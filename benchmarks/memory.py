@@ -177,7 +177,7 @@ def main() -> None:
 
     chosen = options.only or ""
     for shape, count in (("lab", 50), ("gpt2", 20 if options.quick else 50)):
-        alone, repeats = (2, 1) if options.quick else (3, 3)
+        alone, repeats = (1, 1) if options.quick else (3, 3)
         if "writing".startswith(chosen):
             for name, found in writing(shape, count, alone=alone, repeats=repeats).items():
                 show(name, found)
