@@ -270,8 +270,7 @@ def _show(
         if path is None
         else f"edit written to {path} ({common.size(Path(path))})"
     )
-    count = len(edit.provenance.requests)
-    print(f"{count} {'request' if count == 1 else 'requests'}, norm {summary['norm']:.4g}; {status}")
+    print(f"{common.counted(len(edit.provenance.requests), 'request')}, norm {summary['norm']:.4g}; {status}")
 
 
 VERB = Verb("combine", command, order=82)

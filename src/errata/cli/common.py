@@ -209,6 +209,11 @@ def emit(document: Any) -> None:
     print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s: 1 request, 2,000 requests."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def show_dry(document: Mapping[str, Any], what: str, json: bool, **more: Any) -> None:
     """Print that a fit would begin: what was read, and with ``json`` the job's document."""
     if json:

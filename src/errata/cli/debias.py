@@ -85,7 +85,7 @@ def command(
             host, fitted, method=method, options=config, seed=seed, corpus=corpus, on_progress=tick
         )
         if dry_run:
-            common.show_dry(job.to_dict(), f"{len(fitted)} requests", json)
+            common.show_dry(job.to_dict(), common.counted(len(fitted), "request"), json)
             return
         edit = job.run()
         prompts = debiasing.Prompts(answers, fitted, measured, facts, neutral)

@@ -192,7 +192,7 @@ def _show(document: dict[str, Any]) -> None:
          *(f"{share:.1%}" for share in one["within"].values()), f"{one['strength']:.2f}", f"{one['exact']:.2f}")
         for one in document["discovered"]
     ]  # fmt: skip
-    samples = [f"{n:,} {'sample' if int(n) == 1 else 'samples'}" for n in document["discovered"][0]["within"]]
+    samples = [common.counted(int(n), "sample") for n in document["discovered"][0]["within"]]
     suffix = document["discovered"][0]["suffix"]
     title = f"the next {suffix} tokens of {document['model']} after true prefixes"
     columns = ("prefix", "texts", "greedy", "95 %", *samples, "strength", "exact")

@@ -99,7 +99,7 @@ def command(
             host, task.requests, method=method, options=config, seed=seed, corpus=corpus, on_progress=tick
         )
         if dry_run:
-            common.show_dry(job.to_dict(), f"{len(task.requests)} requests", json)
+            common.show_dry(job.to_dict(), common.counted(len(task.requests), "request"), json)
             return
         edit = job.run()
         edit.save(output)
@@ -163,7 +163,7 @@ def _show(audit: Audit) -> None:
         _row(f"edited, the others after {steps} steps on half", one) for steps, one in audit.relearned.items()
     ]
     count = len(audit.answers)
-    title = f"{count} {'answer' if count == 1 else 'answers'} to forget"
+    title = f"{common.counted(count, 'answer')} to forget"
     common.table(title, ("", "still given", "probability"), rows, right=(1, 2))
     before, after = audit.perplexity
     print(f"perplexity of neutral text: {before:.3f} before, {after:.3f} after")
