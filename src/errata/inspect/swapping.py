@@ -119,8 +119,13 @@ class Swapper:
     """Patches between pairs on a host, exactly or by gradients."""
 
     def __init__(self, host: Host, longest: int, kinds: Sequence[Kind] = ("hidden",)) -> None:
-        """``longest``: tokens of the longest prompt. Raises HostError for a host that is no causal language model."""
+        """``longest``: tokens of the longest prompt.
+
+        Raises HostError for a host that is no causal language model, ConfigError without kinds.
+        """
         require_plain(host, "activation patching")
+        if not kinds:
+            raise ConfigError("activation patching needs one kind of states or more, found none")
         self.host, self.kinds, self.patcher = host, tuple(kinds), Patcher(host, longest=longest)
 
     def _runs(self, one: Pair, direction: Direction) -> tuple[Recording, Recording]:
