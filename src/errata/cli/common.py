@@ -206,8 +206,10 @@ def read_concept(source: str, concept: str) -> Concept:
 
 
 def emit(document: Any) -> None:
-    """Print one JSON document."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    """Print one JSON document; numbers that JSON does not have, as texts: inf, -inf, nan."""
+    from errata.bench.results import finite
+
+    text = json.dumps(finite(document), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     # json.dumps does not escape control characters beyond ASCII and half surrogate pairs
     print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 

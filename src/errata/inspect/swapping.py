@@ -84,8 +84,8 @@ class Swap:
 def pair(host: Host, prompt: str, subject: str, other: str, *, answer: str | None = None) -> Pair:
     """Pair a prompt with itself about another subject; ``answer`` None: the host's own first choice.
 
-    The other prompt's answer is the host's first choice. Raises RequestError for subjects of unequally many tokens, and
-    where both prompts have the same answer.
+    The other prompt's answer is the host's first choice. Raises RequestError for subjects of unequally many tokens, or
+    where tokens across a subject's border put it elsewhere, and where both prompts have the same answer.
     """
     request = Request(prompt, subject, answer or "?")
     head, tail = request.template
@@ -95,6 +95,11 @@ def pair(host: Host, prompt: str, subject: str, other: str, *, answer: str | Non
         raise RequestError(
             f"{subject!r} has {len(clean.place)} tokens and {other!r} has {len(swapped.place)}: states can be swapped "
             "between subjects of equally many tokens; choose another"
+        )
+    if clean.place != swapped.place:
+        raise RequestError(
+            f"{subject!r} and {other!r} stand on different tokens, since some are shared with the words beside them: "
+            "choose another subject, or put spaces around it"
         )
     if clean.answer == swapped.answer:
         raise RequestError(f"both prompts are answered with {clean.answer_text!r}: choose another subject")
