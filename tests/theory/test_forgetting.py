@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -119,13 +120,14 @@ SWITCH = {"depn": "contrast", "rmu": None, "unsir": None, "laplace": None, "puma
 def test_what_is_to_be_retained_is_never_silently_nothing(name):
     """Of a corpus whose texts all name the subject; but where nothing was asked for, nothing is missed."""
     host, switch = fresh("llama"), SWITCH.get(name, "retain")
-    options = {"contexts": 0, "steps": 1} if name == "depn" else {}
-    asked = {"retain": 1.0} if name == "gradient_ascent" else {}
+    options: dict[str, Any] = {"contexts": 0, "steps": 1} if name == "depn" else {}
+    asked: dict[str, Any] = {"retain": 1.0} if name == "gradient_ascent" else {}
     with pytest.raises(DataError, match="every text to (retain|contrast with) names a subject"):
         errata.edit(host, REQUEST, method=name, corpus=NAMING, **options, **asked)
     if switch is not None:
         options |= {"steps": 1, switch: 0} | ({"consistency": 0.0} if name == "elm" else {})
-        assert errata.edit(host, REQUEST, method=name, corpus=NAMING, **options).deltas
+        edit = errata.edit(host, REQUEST, method=name, corpus=NAMING, **options)
+        assert isinstance(edit, WeightEdit) and edit.deltas
 
 
 def test_the_present_answer_is_forgotten_where_no_old_target_is_given(monkeypatch):
