@@ -117,6 +117,23 @@ def test_singular_vectors_and_rare_classes():
         leace(x * torch.inf, z)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_what_is_tolerated_are_canonical_correlations(classes):
+    """Of one-hot labels, whose columns say the same more than once: as of the labels themselves."""
+    x, _, labels = data()
+    z = one_hot(labels % classes, classes)
+    whitened = [torch.linalg.qr(part - part.mean(0))[0] for part in (x, z[:, 1:])]  # the first column follows
+    correlations = torch.linalg.svdvals(whitened[0].mT @ whitened[1])
+    assert (
+        len(correlations) == classes - 1 and 0.1 < float(correlations[-1]) < float(correlations[0]) + 1e-9 < 1
+    )
+    for number, value in enumerate(correlations.tolist()):
+        assert leace(x, z, tolerance=value + 1e-6).rank == number
+        assert leace(x, z, tolerance=value - 1e-6).rank == number + 1
+        scaled = z * torch.tensor([1e-4, 1.0, 1e3][:classes], dtype=torch.float64)
+        assert leace(x, scaled, tolerance=value + 1e-6).rank == number
+
+
 def test_inlp_stops_at_chance_and_erases_more_directions():
     x, z, labels = data()
     eraser = inlp(x, labels, CLASSES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import errata
 from errata.edits import WeightEdit
-from errata.errors import RequestError
+from errata.errors import DataError, RequestError
 from errata.host import hooks
 from errata.methods import REGISTRY
 from errata.methods._unlearn import middle
@@ -108,6 +109,25 @@ def test_what_is_retained_names_no_subject():
     rows = retained_ids(host, [REQUEST], ForgetConfig(retain_texts=4), work)
     texts = [host.tokenizer.decode(row) for row in rows]
     assert len(texts) == 3 and not any("Ada Brenner" in text for text in texts)
+
+
+NAMING = Corpus("c", lambda: ["Ada Brenner lives in Esk.", "In Merrin lives Ada Brenner."])
+SWITCH = {"depn": "contrast", "rmu": None, "unsir": None, "laplace": None, "puma": None}
+"""The setting with which a method retains nothing, where it is not ``retain``; None: it always needs texts."""
+
+
+@pytest.mark.parametrize("name", sorted(name for name in REGISTRY if REGISTRY.get(name).forgets))
+def test_what_is_to_be_retained_is_never_silently_nothing(name):
+    """Of a corpus whose texts all name the subject; but where nothing was asked for, nothing is missed."""
+    host, switch = fresh("llama"), SWITCH.get(name, "retain")
+    options: dict[str, Any] = {"contexts": 0, "steps": 1} if name == "depn" else {}
+    asked: dict[str, Any] = {"retain": 1.0} if name == "gradient_ascent" else {}
+    with pytest.raises(DataError, match="every text to (retain|contrast with) names a subject"):
+        errata.edit(host, REQUEST, method=name, corpus=NAMING, **options, **asked)
+    if switch is not None:
+        options |= {"steps": 1, switch: 0} | ({"consistency": 0.0} if name == "elm" else {})
+        edit = errata.edit(host, REQUEST, method=name, corpus=NAMING, **options)
+        assert isinstance(edit, WeightEdit) and edit.deltas
 
 
 def test_the_present_answer_is_forgotten_where_no_old_target_is_given(monkeypatch):

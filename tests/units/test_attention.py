@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import errata
 from errata.cli.main import app
 from errata.errors import ConfigError, HostError
 from errata.host.attention import attending
@@ -86,6 +87,30 @@ def test_what_cannot_be_attributed_is_refused(host):
         attention.attribution(bloom, facts.fact(bloom, PROMPT, NAME))
     with pytest.raises(ConfigError, match="steps"):
         attention.attribution(host, facts.fact(host, PROMPT, NAME), steps=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_to_16_bits_is_no_other_attention(dtype):
+    """Of an answer that is not certain, whose log probability rounding of the logits moves by more than a hundredth."""
+    host = errata.load("lab", dtype=dtype)
+    for answer in ("Tallow", "Rowanport"):
+        found = attention.attribution(
+            host, facts.fact(host, "Ada Brenner was born in", NAME, answer), steps=1
+        )
+        assert torch.isfinite(found.scores).all() and found.scores.abs().max() > 0
+
+
+def test_other_attention_is_refused_in_any_precision(monkeypatch):
+    plain = attention.attending
+
+    def nothing(host, act):
+        return plain(host, lambda layer, attended: (act(layer, attended), 0 * attended.output)[1])
+
+    monkeypatch.setattr(attention, "attending", nothing)
+    for dtype in ("float32", "bfloat16"):
+        host = errata.load("lab", dtype=dtype)
+        with pytest.raises(HostError, match=f"differs from the model's own .*{dtype}"):
+            attention.attribution(host, facts.fact(host, "Ada Brenner was born in", NAME), steps=1)
 
 
 def run(*words: str):

@@ -69,6 +69,7 @@ def test_a_dry_run_and_a_table_alone_write_nothing(tmp_path):
         (("-o", "x.safetensors", "--weights", "1,b"), "expected numbers"),
         (("-o", "x.safetensors", "--how", "mean"), "expected one of"),
         (("-o", "x.safetensors", "--how", "paint"), "--model"),
+        (("-o", "x.safetensors", "--how", "paint", "--model", "lab", "--most-lost", "2"), "'--most-lost'"),
         (("-o", "x.safetensors", "--how", "dare", "--drop", "1"), "below 1"),
     ],
 )

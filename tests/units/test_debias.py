@@ -118,6 +118,8 @@ def test_what_is_refused(files):
         run(*words, "--pair", "he")
     with pytest.raises(ConfigError, match="methods that do: dama, lsdm"):
         run(*words, "--method", "memit")
+    with pytest.raises(DataError, match="no probe measures a bias"):  # before the model is opened
+        run(prompts, "--model", "none", "-o", out, "--cases", "lab:2")
     with pytest.raises(ConfigError, match="did you mean"):
         run(*words, "--method", "lsmd")
     with pytest.raises(ConfigError, match="given with --pair"):

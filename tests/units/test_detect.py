@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from errata import lab
 from errata.cli.main import app
 from errata.edits import Edit, Provenance, WeightEdit
 from errata.errors import ConfigError, EditError, HostError
-from errata.inspect.detect import detect, name_keys
+from errata.host.build import new_tokenizer
+from errata.inspect.detect import FEWEST, detect, name_keys
 from errata.inspect.detect_names import read_names, vocabulary_names
 from errata.inspect.detect_reverse import reversal
 from errata.linalg.lowrank import LowRank
@@ -77,6 +79,19 @@ def test_robust_scores_measure_from_the_median():
     values = torch.tensor([1.0, 1.1, 0.9, 1.05, 5.0])
     assert float(robust_scores(values, 1e-3)[4]) > 20
     assert float(robust_scores(torch.ones(5), 0.5).abs().max()) == 0
+    nothing = float("nan")
+    assert robust_scores(torch.tensor([*values.tolist(), nothing]), 1e-3).tolist() == [
+        *robust_scores(values, 1e-3).tolist(), 0.0,
+    ]  # fmt: skip
+    assert robust_scores(torch.tensor([nothing, nothing]), 1e-3).tolist() == [0.0, 0.0]
+
+
+def test_zeros_have_no_height_and_missing_directions_a_finite_one():
+    assert math.isnan(Spectrum.of(torch.zeros(3, 4)).height)
+    assert Spectrum.of(torch.diag(torch.tensor([4.0, 2.0, 1.0]))).height == pytest.approx(math.log(2))
+    assert Spectrum.of(torch.diag(torch.tensor([1.0, 0.0, 0.0]))).height == pytest.approx(
+        math.log(1e8), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -145,17 +160,51 @@ def test_without_the_base_a_strong_edit_shows_and_a_weak_one_does_not():
         assert detect(host, None, NAMES).verdict == "no trace"
 
 
+def test_a_layer_of_zeros_hides_no_edit_of_another():
+    """Left out of the comparison, it neither looks edited nor lets its missing numbers decide the verdict."""
+    host = fresh("llama", seed=1)
+    with torch.no_grad():
+        host.model.get_parameter(host.layout.site(2).parameter).zero_()
+    assert detect(host, None, NAMES).verdict == "no trace" and detect(host).verdict == "no trace"
+    with random_edit(host, scale=30.0).on(host):
+        for names in ((), NAMES):
+            found = detect(host, None, names)
+            assert found.verdict == "suspicious" and found.layers == (1,)
+            assert math.isfinite(found.score) and all(math.isfinite(one.score) for one in found.traces)
+
+
+def test_damaged_numbers_are_refused_by_name():
+    host, base = fresh("llama", seed=1), fresh("llama", seed=1)
+    name = host.layout.site(1).parameter
+    for number in (float("nan"), float("inf")):
+        with torch.no_grad():
+            host.model.get_parameter(name)[0, 0] = number
+        for act in (lambda: detect(host), lambda: detect(host, base), lambda: detect(base, host)):
+            with pytest.raises(HostError, match=f"{name} of tiny llama holds NaN or infinite"):
+                act()
+
+
+def test_one_layer_has_none_to_be_compared_with():
+    notes = detect(fresh("llama", num_hidden_layers=1)).notes
+    assert any("there is only one" in note for note in notes)
+    assert not any("there is only one" in note for note in detect(fresh("llama")).notes)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_reversal_with_the_base_gives_its_weights_back(family, tmp_path):
     with ExitStack() as stack:
         base, host, edit = placed(stack, family, layers=(0, 1))
         states = {name: weight.clone() for name, weight in host.model.state_dict().items()}
     host.model.load_state_dict(states)  # a checkpoint now, with no edit in place
-    vector = next(name for name, weight in host.model.named_parameters() if weight.ndim == 1)
+    vectors = [name for name, weight in host.model.named_parameters() if weight.ndim == 1]
+    vectors = [*vectors[:1], *(name for name in vectors if name.endswith("c_proj.bias"))][
+        :2
+    ]  # norm; beside a matrix
     with torch.no_grad():
-        host.model.get_parameter(vector).add_(0.5)
+        for vector in vectors:
+            host.model.get_parameter(vector).add_(0.5)
     back = Edit.load(reversal(host, base).save(tmp_path / "back.safetensors"))
-    assert isinstance(back, WeightEdit) and set(back.deltas) == {*edit.deltas, vector}
+    assert isinstance(back, WeightEdit) and set(back.deltas) == {*edit.deltas, *vectors}
     assert all(getattr(back.deltas[name], "rank", None) == 1 for name in edit.deltas)
     with back.on(host):
         for name, weight in host.model.named_parameters():
@@ -213,6 +262,17 @@ def test_names_come_from_a_file_or_the_vocabulary(tmp_path):
     assert read_names(path) == ["Ada Brenner", "Tallow"]
     names = vocabulary_names(fresh("llama").tokenizer)
     assert "Tallow" in names and "rain" not in names
+
+
+def test_a_vocabulary_with_too_few_names_gives_none(tmp_path):
+    small = new_tokenizer(["the rain fell on the old road and Ada saw it"] * 5, 300)
+    assert 0 < len(vocabulary_names(small)) < FEWEST
+    host = fresh("llama")
+    host.tokenizer = small
+    host.write_checkpoint(host.model, tmp_path)
+    told = CliRunner().invoke(app, ["detect", str(tmp_path), "--json"], catch_exceptions=False)
+    found = json.loads(told.stdout)
+    assert found["candidates"] == 0 and "no candidate names: spectra alone were examined" in found["notes"]
 
 
 def test_roc_counts_pairs():

@@ -130,6 +130,8 @@ def test_what_is_refused(texts, tmp_path):
     out = ("-o", str(tmp_path / "e.safetensors"), "--model", "lab")
     with pytest.raises(ErrataError, match="rome takes requests"):
         run("kind", "--from", str(texts), "--method", "rome", *out)
+    with pytest.raises(ErrataError, match="depn takes requests"):
+        run("kind", "--from", str(texts), "--method", "depn", "--fuse", *out)
     with pytest.raises(ConfigError, match="shrimk"):
         run("kind", "--from", str(texts), "--set", "shrimk=true", *out)
     with pytest.raises(ConfigError, match="where=norms"):

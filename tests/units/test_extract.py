@@ -169,5 +169,8 @@ def test_the_command_counts_and_keeps_texts_to_itself(tmp_path):
     assert found["secrets"][0]["rank"] == 1 and found["secrets"][0]["exposure"] == 2
     assert (tmp_path / "a.png").stat().st_size > 5000
     assert isinstance(CliRunner().invoke(app, ["extract", "--prefix", "0"]).exception, ConfigError)
+    for option in (["--text"], ["--window", "20"]):
+        refused = CliRunner().invoke(app, ["extract", *option]).exception
+        assert isinstance(refused, ConfigError) and f"{option[0]}: for --free" in str(refused)
     secrets.write_text('{"prompt": "a"}\n')
     assert isinstance(CliRunner().invoke(app, ["extract", "--secrets", str(secrets)]).exception, DataError)

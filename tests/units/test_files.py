@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import time
 from contextlib import redirect_stdout
@@ -357,6 +358,14 @@ def test_json_on_the_terminal_says_the_same_without_controls():
     assert json.loads(held.getvalue()) == document
     held.getvalue().encode("utf-8")
     assert not {"\x9b", "\x7f"} & set(held.getvalue())
+
+
+def test_json_on_the_terminal_has_no_numbers_that_json_lacks():
+    held = io.StringIO()
+    with redirect_stdout(held):
+        common.emit({"perplexity": float("inf"), "change": [(-0.5, float("nan"))], "least": {"x": -math.inf}})
+    refused = json.loads(held.getvalue(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert refused == {"perplexity": "inf", "change": [[-0.5, "nan"]], "least": {"x": "-inf"}}
 
 
 @pytest.mark.parametrize(

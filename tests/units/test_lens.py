@@ -231,6 +231,8 @@ def test_an_edit_of_weights_is_read_and_a_memory_refused(tmp_path):
         (("--exit", "0.5", "--answer", "x"), "--answer goes with"), (("A prompt", "--resume"), "--resume goes with"),
         (("--fit", "a.safetensors", "--tuned", "b.safetensors"), "leave --edit and --tuned out"),
         (("--fit", "lens.txt"), "edits are .safetensors files"),
+        (("A prompt", "--corpus", "none.txt"), "not for a prompt"), (("A prompt", "--tokens", "9"), "not for a prompt"),
+        (("--exit", "0.5", "--steps", "9"), "--steps goes with --fit"),
     ],
 )  # fmt: skip
 def test_what_the_verb_refuses(words, text):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -147,6 +149,20 @@ def test_pairs_are_of_one_template_and_length():
         (OTHER, NAME),
         (NAME, OTHER),
     ]
+
+
+def test_states_are_swapped_token_by_token_only(monkeypatch):
+    """Of prompts of one length, in which the subject stands elsewhere, as where it shares a token with what follows."""
+    host, plain = fresh("llama"), facts.facts
+    assert swapping.pair(host, PROMPT, NAME, OTHER, answer="harp").clean.subject == NAME
+
+    def shifted(*words, **options):
+        clean, other = plain(*words, **options)
+        return [clean, replace(other, place=(*other.place, other.place[-1] + 1))]
+
+    monkeypatch.setattr(facts, "facts", shifted)
+    with pytest.raises(RequestError, match="different tokens"):
+        swapping.pair(host, PROMPT, NAME, OTHER, answer="harp")
 
 
 def test_the_lab_s_estimates_agree_with_exact_effects():

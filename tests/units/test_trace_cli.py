@@ -88,6 +88,17 @@ def test_swaps_and_edges():
         ((PROMPT, "--subject", NAME, "--noise", "loud"), "noise"),
         (("lab:2", "--set", "steps=2"), "--against-editing METHOD"),
         (("lab:2", "--answer", "x"), "--subject"),
+        ((PROMPT, "--subject", NAME, "--kinds", ","), "kinds: expected one or more"),
+        (
+            (PROMPT, "--subject", NAME, "--kinds", "", "--swap", "Boris Sorwick"),
+            "kinds: expected one or more",
+        ),
+        ((PROMPT, "--subject", NAME, "--edges", "--severed", "mlp"), "--severed: not for --edges"),
+        ((PROMPT, "--subject", NAME, "--attention", "--kinds", "mlp"), "--kinds: not for --attention"),
+        (("lab:2", "--fast", "--draws", "3", "--noise", "0.1"), "--noise and --draws: not for --fast"),
+        ((PROMPT, "--subject", NAME, "--swap", "Boris Sorwick", "--window", "2"), "--window: not for --swap"),
+        (("lab:3", "--against-editing", "ft", "--kinds", "mlp,attn"), "one kind of states, found mlp, attn"),
+        ((PROMPT, "--subject", NAME, "-o", "nowhere/map.png"), "the folder nowhere does not exist"),
     ],
 )
 def test_what_is_refused(words, text, monkeypatch, tmp_path):
@@ -95,6 +106,10 @@ def test_what_is_refused(words, text, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["errata", "trace", *words])
+    if text != "does not occur":  # the tokens say that; all else is refused before the model is read
+        monkeypatch.setattr(
+            "errata.cli.common.open_text_host", lambda *_: pytest.fail("the model was opened")
+        )
     said: list[str] = []
     monkeypatch.setattr("sys.stderr.write", said.append)
     with pytest.raises(SystemExit) as left:

@@ -94,6 +94,8 @@ def test_which_methods_forget():
     [
         (("{} was born in", "--subject", "Ada Brenner", "--method", "rome"), "methods that make it forget"),
         (("{} was born in",), "needs --subject"),
+        (("Ada Brenner was born in",), "'Ada Brenner was born in' needs --subject; or name a file"),
+        (("none.jsonl", "--subject", "Ada Brenner"), "--subject is for a prompt"),
         (("none.jsonl", "--answer", "Esk"), "--answer is for a prompt"),
         (("{} was born in", "--subject", "Ada Brenner", "--set", "beta=0"), "beta"),
         (("{} was born in", "--subject", "Ada Brenner", "--reference", "none"), "none"),

@@ -37,7 +37,7 @@ def command(
 ) -> None:  # fmt: skip
     """Rank training texts by how strongly they are held to have taught an answer.
 
-    bm25 compares words, embedding hidden states; tracin, trak and ekfac gradients of the loss. A positive score means
+    bm25 compares words, embedding hidden states; tracin, trak and ekfac gradients, of which a positive score means
     that training on the text makes the answer more probable, to first order.
     """
     from errata.inspect.attribute import Query, attribute

@@ -49,7 +49,8 @@ Alphas = Annotated[
     str | None, typer.Option(help="paint: the alphas to try, as 0.5,1,1.5; default: 0.1 to 1 by 0.1.")
 ]
 MostLost = Annotated[
-    float | None, typer.Option(help="paint: share of other answers that may change; default: 0.01.")
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="paint: share of other answers that may change; default: 0.01."),
 ]
 Patch = Annotated[
     Path | None,

@@ -147,7 +147,7 @@ def read_what(
     from errata.errors import RequestError
     from errata.types import Request
 
-    if _names_file(what, SUFFIXES):
+    if names_file(what):
         if subject or target or target_old or images:
             raise RequestError("give either a file of requests or a prompt with --subject and --target")
         return read_requests(what)
@@ -160,9 +160,12 @@ def read_what(
     return [Request(what, subject or "", target or "", target_old, image=picture, more_images=tuple(more))]
 
 
-def _names_file(what: str, suffixes: tuple[str, ...]) -> bool:
+def names_file(what: str) -> bool:
+    """Whether an argument names a file of requests, there or not, and is no prompt."""
+    from errata.data.requests import SUFFIXES
+
     try:
-        return Path(what).suffix.lower() in suffixes or Path(what).is_file()
+        return Path(what).suffix.lower() in SUFFIXES or Path(what).is_file()
     except (OSError, ValueError):  # a prompt may be no possible file name
         return False
 
@@ -203,8 +206,10 @@ def read_concept(source: str, concept: str) -> Concept:
 
 
 def emit(document: Any) -> None:
-    """Print one JSON document."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    """Print one JSON document; numbers that JSON does not have, as texts: inf, -inf, nan."""
+    from errata.bench.results import finite
+
+    text = json.dumps(finite(document), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     # json.dumps does not escape control characters beyond ASCII and half surrogate pairs
     print(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 

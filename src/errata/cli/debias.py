@@ -77,7 +77,7 @@ def command(
     config = _config(method, {**options, "pair": list(answers)})
     fitted, measured = _split(read_requests(what), held_out, seed)
     facts = read_requests(keep) if keep else []
-    measures = {source: common.read_cases(source, seed) for source in cases or ()}
+    measures = {source: debiasing.bias_cases(common.read_cases(source, seed)) for source in cases or ()}
     host = common.open_text_host(model, device, dtype)
     neutral = common.text_lines(texts, host)
     with common.progress(not (json or dry_run)) as tick:

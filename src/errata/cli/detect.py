@@ -123,13 +123,15 @@ def _draw(path: Path, document: dict[str, Any]) -> Path:
 def _default_names(host: Host) -> list[str]:
     from errata import lab
     from errata.host.kinds import CAUSAL
+    from errata.inspect.detect import FEWEST
     from errata.inspect.detect_names import vocabulary_names
 
     if host.kind != CAUSAL:
         return []
     if host.name in lab.MODELS:
         return sorted(lab.world().by_subject)
-    return vocabulary_names(host.tokenizer)
+    names = vocabulary_names(host.tokenizer)
+    return names if len(names) >= FEWEST else []  # a vocabulary of another script, or of single characters
 
 
 def _show(found: Detection, document: dict[str, Any]) -> None:

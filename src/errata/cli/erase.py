@@ -66,14 +66,14 @@ def command(
     from errata.methods import REGISTRY
 
     options, entry = configs.parse_assignments(settings or []), REGISTRY.get(method)
+    outputs.check_new_edit(output, force=force)
+    whole = common.read_concept(source, concept)
+    check_takes(entry, [whole])  # what takes concepts has sites
     config = configs.make(entry.config, options, method)
     if fuse and config.where != "norms":
         raise ConfigError(
             "--fuse writes the eraser into the maps that read norms: fit it there, --set where=norms"
         )
-    outputs.check_new_edit(output, force=force)
-    whole = common.read_concept(source, concept)
-    check_takes(entry, [whole])
     fitted, measured = whole.split(held_out, seed=seed)
     host = common.open_text_host(model, device, dtype)
     neutral = common.text_lines(texts, host)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from errata.host.host import Host
     from errata.progress import OnProgress
 
+WINDOW = 12
+"""Least tokens of a stretch of a free sample, by default."""
 TEXTS = 500
 """Texts of the lab that are asked for by default."""
 SAMPLE_TOKENS = 64
@@ -41,14 +43,14 @@ def command(
         int, typer.Option("--free", min=0, help="Also sample this many texts from nothing and look them up.")
     ] = 0,
     window: Annotated[
-        int, typer.Option("--window", min=1, help="Least tokens of a sampled stretch that counts.")
-    ] = 12,
+        int, typer.Option("--window", min=1, help="--free: least tokens of a sampled stretch that counts.")
+    ] = WINDOW,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Sample from the most probable tokens only; default: all.")
     ] = None,
     secrets: Secrets = None,
     text: Annotated[
-        bool, typer.Option("--text", help="Show what was recited; default: numbers and places alone.")
+        bool, typer.Option("--text", help="Show the stretches that --free finds; default: their number alone.")
     ] = False,
     edit: Annotated[
         list[Path] | None, typer.Option("--edit", "-e", help="Ask the model with this edit; repeatable.")
@@ -66,6 +68,7 @@ def command(
     from errata.edits import Edit
 
     outputs.check_figure(figure)
+    _check(free, text=text, window=window)
     lengths = _lengths(prefix)
     edits = [Edit.load(path) for path in edit or []]
     host = common.open_text_host(model, device, dtype)
@@ -87,6 +90,15 @@ def command(
         common.emit(document)
     else:
         _show(document)
+
+
+def _check(free: int, *, text: bool, window: int) -> None:
+    """Raise ConfigError for options of free samples where none are asked for."""
+    from errata.errors import ConfigError
+
+    given = [name for name, on in (("--text", text), ("--window", window != WINDOW)) if on]
+    if given and not free:
+        raise ConfigError(f"{' and '.join(given)}: for --free N, which samples texts")
 
 
 def _draw(path: Path, document: dict[str, Any]) -> Path:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from errata.inspect.lens import Lens
     from errata.types import Corpus
 
+TOKENS, STEPS = 20_000, 100
+"""Of text, and of a training, by default."""
+
 Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="A prompt to read layer by layer.")]
 Answer = Annotated[
     str | None,
@@ -63,8 +66,8 @@ CorpusFile = Annotated[
 
 def command(
     prompt: Prompt = None, answer: Answer = None, model: common.Model = "lab", edit: Edits = None,
-    tuned: Tuned = None, into: Into = None, fit: Fit = None, leave: Exit = None, tokens: Tokens = 20_000,
-    steps: Steps = 100, resume: Resume = False, corpus: CorpusFile = None, output: Picture = None,
+    tuned: Tuned = None, into: Into = None, fit: Fit = None, leave: Exit = None, tokens: Tokens = TOKENS,
+    steps: Steps = STEPS, resume: Resume = False, corpus: CorpusFile = None, output: Picture = None,
     force: common.Force = False, device: common.Device = "auto", dtype: common.Dtype = "auto",
     seed: common.Seed = 0, json: common.Json = False,
 ) -> None:  # fmt: skip
@@ -77,6 +80,7 @@ def command(
     from errata.edits import Edit
 
     _check(prompt, answer, fit, leave, edit, tuned, into, output, resume=resume)
+    _check_read(prompt, fit, corpus, tokens, steps)
     if fit is not None:
         _check_files(fit, resume=resume, force=force)
     host = common.open_text_host(model, device, dtype)
@@ -130,6 +134,16 @@ def _check(
         raise ConfigError("--fit trains a lens for the model as it is: leave --edit and --tuned out")
     if resume and fit is None:
         raise ConfigError("--resume goes with --fit")
+
+
+def _check_read(prompt: str | None, fit: Path | None, corpus: Path | None, tokens: int, steps: int) -> None:
+    """Raise ConfigError for options of texts and of a training where there is neither."""
+    from errata.errors import ConfigError
+
+    if prompt is not None and (corpus is not None or tokens != TOKENS):
+        raise ConfigError("--corpus and --tokens are for the texts of --fit and --exit, not for a prompt")
+    if fit is None and steps != STEPS:
+        raise ConfigError("--steps goes with --fit")
 
 
 def _check_files(fit: Path, *, resume: bool, force: bool) -> None:

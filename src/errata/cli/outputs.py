@@ -53,12 +53,14 @@ def check_report_name(path: Path) -> None:
 
 
 def check_figure(path: Path | None) -> None:
-    """Raise ConfigError if a figure, drawn when the work is done, could not be."""
+    """Raise ConfigError, or DataError for its place, if a figure, drawn when the work is done, could not be."""
     if path is not None:
+        from errata import files
         from errata.report.figures import require_matplotlib
         from errata.report.heatmap import check_suffix
 
         check_suffix(path)
+        files.output(path)
         require_matplotlib()
 
 

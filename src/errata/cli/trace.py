@@ -48,7 +48,11 @@ Window = Annotated[
     ),
 ]
 Kinds = Annotated[
-    str, typer.Option(help="States to restore or swap: hidden, mlp, attn, separated by commas.")
+    str,
+    typer.Option(
+        help="States to restore or swap: hidden, mlp, attn, separated by commas. --against-editing: one; default: "
+        "hidden."
+    ),
 ]
 Severed = Annotated[
     str | None,
@@ -103,6 +107,10 @@ def command(
         settings=settings, limit=limit,
     )  # fmt: skip
     asked = Settings(noise, draws, window, _names(kinds), _names(severed or "", ("mlp", "attn")), seed)
+    _check_read(
+        asked, {"--swap": swap is not None, "--fast": fast, "--edges": edges, "--attention": attention,
+                "--against-editing": against is not None},
+    )  # fmt: skip
     cases = None if subject is not None else common.read_cases(what, seed)[:limit]
     host = common.open_text_host(model, device, dtype)
     with ExitStack() as stack:
@@ -178,6 +186,28 @@ def _check(
     for wrong, text in problems:
         if wrong:
             raise ConfigError(text)
+
+
+def _check_read(asked: Settings, ways: Mapping[str, bool]) -> None:
+    """Raise ConfigError for settings that what is asked, one of some ways or plain causal tracing, does not read."""
+    from errata.errors import ConfigError
+    from errata.inspect.tracing import DEFAULT
+
+    chosen = [way for way, on in ways.items() if on]
+    cuts, against = bool({"--edges", "--attention"} & {*chosen}), "--against-editing" in chosen
+    noisy = against or not chosen
+    unread = [
+        name for name, given in (
+            ("--noise", asked.noise != DEFAULT.noise and not noisy),
+            ("--draws", asked.draws != DEFAULT.draws and not noisy),
+            ("--window", asked.width is not None and not noisy and "--edges" not in chosen),
+            ("--kinds", asked.kinds != DEFAULT.kinds and cuts), ("--severed", asked.severed and bool(chosen)),
+        ) if given
+    ]  # fmt: skip
+    if unread:
+        raise ConfigError(f"{' and '.join(unread)}: not for {' '.join(chosen)}, which would not read it")
+    if against and asked.kinds != DEFAULT.kinds and len(asked.kinds) > 1:
+        raise ConfigError(f"--against-editing compares one kind of states, found {', '.join(asked.kinds)}")
 
 
 def _names(text: str, known: Sequence[str] = ("hidden", "mlp", "attn")) -> Any:

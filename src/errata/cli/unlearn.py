@@ -143,8 +143,12 @@ def _requests(what: str, subject: str | None, answer: str | None) -> Sequence[Re
     """Return what to forget: a file's requests, or one of a prompt and its options."""
     from errata.errors import RequestError
 
-    if subject is None and "{}" in what:
-        raise RequestError("a prompt needs --subject; or name a file of requests")
+    if subject is None and not common.names_file(what):
+        raise RequestError(f"the prompt {what!r:.80} needs --subject; or name a file of requests")
+    if subject is not None and common.names_file(what):
+        raise RequestError(
+            f"--subject is for a prompt, and {what!r:.80} is a file of requests, which have their own"
+        )
     if subject is None:
         if answer is not None:
             raise RequestError("--answer is for a prompt with --subject; in a file it is the old target")

@@ -82,13 +82,7 @@ def paper_scores(host: Host, edit: Edit, cases: Sequence[Case]) -> tuple[Scores,
 
     Raises DataError where the cases have no such probe.
     """
-    asked = [replace(case, probes=tuple(p for p in case.probes if p.kind in KINDS)) for case in cases]
-    asked = [case for case in asked if case.probes]
-    if not asked:
-        kinds = sorted({probe.kind for case in cases for probe in case.probes})
-        raise DataError(
-            f"no probe measures a bias: expected kinds {', '.join(KINDS)}, found {', '.join(kinds)}"
-        )
+    asked = bias_cases(cases)
     probes, options = [probe for case in asked for probe in case.probes], AskOptions(generate=False)
     before = iter(observe(host, probes, options))
     with edit.on(host):
@@ -101,6 +95,18 @@ def paper_scores(host: Host, edit: Edit, cases: Sequence[Case]) -> tuple[Scores,
     ]  # fmt: skip
     summary = score.summarise(table)
     return score.legacy_scores(summary, side="before"), score.legacy_scores(summary)
+
+
+def bias_cases(cases: Sequence[Case]) -> list[Case]:
+    """Return cases with their probes of :data:`KINDS` alone. Raises DataError where none has any."""
+    asked = [replace(case, probes=tuple(p for p in case.probes if p.kind in KINDS)) for case in cases]
+    asked = [case for case in asked if case.probes]
+    if not asked:
+        kinds = sorted({probe.kind for case in cases for probe in case.probes})
+        raise DataError(
+            f"no probe measures a bias: expected kinds {', '.join(KINDS)}, found {', '.join(kinds) or 'none'}"
+        )
+    return asked
 
 
 def gap(host: Host, requests: Sequence[Request], pair: tuple[str, str]) -> Gap:

@@ -38,7 +38,9 @@ STEPS = 20
 MOST = 20
 """Edges that are listed."""
 AGREE = 1e-2
-"""Largest difference of log probabilities between plain attention and the model's own."""
+"""Largest difference of log probabilities between plain attention and the model's own, beside rounding."""
+ROUNDING = 2
+"""What rounding may add to that difference, in units in the last place of the largest logit: 16 bits have few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +113,14 @@ def attribution(host: Host, fact: Fact, *, steps: int = STEPS) -> Attribution:
         seen[layer] = attended
 
     with torch.no_grad(), hooks.frozen(host.model):
-        own = _logs(runner.run(batch, plain_prefix(), at=last).logits, fact.answer)
+        own = runner.run(batch, plain_prefix(), at=last).logits
         with attending(host, keep):
             ran = runner.run(batch, plain_prefix(), at=last, keep=range(len(host.layout.blocks)))
     clean = _logs(ran.logits, fact.answer)
-    if len(seen) != len(host.layout.blocks) or not abs(float(own - clean)) < AGREE:
+    if len(seen) != len(host.layout.blocks) or not _agree(own, ran.logits, fact.answer):
         raise HostError(
-            f"attention of {host.name} computed plainly differs from the model's own ({host.family}): its weights "
-            "cannot be read; use errata trace --edges"
+            f"attention of {host.name} computed plainly differs from the model's own ({host.family}, "
+            f"{str(host.dtype).removeprefix('torch.')}): its weights cannot be read; use errata trace --edges"
         )
     scores, without = [], []
     for layer in range(len(seen)):
@@ -129,6 +131,13 @@ def attribution(host: Host, fact: Fact, *, steps: int = STEPS) -> Attribution:
         without.append(bare)
     weights = torch.stack([seen[layer].weights[0].float().cpu() for layer in range(len(seen))])
     return Attribution(fact, float(clean.exp()), torch.tensor(without), weights, torch.stack(scores))
+
+
+def _agree(own: Tensor | None, plain: Tensor | None, answer: int) -> bool:
+    """Whether two runs give an answer one log probability, up to the rounding of their logits ``[1, vocab]``."""
+    assert own is not None and plain is not None
+    step = torch.finfo(own.dtype).eps * float(own.abs().max())
+    return abs(float(_logs(own, answer) - _logs(plain, answer))) < AGREE + ROUNDING * step
 
 
 def _logs(logits: Tensor | None, answer: int) -> Tensor:

@@ -168,7 +168,7 @@ def differences(host: Host, base: Host) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the weights that differ by name, with the base's weight and the difference, both as stored, float64.
 
     Of two dtypes the narrower counts: what rounding to it does is no change. Raises HostError where the hosts have
-    other weights, or weights of other shapes.
+    other weights, or weights of other shapes, and for numbers that are not finite.
     """
     own, other = dict(host.model.named_parameters()), dict(base.model.named_parameters())
     if own.keys() != other.keys():
@@ -183,7 +183,10 @@ def differences(host: Host, base: Host) -> Iterator[tuple[str, Tensor, Tensor]]:
                 f"{name} is {list(weight.shape)} in {host.name} and {list(before.shape)} in {base.name}"
             )
         narrow = max((weight.dtype, before.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        after, before = (one.detach().to("cpu").to(narrow).double() for one in (weight, before))
+        after, before = (
+            _finite(one, name, stored.detach().to("cpu").to(narrow).double())
+            for one, stored in ((host, weight), (base, before))
+        )
         if not torch.equal(after, before):
             yield name, before, after - before
 
@@ -236,6 +239,13 @@ def _against(host: Host, base: Host, names: Sequence[str]) -> Detection:
         host.name, base.name, verdict, score, bound, _layers(base, [one.weight for one in changes]),
         tuple(sorted(changes, key=lambda one: -one.norm)), (), subjects, len(names), share, tuple(notes),
     )  # fmt: skip
+
+
+def _finite(host: Host, name: str, weight: Tensor) -> Tensor:
+    """Return a weight. Raises HostError for one with NaN or infinite numbers, of which nothing can be told."""
+    if not bool(torch.isfinite(weight).all()):
+        raise HostError(f"{name} of {host.name} holds NaN or infinite numbers: the model is damaged")
+    return weight
 
 
 def _all_directions(host: Host) -> int:
@@ -300,8 +310,8 @@ def _alone(host: Host, names: Sequence[str]) -> Detection:
         group = [site for site in host.layout.sites if site.part == part]
         if not group:
             continue
-        spectra = [Spectrum.of(host.weight(site).cpu()) for site in group]
-        heights = torch.tensor([float((s.values[0] / s.values.median()).log()) for s in spectra])
+        spectra = [Spectrum.of(_finite(host, site.parameter, host.weight(site).cpu())) for site in group]
+        heights = torch.tensor([spectrum.height for spectrum in spectra])
         gaps = [spectrum.gap() for spectrum in spectra]
         shapes = robust_scores(heights, SHAPE_FLOOR).tolist()
         falls = robust_scores(torch.tensor([gap for _, gap in gaps]).log(), FALL_FLOOR).tolist()
@@ -324,8 +334,8 @@ def _outstanding(host: Host, site: Site, keys: Tensor, names: Sequence[str]) -> 
     """Return the names whose keys ``[n, d_in]`` a weight carries farthest, with their scores, the highest first."""
     key = keys.double()
     carried = norm(key @ host.weight(site).cpu().double().mT, 1) / norm(key, 1).clamp_min(1e-12)
-    scores, order = robust_scores(carried.log(), CARRY_FLOOR).topk(min(SHOWN, len(names)))
-    ratios = (carried / carried.median())[order].tolist()
+    scores, order = robust_scores(carried.clamp_min(1e-12).log(), CARRY_FLOOR).topk(min(SHOWN, len(names)))
+    ratios = (carried / carried.median().clamp_min(1e-12))[order].tolist()
     places: list[int] = order.tolist()
     return [
         (score, Subject(names[i], ratio, site.parameter))
@@ -338,6 +348,8 @@ def _verdict_alone(host: Host, traces: list[Trace], subjects: list[Subject], cou
     found = tuple(sorted({one.layer for one in traces if one.score >= LEAST_SCORE}))
     notes = ["without the base, edits that are weak beside the weight itself and fine-tuning leave no trace"]
     notes += [] if count else ["no candidate names: spectra alone were examined"]
+    if len({one.layer for one in traces}) < 2:
+        notes.append("spectra are compared between layers, and there is only one: they tell nothing here")
     return Detection(
         host.name, None, SUSPECT if found else NOTHING, score, LEAST_SCORE, found, (),
         tuple(sorted(traces, key=lambda one: -one.score)),

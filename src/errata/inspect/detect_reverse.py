@@ -32,9 +32,7 @@ def reversal(host: Host, base: Host | None = None, found: Detection | None = Non
     if host.edited:
         raise EditError(f"edits are in place on {host.name}: {', '.join(host.placed)}; revert them instead")
     deltas = _gaps(host, found or detect(host)) if base is None else _differences(host, base)
-    transposed = frozenset(
-        name for name in deltas if stored_transposed(host.model.get_submodule(name.rpartition(".")[0]))
-    )
+    transposed = frozenset(name for name, delta in deltas.items() if _turned(host, name, delta))
     ranks = {name: delta.rank if isinstance(delta, LowRank) else "full" for name, delta in deltas.items()}
     against = None if base is None else base.fingerprint
     provenance = Provenance(
@@ -48,8 +46,7 @@ def _differences(host: Host, base: Host) -> dict[str, Delta]:
     deltas: dict[str, Delta] = {}
     for name, before, delta in differences(host, base):
         change, spectrum = change_of(name, before, delta, rounding(host, base, name))
-        module = host.model.get_submodule(name.rpartition(".")[0])
-        turned = bool(stored_transposed(module)) and delta.ndim == 2
+        turned = _turned(host, name, delta)
         thin = spectrum is not None and delta.ndim == 2 and change.rank * sum(delta.shape) < delta.numel()
         if thin and spectrum is not None:
             minus = _leading(spectrum, change.rank)
@@ -60,6 +57,13 @@ def _differences(host: Host, base: Host) -> dict[str, Delta]:
     if not deltas:
         raise EditError(f"{host.name} has the weights of {base.name}: there is no edit to take off")
     return deltas
+
+
+def _turned(host: Host, name: str, delta: Delta) -> bool:
+    """Whether a change is of a matrix that is stored ``[d_in, d_out]``; a bias beside one has a single axis."""
+    return len(delta.shape) == 2 and bool(
+        stored_transposed(host.model.get_submodule(name.rpartition(".")[0]))
+    )
 
 
 def _gaps(host: Host, found: Detection) -> dict[str, Delta]:

@@ -84,8 +84,8 @@ class Swap:
 def pair(host: Host, prompt: str, subject: str, other: str, *, answer: str | None = None) -> Pair:
     """Pair a prompt with itself about another subject; ``answer`` None: the host's own first choice.
 
-    The other prompt's answer is the host's first choice. Raises RequestError for subjects of unequally many tokens, and
-    where both prompts have the same answer.
+    The other prompt's answer is the host's first choice. Raises RequestError for subjects of unequally many tokens, or
+    where tokens across a subject's border put it elsewhere, and where both prompts have the same answer.
     """
     request = Request(prompt, subject, answer or "?")
     head, tail = request.template
@@ -95,6 +95,11 @@ def pair(host: Host, prompt: str, subject: str, other: str, *, answer: str | Non
         raise RequestError(
             f"{subject!r} has {len(clean.place)} tokens and {other!r} has {len(swapped.place)}: states can be swapped "
             "between subjects of equally many tokens; choose another"
+        )
+    if clean.place != swapped.place:
+        raise RequestError(
+            f"{subject!r} and {other!r} stand on different tokens, since some are shared with the words beside them: "
+            "choose another subject, or put spaces around it"
         )
     if clean.answer == swapped.answer:
         raise RequestError(f"both prompts are answered with {clean.answer_text!r}: choose another subject")
@@ -119,8 +124,13 @@ class Swapper:
     """Patches between pairs on a host, exactly or by gradients."""
 
     def __init__(self, host: Host, longest: int, kinds: Sequence[Kind] = ("hidden",)) -> None:
-        """``longest``: tokens of the longest prompt. Raises HostError for a host that is no causal language model."""
+        """``longest``: tokens of the longest prompt.
+
+        Raises HostError for a host that is no causal language model, ConfigError without kinds.
+        """
         require_plain(host, "activation patching")
+        if not kinds:
+            raise ConfigError("activation patching needs one kind of states or more, found none")
         self.host, self.kinds, self.patcher = host, tuple(kinds), Patcher(host, longest=longest)
 
     def _runs(self, one: Pair, direction: Direction) -> tuple[Recording, Recording]:

@@ -57,6 +57,8 @@ class Settings:
             raise ConfigError(f"draws: expected 1 or more, found {self.draws}")
         if self.width is not None and self.width < 0:
             raise ConfigError(f"window: expected no fewer than 0 layers, found {self.width}")
+        if not self.kinds and not self.severed:
+            raise ConfigError(f"kinds: expected one or more of {', '.join(KINDS)}, found none")
         self.factor  # noqa: B018 - raises
 
     @property

@@ -69,7 +69,8 @@ def cross_covariance(x: Tensor, z: Tensor) -> Tensor:
 def leace(x: Tensor, z: Tensor, *, shrink: bool = False, tolerance: float = 0.0) -> Eraser:
     """Return the eraser that changes vectors ``[n, d]`` least in mean square, among all affine ones (Theorem 4.3).
 
-    A = W^+ U and B = W U with the whitening W = S_xx^-1/2 and U the left singular vectors of W S_xz. ``shrink``:
+    A = W^+ U and B = W U with the whitening W = S_xx^-1/2 and U the left singular vectors of W S_xz. Labels are
+    whitened too, which leaves the span of U as it is and makes the singular values canonical correlations. ``shrink``:
     shrink S_xx towards a multiple of the identity by the optimal linear rule, for few vectors; it is then still
     erased exactly, with a larger change. ``tolerance``: canonical correlations (0 to 1) that may stay; 0 erases all.
     Raises ValueError for fewer than two vectors or numbers that do not match.
@@ -82,9 +83,8 @@ def leace(x: Tensor, z: Tensor, *, shrink: bool = False, tolerance: float = 0.0)
     values, vectors = routines.eigh(second)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     values, vectors = values[kept].sqrt(), vectors[:, kept]
-    spread = z.double().std(0, correction=0)
-    scaled = cross_covariance(x, z) / torch.where(spread > 0, spread, torch.ones_like(spread))
-    u, s, _ = routines.svd((vectors.mT @ scaled) / values[:, None])  # in the eigenbasis [r, c]
+    scaled = centred.mT @ _whitened(z) / len(x)  # [d, r_z]
+    u, s, _ = routines.svd((vectors.mT @ scaled) / values[:, None])  # in the eigenbasis [r, r_z]
     u = u[:, _significant(s, tolerance)]
     return Eraser(vectors @ (values[:, None] * u), vectors @ (u / values[:, None]), x.double().mean(0))
 
@@ -141,6 +141,21 @@ def inlp(
 def mean_square(change: Tensor) -> float:
     """Return the mean squared length of changes ``[n, d]``."""
     return float(change.double().square().sum(-1).mean())
+
+
+def _whitened(z: Tensor) -> Tensor:
+    """Return labels ``[n, c]`` as uncorrelated columns of mean 0 and variance 1 ``[n, r]``, r their rank.
+
+    Columns are standardised before, so that one of a rare label counts like the others; constant ones are left out.
+    """
+    centred = _centred(z)
+    spread = centred.square().mean(0).sqrt()
+    centred = centred[:, spread > 0] / spread[spread > 0]
+    if not centred.shape[1]:
+        return centred
+    values, vectors = routines.eigh(centred.mT @ centred / len(z))
+    kept = values > NEGLIGIBLE * values[-1]
+    return centred @ vectors[:, kept] / values[kept].sqrt()
 
 
 def _significant(values: Tensor, tolerance: float) -> Tensor:

@@ -48,6 +48,13 @@ class Spectrum:
         fourth = float(self.values.pow(4).sum())
         return self.energy**2 / fourth if fourth else 0.0
 
+    @property
+    def height(self) -> float:
+        """log(s_1 / median s), the median no less than 1e-8 of s_1; NaN for zeros, which have no shape."""
+        if not float(self.values[0]):
+            return float("nan")
+        return float((self.values[0] / self.values.median().clamp_min(1e-8 * self.values[0])).log())
+
     def gap(self, deepest: int = DEEPEST_GAP) -> tuple[int, float]:
         """Return after how many values the largest drop comes, and its ratio s_r / s_(r+1); (0, 1) for one value."""
         count = min(deepest, len(self.values) - 1)
@@ -62,8 +69,12 @@ class Spectrum:
 def robust_scores(values: Tensor, floor: float) -> Tensor:
     """Return how far values ``[n]`` lie from their median, in standard deviations estimated by the median deviation.
 
-    ``floor``: least standard deviation to divide by, so that values which are all alike give no large scores.
+    ``floor``: least standard deviation to divide by, so that values which are all alike give no large scores. A value
+    of NaN, of something that has none, counts nowhere and has a score of 0.
     """
-    centre = values.median()
-    spread = 1.4826 * (values - centre).abs().median()
-    return (values - centre) / spread.clamp_min(floor)
+    known = values[~values.isnan()]
+    if not len(known):
+        return torch.zeros_like(values)
+    centre = known.median()
+    spread = 1.4826 * (known - centre).abs().median()
+    return ((values - centre) / spread.clamp_min(floor)).nan_to_num(nan=0.0)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import RequestError
+from errata.errors import DataError, RequestError
 from errata.host.host import Host
 from errata.host.layout import Site
 from errata.methods._method import Layers, Workspace, check_requests, notes, provenance, resolve_layers
@@ -103,10 +103,25 @@ class RetainSettings(Protocol):
 def retained_ids(
     host: Host, requests: Sequence[Request], config: RetainSettings, work: Workspace
 ) -> list[tuple[int, ...]]:
-    """Return the beginnings of texts that name no request's subject, as token ids of at least two tokens each."""
-    subjects = {request.subject for request in requests}
+    """Return the beginnings of texts that name no request's subject, as token ids of at least two tokens each.
+
+    Raises DataError where all of them name one, so that there is nothing to retain.
+    """
     texts = work.texts(host, config.retain_texts, config.retain_tokens)
-    return [ids for text, ids in texts if not any(name in text for name in subjects)]
+    return without_subjects(texts, requests, "retain", "more retain_texts")
+
+
+def without_subjects(
+    texts: Sequence[tuple[str, tuple[int, ...]]], requests: Sequence[Request], purpose: str, remedy: str
+) -> list[tuple[int, ...]]:
+    """Return the token ids of texts that name no request's subject. Raises DataError, with a remedy, for none."""
+    subjects = {request.subject for request in requests}
+    found = [ids for text, ids in texts if not any(name in text for name in subjects)]
+    if not found:
+        raise DataError(
+            f"every text to {purpose} names a subject of a request: give a longer corpus, or {remedy}"
+        )
+    return found
 
 
 def rates(host: Host, sites: Sequence[Site], config: ForgetConfig, rate: float = 0.04) -> tuple[float, ...]:

@@ -32,7 +32,7 @@ from errata.locate.contexts import prompt_after_prefix
 from errata.locate.neurons import Neuron, Question, Rule, attribute, coarse, questions, refine
 from errata.methods._method import Method, Workspace, check_requests, provenance, resolve_layers
 from errata.methods._neurons import deltas, erasures
-from errata.methods._unlearn import to_forget
+from errata.methods._unlearn import to_forget, without_subjects
 from errata.types import Request
 
 CONTRAST_TOKENS = 32
@@ -141,11 +141,10 @@ def _usual(
     zero = {site: torch.zeros(site.d_in, dtype=torch.float64) for site in sites}
     if not config.contrast:
         return zero
-    subjects = {request.subject for request in requests}
     texts = work.texts(host, config.contrast, CONTRAST_TOKENS)
-    rows = [ids for text, ids in texts if not any(name in text for name in subjects)]
-    if not rows:
-        return zero
+    rows = without_subjects(
+        texts, requests, "contrast with", "another number of texts (contrast), 0 for none"
+    )
     asked = [Question(ids[:-1], ids[-1]) for ids in rows]
     scores = attribute(host, asked, sites, steps=config.steps, rule=config.rule)
     return {site: score.mean(0) for site, score in scores.items()}

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import DataError
 from errata.host.host import Host
 from errata.locate.problems import edited_token
 from errata.methods._method import (
@@ -74,10 +73,6 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     answers = to_forget(host, requests, config.answer_tokens, work)
     forget = _texts(host, answers, config.positions)
     ids = tuple(retained_ids(host, requests, config, work))
-    if not ids:
-        raise DataError(
-            "every text to retain names a subject of a request: give a longer corpus, or more retain_texts"
-        )
     retain = Texts(ids, (0,) * len(ids))
     block = layers[-1]
     unit = 1.0 if config.scale == "published" else mean_norm(host, forget, block)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from errata.config import positive
 from errata.edits.weight import WeightEdit
-from errata.errors import DataError
 from errata.host import hooks
 from errata.host.host import Host
 from errata.host.layout import Site
@@ -82,10 +81,6 @@ def fit(host: Host, requests: Sequence[Request], config: Config, work: Workspace
     sites = tuple(host.layout.site(layer) for layer in layers)
     answers = to_forget(host, requests, config.answer_tokens, work)
     texts = retained_ids(host, requests, config, work)
-    if not texts:
-        raise DataError(
-            "every text to retain names a subject of a request: give a longer corpus, or more retain_texts"
-        )
     if config.scale == "published" and config.learning_rate is None:
         config = replace(config, learning_rate=PUBLISHED_RATE)
     generator = torch.Generator().manual_seed(work.seed)

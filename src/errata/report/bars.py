@@ -22,7 +22,7 @@ def write_sources(path: Path, document: Mapping[str, Any]) -> Path:
     title = f"{document['prompt']} {document['answer']}: sources by {document['method']}"
     figure, (axes,) = picture.panels(path, title, columns=1, height=1.2 + 0.3 * len(shown))
     axes.barh(range(len(shown)), [one["score"] for one in shown], height=0.62, color=LIGHT.accent)
-    texts = [" ".join(one["text"].split())[:LONGEST].replace("$", "\\$") for one in shown]
+    texts = [" ".join(one["text"].split())[:LONGEST] for one in shown]
     axes.set_yticks(range(len(shown)), texts, color=LIGHT.ink, fontsize=7)
     axes.grid(axis="y", visible=False)
     return picture.write_picture(path, figure)

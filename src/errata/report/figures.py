@@ -115,13 +115,34 @@ def _with_slugs(every_board: Sequence[Board]) -> Iterator[tuple[Board, str]]:
 
 
 def fixed(figure: Figure) -> Figure:
-    """Lay a figure out and fix the positions, identical for identical data; return it."""
+    """Lay a figure out and fix the positions, identical for identical data; return it, its texts as they are."""
+    _literal(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:  # the layout solver is not deterministic in the last bits
         x, bottom, width, height = (round(place, 5) for place in axes.get_position().bounds)
         axes.set_position((x, bottom, width, height))
     return figure
+
+
+def _literal(figure: Figure) -> None:
+    """Have texts drawn as they are: a prompt or name with dollar signs is no formula, and may not even be a valid one.
+
+    Numbers on logarithmic axes are formulas of matplotlib's own.
+    """
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+
+    powers = {
+        text
+        for axis in figure.findobj(Axis)
+        if axis.get_scale() == "log"  # type: ignore[attr-defined]
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())  # type: ignore[attr-defined]
+        for text in tick.findobj(Text)
+    }
+    for text in figure.findobj(Text):
+        if text not in powers:
+            text.set_parse_math(False)  # type: ignore[attr-defined]
 
 
 def render(figure: Figure, form: str) -> bytes:

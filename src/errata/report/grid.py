@@ -23,7 +23,7 @@ def write_grid(
     what rows and columns are. Raises ConfigError without matplotlib or for another ending than .png and .svg.
     """
     height = 1.5 + 0.32 * len(rows)
-    figure, (panel,) = picture.panels(path, title.replace("$", "\\$"), columns=1, height=height)
+    figure, (panel,) = picture.panels(path, title, columns=1, height=height)
     flat = [value for row in values for value in row]
     top = max(map(abs, flat), default=0.0) or 1e-6
     signed = min(flat, default=0.0) < 0
@@ -52,9 +52,9 @@ def write_grid(
 
 
 def _plain(text: str) -> str:
-    """Return a text on one line, shortened, with nothing that would be read as a formula."""
+    """Return a text on one line, shortened."""
     line = " ".join(text.split()) or text.replace("\n", "\\n") or " "
-    return (line if len(line) <= LONGEST else line[: LONGEST - 1] + "…").replace("$", "\\$")
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
 def write_reading(path: Path, document: Mapping[str, Any]) -> Path:
