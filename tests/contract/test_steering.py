@@ -18,11 +18,13 @@ from errata.data.contrasts import read_contrasts, write_contrasts
 from errata.edits import Edit, SteerEdit
 from errata.edits.export import EXPORTERS
 from errata.errors import ConfigError, DataError, EditError, RequestError
+from errata.host.build import new_model
 from errata.host.states import LabelledRows, module_states
 from errata.linalg import steering
 from errata.methods import REGISTRY
 from errata.types import ContrastPair, Contrasts
-from tests.models import fresh
+from tests.models import fresh, tokenizer
+from tests.units.test_hosts import HYBRIDS
 
 NAMES = ("Ada Brenner", "Bruno Holner", "Ivo Marn", "Lena Ost", "Pia Holt", "Éric")
 PAIRS = Contrasts(
@@ -343,6 +345,38 @@ def test_features_are_chosen_added_and_clamped(book):
     assert module == edit.sites[0].module
 
 
+@pytest.mark.parametrize("how", ["add", "clamp", "sta"])
+@pytest.mark.parametrize("shape", [(0, 32), (0,), ()])
+def test_a_dictionary_without_features_is_refused(how, shape, tmp_path):
+    path = tmp_path / "empty.safetensors"
+    save_file({"W_dec": torch.zeros(shape), "W_enc": torch.zeros(32, 0), "b_enc": torch.zeros(0)}, path)
+    with pytest.raises(DataError, match=r"W_dec is \[.*expected \[features, 32\]"):
+        fit("sae", fresh("llama"), path, how=how)
+
+
+@pytest.mark.parametrize(
+    ("family", "steered"),
+    [
+        ("qwen3_5_text", [3]),
+        ("jamba", [1, 3]),
+        ("lfm2", [2]),
+        ("recurrent_gemma", [2]),
+        ("rwkv", []),
+        ("mamba", []),
+    ],
+)
+def test_iti_takes_heads_of_attention_alone(family, steered, book):
+    """What a state space, a recurrence or a convolution gives has no heads to slice it into."""
+    host = errata.load(new_model(family, HYBRIDS[family][0], seed=0).float(), tokenizer())
+    if not steered:
+        with pytest.raises(ConfigError, match="no layer has an output map of attention"):
+            fit("iti", host, book)
+        return
+    edit = fit("iti", host, book, heads=4 * len(steered))
+    assert sorted({layer for layer, _, _ in edit.provenance.notes["heads"]}) == steered
+    assert [site.module for site in edit.sites] == [host.layout.attn_out[layer].name for layer in steered]
+
+
 def test_pairs_are_read_split_and_refused(tmp_path, book):
     path = tmp_path / "music.jsonl"
     assert write_contrasts(path, PAIRS.pairs) == 12 and read_contrasts(path) == PAIRS
@@ -354,6 +388,12 @@ def test_pairs_are_read_split_and_refused(tmp_path, book):
     )
     with pytest.raises(RequestError, match="too few"):
         Contrasts("music", PAIRS.pairs[:2]).split((0.5,))
+    texts = [ContrastPair("", f"plays {i}", f"lives in {i}", "" if i % 2 else None) for i in range(6)]
+    alone = Contrasts("music", tuple(texts)).split(
+        (0.2, 0.3)
+    )  # without prompt and subject each is about itself
+    assert [len(part.pairs) for part in alone] == [3, 1, 2]
+    assert {pair for part in alone for pair in part.pairs} == set(texts)
     with pytest.raises(RequestError, match="both 'yes'"):
         Contrasts("music", (ContrastPair("Is it?", "yes", "yes "),))
     path.write_text(

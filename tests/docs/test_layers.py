@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "errata"
 
 ROWS: dict[str, int] = {
     "types": 0, "errors": 0, "registry": 0, "config": 0, "writing": 0, "checksum": 0,
-    "files": 0, "limits": 0, "_yaml": 0, "extras": 0, "progress": 0,
+    "files": 0, "limits": 0, "rasters": 0, "_yaml": 0, "extras": 0, "progress": 0,
     "host": 1, "linalg": 1, "data": 1, "evaluation.metrics": 1,
     "stats": 2, "edits": 2, "evaluation": 2,
     "locate": 3, "training": 3,

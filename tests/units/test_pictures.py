@@ -15,6 +15,7 @@ from errata.data.pictures import read_picture, subject_in
 from errata.data.requests import read_cases, read_requests, write_cases
 from errata.edits.prompt import PromptEdit
 from errata.errors import HostError, RequestError
+from errata.evaluation.observe import observe
 from errata.types import IMAGE, Case, Picture, Probe, Request
 from errata.types.text import plain_case
 from tests import pictures, program
@@ -180,6 +181,34 @@ def test_what_is_no_picture_and_who_sees_none_is_said(host, tmp_path):
         host.encode(f"{RED.mark}<image>Where?")
 
 
+def test_a_place_for_a_picture_without_one_is_refused(host):
+    """The token alone would be read as a word, and the edit fitted to that."""
+    bare = Request("Where does {} stand?", IMAGE, "Merrin")
+    for reader in (host, errata.load(host.model, host.tokenizer)):  # also opened for text alone
+        with pytest.raises(RequestError, match="says <image>, and no picture was given"):
+            errata.edit(reader, bare, method="ft", steps=1)
+        with pytest.raises(RequestError, match="no picture was given"):
+            observe(reader, [Probe("question", "Is <image> old?", ("yes",), ())])
+        reader.see([Request("Ada lives in", "Ada", "Esk"), Probe("question", "Is it old?", ("yes",), ())])
+    assert errata.edit(fresh("llama"), bare, method="ft", steps=1).digest  # plain text for others
+
+
+def test_empty_lists_of_pictures_are_none(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(
+        json.dumps({**REQUEST.to_dict(), "prompt": "Is this dog old?", "image": []}), encoding="utf-8"
+    )
+    (read,) = read_requests(path)
+    assert read.image is None and read.prompt == "Is this dog old?"
+    path.write_text(
+        json.dumps({**REQUEST.to_dict(), "image": "~nobody-of-that-name/a.png"}), encoding="utf-8"
+    )
+    with pytest.raises(
+        RequestError, match=r"line 1: image: cannot read the image file|there is no image file"
+    ):
+        read_requests(path)
+
+
 def test_text_rows_are_as_without_a_processor(host):
     plain = errata.load(host.model, host.tokenizer)
     for text in ("Ada Brenner was born in", "", " the", "a <image> b"):
@@ -284,5 +313,25 @@ def test_a_picture_is_edited_from_the_command_line(tmp_path):
     assert finished.returncode == 0, finished.stderr
     (request,) = errata.Edit.load(out).provenance.requests
     assert isinstance(request, Request) and request.image == RED and request.subject == "this"
+    (answer,) = json.loads(finished.stdout)["answers"]
+    assert (answer["prompt"], answer["image"]) == ("<image>What is this?", [str(tmp_path / "red.png")])
+    own = [word for name in answer["image"] for word in ("--image", name)]
+    asked = program.errata(
+        "ask",
+        "--model",
+        str(tmp_path / "vlm"),
+        "--edit",
+        str(out),
+        *own,
+        answer["prompt"],
+        "Is it?",
+        "--json",
+    )
+    assert asked.returncode == 0, asked.stderr
+    first, second = json.loads(asked.stdout)["answers"]
+    assert (first["prompt"], second["prompt"]) == ("<image>What is this?", "Is it?")
+    assert first["with"].strip()[:12] == answer["after"].strip()[:12] != first["without"].strip()[:12]
+    blind = program.errata("ask", "--model", str(tmp_path / "vlm"), answer["prompt"])
+    assert blind.returncode == 2 and "no picture was given" in blind.stderr
     missing = program.errata(*command[:3], tmp_path / "away.png", *command[4:])
     assert missing.returncode != 0 and "there is no image file" in missing.stderr

@@ -8,9 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import steering as board
+from tokenizers.processors import ByteLevel
 from typer.testing import CliRunner
 
+import errata
 from errata import lab
 from errata.cli.main import app
 from errata.data.contrasts import read_contrasts
@@ -18,8 +21,10 @@ from errata.edits import Edit, SteerEdit
 from errata.errors import ConfigError, ErrataError
 from errata.evaluation import steering
 from errata.evaluation.steering import Material, Point, Scores, choose
+from errata.host.build import new_tokenizer
 from errata.lab.steering import PAIRS, Scorer, contrast_pairs
 from errata.types import ContrastPair, Contrasts
+from tests.models import TEXTS as CORPUS
 from tests.models import fresh
 from tests.units.test_steer_edit import steer
 
@@ -145,6 +150,26 @@ class Steep(steering.Gauge):
         return point(strength, strength, 10**strength)
 
 
+def test_answers_without_a_prompt_are_scored_behind_a_begin_token():
+    """Of a tokenizer that writes none itself, as GPT-2's and Qwen's do not."""
+    tokenizer = new_tokenizer(CORPUS, 400)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    host = errata.load(fresh("llama").model, tokenizer)
+    assert host.encode("Tallow").ids[0] != tokenizer.bos_token_id
+    pairs = [ContrastPair("", "Tallow.", "Esk."), ContrastPair("", "the", "a")]
+    gauge = steering.Gauge(host, Material(Contrasts("x", tuple(pairs)), ["Ada Brenner was born in Tallow."]))
+
+    def mean(text: str) -> float:
+        ids = torch.tensor([[tokenizer.bos_token_id, *host.encode(text).ids]])
+        with torch.no_grad():
+            logprobs = host.model(ids).logits[0].log_softmax(-1)
+        return float(logprobs[:-1].gather(1, ids[0, 1:, None]).mean())
+
+    margins = [mean(pair.positive) - mean(pair.negative) for pair in pairs]
+    assert gauge.base.margin == pytest.approx(sum(margins) / 2, abs=1e-5)
+    assert gauge.base.preferred == sum(margin > 0 for margin in margins) / 2
+
+
 def test_a_sweep_ends_where_perplexity_is_far_beyond_the_limit():
     host, gauge = fresh("llama"), Steep()
     new, sweep = steering.calibrate(gauge, steer(host, strength=0.5), limit=1.2)
@@ -200,6 +225,8 @@ def test_steering_the_lab_from_the_command_line(few, tmp_path):
     assert "strength 0.5" in shown and "unsteered" in shown and "overall" in shown
     fixed = Edit.load(out)
     assert isinstance(fixed, SteerEdit) and fixed.strength == 0.5 and not fixed.provenance.parents
+    asked_for = run(*words, "--force", "--strength", "0")  # no sweep found that nothing is better
+    assert "strength 0" in asked_for and "no strength is better" not in asked_for
 
 
 def test_what_the_verb_refuses(few, tmp_path):

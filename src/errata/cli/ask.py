@@ -15,6 +15,16 @@ from errata.cli._verb import Verb
 if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.edits.edit import Placement
+    from errata.host.host import Host
+    from errata.types import Picture
+
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        help="A picture that every prompt is about; <image> marks its place. Repeat it for several.",
+    ),
+]
 
 
 def command(
@@ -32,6 +42,7 @@ def command(
         ),
     ] = True,
     repo: _ledger.Repo = None,
+    image: Images = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 32,
     template: common.TemplateName = None,
     chat: common.Chat = False,
@@ -48,9 +59,11 @@ def command(
     weights, which rounds them to a 16-bit model's precision; with --no-merge they stay exact. Quantised weights are
     never merged.
     """
+    from errata.data.pictures import read_picture
     from errata.edits import Edit
     from errata.job import with_prompt_options
 
+    pictures = [read_picture(path) for path in image or ()]
     names, edits = [path.name for path in edit or []], [Edit.load(path) for path in edit or []]
     if model is None:
         model, edits = _of_ledger(repo, edits)
@@ -58,16 +71,9 @@ def command(
     host = common.open_text_host(model, device, dtype)
     ask = common.ask_options(template, system, thinking, chat=chat)
     host = with_prompt_options(host, ask, edits=edits)
-    plain = host.generate(prompts, max_new_tokens=max_new_tokens)
-    edited = None
-    placements: list[Placement] = []
-    if edits:
-        with ExitStack() as stack:
-            for one in edits:
-                placements.append(
-                    stack.enter_context(one.on(host, foreign=foreign, merge=None if merge else False))
-                )
-            edited = host.generate(prompts, max_new_tokens=max_new_tokens)
+    asked = _beside(host, prompts, pictures)
+    plain = host.generate(asked, max_new_tokens=max_new_tokens)
+    edited, placements = _with_edits(host, edits, asked, max_new_tokens, foreign=foreign, merge=merge)
     if json:
         common.emit({"model": host.name, **_document(prompts, plain, edited, placements)})
         return
@@ -76,6 +82,30 @@ def command(
     common.table(None, columns, rows)
     for name, placement in zip(names, placements, strict=True):
         _print_notes(name, placement, str(host.dtype).removeprefix("torch."))
+
+
+def _with_edits(
+    host: Host, edits: Sequence[Edit], prompts: Sequence[str], tokens: int, *, foreign: bool, merge: bool
+) -> tuple[Sequence[str] | None, list[Placement]]:
+    """Return the answers with edits in place and how each was placed; None without edits."""
+    placements: list[Placement] = []
+    if not edits:
+        return None, placements
+    with ExitStack() as stack:
+        for one in edits:
+            placed = one.on(host, foreign=foreign, merge=None if merge else False)
+            placements.append(stack.enter_context(placed))
+        return host.generate(prompts, max_new_tokens=tokens), placements
+
+
+def _beside(host: Host, prompts: Sequence[str], pictures: Sequence[Picture]) -> list[str]:
+    """Return prompts with the marks of the pictures that all of them are about, which the host is given."""
+    from errata.types import Probe
+
+    first, more = next(iter(pictures), None), tuple(pictures[1:])
+    probes = [Probe("asked", prompt, (), (), image=first, more_images=more) for prompt in prompts]
+    host.see(probes)
+    return [probe.prompt for probe in probes]
 
 
 def _document(

@@ -17,6 +17,7 @@ from errata.progress import OnProgress
 if TYPE_CHECKING:
     from errata.edits import Edit
     from errata.host.host import Host
+    from errata.types import Picture
 
 ROWS = 20
 """Maximum number of answers in the table; those that miss their target come first."""
@@ -72,16 +73,21 @@ class Outcome:
         else:
             print(counts)
         example = next((answer for answer in self.answers if answer["answered"]), None)
-        if self.texts and example is not None:
-            words = shlex.join(["errata", "ask", "--model", model, "--edit", str(path), example["prompt"]])
-            print(f"try it:  {words}")
+        if (
+            self.texts
+            and example is not None
+            and all(Path(name).is_file() for name in example.get("image", ()))
+        ):
+            beside = [word for name in example.get("image", ()) for word in ("--image", name)]
+            command = ["errata", "ask", "--model", model, "--edit", str(path), *beside, example["prompt"]]
+            print(f"try it:  {shlex.join(command)}")
 
     def _table(self) -> None:
         """Print answers, misses first; beyond :data:`ROWS` they are counted."""
         rows = sorted(self.answers, key=lambda answer: bool(answer["answered"]))
         if not rows:
             return
-        columns = [name for name in rows[0] if name not in ("answered", "id")]
+        columns = [name for name in rows[0] if name not in ("answered", "id", "image")]
         common.table(
             None, ["" if name in ("number", "pair") else name for name in columns] + [""],
             [[*(_cut(answer[name]) for name in columns), _verdict(answer)] for answer in rows[:ROWS]],
@@ -93,18 +99,25 @@ class Outcome:
 def texts(host: Host, edit: Edit, tick: OnProgress) -> Outcome:
     """Ask the host every request of an edit, without and with it."""
     from errata import api
+    from errata.types.picture import without_mark
 
     check = api.check_edit(host, edit, on_progress=tick)
     return Outcome(
         tuple(
             {
                 "number": one.number, **({} if one.request.id is None else {"id": one.request.id}),
-                "prompt": one.request.text, "target": one.request.target, "before": one.before,
+                "prompt": without_mark(one.request.text, one.request.image, one.request.more_images),
+                **_names(one.request.pictures), "target": one.request.target, "before": one.before,
                 "after": one.after, "answered": one.answered,
             }
             for one in check.requests
         ), "requests", texts=True,
     )  # fmt: skip
+
+
+def _names(pictures: Sequence[Picture]) -> dict[str, list[str]]:
+    """Return the files of a request's pictures as a field of its record; none for a request without pictures."""
+    return {"image": [picture.name for picture in pictures]} if pictures else {}
 
 
 def images(host: Host, edit: Edit, requests: Sequence[Any]) -> Outcome:

@@ -205,7 +205,7 @@ def _show(
         list(measured),
         right=(1, 2),
     )
-    if edit.strength == 0:
+    if edit.strength == 0 and sweep is not None:
         print("no strength is better than none within the limit: the edit changes nothing")
     print(
         f"{path}  {common.size(path)}  edit {edit.digest} of {edit.provenance.method}; the model is unchanged"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata import rasters
 from errata.errors import DataError
 from errata.types import ImageRequest
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PARTS = ("original", "changed", "mask")
 REFERENCE = "reference"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES: Mapping[int, rasters.Mode] = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def read_pairs(
@@ -135,26 +136,25 @@ def _read(path: Path, channels: int, size: tuple[int, int] | None, problems: lis
     """Read one image as an array ``[h, w, c]`` of bytes; on failure, add to ``problems`` and return None."""
     import numpy
 
-    library, operations = _pillow()
+    library = _pillow()
     if channels not in MODES:
         raise DataError(f"images of {channels} channels are not read; known: {sorted(MODES)}")
     try:
-        with library.open(path) as open_text:
-            image = operations.exif_transpose(open_text).convert(MODES[channels])
-            if size is not None and image.size != (size[1], size[0]):
-                image = image.resize((size[1], size[0]), library.Resampling.BILINEAR)
-            return numpy.array(image).reshape(image.height, image.width, channels)
-    except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:  # all from Pillow
+        image = rasters.opened(path, MODES[channels])
+    except ValueError as error:
         problems.append(f"{path.parent.name}/{path.name} cannot be read as an image: {error}")
         return None
+    if size is not None and image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), library.Resampling.BILINEAR)
+    return numpy.array(image).reshape(image.height, image.width, channels)
 
 
-def _pillow() -> tuple[Any, Any]:
+def _pillow() -> Any:
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise DataError("reading images needs Pillow: pip install 'errata[images]'") from error
-    return Image, ImageOps
+    return Image
 
 
 def _sizes(files: Mapping[str, list[Path]], read: Mapping[str, list[Any]]) -> list[str]:

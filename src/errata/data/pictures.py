@@ -26,16 +26,16 @@ def read_picture(path: str | os.PathLike[str], *, base: Path | None = None) -> P
     Whether the bytes are an image is checked by the host that is given it. Raises RequestError for a file that is
     missing, empty, too large or cannot be read.
     """
-    place = Path(path).expanduser()
-    place = place if base is None else base / place
+    place = Path(path)
     try:
+        place = place.expanduser() if base is None else base / place.expanduser()
         if not place.is_file():
             raise RequestError(f"there is no image file {place}")
         size = place.stat().st_size
         if not 0 < size <= LARGEST:
             raise RequestError(f"the image file {place} has {size} bytes, expected 1 to {LARGEST}")
         return Picture.of(place.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last for a home of nobody's
         raise RequestError(f"cannot read the image file {shown(str(place))}: {error}") from error
 
 

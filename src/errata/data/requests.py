@@ -276,7 +276,7 @@ def _request(where: str, record: Any, fields: Sequence[str], base: Path) -> tupl
     record = {
         key: value
         for key, value in record.items()
-        if key in REQUIRED or not (value in (None, "") or (key == "target_old" and value == []))
+        if key in REQUIRED or not (value in (None, "") or (key in ("target_old", "image") and value == []))
     }
     wrong = [f"{where}: {_unknown(key, fields)}" for key in record if key not in fields]
     missing = [name for name in REQUIRED if name not in record]

@@ -152,16 +152,22 @@ class _PromptSettings:
         return _Decoding(limit, "thought" if form == "thought" else "passage")
 
     def _answer(self, host: Host, prompt: str, answer: str, form: Form) -> tokens.Answer:
-        """Tokenise an answer after its prompt, with at least one token before it; a long one is truncated."""
-        row = host.encode_answer(prompt, answer)
-        if not row.start:
-            begin = host.encode_base(prompt)
-            row = tokens.Answer((*begin, *row.ids), len(begin))
+        """Tokenise an answer behind its prompt; a long one is truncated."""
+        row = encode_behind(host, prompt, answer)
         if form == "long" and host.window is not None and not host.fills:
             excess = host.length(row.ids) - host.window
             if 0 < excess < len(row.target):
                 row = tokens.Answer(row.ids[:-excess], row.start)
         return row
+
+
+def encode_behind(host: Host, prompt: str, answer: str) -> tokens.Answer:
+    """Tokenise an answer behind its prompt, with at least one token before it: else the begin token."""
+    row = host.encode_answer(prompt, answer)
+    if row.start:
+        return row
+    begin = host.encode_base(prompt)
+    return tokens.Answer((*begin, *row.ids), len(begin))
 
 
 def observe(

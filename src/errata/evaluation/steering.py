@@ -15,6 +15,7 @@ from errata.errors import ConfigError, DataError
 from errata.evaluation import likelihood
 from errata.evaluation.metrics import perplexity
 from errata.evaluation.metrics.ngrams import repetition
+from errata.evaluation.observe import encode_behind
 from errata.host.host import Host
 from errata.progress import OnProgress, ignore
 from errata.types import Contrasts
@@ -106,7 +107,10 @@ class Gauge:
     def __init__(self, host: Host, material: Material) -> None:
         self.host, self.material = host, material
         pairs = material.pairs.pairs
-        self.answers = [host.encode_answer(p.prompt, one) for p in pairs for one in (p.positive, p.negative)]
+        self.answers = [
+            encode_behind(host, pair.prompt, answer)
+            for pair in pairs for answer in (pair.positive, pair.negative)
+        ]  # fmt: skip
         rows = [host.encode(text).ids[: host.window] for text in material.texts]
         self.rows = [ids for ids in rows if len(ids) > 3]
         if not self.rows:

@@ -1,7 +1,7 @@
 """Attention weights of a model while it runs: shown, and with an output put in place of a layer's.
 
 Kernels keep no weights, so the model computes attention by its family's own plain function meanwhile, as
-transformers' ``eager`` does; numbers agree to rounding.
+transformers' ``eager`` does; numbers agree to rounding. Also how many heads a layer's attention has.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from errata.errors import HostError
 from errata.host.host import Host
+from errata.host.layout import Site
 
 NAME = "errata_weights"
 """Under which the function is registered with transformers."""
@@ -54,6 +55,19 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     values = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
     changed = act(module, Attended(weights, values, output))
     return (output if changed is None else changed), weights
+
+
+def head_count(host: Host, site: Site) -> int | None:
+    """Return how many heads' outputs, side by side, an attention's output map reads.
+
+    None where something else mixes the tokens: a state space, a recurrence, a convolution, linear attention.
+    """
+    config = host.text_config
+    count = getattr(config, "num_attention_heads", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    kind = str(kinds[site.layer]) if site.layer < len(kinds) else "attention"
+    attends = kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention")
+    return int(count) if attends and count and site.d_in % count == 0 else None
 
 
 @contextmanager

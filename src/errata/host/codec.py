@@ -15,19 +15,21 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from errata.errors import HostError
+from errata.errors import HostError, RequestError, shown
 from errata.host import prompts, tokens
 from errata.host.kinds import CAUSAL
 from errata.host.passes import Pass
 from errata.host.prompts import Framed
 from errata.host.tokens import Ids
-from errata.types import Picture
+from errata.types import IMAGE, Picture
 from errata.writing import Join
 
 BREAK = -1
 """Marks in a row where the part that is read ends and the answer's begins; no id is negative."""
 PICTURES = 2**40
 """Ids from this one on are pictures' places in a row (:mod:`errata.host.pictures`); no vocabulary is as large."""
+IMAGE_IDS = ("image_token_id", "image_token_index")
+"""Settings that name the token in whose place a model puts a picture's features."""
 CACHED_TEXTS = 2**17
 """Tokenised texts that a codec remembers: the same probes are run before and after every edit."""
 
@@ -84,6 +86,14 @@ class Codec(ABC):
         raise HostError(
             f"{self.name} reads no pictures ({self.blind}); {picture.name or picture.key} was given"
         )
+
+    def check_unmarked(self, prompt: str) -> None:
+        """Raise RequestError for a prompt without a picture that says where one is, if the model has such places."""
+        config = getattr(self.model, "config", None)
+        if IMAGE in prompt and any(isinstance(getattr(config, key, None), int) for key in IMAGE_IDS):
+            raise RequestError(
+                f"{shown(prompt)} says {IMAGE}, and no picture was given for it: give one, or leave {IMAGE} out"
+            )
 
     @contextmanager
     def seeing(self, pictures: Sequence[Picture]) -> Iterator[None]:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata import rasters
 from errata.errors import HostError, RequestError
 from errata.host import passes, tokens
-from errata.host.codec import PICTURES, CausalCodec, _answer_ids
+from errata.host.codec import IMAGE_IDS, PICTURES, CausalCodec, _answer_ids
 from errata.host.files import first_line
 from errata.host.passes import Pass
 from errata.host.prompts import Framed
@@ -142,7 +143,7 @@ class PictureCodec(CausalCodec):
     @cached_property
     def placeholder(self) -> int:
         """Id that the model puts a picture's features in place of. Raises HostError where its settings name none."""
-        for key in ("image_token_id", "image_token_index"):
+        for key in IMAGE_IDS:
             value = getattr(self.model.config, key, None)
             if isinstance(value, int):
                 return value
@@ -447,14 +448,11 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
 def _opened(data: bytes, name: str) -> Any:
     """Open an image file's bytes as an RGB image of Pillow. Raises RequestError, HostError without Pillow."""
     try:
-        from PIL import Image, ImageOps
+        return rasters.opened(io.BytesIO(data), "RGB")
     except ImportError as error:
         raise HostError("reading pictures needs Pillow: pip install 'errata[images]'") from error
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{name} cannot be read as an image: {first_line(error)}") from error
+    except ValueError as error:
+        raise RequestError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _row(value: Any) -> list[Any]:

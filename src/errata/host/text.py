@@ -221,11 +221,15 @@ class TextHost(ModelHost):
         """Take the pictures of requests and probes, so that their prompts can be read.
 
         Whoever passes a prompt with a picture on as text gives the picture here first. Raises HostError where the
-        model reads no pictures, RequestError for a picture that cannot be read.
+        model reads no pictures, RequestError for a picture that cannot be read, or a prompt that marks the place of one
+        and has none.
         """
         for item in items:
-            for picture in (item,) if isinstance(item, Picture) else getattr(item, "pictures", ()):
+            pictures = (item,) if isinstance(item, Picture) else getattr(item, "pictures", ())
+            for picture in pictures:
                 self.codec.see(picture)
+            if not pictures:
+                self.codec.check_unmarked(getattr(item, "text", None) or getattr(item, "prompt", ""))
 
     def run(self, request: Pass) -> Ran:
         """Run one forward pass; see :meth:`errata.host.base.ModelHost.run`."""

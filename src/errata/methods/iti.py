@@ -6,7 +6,8 @@ Implements Sec. 3: a logistic probe of every head's output at the last token; th
            held-out pairs; each one's output is shifted by alpha sigma u, u the unit difference of the sides' means
            (mass mean shift) or the probe's weight, sigma the standard deviation of the states along u
 Departs    The shifts of a layer's heads are added behind attention's output map W_o, as the constant W_o (alpha sigma
-           u): the same function. Heads without a map that can be read are left out
+           u): the same function. Heads without a map that can be read are left out, and layers that mix tokens by
+           something else than attention, as state spaces do
 Needs      Contrast pairs, four or more
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from errata.config import positive
 from errata.edits.steer import SteerEdit
 from errata.errors import ConfigError
+from errata.host.attention import head_count
 from errata.host.host import Host
 from errata.host.layout import Site
 from errata.linalg import steering
@@ -75,7 +77,7 @@ def fit(host: Host, requests: Sequence[Contrasts], config: Config, work: Workspa
     sites = [
         site
         for layer in steps.layers
-        if (site := host.layout.attn_out[layer]) is not None and not site.packed
+        if (site := host.layout.attn_out[layer]) is not None and not site.packed and head_count(host, site)
     ]
     if not sites:
         raise ConfigError("iti: no layer has an output map of attention that can be read")
@@ -83,7 +85,7 @@ def fit(host: Host, requests: Sequence[Contrasts], config: Config, work: Workspa
     order = list(range(pairs))
     random.Random(f"iti {work.seed}").shuffle(order)
     held = min(pairs - 2, max(1, round(config.held_out * pairs)))
-    count = int(host.text_config.num_attention_heads)
+    count = head_count(host, sites[0]) or 1
     heads: list[_Head] = []
     for done, site in enumerate(sites):
         work.on_progress("probes", done, len(sites))

@@ -53,7 +53,11 @@ def read_dictionary(path: str, width: int) -> Dictionary:
             f"{place} has no {missing[0]}; a dictionary has W_enc, W_dec and b_enc, found {', '.join(sorted(tensors))}"
         )
     decoder, encoder = tensors["W_dec"], tensors["W_enc"]
-    count = len(decoder)
+    count = decoder.shape[0] if decoder.ndim else 0
+    if not count:
+        raise DataError(
+            f"{place}: W_dec is {list(decoder.shape)}, expected [features, {width}] with a feature at least"
+        )
     if encoder.shape == (width, count) and count != width:
         encoder = encoder.mT
     elif count == width:

@@ -23,7 +23,7 @@ class ContrastPair:
     positive: str
     negative: str
     subject: str | None = None
-    """What the pair is about; a split keeps all pairs about it on one side. None: the prompt."""
+    """What the pair is about; a split keeps all pairs about it on one side. None: the prompt, without one the pair."""
 
     def problems(self) -> list[str]:
         """List what is wrong with it."""
@@ -97,4 +97,5 @@ class Contrasts:
 
 
 def _subject(pair: ContrastPair) -> str:
-    return pair.prompt if pair.subject is None else pair.subject
+    own = f"{pair.positive}\n{pair.negative}"  # of texts of their own, no two are about one thing
+    return next((text for text in (pair.subject, pair.prompt) if text and text.strip()), own)
