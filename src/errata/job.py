@@ -204,6 +204,7 @@ def prepare_training(
     if isinstance(cases, str):
         cases, facts = sources.read(cases, seed=EXAMPLE_SEED)
         data = {name: facts[name] for name in ("source", "sha256", "cases", "check")}
+    check_pictures(entry, [request for case in cases or () for request in case.requests])
     work = workspace(host, seed=seed, examples=cases, on_progress=on_progress)
     work.training, work.workers = files, workers
     return TrainingJob(entry, config, host, work, data)

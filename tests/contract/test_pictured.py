@@ -175,9 +175,11 @@ def test_serac_keeps_texts_alone_and_refuses_what_reads_texts_alone():
     for options, message in wrong:
         with pytest.raises(ConfigError, match=message):
             errata.edit(host, REQUEST, method="serac", examples=examples(), **options)
-    for method in ("lte", "kaft"):
+    for method in ("lte", "kaft", "kformer", "pluglm"):
         with pytest.raises(ConfigError, match="takes no requests about pictures"):
             errata.edit(host, REQUEST, method=method)
+        with pytest.raises(ConfigError, match="takes no requests about pictures"):
+            prepare_training(host, method=method, cases=examples())
 
 
 def test_a_rows_text_has_the_marks_of_its_pictures():

@@ -231,6 +231,7 @@ METHOD = Method(
     train=train,
     undo="any",
     gives=MemoryEdit,
+    blind="it finds facts by the word embeddings of texts, and a picture has none",
     batch=True,
     sequential=True,
     cumulative=True,

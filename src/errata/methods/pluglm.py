@@ -242,6 +242,7 @@ METHOD = Method(
     train=train,
     undo="any",
     gives=MemoryEdit,
+    blind="its documents are made of the word embeddings of texts, and a picture has none",
     batch=True,
     sequential=True,
     cumulative=True,
