@@ -7,7 +7,8 @@
 Both run in the same interpreter's environment, each in a process of its own on one thread, and only one at a time: a
 pair is the same edit by both, the order of the two changing from pair to pair. So what else the machine does hits both
 alike. Beside the median of the ratios stands its 95 % interval (order statistics of the binomial distribution), and
-the floating-point work of both, which does not depend on the machine.
+what does not depend on the machine: the floating-point work of both, and the calls of functions, Python's and built-in
+ones, of which torch's are each an operation on tensors.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ class Worker:
 
 def work() -> None:
     """Edit and evaluate as each line of standard input says, and answer with a line."""
+    import cProfile
+    import pstats
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers.utils import logging
@@ -88,6 +92,9 @@ def work() -> None:
             with FlopCounterMode(display=False) as counter:
                 once(task["method"], cases)
             answer["operations"] = counter.get_total_flops()
+            profile = cProfile.Profile()
+            profile.runcall(once, task["method"], cases)
+            answer["calls"] = sum(entry[1] for entry in pstats.Stats(profile).stats.values())  # type: ignore[attr-defined]
         else:
             start = time.process_time()
             once(task["method"], cases)
@@ -107,8 +114,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compare(workers: Sequence[Worker], method: str, pairs: int) -> dict[str, Any]:
-    """Return the seconds of both workers in pairs, the ratio of the first to the second, and operations of both."""
-    operations = [worker.run(method, count=True)["operations"] for worker in workers]
+    """Return the seconds of both workers in pairs, their ratio, first over second, and both's operations and calls."""
+    counts = [worker.run(method, count=True) for worker in workers]
     seconds: list[list[float]] = [[], []]
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
@@ -116,7 +123,8 @@ def compare(workers: Sequence[Worker], method: str, pairs: int) -> dict[str, Any
     ratios = [a / b for a, b in zip(*seconds, strict=True)]
     return {
         "method": method, "pairs": pairs, "ratio": statistics.median(ratios), "interval": interval(ratios),
-        "seconds": [statistics.median(own) / CASES for own in seconds], "operations": operations,
+        "seconds": [statistics.median(own) / CASES for own in seconds],
+        "operations": [count["operations"] for count in counts], "calls": [count["calls"] for count in counts],
     }  # fmt: skip
 
 
@@ -135,15 +143,15 @@ def main() -> None:
     if options.before is None:
         parser.error("the other checkout is missing")
     workers, results = [Worker(ROOT), Worker(options.before)], list[dict[str, Any]]()
-    print("method   ratio, 95 % interval    CPU s an edit, here  before   operations, here / before")
+    print("method   ratio, 95 % interval    CPU s an edit, here  before   operations, here / before  calls")
     for method in options.method or METHODS:
         row = compare(workers, method, options.pairs)
         results.append(row)
         low, high = row["interval"]
         here, before = row["seconds"]
-        work_ratio = row["operations"][0] / row["operations"][1]
+        work_ratio, calls_ratio = (row[key][0] / row[key][1] for key in ("operations", "calls"))
         speed = f"{row['ratio']:.3f}  {low:.3f}-{high:.3f}          {here:12.3f} {before:12.3f}"
-        print(f"{method:8} {speed}     {work_ratio:.4f}", flush=True)
+        print(f"{method:8} {speed}     {work_ratio:.4f}                    {calls_ratio:.4f}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
