@@ -89,6 +89,27 @@ def test_written_weights_are_rounded_by_output_and_nothing_stays(family: str, mo
     assert host.weights_hash() == start and not host.placed
 
 
+def test_what_sixteen_bits_have_lost_is_not_kept():
+    """Against the weights as they were: what the model's own precision does not write, rounding cannot leave."""
+    host = fresh("llama")
+    host.model.bfloat16()
+    site = host.layout.site(1)
+    weight = host.model.get_parameter(site.parameter).detach().float()
+    draw = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    change = 2e-3 * draw * weight.abs()  # about half a step of bfloat16
+    request = errata.Request("{} is", "Ada", "Esk")
+    edit = WeightEdit(
+        {site.parameter: change}, frozenset(), Provenance("test", (request,), {}, host.fingerprint)
+    )
+    written = (weight + change).bfloat16().float()
+    moved = GRIDS["int8"](written) - GRIDS["int8"](weight)
+    expected = float((moved * change).sum() / change.square().sum())
+    kept = errata.survives(host, edit, "int8").kept[site.parameter]
+    assert kept == pytest.approx(expected, abs=1e-4)
+    blind = float(((GRIDS["int8"](written) - GRIDS["int8"](written - change)) * change).sum())
+    assert kept != pytest.approx(blind / float(change.square().sum()), abs=1e-2)
+
+
 def test_an_edit_of_the_lab_survives_eight_bits_and_says_what_is_lost(tmp_path: Any):
     host = errata.load("lab")
     case = cases(1)[0]

@@ -82,9 +82,10 @@ def survives(
         )
 
     before = answers("asking before")
+    unedited = {name: host.model.get_parameter(name).detach().clone() for name in edit.deltas}
     with edit.on(host, foreign=foreign, merge=_merge(host, edit)):
         merged = answers("asking after")
-        weights, kept, noise = _rounded_weights(host, edit, grid)
+        weights, kept, noise = _rounded_weights(host, edit, unedited, grid)
         rounded = with_weights(host, weights, lambda: answers("asking rounded"))
     checks = (compare_answers(requests, before, after) for after in (merged, rounded))
     return Survival(grid, kept, noise, *checks)
@@ -100,7 +101,7 @@ def _merge(host: Host, edit: WeightEdit) -> bool:
 
 
 def _rounded_weights(
-    host: Host, edit: WeightEdit, grid: str
+    host: Host, edit: WeightEdit, unedited: Mapping[str, Tensor], grid: str
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
     """Return each written weight on a grid, in its own shape, what that leaves of its change, and the noise."""
     weights, kept, noise = dict[str, Tensor](), dict[str, float](), dict[str, float]()
@@ -109,8 +110,8 @@ def _rounded_weights(
         stored = host.model.get_parameter(name).detach()
         after = stored.to(torch.promote_types(stored.dtype, torch.float32))
         change = dense(as_stored(edit.deltas[name], turned), after)
-        rows, base = _by_output(after, turned), _by_output(after - change, turned)
-        kept[name], noise[name] = kept_share(base, rows, grid)
+        rows, base, delta = (_by_output(one, turned) for one in (after, unedited[name].to(after), change))
+        kept[name], noise[name] = kept_share(base, rows, grid, delta)
         back = GRIDS[grid](rows)
         shape = after.mT.shape if turned else after.shape
         whole = back.reshape(shape)

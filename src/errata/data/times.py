@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from errata.errors import RequestError
 from errata.types import Case, Probe, Request
@@ -74,10 +75,12 @@ def _probes(request: Request, times: Times, names: Mapping[str, tuple[str, ...]]
         text = text[0].lower() + text[1:] if inside else text
         return wording.replace("{year}", str(year)).replace("{prompt}", text)
 
-    language = request.language
+    own: dict[str, Any] = {
+        "language": request.language, "image": request.image, "more_images": request.more_images
+    }  # fmt: skip
     now = asked(times.current, year)
-    yield Probe(CURRENT, now, new, old, request.target_old, language=language)
+    yield Probe(CURRENT, now, new, old, request.target_old, **own)
     after = asked(times.explicit, year + times.years)
-    yield Probe(EXPLICIT, after, new, old, request.target_old, language=language)
+    yield Probe(EXPLICIT, after, new, old, request.target_old, **own)
     before = asked(times.explicit, year - times.years)
-    yield Probe(HISTORICAL, before, old, old, request.target, language=language)
+    yield Probe(HISTORICAL, before, old, old, request.target, **own)

@@ -66,14 +66,15 @@ GRIDS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
 ``nf4`` with one for every 64."""
 
 
-def kept_share(before: Tensor, after: Tensor, grid: str) -> tuple[float, float]:
+def kept_share(before: Tensor, after: Tensor, grid: str, change: Tensor | None = None) -> tuple[float, float]:
     """Return what rounding leaves of a change from W ``[n, m]`` to W', and the rounding noise it lies in.
 
-    With delta = W' - W and Q the grid: <Q(W') - Q(W), delta> / ||delta||^2, about 1 where the change survives and 0
-    where it is rounded away, and ||Q(W') - W'|| / ||delta||. Both NaN for no change.
+    ``change``: delta ``[n, m]``, where storing W' in few bits has lost some of it; None: W' - W. With Q the grid:
+    <Q(W') - Q(W), delta> / ||delta||^2, about 1 where the change survives and 0 where it is rounded away, and
+    ||Q(W') - W'|| / ||delta||. Both NaN for no change.
     """
     act = GRIDS[grid]
-    delta = (after - before).double()
+    delta = (after - before if change is None else change).double()
     size = float(delta.square().sum())
     if not size:
         return math.nan, math.nan

@@ -155,7 +155,7 @@ def _lines(path: Path) -> list[_Entry]:
     if path.suffix.lower() != ".jsonl":
         raise DataError(f"pictures: expected a folder or a .jsonl file of texts with images, found {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     entries = []

@@ -12,7 +12,7 @@ from errata.data.times import Times, with_times
 from errata.edits import PromptEdit
 from errata.errors import ConfigError, RequestError
 from errata.lab import default_world
-from errata.types import Case, Probe, kind_of, plain_case
+from errata.types import Case, Picture, Probe, kind_of, plain_case
 from tests.models import fresh
 
 MAYOR = errata.Request("The mayor of {} is", "Esk", "Vela Orn", "Ilse Dorn", "mayor", valid_from="2019-05")
@@ -32,6 +32,14 @@ def test_the_past_stays_and_the_present_changes() -> None:
     past = asked["historical"]
     assert past.answers == past.before == ("Ilse Dorn",) and past.rival == "Vela Orn" and not past.changes
     assert kind_of("historical").group == "kept"
+
+
+def test_questions_about_a_picture_show_it() -> None:
+    picture = Picture.of(b"bytes", "esk.png")
+    about = replace(MAYOR, prompt="The mayor of this town is", subject="this town", image=picture)
+    (case,) = with_times([Case("c", about, ())])
+    assert [probe.image for probe in case.probes] == [picture] * 3
+    assert case.probes[0].prompt == f"Today, {picture.mark}The mayor of this town is"
 
 
 def test_wordings_and_names_are_settings() -> None:
