@@ -165,7 +165,7 @@ def test_verbatim_and_knowledge_compare_what_is_written_with_what_is_true(monkey
 def test_an_audit_beside_a_reference_tells_leakage_and_other_words():
     host = host_with_texts()
     edit = errata.edit(
-        host, REQUESTS, method="npo", steps=12, learning_rate=0.1, forgotten=None, retain_texts=2
+        host, REQUESTS, method="npo", steps=12, learning_rate=0.1, forgotten=None, retain_texts=3
     )
     found = audit(host, edit, reference=fresh("llama"), outsiders=OUTSIDERS, reworded=ANSWERS)
     assert found.leakage is not None and found.leakage[0] == 0, "the reference is the unedited model itself"
@@ -177,7 +177,7 @@ def test_an_audit_beside_a_reference_tells_leakage_and_other_words():
 
 KEEP = (errata.Request("{} lives in", "Ivo Marn", "Esk"), errata.Request("{} lives in", "Pia Holt", "Merrin"))
 TASK = Task(REQUESTS, tuple(ANSWERS), KEEP, tuple(OUTSIDERS), (TEXTS[0],))
-SETTINGS = {"steps": 4, "learning_rate": 0.1, "forgotten": None, "retain_texts": 2}
+SETTINGS = {"steps": 4, "learning_rate": 0.1, "forgotten": None, "retain_texts": 3}
 
 
 def test_a_row_of_the_board_and_its_picture(tmp_path):

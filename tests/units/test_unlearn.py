@@ -67,7 +67,7 @@ def test_rounding_to_many_bits_changes_nothing_and_to_few_it_does():
 
 def test_an_audit_measures_both_sides_and_leaves_the_host_alone():
     host = host_with_texts()
-    more = {"steps": 20, "learning_rate": 0.1, "forgotten": None, "retain_texts": 2}
+    more = {"steps": 20, "learning_rate": 0.1, "forgotten": None, "retain_texts": 3}
     edit = errata.edit(host, REQUESTS, method="npo", **more)
     start = host.weights_hash()
     result = audit(host, edit, keep=[replace(ANSWERS[0], prompt="{} likes")], attacks=True)
@@ -164,7 +164,7 @@ def test_truth_ratios_compare_with_wrong_answers_to_the_same_prompt():
     assert len(ratios) == 2, "one request has a prompt of its own"
     assert ratios[0] == pytest.approx(math.exp(right - wrong), rel=1e-4)
     assert truth_ratios(host, ANSWERS) == []
-    edit = errata.edit(host, REQUESTS, method="npo", steps=1, forgotten=None, retain_texts=2)
+    edit = errata.edit(host, REQUESTS, method="npo", steps=1, forgotten=None, retain_texts=3)
     with pytest.raises(errata.ErrataError, match="different answers"):
         audit(host, edit, reference=fresh("llama"))
 
@@ -173,7 +173,7 @@ def test_forget_quality_is_one_for_the_reference_itself():
     host = host_with_texts()
     requests = [REQUESTS[0], replace(REQUESTS[1], prompt="{} was born in")]
     edit = errata.edit(
-        host, requests, method="npo", steps=20, learning_rate=0.1, forgotten=None, retain_texts=2
+        host, requests, method="npo", steps=20, learning_rate=0.1, forgotten=None, retain_texts=3
     )
     quality = audit(host, edit, reference=fresh("llama")).forget_quality
     assert quality is not None and quality[0] == 1.0 and quality[1] <= 1.0
