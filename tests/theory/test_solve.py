@@ -114,6 +114,16 @@ def test_ridge_makes_a_rank_deficient_moment_usable():
     assert torch.isfinite(cost.solve(torch.eye(M, dtype=torch.float64))).all()
 
 
+@pytest.mark.parametrize("rank", [3, 3 * M])
+def test_overwriting_changes_the_diagonal_alone_and_gives_the_same_bits(rank):
+    few = torch.randn(M, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = few @ few.mT
+    kept, spent = matrix.clone(), matrix.clone()
+    cost, same = CostMatrix.of(kept, ridge=1e-20), CostMatrix.of(spent, ridge=1e-20, overwrite=True)
+    assert torch.equal(kept, matrix) and torch.equal(same.factor, cost.factor) and same.name == cost.name
+    assert torch.equal(spent - spent.diagonal().diag(), matrix - matrix.diagonal().diag())
+
+
 def test_streaming_moments_equal_batch_moments():
     data = torch.randn(50, M, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     streamed = Moments.empty(M)

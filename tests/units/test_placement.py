@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import errata
 from errata.edits import Provenance, WeightEdit
 from errata.errors import EditError, HostError
+from errata.host import placement
 from errata.linalg.lowrank import LowRank
 from tests.models import fresh, tokenizer
 
@@ -306,6 +307,16 @@ def test_a_weight_moved_while_edited_is_still_restored():
     with two.on(host, merge=False):
         one.revert_(host)
     assert host.weights_hash() == start
+
+
+def test_a_model_is_named_by_all_its_modules_each_once():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ModuleDict({"again": shared, "own": nn.Sequential(nn.ReLU())}))
+    model.register_module("absent", None)
+    before = placement.identities(model)
+    assert sorted(before) == sorted(id(module) for module in model.modules())
+    model[1]["own"][0] = nn.ReLU()
+    assert placement.identities(model) != before
 
 
 def test_sixteen_bit_hosts_have_the_same_layout(lab_host):

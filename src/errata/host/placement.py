@@ -243,7 +243,14 @@ def _overlap(one: tuple[torch.device, int, int], two: tuple[torch.device, int, i
 
 def identities(model: nn.Module) -> tuple[int, ...]:
     """Name the modules that a model consists of at present."""
-    return tuple(id(module) for module in model.modules())
+    # looked at before every pass: model.modules() would spend most of its time on their paths
+    found, waiting = dict[int, None](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = None
+            waiting.extend(child for child in module._modules.values() if child is not None)
+    return tuple(found)
 
 
 def adapters(model: nn.Module) -> str:

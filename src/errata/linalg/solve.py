@@ -60,17 +60,21 @@ class CostMatrix:
         return CostMatrix(scale)
 
     @staticmethod
-    def of(matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix") -> CostMatrix:
+    def of(
+        matrix: Tensor, *, weight: float = 1.0, ridge: float = RIDGE, name: str = "matrix", overwrite: bool = False
+    ) -> CostMatrix:  # fmt: skip
         """Factorise ``weight * (matrix + ridge * mean diagonal * I)``, ``matrix`` ``[m, m]``; or blocks ``[E, m, m]``.
 
-        The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. Raises
-        ValueError for a matrix that is zero, not finite or far from positive semidefinite.
+        The ridge grows, and the name says so, where rounding in a matrix of low rank outweighs it. ``overwrite``: the
+        matrix's diagonal may be changed, which spares a copy. Raises ValueError for a matrix that is zero, not finite
+        or far from positive semidefinite.
         """
         if matrix.ndim == 3:
-            factors, ridges = zip(*(_factor(block.double(), ridge) for block in matrix), strict=True)
+            each = (_factor(block.double(), ridge, overwrite=overwrite) for block in matrix)
+            factors, ridges = zip(*each, strict=True)
             factor, final = torch.stack(factors), max(ridges)
         else:
-            factor, final = _factor(matrix.double(), ridge)
+            factor, final = _factor(matrix.double(), ridge, overwrite=overwrite)
         label = name if final == ridge else f"{name}, ridge {final:.0e}"
         return CostMatrix(weight, factor, name=label)
 
@@ -185,18 +189,19 @@ class CostMatrix:
         return LowRank(delta.B.double(), right).norm() ** 2 * self.scale
 
 
-def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+def _factor(matrix: Tensor, ridge: float, *, overwrite: bool = False) -> tuple[Tensor, float]:
     """Return the Cholesky factor of a matrix plus a relative ridge, and that ridge, the least that works.
 
-    Raises ValueError as :meth:`CostMatrix.of` does.
+    Arguments and errors are those of :meth:`CostMatrix.of`.
     """
-    mean = float(matrix.diagonal().mean())
+    diagonal = matrix.diagonal().clone()
+    mean = float(diagonal.mean())
     if not (mean > 0 and math.isfinite(float(matrix.sum()))):
         raise ValueError("the matrix is zero or not finite")
+    shifted = matrix if overwrite else matrix.clone()
     trial = ridge
     while trial <= max(ridge, MOST_RIDGE):
-        shifted = matrix.clone()
-        shifted.diagonal().add_(trial * mean)
+        shifted.diagonal().copy_(diagonal + trial * mean)
         factor = routines.cholesky(shifted)
         if factor is not None:
             return factor, trial

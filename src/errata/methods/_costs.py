@@ -38,10 +38,13 @@ def gallery_for(host: Host, requests: Sequence[Any], config: Any, remember: Reme
     return {"gallery": gallery, "picture_share": share}
 
 
-def factorised(second: Tensor, what: str, *, ridge: float, name: str) -> CostMatrix:
-    """Factorise a second moment ``[d_in, d_in]``. Raises DataError where nothing can be solved with it."""
+def factorised(second: Tensor, what: str, *, ridge: float, name: str, overwrite: bool = False) -> CostMatrix:
+    """Factorise a second moment ``[d_in, d_in]``, which may be overwritten if said so.
+
+    Raises DataError where nothing can be solved with it.
+    """
     try:
-        return CostMatrix.of(second, ridge=ridge, name=name)
+        return CostMatrix.of(second, ridge=ridge, name=name, overwrite=overwrite)
     except ValueError as error:
         raise DataError(f"{what} cannot be used: {error}; give a longer corpus, or another layer") from error
 

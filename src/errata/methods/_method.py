@@ -290,7 +290,8 @@ class Workspace:
             if key not in self._cache:
                 moments, name = self._cache[("moments", site, *state)]
                 what = f"the statistics of {name} for {site.name}, {moments.count} tokens for {site.d_in} entries,"
-                self._cache[key] = factorised(moments.second, what, ridge=ridge, name=name + note)
+                label = name + note
+                self._cache[key] = factorised(moments.second, what, ridge=ridge, name=label, overwrite=True)
         return {s: self._cache[("cost", s, ridge, *state)] for s in sites}
 
     def _external_cost(self, source: str, site: Site, ridge: float) -> CostMatrix:
