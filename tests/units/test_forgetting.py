@@ -194,7 +194,7 @@ def test_a_row_of_the_board_and_its_picture(tmp_path):
     rows = [{"subjects": 2, "kept": 0.5, **row}, {"subjects": 2, "method": UNEDITED, **plain}]
     rows.append({"subjects": 2, "method": RETRAINED, **plain})
     drawn = write_unlearning(tmp_path / "board.svg", {"rows": rows}).read_text()
-    assert "npo" in drawn and UNEDITED not in drawn
+    assert "npo" in drawn and RETRAINED in drawn and UNEDITED not in drawn
 
 
 def test_a_row_is_compared_with_a_reference_by_its_scores_alone():

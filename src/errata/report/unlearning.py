@@ -26,14 +26,14 @@ def write_unlearning(path: Path, document: Mapping[str, Any]) -> Path:
         number = next(iter(own.values()))["requests"]
         panel.set_title(f"{size} subjects, {number} facts", fontsize=9.5, color=LIGHT.ink, loc="left")
         reference = own.pop(RETRAINED, None)
-        for name, row in own.items():
-            if name == UNEDITED:
-                continue
+        own.pop(UNEDITED, None)
+        for name, row in sorted(own.items()):
             style = style_of(name)
             panel.plot([row["kept"]], [row["forgotten"]["given"]], MARKERS[style.marker],
                        color=LIGHT.series[style.colour], label=name)  # fmt: skip
         if reference is not None:
-            panel.axhline(reference["forgotten"]["given"], color=LIGHT.muted, linewidth=1, linestyle="--")
+            given = reference["forgotten"]["given"]
+            panel.axhline(given, color=LIGHT.muted, linewidth=1, linestyle="--", label=RETRAINED)
         panel.set_xlim(-0.03, 1.03)
         panel.set_ylim(-0.03, 1.03)
         panel.set_xlabel("facts kept")
