@@ -92,16 +92,18 @@ def edits(
     """Return what makes each edit, by its name in the table."""
     made: dict[int, Edit] = {}
 
-    def depn(count: int) -> Edit:
-        made[count] = errata.edit(host, list(erased), method="depn", neurons=count)
+    def depn(count: int, **settings: Any) -> Edit:
+        most = max(10, -(-count // len(erased)))  # of one secret: else there are not so many to erase
+        return errata.edit(host, list(erased), method="depn", neurons=count, most=most, **settings)
+
+    def kept(count: int) -> Edit:
+        made[count] = depn(count)
         return made[count]
 
     ways: dict[str, Callable[[], Edit]] = {
-        f"depn, {count} neurons": lambda count=count: depn(count) for count in counts
+        f"depn, {count} neurons": lambda count=count: kept(count) for count in counts
     }
-    ways["depn without contrast"] = lambda: errata.edit(
-        host, list(erased), method="depn", neurons=counts[-1], contrast=0
-    )
+    ways["depn without contrast"] = lambda: depn(counts[-1], contrast=0)
     ways[f"{counts[-1]} neurons at random"] = lambda: at_random(host, made[counts[-1]], draw)  # type: ignore[arg-type]
     ways["npo"] = lambda: errata.edit(host, list(erased), method="npo")
     return ways
