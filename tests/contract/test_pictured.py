@@ -175,7 +175,7 @@ def test_serac_keeps_texts_alone_and_refuses_what_reads_texts_alone():
     for options, message in wrong:
         with pytest.raises(ConfigError, match=message):
             errata.edit(host, REQUEST, method="serac", examples=examples(), **options)
-    for method in ("lte", "kaft", "kformer", "pluglm"):
+    for method in ("lte", "kaft", "kformer", "pluglm", "ke", "slag"):
         with pytest.raises(ConfigError, match="takes no requests about pictures"):
             errata.edit(host, REQUEST, method=method)
         with pytest.raises(ConfigError, match="takes no requests about pictures"):

@@ -150,4 +150,5 @@ METHOD = Method(
     resumes=True,
     parallel=True,
     quick=hypernetwork.QUICK,
+    blind="its editor reads a request by the word embeddings of texts, and a picture has none",
 )

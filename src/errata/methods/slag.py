@@ -217,4 +217,5 @@ METHOD = Method(
     hosts=TEXT_HOSTS,
     resumes=True,
     quick=hypernetwork.QUICK,
+    blind="its editor reads a request by the word embeddings of texts, and a picture has none",
 )
