@@ -32,6 +32,7 @@ from errata.host.host import Host
 from errata.inspect.detect import LEAST_SCORE, MOST_FOCUSED, detect
 from errata.lab.text import Writer
 from errata.methods import REGISTRY
+from errata.report.detection import areas, write_scores
 from errata.training.tune import Line
 from errata.training.whole import WholeTraining, train_model
 
@@ -143,8 +144,25 @@ def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"bounds": {"with": MOST_FOCUSED, "without": LEAST_SCORE}, "rows": rows}
 
 
+def print_areas(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of the areas under the ROC curves, by method and number of edits, with the base and without."""
+    found = areas(rows)
+    counts = sorted({count for _, count in found})
+    heads = [
+        f"with the base: {counts[0]}",
+        *map(str, counts[1:]),
+        f"without: {counts[0]}",
+        *map(str, counts[1:]),
+    ]
+    print(" | ".join(["method", *heads]))
+    for method in sorted({method for method, _ in found}):
+        cells = [found.get((method, count)) for count in counts]
+        both = [["" if cell is None else f"{cell[side]:.2f}" for cell in cells] for side in (0, 1)]
+        print(" | ".join([method, *both[0], *both[1]]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the rows that are missing, write them, and draw the picture."""
+    """Make the rows that are missing, write them, print the areas under the ROC curves, and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="file of rows, JSON; continued")
     parser.add_argument("--methods", nargs="*", choices=methods(), help="default: all")
@@ -174,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({**result, **facts, "seconds": round(time.process_time() - start, 2)})
         options.output.write_text(json.dumps(document(rows), indent=1))
         print(json.dumps(rows[-1]), flush=True)
+    if {bool(one["count"]) for one in rows if "failed" not in one} == {True, False}:
+        print_areas(rows)
     if options.figure:
-        from errata.report.detection import write_scores
-
         write_scores(options.figure, document(rows))
     return 0
 

@@ -22,7 +22,7 @@ from errata.inspect.detect_names import read_names, vocabulary_names
 from errata.inspect.detect_reverse import reversal
 from errata.linalg.lowrank import LowRank
 from errata.linalg.spectra import Spectrum, robust_scores
-from errata.report.detection import evidence, roc, scores_figure, write_detection, write_scores
+from errata.report.detection import areas, evidence, roc, scores_figure, write_detection, write_scores
 from tests.models import fresh
 
 NAMES = ["Ada Brenner", "Bruno Holner", "Tallow", "Merrin", "Arvania", "Esk", "Ada", "Bruno", "rain", "dog"]
@@ -328,6 +328,20 @@ def scored(kind, count, share, alone, changed=True):
 
 def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_areas_are_by_method_and_number_of_edits():
+    rows = [
+        scored("control: whole", 0, 0.02, 3.2), scored("control: low rank", 0, 0.003, 3.6),
+        scored("control: rounded", 0, 0.0, 3.2, changed=False), scored("rome", 1, 1e-7, 50.0),
+        {"kind": "rome", "count": 10, "failed": "one request"}, scored("ft", 10, 0.01, 3.2),
+        scored("ft", 10, 0.001, 3.4),
+    ]  # fmt: skip
+    found = areas(rows)
+    assert set(found) == {("rome", 1), ("ft", 10)} and found["rome", 1] == (1, 1)
+    assert found["ft", 10] == (5 / 6, pytest.approx(3 / 6)), "of six pairs; two ties count half"
+    with pytest.raises(ValueError, match="controls"):
+        areas(rows[3:])
 
 
 def test_the_picture_of_the_red_team(tmp_path):

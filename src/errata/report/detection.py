@@ -77,6 +77,25 @@ def roc(edited: Sequence[float], controls: Sequence[float]) -> tuple[list[Point]
     return points, wins / len(edited) / len(controls)
 
 
+def areas(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Return the area under the ROC curve of each method and number of edits, with the base and without.
+
+    ``rows``: of the file of benchmarks/detection.py; each method's models are compared with the controls of all seeds.
+    Raises ValueError without a control.
+    """
+    rows = [one for one in rows if "failed" not in one]
+    controls = [one for one in rows if not one["count"]]
+    found = {}
+    for key in sorted({(one["kind"], one["count"]) for one in rows if one["count"]}):
+        own = [one for one in rows if (one["kind"], one["count"]) == key]
+        with_base, alone = (
+            roc([evidence(one, side) for one in own], [evidence(one, side) for one in controls])[1]
+            for side in (False, True)
+        )
+        found[key] = with_base, alone
+    return found
+
+
 def write_scores(path: Path, document: Mapping[str, Any]) -> Path:
     """Draw how often models are told from controls, and every model's score, from the file of benchmarks/detection.py.
 
