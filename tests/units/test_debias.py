@@ -111,6 +111,18 @@ def test_the_gap_falls_and_what_is_printed(files):
     assert "nats between 'harp' and 'cello'" in shown and "perplexity of neutral text" in shown
 
 
+def test_an_edit_is_on_the_disk_before_it_is_measured(files, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(debiasing, "measure", stopped)
+    prompts, _, out = files
+    quick = ("--set", "tokens=4000", "--set", "contexts=0", "--set", "steps=2", "--set", "cov_relative=0.1")
+    words = [prompts, "--model", "lab", "--pair", "harp, cello", *quick, "-o", out]
+    assert CliRunner().invoke(app, ["debias", *words]).exit_code != 0
+    assert Edit.load(out).provenance.method == "lsdm"
+
+
 def test_what_is_refused(files):
     prompts, _, out = files
     words = (prompts, "--model", "lab", "-o", out)

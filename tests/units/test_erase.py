@@ -126,6 +126,17 @@ def test_the_table_and_a_dry_run(texts, tmp_path, monkeypatch):
     assert isinstance(Edit.load(path), WeightEdit)
 
 
+def test_an_edit_is_on_the_disk_before_it_is_measured(texts, tmp_path, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(erasure, "measure", stopped)
+    path = tmp_path / "erased.safetensors"
+    words = ["kind", "--from", str(texts), "--model", "lab-gpt2", "--method", "sal", "--set", "layers=[2]"]
+    assert CliRunner().invoke(app, ["erase", *words, "-o", str(path)]).exit_code != 0
+    assert Edit.load(path).provenance.method == "sal"
+
+
 def test_what_is_refused(texts, tmp_path):
     out = ("-o", str(tmp_path / "e.safetensors"), "--model", "lab")
     with pytest.raises(ErrataError, match="rome takes requests"):

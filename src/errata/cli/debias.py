@@ -88,10 +88,10 @@ def command(
             common.show_dry(job.to_dict(), common.counted(len(fitted), "request"), json)
             return
         edit = job.run()
+        path = outputs.save_edit(edit, output, None)  # before it is measured, which may be stopped
         prompts = debiasing.Prompts(answers, fitted, measured, facts, neutral)
         outcome = debiasing.measure(host, edit, prompts)
         scores = {source: debiasing.paper_scores(host, edit, asked) for source, asked in measures.items()}
-    path = outputs.save_edit(edit, output, None)
     if json:
         plain = {source: {"before": before, "after": after} for source, (before, after) in scores.items()}
         common.emit({"path": str(path), "edit": edit.summary(), **outcome.to_dict(), "scores": plain})

@@ -87,11 +87,13 @@ def command(
             return
         edit = job.run()
         final = _fused(edit, host, fitted) if fuse else edit
+        path = outputs.save_edit(
+            final, output, None
+        )  # before it is measured, which takes longer and may be stopped
         outcome = erasure.measure(
             host, edit, fitted, measured, list(edit.provenance.notes["sites"]), tokens=config.tokens, texts=neutral,
             seed=seed, on_progress=tick,
         )  # fmt: skip
-    path = outputs.save_edit(final, output, None)
     if json:
         common.emit({"path": str(path), "edit": final.summary(), **outcome.to_dict()})
     else:
