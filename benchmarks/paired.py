@@ -6,9 +6,10 @@
 
 Both run in the same interpreter's environment, each in a process of its own on one thread, and only one at a time: a
 pair is the same edit by both, the order of the two changing from pair to pair. So what else the machine does hits both
-alike. Beside the median of the ratios stands its 95 % interval (order statistics of the binomial distribution), and
-what does not depend on the machine: the floating-point work of both, and the calls of functions, Python's and built-in
-ones, of which torch's are each an operation on tensors.
+alike. Where a process's memory happens to lie is worth some per cent by itself, so the processes are started anew after
+a part of the pairs. Beside the median of the ratios stands its 95 % interval (order statistics of the binomial
+distribution), and what does not depend on the machine: the floating-point work of both, and the calls of functions,
+Python's and built-in ones, of which torch's are each an operation on tensors.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Worker:
         if not line:
             raise SystemExit("a worker has ended; what it wrote stands above")
         return json.loads(line)
+
+    def end(self) -> None:
+        """Have it finish, and wait for that."""
+        self.process.communicate()
 
 
 def work() -> None:
@@ -113,13 +118,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[place], ordered[n - 1 - place]
 
 
-def compare(workers: Sequence[Worker], method: str, pairs: int) -> dict[str, Any]:
-    """Return the seconds of both workers in pairs, their ratio, first over second, and both's operations and calls."""
-    counts = [worker.run(method, count=True) for worker in workers]
+def compare(checkouts: Sequence[Path], method: str, pairs: int, starts: int) -> dict[str, Any]:
+    """Return both's seconds in pairs, their ratio, first over second, and both's operations and calls."""
+    counts: list[dict[str, float]] = []
     seconds: list[list[float]] = [[], []]
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 else (1, 0):
-            seconds[which].append(workers[which].run(method)["seconds"])
+    for part in range(starts):
+        workers = [Worker(checkout) for checkout in checkouts]
+        counts = counts or [worker.run(method, count=True) for worker in workers]
+        for turn, _ in enumerate(range(part, pairs, starts), part):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                seconds[which].append(workers[which].run(method)["seconds"])
+        for worker in workers:
+            worker.end()
     ratios = [a / b for a, b in zip(*seconds, strict=True)]
     return {
         "method": method, "pairs": pairs, "ratio": statistics.median(ratios), "interval": interval(ratios),
@@ -134,6 +144,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, nargs="?", help="the other checkout")
     parser.add_argument("--method", action="append", help=f"repeatable; default: {', '.join(METHODS)}")
     parser.add_argument("--pairs", type=int, default=20, help="of runs; default: 20")
+    parser.add_argument("--starts", type=int, default=4, help="of the two processes; default: 4")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,10 +153,10 @@ def main() -> None:
         return
     if options.before is None:
         parser.error("the other checkout is missing")
-    workers, results = [Worker(ROOT), Worker(options.before)], list[dict[str, Any]]()
+    results = list[dict[str, Any]]()
     print("method   ratio, 95 % interval    CPU s an edit, here  before   operations, here / before  calls")
     for method in options.method or METHODS:
-        row = compare(workers, method, options.pairs)
+        row = compare((ROOT, options.before), method, options.pairs, options.starts)
         results.append(row)
         low, high = row["interval"]
         here, before = row["seconds"]
