@@ -67,9 +67,13 @@ def row(host: Host, base: Host, subjects: Sequence[str], **facts: Any) -> dict[s
 
 
 def edited(host: Host, base: Host, method: str, count: int, seed: int) -> dict[str, Any]:
-    """Make one edited model and examine it."""
+    """Make one edited model and examine it; a method that takes one request goes on from its own edit."""
     cases = lab.cases(count, seed=1000 + seed, together=True)
-    edit = errata.edit(base, [case.request for case in cases], method=method, seed=seed)
+    size, edit = count if REGISTRY.get(method).batch else 1, None
+    for start in range(0, count, size):
+        requests = [case.request for case in cases[start : start + size]]
+        edit = errata.edit(base, requests, method=method, seed=seed, after=edit)
+    assert edit is not None
     with edit.on(host):
         return row(host, base, [case.request.subject for case in cases], kind=method, seed=seed)
 
