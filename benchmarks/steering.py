@@ -75,7 +75,7 @@ def run(host: Host, method: str, blocks: list[Block], limit: float) -> list[dict
         facts = {"method": method, "block": number, "fit_seconds": round(seconds, 2), "bytes": edit.size}
         if number == 0:
             strengths = [s * edit.strength for s in STRENGTHS if s <= 1 or not edit.bounded]
-            _, sweep = calibrate(block.gauge, edit, strengths=strengths, limit=limit)
+            _, sweep = calibrate(block.gauge, edit, strengths=strengths, limit=limit, refine=3)
             chosen = sweep.chosen
             rows.append({**facts, **sweep.to_dict()})
         else:

@@ -173,9 +173,16 @@ def test_answers_without_a_prompt_are_scored_behind_a_begin_token():
 def test_a_sweep_ends_where_perplexity_is_far_beyond_the_limit():
     host, gauge = fresh("llama"), Steep()
     new, sweep = steering.calibrate(gauge, steer(host, strength=0.5), limit=1.2)
-    assert [one.strength for one in sweep.points] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.75]
-    assert sweep.chosen == new.strength == 0.0, "1.33 times the perplexity is beyond the limit"
-    assert steering.calibrate(gauge, steer(host, strength=0.5), limit=2.0)[0].strength == 0.25
+    halved = [0.0625, 0.078125, 0.09375]  # 10 ** 0.079 is 1.2
+    assert [one.strength for one in sweep.points] == [0.0, *halved, 0.125, 0.25, 0.375, 0.5, 0.75]
+    assert sweep.chosen == new.strength == 0.078125, (
+        "1.33 times the perplexity, at 0.125, is beyond the limit"
+    )
+    assert steering.calibrate(gauge, steer(host, strength=0.5), limit=2.0)[0].strength == 0.296875
+    options = {"limit": 1.2, "strengths": (-0.5, -0.25, 0.5)}
+    assert steering.calibrate(gauge, steer(host, strength=0.5), refine=0, **options)[1].chosen == 0.0
+    _, sweep = steering.calibrate(gauge, steer(host, strength=0.5), refine=2, **options)
+    assert [one.strength for one in sweep.points] == [0.0, 0.125, -0.25, 0.25, -0.5, 0.5], "of one sign"
     turned = steer(host, "angle")
     _, sweep = steering.calibrate(gauge, turned, limit=1e9)
     assert [one.strength for one in sweep.points] == [0.0, 0.25, 0.5, 0.75, 1.0] and sweep.chosen == 1.0

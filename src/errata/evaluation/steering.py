@@ -22,6 +22,8 @@ from errata.types import Contrasts
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Strengths that are tried, in those of the edit."""
+HALVINGS = 3
+"""How many more are tried between the weakest that is too strong and the next below it."""
 REPETITION = 0.2
 """Share of repeated 4-grams in what is written above which no strength is chosen."""
 
@@ -176,18 +178,20 @@ class Gauge:
 
 def calibrate(
     gauge: Gauge, edit: SteerEdit, *, strengths: Sequence[float] | None = None, limit: float = 1.2,
-    on_progress: OnProgress = ignore,
+    refine: int | None = None, on_progress: OnProgress = ignore,
 ) -> tuple[SteerEdit, Calibration]:  # fmt: skip
     """Measure an edit at several strengths; return it at the best one, with the sweep in its record, and the sweep.
 
     The best has the highest :attr:`Point.value` of those whose perplexity is at most ``limit`` times the unsteered
     model's and whose texts repeat no more than the unsteered ones, or than a fifth; of equal ones the weakest.
     ``strengths``: None for :data:`STRENGTHS`, up to 1 for forms that do all they do there; times the edit's own
-    strength. The sweep ends where perplexity is four times the limit. 0 is among them: then nothing is better than not
-    to steer.
+    strength. The sweep ends where perplexity is four times the limit. ``refine``: how many strengths are tried then
+    between the weakest that is too strong and the next below it, halving what is between; None: 3, or 0 where
+    ``strengths`` are given. 0 is among them: then nothing is better than not to steer.
     """
     if not limit >= 1:
         raise ConfigError(f"a perplexity limit of {limit:g} times the unsteered model's: expected 1 or more")
+    refine = (HALVINGS if strengths is None else 0) if refine is None else refine
     if strengths is None:
         strengths = [s * edit.strength for s in STRENGTHS if s <= 1 or not edit.bounded]
     if edit.bounded and any(abs(s) > 1 for s in strengths):
@@ -198,21 +202,42 @@ def calibrate(
         points.append(gauge.at(edit, strength))
         if not points[-1].perplexity < 4 * limit * gauge.base.perplexity:
             break
+    for _ in range(refine):
+        strength = _between(points, limit)
+        if strength is None:
+            break
+        points.append(gauge.at(edit, strength))
+    points.sort(key=lambda one: abs(one.strength))
     outcome = Calibration(tuple(points), choose(points, limit).strength, limit)
     return edit.with_strength(outcome.chosen, calibration=outcome.to_dict()), outcome
 
 
 def choose(points: Sequence[Point], limit: float) -> Point:
     """Return the best point within a perplexity limit; the first is the unsteered model's, and always within."""
+    return max(_allowed(points, limit), key=lambda one: (one.value, -abs(one.strength)))
+
+
+def _allowed(points: Sequence[Point], limit: float) -> list[Point]:
+    """Return the points within a perplexity limit; the first is the unsteered model's, and always within."""
     base = points[0]
-    allowed = [
+    return [
         one for one in points
         if one is base or (
             math.isfinite(one.value) and one.perplexity <= limit * base.perplexity
             and one.repetition <= max(REPETITION, base.repetition)
         )
     ]  # fmt: skip
-    return max(allowed, key=lambda one: (one.value, -abs(one.strength)))
+
+
+def _between(points: Sequence[Point], limit: float) -> float | None:
+    """Return the strength halfway between the weakest that is beyond a limit and the next below; None if none is."""
+    within = _allowed(points, limit)
+    beyond = [one.strength for one in points if one not in within]
+    if not beyond:
+        return None
+    high = min(beyond, key=abs)
+    below = [s for s in (one.strength for one in within) if s * high >= 0 and abs(s) < abs(high)]
+    return (max(below, key=abs) + high) / 2
 
 
 def _mean(values: Sequence[float]) -> float:
