@@ -206,7 +206,7 @@ def _board(board: Board, theme: Theme) -> Figure:
         axes.set_xlim(0, 104)
         axes.set_xticks([0, 50, 100])
         axes.grid(axis="y", visible=False)
-        suffix = " kept" if column in board.preserved else ""
+        suffix = "\nkept" if column in board.preserved else ""  # panels are narrow where names are long
         axes.set_title(kinds.label(column) + suffix, fontsize=9.5, color=theme.ink, loc="left")
         axes.tick_params(axis="y", labelleft=axes is panels[0])
     panels[0].set_yticks(list(places), [_name(entry, board) for entry in entries], color=theme.ink)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 import typer
@@ -245,6 +246,26 @@ def test_figures_tell_seeds_apart(tmp_path, monkeypatch):
     (board,) = boards([read_run(write_small(tmp_path / "run", cells))])
     (first, *_) = figures._board(board, figures.LIGHT).axes
     assert {label.get_text() for label in first.get_yticklabels()} == {"rome (seed 0)", "rome (seed 1)"}
+
+
+def test_titles_of_a_board_with_long_names_do_not_overlap(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from errata.report import figures
+
+    kinds = {"efficacy": True, "paraphrase": True, "neighbourhood": False, "same_subject": False}
+    rows = [
+        row("a", kind, f"p{i}", 1.0, before=1.0 - new, changes=new)
+        for i, (kind, new) in enumerate(kinds.items())
+    ]
+    plan = {"label": "malmen editor=out/malmen-vl.safetensors"}
+    cells = [{"method": "malmen", "lines": [case_line("a", *rows)], "plan": plan}]
+    (board,) = boards([read_run(write_small(tmp_path / "run", cells))])
+    figure = figures._board(board, figures.LIGHT)
+    figure.draw_without_rendering()
+    titles = [axes._left_title for axes in figure.axes]
+    assert [title.get_text() for title in titles][-2:] == ["neighbourhood\nkept", "same subject\nkept"]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
 def sequence_cell(method: str, scores: list[float], **plan: object) -> dict:
